@@ -1,0 +1,209 @@
+"""Ahead-of-time compilation of every kernel for every supported GPU, without a GPU, and what the machine code says.
+
+    python -m csrc_triton.aot [--out FILE.csv|FILE.md] [--target sm_90 ...] [--kernel SUBSTRING]
+
+compiles each module's `AOT_SPECIMENS` and writes registers, spills, shared memory and vector accesses per kernel and target. Spills are
+read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in the disassembly of the cubin, on AMD the spill
+counts in the metadata of the code object.
+
+A kernel module lists what it launches, once per dtype, with the flags of its launcher:
+
+    AOT_SPECIMENS = [Specimen("noise_pairs", noise_pairs_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
+"""
+
+import argparse
+import csv
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# name -> (target, shared memory in bytes that one program may use)
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One kernel as its launcher would compile it.
+
+    signature: argument name -> Triton type ("*bf16", "*fp32", "*i64", "i32", "fp32"), constexpr arguments left out.
+    aligned: names of the arguments divisible by 16; None means every pointer and no integer (a launcher specialises on the values).
+    vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
+    """
+
+    name: str
+    kernel: object
+    dtype: str
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 1
+    aligned: tuple[str, ...] | None = None
+    vector_load: bool = True
+    vector_store: bool = True
+
+    def source(self) -> ASTSource:
+        arguments = self.kernel.arg_names
+        assert set(arguments) == set(self.signature) | set(self.constexprs), (
+            f"{self.name}: specimen and kernel differ in {set(arguments) ^ (set(self.signature) | set(self.constexprs))}"
+        )
+        aligned = self.aligned
+        if aligned is None:
+            aligned = [name for name, kind in self.signature.items() if kind.startswith("*")]
+        return ASTSource(
+            fn=self.kernel,
+            signature={name: self.signature.get(name, "constexpr") for name in arguments},
+            constexprs=dict(self.constexprs),
+            attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one specimen on one target says. Bytes and registers are per program and per thread."""
+
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    vector_loads: int
+    vector_stores: int
+    assembly: str = field(repr=False)  # PTX or AMD assembly
+
+    @property
+    def float_atomics(self) -> list[str]:
+        """Instructions that would make a reduction depend on the order of programs."""
+        return re.findall(
+            r"(?:atom|red)\.[\w.:]*add[\w.:]*\.(?:f16|f32|f64|bf16)\w*|\w*atomic_(?:pk_)?add_(?:f|bf)\w+", self.assembly
+        )
+
+
+def _nvidia_tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _nvidia_machine_code(cubin: bytes, arch: int) -> tuple[int, int, int, int]:
+    """(registers, local-memory instructions, 16-byte loads, 16-byte stores) of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run(
+            [_nvidia_tool("cuobjdump"), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([_nvidia_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
+    registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", usage))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return registers, spills, len(re.findall(r"\bLDG\S*\.128\b", sass)), len(re.findall(r"\bSTG\S*\.128\b", sass))
+
+
+def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
+    def count(key: str) -> int:
+        return sum(int(n) for n in re.findall(rf"\.{key}:\s*(\d+)", assembly))
+
+    loads = re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)
+    stores = re.findall(r"\b(?:global|buffer)_store_dwordx4\b", assembly)
+    return count("vgpr_count"), count("vgpr_spill_count") + count("sgpr_spill_count"), len(loads), len(stores)
+
+
+def compile_specimen(specimen: Specimen, target: str) -> Compiled:
+    """Compile for `target` (a name in TARGETS); raises what the compiler raises."""
+    gpu, _ = TARGETS[target]
+    # fp contraction is pinned: Triton's default differs between versions
+    options = dict(num_warps=specimen.num_warps, num_stages=specimen.num_stages, enable_fp_fusion=False)
+    kernel = triton.compile(specimen.source(), target=gpu, options=options)
+    if gpu.backend == "cuda":
+        assembly = kernel.asm["ptx"]
+        code = _nvidia_machine_code(kernel.asm["cubin"], gpu.arch)
+    else:
+        assembly = kernel.asm["amdgcn"]
+        code = _amd_machine_code(assembly)
+    registers, spills, loads, stores = code
+    return Compiled(specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, assembly)
+
+
+def specimens() -> list[Specimen]:
+    """Every specimen of every module of this package, modules in alphabetical order."""
+    names = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "aot")
+    modules = [importlib.import_module(f"csrc_triton.{name}") for name in names]
+    return [specimen for module in modules for specimen in getattr(module, "AOT_SPECIMENS", [])]
+
+
+def check(specimen: Specimen, compiled: Compiled) -> list[str]:
+    """What is wrong with the machine code; empty when it is as it should be."""
+    nvidia = TARGETS[compiled.target][0].backend == "cuda"
+    faults = []
+    if nvidia and compiled.spills:
+        faults.append(f"{compiled.spills} spill instructions")
+    if compiled.shared > TARGETS[compiled.target][1]:
+        faults.append(f"{compiled.shared} bytes of shared memory, {TARGETS[compiled.target][1]} allowed")
+    if compiled.float_atomics:
+        faults.append(f"float atomics {sorted(set(compiled.float_atomics))}")
+    if nvidia and specimen.vector_load and not compiled.vector_loads:
+        faults.append("no 16-byte load")
+    if nvidia and specimen.vector_store and not compiled.vector_stores:
+        faults.append("no 16-byte store")
+    return faults
+
+
+COLUMNS = [f.name for f in fields(Compiled) if f.name != "assembly"]
+
+
+def write_table(rows: list[Compiled], path: Path) -> None:
+    """CSV, or Markdown when the name ends in .md."""
+    cells = [[str(getattr(row, column)) for column in COLUMNS] for row in rows]
+    if path.suffix == ".md":
+        lines = ["| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
+        path.write_text("\n".join(lines) + "\n")
+        return
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *cells])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m csrc_triton.aot", description="Compile every kernel for every target; no GPU needed."
+    )
+    parser.add_argument("--out", type=Path, help="write the table here: .csv or .md")
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET", help=f"among {', '.join(TARGETS)}"
+    )
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("nothing is compiled under TRITON_INTERPRET=1")
+    rows, failures = [], 0
+    for specimen in specimens():
+        if arguments.kernel not in specimen.name:
+            continue
+        for target in arguments.target:
+            compiled = compile_specimen(specimen, target)
+            faults = check(specimen, compiled)
+            failures += bool(faults)
+            rows.append(compiled)
+            print(*(getattr(compiled, column) for column in COLUMNS), "; ".join(faults) or "ok", sep="\t", flush=True)
+    if arguments.out:
+        write_table(rows, arguments.out)
+    print(f"{len(rows)} compiled, {failures} with faults")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

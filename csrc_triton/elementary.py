@@ -1,0 +1,141 @@
+"""Elementary functions from correctly rounded fp32 steps only, so that every device returns the same bits.
+
+GPU logarithms, exponentials and cosines differ between vendors, compilers and the C library. The functions here use additions,
+multiplications, bit moves and (by their callers) the IEEE square root and division, in one fixed order, and no fused multiply-add:
+kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for torch, statement by statement
+the same. The polynomials are minimax fits made for this project (iteratively reweighted least squares on Chebyshev nodes, relative
+weight), rounded to fp32; the fit error is below 1e-8, so that the fp32 rounding of the steps dominates (about one unit in the last
+place).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LN2_HIGH = tl.constexpr(0.693145751953125)  # 12 significant bits: k * LN2_HIGH is exact for |k| < 2^12
+LN2_LOW = tl.constexpr(1.4286068203094173e-06)
+LOG2_E = tl.constexpr(1.4426950216293335)
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)  # fp32 bits of sqrt(1/2)
+
+# log(1 + f) = f - f^2/2 + f^3 P(f) for 1 + f in [sqrt(1/2), sqrt(2)); highest power first
+LOG_7 = tl.constexpr(-0.07634429633617401)
+LOG_6 = tl.constexpr(0.12761549651622772)
+LOG_5 = tl.constexpr(-0.131601944565773)
+LOG_4 = tl.constexpr(0.14201761782169342)
+LOG_3 = tl.constexpr(-0.16623356938362122)
+LOG_2 = tl.constexpr(0.20001226663589478)
+LOG_1 = tl.constexpr(-0.250008225440979)
+LOG_0 = tl.constexpr(0.3333333134651184)
+# sin(v pi/2) = v S(v^2), cos(v pi/2) = 1 + v^2 C(v^2) for |v| <= 1/2
+SIN_4 = tl.constexpr(0.00015819507825654)
+SIN_3 = tl.constexpr(-0.0046812607906758785)
+SIN_2 = tl.constexpr(0.07969257980585098)
+SIN_1 = tl.constexpr(-0.6459640860557556)
+SIN_0 = tl.constexpr(1.5707963705062866)
+COS_3 = tl.constexpr(0.0009040216100402176)
+COS_2 = tl.constexpr(-0.02086028829216957)
+COS_1 = tl.constexpr(0.25366923213005066)
+COS_0 = tl.constexpr(-1.2337005138397217)
+# exp(r) = 1 + r + r^2 E(r) for |r| <= ln(2)/2
+EXP_4 = tl.constexpr(0.0013814610429108143)
+EXP_3 = tl.constexpr(0.008368710055947304)
+EXP_2 = tl.constexpr(0.04166838899254799)
+EXP_1 = tl.constexpr(0.1666652113199234)
+EXP_0 = tl.constexpr(0.4999999403953552)
+
+
+@triton.jit
+def log_fp32(x):
+    """Natural logarithm of a positive normal fp32 `x`; the Triton twin of `torch_log_fp32`."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - SQRT_HALF_BITS) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = LOG_7 * f + LOG_6
+    p = p * f + LOG_5
+    p = p * f + LOG_4
+    p = p * f + LOG_3
+    p = p * f + LOG_2
+    p = p * f + LOG_1
+    p = p * f + LOG_0
+    k = exponent.to(tl.float32)
+    return (f + (f * f) * (p * f - 0.5) + k * LN2_LOW) + k * LN2_HIGH
+
+
+def torch_log_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of a positive normal fp32 tensor, with the bits of the Triton twin `log_fp32`."""
+    bits = x.view(torch.int32)
+    exponent = (bits - SQRT_HALF_BITS.value) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    p = LOG_7.value * f + LOG_6.value
+    for coefficient in (LOG_5, LOG_4, LOG_3, LOG_2, LOG_1, LOG_0):
+        p = p * f + coefficient.value
+    k = exponent.to(torch.float32)
+    return (f + (f * f) * (p * f - 0.5) + k * LN2_LOW.value) + k * LN2_HIGH.value
+
+
+@triton.jit
+def cos_sin_turns(angle24):
+    """(cos, sin) of 2 pi angle24 / 2^24 for an int32 `angle24` in [0, 2^24); the Triton twin of `torch_cos_sin_turns`.
+
+    The reduction to a quarter turn is done in integers, hence exact.
+    """
+    quarter = (angle24 + (1 << 21)) >> 22
+    v = (angle24 - (quarter << 22)).to(tl.float32) * (1.0 / (1 << 22))
+    s = v * v
+    p = SIN_4 * s + SIN_3
+    p = p * s + SIN_2
+    p = p * s + SIN_1
+    p = p * s + SIN_0
+    sine = v * p
+    p = COS_3 * s + COS_2
+    p = p * s + COS_1
+    p = p * s + COS_0
+    cosine = s * p + 1.0
+    swap = (quarter & 1) == 1
+    c = tl.where(swap, sine, cosine)
+    s = tl.where(swap, cosine, sine)
+    c = tl.where(((quarter + 1) & 2) == 2, -c, c)
+    s = tl.where((quarter & 2) == 2, -s, s)
+    return c, s
+
+
+def torch_cos_sin_turns(angle24: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, sin) of 2 pi angle24 / 2^24 for integers in [0, 2^24), fp32, with the bits of the Triton twin `cos_sin_turns`."""
+    quarter = (angle24 + (1 << 21)) >> 22
+    v = (angle24 - (quarter << 22)).to(torch.float32) * (1.0 / (1 << 22))
+    s = v * v
+    p = SIN_4.value * s + SIN_3.value
+    for coefficient in (SIN_2, SIN_1, SIN_0):
+        p = p * s + coefficient.value
+    sine = v * p
+    p = COS_3.value * s + COS_2.value
+    for coefficient in (COS_1, COS_0):
+        p = p * s + coefficient.value
+    cosine = s * p + 1.0
+    swap = (quarter & 1) == 1
+    c, s = torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
+    return torch.where(((quarter + 1) & 2) == 2, -c, c), torch.where((quarter & 2) == 2, -s, s)
+
+
+@triton.jit
+def exp_fp32(x):
+    """e^x of an fp32 `x` <= 0, accurate to about one unit in the last place; below -87 the result is e^-87 (1.6e-38)."""
+    x = tl.maximum(x, -87.0)
+    k = tl.floor(x * LOG2_E + 0.5)
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    p = EXP_4 * r + EXP_3
+    p = p * r + EXP_2
+    p = p * r + EXP_1
+    p = p * r + EXP_0
+    mantissa = (r + (r * r) * p) + 1.0
+    return mantissa * ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log1p_exp_fp32(x):
+    """log(1 + e^x) = softplus(x) of an fp32 `x`; exactly fp32(ln 2) at x = 0."""
+    small = exp_fp32(-tl.abs(x))  # in (0, 1]
+    rounded = 1.0 + small
+    # log(1 + e) = log(u) + (e - (u - 1)) / u to first order in what rounding u = fl(1 + e) lost
+    lost = small - (rounded - 1.0)
+    return tl.maximum(x, 0.0) + (log_fp32(rounded) + tl.div_rn(lost, rounded))

@@ -1,0 +1,18 @@
+"""What every op of this package needs to decide how to run: which tensors the Triton kernels take, and the pinned launch options."""
+
+import torch
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton's default for contraction of a * b + c differs between releases; every launch names it.
+PINNED = {"enable_fp_fusion": False}
+
+
+def runs_triton(x: torch.Tensor) -> bool:
+    """True where the Triton path serves `x`: a CUDA or ROCm tensor in a kernel dtype. Everything else takes the torch reference."""
+    return x.is_cuda and x.dtype in KERNEL_DTYPES
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the arithmetic dtype of the references: float64 stays float64, everything narrower becomes float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
