@@ -1,0 +1,89 @@
+"""Counted FLOPs of a training step (a multiply-add is two) and the peaks of known GPUs, for TFLOP/s and MFU.
+
+The count runs the real forward on the meta device: no memory, no arithmetic, every convolution, matrix product and attention seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense bf16 peak in TFLOP/s by vendor data sheet, first match wins: longer names stand before their prefixes.
+PEAK_BF16_TFLOPS = (
+    ("GB200", 2500.0), ("B200", 2250.0), ("B100", 1750.0),
+    ("GH200", 989.4), ("H200 NVL", 835.5), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0), ("H100", 989.4), ("H20", 148.0), ("H800", 989.4),
+    ("A100", 311.9), ("A800", 311.9), ("A6000", 154.8), ("A40", 149.7), ("A30", 165.0), ("A10G", 70.0), ("A10", 125.0),
+    ("L40S", 362.1), ("L40", 181.1), ("L4", 121.0), ("6000 Ada", 364.2),
+    ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.2),
+    ("MI300X", 1307.4), ("MI325X", 1307.4), ("MI250X", 383.0),
+)  # fmt: skip
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak of the GPU in TFLOP/s, or None for a device that the table does not know (a CPU, say)."""
+    words = f" {device_name.replace('-', ' ')} "
+    return next((peak for name, peak in PEAK_BF16_TFLOPS if f" {name} " in words), None)
+
+
+def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: int = 77) -> int:
+    """FLOPs of one image's forward through a `UNet2DConditionModel` of this config.
+
+    height and width are those of the latent. Adapters are not counted (rank 8 adds under one per cent).
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+        sample = torch.empty(1, unet.config.in_channels, height, width)
+        text = torch.empty(1, text_length, unet.config.cross_attention_dim)
+        timestep = torch.empty(1, dtype=torch.long)
+        conditions = _added_conditions(unet)
+        return _count(lambda: unet(sample, timestep, text, added_cond_kwargs=conditions))
+
+
+def vae_encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """FLOPs of encoding one image of height x width pixels by an `AutoencoderKL` of this config."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+        return _count(lambda: vae.encode(torch.empty(1, vae.config.in_channels, height, width)))
+
+
+def pair_flops(
+    forward: float,
+    *,
+    trainable: Literal["full", "lora"] = "full",
+    recompute: float = 0.0,
+    reference: Literal["live", "recorded"] | None = "live",
+    halves: int = 2,
+    encode: float = 0.0,
+) -> float:
+    """FLOPs of training on one pair, from the forward FLOPs of one image through the UNet.
+
+    The backward of a full fine-tuning costs two forwards (activations and weights), that of adapters one (activations).
+    recompute: share of the forward that checkpointing runs again (leave it 0 for MFU, which counts useful work only).
+    reference: "live" adds its forward, "recorded" and None add nothing. halves: 1 where only the winner is seen (sft).
+    encode: FLOPs of the VAE encoding of one image where latents are not cached.
+    """
+    backward = {"full": 2.0, "lora": 1.0}[trainable]
+    forwards = 1.0 + backward + recompute + (1.0 if reference == "live" else 0.0)
+    return halves * (forward * forwards + encode)
+
+
+def _added_conditions(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """SDXL's pooled text and six size numbers; empty for families without them."""
+    if unet.config.addition_embed_type != "text_time":
+        return {}
+    sizes = 6
+    pooled = unet.config.projection_class_embeddings_input_dim - sizes * unet.config.addition_time_embed_dim
+    return {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, sizes)}
+
+
+def _count(forward) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
