@@ -127,7 +127,7 @@ def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     """Compile for `target` (a name in TARGETS); raises what the compiler raises."""
     gpu, _ = TARGETS[target]
     # fp contraction is pinned: Triton's default differs between versions
-    options = dict(num_warps=specimen.num_warps, num_stages=specimen.num_stages, enable_fp_fusion=False)
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, "enable_fp_fusion": False}
     kernel = triton.compile(specimen.source(), target=gpu, options=options)
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]

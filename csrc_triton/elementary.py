@@ -73,6 +73,14 @@ def torch_log_fp32(x: torch.Tensor) -> torch.Tensor:
     return (f + (f * f) * (p * f - 0.5) + k * LN2_LOW.value) + k * LN2_HIGH.value
 
 
+def torch_sqrt_rn(x: torch.Tensor) -> torch.Tensor:
+    """The correctly rounded fp32 square root, as `tl.sqrt_rn`; torch's own on the CPU may be one unit off in the last place.
+
+    By way of float64, where rounding twice is harmless: the root of a 24-bit number keeps 2^-51 away from every midpoint.
+    """
+    return x.double().sqrt().float()
+
+
 @triton.jit
 def cos_sin_turns(angle24):
     """(cos, sin) of 2 pi angle24 / 2^24 for an int32 `angle24` in [0, 2^24); the Triton twin of `torch_cos_sin_turns`.

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.elementary import cos_sin_turns, log_fp32, torch_cos_sin_turns, torch_log_fp32
+from csrc_triton.elementary import cos_sin_turns, log_fp32, torch_cos_sin_turns, torch_log_fp32, torch_sqrt_rn
 
 MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
@@ -76,6 +76,16 @@ def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
 
+def seed_tensor(seed: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """The seed as an int64 0-d tensor on `device`. A tensor elsewhere would need a copy that waits for the device: refused."""
+    if isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    assert seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device, (
+        f"the seed must be one int64 on {device}, got {tuple(seed.shape)} {seed.dtype} on {seed.device}"
+    )
+    return seed
+
+
 def _blocks(keys, draws, stream, seed, blocks: int):
     """The four words [N, J] of the first `blocks` counter blocks of every key."""
     assert keys.dtype == torch.int64 and draws.dtype == torch.int64, f"keys {keys.dtype} and draws {draws.dtype} must be int64"
@@ -87,7 +97,7 @@ def _blocks(keys, draws, stream, seed, blocks: int):
     block_1J = torch.arange(blocks, dtype=torch.int64, device=device)[None]
     draw_N1 = draws[:, None] & MASK
     stream_11 = torch.full((1, 1), int(stream), dtype=torch.int64, device=device)
-    seed_11 = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1, 1) & MASK
+    seed_11 = seed_tensor(seed, device).reshape(1, 1) & MASK
     return _rounds(block_1J, draw_N1, stream_11, seed_11, keys[:, None] & MASK, (keys[:, None] >> 32) & MASK)
 
 
@@ -120,7 +130,7 @@ def _box_muller(radius_word: torch.Tensor, angle_word: torch.Tensor, dtype: torc
         radius = torch.sqrt(-2.0 * torch.log(u.double()))
         angle = angle24.double() * (2.0 * math.pi * 2.0**-24)
         return radius * torch.cos(angle), radius * torch.sin(angle)
-    radius = torch.sqrt(-2.0 * torch_log_fp32(u))
+    radius = torch_sqrt_rn(-2.0 * torch_log_fp32(u))
     cosine, sine = torch_cos_sin_turns(angle24)
     return radius * cosine, radius * sine
 
