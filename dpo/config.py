@@ -6,35 +6,21 @@ prefix. `None` means "decide for me" (see `dpo.decisions.resolve`). This module 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
+import tomli_w
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    choices: tuple = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    aliases: tuple[str, ...] = (),
-    resume: str = "refused",
-    separator: str = ",",
-) -> Any:
-    """A field: its one-line doc, unit, allowed values, peers' names for it, and what a change on resume means.
-
-    `low` and `high` are allowed bounds, `above` is an excluded lower one. `resume` is "free" (nothing to say), "said" (allowed,
-    said in the log) or "refused" (the run would silently be another one).
-    """
-    keys = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
-    return field(default=default, metadata={**keys, "aliases": aliases, "resume": resume, "separator": separator})
+from dpo.errors import UserError
+from dpo.options import Spec, coerce, nearest, option, specs_of
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model that is aligned"""
+    """What to align"""
 
     model: str | None = option(
         None,
@@ -45,9 +31,13 @@ class Model:
     variant: str | None = option(None, "variant of the weight files, for example fp16")
     vae: str | None = option(None, "another VAE: folder or hub id", aliases=("pretrained_vae_model_name_or_path",))
     unet_init: str | None = option(None, "start the policy from this UNet (folder, hub id or file), as in SFT before DPO")
-    reference_model: str = option("init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base"))
+    reference_model: str = option(
+        "init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base")
+    )
     family: str = option("auto", "architecture; auto reads it from the model", choices=("auto", "sd", "sdxl"))
-    prediction_type: str = option("auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction"))
+    prediction_type: str = option(
+        "auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction")
+    )
     timesteps: str = option("auto", "timesteps trained on; auto: the four of Turbo for Turbo", choices=("auto", "all", "turbo"))
     zero_snr: str = option("auto", "rescale the schedule to zero terminal SNR; auto: for Turbo", choices=("auto", "on", "off"))
     cache_dir: str | None = option(None, "where hub downloads are kept", resume="free")
@@ -55,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """The preference pairs"""
+    """The preference pairs, and how they are read"""
 
     data: str | None = option(
         None,
@@ -85,7 +75,12 @@ class Data:
     crop: str = option("center", "where to cut a square from each image", choices=("center", "random"))
     flip: bool = option(False, "mirror half of the pairs (both images alike)")
     caption_dropout: float = option(
-        0.0, "share of captions replaced by the empty one", low=0.0, high=1.0, aliases=("proportion_empty_prompts",), resume="said"
+        0.0,
+        "share of captions replaced by the empty one",
+        low=0.0,
+        high=1.0,
+        aliases=("proportion_empty_prompts",),
+        resume="said",
     )
     max_pairs: int | None = option(None, "use only this many pairs", unit="pairs", low=1, aliases=("max_train_samples",))
     streaming: bool = option(False, "read a hub data set as a stream instead of downloading it first")
@@ -93,7 +88,9 @@ class Data:
         -1, "processes that decode images; -1: by the number of cores", low=-1, aliases=("dataloader_num_workers",), resume="free"
     )
     prefetch: int = option(4, "batches decoded ahead per worker", unit="batches", low=1, resume="free")
-    on_bad_image: str = option("skip", "unreadable image: count and leave a hole, or stop", choices=("skip", "stop"), resume="said")
+    on_bad_image: str = option(
+        "skip", "unreadable image: count and leave a hole, or stop", choices=("skip", "stop"), resume="said"
+    )
     bad_image_limit: float = option(
         0.01, "stop when more than this share of pairs has an unreadable image", low=0.0, high=1.0, resume="free"
     )
@@ -101,21 +98,25 @@ class Data:
 
 @dataclass(frozen=True)
 class Method:
-    """The objective"""
+    """The objective (method)"""
 
     method: str = option(
         "dpo",
         "how credit is spread over the timesteps (docs/method.md)",
         choices=("dpo", "discounted", "dde-single", "dde-step", "dde", "sft"),
     )
-    beta: float | None = option(None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said")
+    beta: float | None = option(
+        None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said"
+    )
     loss: str = option(
         "sigmoid", "shape of the pairwise loss", choices=("sigmoid", "hinge", "ipo"), aliases=("loss_type",), resume="said"
     )
     gamma: float = option(0.99475, "discount per timestep away from noise (discounted)", above=0.0, high=1.0, resume="said")
     sft_weight: float = option(0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said")
     window_low: int = option(0, "first timestep trained on", unit="timestep", low=0, high=999)
-    window_high: int | None = option(None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000)
+    window_high: int | None = option(
+        None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000
+    )
     weight_cap: float = option(250.0, "upper bound of the single-shot weight (dde, dde-single)", above=0.0, resume="said")
     rho: float = option(0.95, "memory of the stepwise table (dde, dde-step)", low=0.0, high=1.0, resume="said")
     sigma2: str = option("beta", "variance in the stepwise correction (dde, dde-step)", choices=("beta", "posterior"))
@@ -123,7 +124,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters instead of the whole UNet"""
+    """LoRA: adapters instead of the whole UNet"""
 
     lora: bool = option(False, "train low-rank adapters and leave the UNet as it is")
     rank: int = option(8, "rank of the adapters", low=1)
@@ -135,16 +136,22 @@ class Lora:
 
 @dataclass(frozen=True)
 class Optim:
-    """The updates"""
+    """The updates: batch, learning rate, optimizer"""
 
     optimizer: str = option(
         "auto",
         "auto: adamw8bit on a GPU, adamw elsewhere",
         choices=("auto", "adamw8bit", "paged-adamw8bit", "lion8bit", "adamw", "adafactor"),
     )
-    learning_rate: float = option(1e-5, "peak learning rate (not multiplied by the batch)", above=0.0, aliases=("lr",), resume="said")
-    scale_lr: bool = option(False, "multiply the learning rate by the effective batch, as the published launchers do", resume="said")
-    batch_size: int = option(4, "pairs in one pass (micro-batch)", unit="pairs", low=1, aliases=("train_batch_size",), resume="said")
+    learning_rate: float = option(
+        1e-5, "peak learning rate (not multiplied by the batch)", above=0.0, aliases=("lr",), resume="said"
+    )
+    scale_lr: bool = option(
+        False, "multiply the learning rate by the effective batch, as the published launchers do", resume="said"
+    )
+    batch_size: int = option(
+        4, "pairs in one pass (micro-batch)", unit="pairs", low=1, aliases=("train_batch_size",), resume="said"
+    )
     accumulation: int = option(
         1, "passes summed into one update", unit="passes", low=1, aliases=("gradient_accumulation_steps",), resume="said"
     )
@@ -196,7 +203,9 @@ class Runtime:
     checkpointing: str = option(
         "off", "recompute activations to save memory: off, on, or UNet blocks such as down_blocks.0,up_blocks.3", resume="free"
     )
-    channels_last: str = option("auto", "memory layout of convolutions; auto: on a GPU", choices=("auto", "on", "off"), resume="free")
+    channels_last: str = option(
+        "auto", "memory layout of convolutions; auto: on a GPU", choices=("auto", "on", "off"), resume="free"
+    )
     attention: str = option("sdpa", "attention implementation", choices=("sdpa", "xformers"), resume="said")
     compile: bool = option(False, "torch.compile the UNet (slow start, faster steps)", resume="said")
     kernels: str = option("auto", "own Triton kernels, or plain torch", choices=("auto", "triton", "torch"), resume="said")
@@ -215,17 +224,25 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Output:
-    """Results, checkpoints and what is shown"""
+    """Results, checkpoints, logs and samples"""
 
     output: str = option("runs/dpo", "folder of the results", aliases=("output_dir",), resume="free")
     overwrite: bool = option(False, "replace the results of another run in that folder", resume="free")
     resume: str | None = option(
-        None, "continue from latest, or from a checkpoint's path", aliases=("resume_from_checkpoint",), resume="free"
+        None,
+        "continue from latest (afresh when there is none), or from a checkpoint's path",
+        aliases=("resume_from_checkpoint",),
+        resume="free",
     )
     checkpoint_every: int = option(
-        500, "updates between checkpoints; 0: only at the end", unit="updates", low=0, aliases=("checkpointing_steps",), resume="free"
+        500,
+        "updates between checkpoints; 0: only at the end",
+        unit="updates",
+        low=0,
+        aliases=("checkpointing_steps",),
+        resume="free",
     )
-    checkpoints_limit: int | None = option(
+    checkpoints_limit: int = option(
         2, "checkpoints kept; 0: all", unit="checkpoints", low=0, aliases=("checkpoints_total_limit",), resume="free"
     )
     log_every: int = option(1, "updates between lines of metrics.jsonl", unit="updates", low=1, resume="free")
@@ -243,7 +260,9 @@ class Output:
         "diffusion-dpo", "project name for W&B", aliases=("tracker_project_name", "tracker_name"), resume="free"
     )
     push_to_hub: bool = option(False, "upload the result to the hub", resume="free")
-    hub_id: str | None = option(None, "repository to upload to; none: the output folder's name", aliases=("hub_model_id",), resume="free")
+    hub_id: str | None = option(
+        None, "repository to upload to; none: the output folder's name", aliases=("hub_model_id",), resume="free"
+    )
     model_card: bool = option(True, "write README.md with method, data, settings and figures", resume="free")
 
 
@@ -258,3 +277,133 @@ class Config:
     optim: Optim = Optim()
     runtime: Runtime = Runtime()
     output: Output = Output()
+
+
+def groups() -> dict[str, type]:
+    """The dataclass of each group, by the group's name."""
+    return {item.name: type(item.default) for item in fields(Config)}
+
+
+@cache
+def specs() -> dict[str, Spec]:
+    """Every setting, by name, in the order of the groups."""
+    return {spec.name: spec for group, cls in groups().items() for spec in specs_of(group, cls)}
+
+
+def flatten(cfg: Config) -> dict[str, Any]:
+    """Every setting's value, by name."""
+    return {name: getattr(getattr(cfg, spec.group), name) for name, spec in specs().items()}
+
+
+def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Config:
+    """A checked Config from flat or grouped settings; those left out keep `base`'s value (or the default)."""
+    values = flatten(base or Config()) | {name: coerce(specs()[name], value) for name, value in flat_settings(mapping).items()}
+    cfg = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
+    validate(cfg)
+    return cfg
+
+
+def change(cfg: Config, **values: Any) -> Config:
+    """`cfg` with some settings changed, by their flat names."""
+    return from_mapping(values, cfg)
+
+
+def to_toml(cfg: Config, comments: bool = True) -> str:
+    """`cfg` as TOML that `from_mapping` reads back; a setting that is None is written as a comment."""
+    return "\n".join(_group_toml(group, cfg, comments) for group in groups())
+
+
+def _of_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if specs()[name].group == group}
+
+
+def flat_settings(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat or grouped settings as flat ones; unknown names are refused."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        inner = value if isinstance(value, Mapping) and key in groups() else {key: value}
+        for name, setting in inner.items():
+            if name not in specs():
+                raise UserError(unknown_setting(name))
+            if name in flat:
+                raise UserError(f"{name} is set twice: keep one")
+            if inner is value and specs()[name].group != key:
+                raise UserError(f"[{key}] {name}: {name} belongs to [{specs()[name].group}]")
+            flat[name] = setting
+    return flat
+
+
+def unknown_setting(name: str) -> str:
+    """What to say of a setting that does not exist."""
+    for spec in specs().values():
+        if name in spec.meta["aliases"]:
+            return f"unknown setting {name}: it is called {spec.name} here"
+    like = nearest(name, specs())
+    return f"unknown setting {name}: " + (f"did you mean {like}?" if like else "python -m dpo.train --help lists them all")
+
+
+def _group_toml(group: str, cfg: Config, comments: bool) -> str:
+    lines = [f"[{group}]" + (f"  # {groups()[group].__doc__}" if comments else "")]
+    for name, value in _of_group(group, flatten(cfg)).items():
+        unset = value is None
+        text = f"# {name} =" if unset else tomli_w.dumps({name: list(value) if isinstance(value, tuple) else value}).rstrip()
+        lines.append(text + (f"  # {describe(specs()[name])}" if comments else "") if comments or not unset else "")
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def describe(spec: Spec) -> str:
+    """The one-line doc with the unit and the allowed words."""
+    extras = [spec.meta["unit"], "|".join(spec.meta["choices"])]
+    return "; ".join(filter(None, [spec.meta["help"], *extras]))
+
+
+def validate(cfg: Config) -> None:
+    """UserError on the first bad value or combination; what needs the model or the device is checked by `resolve`."""
+    values = flatten(cfg)
+    for name, value in values.items():
+        if coerce(specs()[name], value) != value:
+            raise UserError(f"{name} = {value!r}: expected a {specs()[name].kind.__name__}")
+    for bad, message in _combinations(cfg):
+        if bad:
+            raise UserError(message)
+
+
+BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)")
+
+
+def _combinations(cfg: Config) -> list[tuple[Any, str]]:
+    model, data, method, lora, optim, run, out = (getattr(cfg, group) for group in groups())
+    high = 1000 if method.window_high is None else method.window_high
+    sft = method.method == "sft"
+    blocks = run.checkpointing.split(",")
+    return [
+        (model.model and not data.data, "no pairs to train on: give --data (hub id, folder, glob or file)"),
+        (data.data and not model.model, "no model to align: give --model (diffusers folder, hub id or .safetensors file)"),
+        (method.window_low >= high, f"window_low = {method.window_low} must be below window_high = {high}"),
+        (data.label_smoothing >= 0.5, "label_smoothing = 0.5 leaves nothing to learn: use less"),
+        (
+            data.validation_fraction and data.validation_data,
+            "validation_data and validation_fraction are two ways to say the same: give one",
+        ),
+        ((data.resolution or 8) % 8, f"resolution = {data.resolution}: expected a multiple of 8"),
+        (sft and method.loss != "sigmoid", f"loss = {method.loss} compares pairs: it means nothing with method sft"),
+        (sft and method.sft_weight, "sft_weight adds to a preference loss: with method sft leave it at 0"),
+        (sft and data.label_smoothing, "label_smoothing needs preferences: with method sft leave it at 0"),
+        (sft and run.reference == "recorded", "method sft has no reference: leave --reference at auto"),
+        (run.reference == "adapter" and not lora.lora, "reference = adapter needs --lora: without it use copy or auto"),
+        (
+            run.reference == "adapter" and model.unet_init and model.reference_model == "base",
+            "reference_model = base differs from the adapters' UNet when --unet-init is given: use --reference copy",
+        ),
+        (
+            run.precision == "fp64" and optim.optimizer not in ("auto", "adamw"),
+            f"precision = fp64 needs optimizer adamw, not {optim.optimizer}",
+        ),
+        (
+            run.checkpointing not in ("off", "on") and not all(BLOCK.fullmatch(block) for block in blocks),
+            f"checkpointing = {run.checkpointing}: expected off, on or UNet blocks such as down_blocks.0,mid_block,up_blocks.3",
+        ),
+        (not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device), f"device = {run.device}: expected auto, cpu, cuda or cuda:N"),
+        (run.device == "cpu" and run.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
+        (out.resume and out.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
+    ]
