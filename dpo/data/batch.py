@@ -1,0 +1,100 @@
+"""A micro-batch of pairs, decoded: what the training step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csrc_triton.philox import Stream, uniform
+from dpo.data.images import prepare
+from dpo.data.pairs import BadImage, Pair
+
+
+@dataclass
+class PairBatch:
+    """B pairs on the CPU; of everything with 2B rows the first B are the preferred images.
+
+    A hole (an image that cannot be used) keeps its place with usable 0, prob 0.5 and black pixels; `bad` says why.
+    Pixels, or from a prepared store latents and encoded text: the others are None.
+    """
+
+    keys: Tensor  # [B] int64
+    draws: Tensor  # [B] int64, the epoch of each pair
+    prob: Tensor  # [B] fp32 in [0.5, 1]
+    usable: Tensor  # [B] fp32, 1 or 0
+    captions: list[str]  # dropout already applied
+    micro: Tensor  # [2B, 6] int64: original height, width, crop top, left, target height, width
+    position: int  # of the first pair in the whole run
+    epoch: int  # of the first pair
+    pixels: Tensor | None = None  # [2B, 3, H, W] uint8
+    latent_mean: Tensor | None = None  # [2B, 4, h, w] of the VAE's posterior, unscaled
+    latent_std: Tensor | None = None  # [2B, 4, h, w]
+    text: Any = None  # encoded captions
+    bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def pin_memory(self) -> PairBatch:
+        """Moves the tensors to page-locked memory (called by the loader's own thread)."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                setattr(self, item.name, value.pin_memory())
+        return self
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How images become pixels; everything random is a function of (seed, pair key, draw)."""
+
+    resolution: int
+    seed: int
+    crop: str = "center"
+    flip: bool = False
+    caption_dropout: float = 0.0
+
+
+def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how: Decoding) -> PairBatch:
+    """Reads and decodes the images of B pairs. An image that cannot be used leaves a hole, never an exception."""
+    keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
+    draw = torch.tensor(draws, dtype=torch.int64)
+    flips = (uniform(keys, draw, Stream.FLIP, how.seed, 1)[:, 0] < 0.5).tolist() if how.flip else [False] * len(pairs)
+    crops = uniform(keys, draw, Stream.CROP, how.seed, 4).tolist() if how.crop == "random" else [[0.5] * 4] * len(pairs)
+    dropped = (uniform(keys, draw, Stream.DROPOUT, how.seed, 1)[:, 0] < how.caption_dropout).tolist()
+    size = how.resolution
+    pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
+    micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
+    usable = torch.ones(len(pairs))
+    bad = []
+    for i, (pair, flip, crop) in enumerate(zip(pairs, flips, crops, strict=True)):
+        places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
+        for place, image, uniforms in places:
+            try:
+                pixels[place], numbers = prepare(image.load(), size, how.crop, uniforms, flip)
+            except BadImage as error:
+                usable[i] = 0.0
+                bad.append((pair.key, f"image {image.uid or '(none)'} of {pair.caption!r}: {error}"))
+                break
+            micro[place] = torch.tensor(numbers)
+        if not usable[i]:
+            for place, _, _ in places:
+                pixels[place] = 0
+                micro[place] = torch.tensor([size, size, 0, 0, size, size])
+    prob = torch.tensor([pair.prob for pair in pairs], dtype=torch.float32)
+    return PairBatch(
+        keys=keys,
+        draws=draw,
+        prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
+        usable=usable,
+        captions=["" if drop else pair.caption for pair, drop in zip(pairs, dropped, strict=True)],
+        micro=micro,
+        position=position,
+        epoch=int(draws[0]),
+        pixels=pixels,
+        bad=tuple(bad),
+    )

@@ -1,0 +1,91 @@
+"""Preference sets on the Hugging Face hub, read as parquet: no data set script ever runs.
+
+The parquet files of the wanted split are taken from the repository, or, where it holds other files, from the copy in
+parquet that the hub keeps of every public set (revision refs/convert/parquet). They are downloaded to the hub's cache, or,
+when streaming, read over the network a row group at a time: order, random access and resume are the same both ways.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from dpo.data.parquet import Files
+from dpo.errors import UserError
+
+CONVERTED = "refs/convert/parquet"
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SHARD = re.compile(r"([-_.]\d+)?([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's path speaks of ("data/train-00000-of-00008.parquet", "validation_unique/0000.parquet")."""
+    path = PurePosixPath(name)
+    for part in (SHARD.sub("", path.stem), *reversed(path.parts[:-1])):
+        if re.split(r"[-_.]", part.lower())[0] in SPLITS:
+            return part
+    return None
+
+
+def files_of_split(names: list[str], split: str, where: str) -> list[str]:
+    """The files of a split, sorted. A set whose file names speak of no split is all "train". Raises UserError."""
+    splits = {name: split_of(name) or "train" for name in names}
+    chosen = sorted(name for name in names if splits[name] == split)
+    if not chosen:
+        raise UserError(
+            f"{where}: has no split {split!r}, found {', '.join(sorted(set(splits.values())))}; choose one with --split"
+        )
+    return chosen
+
+
+def hub_files(repo: str, cfg: Any, split: str) -> Files:
+    """The parquet files of one split of a hub data set, downloaded or (cfg.streaming) to be streamed. Raises UserError."""
+    import huggingface_hub
+
+    where = f"data set {repo} on the hub"
+    try:
+        names, revision = _parquet_names(huggingface_hub.HfApi(), repo)
+    except Exception as error:  # network, permission and offline errors of several libraries
+        raise _unreachable(repo, error) from error
+    if cfg.config_name is not None:
+        names = [name for name in names if cfg.config_name in PurePosixPath(name).parts[:-1]]
+    if not names:
+        chosen = "" if cfg.config_name is None else f" of configuration {cfg.config_name!r}"
+        raise UserError(f"{where}: has no parquet files{chosen}; download it and give the folder")
+    configs = {PurePosixPath(name).parts[0] for name in names} if revision == CONVERTED else set()
+    if len(configs) > 1:
+        raise UserError(f"{where}: has several configurations ({', '.join(sorted(configs))}); choose one with --config-name")
+    names = files_of_split(names, split, where)
+    if cfg.streaming:
+        fs = huggingface_hub.HfFileSystem()
+        return Files(names, lambda name: fs.open(f"datasets/{repo}/{name}", "rb", revision=revision))
+    return Files(names, lambda name: _download(repo, name, revision))
+
+
+def _parquet_names(api: Any, repo: str) -> tuple[list[str], str | None]:
+    """Parquet files of the repository, or of the hub's own conversion of it, and the revision they are in."""
+    for revision in (None, CONVERTED):
+        names = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+        names = [name for name in names if name.endswith(".parquet")]
+        if names:
+            return names, revision
+    return [], None
+
+
+def _download(repo: str, name: str, revision: str | None) -> str:
+    """The local path of a file, downloaded when it is not in the hub's cache."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=revision)
+    except Exception as error:
+        raise _unreachable(repo, error) from error
+
+
+def _unreachable(repo: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"data {repo!r} is no file or folder here and cannot be had from the hub ({reason}): "
+        "check the name and the connection, or give a local folder"
+    )

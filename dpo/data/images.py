@@ -1,0 +1,117 @@
+"""From an image file to a square of pixels: orientation, colours, mirror, resize, crop.
+
+Transparent images are laid over white. Sixteen-bit greys are scaled to eight bits. Colour profiles are ignored, as in the
+published pipelines. Of an animation the first frame counts.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpo.data.pairs import BadImage
+
+MAX_PIXELS = 89_478_485  # Pillow's own line between large and a decompression bomb
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def prepare(
+    data: bytes,
+    resolution: int,
+    crop: str = "center",
+    crop_uniforms: Sequence[float] = (0.5, 0.5),
+    flip: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
+    """File bytes -> pixels uint8 [3, resolution, resolution] and SDXL's size and crop of the image.
+
+    The short side becomes `resolution`, the other is cut: in the middle, or for crop "random" by `crop_uniforms` (down,
+    right) in [0, 1). The numbers are (original height, original width, crop top, crop left, target height, target width),
+    the crop in pixels of the resized and mirrored image. Raises BadImage.
+    """
+    image = decode(data, max_pixels)
+    width, height = image.size
+    scale = resolution / min(width, height)
+    wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    if crop == "random":
+        top = min(int(crop_uniforms[0] * (high - resolution + 1)), high - resolution)
+        left = min(int(crop_uniforms[1] * (wide - resolution + 1)), wide - resolution)
+    else:
+        top, left = (high - resolution) // 2, (wide - resolution) // 2
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if image.size != (resolution, resolution):
+        # Only the cut is resampled: as resizing all and cutting, but a very long image costs no more than another.
+        x, y = width / wide, height / high
+        box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
+        box = (box[0], box[1], min(box[2], width), min(box[3], height))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return pixels, (height, width, top, left, resolution, resolution)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """File bytes -> an upright RGB image. Raises BadImage for anything that cannot be decoded in full."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise BadImage(f"{image.width} x {image.height} pixels, more than {max_pixels}")
+        image.load()
+        return _to_rgb(_upright(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"too many pixels: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not an image" if data else "an empty file") from error
+    except Exception as error:  # decoders raise whatever their parsers raise: OSError, SyntaxError, struct.error, ...
+        raise BadImage(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turns the image as its EXIF tag says; an unreadable tag counts as none."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112, 1))
+    except Exception:  # malformed EXIF of an otherwise sound image
+        turn = None
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    upright.info = image.info  # a palette's transparency lives there
+    return upright
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(values)
+        full = _full_scale(image.mode, float(values.max(initial=0.0)))
+        return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _full_scale(mode: str, largest: float) -> float:
+    """White in a single wide channel: 65535 for integers, 1 or 255 for floats by their range."""
+    if mode == "F":
+        return 1.0 if largest <= 1.0 else 255.0
+    return 65535.0 if mode != "I" or largest <= 65535.0 else math.pow(2.0, 31.0) - 1.0

@@ -1,0 +1,123 @@
+"""Which columns of a table hold what, and what its labels say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo.errors import UserError
+
+CAPTION = ("caption", "prompt", "text")
+CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win")
+REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose")
+IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns in use; label, uid and flag columns are None where a set has none.
+
+    With `label_0` None the first image is the preferred one of every row.
+    """
+
+    caption: str
+    first: str
+    second: str
+    label_0: str | None = None
+    label_1: str | None = None
+    has_label: str | None = None
+    are_different: str | None = None
+    uid_0: str | None = None
+    uid_1: str | None = None
+
+    @property
+    def judged_by(self) -> list[str]:
+        """The small columns that decide about a row."""
+        names = (self.label_0, self.label_1, self.has_label, self.are_different, self.uid_0, self.uid_1)
+        return [name for name in names if name]
+
+    @property
+    def read(self) -> list[str]:
+        """The columns a pair is made of."""
+        return [name for name in (self.caption, self.first, self.second, self.uid_0, self.uid_1) if name]
+
+
+def find_columns(names: Iterable[str], cfg: Any, where: str, kind: str = "auto") -> Columns:
+    """Chooses the columns of a table among `names`; `kind` "pickapic" or "chosen-rejected" admits that layout only.
+
+    Raises UserError that names the columns found.
+    """
+    names = list(names)
+
+    def pick(chosen: str | None, usual: Iterable[str]) -> str | None:
+        if chosen is not None:
+            return chosen if chosen in names else None
+        return next((name for name in usual if name in names), None)
+
+    caption = pick(cfg.caption_column, CAPTION)
+    chosen, rejected = pick(cfg.chosen_column, CHOSEN), pick(cfg.rejected_column, REJECTED)
+    images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
+    by_name = cfg.chosen_column is not None or cfg.rejected_column is not None
+    if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:
+        optional = [n if n in names else None for n in ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid")]
+        return Columns(caption, *images, "label_0", *optional)
+    if caption and chosen and rejected and kind != "pickapic":
+        return Columns(caption, chosen, rejected)
+    layouts = {
+        "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected",
+        "pickapic": "caption, jpg_0, jpg_1, label_0",
+        "chosen-rejected": "prompt, chosen, rejected",
+    }
+    raise UserError(
+        f"{where}: needs the columns {layouts[kind]}, found {', '.join(names) or 'none'}; "
+        "name others with --caption-column, --chosen-column, --rejected-column"
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """For n rows: which to keep, which have the second image preferred, and the preference's probability in [0.5, 1]."""
+
+    keep: np.ndarray  # [n] bool
+    swap: np.ndarray  # [n] bool
+    prob: np.ndarray  # [n] fp32
+    counts: dict[str, int]
+
+
+def judge(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> Verdict:
+    """What the labels of `rows` rows say; table maps the names of `columns.judged_by` to arrays (NaN or None where null).
+
+    Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of one image with itself,
+    and, unless ties is "keep", ties.
+    """
+    if columns.label_0 is None:
+        ones = np.ones(rows, dtype=bool)
+        return Verdict(ones, ~ones, np.ones(rows, dtype=np.float32), {"rows": rows})
+    p = table[columns.label_0].astype(np.float64)
+    other = 1.0 - p if columns.label_1 is None else table[columns.label_1].astype(np.float64)
+    unlabelled = np.isnan(p) | np.isnan(other)
+    if columns.has_label:
+        unlabelled |= table[columns.has_label] == False  # noqa: E712  (null is neither)
+    if columns.uid_0 and columns.uid_1:
+        first, second = table[columns.uid_0], table[columns.uid_1]
+        identical = (first == second) & (first != None)  # noqa: E711  (elementwise)
+    elif columns.are_different:
+        identical = table[columns.are_different] == False  # noqa: E712
+    else:
+        identical = np.zeros(rows, dtype=bool)
+    with np.errstate(invalid="ignore"):
+        invalid = ~((p >= 0) & (p <= 1) & (np.abs(p + other - 1) <= TOLERANCE))
+        tie = np.abs(p - 0.5) <= TOLERANCE
+    invalid &= ~unlabelled
+    identical = identical.astype(bool) & ~unlabelled & ~invalid
+    tie &= ~unlabelled & ~invalid & ~identical
+    keep = ~(unlabelled | invalid | identical)
+    if ties == "drop":
+        keep &= ~tie
+    prob = np.where(tie, 0.5, np.maximum(p, 1.0 - p)).astype(np.float32)
+    counts = {"rows": rows, "ties": tie, "unlabelled": unlabelled, "invalid labels": invalid, "one image twice": identical}
+    return Verdict(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})

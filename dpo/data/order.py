@@ -1,0 +1,52 @@
+"""The order of an epoch: a pure function of (seed, epoch) and of how the pairs are stored.
+
+Every pair gets a time, and the pairs are read in the order of their times. Where pairs can be read one by one, the time is
+a keyed uniform number and the order a uniform permutation. Parquet can only be read a row group at a time (Pick-a-Pic v2:
+hundreds of megabytes), so there the row groups are permuted and a pair's time is
+
+    (place of its row group among the permuted row groups) + window * (keyed uniform number in [0, 1))
+
+At any moment only the last `window` row groups are in use, each is read once an epoch, and the reads are spread evenly.
+The price: pairs of one row group stay within `window` row groups of each other. Sets that fit in memory as a whole (see
+`parquet.WINDOW_BYTES`) are permuted uniformly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from csrc_triton.philox import Stream, random_bits
+
+CHUNK = 1 << 16
+
+
+def _uniform(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Keyed numbers in [0, 1) with 53 bits for int64 keys [n] -> fp64 [n]."""
+    out = np.empty(len(keys), dtype=np.float64)
+    for begin in range(0, len(keys), CHUNK):
+        part = torch.from_numpy(keys[begin : begin + CHUNK])
+        bits = random_bits(part, torch.full_like(part, epoch), Stream.ORDER, seed, 2)
+        out[begin : begin + CHUNK] = ((bits[:, 0] << 21) | (bits[:, 1] >> 11)).numpy() * 2.0**-53
+    return out
+
+
+def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None, window: int | None = None) -> np.ndarray:
+    """A permutation of 0..n-1, int64 [n]. groups: int [n], the unit of reading of each pair; window: units open at once."""
+    time = _uniform(np.arange(n, dtype=np.int64), seed, epoch)
+    if groups is not None and window is not None:
+        present, member = np.unique(groups, return_inverse=True)
+        place = np.empty(len(present), dtype=np.int64)
+        place[np.argsort(_uniform(-1 - present.astype(np.int64), seed, epoch), kind="stable")] = np.arange(len(present))
+        time = place[member] + window * time
+    return np.argsort(time, kind="stable")
+
+
+def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    """bool [n]: a keyed choice of about `share` of the keys; equal keys are chosen alike."""
+    out = np.zeros(len(keys), dtype=bool)
+    for begin in range(0, len(keys), CHUNK):
+        part = torch.from_numpy(keys[begin : begin + CHUNK])
+        bits = random_bits(part, torch.zeros_like(part), Stream.SPLIT, seed, 1)[:, 0]
+        out[begin : begin + CHUNK] = (bits < share * 2**32).numpy()
+    return out

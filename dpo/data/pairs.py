@@ -1,0 +1,173 @@
+"""What every data source yields: a caption, a preferred image, another one, and how sure the preference is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class BadImage(Exception):
+    """An image that cannot be used (missing, unreadable, truncated, too large); the message says which of these."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One image as a file's bytes, or as a path to be read where it is decoded. `uid` is its stable identity."""
+
+    uid: str
+    data: bytes | None = None
+    path: str | None = None
+
+    def load(self) -> bytes:
+        """The file's bytes. Raises BadImage when there are none."""
+        if self.data is not None:
+            return self.data
+        if self.path is None:
+            raise BadImage("no image")
+        try:
+            return Path(self.path).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{self.path}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`key` is a 64-bit hash of (preferred uid, other uid, caption) as a signed integer; `prob` in [0.5, 1]."""
+
+    key: int
+    caption: str
+    win: ImageRef
+    lose: ImageRef
+    prob: float
+
+
+class Source(Protocol):
+    """Pairs with random access. `groups` [n] int32 names the unit of reading each pair lies in, None where pairs are read
+    one by one; `window` is how many such units may be open at once, None for all."""
+
+    prob: np.ndarray  # [n] fp32, before label smoothing
+    groups: np.ndarray | None
+    window: int | None
+    summary: dict[str, int]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+    def caption_keys(self) -> np.ndarray:
+        """[n] int64: a hash of each pair's caption, without reading images."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some pairs of another source, with its order of reading."""
+
+    source: Source
+    indices: np.ndarray  # [m] int64
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[int(self.indices[index])]
+
+    @property
+    def prob(self) -> np.ndarray:
+        return self.source.prob[self.indices]
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        return None if self.source.groups is None else self.source.groups[self.indices]
+
+    @property
+    def window(self) -> int | None:
+        return self.source.window
+
+    @property
+    def summary(self) -> dict[str, int]:
+        return self.source.summary | {"pairs": len(self)}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.source.fingerprint, self.indices.tobytes().hex())
+
+    def caption_keys(self) -> np.ndarray:
+        return self.source.caption_keys()[self.indices]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A few pairs kept in memory with their image files, so that every validation pass reads nothing."""
+
+    pairs: list[Pair]
+    prob: np.ndarray
+    summary: dict[str, int]
+    fingerprint: str
+    groups: None = None
+    window: None = None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.pairs[index]
+
+    def caption_keys(self) -> np.ndarray:
+        return np.array([caption_key(pair.caption) for pair in self.pairs], dtype=np.int64)
+
+
+def hold(source: Source, indices: np.ndarray) -> Held:
+    """Reads the pairs at `indices` once, in the order in which they are stored."""
+    indices = np.sort(indices)
+    subset = Subset(source, indices)
+    return Held([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
+
+
+def digest(*parts: str) -> str:
+    """A short stable hash of some strings, as hex."""
+    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _key(*parts: str) -> int:
+    value = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(value, "little", signed=True)
+
+
+def pair_key(win: str, lose: str, caption: str) -> int:
+    """The key of a pair from its images' uids and its caption: the same wherever the pair is stored.
+
+    The order of the images counts: a pair judged twice the same way has one key (and one noise in an epoch), a pair judged
+    both ways has two, so that nothing recorded under a key can be taken for the other half's.
+    """
+    return _key(win, lose, caption)
+
+
+def caption_key(caption: str) -> int:
+    """A hash of a caption alone, by which pairs are held out: a caption never stands on both sides of the split."""
+    return _key("caption", caption)
+
+
+def image_ref(value: Any, uid: str | None, root: str | None) -> ImageRef:
+    """The image in a cell: file bytes, {"bytes", "path"}, or a path relative to `root`.
+
+    Without a uid, embedded bytes are identified by their content and paths by what is written in the cell.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        path = Path(value) if root is None else Path(root) / value
+        return ImageRef(uid or value, path=str(path))
+    if isinstance(value, bytes) and value:
+        return ImageRef(uid or hashlib.blake2b(value, digest_size=16).hexdigest(), data=value)
+    return ImageRef(uid or "")
+
+
+def make_pair(caption: str, first: ImageRef, second: ImageRef, swap: bool, prob: float, smoothing: float) -> Pair:
+    """Orders a pair by its label. Smoothing applies to certain labels only; soft ones and ties keep their probability."""
+    win, lose = (second, first) if swap else (first, second)
+    return Pair(pair_key(win.uid, lose.uid, caption), caption, win, lose, 1.0 - smoothing if prob == 1.0 else float(prob))

@@ -1,0 +1,209 @@
+"""Pairs from parquet files: an index of the labels, and images read a row group at a time.
+
+Opening reads footers and the small columns (labels, uids) and never an image; about 15 bytes a pair stay in memory. A row
+group is the least that parquet can read, so a few recent ones are kept; `order.epoch_order` arranges the epoch for that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo.data.labels import Columns, Verdict, find_columns, judge
+from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
+from dpo.errors import UserError
+
+WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; part of what defines the order
+SCANNERS = 8  # files opened side by side
+
+logger = logging.getLogger("dpo")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Parquet files: names to show and to sort by, how to open one (a path or a file object), and the folder that the
+    names are relative to (None on the hub): paths of images in a cell are relative to the parquet file."""
+
+    names: list[str]
+    open: Callable[[str], Any]
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What one file says without its images."""
+
+    verdict: Verdict
+    group_rows: list[int]
+    group_bytes: list[int]
+
+
+def _scan(files: Files, name: str, columns: Columns, ties: str) -> _Scan:
+    with _opened(files, name) as file:
+        missing = [c for c in columns.read + columns.judged_by if c not in file.schema_arrow.names]
+        if missing:
+            raise UserError(f"{name}: column {missing[0]} is missing, found {', '.join(file.schema_arrow.names)}")
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        small = file.read(columns=columns.judged_by) if columns.judged_by else None
+    table = {c: small.column(c).to_numpy(zero_copy_only=False) for c in columns.judged_by} if small is not None else {}
+    rows = sum(group.num_rows for group in groups)
+    try:
+        verdict = judge(table, columns, rows, ties)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: the labels are not numbers ({error})") from error
+    return _Scan(verdict, [group.num_rows for group in groups], [_bytes_of(group, columns.read) for group in groups])
+
+
+def _bytes_of(group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """Size in memory of the columns `names` of a row group."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in names)
+
+
+class _opened:
+    """`with _opened(files, name) as ParquetFile`: closes it, and turns what is unreadable into a UserError."""
+
+    def __init__(self, files: Files, name: str):
+        self.files, self.name = files, name
+
+    def __enter__(self) -> pq.ParquetFile:
+        try:
+            self.file = pq.ParquetFile(self.files.open(self.name))
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+        return self.file
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.file.close(force=True)
+        if isinstance(error, (pa.ArrowException, OSError)):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> UserError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return UserError(f"{self.name}: cannot be read as parquet ({reason}); fetch it again or leave it out")
+
+
+@dataclass
+class ParquetSource:
+    """Pairs of parquet files. Safe to use from several threads; not meant to be sent to worker processes."""
+
+    files: Files
+    columns: Columns
+    smoothing: float
+    file: np.ndarray  # [n] int32
+    group: np.ndarray  # [n] int32, row group within the file
+    row: np.ndarray  # [n] int32, row within the row group
+    swap: np.ndarray  # [n] bool
+    prob: np.ndarray  # [n] fp32
+    groups: np.ndarray  # [n] int32, row group within the set
+    window: int | None
+    kept: int  # row groups held
+    summary: dict[str, int]
+    fingerprint: str
+    cache: OrderedDict[int, pa.Table] = field(default_factory=OrderedDict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, index: int) -> Pair:
+        table, row, columns = self._read(index), int(self.row[index]), self.columns
+
+        def cell(name: str | None) -> Any:
+            return None if name is None else table.column(name)[row].as_py()
+
+        root = self.files.root and str(Path(self.files.root, self.files.names[self.file[index]]).parent)
+        first = image_ref(cell(columns.first), cell(columns.uid_0), root)
+        second = image_ref(cell(columns.second), cell(columns.uid_1), root)
+        swap, prob = bool(self.swap[index]), float(self.prob[index])
+        return make_pair(cell(columns.caption) or "", first, second, swap, prob, self.smoothing)
+
+    def _read(self, index: int) -> pa.Table:
+        """The row group of a pair, from memory or from its file."""
+        number = int(self.groups[index])
+        with self.lock:
+            if number in self.cache:
+                self.cache.move_to_end(number)
+            else:
+                while len(self.cache) >= self.kept:
+                    self.cache.popitem(last=False)
+                with _opened(self.files, self.files.names[self.file[index]]) as file:
+                    self.cache[number] = file.read_row_group(int(self.group[index]), columns=self.columns.read)
+            return self.cache[number]
+
+    def caption_keys(self) -> np.ndarray:
+        """[n] int64 hashes of the captions; reads that column only."""
+        keys = np.empty(len(self), dtype=np.int64)
+        starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
+        for begin, end in zip(starts, np.append(starts[1:], len(self)), strict=True):
+            with _opened(self.files, self.files.names[self.file[begin]]) as file:
+                captions = file.read_row_group(int(self.group[begin]), columns=[self.columns.caption]).column(0).to_pylist()
+            keys[begin:end] = [caption_key(captions[row] or "") for row in self.row[begin:end]]
+        return keys
+
+
+def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
+    """Scans the files and indexes their usable pairs (the first cfg.max_pairs of them). Raises UserError."""
+    with _opened(files, files.names[0]) as file:
+        schema = file.schema_arrow
+    columns = find_columns(schema.names, cfg, files.names[0], kind)
+    text = schema.field(columns.caption).type
+    if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+        raise UserError(f"{files.names[0]}: the captions in {columns.caption} are {text}, not text")
+    parts, counts, sizes, scanned, total = [], {}, [], [], 0
+    for number, (name, scan) in enumerate(_scans(files, columns, cfg.ties)):
+        keep = np.flatnonzero(scan.verdict.keep)
+        if cfg.max_pairs is not None:
+            keep = keep[: cfg.max_pairs - total]
+        rows = np.array(scan.group_rows, dtype=np.int64)
+        group = np.repeat(np.arange(len(rows)), rows)[keep]
+        row = keep - (np.cumsum(rows) - rows)[group]
+        verdict = scan.verdict
+        parts.append((np.full(len(keep), number), group, row, verdict.swap[keep], verdict.prob[keep], len(sizes) + group))
+        sizes += scan.group_bytes
+        counts = {key: counts.get(key, 0) + value for key, value in verdict.counts.items()}
+        scanned.append(f"{name}:{scan.group_rows}:{scan.group_bytes}")
+        total += len(keep)
+        if total == cfg.max_pairs:
+            break
+    types = (np.int32, np.int32, np.int32, bool, np.float32, np.int32)
+    arrays = [np.concatenate(column).astype(dtype) for column, dtype in zip(zip(*parts, strict=True), types, strict=True)]
+    used = [sizes[number] for number in np.unique(arrays[-1])]
+    window, kept = _window(used)
+    return ParquetSource(
+        files, columns, cfg.label_smoothing, *arrays, window=window, kept=kept,
+        summary=counts | {"pairs": total},
+        fingerprint=digest(*scanned, repr(columns), cfg.ties, str(cfg.max_pairs)),
+    )  # fmt: skip
+
+
+def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:
+    """The scan of every file in order, several files at a time and few ahead of the caller."""
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        for begin in range(0, len(files.names), SCANNERS):
+            names = files.names[begin : begin + SCANNERS]
+            yield from zip(names, pool.map(lambda name: _scan(files, name, columns, ties), names), strict=True)
+
+
+def _window(sizes: list[int]) -> tuple[int | None, int]:
+    """Row groups in use at once (None: all of them) and row groups kept in memory, from their sizes in bytes."""
+    if sum(sizes) <= WINDOW_BYTES:
+        return None, max(1, len(sizes))
+    mean = sum(sizes) / len(sizes)
+    window = max(2, int(WINDOW_BYTES / mean))
+    if window * mean > 2 * WINDOW_BYTES:
+        logger.warning(
+            "the parquet row groups hold %.1f GiB each: reading takes %.1f GiB of memory; smaller row groups need less",
+            mean / 1024**3, (window + 1) * mean / 1024**3,
+        )  # fmt: skip
+    return window, window + 1
