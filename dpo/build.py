@@ -1,0 +1,417 @@
+"""From a checked config to a run that is ready for its next update: model, data, reference, optimizer, tables.
+
+What can be refused is refused in the order of its cost: output folder, model index, data, checkpoint, and only then weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo import checkpoint, decisions, flops, objective, optimizer, reference, schedule, validation
+from dpo.config import Config, change, flatten, from_mapping
+from dpo.correction import CorrectionTable
+from dpo.data import Source, batches, describe, held_out_batches, open_sources
+from dpo.errors import UserError
+from dpo.metrics import StepMetrics
+from dpo.models import Components, kernels, lora
+from dpo.models.load import fingerprint, load, load_unet_into, locate
+from dpo.models.unet import halve, use_attention, use_checkpointing
+from dpo.step import Encoder, PairStep
+
+log = logging.getLogger("dpo")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHTS = {"bf16-pure": torch.bfloat16, "fp64": torch.float64}
+
+
+class Diverged(UserError):
+    """The loss or the gradient is no longer a number; the weights are still those before this update."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Counted FLOPs of training on one pair, and the device's peak, for the figures that tell how well it is used."""
+
+    pair_flops: float
+    peak_tflops: float | None
+
+    def figures(self, pairs_per_second: float) -> dict[str, float | None]:
+        tflops = self.pair_flops * pairs_per_second / 1e12
+        return {"tflops": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
+
+
+@dataclass
+class Run:
+    """Everything an update needs, and where the run stands."""
+
+    config: Config
+    model: Components
+    source: Source
+    encoder: Encoder
+    step: PairStep
+    updater: optimizer.Updater
+    table: CorrectionTable
+    held_out: validation.HeldOut | None
+    output: Path
+    fingerprints: dict[str, str]
+    schedule: schedule.Schedule
+    total: int  # updates wanted
+    speed: Speed
+    device: torch.device
+    metrics: StepMetrics = field(default_factory=StepMetrics)
+    held_out_source: Source | None = None
+    done: int = 0  # updates made
+    position: int = 0  # pairs consumed, holes included
+    started: float = 0.0  # seconds since the epoch
+    evaluation: dict[str, Any] = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
+
+    @property
+    def nominal(self) -> int:
+        """Pairs per update, holes included."""
+        return self.config.optim.effective_batch
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def learning_rate(self) -> float:
+        optim = self.config.optim
+        return optimizer.learning_rate(
+            self.done, peak=decisions.learning_rate(self.config), warmup=optim.warmup, steps=self.total, scheduler=optim.scheduler
+        )
+
+    def correction(self) -> Tensor:
+        """C [T] of DDE as it stands at the start of an update (all zero for the other methods)."""
+        return self.table.correction().to(self.step.weight.dtype)
+
+    def drop(self) -> None:
+        """Forget the update in progress."""
+        self.updater.drop()
+        self.table.discard()
+        self.metrics = StepMetrics()
+
+    def check_finite(self, figures: dict[str, Any]) -> None:
+        """Raise Diverged, with the step and timesteps, before a loss or gradient that is not a number reaches the weights."""
+        scaled = self.updater.scaler is not None  # an infinite gradient is how the loss scale finds its level
+        if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
+            self.drop()
+            at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
+            raise Diverged(
+                f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at}); the state before it is saved: "
+                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest"
+            )
+
+    def batches(self) -> Iterator[Any]:
+        """Micro-batches from the run's position on, without end."""
+        data, optim = self.config.data, self.config.optim
+        return batches(
+            self.source,
+            data,
+            seed=self.config.runtime.seed,
+            start=self.position,
+            micro_batch=optim.batch_size,
+            resolution=data.resolution,
+            workers=data.workers,
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU when there is one. Raises UserError for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
+    return torch.device(name)
+
+
+def check_output(config: Config) -> Path:
+    """The output folder, unless it holds another run that is neither resumed nor to be replaced."""
+    output = Path(config.output.output).expanduser()
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; name a folder")
+    occupied = (output / "config.toml").exists() or (output / "checkpoints").exists() or (output / "model_index.json").exists()
+    if occupied and not config.output.resume and not config.output.overwrite:
+        raise UserError(f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output")
+    return output
+
+
+def build(config: Config, notes: list[str]) -> Run:
+    """Make the run of `config`; `notes` are what reading the command line had to say."""
+    torch.manual_seed(config.runtime.seed)  # for libraries that initialise weights; no update consumes it
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.runtime.tf32
+    device = pick_device(config.runtime.device)
+    output = check_output(config)
+    config = embedded(config)
+    named = config.model
+    locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
+    source, held_out_source = open_sources(config.data)
+    log.info("pairs: %s", describe(source))
+    saved = checkpoint.find(output / "checkpoints", config.output.resume) if config.output.resume else None
+    config, model, plan = _load_model(config, device, notes)
+    if saved is not None:
+        _check_resume(config, saved)
+    prints = {"model": fingerprint(model.unet), "data": source.fingerprint}
+    _cast(config, model)
+    twin = _make_reference(config, model)
+    layers = _make_policy(config, model.unet)
+    policy = _settle(config, model.unet, device)
+    pairwise = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
+    if twin is not None:
+        predict = reference.from_copy(_settle(config, twin, device))
+    else:
+        predict = reference.from_adapters(policy, layers) if pairwise else None
+    step, tables = _pair_step(config, model, plan, policy, predict, device)
+    encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
+    run = Run(
+        config=config,
+        model=model,
+        source=source,
+        encoder=encoder,
+        step=step,
+        updater=_updater(config, model.unet),
+        table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho),
+        held_out=_held_out(config, held_out_source, step, encoder, predict),
+        output=output,
+        fingerprints=prints,
+        schedule=plan,
+        speed=_speed(config, model, device),
+        device=device,
+        held_out_source=held_out_source,
+        total=decisions.total_steps(config, len(source)),
+    )
+    if saved is not None:
+        restore(run, saved)
+    return run
+
+
+def embedded(config: Config) -> Config:
+    """`config` with the small world inside the package where no model or no data is named."""
+    from dpo import tiny
+
+    if config.model.model is None:
+        config = change(config, model=str(tiny.pipeline_path()))
+    if config.data.data is None:
+        config = change(config, data=str(tiny.train_pairs_path()))
+        if config.data.validation_data is None and not config.data.validation_fraction:
+            config = change(config, validation_data=str(tiny.validation_pairs_path()))
+    return config
+
+
+def _load_model(config: Config, device: torch.device, notes: list[str]) -> tuple[Config, Components, schedule.Schedule]:
+    """Weights on the CPU in fp32, the config with everything decided, and the noise schedule. Says what was decided."""
+    named = config.model
+    model = load(
+        named.model,
+        family=named.family,
+        revision=named.revision,
+        variant=named.variant,
+        vae=named.vae,
+        single_file_config=named.single_file_config,
+        cache_dir=named.cache_dir,
+    )
+    config, decided = decisions.resolve(
+        config,
+        family=model.family.name,
+        beta=model.family.beta,
+        guidance=model.family.guidance,
+        prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
+        device=str(device),
+        turbo=model.turbo,
+        native_resolution=model.native_resolution,
+        num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
+        bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(),
+    )
+    for line in [*notes, *decided]:
+        log.info("%s", line)
+    for line in decisions.warnings(config):
+        log.warning("%s", line)
+    log.info("%s", decisions.headline(config))
+    plan = schedule.from_scheduler(
+        model.scheduler_config,
+        prediction_type=config.model.prediction_type,
+        turbo=config.model.timesteps == "turbo",
+        zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
+    )
+    model.prediction_type = plan.prediction_type
+    return config, model, plan
+
+
+def _cast(config: Config, model: Components) -> None:
+    """Every module in the run's dtype: fp32 master weights for the UNet under autocast, half precision for what is only read.
+
+    SDXL's VAE overflows in fp16 and stays in fp32 there.
+    """
+    precision = config.runtime.precision
+    own = WEIGHTS.get(precision, torch.float32)
+    read_only = HALF.get(precision, own)
+    model.unet.to(own)
+    model.vae.to(torch.float32 if precision == "fp16" and model.family.name == "sdxl" else read_only)
+    for encoder in model.text_encoders:
+        encoder.to(read_only)
+
+
+def _make_reference(config: Config, model: Components) -> nn.Module | None:
+    """A frozen copy of the UNet where the reference needs one of its own; and the policy's start, if it is another UNet."""
+    named = config.model
+    apart = named.unet_init is not None and named.reference_model == "base"
+    if named.unet_init and not apart:
+        load_unet_into(model.unet, named.unet_init)
+    pairwise = objective.METHODS[config.method.method].pairwise
+    own = pairwise and config.runtime.reference != "recorded" and (apart or not config.lora.lora)
+    twin = reference.frozen(model.unet, HALF.get(config.runtime.precision)) if own else None
+    if apart:
+        load_unet_into(model.unet, named.unet_init)
+    return twin
+
+
+def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
+    """Adapters (their layers are returned), or all weights trainable."""
+    low_rank = config.lora
+    unet.train(low_rank.lora_dropout > 0)
+    if not low_rank.lora:
+        unet.requires_grad_(True)
+        return []
+    layers = lora.add(
+        unet,
+        rank=low_rank.rank,
+        alpha=low_rank.alpha,
+        target_modules=low_rank.target_modules,
+        dropout=low_rank.lora_dropout,
+        seed=config.runtime.seed,
+    )
+    if config.runtime.precision in HALF:
+        halve(unet, HALF[config.runtime.precision])
+    return layers
+
+
+def _settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
+    """The same choices for policy and reference: device, layout, attention, checkpointing, kernels, compilation."""
+    run = config.runtime
+    unet.to(device)
+    if run.channels_last == "on":
+        unet.to(memory_format=torch.channels_last)
+    use_attention(unet, run.attention)
+    use_checkpointing(unet, run.checkpointing)
+    if run.kernels == "triton":
+        kernels.patch(unet)
+    return torch.compile(unet) if run.compile else unet
+
+
+def _pair_step(
+    config: Config, model: Components, plan: schedule.Schedule, policy: Any, predict: reference.Predict | None, device: torch.device
+) -> tuple[PairStep, objective.Tables]:
+    method, precision = config.method, config.runtime.precision
+    tables = objective.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
+    real = torch.float64 if precision == "fp64" else torch.float32
+    step = PairStep(
+        model=model,
+        policy=policy,
+        reference=predict,
+        alphas_cumprod=plan.alphas_cumprod.to(device, real),
+        timesteps=schedule.usable_timesteps(plan, method.window_low, method.window_high).to(device),
+        weight=tables.weight.to(device, real),
+        beta=torch.tensor(method.beta, dtype=real, device=device),
+        seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
+        shape=method.loss,
+        sft_weight=method.sft_weight,
+        autocast=HALF.get(precision),
+        dtype=WEIGHTS.get(precision, torch.float32),
+    )
+    return step, tables
+
+
+def _updater(config: Config, unet: nn.Module) -> optimizer.Updater:
+    optim = config.optim
+    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    made = optimizer.build(
+        optim.optimizer, parameters, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
+    log.info("training %s of %.1f M parameters", f"{sum(p.numel() for p in parameters):,}", sum(p.numel() for p in unet.parameters()) / 1e6)
+    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
+
+
+def _held_out(
+    config: Config, source: Source | None, step: PairStep, encoder: Encoder, predict: reference.Predict | None
+) -> validation.HeldOut | None:
+    """The held-out pairs, encoded, with their reference errors."""
+    if source is None or not config.output.validate_every:
+        return None
+    data = config.data
+    log.info("held-out accuracy: %d pairs, %d draws each", len(source), data.validation_draws)
+    stream = held_out_batches(source, data, micro_batch=config.optim.batch_size, resolution=data.resolution, workers=0)
+    return validation.prepare(step, encoder, stream, data.validation_draws, predict)
+
+
+def _speed(config: Config, model: Components, device: torch.device) -> Speed:
+    side = config.data.resolution // model.vae_scale
+    text = model.text_encoders[0].config.max_position_embeddings
+    forward = flops.unet_flops(dict(model.unet.config), side, side, text)
+    encode = flops.vae_encode_flops(dict(model.vae.config), config.data.resolution, config.data.resolution)
+    live = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
+    per_pair = flops.pair_flops(
+        forward, trainable="lora" if config.lora.lora else "full", reference="live" if live else None, encode=encode
+    )
+    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return Speed(per_pair, peak)
+
+
+def snapshot(run: Run) -> Path:
+    """Write the checkpoint of the run as it stands, and drop the oldest ones beyond the limit."""
+    optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
+    names = run.updater.names
+    tensors = {
+        "policy": dict(zip(names, run.updater.parameters, strict=True)),
+        "optimizer": optimizer_tensors,
+        "tables": {"correction": run.table.table},
+        "ema": dict(zip(names, run.updater.ema, strict=True)) if run.updater.ema else {},
+    }
+    state = {
+        "step": run.done,
+        "position": run.position,
+        "config": flatten(run.config),
+        "fingerprints": run.fingerprints,
+        "optimizer": optimizer_rest,
+        "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
+        "versions": {"torch": torch.__version__},
+    }
+    path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
+    checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
+    return path
+
+
+def _check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
+    """Say what changed since the checkpoint; refuse what would silently make another run of it."""
+    allowed, refused = decisions.resume_changes(from_mapping(saved.state["config"]), config)
+    if refused:
+        raise UserError(f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew")
+    for line in allowed:
+        log.warning("changed on resume: %s", line)
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Put a checkpoint into a freshly built run, exactly; training goes on at its next batch."""
+    state, tensors = saved.state, saved.tensors
+    if state["fingerprints"]["model"] != run.fingerprints["model"]:
+        raise UserError(f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew")
+    if state["fingerprints"]["data"] != run.fingerprints["data"]:
+        log.warning("the training pairs differ from the checkpoint's: their order starts from position %d of the new set", state["position"])
+    updater = run.updater
+    checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
+    if updater.ema:
+        checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), tensors["ema"], "averaged weights")
+    updater.optimizer.load_state_dict(checkpoint.unpack(tensors.get("optimizer", {}), state["optimizer"]))
+    if updater.scaler is not None and state["scaler"]:
+        updater.scaler.load_state_dict(state["scaler"])
+    run.table.table.copy_(tensors["tables"]["correction"])
+    run.done, run.position = state["step"], state["position"]
+    log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)

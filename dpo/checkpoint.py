@@ -1,0 +1,233 @@
+"""Checkpoints: folders of safetensors and one JSON, written atomically, verified by checksum, never unpickled.
+
+    checkpoints/step-00000500/
+        policy.safetensors  optimizer.safetensors  tables.safetensors  ema.safetensors
+        state.json          step, position, config, fingerprints, checksums
+
+A folder appears under its name only when all of it is on disk, so a kill at any moment leaves the previous one intact.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo.errors import UserError
+
+log = logging.getLogger("dpo")
+FORMAT = 1
+NAME = re.compile(r"step-(\d{8})")
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors[group][name]` on the CPU and the JSON `state`."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be trusted: truncated, altered or incomplete."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step: a reader sees the old file or the new one, never half of it."""
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _disk_error(error, path) from error
+
+
+def _disk_error(error: OSError, path: Path) -> Exception:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free / 2**30
+        return UserError(f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then go on with --resume latest")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
+    return error
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU, contiguous, no shared memory (safetensors refuses tensors that overlap)."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, flushed to disk; returns its checksum."""
+    save_file(_storable(tensors), path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return checksum(path)
+
+
+def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint `folder`; it appears whole or not at all. Raises UserError when the disk is full."""
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
+        text = json.dumps({"format": FORMAT, **state, "checksums": sums}, indent=1)
+        write_text(part / "state.json", text)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+        _sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            full = "No space left" in str(error)
+            error = OSError(errno.ENOSPC if full else errno.EIO, str(error))
+        raise _disk_error(error, folder) from error
+    return folder
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        sums = state["checksums"]
+        if state["format"] != FORMAT:
+            raise Damaged(f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder} has no readable state.json") from error
+    tensors = {}
+    for group, expected in sums.items():
+        path = folder / f"{group}.safetensors"
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        if checksum(path) != expected:
+            raise Damaged(f"{path} was truncated or altered")
+        tensors[group] = load_file(path)
+    return Checkpoint(folder, tensors, state)
+
+
+def listing(root: Path) -> list[Path]:
+    """Checkpoint folders under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def find(root: Path, which: str) -> Checkpoint:
+    """The checkpoint to resume: "latest" under `root`, or a path. A damaged one falls back to the one before, said in the log.
+
+    Raises UserError when there is none that can be read.
+    """
+    if which == "latest":
+        candidates = listing(root)[::-1]
+        if not candidates:
+            raise UserError(f"nothing to resume: no checkpoint under {root}; start without --resume")
+    else:
+        named = Path(which).expanduser()
+        if not named.is_dir():
+            raise UserError(f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500")
+        older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
+        candidates = [named, *older]
+    reasons = []
+    for path in candidates:
+        try:
+            found = load(path)
+        except Damaged as error:
+            reasons.append(str(error))
+            log.warning("checkpoint skipped: %s; trying the one before", error)
+            continue
+        return found
+    raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
+
+
+def prune(root: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints (None or 0: all) and clear what a killed write left behind."""
+    for path in root.glob(".step-*.part-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if limit:
+        for path in listing(root)[:-limit]:
+            shutil.rmtree(path)
+
+
+def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict -> (tensors by "index.key", the JSON rest)."""
+    tensors, numbers = {}, {}
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            elif value is not None:
+                numbers[f"{index}.{key}"] = value
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *rest["numbers"].items()]:
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Put saved tensors into live ones, in place. Raises UserError when names, shapes or dtypes differ."""
+    if list(parameters) != list(saved) and set(parameters) != set(saved):
+        raise UserError(f"the checkpoint's {what} belongs to another model or other LoRA settings; start without --resume")
+    with torch.no_grad():
+        for name, live in parameters.items():
+            if live.shape != saved[name].shape or live.dtype != saved[name].dtype:
+                raise UserError(
+                    f"the checkpoint's {what} has {name} as {saved[name].dtype} {tuple(saved[name].shape)}, the run wants "
+                    f"{live.dtype} {tuple(live.shape)}; resume with the settings it was made with"
+                )
+            live.copy_(saved[name])

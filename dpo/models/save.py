@@ -1,0 +1,87 @@
+"""Writing the result in diffusers layout: a whole pipeline, or a LoRA folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.models import Components
+from dpo.models import lora as lora_layers
+
+
+def scheduler_of(model: Components) -> Any:
+    """The scheduler the model came with, for sampling."""
+    import diffusers
+
+    name = model.scheduler_config.get("_class_name", "PNDMScheduler")
+    return getattr(diffusers, name).from_config(model.scheduler_config)
+
+
+def pipeline_of(model: Components, unet: nn.Module | None = None) -> Any:
+    """A diffusers pipeline around the loaded modules (shared, not copied), with `unet` in place of the model's own."""
+    import diffusers
+
+    kind = model.family
+    parts = dict(zip(kind.tokenizers, model.tokenizers, strict=True))
+    parts |= {name: module for (name, _), module in zip(kind.text_encoders, model.text_encoders, strict=True)}
+    parts |= {"unet": unet if unet is not None else model.unet, "vae": model.vae, "scheduler": scheduler_of(model)}
+    if kind.name == "sd":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return getattr(diffusers, kind.pipeline)(**parts)
+
+
+def _publish(part: Path, folder: Path) -> None:
+    """Move what `part` holds into `folder`, entry by entry; model_index.json last, so that a half-moved folder loads nowhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(part.iterdir(), key=lambda entry: entry.name == "model_index.json"):
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    part.rmdir()
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A hidden folder whose content is published when the block ends well, and deleted when it does not."""
+    part = folder / f".result.part-{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        _publish(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def save_pipeline(model: Components, unet: nn.Module, folder: Path) -> None:
+    """Write the whole pipeline with the trained UNet (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
+    with _staged(folder) as part:
+        pipeline_of(model, unet).save_pretrained(part, safe_serialization=True)
+
+
+def save_lora(model: Components, unet: nn.Module, folder: Path, *, layout: str) -> None:
+    """Write the adapter so that `load_lora_weights(folder)` takes it."""
+    import diffusers
+
+    with _staged(folder) as part:
+        lora_layers.save(unet, getattr(diffusers, model.family.pipeline), part, layout)
+
+
+def detached(unet: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    """A CPU copy of `unet` in fp32 (or wider), with `weights` (the averaged ones, say) in place of its own where given."""
+    twin = copy.deepcopy(unet).to("cpu")
+    twin = twin if twin.dtype == torch.float64 else twin.float()
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, value in (weights or {}).items():
+            parameters[name].copy_(value)
+    return twin

@@ -1,0 +1,20 @@
+"""Tokenizing captions, shared by the families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def token_ids(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> Tensor:
+    """Captions, padded and cut to the encoder's length: [B, S] int64 on the encoder's device."""
+    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoded.input_ids.to(next(encoder.parameters()).device)
+
+
+@torch.no_grad()
+def run_encoder(tokenizer: Any, encoder: nn.Module, captions: list[str], **options: Any) -> Any:
+    return encoder(token_ids(tokenizer, encoder, captions), **options)

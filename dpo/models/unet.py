@@ -1,0 +1,58 @@
+"""Choices made on a UNet before training: dtypes, memory layout, attention, gradient checkpointing."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from dpo.errors import UserError
+
+log = logging.getLogger("dpo")
+HALVED = (nn.Linear, nn.Conv2d)
+
+
+def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Frozen Linear and Conv2d weights in `dtype`, all else (norms, adapters) as it is: what autocast would compute.
+
+    Autocast casts the policy's fp32 weights of exactly these layers to `dtype` for every call, so a reference stored this
+    way gives the same bits; norms run in fp32 under autocast, and rounding their weights would shift the logit.
+    """
+    for module in unet.modules():
+        if isinstance(module, HALVED):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+    return unet
+
+
+def use_attention(unet: nn.Module, kind: str) -> None:
+    """sdpa is diffusers' default. xformers where it is installed; otherwise one warning and sdpa."""
+    if kind != "xformers":
+        return
+    if find_spec("xformers") is None:
+        log.warning("xformers is not installed (pip install xformers): attention runs on torch's scaled_dot_product_attention")
+        return
+    unet.enable_xformers_memory_efficient_attention()
+
+
+def use_checkpointing(unet: nn.Module, setting: str) -> None:
+    """Recompute activations in the backward pass: "off", "on", or a comma list of blocks such as down_blocks.0,mid_block."""
+    if setting == "off":
+        unet.disable_gradient_checkpointing()
+        return
+    unet.enable_gradient_checkpointing()
+    if setting == "on":
+        return
+    blocks = {name: module for name, module in unet.named_modules() if name == "mid_block" or name.count("_blocks.") == 1 and name.count(".") == 1}
+    chosen = [name.strip() for name in setting.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in blocks]
+    if unknown:
+        raise UserError(f"--checkpointing names no such block: {', '.join(unknown)}; the UNet has {', '.join(blocks)}")
+    for name, block in blocks.items():
+        if name not in chosen:
+            for module in block.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False

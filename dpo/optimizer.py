@@ -1,0 +1,98 @@
+"""The update: optimizers, learning-rate schedules, clipping, loss scaling and the averaged weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("dpo")
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler: str) -> float:
+    """Learning rate of update `step` (0 is the first): linear warm-up to `peak`, then constant, linear or cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[scheduler]
+
+
+def build(
+    kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimizer by its flag name; what a fallback changes is said in the log."""
+    adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    on_gpu = parameters[0].is_cuda
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, **adam, fused=True)
+    if kind == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
+    import bitsandbytes as bnb
+
+    if kind == "paged-adamw8bit" and not on_gpu:
+        log.warning("paged-adamw8bit pages between GPU and host memory; on the CPU it is plain adamw8bit")
+        kind = "adamw8bit"
+    if kind == "lion8bit":
+        return bnb.optim.Lion8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return {"adamw8bit": bnb.optim.AdamW8bit, "paged-adamw8bit": bnb.optim.PagedAdamW8bit}[kind](parameters, **adam)
+
+
+@dataclass
+class Updater:
+    """Turns summed gradients into an update.
+
+    Gradients arrive as sums over pairs divided by the nominal batch (and, under fp16, times the loss scale);
+    `update` brings them to the mean over usable pairs, clips their global norm and steps.
+    """
+
+    names: list[str]
+    parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    scaler: torch.amp.GradScaler | None = None
+    ema_decay: float = 0.0
+    ema: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.ema_decay > 0 and not self.ema:
+            self.ema = [p.detach().clone() for p in self.parameters]
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    @torch.no_grad()
+    def grad_norm(self, share: float) -> Tensor:
+        """Unscale the gradients, divide by `share` (usable over nominal pairs) and return their global norm, on the device."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if share != 1.0:
+            torch._foreach_mul_(grads, 1.0 / share)
+        return torch.nn.utils.get_total_norm(grads, foreach=True)
+
+    @torch.no_grad()
+    def update(self, lr: float, norm: Tensor) -> None:
+        """One optimizer step at learning rate `lr`; `norm` is what `grad_norm` returned. Gradients are dropped afterwards."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.max_grad_norm > 0:
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients of a step in progress."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,62 @@
+"""Align a text-to-image diffusion model with preference pairs.
+
+    python -m dpo.train                                                    the small world inside the package, on a CPU
+    python -m dpo.train --preset sd15 --data pairs/ --output runs/sd15      Diffusion-DPO, Stable Diffusion 1.5, all weights
+    python -m dpo.train --preset sdxl-lora --data pairs/ --method dde       DDE, SDXL, low-rank adapters
+    python -m dpo.train --output runs/sd15 --resume latest                  go on with a run
+    python -m dpo.train --compat hf-sd15 <a diffusers command line>         another trainer's flags and meanings
+
+Read `train_step` below, then step.py (a micro-batch), objective.py (the methods) and loop.py (what surrounds the updates).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dpo.errors import UserError
+
+
+def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
+    """One update from an effective batch: accumulate gradients over its micro-batches, clip, step. Returns the step's figures.
+
+    The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however it is cut into
+    micro-batches. DDE's table is read frozen and updated once, at the end. Nothing waits for the device before the figures
+    are read; a loss or gradient that is not finite raises `Diverged` there, before any weight has changed.
+    """
+    correction = run.correction()
+    usable = 0
+    for batch in micro_batches:
+        inputs = run.encoder.inputs(batch)
+        terms, timesteps = run.step(inputs, correction, recorded=batch.recorded)
+        run.updater.scaled(terms.loss.sum() / run.nominal).backward()
+        run.table.gather(terms.table_sum, terms.table_count)
+        run.metrics.add(terms, timesteps, inputs.prob, inputs.usable)
+        usable += int(batch.usable.sum())  # on the host: no synchronisation
+    norm = run.updater.grad_norm(usable / run.nominal)
+    figures = run.metrics.read({"grad_norm": norm})
+    run.check_finite(figures)
+    if usable:
+        run.updater.update(run.learning_rate(), norm)
+        run.table.commit()
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 when the run ended, 2 after a mistake of the user's (one line on stderr), 130 when interrupted."""
+    from dpo.cli import parse
+
+    try:
+        config, notes = parse(sys.argv[1:] if argv is None else argv)
+        from dpo import console, loop  # torch is imported only once the command line is known to be good
+
+        console.setup()
+        return loop.train(config, notes, train_step)
+    except UserError as error:
+        print(f"dpo.train: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

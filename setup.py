@@ -1,0 +1,44 @@
+"""Packages, dependencies by range, and console commands."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="diffusion-dpo",
+    version="0.1.0",
+    description="Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, with Triton kernels",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
+    package_data={"dpo": ["presets/*.toml", "*.html"], "dpo.tiny": ["assets/**/*"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "diffusers>=0.36,<0.44",
+        "transformers>=4.57,<6",
+        "peft>=0.17,<0.23",  # LoRA
+        "accelerate>=1.0,<2",  # diffusers loads faster and leaner with it
+        "bitsandbytes>=0.48,<0.52",  # 8-bit optimizers
+        "safetensors>=0.5,<1",
+        "huggingface_hub>=1.0,<3",
+        "datasets>=4.0,<6",  # data sets of the hub
+        "pyarrow>=18",  # parquet, read by row group
+        "pillow>=11",
+        "numpy>=1.26,<3",
+        "rich>=13,<16",  # the progress line
+        "matplotlib>=3.9,<4",  # plots of the report
+        "tomli_w>=1.0,<2",
+    ],
+    extras_require={
+        "xformers": ["xformers"],
+        "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6,<7", "ruff>=0.9", "mypy>=1.14", "tensorboard>=2.16"],
+    },
+    entry_points={
+        "console_scripts": [
+            "dpo-train = dpo.train:main",
+            "dpo-report = dpo.report:main",
+        ]
+    },
+)
