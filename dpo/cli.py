@@ -33,7 +33,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if start["compat"] and start["compat"] not in compat.PEERS:
         raise UserError(f"--compat {start['compat']}: expected one of {', '.join(compat.PEERS)}")
     changes, notes = compat.translate(given, start["compat"])
-    cfg = from_mapping(_base(start, changes) | changes)
+    base = _base(start, changes)
+    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(asked):
+            base.pop(other, None)
+    cfg = from_mapping(base | changes)
     notes += _without_effect(cfg, changes)
     if start["print_config"]:
         sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(cfg))
@@ -43,15 +47,16 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
 
 def presets() -> dict[str, str]:
     """The names of the presets, each with the first line of its file."""
-    files = sorted((entry.name, entry) for entry in resources.files("dpo").joinpath("presets").iterdir())
-    return {name[:-5]: entry.read_text("utf-8").splitlines()[0].lstrip("# ") for name, entry in files if name.endswith(".toml")}
+    files = {
+        entry.name[:-5]: entry for entry in resources.files("dpo").joinpath("presets").iterdir() if entry.name.endswith(".toml")
+    }
+    return {name: files[name].read_text("utf-8").splitlines()[0].lstrip("# ") for name in sorted(files)}
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """The settings of one preset."""
     if name not in presets():
-        like = nearest(name, presets())
-        raise UserError(f"--preset {name}: " + (f"did you mean {like}?" if like else f"expected one of {', '.join(presets())}"))
+        raise UserError(f"--preset {name}: expected one of {', '.join(presets())}")
     return tomllib.loads(resources.files("dpo").joinpath("presets", f"{name}.toml").read_text("utf-8"))
 
 
@@ -140,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
             if spec.group == group:
                 _add_setting(section, spec)
     for name, foreign in compat.FOREIGN.items():
-        action = {"action": "store_true"} if foreign.switch else {}
-        parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **action)
+        action = "store_true" if foreign.switch else "store"
+        parser.add_argument("--" + name.replace("_", "-"), action=action, help=argparse.SUPPRESS)
     return parser
 
 

@@ -6,6 +6,7 @@ are the `aliases` of `dpo.config`; this file holds the flags that need more than
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ FOREIGN: dict[str, Foreign] = {
     "no_hflip": Foreign(switch=True, sets={"flip": False}),
     "sft": Foreign(switch=True, sets={"method": "sft"}),
     "sdxl": Foreign(switch=True, sets={"family": "sdxl"}),
-    "is_turbo": Foreign(switch=True, sets={"timesteps": "turbo", "zero_snr": "on"}),
+    "is_turbo": Foreign(switch=True, sets={"timesteps": "turbo"}),
     "report_to": Foreign(),
     "run_validation": Foreign(switch=True),
     "local_rank": Foreign(note="torchrun says it"),
@@ -48,11 +49,11 @@ FOREIGN: dict[str, Foreign] = {
     "lr_power": Foreign(note="it belongs to polynomial, which is not offered"),
     "image_column": Foreign(note="a pair has two images; name their columns with --chosen-column and --rejected-column"),
     "noise_offset": Foreign(
-        refuse="offset noise is not the noise the model predicts: leave it out (--zero-snr on widens the brightness range)",
+        refuse="offset noise is not the noise that the model predicts: leave it out",
         harmless=("0", "0.0"),
     ),
     "input_perturbation": Foreign(
-        refuse="the loss needs the noise it added: leave it out (--label-smoothing is the regulariser here)",
+        refuse="the loss compares with the very noise that was added: leave it out",
         harmless=("0", "0.0"),
     ),
     "choice_model": Foreign(
@@ -84,9 +85,7 @@ _HF = {
     "rank": 4,
     "split": "validation",
     "flip": True,
-    "workers": 0,
     "timesteps": "all",
-    "zero_snr": "off",
     "beta": 5000.0,
     "optimizer": "adamw",
     "learning_rate": 5e-4,
@@ -107,9 +106,7 @@ _SF = {
     "resolution": 512,
     "flip": True,
     "caption_dropout": 0.2,
-    "workers": 0,
     "timesteps": "all",
-    "zero_snr": "off",
     "beta": 5000.0,
     "optimizer": "adamw",
     "learning_rate": 1e-8,
@@ -125,7 +122,7 @@ _SF = {
     "project": "tuning",
 }
 _SF_SDXL = {"family": "sdxl", "resolution": 1024, "optimizer": "adafactor", "checkpointing": "on"}
-_TURBO = {"timesteps": "turbo", "zero_snr": "on"}
+_TURBO = {"timesteps": "turbo"}
 
 _DIFFERENCES = {
     "hf-sd15": "ties are left out (there: wins of jpg_0) and the two images of a pair are mirrored together",
@@ -133,6 +130,15 @@ _DIFFERENCES = {
     "sf": "the reference has the policy's precision, the two images of a pair are mirrored together, and SDXL is told each "
     "image's own size and crop",
 }
+
+_PAGE = """# Flags of other trainers
+
+Command lines of the diffusers scripts (`train_diffusion_dpo.py`, `train_diffusion_dpo_sdxl.py`) and of the Salesforce script
+(`train.py`) run here. With `--compat hf-sd15`, `--compat hf-sdxl` or `--compat sf` they also keep that script's defaults and
+meanings; without it our own hold, and the log says where they differ. Our own name wins where both are given.
+This page is written by `python -m dpo.compat > docs/flags.md`.
+
+"""
 
 
 def defaults(peer: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +239,7 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
     notes = []
     if {"pretrained_model_name_or_path", "dataset_name", "train_data_dir"} & set(given):
         notes.append(
-            "flags of another trainer with our meanings: full fine-tuning unless --lora, split train, no mirroring unless --flip, "
+            "flags of another trainer with our meanings: full fine-tuning unless --lora, split train, no mirroring, "
             "no caption dropout, ties left out; --compat hf-sd15, hf-sdxl or sf takes that script's instead"
         )
     if "beta_dpo" in given:
@@ -251,3 +257,48 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
             "--validation_steps is the interval of the held-out accuracy; --run_validation or --sample-every draws images too"
         )
     return notes
+
+
+def flags_page() -> str:
+    """docs/flags.md: every flag of the peers and what it becomes, and each peer's defaults."""
+    rows = [(alias, f"`{spec.flag}`") for spec in specs().values() for alias in spec.meta["aliases"]]
+    rows += [(name, _meaning(name, flag)) for name, flag in FOREIGN.items()]
+    flags = "".join(f"| `--{name}` | {meaning} |\n" for name, meaning in sorted(rows))
+    page = _PAGE + "## What each flag becomes\n\n| their flag | here |\n|---|---|\n" + flags
+    page += "\n`--revision`, `--variant`, `--seed`, `--resolution`, `--learning_rate` and the others keep their names; values:\n"
+    page += "".join(f"- `--lr_scheduler {word}`: {advice}.\n" for word, advice in NOT_OFFERED.items())
+    page += "- `--lr_scheduler constant_with_warmup`: `--scheduler constant`; `--mixed_precision no`: `--precision fp32`.\n"
+    page += "\n## What `--compat` sets\n\nFlags on the line win over these.\n"
+    lines = {"hf-sd15": {}, "hf-sdxl": {}, "sf": {}, "sf --sdxl": {"family": "sdxl"}}
+    for line, changes in lines.items():
+        peer = line.split()[0]
+        settings = ", ".join(f"{name} {_shown(value)}" for name, value in defaults(peer, changes).items())
+        page += f"\n`--compat {line}`: {settings}.\nDifferent all the same: {_DIFFERENCES[peer]}.\n"
+    return page
+
+
+def _meaning(name: str, flag: Foreign) -> str:
+    special = {
+        "beta_dpo": "`--beta`; doubled under `--compat hf-sd15`, whose script leaves the 1/2 out of the loss",
+        "report_to": "`--tensorboard`, `--wandb`, both (`all`) or neither (`none`)",
+        "run_validation": "`--sample-every` at the interval of `--validation_steps`",
+    }
+    if name in special:
+        return special[name]
+    if flag.refuse:
+        return f"refused: {flag.refuse}"
+    if flag.note:
+        return f"accepted without effect: {flag.note}"
+    if flag.sets == {"flip": False}:
+        return "`--no-flip`"
+    return ", ".join(f"`{specs()[key].flag} {_shown(value)}`" for key, value in flag.sets.items())
+
+
+def _shown(value: Any) -> str:
+    return (
+        {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(flags_page())

@@ -39,7 +39,12 @@ class Model:
         "auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction")
     )
     timesteps: str = option("auto", "timesteps trained on; auto: the four of Turbo for Turbo", choices=("auto", "all", "turbo"))
-    zero_snr: str = option("auto", "rescale the schedule to zero terminal SNR; auto: for Turbo", choices=("auto", "on", "off"))
+    zero_snr: str = option(
+        "auto", "rescale the schedule to zero terminal SNR; auto: Turbo, or as the model says", choices=("auto", "on", "off")
+    )
+    single_file_config: str | None = option(
+        None, "diffusers folder or hub id that describes a single-file model; none: the hub's, by the file's layout"
+    )
     cache_dir: str | None = option(None, "where hub downloads are kept", resume="free")
 
 

@@ -88,9 +88,8 @@ def allowed(spec: Spec) -> str:
     if spec.meta["choices"]:
         return "one of " + ", ".join(spec.meta["choices"])
     words = _WORDS[spec.kind] + (f" ({spec.meta['unit']})" if spec.meta["unit"] else "")
-    low, high, above = spec.meta["low"], spec.meta["high"], spec.meta["above"]
-    bounds = [f"at least {low:g}"] * (low is not None) + [f"above {above:g}"] * (above is not None)
-    bounds += [f"at most {high:g}"] * (high is not None)
+    phrases = (("low", "at least"), ("above", "above"), ("high", "at most"))
+    bounds = [f"{phrase} {spec.meta[key]:g}" for key, phrase in phrases if spec.meta[key] is not None]
     return " ".join(filter(None, ["expected", words, " and ".join(bounds), "or none" if spec.optional else ""]))
 
 
