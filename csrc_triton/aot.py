@@ -43,7 +43,7 @@ class Specimen:
     """One kernel as its launcher would compile it.
 
     signature: argument name -> Triton type ("*bf16", "*fp32", "*i64", "i32", "fp32"), constexpr arguments left out.
-    aligned: names of the arguments divisible by 16; None means every pointer and no integer (a launcher specialises on the values).
+    aligned: names of the integer arguments that are divisible by 16 in the usual shapes; pointers are always taken to be.
     vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
     """
 
@@ -54,7 +54,7 @@ class Specimen:
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 1
-    aligned: tuple[str, ...] | None = None
+    aligned: tuple[str, ...] = ()
     vector_load: bool = True
     vector_store: bool = True
 
@@ -63,9 +63,7 @@ class Specimen:
         assert set(arguments) == set(self.signature) | set(self.constexprs), (
             f"{self.name}: specimen and kernel differ in {set(arguments) ^ (set(self.signature) | set(self.constexprs))}"
         )
-        aligned = self.aligned
-        if aligned is None:
-            aligned = [name for name, kind in self.signature.items() if kind.startswith("*")]
+        aligned = [name for name, kind in self.signature.items() if kind.startswith("*") or name in self.aligned]
         return ASTSource(
             fn=self.kernel,
             signature={name: self.signature.get(name, "constexpr") for name in arguments},

@@ -177,13 +177,18 @@ def random_words(
     key,  # int64: the 64-bit pair key
     draw,  # int64
     seed,  # int64
-    STREAM: tl.constexpr,
+    stream,  # int: a member of Stream
 ):
     """The four uint32 words of counter blocks `block`: word w of block j is element 4 j + w of `random_bits`."""
     c0 = block.to(tl.uint32)
     zero = c0 * 0
     return philox_words(
-        c0, draw.to(tl.uint32) + zero, zero + STREAM, seed.to(tl.uint32) + zero, key.to(tl.uint32), (key >> 32).to(tl.uint32)
+        c0,
+        zero + draw.to(tl.uint32),
+        (zero + stream).to(tl.uint32),
+        zero + seed.to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
     )
 
 
@@ -196,17 +201,17 @@ def _box_muller_pair(radius_word, angle_word):
 
 
 @triton.jit
-def normal_quads(block, key, draw, seed, STREAM: tl.constexpr):
+def normal_quads(block, key, draw, seed, stream):
     """Four fp32 tensors shaped like `block`: elements 4 j, 4 j + 1, 4 j + 2, 4 j + 3 of `normal`, the same bits."""
-    w0, w1, w2, w3 = random_words(block, key, draw, seed, STREAM)
+    w0, w1, w2, w3 = random_words(block, key, draw, seed, stream)
     n0, n1 = _box_muller_pair(w0, w1)
     n2, n3 = _box_muller_pair(w2, w3)
     return n0, n1, n2, n3
 
 
 @triton.jit
-def normal_span(first_block, key, draw, seed, STREAM: tl.constexpr, COUNT: tl.constexpr):
+def normal_span(first_block, key, draw, seed, stream, COUNT: tl.constexpr):
     """fp32 [COUNT]: the normals of elements 4 first_block ... 4 first_block + COUNT - 1, in order. COUNT: a power of two >= 4."""
     block = first_block + tl.arange(0, COUNT // 4)
-    n0, n1, n2, n3 = normal_quads(block, key, draw, seed, STREAM)
+    n0, n1, n2, n3 = normal_quads(block, key, draw, seed, stream)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
