@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dpo import compat
 from dpo.config import Config, flat_settings, from_mapping, groups, specs, to_toml
 from dpo.errors import UserError
-from dpo.options import Spec, coerce, nearest
+from dpo.options import NOTHING, Spec, coerce, nearest
 
 USAGE = "python -m dpo.train [--preset NAME | --config FILE.toml] [flags]"
 EPILOG = (
@@ -33,11 +33,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     if start["compat"] and start["compat"] not in compat.PEERS:
         raise UserError(f"--compat {start['compat']}: expected one of {', '.join(compat.PEERS)}")
     changes, notes = compat.translate(given, start["compat"])
-    base = _base(start, changes)
+    base = _base(start, changes, notes)
     for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
         if changes.get(asked):
             base.pop(other, None)
     cfg = from_mapping(base | changes)
+    if cfg.model.model and not cfg.data.data:
+        raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
+    if cfg.data.data and not cfg.model.model:
+        raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
     notes += _without_effect(cfg, changes)
     if start["print_config"]:
         sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(cfg))
@@ -70,15 +74,30 @@ def load_config(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: not TOML ({error})") from None
 
 
-def _base(start: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What the flags start from; nothing at all asked for is the embedded world."""
+def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What the flags start from; nothing at all asked for is the run that is continued, or the embedded world."""
     base = compat.defaults(start["compat"], changes) if start["compat"] else {}
     if start["config"]:
         return base | flat_settings(load_config(start["config"]))
     if start["preset"]:
         return base | flat_settings(load_preset(start["preset"]))
-    embedded = not (base or changes.get("model") or changes.get("data"))
-    return flat_settings(load_preset("tiny")) if embedded else base
+    if base or changes.get("model") or changes.get("data"):
+        return base
+    return _of_resumed_run(changes, notes) or flat_settings(load_preset("tiny"))
+
+
+def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The settings of the run that --resume continues, from the config.toml in its folder; the device is chosen anew."""
+    resume = changes.get("resume", "none")
+    if resume in NOTHING:
+        return {}
+    output = str(changes.get("output") or load_preset("tiny")["output"]["output"])
+    folders = [Path(output)] if resume == "latest" else [Path(resume), *Path(resume).parents[:2]]
+    for file in (folder / "config.toml" for folder in folders):
+        if file.is_file():
+            notes.append(f"settings of the run that is continued: {file}")
+            return {name: value for name, value in flat_settings(load_config(str(file))).items() if name != "device"}
+    return {}
 
 
 def help_text() -> str:

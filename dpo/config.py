@@ -6,14 +6,15 @@ prefix. `None` means "decide for me" (see `dpo.decisions.resolve`). This module 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
 
+from dpo.combinations import combinations
 from dpo.errors import UserError
 from dpo.options import Spec, coerce, nearest, option, specs_of
 
@@ -26,9 +27,10 @@ class Model:
         None,
         "what to align: a diffusers folder, hub id or single .safetensors file; none: the small world inside the package",
         aliases=("pretrained_model_name_or_path",),
+        resume="said",  # the weights themselves are compared
     )
-    revision: str | None = option(None, "revision of the model on the hub")
-    variant: str | None = option(None, "variant of the weight files, for example fp16")
+    revision: str | None = option(None, "revision of the model on the hub", resume="said")
+    variant: str | None = option(None, "variant of the weight files, for example fp16", resume="said")
     vae: str | None = option(None, "another VAE: folder or hub id", aliases=("pretrained_vae_model_name_or_path",))
     unet_init: str | None = option(None, "start the policy from this UNet (folder, hub id or file), as in SFT before DPO")
     reference_model: str = option(
@@ -90,7 +92,11 @@ class Data:
     max_pairs: int | None = option(None, "use only this many pairs", unit="pairs", low=1, aliases=("max_train_samples",))
     streaming: bool = option(False, "read a hub data set as a stream instead of downloading it first")
     workers: int = option(
-        -1, "processes that decode images; -1: by the number of cores", low=-1, aliases=("dataloader_num_workers",), resume="free"
+        -1,
+        "processes that decode images; -1: half of the cores, at most 8",
+        low=-1,
+        aliases=("dataloader_num_workers",),
+        resume="free",
     )
     prefetch: int = option(4, "batches decoded ahead per worker", unit="batches", low=1, resume="free")
     on_bad_image: str = option(
@@ -350,10 +356,12 @@ def unknown_setting(name: str) -> str:
 def _group_toml(group: str, cfg: Config, comments: bool) -> str:
     lines = [f"[{group}]" + (f"  # {groups()[group].__doc__}" if comments else "")]
     for name, value in _of_group(group, flatten(cfg)).items():
-        unset = value is None
-        text = f"# {name} =" if unset else tomli_w.dumps({name: list(value) if isinstance(value, tuple) else value}).rstrip()
-        lines.append(text + (f"  # {describe(specs()[name])}" if comments else "") if comments or not unset else "")
-    return "\n".join(line for line in lines if line) + "\n"
+        comment = f"  # {describe(specs()[name])}" if comments else ""
+        if value is not None:
+            lines.append(tomli_w.dumps({name: value}).rstrip() + comment)
+        elif comments:
+            lines.append(f"# {name} ={comment}")
+    return "\n".join(lines) + "\n"
 
 
 def describe(spec: Spec) -> str:
@@ -368,47 +376,6 @@ def validate(cfg: Config) -> None:
     for name, value in values.items():
         if coerce(specs()[name], value) != value:
             raise UserError(f"{name} = {value!r}: expected a {specs()[name].kind.__name__}")
-    for bad, message in _combinations(cfg):
+    for bad, message in combinations(SimpleNamespace(**values)):
         if bad:
             raise UserError(message)
-
-
-BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)")
-
-
-def _combinations(cfg: Config) -> list[tuple[Any, str]]:
-    model, data, method, lora, optim, run, out = (getattr(cfg, group) for group in groups())
-    high = 1000 if method.window_high is None else method.window_high
-    sft = method.method == "sft"
-    blocks = run.checkpointing.split(",")
-    return [
-        (model.model and not data.data, "no pairs to train on: give --data (hub id, folder, glob or file)"),
-        (data.data and not model.model, "no model to align: give --model (diffusers folder, hub id or .safetensors file)"),
-        (method.window_low >= high, f"window_low = {method.window_low} must be below window_high = {high}"),
-        (data.label_smoothing >= 0.5, "label_smoothing = 0.5 leaves nothing to learn: use less"),
-        (
-            data.validation_fraction and data.validation_data,
-            "validation_data and validation_fraction are two ways to say the same: give one",
-        ),
-        ((data.resolution or 8) % 8, f"resolution = {data.resolution}: expected a multiple of 8"),
-        (sft and method.loss != "sigmoid", f"loss = {method.loss} compares pairs: it means nothing with method sft"),
-        (sft and method.sft_weight, "sft_weight adds to a preference loss: with method sft leave it at 0"),
-        (sft and data.label_smoothing, "label_smoothing needs preferences: with method sft leave it at 0"),
-        (sft and run.reference == "recorded", "method sft has no reference: leave --reference at auto"),
-        (run.reference == "adapter" and not lora.lora, "reference = adapter needs --lora: without it use copy or auto"),
-        (
-            run.reference == "adapter" and model.unet_init and model.reference_model == "base",
-            "reference_model = base differs from the adapters' UNet when --unet-init is given: use --reference copy",
-        ),
-        (
-            run.precision == "fp64" and optim.optimizer not in ("auto", "adamw"),
-            f"precision = fp64 needs optimizer adamw, not {optim.optimizer}",
-        ),
-        (
-            run.checkpointing not in ("off", "on") and not all(BLOCK.fullmatch(block) for block in blocks),
-            f"checkpointing = {run.checkpointing}: expected off, on or UNet blocks such as down_blocks.0,mid_block,up_blocks.3",
-        ),
-        (not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device), f"device = {run.device}: expected auto, cpu, cuda or cuda:N"),
-        (run.device == "cpu" and run.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
-        (out.resume and out.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
-    ]

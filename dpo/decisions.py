@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +11,7 @@ from dpo.errors import UserError
 
 STEPS = 2000  # updates when neither steps nor epochs is given
 LOWEST_RATE = 1e-7  # nothing published trains below this
+FEWEST_PAIRS = 16  # in a full fine-tuning update
 HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
 
 
@@ -30,16 +30,18 @@ def resolve(
 ) -> tuple[Config, list[str]]:
     """`cfg` with every "auto" and None decided (unless None is the decision), and a line for the log on each choice made.
 
-    `beta` and `guidance` are the family's defaults, `native_resolution` the side the model was trained at in pixels, `turbo` says
-    that it is distilled to four steps, `bf16` that the device computes in bfloat16.
+    `prediction_type` is what the model's scheduler says, `beta` and `guidance` are the family's defaults, `native_resolution` is
+    the side the model was trained at in pixels, `turbo` says that it is distilled to four steps, `bf16` that the device has it.
     """
     if cfg.model.family not in ("auto", family):
         raise UserError(f"--family {cfg.model.family}: the model is of family {family}; leave --family out")
+    if cfg.model.prediction_type != "auto":
+        prediction_type = cfg.model.prediction_type
     values = {"family": family, "prediction_type": prediction_type, "device": device}
     values |= _of_model(cfg, native_resolution, turbo, num_timesteps, guidance)
     values |= _of_method(cfg, beta, prediction_type)
     values |= _of_device(cfg, device, bf16)
-    values |= _of_data(cfg)
+    values |= _of_length(cfg)
     decided = change(cfg, **values)
     return decided, _notes(cfg, decided, device)
 
@@ -90,19 +92,14 @@ def _of_device(cfg: Config, device: str, bf16: bool) -> dict[str, Any]:
     }
 
 
-def _of_data(cfg: Config) -> dict[str, Any]:
+def _of_length(cfg: Config) -> dict[str, Any]:
     steps = STEPS if cfg.optim.steps is None and cfg.optim.epochs is None else cfg.optim.steps
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "steps": steps,
-        "epochs": cfg.optim.epochs if steps is None else None,
-        "workers": min(max(cores - 1, 0), 16) if cfg.data.workers < 0 else cfg.data.workers,
-    }
+    return {"steps": steps, "epochs": cfg.optim.epochs if steps is None else None}
 
 
 def _notes(asked: Config, decided: Config, device: str) -> list[str]:
     before, after = flatten(asked), flatten(decided)
-    told = ("precision", "optimizer", "beta", "resolution", "timesteps", "reference", "kernels", "workers")
+    told = ("precision", "optimizer", "beta", "resolution", "timesteps", "reference", "kernels")
     chosen = [f"{name} {_text(after[name])}" for name in told if before[name] != after[name]]
     notes = [f"decided: {', '.join(chosen)}"] if chosen else []
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
@@ -155,7 +152,7 @@ def warnings(cfg: Config, processes: int = 1) -> list[str]:
     elif rate > highest:
         what = "LoRA" if cfg.lora.lora else "full fine-tuning"
         found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
-    if cfg.model.model and not cfg.lora.lora and batch < 64:
+    if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
         found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
     if cfg.optim.steps is not None and cfg.optim.warmup >= cfg.optim.steps:
         found.append(

@@ -62,6 +62,18 @@ def test_resume_and_overwrite_beat_each_other_in_a_preset():
     assert parse([*BASE, "--compat", "sf", "--overwrite"])[0].output.resume is None
 
 
+def test_a_resumed_run_brings_its_settings(tmp_path):
+    saved = from_mapping({**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10})
+    (tmp_path / "config.toml").write_text(to_toml(saved))
+    for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
+        cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
+        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
+        assert len(notes) == 1 and "config.toml" in notes[0]
+    whole, notes = parse([*BASE, "--output", str(tmp_path), "--resume", "latest"])
+    assert whole.method.beta is None and notes == [], "a whole command line is taken as it stands"
+    assert parse(["--output", str(tmp_path / "new"), "--resume", "latest"])[0].method == parse([])[0].method
+
+
 def test_every_preset_parses_resolves_and_trains():
     assert {
         "sd15",
