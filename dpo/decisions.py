@@ -11,6 +11,7 @@ from dpo.errors import UserError
 
 STEPS = 2000  # updates when neither steps nor epochs is given
 LOWEST_RATE = 1e-7  # nothing published trains below this
+HIGHEST_SINGLE_SHOT_BETA = 1000.0
 FEWEST_PAIRS = 16  # in a full fine-tuning update
 HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
 
@@ -63,8 +64,7 @@ def _of_model(cfg: Config, native: int, turbo: bool, num_timesteps: int, guidanc
 
 
 def _of_method(cfg: Config, beta: float, prediction_type: str) -> dict[str, Any]:
-    """The single-shot weight on the noise error averages about twenty, so its beta is a tenth; on the v error it is below one."""
-    single = cfg.method.method in ("dde", "dde-single") and prediction_type == "epsilon"
+    single = _single_shot(cfg.method.method, prediction_type)
     own_reference = cfg.model.unet_init is not None and cfg.model.reference_model == "base"
     reference = "adapter" if cfg.lora.lora and not own_reference else "copy"
     return {
@@ -72,6 +72,11 @@ def _of_method(cfg: Config, beta: float, prediction_type: str) -> dict[str, Any]
         "alpha": cfg.lora.alpha or float(cfg.lora.rank),
         "reference": reference if cfg.runtime.reference == "auto" else cfg.runtime.reference,
     }
+
+
+def _single_shot(method: str, prediction_type: str) -> bool:
+    """Whether errors carry the weight that averages about twenty, so that beta is a tenth; on the v error it is below one."""
+    return method in ("dde", "dde-single") and prediction_type == "epsilon"
 
 
 def _of_device(cfg: Config, device: str, bf16: bool) -> dict[str, Any]:
@@ -152,6 +157,10 @@ def warnings(cfg: Config, processes: int = 1) -> list[str]:
     elif rate > highest:
         what = "LoRA" if cfg.lora.lora else "full fine-tuning"
         found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
+    if _single_shot(cfg.method.method, cfg.model.prediction_type) and (cfg.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
+        found.append(
+            f"beta {cfg.method.beta:g} is high for {cfg.method.method}, whose weight averages about 20: the default is a tenth of dpo's"
+        )
     if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
         found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
     if cfg.optim.steps is not None and cfg.optim.warmup >= cfg.optim.steps:

@@ -95,7 +95,7 @@ def test_every_preset_parses_resolves_and_trains():
         decided, _ = resolve(
             cfg, family="sdxl" if "sdxl" in name else "sd", prediction_type="epsilon", device="cpu", turbo="turbo" in name
         )
-        assert "pairs an update" in headline(decided)
+        assert "pairs an update" in headline(decided) and warnings(decided) == []
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
         assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
 

@@ -220,6 +220,7 @@ def test_length_rate_and_headline():
         ({"learning_rate": 2.048e-8}, "a thousandth"),
         ({"learning_rate": 1e-8, "scale_lr": True}, "a thousandth"),
         ({"learning_rate": 1e-3}, "noise"),
+        ({"method": "dde", "beta": 5000.0, "prediction_type": "epsilon"}, "a tenth"),
         ({"learning_rate": 5e-3, "lora": True}, "noise"),
         ({"batch_size": 2} | PAIRED, "--accumulation"),
         (PAIRED, "--validation-fraction"),
