@@ -159,7 +159,8 @@ def warnings(cfg: Config, processes: int = 1) -> list[str]:
         found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
     if _single_shot(cfg.method.method, cfg.model.prediction_type) and (cfg.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
         found.append(
-            f"beta {cfg.method.beta:g} is high for {cfg.method.method}, whose weight averages about 20: the default is a tenth of dpo's"
+            f"beta {cfg.method.beta:g} is high for {cfg.method.method}, whose weight averages about 20: "
+            "the default is a tenth of dpo's"
         )
     if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
         found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")

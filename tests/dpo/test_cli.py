@@ -40,6 +40,10 @@ def test_a_setting_can_be_unset_and_flags_beat_files(tmp_path):
     assert notes == []
 
 
+def test_a_negative_number_is_a_value():
+    assert parse([*BASE, "--workers", "-1"])[0].data.workers == -1
+
+
 def test_bools_take_a_value_after_an_equals_sign():
     assert parse([*BASE, "--flip=true"])[0].data.flip is True
     assert parse([*BASE, "--tensorboard=yes", "--tensorboard=no"])[0].output.tensorboard is False
