@@ -1,0 +1,269 @@
+"""The kernels of `preference_loss.py`, where the equations are.
+
+How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the program that
+draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair in a fixed order and
+finishes the pairs. A pair's result depends neither on its place in the batch nor on the batch size.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.elementary import exp_fp32, log1p_exp_fp32
+from csrc_triton.latents import element_offsets
+from csrc_triton.philox import Stream, normal_span
+
+SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
+GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
+NOISE = tl.constexpr(int(Stream.NOISE))
+
+
+@triton.jit
+def _targets(
+    target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
+    pair, batch, timestep, first, mask, channels, pixels, elements,
+    SOURCE: tl.constexpr, SHARED: tl.constexpr, TARGET_LAST: tl.constexpr, LATENTS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The targets fp32 [BLOCK] of the win and the lose half: read, or made from the regenerated noise of the pair."""
+    element = first + tl.arange(0, BLOCK)
+    win_start, lose_start = pair.to(tl.int64) * elements, (pair + batch).to(tl.int64) * elements
+    if SOURCE == GIVEN:
+        offset = element_offsets(element, channels, pixels, TARGET_LAST)
+        win = tl.load(target_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
+        lose = win
+        if not SHARED:
+            lose = tl.load(target_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
+    else:
+        win = normal_span(first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK)
+        lose = win
+        if SOURCE == V_PREDICTION:
+            abar = tl.load(alphas_ptr + timestep)
+            spread = tl.sqrt_rn((1.0 - abar).to(tl.float32))
+            noise = tl.sqrt_rn(abar.to(tl.float32)) * win
+            offset = element_offsets(element, channels, pixels, LATENTS_LAST)
+            win = noise - spread * tl.load(latents_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
+            lose = noise - spread * tl.load(latents_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
+    return win, lose
+
+
+@triton.jit
+def _finish_pairs(
+    partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
+    loss_ptr, terms_ptr, pair, batch, splits, count, sft_weight,
+    SHAPE: tl.constexpr, REFERENCE: tl.constexpr, PAIRS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Errors, logit, loss and slopes of the pairs `pair` [PAIRS] from their partial sums, added in a fixed order."""
+    inside = pair < batch
+    split = tl.arange(0, SPLITS)[None, :]
+    address = partials_ptr + pair[:, None] * splits + split
+    partial = inside[:, None] & (split < splits)
+    stride = batch * splits
+    policy_win = tl.div_rn(tl.sum(tl.load(address, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
+    policy_lose = tl.div_rn(tl.sum(tl.load(address + stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
+    reference_win, reference_lose, d = policy_win * 0.0, policy_win * 0.0, policy_win * 0.0
+    if REFERENCE:
+        reference_win = tl.div_rn(
+            tl.sum(tl.load(address + 2 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count
+        )
+        reference_lose = tl.div_rn(
+            tl.sum(tl.load(address + 3 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count
+        )
+        d = tl.div_rn(tl.sum(tl.load(address + 4 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
+    if recorded_ptr is not None:
+        reference_win = tl.load(recorded_ptr + pair, mask=inside, other=0.0)
+        reference_lose = tl.load(recorded_ptr + batch + pair, mask=inside, other=0.0)
+        d = (policy_win - reference_win) - (policy_lose - reference_lose)
+
+    live = tl.load(usable_ptr + pair, mask=inside, other=0.0) > 0.0
+    if REFERENCE or recorded_ptr is not None:
+        timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
+        p = tl.load(prob_ptr + pair, mask=live, other=0.5)
+        weight = tl.load(weight_ptr + timestep)
+        correction = tl.where(p == 0.5, 0.0, tl.load(correction_ptr + timestep))
+        half_beta = 0.5 * tl.load(beta_ptr)
+        z = -half_beta * (weight * d + correction)
+        if SHAPE == SIGMOID:
+            small = exp_fp32(-tl.abs(z))
+            loss = log1p_exp_fp32(-z) + (1.0 - p) * z
+            derivative = tl.div_rn(tl.where(z >= 0.0, 1.0, small), 1.0 + small) - p
+        elif SHAPE == HINGE:
+            loss = p * tl.maximum(1.0 - z, 0.0) + (1.0 - p) * tl.maximum(1.0 + z, 0.0)
+            derivative = tl.where(z > -1.0, 1.0 - p, 0.0) - tl.where(z < 1.0, p, 0.0)
+        else:
+            loss = p * ((z - 0.5) * (z - 0.5)) + (1.0 - p) * ((z + 0.5) * (z + 0.5))
+            derivative = 2.0 * z + (1.0 - 2.0 * p)
+        loss += sft_weight * policy_win
+        slope_win = derivative * (-half_beta * weight) + sft_weight
+        slope_lose = derivative * (half_beta * weight)
+    else:  # supervised: no reference, no pair
+        z, loss, slope_win, slope_lose = d, policy_win, d + 1.0, d
+    accuracy = tl.where(d < 0.0, 1.0, tl.where(d == 0.0, 0.5, 0.0))
+
+    tl.store(loss_ptr + pair, tl.where(live, loss, 0.0), mask=inside)
+    rows = (z, d, policy_win, policy_lose, reference_win, reference_lose, accuracy, slope_win, slope_lose)
+    for row in tl.static_range(9):
+        tl.store(terms_ptr + row * batch + pair, tl.where(live, rows[row], 0.0), mask=inside)
+
+
+@triton.jit
+def _write_tables(timesteps_ptr, prob_ptr, usable_ptr, difference_ptr, tables_ptr, batch, length, CHUNK: tl.constexpr):
+    """Sum of d and count per timestep [2, T]: zeros, then every pair writes the sum over all pairs that share its timestep.
+
+    Pairs with one timestep write the same bits. Summed in float64, so that the order of the pairs does not show in fp32.
+    """
+    for first in range(0, length, 1024):
+        entry = first + tl.arange(0, 1024)
+        tl.store(tables_ptr + entry, tl.zeros((1024,), tl.float32), mask=entry < length)
+        tl.store(tables_ptr + length + entry, tl.zeros((1024,), tl.float32), mask=entry < length)
+    tl.debug_barrier()  # zeros before sums; the differences, written by other threads of this program, before they are read
+    for first in range(0, batch, CHUNK):
+        mine = first + tl.arange(0, CHUNK)
+        in_mine = mine < batch
+        counted = (tl.load(usable_ptr + mine, mask=in_mine, other=0.0) > 0.0) & (
+            tl.load(prob_ptr + mine, mask=in_mine, other=0.5) > 0.5
+        )
+        my_timestep = tl.load(timesteps_ptr + mine, mask=counted, other=0)
+        total, number = tl.zeros((CHUNK,), tl.float64), tl.zeros((CHUNK,), tl.float32)
+        for other_first in range(0, batch, CHUNK):
+            other = other_first + tl.arange(0, CHUNK)
+            in_other = other < batch
+            usable = tl.load(usable_ptr + other, mask=in_other, other=0.0) > 0.0
+            usable = usable & (tl.load(prob_ptr + other, mask=in_other, other=0.5) > 0.5)
+            timestep = tl.load(timesteps_ptr + other, mask=usable, other=-1)
+            difference = tl.load(difference_ptr + other, mask=usable, other=0.0).to(tl.float64)
+            same = my_timestep[:, None] == timestep[None, :]
+            total += tl.sum(tl.where(same, difference[None, :], 0.0), axis=1)
+            number += tl.sum(tl.where(same, 1.0, 0.0), axis=1)
+        tl.store(tables_ptr + my_timestep, total.to(tl.float32), mask=counted)
+        tl.store(tables_ptr + length + my_timestep, number, mask=counted)
+
+
+@triton.jit
+def preference_loss_kernel(
+    policy_ptr,  # [2B, C, H, W]
+    reference_ptr,  # [2B, C, H, W] or None
+    recorded_ptr,  # [2, B] fp32 or None
+    target_ptr,  # [B or 2B, C, H, W] or None
+    latents_ptr,  # [2B, C, H, W] or None
+    alphas_ptr,  # [T] fp32 or fp64, or None
+    keys_ptr,  # [B] int64 or None
+    draws_ptr,  # [B] int64 or None
+    seed_ptr,  # [] int64 or None
+    timesteps_ptr,  # [B] int64
+    prob_ptr,  # [B] fp32
+    usable_ptr,  # [B] fp32
+    weight_ptr,  # [T] fp32
+    correction_ptr,  # [T] fp32
+    beta_ptr,  # [] fp32
+    partials_ptr,  # [5, B, splits] fp32 workspace
+    ticket_ptr,  # [1] int32, zero
+    loss_ptr,  # [B] fp32
+    terms_ptr,  # [9, B] fp32: logit, difference, four errors, accuracy, slope win, slope lose
+    tables_ptr,  # [2, T] fp32: sum of d, count
+    batch,  # B
+    channels,
+    pixels,  # H W
+    elements,  # C H W
+    count,  # C H W as fp32
+    length,  # T
+    sft_weight,  # fp32
+    SHAPE: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SHARED: tl.constexpr,
+    POLICY_LAST: tl.constexpr,
+    REFERENCE_LAST: tl.constexpr,
+    TARGET_LAST: tl.constexpr,
+    LATENTS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    REFERENCE: tl.constexpr = reference_ptr is not None
+    part, pair = tl.program_id(0), tl.program_id(1)
+    splits = tl.num_programs(0)
+    first = part * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    live = tl.load(usable_ptr + pair) > 0.0
+    mask = (element < elements) & live  # of a hole nothing is read: whatever it holds cannot spread
+    timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
+    target_win, target_lose = _targets(
+        target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
+        pair, batch, timestep, first, mask, channels, pixels, elements, SOURCE, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
+    )  # fmt: skip
+    win_start, lose_start = pair.to(tl.int64) * elements, (pair + batch).to(tl.int64) * elements
+    offset = element_offsets(element, channels, pixels, POLICY_LAST)
+    win = tl.load(policy_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
+    lose = tl.load(policy_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
+    place = partials_ptr + pair * splits + part
+    stride = batch * splits
+    error_win, error_lose = win - target_win, lose - target_lose
+    tl.store(place, tl.sum(tl.where(mask, error_win * error_win, 0.0)))
+    tl.store(place + stride, tl.sum(tl.where(mask, error_lose * error_lose, 0.0)))
+    if REFERENCE:
+        offset = element_offsets(element, channels, pixels, REFERENCE_LAST)
+        frozen_win = tl.load(reference_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
+        frozen_lose = tl.load(reference_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
+        frozen_error_win, frozen_error_lose = frozen_win - target_win, frozen_lose - target_lose
+        tl.store(place + 2 * stride, tl.sum(tl.where(mask, frozen_error_win * frozen_error_win, 0.0)))
+        tl.store(place + 3 * stride, tl.sum(tl.where(mask, frozen_error_lose * frozen_error_lose, 0.0)))
+        # (p - r)(p + r - 2 y) = (p - r)((p - y) + (r - y))
+        change = (win - frozen_win) * (error_win + frozen_error_win) - (lose - frozen_lose) * (error_lose + frozen_error_lose)
+        tl.store(place + 4 * stride, tl.sum(tl.where(mask, change, 0.0)))
+
+    tl.debug_barrier()  # every thread's partial sums are written before this program's ticket is drawn
+    arrived = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == splits * tl.num_programs(1) - 1:
+        for first_pair in range(0, batch, PAIRS):
+            _finish_pairs(
+                partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
+                loss_ptr, terms_ptr, first_pair + tl.arange(0, PAIRS), batch, splits, count, sft_weight,
+                SHAPE, REFERENCE, PAIRS, SPLITS,
+            )  # fmt: skip
+        _write_tables(timesteps_ptr, prob_ptr, usable_ptr, terms_ptr + batch, tables_ptr, batch, length, 32)
+
+
+@triton.jit
+def preference_loss_backward_kernel(
+    grad_ptr,  # [B] fp32: gradient of the loss of each pair
+    slopes_ptr,  # [2, B] fp32: dloss/d(policy win error), dloss/d(policy lose error)
+    policy_ptr,  # [2B, C, H, W]
+    target_ptr,  # the rest as in the forward
+    latents_ptr,
+    alphas_ptr,
+    keys_ptr,
+    draws_ptr,
+    seed_ptr,
+    timesteps_ptr,
+    usable_ptr,
+    out_ptr,  # [2B, C, H, W], in the memory format of the policy
+    batch,
+    channels,
+    pixels,
+    elements,
+    count,
+    SOURCE: tl.constexpr,
+    SHARED: tl.constexpr,
+    POLICY_LAST: tl.constexpr,
+    TARGET_LAST: tl.constexpr,
+    LATENTS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first, pair = tl.program_id(0) * BLOCK, tl.program_id(1)
+    element = first + tl.arange(0, BLOCK)
+    inside = element < elements
+    live = tl.load(usable_ptr + pair) > 0.0
+    mask = inside & live
+    timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
+    target_win, target_lose = _targets(
+        target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
+        pair, batch, timestep, first, mask, channels, pixels, elements, SOURCE, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
+    )  # fmt: skip
+    grad = tl.load(grad_ptr + pair) * 2.0
+    scale_win = tl.div_rn(grad * tl.load(slopes_ptr + pair), count)
+    scale_lose = tl.div_rn(grad * tl.load(slopes_ptr + batch + pair), count)
+    offset = element_offsets(element, channels, pixels, POLICY_LAST)
+    win_offset = pair.to(tl.int64) * elements + offset
+    lose_offset = (pair + batch).to(tl.int64) * elements + offset
+    win = tl.load(policy_ptr + win_offset, mask=mask, other=0.0).to(tl.float32)
+    lose = tl.load(policy_ptr + lose_offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + win_offset, tl.where(live, scale_win * (win - target_win), 0.0), mask=inside)
+    tl.store(out_ptr + lose_offset, tl.where(live, scale_lose * (lose - target_lose), 0.0), mask=inside)
