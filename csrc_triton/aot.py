@@ -2,13 +2,13 @@
 
     python -m csrc_triton.aot [--out FILE.csv|FILE.md] [--target sm_90 ...] [--kernel SUBSTRING]
 
-compiles each module's `AOT_SPECIMENS` and writes registers, spills, shared memory and vector accesses per kernel and target. Spills are
-read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in the disassembly of the cubin, on AMD the spill
-counts in the metadata of the code object.
+compiles each module's `AOT_SPECIMENS` and writes registers, spills, shared memory and vector accesses per kernel and target.
+Spills are read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in the disassembly of the cubin,
+on AMD the spill counts in the metadata of the code object.
 
 A kernel module lists what it launches, once per dtype, with the flags of its launcher:
 
-    AOT_SPECIMENS = [Specimen("noise_pairs", noise_pairs_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
+    AOT_SPECIMENS = [Specimen("scale", scale_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
 """
 
 import argparse
@@ -196,10 +196,10 @@ def main(argv: list[str] | None = None) -> int:
             faults = check(specimen, compiled)
             failures += bool(faults)
             rows.append(compiled)
-            print(*(getattr(compiled, column) for column in COLUMNS), "; ".join(faults) or "ok", sep="\t", flush=True)
+            print(*(getattr(compiled, column) for column in COLUMNS), "; ".join(faults) or "ok", sep="\t", flush=True)  # noqa: T201
     if arguments.out:
         write_table(rows, arguments.out)
-    print(f"{len(rows)} compiled, {failures} with faults")
+    print(f"{len(rows)} compiled, {failures} with faults")  # noqa: T201
     return 1 if failures else 0
 
 

@@ -1,11 +1,11 @@
 """Elementary functions from correctly rounded fp32 steps only, so that every device returns the same bits.
 
 GPU logarithms, exponentials and cosines differ between vendors, compilers and the C library. The functions here use additions,
-multiplications, bit moves and (by their callers) the IEEE square root and division, in one fixed order, and no fused multiply-add:
-kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for torch, statement by statement
-the same. The polynomials are minimax fits made for this project (iteratively reweighted least squares on Chebyshev nodes, relative
-weight), rounded to fp32; the fit error is below 1e-8, so that the fp32 rounding of the steps dominates (about one unit in the last
-place).
+multiplications, bit moves and (by their callers) the IEEE square root and division, in one fixed order, and no fused
+multiply-add: kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for torch,
+statement by statement the same. The polynomials are minimax fits made for this project (iteratively reweighted least squares on
+Chebyshev nodes, relative weight), rounded to fp32; the fit error is below 1e-8, so that the fp32 rounding of the steps
+dominates (about one unit in the last place).
 """
 
 import torch

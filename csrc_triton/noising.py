@@ -5,8 +5,9 @@
     target = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0                    v-prediction, Salimans and Ho 2022, appendix D
     z      = (mean + std n - shift) scale                               posterior sample of the VAE in the model's units
 
-The win and the lose half of a pair share t and eps (Wallace et al. 2024, eq. 14), so the noise is generated once per pair, in registers.
-Batches hold the wins, then the losers: [2B, C, H, W]. Arithmetic in fp32 (float64 for float64 latents, plain torch only).
+The win and the lose half of a pair share t and eps (Wallace et al. 2024, eq. 14), so the noise is generated once per pair, in
+registers. Batches hold the wins, then the losers: [2B, C, H, W]. Arithmetic in fp32 (float64 for float64 latents, plain torch
+only).
 """
 
 from dataclasses import replace
@@ -269,9 +270,9 @@ def noise_pairs(
 ) -> torch.Tensor:
     """x_t [2B, C, H, W] of wins, then losers; win and lose of a pair share timestep and noise.
 
-    latents [2B, C, H, W]; timesteps, keys, draws int64 [B]; alphas_cumprod [T] fp32 or fp64; seed an int64 0-d tensor on the device (an
-    int is frozen inside a CUDA graph). Result in `out_dtype` (default: that of the latents) and the memory format of the latents. Not
-    differentiable. Timesteps outside [0, T) are an error that only the CPU reports.
+    latents [2B, C, H, W]; timesteps, keys, draws int64 [B]; alphas_cumprod [T] fp32 or fp64; seed an int64 0-d tensor on the
+    device (an int is frozen inside a CUDA graph). Result in `out_dtype` (default: that of the latents) and the memory format of
+    the latents. Not differentiable. Timesteps outside [0, T) are an error that only the CPU reports.
     """
     _check(latents, timesteps, alphas_cumprod, keys, draws)
     seed = seed_tensor(seed, latents.device)
@@ -308,7 +309,7 @@ def sample_posterior(
     scale: float,
     shift: float = 0.0,
 ) -> torch.Tensor:
-    """(mean + std n - shift) scale, [2B, C, H, W] in the mean's dtype and memory format; wins and losers have streams of their own.
+    """(mean + std n - shift) scale, [2B, C, H, W] in the mean's dtype and memory format; wins and losers have own streams.
 
     mean, std [2B, C, H, W] of one dtype; keys, draws int64 [B]; seed an int64 0-d tensor on the device or an int.
     """

@@ -10,9 +10,10 @@ Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 20
 so that no generator has a state, and the numbers do not depend on batch size, order, worker or process. `element` counts in the
 C-contiguous order of the shape that is asked for, whatever the memory layout of the tensor that the number meets.
 
-Normals: Box and Muller (1958) on words (0, 1) and (2, 3) of a block. The radius uses all 32 bits, u = fp32(word) 2^-32 + 2^-33, so the
-tails reach sqrt(-2 log 2^-33) = 6.76 sigma; the angle uses the top 24 bits of the other word. Logarithm, sine and cosine are those of
-`elementary.py`, so fp32 normals are equal bit for bit on all devices. With dtype float64 the same uniforms are evaluated in float64.
+Normals: Box and Muller (1958) on words (0, 1) and (2, 3) of a block. The radius uses all 32 bits, u = fp32(word) 2^-32 + 2^-33,
+so the tails reach sqrt(-2 log 2^-33) = 6.76 sigma; the angle uses the top 24 bits of the other word. Logarithm, sine and cosine
+are those of `elementary.py`, so fp32 normals are equal bit for bit on all devices. With dtype float64 the same uniforms are
+evaluated in float64.
 
 Legend of shape suffixes: N keys, K elements per key, J = ceil(K / 4) blocks per key.
 """
@@ -34,7 +35,7 @@ MASK = 0xFFFFFFFF
 
 
 class Stream(IntEnum):
-    """What a number is for. Part of the counter: the values are frozen, since recorded runs depend on them; new uses are appended."""
+    """What a number is for. The values are part of the counter: recorded runs depend on them, so new uses are appended."""
 
     NOISE = 0
     TIMESTEP = 1
@@ -53,7 +54,7 @@ class Stream(IntEnum):
 
 
 def _multiply_32(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a * constant for int64 tensors holding uint32 values: 16-bit halves keep every product below 2^48."""
+    """High and low 32 bits of a * constant, uint32 values in int64: 16-bit halves keep every product below 2^48."""
     low = a * (constant & 0xFFFF)
     middle = a * (constant >> 16) + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

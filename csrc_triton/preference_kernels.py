@@ -1,17 +1,23 @@
 """The kernels of `preference_loss.py`, where the equations are.
 
-How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the program that
-draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair in a fixed order and
-finishes the pairs. A pair's result depends neither on its place in the batch nor on the batch size.
+How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the program
+that draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair in a fixed
+order and finishes the pairs. A pair's result depends neither on its place in the batch nor on the batch size.
 """
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 
+from csrc_triton.aot import Specimen
 from csrc_triton.elementary import exp_fp32, log1p_exp_fp32
 from csrc_triton.latents import element_offsets
 from csrc_triton.philox import Stream, normal_span
 
+BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
+PAIR_TILE = 512  # partial sums per row of sums that the last program adds at a time
+WARPS = 8
 SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
 GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
 NOISE = tl.constexpr(int(Stream.NOISE))
@@ -183,7 +189,7 @@ def preference_loss_kernel(
     first = part * BLOCK
     element = first + tl.arange(0, BLOCK)
     live = tl.load(usable_ptr + pair) > 0.0
-    mask = (element < elements) & live  # of a hole nothing is read: whatever it holds cannot spread
+    mask = element < tl.where(live, elements, 0)  # of a hole nothing is read: whatever it holds cannot spread
     timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
     target_win, target_lose = _targets(
         target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
@@ -251,19 +257,67 @@ def preference_loss_backward_kernel(
     element = first + tl.arange(0, BLOCK)
     inside = element < elements
     live = tl.load(usable_ptr + pair) > 0.0
-    mask = inside & live
+    mask = element < tl.where(live, elements, 0)
     timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
     target_win, target_lose = _targets(
         target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
         pair, batch, timestep, first, mask, channels, pixels, elements, SOURCE, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
     )  # fmt: skip
     grad = tl.load(grad_ptr + pair) * 2.0
-    scale_win = tl.div_rn(grad * tl.load(slopes_ptr + pair), count)
-    scale_lose = tl.div_rn(grad * tl.load(slopes_ptr + batch + pair), count)
+    scale_win = tl.where(live, tl.div_rn(grad * tl.load(slopes_ptr + pair), count), 0.0)
+    scale_lose = tl.where(live, tl.div_rn(grad * tl.load(slopes_ptr + batch + pair), count), 0.0)
     offset = element_offsets(element, channels, pixels, POLICY_LAST)
     win_offset = pair.to(tl.int64) * elements + offset
     lose_offset = (pair + batch).to(tl.int64) * elements + offset
     win = tl.load(policy_ptr + win_offset, mask=mask, other=0.0).to(tl.float32)
     lose = tl.load(policy_ptr + lose_offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + win_offset, tl.where(live, scale_win * (win - target_win), 0.0), mask=inside)
-    tl.store(out_ptr + lose_offset, tl.where(live, scale_lose * (lose - target_lose), 0.0), mask=inside)
+    tl.store(out_ptr + win_offset, scale_win * (win - target_win), mask=inside)
+    tl.store(out_ptr + lose_offset, scale_lose * (lose - target_lose), mask=inside)
+
+
+def _specimens() -> list[Specimen]:
+    """Forward and backward for each way to get the target, the forward with live and with recorded references, per dtype."""
+    absent = {
+        "target": ("latents_ptr", "alphas_ptr", "keys_ptr", "draws_ptr", "seed_ptr"),
+        "epsilon": ("target_ptr", "latents_ptr", "alphas_ptr"),
+        "v": ("target_ptr",),
+    }
+    common = dict.fromkeys(("target_ptr", "latents_ptr", "alphas_ptr", "usable_ptr"), "*fp32")
+    common |= dict.fromkeys(("keys_ptr", "draws_ptr", "seed_ptr", "timesteps_ptr"), "*i64")
+    common |= dict.fromkeys(("batch", "channels", "pixels", "elements"), "i32") | {"count": "fp32"}
+    tables = (
+        "recorded_ptr",
+        "prob_ptr",
+        "weight_ptr",
+        "correction_ptr",
+        "beta_ptr",
+        "partials_ptr",
+        "loss_ptr",
+        "terms_ptr",
+        "tables_ptr",
+    )
+    forward = common | dict.fromkeys(tables, "*fp32") | {"ticket_ptr": "*i32", "length": "i32", "sft_weight": "fp32"}
+    backward = common | {"grad_ptr": "*fp32", "slopes_ptr": "*fp32"}
+    flags = dict.fromkeys(("SHARED", "POLICY_LAST", "TARGET_LAST", "LATENTS_LAST"), False) | {"BLOCK": BLOCK}
+    finish = {"SHAPE": 0, "REFERENCE_LAST": False, "PAIRS": PAIR_TILE // 32, "SPLITS": 32}
+
+    def specimen(name: str, kernel, dtype: str, arguments: dict, constants: dict, missing: tuple[str, ...]) -> Specimen:
+        signature = {key: kind for key, kind in arguments.items() if key not in missing}
+        return Specimen(name, kernel, dtype, signature, constants | dict.fromkeys(missing), WARPS, aligned=("elements", "pixels"))
+
+    found = []
+    for dtype in ("fp32", "bf16", "fp16"):
+        predictions = {"policy_ptr": f"*{dtype}", "reference_ptr": f"*{dtype}"}
+        for code, (source, missing) in enumerate(absent.items()):
+            for kind, other in (("live", "recorded_ptr"), ("recorded", "reference_ptr")):
+                name = f"preference_loss/{source}/{kind}"
+                arguments, constants = forward | predictions, flags | finish | {"SOURCE": code}
+                one = specimen(name, preference_loss_kernel, dtype, arguments, constants, (*missing, other))
+                found.append(replace(one, vector_store=False))
+            name = f"preference_loss_backward/{source}"
+            arguments, constants = backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}, flags | {"SOURCE": code}
+            found.append(specimen(name, preference_loss_backward_kernel, dtype, arguments, constants, missing))
+    return found
+
+
+AOT_SPECIMENS = _specimens()

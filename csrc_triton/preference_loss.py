@@ -6,12 +6,13 @@
     loss  = p f(z) + (1 - p) f(-z) + sft_weight e_policy(w)
     f(z)  = log(1 + e^-z) (sigmoid), max(0, 1 - z) (hinge), (z - 1/2)^2 (ipo)
 
-d is not taken from rounded errors but from the sum over elements of (p - r)(p + r - 2 target), win minus lose: exactly 0 where policy
-and reference agree, and free of cancellation. Then z is exactly 0 and, as the sigmoid loss is evaluated as log(1 + e^-z) + (1 - p) z,
-each loss is exactly ln 2 whatever p. With recorded reference errors d is formed from the four means.
+d is not taken from rounded errors but from the sum over elements of (p - r)(p + r - 2 target), win minus lose: exactly 0 where
+policy and reference agree, and free of cancellation. Then z is exactly 0 and, as the sigmoid loss is evaluated as log(1 + e^-z)
++ (1 - p) z, each loss is exactly ln 2 whatever p. With recorded reference errors d is formed from the four means.
 
-Gradient: d loss / d policy = slope grad (2 / n) (policy - target), n = C H W, slope(w) = dloss/dz (-(beta/2) weight(t)) + sft_weight,
-slope(l) = dloss/dz (beta/2) weight(t); dloss/dz = sigmoid(z) - p for the sigmoid. The slopes are saved by the forward.
+Gradient: d loss / d policy = slope grad (2 / n) (policy - target), n = C H W, slope(w) = dloss/dz (-(beta/2) weight(t)) +
+sft_weight, slope(l) = dloss/dz (beta/2) weight(t); dloss/dz = sigmoid(z) - p for the sigmoid. The slopes are saved by the
+forward.
 """
 
 from typing import NamedTuple
@@ -20,21 +21,20 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from csrc_triton.aot import Specimen
 from csrc_triton.latents import addressable, empty_like
 from csrc_triton.noising import pair_noise, signal_and_spread
 from csrc_triton.philox import seed_tensor
-from csrc_triton.preference_kernels import preference_loss_backward_kernel, preference_loss_kernel
+from csrc_triton.preference_kernels import BLOCK, PAIR_TILE, WARPS, preference_loss_backward_kernel, preference_loss_kernel
 from csrc_triton.runtime import PINNED, runs_triton, wide
 
-BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
-WARPS = 8
 SHAPES = ("sigmoid", "hinge", "ipo")
 TERMS = 9  # rows: logit, difference, policy win, policy lose, reference win, reference lose, accuracy, slope win, slope lose
 
 
 class PreferenceLoss(NamedTuple):
-    """What `preference_loss` returns: fp32, or float64 for a float64 policy. Only `loss` is differentiable. Holes are 0 everywhere."""
+    """What `preference_loss` returns: fp32, or float64 for a float64 policy. Only `loss` is differentiable. Holes are 0
+    everywhere.
+    """
 
     loss: torch.Tensor  # [B], soft label and sft_weight included, not reduced
     logit: torch.Tensor  # [B] z
@@ -102,7 +102,7 @@ def _launch_forward(
         partials, ticket, loss, terms, tables,
         batch, channels, height * width, elements, float(elements), length, sft_weight,
         SHAPE=SHAPES.index(shape), POLICY_LAST=policy_last, REFERENCE_LAST=reference_last, **flags,
-        BLOCK=BLOCK, PAIRS=max(1, 512 // splits_block), SPLITS=splits_block, num_warps=WARPS, **PINNED,
+        BLOCK=BLOCK, PAIRS=max(1, PAIR_TILE // splits_block), SPLITS=splits_block, num_warps=WARPS, **PINNED,
     )  # fmt: skip
     return loss, terms, tables
 
@@ -135,7 +135,7 @@ def _pointwise(z: torch.Tensor, p: torch.Tensor, shape: str) -> tuple[torch.Tens
 
 
 def _table_sums(d: torch.Tensor, timesteps: torch.Tensor, counted: torch.Tensor, length: int) -> torch.Tensor:
-    """[2, T]: sum of d and number of the counted pairs per timestep, in a fixed order (no index_add: its order varies on a GPU)."""
+    """[2, T]: sum of d and number of the counted pairs per timestep, in a fixed order (index_add varies on a GPU)."""
     match_TB = (torch.arange(length, device=d.device)[:, None] == timesteps[None]) & counted[None]
     total = torch.where(match_TB, d.double()[None], 0.0).sum(1).to(d.dtype)
     return torch.stack((total, match_TB.sum(1).to(d.dtype)))
@@ -347,15 +347,16 @@ def preference_loss(
 ) -> PreferenceLoss:
     """Loss of each of B pairs, and what a trainer reads off it.
 
-    policy: predictions [2B, C, H, W], wins then losers; gradients flow into it, through `loss` only, and no second derivative exists.
-    timesteps [B] int64 within the tables. prob [B] in [1/2, 1]: probability that win is preferred. usable [B]: 0 marks a hole, whose rows
-    are not read and whose results and gradient are 0. weight, correction [T]. beta: 0-d tensor (a float is frozen inside a CUDA graph).
-    shape: "sigmoid", "hinge" or "ipo".
+    policy: predictions [2B, C, H, W], wins then losers; gradients flow into it, through `loss` only, and no second derivative
+    exists. timesteps [B] int64 within the tables. prob [B] in [1/2, 1]: probability that win is preferred. usable [B]: 0 marks
+    a hole, whose rows are not read and whose results and gradient are 0. weight, correction [T]. beta: 0-d tensor (a float is
+    frozen inside a CUDA graph). shape: "sigmoid", "hinge" or "ipo".
 
-    Reference: predictions [2B, C, H, W] (`reference`), or errors [2, B], win and lose (`recorded`), or neither: then the loss is the
-    policy's win error, logit and difference are 0. Target: `target` [2B, C, H, W], or [B, C, H, W] shared by both halves, or the
-    (keys [B], draws [B], seed) of the noise, regenerated in fp32; with `latents` [2B, C, H, W] and `alphas_cumprod` [T] it becomes the v
-    target. Errors are taken in fp32 whatever the dtypes (float64 for a float64 policy, in plain torch).
+    Reference: predictions [2B, C, H, W] (`reference`), or errors [2, B], win and lose (`recorded`), or neither: then the loss
+    is the policy's win error, logit and difference are 0. Target: `target` [2B, C, H, W], or [B, C, H, W] shared by both
+    halves, or the (keys [B], draws [B], seed) of the noise, regenerated in fp32; with `latents` [2B, C, H, W] and
+    `alphas_cumprod` [T] it becomes the v target. Errors are taken in fp32 whatever the dtypes (float64 for a float64 policy, in
+    plain torch).
     """
     reference, recorded, source, rest = _prepare(
         policy, timesteps, prob, usable, weight, correction, beta, shape,
@@ -374,59 +375,3 @@ def preference_loss_reference(
         reference, recorded, target, noise, latents, alphas_cumprod, sft_weight,
     )  # fmt: skip
     return _result(*_forward_reference(policy, reference, recorded, source, *rest))
-
-
-def _specimens() -> list[Specimen]:
-    vectors = {name: "*i64" for name in ("timesteps_ptr", "keys_ptr", "draws_ptr", "seed_ptr")}
-    integers = {name: "i32" for name in ("batch", "channels", "pixels", "elements")} | {"count": "fp32"}
-    floats = ("prob_ptr", "weight_ptr", "correction_ptr", "beta_ptr", "partials_ptr", "loss_ptr", "terms_ptr", "tables_ptr")
-    layouts = {name: False for name in ("POLICY_LAST", "TARGET_LAST", "LATENTS_LAST")}
-    sources = {
-        "target": {
-            "SOURCE": 0,
-            "SHARED": False,
-            "latents_ptr": None,
-            "alphas_ptr": None,
-            "keys_ptr": None,
-            "draws_ptr": None,
-            "seed_ptr": None,
-        },
-        "epsilon": {"SOURCE": 1, "SHARED": False, "target_ptr": None, "latents_ptr": None, "alphas_ptr": None},
-        "v": {"SOURCE": 2, "SHARED": False, "target_ptr": None},
-    }
-
-    def split(arguments: dict, constants: dict) -> tuple[dict, dict]:
-        return {k: v for k, v in arguments.items() if k not in constants}, constants
-
-    found = []
-    for dtype in ("fp32", "bf16", "fp16"):
-        tensors = {name: f"*{dtype}" for name in ("policy_ptr", "reference_ptr")}
-        shared = {
-            "usable_ptr": "*fp32",
-            "target_ptr": "*fp32",
-            "latents_ptr": "*fp32",
-            "alphas_ptr": "*fp32",
-            **vectors,
-            **integers,
-        }
-        for name, source in sources.items():
-            forward = tensors | shared | dict.fromkeys(floats, "*fp32") | {"recorded_ptr": "*fp32", "ticket_ptr": "*i32"}
-            forward |= {"length": "i32", "sft_weight": "fp32"}
-            constants = source | layouts | {"SHAPE": 0, "REFERENCE_LAST": False, "BLOCK": BLOCK, "PAIRS": 16, "SPLITS": 32}
-            for absent in ("recorded", "reference"):
-                arguments = split(forward, constants | {f"{absent}_ptr": None})
-                kind = "live" if absent == "recorded" else "recorded"
-                found.append(
-                    Specimen(f"preference_loss/{name}/{kind}", preference_loss_kernel, dtype, *arguments, WARPS,
-                             aligned=("elements", "pixels"), vector_store=False)
-                )  # fmt: skip
-            backward = {"grad_ptr": "*fp32", "slopes_ptr": "*fp32", "policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **shared}
-            arguments = split(backward, source | layouts | {"BLOCK": BLOCK})
-            found.append(
-                Specimen(f"preference_loss_backward/{name}", preference_loss_backward_kernel, dtype, *arguments, WARPS,
-                         aligned=("elements", "pixels"))
-            )  # fmt: skip
-    return found
-
-
-AOT_SPECIMENS = _specimens()

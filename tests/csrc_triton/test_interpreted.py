@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -17,7 +17,7 @@ def run(stems: list[str], marker: str, report: Path) -> dict[str, tuple[int, str
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     files = [str(HERE / "interpreted" / f"check_{stem}.py") for stem in stems]
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}", "-p", "no:cacheprovider", *files]
-    process = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
+    process = subprocess.run(command, check=False, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert process.returncode in (0, 1, 5) and report.exists(), process.stdout[-4000:] + process.stderr[-4000:]
     results = {}
     for stem in stems:
@@ -51,5 +51,5 @@ def test_interpreted(stem, outcomes):
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", STEMS)
 def test_interpreted_full_grid(stem, outcomes):
-    count, failures = outcomes("test_interpreted_full_grid", "slow")[stem]
+    _, failures = outcomes("test_interpreted_full_grid", "slow")[stem]
     assert not failures, failures
