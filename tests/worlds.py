@@ -9,6 +9,7 @@ Preference sets, all drawn by one rule that a model can learn (winners are brigh
 
 import csv
 import datetime
+import functools
 import io
 import json
 import struct
@@ -84,13 +85,14 @@ def encode(image: Image.Image, kind: str = "jpeg") -> bytes:
     elif kind == "corrupt":
         buffer.write(b"this is not an image " * 20)
     elif kind == "bomb":
-        buffer.write(_png_claiming(30000, 30000))
+        buffer.write(_png_claiming(14000, 14000))
     elif kind != "empty":
         raise ValueError(kind)
     data = buffer.getvalue()
     return data[: len(data) * 2 // 3] if kind == "truncated" else data
 
 
+@functools.cache
 def _png_claiming(width: int, height: int) -> bytes:
     """A small valid PNG file whose header announces width x height one-bit pixels: a decompression bomb."""
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
 from dpo.data.images import prepare
 from dpo.data.pairs import BadImage, Pair
+
+SMALL = 1 << 14  # bytes
 
 
 @dataclass
@@ -34,10 +37,19 @@ class PairBatch:
     latent_mean: Tensor | None = None  # [2B, 4, h, w] of the VAE's posterior, unscaled
     latent_std: Tensor | None = None  # [2B, 4, h, w]
     text: Any = None  # encoded captions
+    recorded: Tensor | None = None  # [2, B] fp32: the reference's errors of win and lose, recorded beforehand
     bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Small tensors travel between processes as arrays: each shared one costs a file handle and a handshake."""
+        small = {k: v.numpy() for k, v in vars(self).items() if isinstance(v, Tensor) and v.nbytes <= SMALL}
+        return vars(self) | small
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update((k, torch.from_numpy(v) if isinstance(v, np.ndarray) else v) for k, v in state.items())
 
     def pin_memory(self) -> PairBatch:
         """Moves the tensors to page-locked memory (called by the loader's own thread)."""
@@ -63,19 +75,23 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how
     """Reads and decodes the images of B pairs. An image that cannot be used leaves a hole, never an exception."""
     keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
     draw = torch.tensor(draws, dtype=torch.int64)
-    flips = (uniform(keys, draw, Stream.FLIP, how.seed, 1)[:, 0] < 0.5).tolist() if how.flip else [False] * len(pairs)
-    crops = uniform(keys, draw, Stream.CROP, how.seed, 4).tolist() if how.crop == "random" else [[0.5] * 4] * len(pairs)
-    dropped = (uniform(keys, draw, Stream.DROPOUT, how.seed, 1)[:, 0] < how.caption_dropout).tolist()
+
+    def keyed(stream: Stream, count: int, wanted: bool) -> list[list[float]]:
+        return uniform(keys, draw, stream, how.seed, count).tolist() if wanted else [[0.5] * count] * len(pairs)
+
+    flips = keyed(Stream.FLIP, 1, how.flip)
+    crops = keyed(Stream.CROP, 4, how.crop == "random")
+    drops = keyed(Stream.DROPOUT, 1, how.caption_dropout > 0)
     size = how.resolution
     pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
     micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
     usable = torch.ones(len(pairs))
     bad = []
-    for i, (pair, flip, crop) in enumerate(zip(pairs, flips, crops, strict=True)):
+    for i, (pair, (flip,), crop) in enumerate(zip(pairs, flips, crops, strict=True)):
         places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
         for place, image, uniforms in places:
             try:
-                pixels[place], numbers = prepare(image.load(), size, how.crop, uniforms, flip)
+                pixels[place], numbers = prepare(image.load(), size, how.crop, uniforms, flip < 0.5)
             except BadImage as error:
                 usable[i] = 0.0
                 bad.append((pair.key, f"image {image.uid or '(none)'} of {pair.caption!r}: {error}"))
@@ -91,7 +107,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how
         draws=draw,
         prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
         usable=usable,
-        captions=["" if drop else pair.caption for pair, drop in zip(pairs, dropped, strict=True)],
+        captions=["" if drop < how.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)],
         micro=micro,
         position=position,
         epoch=int(draws[0]),

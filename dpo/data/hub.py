@@ -7,6 +7,7 @@ when streaming, read over the network a row group at a time: order, random acces
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,23 +16,32 @@ from dpo.data.parquet import Files
 from dpo.errors import UserError
 
 CONVERTED = "refs/convert/parquet"
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SPLITS = {name: name for name in ("train", "validation", "test")}
+SPLITS |= {
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "testing": "test",
+}
 SHARD = re.compile(r"([-_.]\d+)?([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's path speaks of ("data/train-00000-of-00008.parquet", "validation_unique/0000.parquet")."""
+    """The split that a file's path speaks of: "data/train-00000-of-00008.parquet", "validation_unique/0000.parquet"."""
     path = PurePosixPath(name)
     for part in (SHARD.sub("", path.stem), *reversed(path.parts[:-1])):
-        if re.split(r"[-_.]", part.lower())[0] in SPLITS:
-            return part
+        first, *rest = re.split(r"[-_.]", part.lower())
+        if first in SPLITS:
+            return SPLITS[first] + ("_unique" if rest == ["unique"] else "")
     return None
 
 
 def files_of_split(names: list[str], split: str, where: str) -> list[str]:
     """The files of a split, sorted. A set whose file names speak of no split is all "train". Raises UserError."""
     splits = {name: split_of(name) or "train" for name in names}
-    chosen = sorted(name for name in names if splits[name] == split)
+    chosen = sorted(name for name in names if splits[name] == SPLITS.get(split, split))
     if not chosen:
         raise UserError(
             f"{where}: has no split {split!r}, found {', '.join(sorted(set(splits.values())))}; choose one with --split"
@@ -60,7 +70,7 @@ def hub_files(repo: str, cfg: Any, split: str) -> Files:
     if cfg.streaming:
         fs = huggingface_hub.HfFileSystem()
         return Files(names, lambda name: fs.open(f"datasets/{repo}/{name}", "rb", revision=revision))
-    return Files(names, lambda name: _download(repo, name, revision))
+    return Files(names, functools.cache(lambda name: _download(repo, name, revision)))
 
 
 def _parquet_names(api: Any, repo: str) -> tuple[list[str], str | None]:

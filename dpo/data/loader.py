@@ -112,24 +112,26 @@ def _run(
     )
     iterator = iter(loader)
     try:
-        while (batch := _next(iterator)) is not None:
+        while (batch := _next(iterator, workers)) is not None:
             _look_after(batch, bad, source, cfg)
             yield batch
     finally:
-        del iterator, loader  # ends the workers
+        if workers:  # now, not when the last traceback that knows the iterator is forgotten
+            iterator._shutdown_workers()
         if isinstance(ahead, Generator):
             ahead.close()
 
 
-def _next(iterator: Iterator[PairBatch]) -> PairBatch | None:
+def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
     try:
         return next(iterator, None)
     except UserError:
         raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        # A dead worker is noticed by the loader, or first by the pipe or socket whose other end it held.
+        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"a data worker died ({reason}): memory or /dev/shm may be full; try fewer --workers or 0") from error
 
 

@@ -158,6 +158,7 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
         schema = file.schema_arrow
     columns = find_columns(schema.names, cfg, files.names[0], kind)
     text = schema.field(columns.caption).type
+    text = text.value_type if pa.types.is_dictionary(text) else text
     if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
         raise UserError(f"{files.names[0]}: the captions in {columns.caption} are {text}, not text")
     parts, counts, sizes, scanned, total = [], {}, [], [], 0

@@ -77,7 +77,7 @@ def open_table(path: Path, cfg: Any, kind: str = "auto") -> TableSource:
         kept[columns.caption], first, second,
         uids=(kept[columns.uid_0], kept[columns.uid_1]) if columns.uid_0 and columns.uid_1 else None,
         root=str(path.parent), swap=verdict.swap[keep], prob=verdict.prob[keep], smoothing=cfg.label_smoothing,
-        summary=verdict.counts | {"pairs": len(keep)},
+        summary=verdict.counts | {"without a caption": kept[columns.caption].to_pylist().count(""), "pairs": len(keep)},
         fingerprint=_fingerprint(kept[columns.caption], first, second, verdict.swap[keep], verdict.prob[keep]),
     )  # fmt: skip
 

@@ -1,0 +1,15 @@
+"""Settings for the data tests."""
+
+import pytest
+
+from dpo.config import Data
+
+
+@pytest.fixture
+def settings():
+    """settings(path, **changes) -> Data"""
+
+    def make(data, **changes):
+        return Data(data=str(data), **changes)
+
+    return make

@@ -1,0 +1,207 @@
+"""Parquet: what is scanned, what is read, which rows are kept, and that memory stays flat."""
+
+import io
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from dpo.data import batches, describe, open_source, parquet
+from dpo.data.pairs import pair_key
+from dpo.errors import UserError
+from tests import worlds
+
+
+def is_bright(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).mean() > 100
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_winners_win_and_every_drop_is_counted(version, tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 20, ties=5, unlabelled=3, soft=4, duplicates=2, version=version, shards=3, row_group_size=4)
+    source = open_source(settings(tmp_path))
+    assert len(source) == 26
+    counts = {"rows": 34, "ties": 5, "unlabelled": 3, "invalid labels": 0, "one image twice": 0, "pairs": 26}
+    assert source.summary == counts
+    assert describe(source) == "34 rows: 26 pairs; left out: 5 ties, 3 unlabelled"
+    pairs = [source[i] for i in range(26)]
+    assert all(is_bright(p.win.load()) and not is_bright(p.lose.load()) for p in pairs)
+    assert sorted(p.prob for p in pairs) == [0.75] * 4 + [1.0] * 22
+    assert all(p.key == pair_key(p.win.uid, p.lose.uid, p.caption) for p in pairs)
+    assert len({p.key for p in pairs}) == 24  # a pair judged twice has one key
+
+
+def test_ties_kept_and_labels_smoothed(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 6, ties=2, soft=1)
+    source = open_source(settings(tmp_path, ties="keep", label_smoothing=0.1))
+    assert sorted(source[i].prob for i in range(9)) == pytest.approx([0.5] * 2 + [0.75] + [0.9] * 6)
+    assert describe(source) == "9 rows: 9 pairs, 2 of them ties"
+
+
+def test_key_does_not_depend_on_the_row_but_on_who_won(tmp_path, settings):
+    worlds.make_pickapic(tmp_path / "a", 6, shards=1)
+    worlds.make_pickapic(tmp_path / "b", 6, ties=2, shards=3)
+    keys = []
+    for name in "ab":
+        source = open_source(settings(tmp_path / name))
+        keys.append({pair.caption: pair.key for pair in (source[i] for i in range(6))})
+    assert keys[0] == keys[1]
+    assert pair_key("x", "y", "c") != pair_key("y", "x", "c") and -(2**63) <= pair_key("x", "y", "c") < 2**63
+
+
+def test_scan_reads_no_image(tmp_path, settings, monkeypatch):
+    worlds.make_pickapic(tmp_path, 8, row_group_size=2)
+    read = []
+    original = pq.ParquetFile.read
+    monkeypatch.setattr(
+        pq.ParquetFile, "read", lambda self, columns=None, **k: read.extend(columns) or original(self, columns, **k)
+    )
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: pytest.fail("read a row group"))
+    source = open_source(settings(tmp_path))
+    assert len(source) == 8 and read and not set(read) & {"jpg_0", "jpg_1", "caption"}
+
+
+def test_held_out_choice_reads_captions_only(tmp_path, settings, monkeypatch):
+    worlds.make_pickapic(tmp_path, 8, row_group_size=3, captions=4)
+    source = open_source(settings(tmp_path))
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, i, columns: original(self, i, columns=columns) if columns == ["caption"] else pytest.fail("read images"),
+    )
+    assert len(set(source.caption_keys().tolist())) == 4
+
+
+@pytest.mark.parametrize("images", ["dict", "raw", "path"])
+def test_chosen_rejected(images, tmp_path, settings):
+    worlds.make_chosen_rejected(tmp_path, 5, images=images)
+    source = open_source(settings(tmp_path))
+    pairs = [source[i] for i in range(5)]
+    assert all(is_bright(p.win.load()) and not is_bright(p.lose.load()) and p.prob == 1 for p in pairs)
+    assert len({p.key for p in pairs}) == 5 and len({p.win.uid for p in pairs}) == 5
+    assert pairs[0].caption == "a fox at dawn, number 0"
+
+
+def test_embedded_images_are_known_by_their_content(tmp_path, settings):
+    for name, order in (("a", [0, 1, 2]), ("b", [2, 0, 1])):
+        worlds.make_chosen_rejected(tmp_path / name, 3)
+        file = tmp_path / name / "train.parquet"
+        pq.write_table(pq.read_table(file).take(order), file)
+    keys = [[s[i].key for i in range(3)] for s in (open_source(settings(tmp_path / name)) for name in "ab")]
+    assert keys[1] == [keys[0][i] for i in (2, 0, 1)]
+
+
+def test_max_pairs_takes_the_first_usable_ones(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 20, ties=4, shards=4)
+    every = open_source(settings(tmp_path))
+    few = open_source(settings(tmp_path, max_pairs=7))
+    assert [few[i].key for i in range(7)] == [every[i].key for i in range(7)] and len(few) == 7
+    assert few.fingerprint != every.fingerprint
+
+
+def test_fingerprint_knows_the_data_not_the_place(tmp_path, settings):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        worlds.make_pickapic(tmp_path / name, 8, seed=seed)
+    a, b, c = (open_source(settings(tmp_path / name)).fingerprint for name in "abc")
+    assert a == b != c
+
+
+def test_missing_columns_name_those_found(tmp_path, settings):
+    pq.write_table(pa.table({"text": ["a"], "picture": [b"x"]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet: needs the columns .* found text, picture;"):
+        open_source(settings(tmp_path))
+
+
+def test_a_later_file_with_other_columns_is_named(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 4)
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "data" / "train-00009-of-00010.parquet")
+    with pytest.raises(UserError, match=r"train-00009-of-00010.parquet: column jpg_0 is missing, found caption"):
+        open_source(settings(tmp_path))
+
+
+def test_no_usable_pairs(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 0, ties=3, unlabelled=2)
+    with pytest.raises(UserError, match=r"no usable pairs \(5 rows: 0 pairs; left out: 3 ties, 2 unlabelled\)"):
+        open_source(settings(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_damaged_file(damage, tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 4)
+    file = next(tmp_path.rglob("*.parquet"))
+    data = file.read_bytes()
+    file.write_bytes({"cut": data[: len(data) // 2], "text": b"no parquet at all", "empty": b""}[damage])
+    with pytest.raises(UserError, match=r"parquet: cannot be read as parquet \(.*\); fetch it again") as caught:
+        open_source(settings(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_no_numbers(tmp_path, settings):
+    table = pa.table({"caption": ["a"], "jpg_0": [b"x"], "jpg_1": [b"y"], "label_0": ["left"]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet: the labels are not numbers"):
+        open_source(settings(tmp_path))
+
+
+def test_large_sets_get_a_window_and_few_row_groups_in_memory(tmp_path, settings, monkeypatch):
+    worlds.make_pickapic(tmp_path, 60, row_group_size=3)
+    whole = open_source(settings(tmp_path))
+    assert whole.window is None
+    wanted = sorted(whole[i].key for i in range(60))
+    size = sum(
+        pq.ParquetFile(next(tmp_path.rglob("*.parquet"))).metadata.row_group(0).column(i).total_uncompressed_size for i in (9, 10)
+    )
+    monkeypatch.setattr(parquet, "WINDOW_BYTES", 5 * size)
+    source = open_source(settings(tmp_path))
+    assert 3 <= source.window <= 5
+    reads = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or original(self, i, **k))
+    stream = batches(source, settings(tmp_path), seed=0, start=0, stop=60, micro_batch=4, resolution=32, workers=0)
+    keys = [int(k) for batch in stream for k in batch.keys]
+    assert sorted(keys) == wanted
+    assert len(reads) == 20 and len(source.cache) <= source.window + 1  # each row group is read once an epoch
+    assert not np.array_equal(reads, sorted(reads))
+
+
+def test_oversized_row_groups_are_said(tmp_path, settings, monkeypatch, caplog):
+    worlds.make_pickapic(tmp_path, 30, row_group_size=10)
+    monkeypatch.setattr(parquet, "WINDOW_BYTES", 4000)
+    assert open_source(settings(tmp_path)).window == 2
+    assert "smaller row groups need less" in caplog.text
+
+
+def test_ten_thousand_pairs_keep_memory_flat(tmp_path, settings, monkeypatch):
+    """140 MB of parquet, of which at most 8 MB of row groups may be in use: resident memory stays within 48 MB of the start."""
+    rng = np.random.default_rng(0)
+    row = pq.read_table(worlds.make_pickapic(tmp_path / "one", 1)).to_pylist()[0]
+    image = row["jpg_0"]
+    (tmp_path / "set").mkdir()
+    for shard in range(5):
+        writer = pq.ParquetWriter(tmp_path / "set" / f"train-{shard:05d}-of-00005.parquet", worlds.pickapic_schema())
+        for group in range(20):
+            rows = []
+            for i in range(100):
+                uid = f"{shard}-{group}-{i}"
+                padding = rng.bytes(6000)  # after the end of the picture: ignored by the decoder
+                rows.append(
+                    row | {"image_0_uid": uid + "a", "image_1_uid": uid + "b", "jpg_0": image + padding, "jpg_1": image + padding}
+                )
+            writer.write_table(pa.Table.from_pylist(rows, schema=worlds.pickapic_schema()))
+        writer.close()
+    monkeypatch.setattr(parquet, "WINDOW_BYTES", 8 * 1024**2)
+    cfg = settings(tmp_path / "set")
+    source = open_source(cfg)
+    assert len(source) == 10_000 and source.window < 10
+    process = psutil.Process()
+    seen, memory = set(), []
+    for batch in batches(source, cfg, seed=0, start=0, stop=10_000, micro_batch=16, resolution=8, workers=0):
+        seen.update(batch.keys.tolist())
+        if batch.position % 1000 < 16:
+            memory.append(process.memory_info().rss)
+    assert len(seen) == 10_000
+    assert max(memory[1:]) - memory[0] < 48 * 1024**2, [m >> 20 for m in memory]

@@ -1,0 +1,206 @@
+"""What `data` may name, splits, held-out pairs, and the hub as far as it can be shown without a network."""
+
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+from dpo.data import batches, open_source, open_sources
+from dpo.data.hub import split_of
+from dpo.errors import UserError
+from tests import worlds
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("data/train-00000-of-00645-b66ac786bf6fb553.parquet", "train"),
+        ("data/validation_unique-00000-of-00001.parquet", "validation_unique"),
+        ("default/train/0000.parquet", "train"),
+        ("val.parquet", "validation"),
+        ("test.00001.parquet", "test"),
+        ("training_pairs.parquet", "train"),
+        ("pairs.parquet", None),
+        ("evaluate/trainer.parquet", None),
+    ],
+)
+def test_split_of_a_file(name, split):
+    assert split_of(name) == split
+
+
+def test_splits_of_a_folder(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 5, split="train")
+    worlds.make_pickapic(tmp_path, 3, seed=1, split="validation")
+    worlds.make_pickapic(tmp_path, 2, seed=2, split="validation_unique")
+    assert [len(open_source(settings(tmp_path), s)) for s in ("train", "validation", "val", "validation_unique")] == [5, 3, 3, 2]
+    assert len(open_source(settings(tmp_path / "data" / "*.parquet"))) == 10
+    with pytest.raises(
+        UserError, match="has no split 'test', found train, validation, validation_unique; choose one with --split"
+    ):
+        open_source(settings(tmp_path), "test")
+
+
+def test_files_without_a_split_in_their_name_are_train(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 5)
+    next(tmp_path.rglob("*.parquet")).rename(tmp_path / "pairs.parquet")
+    assert len(open_source(settings(tmp_path))) == 5
+    assert len(open_source(settings(tmp_path / "pairs.parquet", split="whatever"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("nonesuch", "no such file or folder"),
+        ("non/such/place", "no such file or folder"),
+        ("*.parquet", "matches no file"),
+        (".", "needs parquet, JSONL or CSV files, or folders w/ and l/, found nothing"),
+    ],
+)
+def test_no_such_data(data, message, tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_source(settings(data))
+
+
+def test_files_of_no_known_kind(tmp_path, settings):
+    (tmp_path / "pairs.txt").write_text("x")
+    with pytest.raises(UserError, match=r"cannot read pairs.txt as auto pairs; known are parquet"):
+        open_source(settings(tmp_path / "pairs.txt"))
+    with pytest.raises(UserError, match=r"found pairs.txt"):
+        open_source(settings(tmp_path))
+
+
+def test_a_format_asked_for_is_the_one_read(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 3)
+    assert len(open_source(settings(tmp_path, data_format="pickapic"))) == 3
+    with pytest.raises(UserError, match="needs the columns prompt, chosen, rejected, found"):
+        open_source(settings(tmp_path, data_format="chosen-rejected"))
+    with pytest.raises(UserError, match="needs pairs of format folders, found data"):
+        open_source(settings(tmp_path, data_format="folders"))
+
+
+# --- held-out pairs -------------------------------------------------------------------------------------------------
+
+
+def pairs_of(source):
+    return [source[i] for i in range(len(source))]
+
+
+def test_no_caption_stands_on_both_sides(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 120, captions=40, ties=10, row_group_size=9)
+    cfg = settings(tmp_path, validation_fraction=0.25, ties="keep", label_smoothing=0.1)
+    train, held = open_sources(cfg)
+    assert not {p.caption for p in pairs_of(train)} & {p.caption for p in pairs_of(held)}
+    assert 10 < len(held) < 60 and all(held.prob > 0.5)
+    assert len(train) + len(held) >= 120
+    again = open_sources(cfg)[1]
+    assert [p.key for p in pairs_of(again)] == [p.key for p in pairs_of(held)]
+    assert train.fingerprint != open_source(cfg).fingerprint
+
+
+def test_at_most_so_many_held_out_pairs(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 60)
+    held = open_sources(settings(tmp_path, validation_fraction=0.5, validation_pairs=4))[1]
+    assert len(held) == 4 and held.summary["pairs"] == 4
+
+
+def test_validation_data_of_their_own(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 12)
+    worlds.make_pickapic(tmp_path, 9, seed=1, ties=2, split="validation")
+    train, held = open_sources(settings(tmp_path, validation_data=str(tmp_path), ties="keep", max_pairs=5))
+    assert len(train) == 5 and len(held) == 9
+    shutil.rmtree(tmp_path / "data")
+    assert held[3].win.load()  # held in memory
+
+
+def test_none_held_out_by_default(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 3)
+    assert open_sources(settings(tmp_path))[1] is None
+
+
+def test_a_fraction_that_leaves_nothing(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 10, captions=1)
+    with pytest.raises(UserError, match="leaves none for"):
+        open_sources(settings(tmp_path, validation_fraction=0.5))
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def test_hub_out_of_reach_is_one_line(settings, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(UserError, match=r"data 'someone/pairs' .*\(no route to host\).* give a local folder") as caught:
+        open_source(settings("someone/pairs"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose repositories are folders: tmp_path/<revision or main>/<file>."""
+
+    def folder(revision):
+        return tmp_path / (revision or "main").replace("/", "-")
+
+    def names(self, repo, *, repo_type, revision=None):
+        assert (repo, repo_type) == ("someone/pairs", "dataset")
+        return sorted(p.relative_to(folder(revision)).as_posix() for p in folder(revision).rglob("*") if p.is_file())
+
+    downloads = []
+
+    def download(repo, name, *, repo_type, revision=None):
+        downloads.append(name)
+        return str(folder(revision) / name)
+
+    class FileSystem:
+        def open(self, path, mode, revision=None):
+            return (folder(revision) / path.removeprefix("datasets/someone/pairs/")).open(mode)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", names)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
+    return SimpleNamespace(folder=folder, downloads=downloads)
+
+
+def test_hub_parquet_of_one_split_is_fetched_once(hub, settings):
+    worlds.make_pickapic(hub.folder(None), 8, shards=2)
+    worlds.make_pickapic(hub.folder(None), 4, seed=1, split="validation")
+    source = open_source(settings("someone/pairs"))
+    assert [source[i].win.load() for i in range(8)] and sorted(set(hub.downloads)) == sorted(hub.downloads)
+    assert len(hub.downloads) == 2
+
+
+def test_hub_stream_gives_the_same_batches(hub, settings):
+    worlds.make_pickapic(hub.folder(None), 12, shards=2, row_group_size=2)
+    seen = []
+    for streaming in (False, True):
+        cfg = settings("someone/pairs", streaming=streaming)
+        stream = batches(open_source(cfg), cfg, seed=1, start=5, stop=20, micro_batch=4, resolution=32, workers=0)
+        seen.append(np.concatenate([batch.keys for batch in stream]))
+    assert np.array_equal(*seen) and len(hub.downloads) == 2
+
+
+def test_hub_sets_of_other_files_are_read_from_the_conversion(hub, settings):
+    hub.folder(None).mkdir()
+    (hub.folder(None) / "data.zip").write_bytes(b"x")
+    converted = hub.folder("refs/convert/parquet")
+    for config in ("default", "small"):
+        worlds.make_pickapic(converted / config, 6 if config == "default" else 2)
+        (converted / config / "data").rename(converted / config / "train")
+        next((converted / config / "train").iterdir()).rename(converted / config / "train" / "0000.parquet")
+    with pytest.raises(UserError, match=r"several configurations \(default, small\); choose one with --config-name"):
+        open_source(settings("someone/pairs"))
+    assert len(open_source(settings("someone/pairs", config_name="small"))) == 2
+    with pytest.raises(UserError, match="has no split 'validation', found train"):
+        open_source(settings("someone/pairs", config_name="small"), "validation")
+
+
+def test_hub_set_without_parquet(hub, settings):
+    for revision in (None, "refs/convert/parquet"):
+        hub.folder(revision).mkdir()
+    with pytest.raises(UserError, match="has no parquet files; download it"):
+        open_source(settings("someone/pairs"))
