@@ -20,7 +20,7 @@ from dpo.correction import CorrectionTable
 from dpo.data import Source, batches, describe, held_out_batches, open_sources
 from dpo.errors import UserError
 from dpo.metrics import StepMetrics
-from dpo.models import Components, kernels, lora
+from dpo.models import Components, lora
 from dpo.models.load import fingerprint, load, load_unet_into, locate
 from dpo.models.unet import halve, use_attention, use_checkpointing
 from dpo.step import Encoder, PairStep
@@ -154,7 +154,7 @@ def build(config: Config, notes: list[str]) -> Run:
     locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
     source, held_out_source = open_sources(config.data)
     log.info("pairs: %s", describe(source))
-    saved = checkpoint.find(output / "checkpoints", config.output.resume) if config.output.resume else None
+    saved = _saved(config, output)
     config, model, plan = _load_model(config, device, notes)
     if saved is not None:
         _check_resume(config, saved)
@@ -190,6 +190,17 @@ def build(config: Config, notes: list[str]) -> Run:
     if saved is not None:
         restore(run, saved)
     return run
+
+
+def _saved(config: Config, output: Path) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from. "latest" of a folder that has none yet is a fresh start, said in the log."""
+    which, root = config.output.resume, output / "checkpoints"
+    if which is None:
+        return None
+    if which == "latest" and not checkpoint.listing(root):
+        log.warning("no checkpoint under %s yet: starting anew", root)
+        return None
+    return checkpoint.find(root, which)
 
 
 def embedded(config: Config) -> Config:
@@ -301,6 +312,8 @@ def _settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
     use_attention(unet, run.attention)
     use_checkpointing(unet, run.checkpointing)
     if run.kernels == "triton":
+        from dpo.models import kernels
+
         kernels.patch(unet)
     return torch.compile(unet) if run.compile else unet
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -71,7 +72,7 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
     with stop_on_signals() as stop:
         try:
             run = build.build(config, notes)
-            run.output.mkdir(parents=True, exist_ok=True)
+            clear_output(run)
             checkpoint.write_text(run.output / "config.toml", to_toml(run.config))
             out = run.config.output
             trackers = open_trackers(
@@ -94,6 +95,19 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
                 "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
             ) from error
     return 0
+
+
+def clear_output(run: build.Run) -> None:
+    """Make the output folder; with --overwrite, drop what an earlier run left that this one would mistake for its own."""
+    if run.config.output.overwrite and not run.config.output.resume:
+        for name in ("checkpoints", "samples"):
+            shutil.rmtree(run.output / name, ignore_errors=True)
+        for name in ("summary.json", "tables.json", "report.html"):
+            (run.output / name).unlink(missing_ok=True)
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {run.output}: {error.strerror}; choose another --output") from error
 
 
 def updates(run: build.Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:

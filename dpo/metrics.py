@@ -110,6 +110,7 @@ def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
         "reference_lose_error": _mean(row["reference_lose"]),
         "difference_mean": _mean(row["difference"]),
         "pairs": pairs,
+        "nonfinite_timesteps": sorted({int(t) for t in row["timestep"][~np.isfinite(row["loss"])]}),
         "tied_pairs": int((row["prob"] == 0.5).sum()),
         "pairs_by_decile": [int((decile == index).sum()) for index in range(DECILES)],
         "accuracy_by_decile": [_mean(row["accuracy"][decile == index]) for index in range(DECILES)],

@@ -22,6 +22,16 @@ log = logging.getLogger("dpo")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def quiet() -> None:
+    """No progress bars and advice of the libraries between the lines of the run; their errors stay."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, for a one-line message."""
     text = str(error).strip()
@@ -109,6 +119,7 @@ def load(
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
         return load_single_file(place, family, single_file_config, vae)
