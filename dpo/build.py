@@ -337,6 +337,7 @@ def _pair_step(
         sft_weight=method.sft_weight,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
+        wins_only=not objective.METHODS[method.method].pairwise,
     )
     return step, tables
 
@@ -372,7 +373,11 @@ def _speed(config: Config, model: Components, device: torch.device) -> Speed:
     encode = flops.vae_encode_flops(dict(model.vae.config), config.data.resolution, config.data.resolution)
     live = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     per_pair = flops.pair_flops(
-        forward, trainable="lora" if config.lora.lora else "full", reference="live" if live else None, encode=encode
+        forward,
+        trainable="lora" if config.lora.lora else "full",
+        reference="live" if live else None,
+        halves=2 if objective.METHODS[config.method.method].pairwise else 1,
+        encode=encode,
     )
     peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Speed(per_pair, peak)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dpo import checkpoint, decisions, drawing
+from dpo import checkpoint, decisions, drawing, outcome
 from dpo.build import Run
 from dpo.models.load import load
 from dpo.models.save import detached, save_lora, save_pipeline
@@ -43,6 +43,9 @@ def end(run: Run, trackers: Trackers) -> None:
     else:
         save_pipeline(_untouched(run), unet, run.output)
     sample_images(run)
+    if outcome.is_embedded(run.model):
+        run.evaluation = outcome.judged(run.model, unet, run.device)
+        trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     report(run, "finished")
     log.info("done: %s", run.output)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpo.models.lora import adapters_off
 from dpo.models.unet import halve
 
-Predict = Callable[..., Tensor]  # the UNet's arguments -> prediction [2B, C, H, W], without gradient
+Predict = Callable[..., tuple[Tensor, ...]]  # called as a UNet is, without gradient: (prediction [2B, C, H, W],)
 
 
 def frozen(unet: nn.Module, compute: torch.dtype | None) -> nn.Module:
@@ -28,9 +28,9 @@ def frozen(unet: nn.Module, compute: torch.dtype | None) -> nn.Module:
 def from_copy(twin: Any) -> Predict:
     """Predict with a frozen module (compiled or not)."""
 
-    def predict(*args: Any, **kwargs: Any) -> Tensor:
+    def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return twin(*args, **kwargs, return_dict=False)[0]
+            return twin(*args, **kwargs)
 
     return predict
 
@@ -38,8 +38,8 @@ def from_copy(twin: Any) -> Predict:
 def from_adapters(unet: Any, layers: list[nn.Module]) -> Predict:
     """Predict with the policy itself, its adapter `layers` switched off."""
 
-    def predict(*args: Any, **kwargs: Any) -> Tensor:
+    def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with torch.no_grad(), adapters_off(layers):
-            return unet(*args, **kwargs, return_dict=False)[0]
+            return unet(*args, **kwargs)
 
     return predict

@@ -76,7 +76,7 @@ class Encoder:
         """A PairBatch from the loader -> tensors on the device."""
         move = {"device": self.device, "non_blocking": True}
         if batch.latent_mean is not None:
-            mean, std, text = batch.latent_mean.to(**move), batch.latent_std.to(**move), batch.text.to(self.device)
+            mean, std, text = batch.latent_mean.to(**move), batch.latent_std.to(**move), TextEncoding(*batch.text).to(self.device)
         else:
             (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
         micro = batch.micro.to(**move) if batch.micro is not None else None
@@ -99,6 +99,14 @@ class PairStep:
     sft_weight: float
     autocast: torch.dtype | None
     dtype: torch.dtype  # of x_t: fp32, or fp64 / bf16 where the weights are
+    wins_only: bool = False  # sft never looks at the losers: their predictions and errors are nan
+
+    def predict(self, unet: Any, x_t: Tensor, t: Tensor, text: TextEncoding, micro: Tensor | None) -> Tensor:
+        """The prediction for N noisy latents [N, 4, h, w] at timesteps t [N]."""
+        if self.autocast is None:
+            text = text.to(x_t.device, x_t.dtype)
+        with self._autocast():
+            return unet(x_t, t, **self.model.family.condition(text, micro), return_dict=False)[0]
 
     def _autocast(self) -> AbstractContextManager:
         if self.autocast is None:
@@ -122,11 +130,14 @@ class PairStep:
         t = self.draw_timesteps(x.keys, x.draws)
         latents = self.latents(x)
         x_t = noise_pairs(latents, t, self.alphas_cumprod, x.keys, x.draws, self.seed, out_dtype=self.dtype)
-        kwargs = self.model.family.condition(x.text.twice().to(None, self.dtype if self.autocast is None else None), x.micro)
-        with self._autocast():
-            policy = self.policy(x_t, t.repeat(2), **kwargs, return_dict=False)[0]
-            live = self.reference is not None and recorded is None
-            reference = self.reference(x_t, t.repeat(2), **kwargs) if live else None
+        if self.wins_only:
+            half = t.numel()
+            wins = self.predict(self.policy, x_t[:half], t, x.text, None if x.micro is None else x.micro[:half])
+            policy = torch.cat([wins, torch.full_like(wins, torch.nan)])
+        else:
+            policy = self.predict(self.policy, x_t, t.repeat(2), x.text.twice(), x.micro)
+        live = self.reference is not None and recorded is None
+        reference = self.predict(self.reference, x_t, t.repeat(2), x.text.twice(), x.micro) if live else None
         v_target = self.model.prediction_type == "v_prediction"
         terms = preference_loss(
             policy,

@@ -11,6 +11,7 @@ Read `train_step` below, then step.py (a micro-batch), objective.py (the methods
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config, notes = parse(sys.argv[1:] if argv is None else argv)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other on a busy CPU
         from dpo import console, loop  # torch is imported only once the command line is known to be good
 
         console.setup()

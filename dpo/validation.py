@@ -39,7 +39,7 @@ def _on(x: Any, device: torch.device | str) -> Any:
 def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
     """Errors of the UNet in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
     device = step.alphas_cumprod.device
-    alone = replace(step, reference=None, sft_weight=0.0)
+    alone = replace(step, reference=None, sft_weight=0.0, wins_only=False)
     zero = torch.zeros_like(step.weight)
     rows = []
     for draw in range(draws):
@@ -61,7 +61,7 @@ def prepare(step: PairStep, encoder: Encoder, batches: Iterable[Any], draws: int
     if not encoded or not any(x.usable.any() for x in encoded):
         return None
     if predict is not None:
-        step = replace(step, policy=lambda *args, return_dict=False, **kwargs: (predict(*args, **kwargs),))
+        step = replace(step, policy=predict)
     return HeldOut(encoded, _errors(step, encoded, draws), draws)
 
 

@@ -19,12 +19,15 @@ def encode(model: Components, captions: list[str]) -> TextEncoding:
 
 
 def condition(text: TextEncoding, micro: Tensor | None) -> dict:
-    """micro [N, 6]: original height, width, crop top, left, target height, width of each image, in pixels."""
+    """micro [N, 6]: original height, width, crop top, left, target height, width of each image, in pixels.
+
+    The sizes stay in fp32: bf16 has 8 bits, and would make 764 of 765.
+    """
     if micro is None:
         raise ValueError("SDXL needs each image's micro-conditioning")
     return {
         "encoder_hidden_states": text.hidden,
-        "added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": micro.to(text.hidden.dtype)},
+        "added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": micro.to(torch.promote_types(text.hidden.dtype, torch.float32))},
     }
 
 

@@ -84,3 +84,20 @@ def test_holes_count_nowhere(world, tmp_path):
     found, expected = weights(run), weights(other)
     assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-12
     assert torch.allclose(run.table.table, other.table.table, atol=1e-14)
+
+
+def test_sft_sees_the_winners_only(world, tmp_path):
+    """Its gradient is that of the winners' mean error, and the losers cost nothing."""
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--method", "sft", "--precision", "fp64")
+    inputs = run.encoder.inputs(next(run.batches()))
+    rows = []
+    unet = run.step.policy
+    run.step.policy = lambda x_t, *args, **kwargs: (rows.append(len(x_t)), unet(x_t, *args, **kwargs))[1]
+    terms, _ = run.step(inputs, run.correction())
+    assert rows == [3]
+    assert torch.equal(terms.loss, terms.errors[0]) and terms.loss.isfinite().all()
+    terms.loss.sum().backward()
+    assert all(p.grad.isfinite().all() for p in run.updater.parameters)
+    run.step.wins_only = False
+    run.step.policy = unet
+    assert torch.allclose(run.step(inputs, run.correction())[0].loss, terms.loss, rtol=1e-12)

@@ -1,0 +1,62 @@
+"""What the embedded world's second judge says of a result: the share of prompts it wins, and whether captions are still obeyed.
+
+The judge that is asked here neither labelled the training pairs nor chose the settings, and the prompts and seeds were used
+for neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo import tiny
+from dpo.models import Components
+from dpo.models.load import component
+
+log = logging.getLogger("dpo")
+PAIRS = 160
+JUDGE = "b"
+
+
+def is_embedded(model: Components) -> bool:
+    """Whether `model` is the pipeline that ships with the package."""
+    return model.folder is not None and Path(model.folder).resolve() == tiny.pipeline_path().resolve()
+
+
+def judged(model: Components, policy: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Draw the report prompts with the unchanged UNet and with `policy` from the same noise, and compare.
+
+    Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object and
+    colour), and how many prompts that was.
+    """
+    from diffusers import UNet2DConditionModel
+
+    from dpo.models.save import scheduler_of
+    from dpo.tiny.evaluate import compare, draw
+
+    began = time.monotonic()
+    prompts = tiny.prompts("report")
+    captions, seeds = prompts.captions[:PAIRS], prompts.seeds[:PAIRS]
+    base = component(UNet2DConditionModel, tiny.pipeline_path(), "unet")
+    parts = (model.text_encoders[0].to(device), model.tokenizers[0], model.vae.to(device), scheduler_of(model))
+    before, after = (draw(unet.to(device), *parts, captions, seeds) for unet in (base, policy.eval()))
+    found = compare(tiny.load_judge(JUDGE), captions, before, after)
+    log.info(
+        "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",
+        time.monotonic() - began, found.win_rate, found.low, found.high, found.pairs, found.faithful_base, found.faithful_policy,
+    )  # fmt: skip
+    return {
+        "win_rate": found.win_rate,
+        "win_rate_interval": [found.low, found.high],
+        "prompts": found.pairs,
+        "faithfulness_before": found.faithful_base,
+        "faithfulness_after": found.faithful_policy,
+        "score_before": found.score_base,
+        "score_after": found.score_policy,
+        "judge": JUDGE,
+    }
