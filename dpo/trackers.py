@@ -1,7 +1,7 @@
 """Where figures go: metrics.jsonl always, TensorBoard and W&B when asked.
 
-metrics.jsonl holds one JSON object per line: `{"step": 3, "loss": ...}` for an update, `{"event": "validation", "step": 3, ...}` for
-anything else. Values that are not finite are written as null, so that every line is valid JSON.
+metrics.jsonl holds one JSON object per line: `{"step": 3, "loss": ...}` for an update, `{"event": "validation", "step": 3, ...}`
+for anything else. Values that are not finite are written as null, so that every line is valid JSON.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
         run_id = id_file.read_text().strip() if resumed and id_file.exists() else uuid.uuid4().hex[:8]
         run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
         id_file.write_text(run_id + "\n")
-    except Exception as error:  # noqa: BLE001, the client raises its own kinds for a missing key, network or service
+    except Exception as error:  # the client raises its own kinds for a missing key, network or service
         log.warning("W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE)
         return None
     return Sink(lambda step, numbers: run.log(numbers, step=step), run.finish)
