@@ -1,4 +1,4 @@
-"""Noising on the CPU implementation against the equations in float64; the op contract. The kernels: interpreted/check_noising.py."""
+"""Noising on the CPU implementation against the equations in float64; the op contract. The kernels: check_noising.py."""
 
 import pytest
 import torch

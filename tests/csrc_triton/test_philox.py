@@ -1,4 +1,4 @@
-"""Philox in plain torch: published vectors, the layout of the counter, distributions and refusals. The Triton twins: check_philox.py."""
+"""Philox in plain torch: published vectors, counter layout, distributions, refusals. The Triton twins: check_philox.py."""
 
 import math
 

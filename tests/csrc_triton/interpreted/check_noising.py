@@ -1,0 +1,66 @@
+"""The noising kernels in the interpreter: the bits of plain torch, which test_noising.py compares with float64."""
+
+import pytest
+import torch
+
+from csrc_triton.noising import (
+    PREDICTION_TYPES,
+    _launch_noise,
+    _launch_posterior,
+    noise_and_target_reference,
+    sample_posterior_reference,
+)
+
+ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+QUICK = [
+    (1, (4, 8, 8), torch.float32, torch.bfloat16, "contiguous"),
+    (2, (3, 5, 7), torch.bfloat16, torch.bfloat16, "channels_last"),
+    (3, (4, 17, 19), torch.float32, torch.float16, "offset"),
+]
+FULL = [
+    (batch, shape, dtype, dtype, layout)
+    for batch in (1, 2, 3, 4, 5)
+    for shape in ((1, 1, 1), (4, 13, 11), (4, 16, 24), (16, 9, 9))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for layout in ("contiguous", "channels_last", "offset", "strided")
+]
+
+
+def arrange(x, layout):
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        return x.repeat_interleave(2, dim=3)[..., ::2]
+    return x + 30 if layout == "offset" else x
+
+
+def run(batch, shape, dtype, out_dtype, layout):
+    generator = torch.Generator().manual_seed(batch)
+    x = arrange(torch.randn(2 * batch, *shape, generator=generator).to(dtype), layout)
+    keys = torch.randint(-(2**62), 2**62, (batch,), generator=generator)
+    draws, seed = torch.arange(batch), torch.tensor(99)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    for alphas in (ALPHAS, ALPHAS.float()):
+        arguments = (x, timesteps, alphas, keys, draws, seed)
+        plain, _ = _launch_noise(*arguments, None, out_dtype)
+        for prediction_type in PREDICTION_TYPES:
+            noisy, target = _launch_noise(*arguments, prediction_type, out_dtype)
+            expected = noise_and_target_reference(*arguments, prediction_type=prediction_type, out_dtype=out_dtype)
+            for actual, wanted in zip((noisy, target), expected):
+                assert torch.equal(actual, wanted) and actual.dtype == wanted.dtype and actual.stride() == wanted.stride()
+            assert torch.equal(plain, noisy)
+    std = x.abs().contiguous()
+    sample = _launch_posterior(x, std, keys, draws, seed, 0.13025, 0.25)
+    expected = sample_posterior_reference(x, std, keys, draws, seed, 0.13025, 0.25)
+    assert torch.equal(sample, expected) and sample.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("batch, shape, dtype, out_dtype, layout", QUICK)
+def test_bits_of_plain_torch(batch, shape, dtype, out_dtype, layout):
+    run(batch, shape, dtype, out_dtype, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, shape, dtype, out_dtype, layout", FULL)
+def test_full_grid(batch, shape, dtype, out_dtype, layout):
+    run(batch, shape, dtype, out_dtype, layout)

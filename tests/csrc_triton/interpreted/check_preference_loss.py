@@ -1,0 +1,184 @@
+"""The preference loss kernels in the interpreter against float64: at most twice the error of plain torch as peers write it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from csrc_triton.noising import noise_and_target_reference, pair_noise
+from csrc_triton.preference_loss import SHAPES, _forward_reference, _launch_backward, _launch_forward, _prepare
+
+T, BETA = 50, 20.0
+ALPHAS = torch.linspace(0.999, 0.005, T)
+QUICK = [
+    # pairs, shape, dtype, loss, source, reference, layout
+    (1, (4, 9, 9), torch.bfloat16, "sigmoid", "epsilon", "live", "contiguous"),
+    (3, (4, 23, 25), torch.float32, "sigmoid", "v", "live", "channels_last"),
+    (5, (3, 5, 7), torch.float16, "hinge", "target", "recorded", "offset"),
+    (2, (4, 8, 8), torch.bfloat16, "ipo", "shared", "live", "strided"),
+]
+FULL = [
+    (batch, shape, dtype, loss, source, reference, layout)
+    for index, (batch, shape) in enumerate([(1, (1, 1, 1)), (2, (4, 24, 24)), (3, (4, 23, 25)), (4, (3, 5, 7)), (5, (4, 33, 31))])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for loss in SHAPES
+    for source, reference in [("epsilon", "live"), ("v", "recorded"), ("target", "live"), ("shared", "recorded"), ("v", "live")]
+    for layout in [("contiguous", "channels_last", "offset", "strided")[(index + len(loss) + len(source)) % 4]]
+]
+
+
+def arrange(x, layout):
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        return x.repeat_interleave(2, dim=3)[..., ::2]
+    return x
+
+
+def world(batch, shape, dtype, source, layout):
+    """policy, reference, target (2B), keywords of the source, timesteps, prob, weight, correction."""
+    generator = torch.Generator().manual_seed(7 * batch + shape[-1])
+
+    def draw(*size):
+        return torch.randn(*size, generator=generator)
+
+    offset = 4.0 if layout == "offset" else 0.0  # predictions far from zero mean
+    policy = arrange((draw(2 * batch, *shape) + offset).to(dtype), layout)
+    reference = arrange((policy + 0.1 * draw(2 * batch, *shape)).to(dtype), "contiguous" if layout == "channels_last" else layout)
+    timesteps = torch.randint(0, T, (batch,), generator=generator)
+    timesteps[-1] = timesteps[0]
+    noise = (torch.randint(-(2**62), 2**62, (batch,), generator=generator), torch.arange(batch), torch.tensor(3))
+    latents = draw(2 * batch, *shape)
+    keywords = {"target": None, "noise": None, "latents": None, "alphas": None}
+    if source in ("target", "shared"):
+        keywords["target"] = draw(2 * batch if source == "target" else batch, *shape) + offset
+        target = keywords["target"].repeat(2 if source == "shared" else 1, 1, 1, 1)
+    elif source == "epsilon":
+        keywords["noise"], target = noise, pair_noise(*noise, shape).repeat(2, 1, 1, 1)
+    else:
+        keywords |= {"noise": noise, "latents": latents, "alphas": ALPHAS}
+        _, target = noise_and_target_reference(latents, timesteps, ALPHAS, *noise, prediction_type="v_prediction")
+    prob = torch.tensor([1.0, 0.9, 0.5, 0.75, 1.0]).repeat(batch)[:batch]
+    return policy, reference, target, keywords, timesteps, prob, draw(T).abs(), 0.1 * draw(T)
+
+
+def usual(policy, reference, recorded, target, timesteps, prob, weight, correction, shape, dtype):
+    """The loss as trainers write it, in `dtype` arithmetic: (errors of the policy [2B], loss, gradient)."""
+    leaf = policy.detach().clone().requires_grad_()
+    errors = F.mse_loss(leaf.to(dtype), target.to(dtype), reduction="none").flatten(1).mean(1)
+    if recorded is None:
+        frozen = F.mse_loss(reference.to(dtype), target.to(dtype), reduction="none").flatten(1).mean(1)
+    else:
+        frozen = recorded.flatten().to(dtype)
+    win, lose = (errors - frozen).chunk(2)
+    prob, weight, correction = prob.to(dtype), weight.to(dtype)[timesteps], correction.to(dtype)[timesteps]
+    z = -(BETA / 2) * (weight * (win - lose) + torch.where(prob == 0.5, 0.0, correction))
+    f = {"sigmoid": lambda x: -F.logsigmoid(x), "hinge": lambda x: F.relu(1 - x), "ipo": lambda x: (x - 0.5) ** 2}[shape]
+    loss = prob * f(z) + (1 - prob) * f(-z)
+    loss.sum().backward()
+    return errors.detach(), loss.detach(), leaf.grad
+
+
+def launch(policy, reference, recorded, keywords, timesteps, prob, weight, correction, shape, usable=None, run=_launch_forward):
+    usable = torch.ones(len(prob)) if usable is None else usable
+    reference, recorded, source, rest = _prepare(
+        policy, timesteps, prob, usable, weight, correction, BETA, shape, reference, recorded,
+        keywords["target"], keywords["noise"], keywords["latents"], keywords["alphas"], 0.0,
+    )  # fmt: skip
+    loss, terms, tables = run(policy, reference, recorded, source, *rest)
+    return (
+        loss,
+        terms,
+        tables,
+        lambda: _launch_backward(torch.ones_like(loss), terms[7:].contiguous(), policy, source, timesteps, usable),
+    )
+
+
+def compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
+    policy, reference, target, keywords, timesteps, prob, weight, correction = world(batch, shape, dtype, source, layout)
+    recorded = None
+    if kind == "recorded":
+        recorded, reference = (reference.float() - target).square().flatten(1).mean(1).view(2, batch), None
+    rest = (timesteps, prob, weight, correction, loss_shape)
+    loss, terms, tables, backward = launch(policy, reference, recorded, keywords, *rest)
+    exact_errors, exact_loss, exact_gradient = usual(policy.double(), reference, recorded, target, *rest, torch.float64)
+    plain_errors, plain_loss, plain_gradient = usual(policy, reference, recorded, target, *rest, torch.float32)
+    no_worse(terms[2:4].flatten(), plain_errors, exact_errors)
+    no_worse(loss, plain_loss, exact_loss)
+    gradient = backward()
+    assert gradient.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    no_worse(gradient, plain_gradient, exact_gradient)
+    _, reference_terms, reference_tables, _ = launch(policy, reference, recorded, keywords, *rest, run=_forward_reference)
+    torch.testing.assert_close(terms, reference_terms, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(tables, reference_tables, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch, shape, dtype, loss_shape, source, kind, layout", QUICK)
+def test_accuracy(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
+    compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch, shape, dtype, loss_shape, source, kind, layout", FULL)
+def test_full_grid(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
+    compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_policy_equal_to_reference_is_exact(dtype):
+    policy, _, _, keywords, timesteps, prob, weight, _ = world(4, (3, 5, 7), dtype, "v", "contiguous")
+    loss, terms, _, backward = launch(policy, policy.clone(), None, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
+    assert (terms[:2] == 0).all() and torch.equal(loss, torch.full_like(loss, 2.0).log())
+    again, _, _, _ = launch(policy, None, terms[2:4].clone(), keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
+    assert torch.equal(again, loss) and backward().count_nonzero() > 0
+
+
+def test_determinism_and_permutation():
+    policy, reference, target, _, timesteps, prob, weight, correction = world(
+        5, (4, 23, 25), torch.bfloat16, "target", "contiguous"
+    )
+
+    def run(order):
+        both = torch.cat([order, order + 5])
+        keywords = {"target": target[both], "noise": None, "latents": None, "alphas": None}
+        loss, terms, tables, backward = launch(
+            policy[both], reference[both], None, keywords, timesteps[order], prob[order], weight, correction, "sigmoid"
+        )
+        return loss, terms, tables, backward()
+
+    identity, order = torch.arange(5), torch.tensor([3, 0, 4, 1, 2])
+    first, second, permuted = run(identity), run(identity), run(order)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert torch.equal(permuted[0], first[0][order]) and torch.equal(permuted[1], first[1][:, order])
+    assert torch.equal(permuted[2], first[2]) and torch.equal(permuted[3], first[3][torch.cat([order, order + 5])])
+
+
+def test_holes_and_supervised():
+    policy, reference, target, keywords, timesteps, prob, weight, correction = world(
+        3, (3, 5, 7), torch.float32, "target", "contiguous"
+    )
+    for broken in (policy, reference, target):
+        broken[[1, 4]] = math.nan
+    timesteps[1] = 10**6
+    keywords["target"], usable = target, torch.tensor([1.0, 0.0, 1.0])
+    rest = (timesteps, prob, weight, correction, "sigmoid", usable)
+    for frozen in (reference, None):
+        loss, terms, tables, backward = launch(policy, frozen, None, keywords, *rest)
+        expected = launch(policy, frozen, None, keywords, *rest, run=_forward_reference)
+        for actual, wanted in zip((loss, terms, tables), expected):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+        gradient = backward()
+        assert loss[1] == 0 and (terms[:, 1] == 0).all() and (gradient[[1, 4]] == 0).all() and gradient.isfinite().all()
+
+
+def test_more_pairs_than_one_tile_of_the_finish():
+    """70 pairs: several rounds of the last program and of the table, with many pairs at one timestep."""
+    policy, reference, _, keywords, _, _, weight, correction = world(70, (1, 3, 3), torch.float32, "epsilon", "contiguous")
+    timesteps, prob = torch.arange(70) % 7, torch.ones(70)
+    rest = (policy, reference, None, keywords, timesteps, prob, weight, correction, "sigmoid")
+    loss, _, tables, _ = launch(*rest)
+    expected = launch(*rest, run=_forward_reference)
+    torch.testing.assert_close(loss, expected[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(tables, expected[2], rtol=1e-5, atol=1e-5)
+    assert tables[1, :7].tolist() == [10] * 7
