@@ -1,0 +1,15 @@
+"""Custom operations for preference training: Triton kernels on GPUs, plain torch everywhere else. Knows tensors only.
+
+Import each op from its module; a module shares its name with its op, so that nothing is re-exported here.
+
+    philox           random_bits, uniform, normal, integers; Stream        keyed random numbers
+    noising          noise_pairs, noise_and_target, sample_posterior       noisy latents of pairs, VAE posterior
+    preference_loss  preference_loss                                       errors, logit, loss and table sums of pairs
+    geglu            geglu
+    group_norm_silu  group_norm_silu
+    layer_norm       layer_norm, add_layer_norm
+    adamw8bit        AdamW8bit
+
+Every `<op>` has a plain-torch `<op>_reference` beside it, which is also its CPU implementation. What the kernels compute, move
+and cost: docs/kernels.md.
+"""

@@ -1,24 +1,18 @@
 """Ahead-of-time compilation of every kernel for every supported GPU, without a GPU, and what the machine code says.
 
-    python -m csrc_triton.aot [--out FILE.csv|FILE.md] [--target sm_90 ...] [--kernel SUBSTRING]
-
-compiles each module's `AOT_SPECIMENS` and writes registers, spills, shared memory and vector accesses per kernel and target.
-Spills are read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in the disassembly of the cubin,
-on AMD the spill counts in the metadata of the code object.
+`python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` and tabulates registers, spills, shared memory and vector
+accesses per kernel and target. Spills are read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in
+the disassembly of the cubin, on AMD the spill counts in the metadata of the code object.
 
 A kernel module lists what it launches, once per dtype, with the flags of its launcher:
 
     AOT_SPECIMENS = [Specimen("scale", scale_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
 """
 
-import argparse
-import csv
 import importlib
-import os
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +20,8 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from csrc_triton.runtime import PINNED
 
 # name -> (target, shared memory in bytes that one program may use)
 TARGETS = {
@@ -53,7 +49,7 @@ class Specimen:
     signature: dict[str, str]
     constexprs: dict[str, object]
     num_warps: int = 4
-    num_stages: int = 1
+    num_stages: int | None = None
     aligned: tuple[str, ...] = ()
     vector_load: bool = True
     vector_store: bool = True
@@ -94,11 +90,14 @@ class Compiled:
         )
 
 
+COLUMNS = [column.name for column in fields(Compiled) if column.name != "assembly"]
+
+
 def _nvidia_tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def _nvidia_machine_code(cubin: bytes, arch: int) -> tuple[int, int, int, int]:
+def _nvidia_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
     """(registers, local-memory instructions, 16-byte loads, 16-byte stores) of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -124,12 +123,13 @@ def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
 def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     """Compile for `target` (a name in TARGETS); raises what the compiler raises."""
     gpu, _ = TARGETS[target]
-    # fp contraction is pinned: Triton's default differs between versions
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, "enable_fp_fusion": False}
+    options = {"num_warps": specimen.num_warps, **PINNED}
+    if specimen.num_stages is not None:
+        options["num_stages"] = specimen.num_stages
     kernel = triton.compile(specimen.source(), target=gpu, options=options)
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]
-        code = _nvidia_machine_code(kernel.asm["cubin"], gpu.arch)
+        code = _nvidia_machine_code(kernel.asm["cubin"])
     else:
         assembly = kernel.asm["amdgcn"]
         code = _amd_machine_code(assembly)
@@ -159,49 +159,3 @@ def check(specimen: Specimen, compiled: Compiled) -> list[str]:
     if nvidia and specimen.vector_store and not compiled.vector_stores:
         faults.append("no 16-byte store")
     return faults
-
-
-COLUMNS = [f.name for f in fields(Compiled) if f.name != "assembly"]
-
-
-def write_table(rows: list[Compiled], path: Path) -> None:
-    """CSV, or Markdown when the name ends in .md."""
-    cells = [[str(getattr(row, column)) for column in COLUMNS] for row in rows]
-    if path.suffix == ".md":
-        lines = ["| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
-        path.write_text("\n".join(lines) + "\n")
-        return
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *cells])
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m csrc_triton.aot", description="Compile every kernel for every target; no GPU needed."
-    )
-    parser.add_argument("--out", type=Path, help="write the table here: .csv or .md")
-    parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="TARGET", help=f"among {', '.join(TARGETS)}"
-    )
-    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
-    arguments = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("nothing is compiled under TRITON_INTERPRET=1")
-    rows, failures = [], 0
-    for specimen in specimens():
-        if arguments.kernel not in specimen.name:
-            continue
-        for target in arguments.target:
-            compiled = compile_specimen(specimen, target)
-            faults = check(specimen, compiled)
-            failures += bool(faults)
-            rows.append(compiled)
-            print(*(getattr(compiled, column) for column in COLUMNS), "; ".join(faults) or "ok", sep="\t", flush=True)  # noqa: T201
-    if arguments.out:
-        write_table(rows, arguments.out)
-    print(f"{len(rows)} compiled, {failures} with faults")  # noqa: T201
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

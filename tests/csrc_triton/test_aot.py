@@ -1,0 +1,80 @@
+"""Machine code of the kernels, compiled without a GPU: no spills, 16-byte accesses, no float atomics, shared memory within limits.
+
+By default one bf16 specimen (or the nearest there is) of every kernel for sm_90; every specimen for every target is `slow`.
+"""
+
+import pytest
+import triton
+import triton.language as tl
+
+from benchmarks import aot as command
+from csrc_triton.aot import COLUMNS, TARGETS, Compiled, Specimen, check, compile_specimen, specimens
+
+SPECIMENS = specimens()
+
+
+def one_of_each_kernel():
+    chosen = {}
+    for specimen in sorted(SPECIMENS, key=lambda s: s.dtype != "bf16"):
+        chosen.setdefault(specimen.kernel, specimen)
+    return list(chosen.values())
+
+
+def label(specimen):
+    return f"{specimen.name}-{specimen.dtype}"
+
+
+@pytest.mark.parametrize("specimen", one_of_each_kernel(), ids=label)
+def test_machine_code_for_hopper(specimen):
+    assert check(specimen, compile_specimen(specimen, "sm_90")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("specimen", SPECIMENS, ids=label)
+def test_machine_code(specimen, target):
+    assert check(specimen, compile_specimen(specimen, target)) == []
+
+
+@triton.jit
+def unordered_sum_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.atomic_add(out_ptr, tl.sum(tl.load(x_ptr + i * 3, mask=i < n, other=0.0)))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_faults_are_found(target):
+    """A float atomic and a strided load are seen in real machine code."""
+    specimen = Specimen(
+        "unordered_sum",
+        unordered_sum_kernel,
+        "fp32",
+        {"x_ptr": "*fp32", "out_ptr": "*fp32", "n": "i32"},
+        {"BLOCK": 512},
+        vector_store=False,
+    )
+    faults = check(specimen, compile_specimen(specimen, target))
+    assert any("float atomics" in fault for fault in faults)
+    assert ("no 16-byte load" in faults) == (target == "sm_90")
+
+
+def test_spills_and_shared_memory_are_judged():
+    specimen = SPECIMENS[0]
+    bad = Compiled(specimen.name, specimen.dtype, "sm_89", 255, 12, 100 * 1024, 1, 1, "")
+    assert check(specimen, bad) == ["12 spill instructions", "102400 bytes of shared memory, 101376 allowed"]
+
+
+def test_specimen_must_match_its_kernel():
+    with pytest.raises(AssertionError, match="differ in"):
+        Specimen("unordered_sum", unordered_sum_kernel, "fp32", {"x_ptr": "*fp32"}, {"BLOCK": 512}).source()
+
+
+def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "compile_specimen", lambda s, t: Compiled(s.name, s.dtype, t, 32, 0, 0, 4, 4, ""))
+    for name in ("table.csv", "table.md"):
+        assert (
+            command.main(["--out", str(tmp_path / name), "--target", "sm_90", "--kernel", "noise_pairs", "--dtype", "bf16"]) == 0
+        )
+    assert (tmp_path / "table.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert "| noise_pairs/abar_fp32 | bf16 | sm_90 | 32 | 0 |" in (tmp_path / "table.md").read_text()
+    assert "2 compiled, 0 with faults" in capsys.readouterr().out
