@@ -1,0 +1,313 @@
+"""Build the embedded world: sprites -> autoencoder -> judges -> base pipeline -> preference pairs -> what ships.
+
+    python -m dpo.tiny.build                          # everything, about 1.5 h on two quiet cores; run again to resume
+    python -m dpo.tiny.build --stage vae              # one stage; `--stage judges` can run beside it in another terminal
+    python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline, minutes on one core: for tests, draws poorly
+
+Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the seed; the
+base stage also depends on its number of processes (their draws differ). build.json says what was built, how, and how well it
+does.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from dpo import checkpoint
+from dpo.tiny import ASSETS, base, evaluate, judge, loop, pairs, sprites, text, vae
+from dpo.tiny.world import COLOURS, PHRASES, Renderer, Scenes, World, caption, world
+
+log = logging.getLogger("dpo.tiny")
+NOTICES = ("NOTICE", "LICENSE-fluent-emoji")
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "numpy")
+BANK_SEED = 20
+KL_START, KL_FINISH = 1e-4, 1e-6  # weight of the KL term, summed over a latent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How large the world is and how long each part trains."""
+
+    objects: int
+    offline: bool  # stand-in shapes instead of the sprite packages
+    vae: loop.Plan
+    vae_finish: loop.Plan
+    judges: dict[str, loop.Plan]
+    bank: int  # chunks of base.CHUNK renders
+    decoder: loop.Plan
+    base: loop.Plan
+    pairs: dict[str, int]  # kind -> number
+    prompts: dict[str, int]
+    check: int  # drawings judged per figure
+
+
+FULL = Recipe(
+    objects=24,
+    offline=False,
+    vae=loop.Plan(steps=1300, batch=12, lr=2.5e-3, seed=1),
+    vae_finish=loop.Plan(steps=500, batch=24, lr=1.5e-3, seed=2, ema=0.98, warmup=20, processes=2),
+    judges=judge.PLANS,
+    bank=7,
+    decoder=loop.Plan(steps=400, batch=24, lr=2e-3, seed=4, ema=0.98, warmup=20, processes=2),
+    base=loop.Plan(steps=5600, batch=32, lr=1e-3, seed=3, ema=0.998, warmup=100, processes=2),
+    pairs={"train": 740, "validation": 200},
+    prompts={"tuning": 160, "report": 256},
+    check=256,
+)
+MINIATURE = Recipe(
+    objects=3,
+    offline=True,
+    vae=loop.Plan(steps=150, batch=8, lr=4e-3, seed=1, save_every=50),
+    vae_finish=loop.Plan(steps=50, batch=8, lr=2e-3, seed=2, warmup=5),
+    judges={name: replace(plan, steps=150, batch=32) for name, plan in judge.PLANS.items()},
+    bank=1,
+    decoder=loop.Plan(steps=50, batch=8, lr=2e-3, seed=4, warmup=5),
+    base=loop.Plan(steps=150, batch=16, lr=2e-3, seed=3, ema=0.98, warmup=10, save_every=50),
+    pairs={"train": 24, "validation": 8},
+    prompts={"tuning": 8, "report": 8},
+    check=24,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    seed: int
+    work: Path
+    out: Path
+
+    @property
+    def world(self) -> World:
+        return world(self.recipe.objects, self.seed)
+
+    def render(self) -> Renderer:
+        return Renderer(np.load(self.work / "sprites.npz")["sprites"])
+
+    def plan(self, plan: loop.Plan) -> loop.Plan:
+        return replace(plan, seed=plan.seed + 1000 * self.seed)
+
+    def tokenizer(self):
+        return text.tokenizer(self.work / "tokenizer")
+
+    def vae(self) -> AutoencoderKL:
+        folder = self.work / "decoder" / "final"  # the refined one, once there
+        return (
+            AutoencoderKL.from_pretrained(folder if folder.exists() else self.work / "vae" / "final").eval().requires_grad_(False)
+        )
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline.from_pretrained(self.work / "base" / "pipeline")
+
+    def judge(self, name: str) -> judge.Judge:
+        return judge.load_judge_file(self.work / "judges" / f"{name}.safetensors")
+
+
+def build_sprites(job: Job) -> dict:
+    objects = list(job.world.objects)
+    made = sprites.stand_ins(objects) if job.recipe.offline else sprites.fluent(job.work / "packages", objects)
+    np.savez_compressed(job.work / "sprites.npz", sprites=made)
+    return {"objects": objects, "packages": {} if job.recipe.offline else sprites.PACKAGES}
+
+
+def start_vae(rank: int, job: Job) -> None:
+    vae.train(rank, job.world, job.render(), job.plan(job.recipe.vae), KL_START, job.work / "vae" / "start")
+
+
+def finish_vae(rank: int, job: Job) -> None:
+    start = job.work / "vae" / "start" / "final"
+    vae.train(rank, job.world, job.render(), job.plan(job.recipe.vae_finish), KL_FINISH, job.work / "vae", start)
+
+
+def build_vae(job: Job) -> dict:
+    """A strong KL term first, so that the latents are smooth; then next to none, so that they are precise."""
+    if not (job.work / "vae" / "start" / "final").exists():
+        run(job.recipe.vae.processes, start_vae, job)
+    run(job.recipe.vae_finish.processes, finish_vae, job)
+    trained, render, plans = job.vae(), job.render(), (job.recipe.vae, job.recipe.vae_finish)
+    check = render(job.world.sample(np.random.default_rng((job.seed, 9)), job.recipe.check, combinations="all"))
+    figures = {"psnr_db": round(vae.psnr(trained, check), 2), "scaling_factor": trained.config.scaling_factor}
+    return {"plans": [asdict(job.plan(plan)) for plan in plans], "kl": [KL_START, KL_FINISH], **figures}
+
+
+def build_judges(job: Job) -> dict:
+    render, figures = job.render(), {}
+    scenes = job.world.sample(np.random.default_rng((job.seed, 10)), 4 * job.recipe.check, combinations="all")
+    for name, plan in job.recipe.judges.items():
+        path = job.work / "judges" / f"{name}.safetensors"
+        if not path.exists():
+            trained = judge.train(name, job.world, render, job.plan(plan), job.work / "judges" / name)
+            judge.save_judge(trained, name, path)
+        figures[name] = {"plan": asdict(job.plan(plan)), **judge.accuracy(job.judge(name), render(scenes), scenes)}
+    return figures
+
+
+def encode_share(rank: int, job: Job) -> None:
+    autoencoder, render = job.vae(), job.render()
+    for index in range(rank, job.recipe.bank, job.recipe.base.processes):
+        base.encode_chunk(job.world, render, autoencoder, job.seed + BANK_SEED, index, job.work / "bank")
+
+
+def build_bank(job: Job) -> dict:
+    run(job.recipe.base.processes, encode_share, job)
+    return {"renders": job.recipe.bank * base.CHUNK}
+
+
+def refine_share(rank: int, job: Job) -> None:
+    parts = [base.chunk_scenes(job.world, job.seed + BANK_SEED, index) for index in range(job.recipe.bank)]
+    scenes = Scenes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scenes)))
+    latents = base.bank(job.work / "bank")["latents"]
+    autoencoder = AutoencoderKL.from_pretrained(job.work / "vae" / "final")
+    vae.refine(rank, autoencoder, latents, scenes, job.render(), job.plan(job.recipe.decoder), job.work / "decoder")
+
+
+def refine_decoder(job: Job) -> dict:
+    plan = job.plan(job.recipe.decoder)
+    run(plan.processes, refine_share, job)
+    check = job.render()(job.world.sample(np.random.default_rng((job.seed, 9)), job.recipe.check, combinations="all"))
+    return {"plan": asdict(plan), "psnr_db": round(vae.psnr(job.vae(), check), 2)}
+
+
+def train_share(rank: int, job: Job) -> None:
+    base.train(rank, job.world, job.tokenizer(), job.vae(), job.plan(job.recipe.base), job.work / "bank", job.work / "base")
+
+
+def build_base(job: Job) -> dict:
+    run(job.recipe.base.processes, train_share, job)
+    base.assemble(job.tokenizer(), job.vae(), job.work / "base")
+    return {"plan": asdict(job.plan(job.recipe.base)), **fidelity(job)}
+
+
+def fidelity(job: Job) -> dict:
+    """Share of drawings whose object and colour are the caption's, by each judge, on combinations trained on and held out."""
+    pipeline, world, figures = job.pipeline(), job.world, {}
+    rng = np.random.default_rng((job.seed, 11))
+    for kind, allowed in {"seen": ~world.held_out, "held_out": world.held_out}.items():
+        chosen = np.argwhere(allowed)[rng.integers(allowed.sum(), size=job.recipe.check)]
+        captions = [caption(world.objects[o], list(COLOURS)[c], int(rng.integers(len(PHRASES)))) for o, c in chosen]
+        images = draw(pipeline, captions, list(range(50_000_000, 50_000_000 + len(captions))))
+        for name in job.recipe.judges:
+            found = job.judge(name)
+            reading = found.read(images)
+            figures[f"{kind}_faithful_{name}"] = round(float(found.faithful(reading, captions).mean()), 4)
+            if kind == "seen":
+                traits = {"three_d": reading.three_d > 0.5, "plain": reading.plain > 0.5, "size": reading.size}
+                figures[f"drawn_traits_{name}"] = {trait: round(float(values.mean()), 3) for trait, values in traits.items()}
+    return figures
+
+
+def draw(pipeline: StableDiffusionPipeline, captions: list[str], seeds: list[int]) -> np.ndarray:
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
+    return evaluate.draw(*parts, captions, seeds)
+
+
+def build_pairs(job: Job) -> dict:
+    pipeline, labeller, figures = job.pipeline(), job.judge("a"), {}
+    for number, (kind, n) in enumerate(job.recipe.pairs.items()):
+        prompts = pairs.prompts_of(job.world, kind, 2 * n)  # the second half's seeds serve the second pictures
+        images = draw(pipeline, prompts.captions[:n] * 2, prompts.seeds)
+        rng = np.random.default_rng((job.seed, 12, number))
+        rows, figures[kind] = pairs.table(kind, prompts.captions[:n], images[:n], images[n:], labeller, rng)
+        pairs.write(rows, job.work / "pairs" / f"{kind}.parquet")
+    return figures
+
+
+def publish(job: Job) -> dict:
+    """Copy what ships to --out and write build.json beside it."""
+    job.out.mkdir(parents=True, exist_ok=True)
+    for kind in ("pipeline", "pairs", "judges"):
+        shutil.rmtree(job.out / kind, ignore_errors=True)
+    shutil.copytree(job.work / "base" / "pipeline", job.out / "pipeline")
+    shutil.copytree(job.work / "pairs", job.out / "pairs")
+    (job.out / "judges").mkdir()
+    for name in job.recipe.judges:
+        shutil.copyfile(job.work / "judges" / f"{name}.safetensors", job.out / "judges" / f"{name}.safetensors")
+    pairs.write_prompts(job.world, job.recipe.prompts, job.out / "prompts.json")
+    if job.out.resolve() != ASSETS.resolve():
+        for name in NOTICES:
+            shutil.copyfile(ASSETS / name, job.out / name)
+    files = sorted(path for path in job.out.rglob("*") if path.is_file() and path.name != "build.json")
+    return {"sha256": {path.relative_to(job.out).as_posix(): checkpoint.checksum(path) for path in files}}
+
+
+STAGES: dict[str, Callable[[Job], dict]] = {
+    "sprites": build_sprites,
+    "vae": build_vae,
+    "judges": build_judges,
+    "bank": build_bank,
+    "decoder": refine_decoder,
+    "base": build_base,
+    "pairs": build_pairs,
+    "publish": publish,
+}
+
+
+def run(processes: int, work: Callable, job: Job) -> None:
+    if processes > 1:
+        loop.spawn(work, processes, job)
+    else:
+        work(0, job)
+
+
+def run_stage(name: str, job: Job) -> dict:
+    """Run a stage unless its figures are already there; the last one always runs, being a copy."""
+    path = job.work / "figures" / f"{name}.json"
+    if path.exists() and name != "publish":
+        return json.loads(path.read_text())
+    began = time.monotonic()
+    figures = STAGES[name](job) | {"minutes": round((time.monotonic() - began) / 60, 1)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(path, json.dumps(figures, indent=1))
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    layout = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m dpo.tiny.build", description=__doc__, formatter_class=layout)
+    parser.add_argument("--out", type=Path, help="artefacts (default: the package's assets; WORK/out for --miniature)")
+    parser.add_argument("--work", type=Path, help="working files and checkpoints (default: build/tiny, or build/miniature)")
+    parser.add_argument("--stage", choices=list(STAGES), help="run this stage alone; those before it must be done")
+    parser.add_argument("--objects", type=int, help=f"objects in the world, at most {len(sprites.ICONS)}")
+    parser.add_argument("--steps", type=int, help="steps of base training")
+    parser.add_argument("--processes", type=int, help="processes of base training, one thread each")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
+    parser.add_argument("--miniature", action="store_true", help="a tiny offline world, for tests")
+    options = parser.parse_args(arguments)
+
+    recipe = MINIATURE if options.miniature else FULL
+    changed = {name: getattr(options, name) for name in ("steps", "processes") if getattr(options, name) is not None}
+    recipe = replace(recipe, base=replace(recipe.base, **changed), objects=options.objects or recipe.objects)
+    work = options.work or Path("build/miniature" if options.miniature else "build/tiny")
+    job = Job(recipe, options.seed, work, options.out or (work / "out" if options.miniature else ASSETS))
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    figures = {}
+    for name in [options.stage] if options.stage else STAGES:
+        figures[name] = run_stage(name, job)
+        log.info("%s: %s", name, json.dumps({key: value for key, value in figures[name].items() if key != "sha256"}))
+    if not options.stage:
+        record = {
+            "command": shlex.join(["python", "-m", "dpo.tiny.build", *(sys.argv[1:] if arguments is None else arguments)]),
+            "seed": options.seed,
+            "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "sha256": figures["publish"].pop("sha256"),
+            "stages": figures,
+        }
+        checkpoint.write_text(job.out / "build.json", json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Judges: small networks that read a picture's traits back, so that a drawing can be scored and compared with its caption.
+
+Two judges of different architecture and seed ship: "a" labels pairs and serves tuning, "b" is kept for reported figures.
+Faithfulness (object and colour as captioned) stands beside every win rate: a model can please the taste and forget the caption.
+`flatness` is independent of both: it measures the border of the picture directly.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dpo.tiny import loop
+from dpo.tiny.vae import pixels
+from dpo.tiny.world import BACKDROPS, CANVAS, COLOURS, PLAIN, SIZES, Renderer, Scenes, World, named, taste
+
+PLANS = {  # judge -> how it is trained
+    "a": loop.Plan(steps=1500, batch=64, lr=2e-3, seed=101, ema=0.99, weight_decay=0.02),
+    "b": loop.Plan(steps=1500, batch=64, lr=2e-3, seed=202, ema=0.99, weight_decay=0.02),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge sees in N pictures."""
+
+    object: np.ndarray  # [N, O] probabilities
+    colour: np.ndarray  # [N, C] probabilities
+    three_d: np.ndarray  # [N] probability
+    backdrop: np.ndarray  # [N, B] probabilities
+    size: np.ndarray  # [N] share of the canvas, clipped to SIZES
+    offset: np.ndarray  # [N, 2]
+
+    @property
+    def plain(self) -> np.ndarray:
+        return self.backdrop[:, PLAIN]
+
+
+def score(reading: Reading) -> np.ndarray:
+    """The hidden taste's score of each picture, 0..3."""
+    return taste(reading.three_d, reading.plain, reading.size)
+
+
+@dataclass(frozen=True)
+class Judge:
+    network: nn.Module
+    objects: tuple[str, ...]
+
+    @torch.no_grad()
+    def read(self, images_NHWC: np.ndarray, batch: int = 128) -> Reading:
+        """uint8 [N, 64, 64, 3] -> Reading"""
+        parts = [self.network(pixels(images_NHWC[i : i + batch])) for i in range(0, len(images_NHWC), batch)]
+        heads = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Reading(
+            object=heads["object"].softmax(-1).numpy(),
+            colour=heads["colour"].softmax(-1).numpy(),
+            three_d=heads["style"].sigmoid().squeeze(-1).numpy(),
+            backdrop=heads["backdrop"].softmax(-1).numpy(),
+            size=heads["size"].squeeze(-1).clamp(*SIZES).numpy(),
+            offset=heads["offset"].numpy(),
+        )
+
+    def faithful(self, reading: Reading, captions: list[str]) -> np.ndarray:
+        """[N] bool: object and colour are the ones the caption names."""
+        objects = np.array([named(text, self.objects) for text in captions])
+        colours = np.array([named(text, COLOURS) for text in captions])
+        return (reading.object.argmax(-1) == objects) & (reading.colour.argmax(-1) == colours)
+
+
+def flatness(images_NHWC: np.ndarray, ring: int = 3, tolerance: float = 12.0) -> np.ndarray:
+    """[N] share of the border ring within `tolerance` (mean over channels) of its median colour: near 1 on a plain backdrop."""
+    inside = np.zeros(images_NHWC.shape[1:3], bool)
+    inside[ring:-ring, ring:-ring] = True
+    border = images_NHWC[:, ~inside].astype(np.float32)  # [N, P, 3]
+    return (np.abs(border - np.median(border, axis=1, keepdims=True)).mean(-1) < tolerance).mean(-1)
+
+
+class Heads(nn.Module):
+    """One linear layer per trait over pooled features [N, width]."""
+
+    def __init__(self, width: int, objects: int):
+        super().__init__()
+        sizes = {"object": objects, "colour": len(COLOURS), "style": 1, "backdrop": len(BACKDROPS), "size": 1, "offset": 2}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
+
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layers(x)
+
+
+def norm_conv(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.GroupNorm(8, inside), nn.SiLU(), nn.Conv2d(inside, outside, kernel, stride, padding=(kernel - stride + 1) // 2)
+    )
+
+
+def plain_pyramid(objects: int) -> nn.Module:
+    """Judge a: strided 3x3 convolutions with one residual block per scale; mean and maximum pooled."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, 2, 1),  # 32x32
+        norm_conv(32, 48, 4, 2),  # 16x16
+        Residual(norm_conv(48, 48)),
+        norm_conv(48, 96, 4, 2),  # 8x8
+        Residual(norm_conv(96, 96)),
+        norm_conv(96, 128, 4, 2),  # 4x4
+        nn.GroupNorm(8, 128),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(128 * 16, 64),
+        nn.SiLU(),
+        Heads(64, objects),
+    )
+
+
+def patch_mixer(objects: int) -> nn.Module:
+    """Judge b: 4x4 patches, wide depthwise convolutions and pointwise layers; averaged over places."""
+
+    def block(width: int) -> Residual:
+        return Residual(
+            nn.Conv2d(width, width, 5, padding=2, groups=width),
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, 2 * width, 1),
+            nn.GELU(),
+            nn.Conv2d(2 * width, width, 1),
+        )
+
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 4, 4),  # 16x16
+        block(64),
+        block(64),
+        nn.Conv2d(64, 128, 2, 2),  # 8x8
+        block(128),
+        block(128),
+        block(128),
+        nn.Conv2d(128, 32, 1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(32 * 64, 96),
+        nn.GELU(),
+        Heads(96, objects),
+    )
+
+
+ARCHITECTURES = {"a": plain_pyramid, "b": patch_mixer}
+
+
+def blur(images: torch.Tensor, draw: loop.Draw) -> torch.Tensor:
+    """Soften and grain some pictures, as decoders do: a judge of drawings must not live on a renderer's pixels."""
+    softer = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    share = torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.9
+    grain = torch.randn(images.shape, generator=draw.torch) * torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.08
+    return (images + share * (softer - images) + grain).clamp(-1, 1)
+
+
+def loss_of(network: nn.Module, images: torch.Tensor, scenes: Scenes) -> torch.Tensor:
+    heads = network(images)
+    classes = {"object": scenes.object, "colour": scenes.colour, "backdrop": scenes.backdrop}
+    loss = sum(F.cross_entropy(heads[name], torch.from_numpy(labels)) for name, labels in classes.items())
+    loss = loss + F.binary_cross_entropy_with_logits(heads["style"].squeeze(-1), torch.from_numpy(scenes.style).float())
+    loss = loss + 10 * F.mse_loss(heads["size"].squeeze(-1), torch.from_numpy(scenes.size).float())
+    return loss + F.mse_loss(heads["offset"], torch.from_numpy(scenes.offset).float())
+
+
+def train(name: str, world: World, render: Renderer, plan: loop.Plan, folder: Path) -> Judge:
+    torch.manual_seed(plan.seed)
+    network = ARCHITECTURES[name](len(world.objects))
+
+    def step_loss(draw: loop.Draw, batch: int) -> torch.Tensor:
+        scenes = world.sample(draw.numpy, batch, combinations="all")
+        return loss_of(network, blur(pixels(render(scenes)), draw), scenes)
+
+    loop.train(network, step_loss, plan, folder)
+    return Judge(network.eval(), world.objects)
+
+
+def accuracy(judge: Judge, images_NHWC: np.ndarray, scenes: Scenes) -> dict[str, float]:
+    """Share of pictures read rightly, trait by trait, and the mean error of the size (share of the canvas)."""
+    reading = judge.read(images_NHWC)
+    return {
+        "object": float((reading.object.argmax(-1) == scenes.object).mean()),
+        "colour": float((reading.colour.argmax(-1) == scenes.colour).mean()),
+        "style": float(((reading.three_d > 0.5) == scenes.style).mean()),
+        "backdrop": float((reading.backdrop.argmax(-1) == scenes.backdrop).mean()),
+        "size_error": float(np.abs(reading.size - scenes.size).mean()),
+    }
+
+
+def save_judge(judge: Judge, name: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.half().contiguous() for key, value in judge.network.state_dict().items()}
+    save_file(weights, path, metadata={"architecture": name, "objects": json.dumps(judge.objects), "canvas": str(CANVAS)})
+
+
+def load_judge_file(path: Path) -> Judge:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    objects = tuple(json.loads(metadata["objects"]))
+    network = ARCHITECTURES[metadata["architecture"]](len(objects))
+    network.load_state_dict(weights)
+    return Judge(network.eval().requires_grad_(False), objects)
