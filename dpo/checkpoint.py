@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,18 @@ def write_text(path: Path, text: str) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
 
 
-def _disk_error(error: OSError, path: Path) -> Exception:
+def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
+    """What to raise when `path` cannot be written: a UserError where a person can mend it, else the error itself."""
+    if isinstance(error, SafetensorError):  # it wraps the system's error as text
+        error = OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free / 2**30
-        return UserError(f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then go on with --resume latest")
+        return UserError(
+            f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then go on with --resume latest"
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
     return error
@@ -102,25 +107,32 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
     """Write the checkpoint `folder`; it appears whole or not at all. Raises UserError when the disk is full."""
-    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), "replaced"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
-        text = json.dumps({"format": FORMAT, **state, "checksums": sums}, indent=1)
-        write_text(part / "state.json", text)
-        if folder.exists():
-            shutil.rmtree(folder)
+        content = json.loads(json.dumps({"format": FORMAT, **state, "checksums": sums}))
+        write_text(part / "state.json", json.dumps({**content, "seal": _seal(content)}, indent=1))
+        if folder.exists():  # moved aside, not deleted first: the gap without either is two renames wide
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
         os.replace(part, folder)
         _sync_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        raise disk_error(error, folder) from error
+    finally:
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            full = "No space left" in str(error)
-            error = OSError(errno.ENOSPC if full else errno.EIO, str(error))
-        raise _disk_error(error, folder) from error
     return folder
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what state.json says, so that an altered number is noticed like an altered tensor."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -134,14 +146,15 @@ def _sync_folder(folder: Path) -> None:
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        sums = state["checksums"]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise Damaged(f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if state.pop("seal") != _seal(state):
+            raise Damaged(f"{folder / 'state.json'} was altered")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder} has no readable state.json") from error
     tensors = {}
-    for group, expected in sums.items():
+    for group, expected in state["checksums"].items():
         path = folder / f"{group}.safetensors"
         if not path.is_file():
             raise Damaged(f"{path} is missing")
@@ -175,8 +188,9 @@ def find(root: Path, which: str) -> Checkpoint:
         named = Path(which).expanduser()
         if not named.is_dir():
             raise UserError(f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500")
+        inside = listing(named) or listing(named / "checkpoints")  # the folder of a run, or of its checkpoints
         older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
-        candidates = [named, *older]
+        candidates = inside[::-1] or [named, *older]
     reasons = []
     for path in candidates:
         try:
@@ -198,15 +212,21 @@ def prune(root: Path, limit: int | None) -> None:
             shutil.rmtree(path)
 
 
+def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings; bitsandbytes keeps its quantised state one level down."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}.{key}")
+        elif value is not None:
+            yield f"{prefix}.{key}", value
+
+
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict -> (tensors by "index.key", the JSON rest)."""
+    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the JSON rest)."""
     tensors, numbers = {}, {}
     for index, entry in state["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            elif value is not None:
-                numbers[f"{index}.{key}"] = value
+        for name, value in _leaves(entry, str(index)):
+            (tensors if isinstance(value, Tensor) else numbers)[name] = value
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
 
 
@@ -214,9 +234,23 @@ def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
     """The inverse of `pack`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *rest["numbers"].items()]:
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
+        index, *outer, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for level in outer:
+            entry = entry.setdefault(level, {})
+        entry[key] = value
     return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
+    optimizer.load_state_dict(unpack(tensors, rest))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, value in tensors.items():
+        index, *_, key = name.split(".")
+        state = optimizer.state[parameters[int(index)]]
+        if state[key].dtype != value.dtype:
+            state[key] = value.to(state[key].device)
 
 
 def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

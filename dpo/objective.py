@@ -90,12 +90,13 @@ def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:
 def pair_difference(policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     """d [B] from predictions [2B, C, H, W] (wins, then losers), exactly 0 where policy equals reference.
 
-    (p - y)^2 - (r - y)^2 = (p - r)(p + r - 2 y): the right side neither cancels nor rounds two large errors.
+    (p - y)^2 - (r - y)^2 = (p - r)(p + r - 2 y): the right side neither cancels nor rounds two large errors. The sums of
+    win and lose may cancel each other, so they are taken in float64 and rounded once.
     """
     wide = torch.promote_types(policy.dtype, torch.float32)
     p, r, y = policy.to(wide), reference.to(wide), target.to(wide)
-    win, lose = ((p - r) * (p + r - 2 * y)).flatten(1).mean(1).chunk(2)
-    return win - lose
+    win, lose = ((p - r) * (p + r - 2 * y)).flatten(1).mean(1, dtype=torch.float64).chunk(2)
+    return (win - lose).to(wide)
 
 
 def logits(d: Tensor, t: Tensor, weight: Tensor, correction: Tensor, beta: float | Tensor, prob: Tensor) -> Tensor:
@@ -126,8 +127,7 @@ def pair_terms(
     d = (policy_win - reference_win) - (policy_lose - reference_lose) if difference is None else difference
     z = logits(d, t, weight, correction, beta, prob)
     f = SHAPES[shape]
-    p = prob.to(z.dtype)
-    loss = p * f(z) + (1 - p) * f(-z) + sft_weight * policy_win
+    loss = torch.lerp(f(-z), f(z), prob.to(z.dtype)) + sft_weight * policy_win  # p f(z) + (1 - p) f(-z), f(0) at z = 0
     return PairTerms(loss, z, d, errors, implicit_accuracy(d))
 
 

@@ -1,0 +1,422 @@
+"""dpo.checkpoint: whole or absent under kills and full disks, verified on reading, exact for every optimizer."""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo import checkpoint, optimizer
+from dpo.checkpoint import Damaged, copy_into, find, folder_of, listing, load, load_optimizer, pack, prune, save, unpack
+from dpo.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def tensors_of(step: int) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "policy": {
+            "a.weight": torch.randn(64, 32, generator=generator),
+            "b.bias": torch.randn(7, generator=generator).bfloat16(),
+        },
+        "optimizer": {"0.step": torch.tensor(float(step)), "0.state1": torch.randint(0, 255, (64,), dtype=torch.uint8)},
+        "tables": {"correction": torch.randn(1000, generator=generator, dtype=torch.float64)},
+        "ema": {},
+    }
+
+
+def write(root: Path, step: int) -> Path:
+    return save(folder_of(root, step), tensors_of(step), {"step": step, "position": 8 * step, "config": {"seed": 0}})
+
+
+def hidden(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir() if path.name.startswith(".")]
+
+
+# --- what is written ----------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    path = write(tmp_path, 500)
+    assert path.name == "step-00000500" and hidden(tmp_path) == []
+    found = load(path)
+    assert found.state["step"] == 500 and found.state["position"] == 4000 and found.path == path
+    expected = tensors_of(500)
+    assert set(found.tensors) == {"policy", "optimizer", "tables"}
+    for name in ("policy", "tables"):
+        for key, value in expected[name].items():
+            assert torch.equal(found.tensors[name][key], value) and found.tensors[name][key].dtype == value.dtype
+
+
+def test_only_safetensors_and_json(tmp_path):
+    """No pickle anywhere: nothing in a checkpoint can run code when it is read."""
+    path = write(tmp_path, 1)
+    assert sorted(p.name for p in path.iterdir()) == [
+        "optimizer.safetensors", "policy.safetensors", "state.json", "tables.safetensors"
+    ]  # fmt: skip
+    for file in path.iterdir():
+        head = file.read_bytes()[:2]
+        assert head != b"\x80\x02" and head != b"PK"
+        if file.suffix == ".safetensors":
+            length = int.from_bytes(file.read_bytes()[:8], "little")
+            json.loads(file.read_bytes()[8 : 8 + length])
+    source = (ROOT / "dpo" / "checkpoint.py").read_text()
+    assert "torch.load" not in source and "import pickle" not in source and "torch.save" not in source
+
+
+def test_shared_memory_and_strides_are_stored(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    path = save(tmp_path / "step-00000001", {"policy": {"a": base, "b": base.T, "c": base[0], "d": base}}, {})
+    stored = load(path).tensors["policy"]
+    assert torch.equal(stored["b"], base.T) and torch.equal(stored["c"], base[0]) and torch.equal(stored["d"], base)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 3)
+    save(folder_of(tmp_path, 3), {"policy": {"x": torch.ones(2)}}, {"step": 3, "again": True})
+    assert load(folder_of(tmp_path, 3)).state["again"] is True
+    assert list(load(folder_of(tmp_path, 3)).tensors["policy"]) == ["x"] and hidden(tmp_path) == []
+
+
+# --- damage -------------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 5])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("file", ["policy.safetensors", "optimizer.safetensors", "tables.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [truncate, alter, Path.unlink])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog, file, damage):
+    for step in (1, 2):
+        write(tmp_path, step)
+    damage(folder_of(tmp_path, 2) / file)
+    with caplog.at_level(logging.WARNING, "dpo"):
+        found = find(tmp_path, "latest")
+    assert found.state["step"] == 1 and torch.equal(found.tensors["policy"]["a.weight"], tensors_of(1)["policy"]["a.weight"])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "step-00000002" in message and "trying the one before" in message and "\n" not in message
+    with pytest.raises(Damaged):
+        load(folder_of(tmp_path, 2))
+
+
+@pytest.mark.parametrize(
+    "value", ["[]", "null", "3", "{}", '{"format": 1}', '{"format": 1, "checksums": []}', '{"format": 1, "checksums": 5}']
+)
+def test_a_state_that_is_not_one_is_damage(tmp_path, value):
+    path = write(tmp_path, 1)
+    (path / "state.json").write_text(value)
+    with pytest.raises(Damaged):
+        load(path)
+
+
+def test_an_altered_number_in_the_state_is_noticed(tmp_path):
+    path = write(tmp_path, 1)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace('"position": 8', '"position": 9'))
+    with pytest.raises(Damaged, match="altered"):
+        load(path)
+
+
+def test_any_json_state_passes_its_own_seal(tmp_path):
+    state = {
+        "step": 1,
+        "x": [0.1, 1e-300, 2**63, None, True, "ä"],
+        "groups": ({"betas": (0.9, 0.999)},),
+        "by": {"3": {"a": 1}, 4: 2},
+    }
+    path = save(tmp_path / "step-00000001", {"policy": {"x": torch.ones(2)}}, state)
+    assert load(path).state["groups"] == [{"betas": [0.9, 0.999]}] and load(path).state["by"]["4"] == 2
+
+
+def test_a_format_of_the_future_is_not_read(tmp_path):
+    path = write(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
+    with pytest.raises(Damaged):
+        load(path)
+
+
+def test_nothing_readable_is_a_user_error(tmp_path, caplog):
+    for step in (1, 2):
+        truncate(write(tmp_path, step) / "policy.safetensors")
+    with pytest.raises(UserError, match=r"no checkpoint can be read .*step-00000002.*--overwrite") as caught:
+        find(tmp_path, "latest")
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_there_is_a_user_error(tmp_path):
+    for root in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match=r"no checkpoint under .*; start without --resume"):
+            find(root, "latest")
+    with pytest.raises(UserError, match=r"no such checkpoint: .*nowhere"):
+        find(tmp_path, str(tmp_path / "nowhere"))
+
+
+def test_a_named_checkpoint_falls_back_only_to_older_ones(tmp_path, caplog):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    assert find(tmp_path, str(folder_of(tmp_path, 2))).state["step"] == 2
+    alter(folder_of(tmp_path, 2) / "policy.safetensors")
+    assert find(tmp_path, str(folder_of(tmp_path, 2))).state["step"] == 1
+
+
+def test_listing_and_prune(tmp_path):
+    for step in (30, 4, 100):
+        write(tmp_path, step)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".step-00000005.part-123").mkdir()
+    assert [path.name for path in listing(tmp_path)] == ["step-00000004", "step-00000030", "step-00000100"]
+    prune(tmp_path, 2)
+    assert [path.name for path in listing(tmp_path)] == ["step-00000030", "step-00000100"]
+    assert hidden(tmp_path) == [] and (tmp_path / "notes").is_dir()
+    for limit in (None, 0, 5):
+        prune(tmp_path, limit)
+        assert len(listing(tmp_path)) == 2
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------------
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["save_file", "os.fsync", "os.replace", "json.dumps"])
+def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(tmp_path, monkeypatch, call):
+    write(tmp_path, 1)
+    owner, _, name = call.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, no_space)
+        with pytest.raises(UserError, match=r"the disk is full .*free some space.*--resume latest") as caught:
+            write(tmp_path, 2)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and find(tmp_path, "latest").state["step"] == 1
+
+
+def test_a_full_disk_inside_the_safetensors_writer(tmp_path, monkeypatch):
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        write(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_replacement_of_a_checkpoint_keeps_a_readable_one(tmp_path, monkeypatch):
+    """Saving the same step twice, the second time on a full disk: the first one must still be there."""
+    write(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", no_space)
+        with pytest.raises(UserError):
+            write(tmp_path, 1)
+    assert find(tmp_path, "latest").state["step"] == 1
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(UserError, match=r"cannot write .*choose another --output"):
+        save(tmp_path / "step-00000001", {"policy": {"x": torch.ones(1)}}, {})
+
+
+def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    checkpoint.write_text(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", no_space)
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoint.write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+    checkpoint.write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+# --- kills --------------------------------------------------------------------------------------------------------------
+
+ARENA = """
+import os, random, signal, sys, time
+import torch
+from pathlib import Path
+from dpo import checkpoint
+torch.set_num_threads(1)
+root, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+blob = torch.arange(300_000, dtype=torch.float32)
+last, caught = 0, 0
+for _ in range(kills):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for step in range(last + 1, 10**6):
+            tensors = {"policy": {"w": blob + step}, "optimizer": {"0.s": blob * step}}
+            checkpoint.save(checkpoint.folder_of(root, step), tensors, {"step": step})
+            checkpoint.prune(root, 2)
+            os.write(writer, b"%d " % step)
+    os.close(writer)
+    said = os.read(reader, 1000)  # at least one is whole
+    time.sleep(rng.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while block := os.read(reader, 1000):
+        said += block
+    os.close(reader)
+    said = int(said.split()[-1])
+    caught += bool(list(root.glob(".step-*")))
+    found = checkpoint.find(root, "latest")
+    last = found.state["step"]
+    assert said <= last <= said + 1, (said, last)  # what it said is there; the next one may be too
+    assert found.path.name == checkpoint.folder_of(root, last).name == checkpoint.listing(root)[-1].name
+    assert torch.equal(found.tensors["policy"]["w"], blob + last) and torch.equal(found.tensors["optimizer"]["0.s"], blob * last)
+    assert len(checkpoint.listing(root)) <= 3
+checkpoint.prune(root, 2)
+print(last, caught)
+"""
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_while_saving(tmp_path, kills):
+    """SIGKILL at random moments: what lies under a checkpoint's name is whole, and the newest is what was last written."""
+    done = subprocess.run([sys.executable, "-c", ARENA, str(tmp_path), str(kills), "0"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "skipped" not in done.stderr  # no fallback was needed
+    last, caught = map(int, done.stdout.split())
+    assert last >= kills and caught > 0  # some kills did land inside a save
+    assert hidden(tmp_path) == [] and 1 <= len(listing(tmp_path)) <= 2
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------------
+
+
+def model() -> torch.nn.Sequential:
+    """Large enough (4096 elements a tensor and more) for the 8-bit optimizers to quantise; fp32 weights."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64), torch.nn.LayerNorm(64))
+
+
+def train(net: torch.nn.Module, made: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+        for group in made.param_groups:
+            group["lr"] = optimizer.learning_rate(step, peak=3e-3, warmup=3, steps=20, scheduler="cosine")
+        net(x).sub(x.roll(1, 1)).square().mean().backward()
+        made.step()
+        made.zero_grad()
+
+
+def build(kind: str, net: torch.nn.Module) -> torch.optim.Optimizer:
+    return optimizer.build(kind, list(net.parameters()), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
+def test_k_steps_save_load_k_steps_equal_2k_steps(tmp_path, kind):
+    whole = model()
+    made = build(kind, whole)
+    train(whole, made, 0, 12)
+
+    first = model()
+    half = build(kind, first)
+    train(first, half, 0, 6)
+    tensors, rest = pack(half.state_dict())
+    path = save(tmp_path / "step-00000006", {"policy": dict(first.named_parameters()), "optimizer": tensors}, {"optimizer": rest})
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+
+    found = load(path)
+    second = model()
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.normal_()  # so that only the checkpoint can bring the weights back
+    resumed = build(kind, second)
+    copy_into(dict(second.named_parameters()), found.tensors["policy"], "policy")
+    load_optimizer(resumed, found.tensors["optimizer"], found.state["optimizer"])
+    train(second, resumed, 6, 12)
+    for one, two in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, two)
+    a, b = pack(made.state_dict())[0], pack(resumed.state_dict())[0]
+    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+    if kind == "adamw8bit":
+        assert any(value.dtype == torch.uint8 for value in a.values())  # it really is the 8-bit state
+    started = model()
+    assert not torch.equal(next(iter(whole.parameters())), next(iter(started.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adamw8bit"])
+def test_wide_state_of_half_precision_weights_is_not_rounded(kind):
+    net, again = model().bfloat16(), model().bfloat16()
+    made, fresh = build(kind, net), build(kind, again)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    made.step()
+    tensors, rest = pack(made.state_dict())
+    load_optimizer(fresh, tensors, json.loads(json.dumps(rest)))
+    loaded = pack(fresh.state_dict())[0]
+    assert set(loaded) == set(tensors)
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
+
+
+def test_a_lost_optimizer_state_would_show():
+    """The test above can fail: without the state, the second half goes elsewhere."""
+    whole, broken = model(), model()
+    train(whole, build("adamw", whole), 0, 12)
+    train(broken, build("adamw", broken), 0, 6)
+    train(broken, build("adamw", broken), 6, 12)
+    assert not all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
+
+
+def test_pack_is_json_beside_tensors():
+    net = model()
+    made = build("adafactor", net)
+    train(net, made, 0, 2)
+    tensors, rest = pack(made.state_dict())
+    again = unpack(tensors, json.loads(json.dumps(rest)))
+    assert all(isinstance(value, torch.Tensor) for value in tensors.values())
+    state = made.state_dict()["state"]
+    assert set(again["state"]) == set(state)
+    for index, entry in state.items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(again["state"][index][key], value)
+            elif value is not None:
+                assert again["state"][index][key] == value
+
+
+# --- putting tensors back -----------------------------------------------------------------------------------------------
+
+
+def test_copy_into_is_in_place():
+    live = {"a": torch.zeros(3, requires_grad=True), "b": torch.zeros(2, 2)}
+    address = live["a"].data_ptr()
+    copy_into(live, {"b": torch.ones(2, 2), "a": torch.arange(3.0)}, "policy")
+    assert live["a"].tolist() == [0, 1, 2] and live["a"].data_ptr() == address and live["a"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"a": torch.zeros(3), "c": torch.zeros(2, 2)}, "belongs to another model or other LoRA settings"),
+        ({"a": torch.zeros(3)}, "belongs to another model"),
+        ({"a": torch.zeros(3), "b": torch.zeros(2, 3)}, r"has b as torch.float32 \(2, 3\), the run wants torch.float32 \(2, 2\)"),
+        ({"a": torch.zeros(3).double(), "b": torch.zeros(2, 2)}, "has a as torch.float64"),
+    ],
+)
+def test_copy_into_refuses_what_does_not_fit(saved, message):
+    with pytest.raises(UserError, match=message) as caught:
+        copy_into({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, saved, "policy")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,392 @@
+"""dpo.objective: other trainers' recorded losses, the facts of docs/method.md, and gradients in float64."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+
+from dpo import objective
+from dpo.config import from_mapping, validate
+from dpo.correction import CorrectionTable
+from dpo.errors import UserError
+from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors, tables
+from dpo.schedule import Schedule, from_scheduler
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "golden_loss.npz")
+CASES = json.loads(str(GOLDEN["manifest"]))
+PEERS = ("hf-sd15", "hf-sdxl", "sf")
+UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # unit roundoff
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LN2 = math.log(2)
+
+
+# --- other trainers' own loss lines ---------------------------------------------------------------------------------
+
+
+def array(case: int, name: str) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(GOLDEN[f"{case}/{name}"]))
+
+
+def target_of(case: int, dtype: torch.dtype) -> torch.Tensor:
+    noise = array(case, "noise").to(dtype)
+    if CASES[case]["prediction_type"] == "epsilon":
+        return noise
+    abar = DDPMScheduler(**SD15).alphas_cumprod.to(dtype)[array(case, "timesteps")].view(-1, 1, 1, 1)
+    return abar.sqrt() * noise - (1 - abar).sqrt() * array(case, "latents").to(dtype)
+
+
+@dataclass
+class Ours:
+    terms: objective.PairTerms
+    loss: torch.Tensor
+    gradient: torch.Tensor
+
+
+def ours(case: int, dtype: torch.dtype = torch.float64, *, factor: float = 1.0, shape: str | None = None) -> Ours:
+    """Our dpo on a recorded case, with beta times `factor`."""
+    policy = array(case, "policy").to(dtype).requires_grad_()
+    reference, target = array(case, "reference").to(dtype), target_of(case, dtype)
+    errors = torch.stack([*sample_errors(policy, target).chunk(2), *sample_errors(reference, target).chunk(2)])
+    pairs = errors.shape[1]
+    terms = pair_terms(
+        errors,
+        torch.zeros(pairs, dtype=torch.int64),
+        torch.ones(pairs, dtype=dtype),
+        torch.ones(1000, dtype=dtype),
+        torch.zeros(1000, dtype=dtype),
+        CASES[case]["beta"] * factor,
+        shape or CASES[case]["loss_type"],
+        difference=pair_difference(policy, reference, target),
+    )
+    loss = terms.loss.mean()
+    (gradient,) = torch.autograd.grad(loss, policy)
+    return Ours(terms, loss.detach(), gradient)
+
+
+def has(case: int, peer: str) -> bool:
+    return f"{case}/{peer}/loss" in GOLDEN
+
+
+def factor_of(peer: str) -> float:
+    return 2.0 if peer == "hf-sd15" else 1.0  # that script has no 1/2
+
+
+@dataclass
+class Rounding:
+    margin: torch.Tensor  # [B] float64, how far the peer's margin may be from the exact one
+    unit: float  # of its last operations
+
+
+def rounding_of(case: int, peer: str, truth: Ours) -> Rounding:
+    """What a peer's own arithmetic may do to its margin.
+
+    Each error is a mean of N squares: subtraction, square and final rounding cost (3 + 1) u, the accumulation in fp32 up
+    to log2(N) u32. The two Hugging Face scripts widen to fp32 first; sf works in the tensors' own dtype, where the first
+    three roundings are independent between elements (6 standard deviations of their mean) and the last one is not.
+    """
+    kinds = {"policy": "float32", "reference": "float32", **CASES[case]["dtypes"]} if peer == "sf" else {}
+    n = array(case, "policy")[0].numel()
+    errors = truth.terms.errors.detach()
+    u32 = UNIT["float32"]
+    slack = torch.zeros_like(errors)
+    for rows, name in ((slice(0, 2), "policy"), (slice(2, 4), "reference")):
+        u = UNIT[kinds.get(name, "float32")]
+        slack[rows] = errors[rows] * ((1 + 18 / math.sqrt(n)) * u + (4 + math.log2(n)) * u32)
+    if CASES[case]["prediction_type"] == "v_prediction":  # the target itself is computed in fp32: 4 roundings
+        target, policy = target_of(case, torch.float64), array(case, "policy").double()
+        shift = 4 * u32 * (array(case, "noise").double().abs() + array(case, "latents").double().abs())
+        extra = (2 * (policy - target).abs() * shift).flatten(1).mean(1)
+        slack += torch.stack([*extra.chunk(2)]).repeat(2, 1)
+    scale = CASES[case]["beta"] * factor_of(peer) / 2
+    u_last = UNIT[kinds.get("policy", "float32")]
+    return Rounding(scale * slack.sum(0) + 4 * u_last * truth.terms.logit.detach().abs() + 1e-12, u_last)
+
+
+RECORDED = [(case, peer) for case in range(len(CASES)) for peer in PEERS if has(case, peer)]
+
+
+def test_every_case_is_here():
+    assert len(CASES) == 30 and len(RECORDED) == 24 * 3 + 2 * 2 + 2
+
+
+@pytest.mark.parametrize(("case", "peer"), RECORDED)
+def test_peer_approaches_our_float64_within_its_own_rounding(case, peer):
+    truth = ours(case, factor=factor_of(peer))
+    rounding = rounding_of(case, peer, truth)
+    z = truth.terms.logit.detach()
+    assert ((array(case, f"{peer}/margin").double() - z).abs() <= rounding.margin).all()
+    wide = rounding.margin.max()
+    assert (array(case, f"{peer}/loss").double() - truth.loss).abs() <= wide + 8 * rounding.unit * truth.loss.abs() + 1e-7
+    for name, rows, kind in (("model_loss", slice(0, 2), "policy"), ("ref_loss", slice(2, 4), "reference")):
+        u = UNIT[CASES[case]["dtypes"].get(kind, "float32") if peer == "sf" else "float32"]
+        exact = truth.terms.errors[rows].detach().mean()
+        assert (array(case, f"{peer}/{name}").double() - exact).abs() <= (6 * u + 16 * UNIT["float32"]) * exact
+
+    # Where rounding may turn a margin's sign the peer's accuracy may differ; sf also counts a tie as 0, not 0.5.
+    undecided = (z.abs() <= rounding.margin) & ((z != 0) | torch.tensor(peer == "sf"))
+    accuracy = array(case, f"{peer}/implicit_acc").double()
+    assert (accuracy - truth.terms.accuracy.detach().double().mean()).abs() <= undecided.double().mean() + 1e-6
+
+    gradient = array(case, f"{peer}/grad").double()
+    if CASES[case]["loss_type"] == "hinge":
+        assert ((z - 1).abs() > rounding.margin).all()
+    policy, n, pairs = array(case, "policy").double(), array(case, "policy")[0].numel(), z.numel()
+    residual = (policy - target_of(case, torch.float64)).abs()
+    slope = (rounding.margin / 4).clamp(max=1) * (CASES[case]["loss_type"] == "sigmoid")  # |sigmoid'| <= 1/4
+    through_margin = residual * (CASES[case]["beta"] * factor_of(peer) / (n * pairs)) * slope.repeat(2).view(-1, 1, 1, 1)
+    target_u = UNIT["float32"] * (CASES[case]["prediction_type"] == "v_prediction") * 16
+    stored = UNIT[CASES[case]["dtypes"].get("policy", "float32")]  # a gradient has the dtype of its leaf
+    own = 16 * max(rounding.unit, stored) * truth.gradient.abs() + target_u * truth.gradient.abs().max()
+    assert ((gradient - truth.gradient).abs() <= through_margin + own + 1e-30).all()
+
+
+@pytest.mark.parametrize("case", [c for c in range(30) if CASES[c]["loss_type"] in SHAPES])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_our_fp32_margin_is_within_a_thousandth(case, factor):
+    exact, single = ours(case, factor=factor), ours(case, torch.float32, factor=factor)
+    assert single.terms.logit.dtype == torch.float32
+    assert (single.terms.logit.double() - exact.terms.logit).abs().max() < 1e-3
+    assert torch.equal(single.terms.accuracy.double(), exact.terms.accuracy)
+    torch.testing.assert_close(single.gradient.double(), exact.gradient, rtol=2e-3, atol=1e-5 * exact.gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("case", [20, 22])
+def test_half_precision_reference_moves_the_peer_and_not_us(case):
+    exact = ours(case).terms.logit
+    peer = (array(case, "sf/margin").double() - exact).abs().max()
+    assert peer > 0.4
+    assert (ours(case, torch.float32).terms.logit.double() - exact).abs().max() < 1e-3
+    if case == 22:
+        assert peer > 5
+
+
+def test_half_precision_inputs_are_widened_before_anything_else():
+    case = 23  # policy, reference and noise were bfloat16
+    narrow = [array(case, name).to(torch.bfloat16) for name in ("policy", "reference", "noise")]
+    policy, reference, target = narrow
+    assert torch.equal(policy.float(), array(case, "policy"))
+    assert sample_errors(policy, target).dtype == torch.float32
+    d = pair_difference(policy, reference, target)
+    z = -(CASES[case]["beta"] / 2) * d.double()
+    assert (z - ours(case).terms.logit).abs().max() < 1e-3
+
+
+def test_ipo_works_where_the_peer_fails():
+    (case,) = (i for i, c in enumerate(CASES) if c["loss_type"] == "ipo")
+    assert "AttributeError" in CASES[case]["errors"]["hf-sd15"]
+    result = ours(case, factor=2.0)
+    errors = result.terms.errors
+    h = -((errors[0] - errors[2]) - (errors[1] - errors[3]))
+    beta = CASES[case]["beta"]  # z = beta h without the 1/2
+    trl = (h - 1 / (2 * beta)) ** 2
+    torch.testing.assert_close(result.terms.loss, beta**2 * trl, rtol=1e-9, atol=0)
+    assert result.gradient.isfinite().all() and result.gradient.abs().max() > 0
+
+
+def test_cpo_is_refused_as_unknown():
+    (case,) = (i for i, c in enumerate(CASES) if c["loss_type"] == "cpo")
+    assert "Unknown loss type" in CASES[case]["errors"]["hf-sd15"]
+    assert "cpo" not in SHAPES
+    with pytest.raises(UserError, match=r"sigmoid.*hinge.*ipo"):
+        validate(from_mapping({"loss": "cpo"}))
+
+
+# --- the facts of docs/method.md ------------------------------------------------------------------------------------
+
+
+def sd_schedule(prediction_type: str = "epsilon") -> Schedule:
+    return from_scheduler({**SD15, "prediction_type": prediction_type})
+
+
+def random_errors(pairs: int = 64, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 + 0.002 * torch.rand(4, pairs, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def timesteps(pairs: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 1000, (pairs,), generator=torch.Generator().manual_seed(seed))
+
+
+NOTHING = torch.zeros(1000, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.pairwise])
+def test_policy_equal_to_reference(method, dtype):
+    t = timesteps()
+    table = tables(method, sd_schedule())
+    errors = random_errors(dtype=dtype)
+    errors[2:] = errors[:2]
+    errors.requires_grad_()
+    beta = 2000.0
+    prob = torch.ones(64, dtype=dtype)
+    soft = pair_terms(errors, t, torch.linspace(0.5, 1, 64), table.weight.to(dtype), NOTHING.to(dtype), beta)
+    terms = pair_terms(errors, t, prob, table.weight.to(dtype), NOTHING.to(dtype), beta)
+    assert torch.equal(terms.logit.abs(), torch.zeros_like(terms.logit)) and terms.logit.dtype == dtype
+    ln2 = -F.logsigmoid(torch.zeros((), dtype=dtype))
+    assert abs(ln2.item() - LN2) <= torch.finfo(dtype).eps / 2
+    assert torch.equal(terms.loss, ln2.expand(64)) and torch.equal(soft.loss, ln2.expand(64))
+    assert torch.equal(terms.accuracy, torch.full((64,), 0.5, dtype=dtype))
+    (slope,) = torch.autograd.grad(terms.logit.sum(), errors, retain_graph=True)
+    expected = -(beta / 2) * table.weight[t].to(dtype)
+    torch.testing.assert_close(slope, torch.stack([expected, -expected, -expected, expected]))
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), errors)
+    torch.testing.assert_close(gradient[0], -0.5 * expected)  # sigmoid(0) - 1 = -1/2
+    assert (gradient != 0).all()
+
+
+def test_difference_from_equal_predictions_is_exactly_zero_in_every_dtype():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        policy, target = torch.randn(2, 6, 4, 5, 3, generator=generator, dtype=torch.float64).to(dtype)
+        assert torch.equal(
+            pair_difference(policy, policy.clone(), target).abs(),
+            torch.zeros(3).to(policy.dtype).float().to(torch.promote_types(dtype, torch.float32)),
+        )
+
+
+def test_difference_is_that_of_the_errors():
+    generator = torch.Generator().manual_seed(1)
+    policy, reference, target = torch.randn(3, 6, 4, 5, 3, generator=generator, dtype=torch.float64)
+    pw, pl = sample_errors(policy, target).chunk(2)
+    rw, rl = sample_errors(reference, target).chunk(2)
+    torch.testing.assert_close(pair_difference(policy, reference, target), (pw - rw) - (pl - rl), rtol=1e-12, atol=1e-14)
+    assert sample_errors(policy, target)[0] == pytest.approx(((policy[0] - target[0]) ** 2).sum().item() / 60, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", ["dpo", "discounted", "dde-single"])
+def test_swapping_the_pair_and_the_label_changes_nothing(method, shape):
+    t, errors = timesteps(), random_errors()
+    prob = torch.linspace(0.0, 1.0, 64, dtype=torch.float64)
+    weight = tables(method, sd_schedule()).weight
+    one = pair_terms(errors, t, prob, weight, NOTHING, 2000.0, shape)
+    other = pair_terms(errors[[1, 0, 3, 2]], t, 1 - prob, weight, NOTHING, 2000.0, shape)
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-12, atol=1e-12)
+    assert torch.equal(one.logit, -other.logit)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_constant_on_both_reference_errors_changes_nothing(shape):
+    t, errors = timesteps(), random_errors()
+    table = tables("dde", sd_schedule())
+    correction = -0.001 * torch.rand(1000, dtype=torch.float64)
+    moved = errors + torch.tensor([0.0, 0.0, 0.25, 0.25], dtype=torch.float64)[:, None]
+    args = (t, torch.ones(64, dtype=torch.float64), table.weight, correction, 200.0, shape)
+    torch.testing.assert_close(pair_terms(errors, *args).loss, pair_terms(moved, *args).loss, rtol=1e-9, atol=1e-9)
+
+
+def test_beta_to_zero_gives_ln2():
+    t, errors = timesteps(), random_errors()
+    losses = [
+        pair_terms(errors, t, torch.ones(64), torch.ones(1000), NOTHING, beta).loss.sub(LN2).abs().max().item()
+        for beta in (10.0, 1.0, 1e-2, 1e-4)
+    ]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 1e-6
+
+
+def test_dde_with_full_memory_is_single_shot():
+    schedule = sd_schedule()
+    dde, single = tables("dde", schedule), tables("dde-single", schedule)
+    assert torch.equal(dde.weight, single.weight) and (dde.precision > 0).all()
+    t, errors, prob = timesteps(), random_errors(), torch.ones(64, dtype=torch.float64)
+    for rho, same in ((1.0, True), (0.95, False)):
+        table = CorrectionTable.zeros(dde.precision, rho)
+        for _ in range(5):
+            d = pair_terms(errors, t, prob, dde.weight, table.correction(), 200.0).difference
+            table.gather(*(torch.zeros(1000, dtype=torch.float64).index_add(0, t, x) for x in (d, torch.ones_like(d))))
+            table.commit()
+        corrected = pair_terms(errors, t, prob, dde.weight, table.correction(), 200.0).loss
+        plain = pair_terms(errors, t, prob, single.weight, NOTHING, 200.0).loss
+        assert torch.equal(corrected, plain) is same
+
+
+def test_only_the_methods_with_a_correction_have_step_precisions():
+    for name, spec in METHODS.items():
+        table = tables(name, sd_schedule())
+        assert bool((table.precision > 0).any()) is spec.correction
+        assert table.weight.shape == table.precision.shape == (1000,) and table.weight.dtype == torch.float64
+    assert torch.equal(tables("dpo", sd_schedule()).weight, torch.ones(1000, dtype=torch.float64))
+    assert torch.equal(tables("dde-step", sd_schedule()).weight, torch.ones(1000, dtype=torch.float64))
+
+
+def test_the_logit_is_its_formula_and_ties_get_no_correction():
+    t, errors = timesteps(), random_errors()
+    weight, correction = torch.rand(2, 1000, dtype=torch.float64)
+    prob = torch.ones(64, dtype=torch.float64)
+    prob[:8] = 0.5
+    terms = pair_terms(errors, t, prob, weight, correction, 500.0)
+    d = (errors[0] - errors[2]) - (errors[1] - errors[3])
+    expected = -250.0 * (weight[t] * d + torch.where(prob > 0.5, correction[t], 0.0))
+    torch.testing.assert_close(terms.logit, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(terms.accuracy, ((d < 0).double() + 0.5 * (d == 0).double()))
+
+
+def test_soft_labels_and_their_gradient():
+    """d loss / dz = sigmoid(z) - p."""
+    errors, t = random_errors(), timesteps()
+    prob = torch.linspace(0.5, 1.0, 64, dtype=torch.float64)
+    d = ((errors[0] - errors[2]) - (errors[1] - errors[3])).requires_grad_()
+    terms = pair_terms(errors, t, prob, torch.ones(1000).double(), NOTHING, 2000.0, difference=d)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), d)
+    torch.testing.assert_close(gradient, (torch.sigmoid(terms.logit) - prob) * -1000.0)
+    expected = -prob * F.logsigmoid(terms.logit) - (1 - prob) * F.logsigmoid(-terms.logit)
+    torch.testing.assert_close(terms.loss, expected)
+
+
+def test_sft_weight_adds_the_win_images_own_error():
+    errors, t = random_errors(), timesteps()
+    args = (errors, t, torch.ones(64), torch.ones(1000), NOTHING, 2000.0)
+    extra = pair_terms(*args, sft_weight=0.5).loss - pair_terms(*args).loss
+    torch.testing.assert_close(extra, 0.5 * errors[0])
+
+
+def test_shapes_are_their_formulas():
+    z = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    torch.testing.assert_close(SHAPES["sigmoid"](z), torch.log1p(torch.exp(-z)))
+    torch.testing.assert_close(SHAPES["hinge"](z), torch.clamp(1 - z, min=0))
+    torch.testing.assert_close(SHAPES["ipo"](z), (z - 0.5) * (z - 0.5))
+    assert SHAPES["sigmoid"](torch.tensor(-1e4, dtype=torch.float32)).item() == 1e4  # no overflow
+
+
+def test_ipo_is_trls():
+    """TRL: (h - 1/(2 beta))^2 on the log-ratio difference h; here times beta^2, which does not move the minimum."""
+    beta, h = 7.0, torch.linspace(-1, 1, 41, dtype=torch.float64)
+    torch.testing.assert_close(SHAPES["ipo"](beta * h), beta**2 * (h - 1 / (2 * beta)) ** 2)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcheck(method, shape, direct):
+    """From the predictions of three pairs to the loss of each, in float64; `direct`: by the difference that does not cancel."""
+    generator = torch.Generator().manual_seed(3)
+    policy, reference, target = torch.randn(3, 6, 2, 2, 3, generator=generator, dtype=torch.float64)
+    table = tables(method, sd_schedule())
+    spec = METHODS[method]
+    correction = 0.3 * torch.rand(1000, generator=generator, dtype=torch.float64) if spec.correction else NOTHING
+    t = torch.tensor([50, 400, 700])
+    prob = torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64)
+    seen = []
+
+    def losses(prediction):
+        errors = torch.stack([*sample_errors(prediction, target).chunk(2), *sample_errors(reference, target).chunk(2)])
+        if not spec.pairwise:
+            return errors[0]
+        d = pair_difference(prediction, reference, target) if direct else None
+        terms = pair_terms(errors, t, prob, table.weight, correction, 1.5, shape, sft_weight=0.25, difference=d)
+        seen.append(terms.logit)
+        return terms.loss
+
+    assert torch.autograd.gradcheck(losses, policy.clone().requires_grad_(), eps=1e-6, atol=1e-7, rtol=1e-6)
+    if shape == "hinge" and seen:
+        assert ((seen[0].abs() - 1).abs() > 1e-3).all()  # away from the kinks, where no derivative exists

@@ -1,0 +1,221 @@
+"""dpo.schedule: figures of the published schedules, few-step chains, and lambda from the Gaussians it is derived from."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.distributions import Normal
+
+from dpo.errors import UserError
+from dpo.schedule import (
+    TURBO_TIMESTEPS,
+    Schedule,
+    discounted_weight,
+    from_scheduler,
+    single_shot_weight,
+    step_precision,
+    usable_timesteps,
+)
+from tests.worlds import KINDS, make_pipeline
+
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def sd15(prediction_type: str = "epsilon", **options) -> Schedule:
+    return from_scheduler({**SD15, "prediction_type": prediction_type}, **options)
+
+
+def test_alphas_are_the_product_of_the_scaled_linear_betas():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    schedule = sd15()
+    assert schedule.alphas_cumprod.dtype == torch.float64 and schedule.length == 1000
+    torch.testing.assert_close(schedule.alphas_cumprod, (1 - betas).cumprod(0), rtol=2e-5, atol=0)
+    assert torch.equal(schedule.timesteps(), torch.arange(1000))
+
+
+def test_single_shot_weight_has_the_documented_figures():
+    weight = single_shot_weight(sd15())
+    assert weight[0].item() == pytest.approx(0.00085, rel=1e-3)
+    assert weight[500].item() == pytest.approx(2.62, abs=0.005)
+    assert weight[999].item() == pytest.approx(213.6, abs=0.1)
+    assert weight.mean().item() == pytest.approx(20.3, abs=0.05)
+    assert (weight.diff() > 0).all()
+
+
+def test_single_shot_weight_on_the_v_error():
+    schedule = sd15("v_prediction")
+    weight = single_shot_weight(schedule)
+    assert weight.mean().item() == pytest.approx(0.63, abs=0.005)
+    assert (weight.diff() > 0).all() and weight.max() < 1
+    torch.testing.assert_close(weight, single_shot_weight(sd15()) * schedule.alphas_cumprod)
+
+
+def test_single_shot_weight_is_the_error_of_the_estimated_clean_latents():
+    """|x0 - x0_hat|^2 = weight |eps - eps_model|^2 = weight_v |v - v_model|^2, from the definitions of x0_hat."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, guess = torch.randn(3, 50, dtype=torch.float64, generator=generator)
+    weights = single_shot_weight(sd15()), single_shot_weight(sd15("v_prediction"))
+    for t in (0, 1, 333, 700, 999):
+        abar = sd15().alphas_cumprod[t]
+        x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+        x0_hat = (x_t - (1 - abar).sqrt() * guess) / abar.sqrt()
+        exact = (x0 - x0_hat).square().sum()
+        torch.testing.assert_close(weights[0][t] * (eps - guess).square().sum(), exact, rtol=1e-9, atol=0)
+        v, v_guess = abar.sqrt() * eps - (1 - abar).sqrt() * x0, abar.sqrt() * guess - (1 - abar).sqrt() * x0
+        v_x0_hat = abar.sqrt() * x_t - (1 - abar).sqrt() * v_guess
+        v_exact = (x0 - v_x0_hat).square().sum()
+        torch.testing.assert_close(weights[1][t] * (v - v_guess).square().sum(), v_exact, rtol=1e-9, atol=0)
+
+
+def test_weight_is_capped():
+    assert single_shot_weight(sd15(), cap=100.0).max() == 100.0
+    rescaled = single_shot_weight(sd15(zero_snr=True))
+    assert rescaled.isfinite().all() and rescaled[999] == 250.0
+    assert (rescaled.diff() >= 0).all()
+
+
+def test_discounted_weight():
+    weight = discounted_weight(sd15(), 0.99475)
+    assert weight[999] == 1.0 and weight[998].item() == pytest.approx(0.99475)
+    assert weight[0].item() == pytest.approx(0.99475**999)
+    assert (weight.diff() > 0).all()
+    assert weight[979].item() == pytest.approx(0.9, abs=1e-3)  # 0.9 for each of 50 sampling steps of 20
+
+
+def test_prediction_type_and_betas_come_from_the_model():
+    assert sd15().prediction_type == "epsilon"
+    assert sd15("v_prediction").prediction_type == "v_prediction"
+    assert from_scheduler(SD15).prediction_type == "epsilon"
+    assert from_scheduler(SD15, prediction_type="v_prediction").prediction_type == "v_prediction"
+    linear = from_scheduler({"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 500})
+    expected = (1 - torch.linspace(1e-4, 0.02, 500, dtype=torch.float64)).cumprod(0)
+    torch.testing.assert_close(linear.alphas_cumprod, expected, rtol=1e-4, atol=0)
+    trained = from_scheduler({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 3})
+    torch.testing.assert_close(trained.alphas_cumprod, torch.tensor([0.9, 0.72, 0.36]).double(), rtol=1e-6, atol=0)
+
+
+def test_unknown_prediction_type_is_one_line():
+    with pytest.raises(UserError, match="predicts 'sample'; this trainer knows epsilon and v_prediction") as caught:
+        sd15("sample")
+    assert "\n" not in str(caught.value)
+
+
+def test_zero_terminal_snr_rescale():
+    plain, rescaled = sd15().alphas_cumprod, sd15(zero_snr=True).alphas_cumprod
+    assert rescaled[999] < 1e-12 < plain[999]
+    root, expected = rescaled.sqrt(), plain.sqrt()
+    expected = (expected - expected[-1]) * expected[0] / (expected[0] - expected[-1])  # Lin et al. 2023, algorithm 1
+    torch.testing.assert_close(root, expected, rtol=2e-4, atol=1e-6)
+    said = from_scheduler({**SD15, "rescale_betas_zero_snr": True})
+    assert torch.equal(said.alphas_cumprod, rescaled)
+    kept = from_scheduler({**SD15, "rescale_betas_zero_snr": True}, zero_snr=False)
+    assert torch.equal(kept.alphas_cumprod, plain)
+
+
+def test_turbo_chain_and_its_dead_timestep():
+    turbo = sd15(turbo=True)
+    assert turbo.timesteps().tolist() == [249, 499, 749, 999] == list(TURBO_TIMESTEPS)
+    assert torch.equal(turbo.alphas_cumprod, sd15(zero_snr=True).alphas_cumprod)
+    assert usable_timesteps(turbo).tolist() == [249, 499, 749]
+    kept = sd15(turbo=True, zero_snr=False)
+    assert usable_timesteps(kept).tolist() == [249, 499, 749, 999]
+    assert 999 not in usable_timesteps(sd15(zero_snr=True)).tolist()
+
+
+def test_windows():
+    assert torch.equal(usable_timesteps(sd15()), torch.arange(1000))
+    assert torch.equal(usable_timesteps(sd15(), 200, 700), torch.arange(200, 700))
+    assert usable_timesteps(sd15(turbo=True), 300, 800).tolist() == [499, 749]
+    for schedule, low, high in ((sd15(turbo=True), 250, 499), (sd15(turbo=True), 900, 1000), (sd15(), 500, 500)):
+        with pytest.raises(UserError, match=r"no usable timestep in the window .*--window-low") as caught:
+            usable_timesteps(schedule, low, high)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scheduler_folders_are_read(kind, tmp_path):
+    import json
+
+    config = json.loads((make_pipeline(tmp_path / kind, kind) / "scheduler" / "scheduler_config.json").read_text())
+    schedule = from_scheduler(config, turbo=kind == "sdxl-turbo")
+    assert schedule.prediction_type == ("v_prediction" if kind == "sd2v" else "epsilon")
+    if kind != "sdxl-turbo":
+        assert torch.equal(schedule.alphas_cumprod, DDPMScheduler(**SD15).alphas_cumprod.double())
+
+
+# --- lambda_k -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma2", ["beta", "posterior"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("chain", ["full", "zero-snr", "turbo", "turbo-kept"])
+def test_log_ratio_of_the_two_gaussians(chain, prediction_type, sigma2):
+    """log r_k, from the densities of N(mu_model, sigma_k^2) and N(mu_q, sigma_k^2) at the mode of q: -(lambda_k/2)|error|^2."""
+    options = {
+        "full": {},
+        "zero-snr": {"zero_snr": True},
+        "turbo": {"turbo": True},
+        "turbo-kept": {"turbo": True, "zero_snr": False},
+    }
+    schedule = sd15(prediction_type, **options[chain])
+    lam = step_precision(schedule, sigma2)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, off = torch.randn(3, 64, dtype=torch.float64, generator=generator)
+    steps = schedule.timesteps().tolist()
+    checked = 0
+    for place, k in enumerate(steps):
+        if chain in ("full", "zero-snr") and k % 37 and k not in (1, 2, 999):
+            continue
+        abar = schedule.alphas_cumprod[k]
+        before = schedule.alphas_cumprod[steps[place - 1]] if place else torch.tensor(1.0, dtype=torch.float64)
+        if abar <= 1e-12:
+            assert lam[k] == 0.0
+            continue
+        alpha = abar / before
+        beta = 1 - alpha
+        sigma = (beta if sigma2 == "beta" else beta * (1 - before) / (1 - abar)).sqrt()
+        if sigma == 0:
+            assert lam[k] == 0.0
+            continue
+        x_k = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+        if prediction_type == "epsilon":
+            error = 0.1 * off
+            x0_hat = (x_k - (1 - abar).sqrt() * (eps + error)) / abar.sqrt()
+        else:
+            error = 0.1 * off
+            v = abar.sqrt() * eps - (1 - abar).sqrt() * x0
+            x0_hat = abar.sqrt() * x_k - (1 - abar).sqrt() * (v + error)
+
+        def mean(clean, before=before, beta=beta, abar=abar, alpha=alpha, x_k=x_k):  # of q(x_{k-1} | x_k, x_0 = clean)
+            return (before.sqrt() * beta * clean + alpha.sqrt() * (1 - before) * x_k) / (1 - abar)
+
+        model, posterior = Normal(mean(x0_hat), sigma), Normal(mean(x0), sigma)
+        log_ratio = (model.log_prob(mean(x0)) - posterior.log_prob(mean(x0))).sum()
+        torch.testing.assert_close(-(lam[k] / 2) * error.square().sum(), log_ratio, rtol=1e-5, atol=1e-9)
+        assert lam[k] > 0 and log_ratio < 0
+        checked += 1
+    assert checked >= (2 if "turbo" in chain else 25)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_lambda_is_positive_and_zero_off_the_chain(prediction_type):
+    assert (step_precision(sd15(prediction_type)) > 0).all()
+    posterior = step_precision(sd15(prediction_type), "posterior")
+    assert (posterior[1:] > 0).all() and posterior[0] == 0.0
+    turbo = step_precision(sd15(prediction_type, turbo=True))
+    assert turbo.nonzero().flatten().tolist() == [249, 499, 749]
+    assert step_precision(sd15(prediction_type, turbo=True), "posterior").nonzero().flatten().tolist() == [499, 749]
+
+
+def test_v_lambda_is_times_abar():
+    for sigma2 in ("beta", "posterior"):
+        on_v = step_precision(sd15("v_prediction"), sigma2)
+        torch.testing.assert_close(on_v, step_precision(sd15(), sigma2) * sd15().alphas_cumprod)
+
+
+def test_posterior_variance_weighs_more():
+    assert (step_precision(sd15(), "posterior")[1:] > step_precision(sd15())[1:]).all()
+
+
+def test_unknown_variance():
+    with pytest.raises(ValueError, match="'beta' or 'posterior', not 'gamma'"):
+        step_precision(sd15(), "gamma")
