@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from csrc_triton.aot import Specimen
 from csrc_triton.runtime import PINNED, runs_triton, wide
 
 TILE = 2048  # elements of the output per program: two 16-byte vectors of a half dtype per thread and operand, four warps
@@ -86,8 +87,7 @@ def _launch_forward(proj: torch.Tensor) -> torch.Tensor:
     D = proj.shape[-1] // 2
     out = proj.new_empty(*proj.shape[:-1], D)
     M = out.numel() // D
-    if M:
-        geglu_forward_kernel[_grid(M, D)](proj, out, M, D=D, **_blocks(D), num_warps=WARPS, **PINNED)
+    geglu_forward_kernel[_grid(M, D)](proj, out, M, D=D, **_blocks(D), num_warps=WARPS, **PINNED)
     return out
 
 
@@ -95,8 +95,7 @@ def _launch_backward(grad: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
     D = grad.shape[-1]
     d_proj = torch.empty_like(proj)
     M = grad.numel() // D
-    if M:
-        geglu_backward_kernel[_grid(M, D)](grad, proj, d_proj, M, D=D, **_blocks(D), num_warps=WARPS, **PINNED)
+    geglu_backward_kernel[_grid(M, D)](grad, proj, d_proj, M, D=D, **_blocks(D), num_warps=WARPS, **PINNED)
     return d_proj
 
 
@@ -155,6 +154,17 @@ def geglu(proj: torch.Tensor) -> torch.Tensor:
     Returns:
         [..., D], contiguous, in the dtype of `proj`.
     """
-    assert proj.ndim >= 1 and proj.shape[-1] % 2 == 0, f"geglu needs an even last dimension, got {tuple(proj.shape)}"
+    assert proj.numel() > 0 and proj.shape[-1] % 2 == 0, f"geglu needs [..., 2D], not empty, got {tuple(proj.shape)}"
     assert proj.is_floating_point(), f"geglu needs a floating dtype, got {proj.dtype}"
     return _geglu(proj)
+
+
+AOT_SPECIMENS = [
+    Specimen(name, kernel, dtype, {p: f"*{dtype}" for p in pointers} | {"M": "i32"}, {"D": D} | _blocks(D), WARPS)
+    for name, kernel, pointers in (
+        ("geglu_forward", geglu_forward_kernel, ("proj_ptr", "out_ptr")),
+        ("geglu_backward", geglu_backward_kernel, ("grad_ptr", "proj_ptr", "d_proj_ptr")),
+    )
+    for dtype in ("bf16", "fp16", "fp32")
+    for D in (1280,)
+]

@@ -4,8 +4,9 @@ import torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Triton's default for contraction of a * b + c differs between releases; every launch names it.
-PINNED = {"enable_fp_fusion": False}
+# Triton's default for contraction of a * b + c differs between releases; every launch names it. No loop here feeds a matrix unit, so
+# there is nothing to pipeline.
+PINNED = {"enable_fp_fusion": False, "num_stages": 1}
 
 
 def runs_triton(x: torch.Tensor) -> bool:

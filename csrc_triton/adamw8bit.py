@@ -1,0 +1,457 @@
+"""AdamW with block-wise 8-bit moments: every parameter in at most five launches, nothing read back to the host.
+
+    m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,   w = w - (lr m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr wd w
+
+Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); Dettmers et al., "8-bit Optimizers
+via Block-wise Quantization" (arXiv 2110.02861) for the blocks of 256 and the dynamic map. The gradient is multiplied by a clipping
+factor and an inverse loss scale, and the whole step is left out where found_inf is set: all three are device scalars, as is the
+step count, so a captured CUDA graph replays correctly.
+
+Moments: one byte per element and one fp32 maximum per block of 256, all parameters in one arena; tensors under 4096 elements
+keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand times too long.
+Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in fp32 and rounded once, so
+decay is not lost however small lr wd is; the random bits are a pure function of (seed, step, parameter, element). Elements are
+counted in memory order, blocks too.
+Legend: K parameters, G parameter groups, A elements of an arena.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc_triton.aot import Specimen
+from csrc_triton.dynamic_map import LEVELS, MIDPOINTS, quantise_signed, quantise_unsigned
+from csrc_triton.philox import Stream, random_bits, random_words
+from csrc_triton.runtime import PINNED
+
+BLOCK = 256
+MIN_8BIT_ELEMENTS = 4096
+ROWS = 4  # quantisation blocks per program, one per warp
+WARPS = 4
+STREAM = int(Stream.ROUNDING)
+FORMAT = "adamw8bit/1"
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of weights
+
+
+@triton.jit
+def begin_step_kernel(
+    hyper_ptr,  # [G, 5] fp64: lr, beta1, beta2, eps, weight decay of each parameter group
+    step_ptr,  # [1] int64, counted up
+    found_inf_ptr,  # [1] fp32
+    factors_ptr,  # [G, 8] fp32: beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), eps, lr decay
+    G,
+    BLOCK_G: tl.constexpr,
+):
+    """One program: counts the step (unless a gradient was not finite), forms each group's factors in fp64, powers by squaring."""
+    step = tl.load(step_ptr) + tl.where(tl.load(found_inf_ptr) == 0.0, 1, 0)
+    tl.store(step_ptr, step)
+    group = tl.arange(0, BLOCK_G)
+    inside = group < G
+    hyper = hyper_ptr + group * 5
+    lr = tl.load(hyper, mask=inside, other=0.0)
+    beta1 = tl.load(hyper + 1, mask=inside, other=0.0)
+    beta2 = tl.load(hyper + 2, mask=inside, other=0.0)
+    power1 = beta1 * 0.0 + 1.0
+    power2 = power1
+    square1 = beta1
+    square2 = beta2
+    exponent = step
+    for _ in range(40):
+        odd = (exponent & 1) == 1
+        power1 = tl.where(odd, power1 * square1, power1)
+        power2 = tl.where(odd, power2 * square2, power2)
+        square1 *= square1
+        square2 *= square2
+        exponent = exponent >> 1
+    factors = factors_ptr + group * 8
+    tl.store(factors, beta1.to(tl.float32), mask=inside)
+    tl.store(factors + 1, (1.0 - beta1).to(tl.float32), mask=inside)
+    tl.store(factors + 2, beta2.to(tl.float32), mask=inside)
+    tl.store(factors + 3, (1.0 - beta2).to(tl.float32), mask=inside)
+    tl.store(factors + 4, (lr / (1.0 - power1)).to(tl.float32), mask=inside)
+    tl.store(factors + 5, tl.div_rn(1.0, tl.sqrt_rn((1.0 - power2).to(tl.float32))), mask=inside)
+    tl.store(factors + 6, tl.load(hyper + 3, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(factors + 7, (lr * tl.load(hyper + 4, mask=inside, other=0.0)).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _adamw(w, g, m, v, factors):
+    """(w, m, v) after one step, fp32; `factors` points at the group's row of the table that `begin_step_kernel` writes."""
+    m = tl.load(factors) * m + tl.load(factors + 1) * g
+    v = tl.load(factors + 2) * v + tl.load(factors + 3) * (g * g)
+    direction = tl.div_rn(m, tl.sqrt_rn(v) * tl.load(factors + 5) + tl.load(factors + 6))
+    return w - (tl.load(factors + 4) * direction + tl.load(factors + 7) * w), m, v
+
+
+@triton.jit
+def _round_weight(w, first, key, step, seed, DTYPE: tl.constexpr, COUNT: tl.constexpr, STREAM: tl.constexpr):
+    """`w` [ROWS, COUNT] fp32 in DTYPE; bf16 stochastically. `first` [ROWS]: element number of each row's start, a multiple of 4.
+
+    Adding 16 random bits below the kept 16 and cutting them off rounds up with probability equal to the fraction cut: unbiased.
+    """
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        quad = (first // 4)[:, None] + tl.arange(0, COUNT // 4)[None, :]
+        w0, w1, w2, w3 = random_words(quad, key, step, seed, STREAM)
+        random = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> 16
+        w = ((w.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return w.to(DTYPE)
+
+
+@triton.jit
+def _program_tile(table_ptr, chunks_ptr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program works on: its row of the tensor table, and ROWS * BLOCK consecutive elements of that tensor."""
+    program = tl.program_id(0).to(tl.int64)
+    entry = table_ptr + tl.load(chunks_ptr + program * 2).to(tl.int64) * 6
+    weight_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
+    grad_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
+    count = tl.load(entry + 2)
+    state = tl.load(entry + 3)
+    first = (tl.load(chunks_ptr + program * 2 + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * BLOCK
+    element = first[:, None] + tl.arange(0, BLOCK)[None, :]
+    return weight_ptr, grad_ptr, count, state, tl.load(entry + 4), tl.load(entry + 5), first, element
+
+
+@triton.jit
+def adamw_8bit_kernel(
+    table_ptr,  # [K, 6] int64: addresses of weight and gradient (0: none), elements, start (of 8-bit moments: in blocks), group, random key
+    chunks_ptr,  # [programs, 2] int32: row of the table, chunk of ROWS * BLOCK elements in that tensor
+    factors_ptr,  # [G, 8] fp32
+    step_ptr,  # [1] int64
+    seed_ptr,  # [1] int64
+    clip_ptr,  # [1] fp32
+    inv_scale_ptr,  # [1] fp32
+    found_inf_ptr,  # [1] fp32
+    signed_map_ptr,  # [256] fp32
+    unsigned_map_ptr,  # [256] fp32
+    m_ptr,  # [A] uint8, A a multiple of BLOCK
+    v_ptr,  # [A] uint8
+    m_max_ptr,  # [A / BLOCK] fp32
+    v_max_ptr,  # [A / BLOCK] fp32
+    DTYPE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every tensor of the launch has a multiple of 16 elements
+):
+    """Dequantise, update, requantise: one read and one write of each of w, m, v, one read of g. Rows are quantisation blocks."""
+    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK)
+    if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
+        return
+    if ALIGNED:
+        count = count // 16 * 16  # no change: tells the compiler that 16-byte accesses are never cut
+    inside = element < count
+    block = state + first // BLOCK
+    state *= BLOCK
+    row_inside = first < count
+    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (tl.load(clip_ptr) * tl.load(inv_scale_ptr))
+    w = tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    m_code = tl.load(m_ptr + state + element, mask=inside, other=127).to(tl.int32)
+    v_code = tl.load(v_ptr + state + element, mask=inside, other=0).to(tl.int32)
+    m = tl.load(signed_map_ptr + m_code) * tl.load(m_max_ptr + block, mask=row_inside, other=0.0)[:, None]
+    v = tl.load(unsigned_map_ptr + v_code) * tl.load(v_max_ptr + block, mask=row_inside, other=0.0)[:, None]
+    w, m, v = _adamw(w, g, m, v, factors_ptr + group * 8)
+    m = tl.where(inside, m, 0.0)
+    v = tl.where(inside, v, 0.0)
+    m_max = tl.max(tl.abs(m), axis=1)
+    v_max = tl.max(v, axis=1)
+    step, seed = tl.load(step_ptr), tl.load(seed_ptr)
+    tl.store(weight_ptr + element, _round_weight(w, first, key, step, seed, DTYPE, BLOCK, STREAM), mask=inside)
+    tl.store(m_ptr + state + element, quantise_signed(m, m_max[:, None]).to(tl.uint8), mask=inside)
+    tl.store(v_ptr + state + element, quantise_unsigned(v, v_max[:, None]).to(tl.uint8), mask=inside)
+    tl.store(m_max_ptr + block, m_max, mask=row_inside)
+    tl.store(v_max_ptr + block, v_max, mask=row_inside)
+
+
+@triton.jit
+def adamw_fp32_kernel(
+    table_ptr,  # [K, 6] int64, as above
+    chunks_ptr,  # [programs, 2] int32, as above
+    factors_ptr,  # [G, 8] fp32
+    step_ptr,  # [1] int64
+    seed_ptr,  # [1] int64
+    clip_ptr,  # [1] fp32
+    inv_scale_ptr,  # [1] fp32
+    found_inf_ptr,  # [1] fp32
+    m_ptr,  # [A] fp32
+    v_ptr,  # [A] fp32
+    DTYPE: tl.constexpr,
+    STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same step for the small tensors, whose moments stay in fp32."""
+    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK)
+    if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
+        return
+    inside = element < count
+    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (tl.load(clip_ptr) * tl.load(inv_scale_ptr))
+    w = tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + state + element, mask=inside, other=0.0)
+    v = tl.load(v_ptr + state + element, mask=inside, other=0.0)
+    w, m, v = _adamw(w, g, m, v, factors_ptr + group * 8)
+    step, seed = tl.load(step_ptr), tl.load(seed_ptr)
+    tl.store(weight_ptr + element, _round_weight(w, first, key, step, seed, DTYPE, BLOCK, STREAM), mask=inside)
+    tl.store(m_ptr + state + element, m, mask=inside)
+    tl.store(v_ptr + state + element, v, mask=inside)
+
+
+def factors_reference(hyper: torch.Tensor, step: int) -> torch.Tensor:
+    """[G, 5] fp64 -> [G, 8] fp32: the factors of `begin_step_kernel`."""
+    lr, beta1, beta2, eps, decay = hyper.unbind(1)
+    root = (1.0 - beta2**step).float().sqrt().reciprocal()
+    columns = (beta1, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step), root, eps, lr * decay)
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+def adamw_reference(w, g, m, v, factors):
+    """(w, m, v) after one step, all fp32 tensors of one shape; `factors`: one row [8]."""
+    b1, c1, b2, c2, rate, root, eps, decay = factors
+    m = b1 * m + c1 * g
+    v = b2 * v + c2 * (g * g)
+    return w - (rate * (m / (v.sqrt() * root + eps)) + decay * w), m, v
+
+
+def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int) -> torch.Tensor:
+    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element)."""
+    words = random_bits(torch.tensor([key]), torch.tensor([step]), STREAM, seed, w.numel())[0]
+    bits = (w.view(torch.int32) + (words >> 16).to(torch.int32)) & -0x10000
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def dequantise(codes: torch.Tensor, maxima: torch.Tensor, signed: bool) -> torch.Tensor:
+    """uint8 [B, 256], fp32 [B] -> fp32 [B, 256]"""
+    return LEVELS[signed][codes.int()] * maxima[:, None]
+
+
+def quantise(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [B, 256] -> nearest codes uint8 [B, 256] and maxima fp32 [B]; a positive unsigned value never takes code 0."""
+    maxima = values.abs().amax(1)
+    scaled = values / maxima.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, MIDPOINTS[signed])
+    return (codes if signed else torch.where(values > 0, codes.clamp_min(1), codes)).to(torch.uint8), maxima
+
+
+def _memory_order(x: torch.Tensor) -> torch.Tensor:
+    """A flat view of a dense tensor in the order of its memory."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8-bit moments for fp32 or bf16 parameters that all live on one device.
+
+    `lr` may be a 0-d tensor per group (read on the device). Gradients must have the dtype of their parameter. The parameters are
+    fixed at construction. For graph capture, weights and gradients must keep their addresses (`zero_grad(set_to_none=False)`).
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | torch.Tensor = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        seed: int = 0,
+    ):
+        self._built = False
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._parameters = [(p, index) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        first = self._parameters[0][0]
+        self._device = first.device
+        for p, _ in self._parameters:
+            assert p.device == self._device, f"parameters on {p.device} and {self._device}: AdamW8bit wants one device"
+            assert p.dtype in TRITON_DTYPES, f"AdamW8bit updates float32 and bfloat16 weights, not {p.dtype}"
+            assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), f"not dense: strides {p.stride()}"
+        self._starts, sizes = [], [0, 0]  # start of each parameter in its arena: fp32 moments, 8-bit moments
+        for p, _ in self._parameters:
+            small = p.numel() < MIN_8BIT_ELEMENTS
+            self._starts.append(sizes[not small])
+            sizes[not small] += -(-p.numel() // (4 if small else BLOCK)) * (4 if small else BLOCK)
+
+        def zeros(*shape, dtype=torch.float32):
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._tensors = {
+            "step": zeros(1, dtype=torch.int64),
+            "seed": torch.tensor([seed], device=self._device),
+            "m_8bit": zeros(sizes[1], dtype=torch.uint8).fill_(127),
+            "v_8bit": zeros(sizes[1], dtype=torch.uint8),
+            "m_max": zeros(sizes[1] // BLOCK),
+            "v_max": zeros(sizes[1] // BLOCK),
+            "m_fp32": zeros(sizes[0]),
+            "v_fp32": zeros(sizes[0]),
+        }
+        self._factors, self._one, self._zero = zeros(len(self.param_groups), 8), zeros(1) + 1.0, zeros(1)
+        self._maps = [LEVELS[signed].to(self._device) for signed in (True, False)]
+        self._hyper_values = self._addresses = None
+        self._launches, self._sources = [], {}
+        self._built = True
+
+    def add_param_group(self, param_group: dict) -> None:
+        if self._built:
+            raise ValueError("AdamW8bit's arena is laid out at construction: pass every parameter group to the constructor")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None, *, clip=None, inv_scale=None, found_inf=None):
+        """One update. clip, inv_scale, found_inf: fp32 device tensors of one element, by default 1, 1 and 0."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scalars = [self._one if clip is None else clip, self._one if inv_scale is None else inv_scale]
+        scalars.append(self._zero if found_inf is None else found_inf)
+        for scalar in scalars:
+            assert scalar.numel() == 1 and scalar.dtype == torch.float32 and scalar.device == self._device, (
+                f"clip, inv_scale and found_inf are one fp32 each on {self._device}: got {scalar.dtype} on {scalar.device}"
+            )
+        self._match_gradients()
+        self._refresh_hyper()
+        if self._device.type == "cuda":
+            self._launch_step(*scalars)
+        else:
+            self._reference_step(*scalars)
+        return loss
+
+    def _match_gradients(self) -> None:
+        """Gradients in the memory order of their parameter: one that autograd laid out otherwise is copied."""
+        for p, _ in self._parameters:
+            if p.grad is not None:
+                assert p.grad.dtype == p.dtype, f"gradient {p.grad.dtype} of a {p.dtype} parameter"
+                if p.grad.stride() != p.stride():
+                    p.grad = torch.empty_like(p).copy_(p.grad)
+
+    def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:
+        """`values` on the device, from pinned memory on a GPU so that the host does not wait.
+
+        The pinned source is kept, since a captured graph reads it again at every replay.
+        """
+        self._sources[name] = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
+        return self._sources[name].to(self._device, non_blocking=True)
+
+    def _refresh_hyper(self) -> None:
+        rows = [(g["lr"], *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
+        values = [tuple(0.0 if torch.is_tensor(x) else float(x) for x in row) for row in rows]
+        if values != self._hyper_values:
+            self._hyper, self._hyper_values = self._upload("hyper", values, torch.float64), values
+        for index, row in enumerate(rows):
+            if torch.is_tensor(row[0]):
+                self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=True)
+
+    def _refresh_table(self) -> None:
+        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and dtype."""
+        addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
+        if addresses == self._addresses:
+            return
+        rows, chunks = [], {}
+        for key, ((p, group), start, (weight, grad)) in enumerate(zip(self._parameters, self._starts, addresses, strict=True)):
+            assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
+            quantised, tiles = p.numel() >= MIN_8BIT_ELEMENTS, -(-p.numel() // (ROWS * BLOCK))
+            rows.append((weight, grad, p.numel(), start // BLOCK if quantised else start, group, key))
+            kind = quantised, p.dtype, quantised and p.numel() % 16 == 0
+            chunks.setdefault(kind, []).extend((key, tile) for tile in range(tiles))
+        self._table = self._upload("table", rows, torch.int64)
+        if not self._launches:
+            self._launches = [(*kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()]
+        self._addresses = addresses
+
+    def _launch_step(self, clip, inv_scale, found_inf) -> None:
+        self._refresh_table()
+        t = self._tensors
+        groups, block_g = len(self.param_groups), triton.next_power_of_2(len(self.param_groups))
+        begin_step_kernel[(1,)](self._hyper, t["step"], found_inf, self._factors, groups, BLOCK_G=block_g, num_warps=1, **PINNED)
+        for quantised, dtype, aligned, chunks in self._launches:
+            common = (self._table, chunks, self._factors, t["step"], t["seed"], clip, inv_scale, found_inf)
+            options = {"DTYPE": TRITON_DTYPES[dtype], "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": WARPS} | PINNED
+            if quantised:
+                states = (*self._maps, t["m_8bit"], t["v_8bit"], t["m_max"], t["v_max"])
+                adamw_8bit_kernel[(len(chunks),)](*common, *states, ALIGNED=aligned, **options)
+            else:
+                adamw_fp32_kernel[(len(chunks),)](*common, t["m_fp32"], t["v_fp32"], **options)
+
+    def _reference_step(self, clip, inv_scale, found_inf) -> None:
+        if found_inf.item() != 0.0:
+            return
+        t = self._tensors
+        t["step"] += 1
+        step, seed = t["step"].item(), t["seed"].item()
+        factors = factors_reference(self._hyper, step)
+        for key, ((p, group), start) in enumerate(zip(self._parameters, self._starts, strict=True)):
+            if p.grad is None:
+                continue
+            flat, count = _memory_order(p), p.numel()
+            w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
+            if count < MIN_8BIT_ELEMENTS:
+                m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
+                w, new_m, new_v = adamw_reference(w, g, m, v, factors[group])
+                m.copy_(new_m), v.copy_(new_v)
+            else:
+                w = self._reference_8bit(w, g, start, factors[group])
+            flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, key, step, seed))
+
+    def _reference_8bit(self, w, g, start, factors):
+        """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
+        blocks = -(-w.numel() // BLOCK)
+        block, element = slice(start // BLOCK, start // BLOCK + blocks), slice(start, start + blocks * BLOCK)
+        rows = [torch.nn.functional.pad(x, (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK) for x in (w, g)]
+        moments = []
+        for name, signed in (("m", True), ("v", False)):
+            codes, maxima = self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK), self._tensors[f"{name}_max"][block]
+            moments.append((codes, maxima, signed))
+        new_w, *new = adamw_reference(*rows, *(dequantise(*moment) for moment in moments), factors)
+        for values, (codes, maxima, signed) in zip(new, moments, strict=True):
+            new_codes, new_maxima = quantise(values, signed)
+            codes.copy_(new_codes), maxima.copy_(new_maxima)
+        return new_w.reshape(-1)[: w.numel()]
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory order)."""
+        layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        return {**self._tensors, "layout": torch.tensor(layout)}
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies a state into place; the parameters must have the sizes and memory order of the run that saved it."""
+        own = self.state_tensors()
+        if tensors.keys() != own.keys():
+            raise ValueError(f"not an AdamW8bit state: tensors {sorted(tensors)}, expected {sorted(own)}")
+        if not torch.equal(tensors["layout"].cpu(), own["layout"]):
+            raise ValueError("this AdamW8bit state belongs to other parameters, or to weights in another memory format")
+        for name, tensor in self._tensors.items():
+            tensor.copy_(tensors[name])
+
+    def state_dict(self) -> dict:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {"format": FORMAT, "state": self.state_tensors(), "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        if state_dict.get("format") != FORMAT:
+            states = list(state_dict.get("state", {}).values())
+            foreign = states and isinstance(states[0], dict) and "qmap1" in states[0]
+            what = "this is a bitsandbytes optimizer state: AdamW8bit cannot continue from it"
+            raise ValueError(what if foreign else "not an AdamW8bit state")
+        if len(state_dict["param_groups"]) != len(self.param_groups):
+            raise ValueError(f"{len(state_dict['param_groups'])} parameter groups saved, {len(self.param_groups)} here")
+        self.load_state_tensors(state_dict["state"])
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+
+
+def _specimen(name, kernel, dtype: str, moments: str, constants: dict) -> Specimen:
+    kinds = {"table_ptr": "*i64", "chunks_ptr": "*i32", "step_ptr": "*i64", "seed_ptr": "*i64"} | {"m_ptr": moments, "v_ptr": moments}
+    weights = {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
+    constants = {"DTYPE": weights, "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK} | constants
+    signature = {p: kinds.get(p, "*fp32") for p in kernel.arg_names if p not in constants}
+    vectors = bool(constants.get("ALIGNED"))
+    return Specimen(name, kernel, dtype, signature, constants, WARPS, vector_load=vectors, vector_store=vectors)
+
+
+AOT_SPECIMENS = [
+    *(_specimen("adamw_8bit", adamw_8bit_kernel, dtype, "*u8", {"ALIGNED": True}) for dtype in ("bf16", "fp32")),
+    *(_specimen("adamw_fp32", adamw_fp32_kernel, dtype, "*fp32", {}) for dtype in ("bf16", "fp32")),
+    Specimen(
+        "begin_step", begin_step_kernel, "fp32",
+        {"hyper_ptr": "*fp64", "step_ptr": "*i64", "found_inf_ptr": "*fp32", "factors_ptr": "*fp32", "G": "i32"},
+        {"BLOCK_G": 2}, 1, vector_load=False, vector_store=False,
+    ),
+]  # fmt: skip

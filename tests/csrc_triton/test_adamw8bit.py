@@ -1,0 +1,141 @@
+"""AdamW8bit on the CPU: the map, accuracy beside bitsandbytes, bf16 weights, state, refusals."""
+
+import copy
+
+import pytest
+import torch
+
+from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit, round_stochastic
+from csrc_triton.dynamic_map import LEVELS
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_map_is_that_of_bitsandbytes(signed):
+    """To fp32 rounding: bitsandbytes forms the levels in fp32, here they are formed in fp64 and rounded once."""
+    torch.testing.assert_close(LEVELS[signed], functional.create_dynamic_map(signed=signed), rtol=2e-7, atol=0)
+
+
+def parameters(sizes=((64, 100), (50,)), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in sizes]
+
+
+def train(optimizer, params, steps, seed=1):
+    """Gradients of very different sizes along a tensor, as in a network; each step is a pure function of (seed, step)."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        for p in params:
+            scale = 10 ** torch.linspace(-4, 0, p.numel(), dtype=torch.float64).reshape(p.shape)
+            p.grad = (scale * (torch.randn(p.shape, generator=generator) + 0.3)).to(p.dtype)
+        optimizer.step()
+    return params
+
+
+def test_error_is_no_worse_than_that_of_bitsandbytes():
+    import bitsandbytes
+
+    sizes, options = ((128, 256), (64, 64)), {"lr": 1e-3, "weight_decay": 0.1}
+    start = parameters(sizes)
+    exact = [torch.nn.Parameter(p.detach().double()) for p in start]
+    train(torch.optim.AdamW(exact, **options), exact, 30)
+    errors = []
+    for kind in (AdamW8bit, bitsandbytes.optim.AdamW8bit):
+        params = copy.deepcopy(start)
+        train(kind(params, **options), params, 30)
+        errors.append(sum((p.double() - e).square().sum().item() for p, e in zip(params, exact, strict=True)) ** 0.5)
+    assert errors[0] <= errors[1], errors
+
+
+def test_small_tensors_are_exact_adamw():
+    ours, theirs = parameters(((7, 9), (MIN_8BIT_ELEMENTS - 1,))), parameters(((7, 9), (MIN_8BIT_ELEMENTS - 1,)))
+    train(AdamW8bit(ours, lr=1e-2, weight_decay=0.1), ours, 20)
+    train(torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1), theirs, 20)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_state_is_one_byte_an_element():
+    optimizer = AdamW8bit(parameters(((512, 512),)))
+    size = sum(t.numel() * t.element_size() for name, t in optimizer.state_tensors().items() if name[0] in "mv")
+    assert size == 2 * (512 * 512 + 4 * 512 * 512 // 256)
+
+
+def test_bf16_weights_follow_fp32_on_average():
+    """Updates far below bf16's resolution, of decay alone: nearest rounding would keep every weight."""
+    params = [torch.nn.Parameter(torch.full((100_000,), 1.0, dtype=torch.bfloat16))]
+    optimizer = AdamW8bit(params, lr=1e-3, weight_decay=0.1, eps=1e-8)
+    for _ in range(20):
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+    assert abs(params[0].double().mean().item() - (1 - 1e-4) ** 20) < 1e-4
+
+
+def test_stochastic_rounding_is_unbiased_and_keyed():
+    w = torch.full((200_000,), 1.0 + 2**-9)  # a quarter of the way between two bf16 numbers
+    rounded = round_stochastic(w, key=3, step=5, seed=7)
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert abs((rounded > 1).double().mean().item() - 0.25) < 0.005
+    assert torch.equal(rounded, round_stochastic(w, key=3, step=5, seed=7))
+    assert not torch.equal(rounded, round_stochastic(w, key=3, step=6, seed=7))
+    exact = torch.randn(1000).bfloat16()
+    assert torch.equal(round_stochastic(exact.float(), 0, 0, 0), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_is_exact(dtype):
+    straight = parameters(dtype=dtype)
+    whole = AdamW8bit(straight, lr=1e-2, seed=3)
+    train(whole, straight, 3)
+    saved, weights = copy.deepcopy(whole.state_dict()), [p.detach().clone() for p in straight]
+    train(whole, straight, 3, seed=2)
+
+    resumed = [torch.nn.Parameter(w) for w in weights]
+    optimizer = AdamW8bit(resumed, lr=9.0)
+    optimizer.load_state_dict(saved)
+    train(optimizer, resumed, 3, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+    assert all(torch.equal(whole.state_tensors()[name], t) for name, t in optimizer.state_tensors().items())
+
+
+def test_foreign_and_unfitting_states_are_refused():
+    import bitsandbytes
+
+    params = parameters()
+    theirs = bitsandbytes.optim.AdamW8bit(params)
+    train(theirs, params, 1)
+    with pytest.raises(ValueError, match="bitsandbytes"):
+        AdamW8bit(parameters()).load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match="not an AdamW8bit state"):
+        AdamW8bit(parameters()).load_state_dict(torch.optim.AdamW(params).state_dict())
+    with pytest.raises(ValueError, match="other parameters"):
+        AdamW8bit(parameters()).load_state_dict(AdamW8bit(parameters(((100, 64), (51,)))).state_dict())
+    with pytest.raises(ValueError, match="every parameter group"):
+        AdamW8bit(parameters()).add_param_group({"params": parameters()})
+
+
+def test_scale_clip_and_skip():
+    plain, scaled = parameters(), parameters()
+    train(AdamW8bit(plain, lr=1e-2), plain, 1)
+    optimizer = AdamW8bit(scaled, lr=1e-2)
+    train(type("Zero", (), {"step": lambda self: None})(), scaled, 1)  # gradients only
+    for p in scaled:
+        p.grad *= 1024
+    before = [p.detach().clone() for p in scaled]
+    optimizer.step(inv_scale=torch.tensor([1 / 512]), clip=torch.tensor([0.5]), found_inf=torch.tensor([1.0]))
+    assert all(torch.equal(a, b) for a, b in zip(scaled, before, strict=True)) and optimizer.state_tensors()["step"].item() == 0
+    optimizer.step(inv_scale=torch.tensor([1 / 512]), clip=torch.tensor([0.5]))
+    assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
+
+
+def test_learning_rate_tensor_and_memory_formats():
+    generator = torch.Generator().manual_seed(0)
+    value, grad = torch.randn(2, 16, 24, 3, 5, generator=generator)
+    results = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        p = torch.nn.Parameter(value.clone().to(memory_format=form))
+        p.grad = grad.clone()  # contiguous: the optimizer brings it into the weight's layout
+        AdamW8bit([p], lr=torch.tensor(1e-2)).step()
+        results.append(p.detach().contiguous())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,70 @@
+"""GroupNorm + SiLU on the CPU: float64, layouts, opcheck, gradcheck, compilation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from csrc_triton.group_norm_silu import _group_norm_silu, group_norm_silu
+
+
+def leaf(*shape, dtype=torch.float32, seed=0, shift=0.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + shift).to(dtype).requires_grad_()
+
+
+def plain(x, w, b, temb=None):
+    return F.silu(F.group_norm(x if temb is None else x + temb[:, :, None, None], 8, w, b, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_temb", [False, True])
+def test_value_and_gradient(dtype, with_temb, no_worse):
+    shapes = [(3, 24, 9, 7), (24,), (24,)] + [(3, 24)] * with_temb
+    leaves = [leaf(*shape, dtype=dtype, seed=i, shift=5.0 * (i == 0)) for i, shape in enumerate(shapes)]
+
+    def run(function, inputs):
+        y = function(*inputs)
+        return y.detach(), *torch.autograd.grad(y.sin().sum(), inputs)
+
+    def ours(x, w, b, temb=None):
+        return group_norm_silu(x, w, b, 8, 1e-5, temb)
+
+    results = [run(ours, leaves), run(plain, leaves), run(plain, [x.detach().double().requires_grad_() for x in leaves])]
+    for actual, theirs, exact in zip(*results, strict=True):
+        no_worse(actual, theirs, exact)
+
+
+def test_every_layout_gives_the_same_values_in_channels_last():
+    x, w, b = leaf(2, 16, 6, 5).detach(), leaf(16).detach(), leaf(16).detach()
+    contiguous = group_norm_silu(x, w, b, 8)
+    assert contiguous.is_contiguous(memory_format=torch.channels_last)
+    for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        torch.testing.assert_close(group_norm_silu(other, w, b, 8), contiguous, rtol=1e-6, atol=1e-6)
+
+
+def test_opcheck_and_gradcheck():
+    w, b = leaf(8), leaf(8)
+    for x in (
+        leaf(2, 8, 3, 5),
+        leaf(2, 8, 1, 1),
+        leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_(),
+    ):
+        torch.library.opcheck(_group_norm_silu, (x, leaf(2, 8), w, b, 4, 1e-5, True))
+    torch.library.opcheck(_group_norm_silu, (leaf(2, 8, 3, 5), None, w.detach(), b.detach(), 4, 1e-5, False))
+    shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4)]
+    x, w, b, temb = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
+    for silu in (True, False):
+        assert torch.autograd.gradcheck(lambda x, w, b, t: group_norm_silu(x, w, b, 2, 1e-5, t, silu), (x, w, b, temb))  # noqa: B023
+        assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, w, b, 2, 1e-5, None, silu), (x, w, b))  # noqa: B023
+    assert torch.autograd.gradcheck(lambda x: group_norm_silu(x, w.detach(), b.detach(), 2), (x,))
+
+
+def test_compiles_without_graph_break():
+    inputs = [leaf(2, 8, 3, 5), leaf(8), leaf(8), leaf(2, 8)]
+
+    def function(x, w, b, temb):
+        return (group_norm_silu(x * 2, w, b, 4, 1e-5, temb) * group_norm_silu(x, w, b, 2, silu=False)).sum()
+
+    expected = torch.autograd.grad(function(*inputs), inputs)
+    actual = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
