@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dpo.data.batch import Decoding, PairBatch, decode_batch
-from dpo.data.order import epoch_order
+from dpo.data.order import run_order
 from dpo.data.pairs import Pair, Source
 from dpo.errors import UserError
 
@@ -76,18 +76,8 @@ class _Work:
 def _in_order(
     source: Source, seed: int, start: int, stop: int | None, micro_batch: int, rank: int, world: int
 ) -> Iterator[_Work]:
-    n, epoch, order = len(source), -1, None
-    position = start + rank * micro_batch
-    while stop is None or position < stop:
-        end = position + micro_batch if stop is None else min(position + micro_batch, stop)
-        pairs = []
-        for g in range(position, end):
-            if g // n != epoch:
-                epoch = g // n
-                order = epoch_order(n, seed, epoch, source.groups, source.window)
-            pairs.append(source[int(order[g % n])])
-        yield _Work(position, pairs, [g // n for g in range(position, end)])
-        position += world * micro_batch
+    for position, indices, epochs in run_order(source, seed, start, stop, micro_batch, rank, world):
+        yield _Work(position, [source[i] for i in indices], epochs)
 
 
 def _run(
@@ -97,7 +87,7 @@ def _run(
     workers = worker_count(cfg.workers if workers is None else workers)
     prefetch = _fit_shared_memory(cfg.prefetch, workers, 2 * micro_batch * 3 * how.resolution**2)
     bad: dict[int, str] = {}
-    ahead = _ahead(work, READ_AHEAD) if workers and source.groups is not None else iter(work)
+    ahead = read_ahead(work, READ_AHEAD) if workers and source.groups is not None else iter(work)
     loader = DataLoader(
         _Decoder(how),
         sampler=ahead,
@@ -110,13 +100,14 @@ def _run(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader seeds its workers from it: the global one stays untouched
     )
-    iterator = iter(loader)
+    iterator = None
     try:
+        iterator = iter(loader)
         while (batch := _next(iterator, workers)) is not None:
             _look_after(batch, bad, source, cfg)
             yield batch
     finally:
-        if workers:  # now, not when the last traceback that knows the iterator is forgotten
+        if workers and iterator is not None:  # now, not when the last traceback that knows the iterator is forgotten
             iterator._shutdown_workers()
         if isinstance(ahead, Generator):
             ahead.close()
@@ -186,7 +177,7 @@ def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:
     return max(1, min(prefetch, room))
 
 
-def _ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
+def read_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
     """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; closing ends the thread."""
     ready: queue.Queue = queue.Queue(depth)
     closed = threading.Event()

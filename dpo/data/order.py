@@ -13,10 +13,13 @@ The price: pairs of one row group stay within `window` row groups of each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from csrc_triton.philox import Stream, random_bits
+from dpo.data.pairs import Source
 
 CHUNK = 1 << 16
 
@@ -40,6 +43,25 @@ def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None,
         place[np.argsort(_uniform(-1 - present.astype(np.int64), seed, epoch), kind="stable")] = np.arange(len(present))
         time = place[member] + window * time
     return np.argsort(time, kind="stable")
+
+
+def run_order(
+    source: Source, seed: int, start: int, stop: int | None, micro_batch: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """(position, indices, epochs) of each micro-batch of a process, from global position `start` on; endless without `stop`."""
+    n, epoch, order = len(source), -1, np.empty(0, dtype=np.int64)
+    position = start + rank * micro_batch
+    while stop is None or position < stop:
+        end = position + micro_batch if stop is None else min(position + micro_batch, stop)
+        indices, epochs = [], []
+        for g in range(position, end):
+            if g // n != epoch:
+                epoch = g // n
+                order = epoch_order(n, seed, epoch, source.groups, source.window)
+            indices.append(int(order[g % n]))
+            epochs.append(epoch)
+        yield position, indices, epochs
+        position += world * micro_batch
 
 
 def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:

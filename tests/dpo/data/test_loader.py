@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo.data import PairBatch, batches, held_out_batches, open_source, open_sources
-from dpo.data.loader import _ahead, _fit_shared_memory, worker_count
+from dpo.data.loader import _fit_shared_memory, read_ahead, worker_count
 from dpo.data.order import epoch_order
 from dpo.errors import UserError
 from tests import worlds
@@ -269,15 +269,15 @@ def test_workers_outlive_signals_to_the_group(odd):
     """Ctrl-C and a scheduler's SIGTERM reach every process; the main one still gets batches, and ends at once."""
     command = [sys.executable, "-c", textwrap.dedent(SIGNALS), str(odd)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, start_new_session=True, cwd=Path(__file__).parents[3]
+        command, capture_output=True, text=True, timeout=300, start_new_session=True, cwd=Path(__file__).parents[3]
     )
     assert (done.returncode, done.stdout.strip()) == (0, "['INT', 'TERM']"), done.stderr
 
 
 def test_ahead_gives_all_in_order_and_stops_when_closed():
-    assert list(_ahead(iter(range(20)), 2)) == list(range(20))
+    assert list(read_ahead(iter(range(20)), 2)) == list(range(20))
     made = []
-    stream = _ahead((made.append(i) or i for i in range(1000)), 2)
+    stream = read_ahead((made.append(i) or i for i in range(1000)), 2)
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     stream.close()
     assert len(made) < 10
