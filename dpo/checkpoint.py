@@ -222,7 +222,12 @@ def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the JSON rest)."""
+    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the JSON rest).
+
+    A state that names its `format` is one set of tensors for all parameters (csrc_triton's AdamW8bit).
+    """
+    if "format" in state:
+        return dict(state["state"]), {"format": state["format"], "param_groups": state["param_groups"]}
     tensors, numbers = {}, {}
     for index, entry in state["state"].items():
         for name, value in _leaves(entry, str(index)):
@@ -232,6 +237,8 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `pack`."""
+    if "format" in rest:
+        return {"format": rest["format"], "state": dict(tensors), "param_groups": rest["param_groups"]}
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *rest["numbers"].items()]:
         index, *outer, key = name.split(".")
@@ -245,6 +252,8 @@ def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
     """Put a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
     optimizer.load_state_dict(unpack(tensors, rest))
+    if "format" in rest:
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         index, *_, key = name.split(".")

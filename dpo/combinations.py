@@ -36,6 +36,10 @@ def combinations(v: Any) -> list[tuple[Any, str]]:
             f"precision = fp64 needs optimizer adamw, not {v.optimizer}",
         ),
         (
+            v.precision == "bf16-pure" and not v.lora and v.optimizer not in ("auto", "adamw8bit"),
+            f"precision = bf16-pure needs optimizer adamw8bit, which rounds stochastically: {v.optimizer} would lose small updates",
+        ),
+        (
             v.checkpointing not in ("off", "on") and not all(BLOCK.fullmatch(block) for block in blocks),
             f"checkpointing = {v.checkpointing}: expected off, on or UNet blocks such as down_blocks.0,mid_block,up_blocks.3",
         ),

@@ -151,8 +151,8 @@ class Optim:
 
     optimizer: str = option(
         "auto",
-        "auto: adamw8bit on a GPU, adamw elsewhere",
-        choices=("auto", "adamw8bit", "paged-adamw8bit", "lion8bit", "adamw", "adafactor"),
+        "auto: adamw8bit (8-bit states) on a GPU, adamw elsewhere; bnb-adamw8bit, paged, lion8bit: bitsandbytes",
+        choices=("auto", "adamw8bit", "bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adamw", "adafactor"),
     )
     learning_rate: float = option(
         1e-5, "peak learning rate (not multiplied by the batch)", above=0.0, aliases=("lr",), resume="said"

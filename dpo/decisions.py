@@ -87,7 +87,7 @@ def _of_device(cfg: Config, device: str, bf16: bool) -> dict[str, Any]:
         precision = "fp32"
     if run.kernels == "triton" and not gpu:
         raise UserError("kernels = triton needs a GPU: use --kernels torch or auto")
-    optimizer = "adamw8bit" if gpu and precision != "fp64" and find_spec("bitsandbytes") else "adamw"
+    optimizer = "adamw8bit" if precision == "bf16-pure" or (gpu and precision != "fp64") else "adamw"
     return {
         "precision": precision,
         "optimizer": optimizer if cfg.optim.optimizer == "auto" else cfg.optim.optimizer,
@@ -109,8 +109,6 @@ def _notes(asked: Config, decided: Config, device: str) -> list[str]:
     notes = [f"decided: {', '.join(chosen)}"] if chosen else []
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
-    if asked.optim.optimizer == "auto" and decided.optim.optimizer == "adamw" and device.startswith("cuda"):
-        notes.append("bitsandbytes is not installed: torch's AdamW is used, with 32-bit states")
     if decided.model.timesteps == "turbo":
         notes.append("Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there")
     return notes
@@ -164,6 +162,10 @@ def warnings(cfg: Config, processes: int = 1) -> list[str]:
         )
     if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
         found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
+    if cfg.runtime.precision == "bf16-pure" and cfg.optim.accumulation > 16:
+        found.append(
+            f"bf16-pure sums the gradients of {cfg.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
+        )
     if cfg.optim.steps is not None and cfg.optim.warmup >= cfg.optim.steps:
         found.append(
             f"the warm-up of {cfg.optim.warmup} updates does not end within {cfg.optim.steps}: the rate stays below its peak"

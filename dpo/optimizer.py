@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from csrc_triton.adamw8bit import AdamW8bit
+
 log = logging.getLogger("dpo")
 
 
@@ -21,9 +23,9 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler:
 
 
 def build(
-    kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """An optimizer by its flag name; what a fallback changes is said in the log."""
+    """An optimizer by its flag name; what a fallback changes is said in the log. `seed` keys AdamW8bit's stochastic rounding."""
     adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     on_gpu = parameters[0].is_cuda
     if kind == "adamw":
@@ -32,14 +34,16 @@ def build(
         from transformers.optimization import Adafactor
 
         return Adafactor(parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
+    if kind == "adamw8bit":
+        return AdamW8bit(parameters, **adam, seed=seed)
     import bitsandbytes as bnb
 
     if kind == "paged-adamw8bit" and not on_gpu:
-        log.warning("paged-adamw8bit pages between GPU and host memory; on the CPU it is plain adamw8bit")
-        kind = "adamw8bit"
+        log.warning("paged-adamw8bit pages between GPU and host memory; on the CPU it is plain bnb-adamw8bit")
+        kind = "bnb-adamw8bit"
     if kind == "lion8bit":
         return bnb.optim.Lion8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-    return {"adamw8bit": bnb.optim.AdamW8bit, "paged-adamw8bit": bnb.optim.PagedAdamW8bit}[kind](parameters, **adam)
+    return {"bnb-adamw8bit": bnb.optim.AdamW8bit, "paged-adamw8bit": bnb.optim.PagedAdamW8bit}[kind](parameters, **adam)
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Updater:
 
     def __post_init__(self) -> None:
         if self.ema_decay > 0 and not self.ema:
-            self.ema = [p.detach().clone() for p in self.parameters]
+            self.ema = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to differentiate."""
@@ -74,24 +78,32 @@ class Updater:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if share != 1.0:
             torch._foreach_mul_(grads, 1.0 / share)
-        return torch.nn.utils.get_total_norm(grads, foreach=True)
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
         """One optimizer step at learning rate `lr`; `norm` is what `grad_norm` returned. Gradients are dropped afterwards."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.max_grad_norm > 0:
-            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm > 0 else None
+        if isinstance(self.optimizer, AdamW8bit) and self.scaler is None:
+            self.optimizer.step(clip=clip)  # the factor is applied inside: no pass over the gradients
+        else:
+            if clip is not None:
+                torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], clip)
+            self._step()
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay)
+        self.drop()
+
+    def _step(self) -> None:
+        """The optimizer's own step; under fp16 the scaler leaves it out when a gradient overflowed."""
         if self.scaler is None:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        if self.ema:
-            torch._foreach_lerp_(self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay)
-        self.drop()
 
     def drop(self) -> None:
         """Forget the gradients of a step in progress."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dpo import build
+from dpo import build, checkpoint
 from dpo.cli import parse
 from dpo.train import train_step
 
@@ -40,7 +40,7 @@ def weights(run: build.Run) -> dict[str, torch.Tensor]:
 def everything(run: build.Run) -> dict[str, torch.Tensor]:
     """Trained parameters, optimizer states, averaged weights and DDE's table, by name."""
     state = {f"policy.{name}": value for name, value in weights(run).items()}
-    for index, entry in run.updater.optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{key}": value for key, value in entry.items() if isinstance(value, torch.Tensor)}
+    tensors, _ = checkpoint.pack(run.updater.optimizer.state_dict())
+    state |= {f"optimizer.{name}": value.clone() for name, value in tensors.items()}
     state |= {f"ema.{name}": value for name, value in zip(run.updater.names, run.updater.ema)}
     return state | {"table": run.table.table.clone()}

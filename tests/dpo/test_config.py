@@ -244,7 +244,7 @@ RESUME = [
     ({"learning_rate": 2e-5}, "said"),
     ({"beta": 10.0}, "said"),
     ({"precision": "bf16"}, "said"),
-    ({"precision": "bf16-pure"}, "refused"),
+    ({"precision": "bf16-pure", "optimizer": "adamw8bit"}, "refused"),
     ({"seed": 1}, "refused"),
     ({"method": "dde"}, "refused"),
     ({"ties": "keep"}, "refused"),

@@ -239,10 +239,10 @@ def test_paged_optimizer_on_the_cpu_says_that_it_is_not_paged(caplog):
     with caplog.at_level(logging.WARNING, "dpo"):
         made = updater(kind="paged-adamw8bit")
     (record,) = caplog.records
-    assert "on the CPU it is plain adamw8bit" in record.getMessage()
+    assert "on the CPU it is plain bnb-adamw8bit" in record.getMessage()
     assert type(made.optimizer).__name__ == "AdamW8bit"
     caplog.clear()
-    updater(kind="adamw8bit")
+    updater(kind="bnb-adamw8bit")
     assert caplog.records == []
 
 

@@ -17,6 +17,8 @@ RUNS = {
     "full": [],
     "lora": ["--lora", "--learning-rate", "1e-3"],
     "8-bit": ["--optimizer", "adamw8bit"],
+    "8-bit of bitsandbytes": ["--optimizer", "bnb-adamw8bit"],
+    "bf16 weights, rounded stochastically": ["--precision", "bf16-pure", "--learning-rate", "1e-4"],
     "lion 8-bit": ["--optimizer", "lion8bit"],
     "adafactor": ["--optimizer", "adafactor"],
     "dde with averaged weights": ["--method", "dde", "--ema", "0.9"],

@@ -1,0 +1,98 @@
+"""Timing, the copy bandwidth that kernels are held against, and results that are on disk as soon as they are known."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft")
+
+
+def median_seconds(work: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:
+    """Median time of one call. On a GPU with cold L2 cache (triton's do_bench); on a CPU the median of a few calls."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(work, warmup=50, rep=int(1000 * budget), return_mode="median") / 1e3
+    work()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < budget and len(times) < 20):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a device-to-device copy, read plus written: what "100 %" means for a kernel that only moves bytes."""
+    count = 2**28 if device.type == "cuda" else 2**22
+    source = torch.empty(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Most GPU memory allocated since the last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """Device, versions and date, for every result file."""
+    found = {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+class Results:
+    """Rows by section: every `add` rewrites results.json and the section's CSV, so that a cut-off run keeps what it has."""
+
+    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+        self.folder = folder
+        self.header = header
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, section: str, row: dict[str, Any]) -> None:
+        self.rows.setdefault(section, []).append(row)
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for known in self.rows[section] for key in known))
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(self.rows[section])
+        self.write(f"{section}.csv", text.getvalue())
+        self.write("results.json", json.dumps({"about": self.header, **self.rows}, indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        part = self.folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.folder / name)
+
+
+def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as a Markdown table; numbers to three figures, a missing value as a dash."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", " ")
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,139 @@
+"""Every kernel on the device against float64, by the rule of the tests: at most twice the error of plain torch in the same dtype.
+
+And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from csrc_triton import philox
+from csrc_triton.geglu import geglu
+from csrc_triton.group_norm_silu import group_norm_silu
+from csrc_triton.layer_norm import add_layer_norm, layer_norm
+from csrc_triton.noising import noise_pairs
+from csrc_triton.preference_loss import preference_loss, preference_loss_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
+    """One row a check: op, dtype, largest error of the kernel and of plain torch against float64, and whether it passes."""
+    yield random_numbers(device)
+    for dtype in DTYPES:
+        for name, fused, plain, inputs in _functions(device, dtype, smoke):
+            yield from compare(name, dtype, fused, plain, inputs)
+        yield from preference(device, dtype)
+    for precision in ("fp32", "bf16"):
+        yield step_zero(device, precision)
+
+
+def random_numbers(device: torch.device) -> dict[str, Any]:
+    """Philox normals on the device equal those of the CPU, bit for bit."""
+    keys, draws = torch.arange(5) * 7919 - 3, torch.arange(5)
+    expected = philox.normal(keys, draws, philox.Stream.NOISE, 1, (4, 33, 17))
+    latents = torch.zeros(10, 4, 33, 17, device=device)
+    abar = torch.zeros(1000, device=device)  # abar = 0: x_t is the noise itself
+    on = [x.to(device) for x in (torch.zeros(5, dtype=torch.int64), abar, keys, draws, torch.tensor(1))]
+    found = noise_pairs(latents, *on)[:5].cpu()
+    error = (found - expected).abs().max().item()
+    return {"op": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
+
+
+def _functions(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
+    """(name, fused op, the same in plain torch, inputs): odd sizes, and means far from 0."""
+    torch.manual_seed(0)
+    channels = 64 if smoke else 320
+
+    def make(*shape: int, offset: float = 0.0) -> Tensor:
+        return (torch.randn(*shape, device=device) + offset).to(dtype)
+
+    weight, bias = make(channels, offset=1.0), make(channels)
+    image = make(3, channels, 19, 13, offset=4.0).to(memory_format=torch.channels_last)
+    tokens = make(3, 77, channels, offset=4.0)
+
+    def plain_geglu(proj: Tensor) -> Tensor:
+        h, gate = proj.chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+    yield "geglu", geglu, plain_geglu, [make(3, 77, 2 * channels)]
+    yield (
+        "group_norm_silu",
+        lambda x, w, b: group_norm_silu(x, w, b, 32),
+        lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)),
+        [image, weight, bias],
+    )
+    yield "layer_norm", layer_norm, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), [tokens, weight, bias]
+    yield (
+        "add_layer_norm",
+        lambda x, r, w, b: add_layer_norm(x, r, w, b)[1],
+        lambda x, r, w, b: F.layer_norm(x + r, x.shape[-1:], w, b),
+        [tokens, make(3, 77, channels), weight, bias],
+    )
+
+
+def compare(name: str, dtype: torch.dtype, fused: Callable, plain: Callable, inputs: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """Outputs, then all gradients, of both against plain torch in float64."""
+
+    def run(f: Callable, values: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in values]
+        out = f(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out) * 0.5)]
+
+    found, usual = run(fused, inputs), run(plain, inputs)
+    exact = run(plain, [x.double() for x in inputs])
+    labels = ["forward", *[f"gradient {index}" for index in range(len(inputs))]]
+    for label, a, b, truth in zip(labels, found, usual, exact):
+        errors = [(x.double() - truth).abs().max().item() for x in (a, b)]
+        floor = torch.finfo(dtype).eps * truth.abs().max().item()
+        ok = errors[0] <= max(2 * errors[1], floor)
+        yield {"op": f"{name} {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
+
+
+def preference(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Logit, loss and gradient of the preference loss against its own reference in float64."""
+    torch.manual_seed(1)
+    pairs = 5
+    index = torch.arange(pairs, device=device)
+    policy = torch.randn(2 * pairs, 4, 17, 9, device=device).to(dtype)
+    reference = policy + (0.05 * torch.randn_like(policy.float())).to(dtype)
+    prob = torch.tensor([1.0, 0.5, 0.8, 1.0, 1.0], device=device)
+    usable = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device)
+    weight, correction = torch.rand(1000, device=device) + 0.5, torch.rand(1000, device=device) * 1e-3
+    seed = torch.tensor(3, device=device)
+
+    def run(f: Callable, wide: bool) -> list[Tensor]:
+        cast = (lambda x: x.double().cpu()) if wide else (lambda x: x)
+        move = (lambda x: x.cpu()) if wide else (lambda x: x)
+        leaf = cast(policy).requires_grad_()
+        keys = (move(index * 11), move(index), move(seed))
+        out = f(
+            leaf, move(index * 13), cast(prob) if not wide else move(prob), move(usable), cast(weight), cast(correction),
+            cast(torch.tensor(500.0, device=device)), shape="sigmoid", reference=cast(reference), noise=keys,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
+        return [out.logit, out.loss, grad]
+
+    found, exact = run(preference_loss, False), run(preference_loss_reference, True)
+    usual = run(preference_loss_reference, False)
+    for label, a, b, truth in zip(("logit", "loss", "gradient"), found, usual, exact):
+        errors = [(x.double().cpu() - truth.double()).abs().max().item() for x in (a, b)]
+        floor = 4 * torch.finfo(a.dtype).eps * truth.abs().max().item()
+        ok = errors[0] <= max(2 * errors[1], floor)
+        yield {"op": f"preference_loss {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
+
+
+def step_zero(device: torch.device, precision: str) -> dict[str, Any]:
+    """The largest logit of a step whose policy is its reference: 0, exactly."""
+    from benchmarks.steps import Setting, small_model, step_of
+
+    setting = Setting("step 0", pairs=3, precision=precision, channels_last=True, kernels=True)
+    step, inputs, correction = step_of(small_model(), setting, device)
+    terms, _ = step(inputs, correction)
+    worst = terms.logit.abs().max().item()
+    return {"op": "logit at step 0", "dtype": precision, "kernel": worst, "plain": 0.0, "ok": worst == 0.0}
