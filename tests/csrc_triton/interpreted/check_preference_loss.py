@@ -18,13 +18,13 @@ QUICK = [
     (5, (3, 5, 7), torch.float16, "hinge", "target", "recorded", "offset"),
     (2, (4, 8, 8), torch.bfloat16, "ipo", "shared", "live", "strided"),
 ]
-FULL = [
-    (batch, shape, dtype, loss, source, reference, layout)
-    for index, (batch, shape) in enumerate([(1, (1, 1, 1)), (2, (4, 24, 24)), (3, (4, 23, 25)), (4, (3, 5, 7)), (5, (4, 33, 31))])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for loss in SHAPES
-    for source, reference in [("epsilon", "live"), ("v", "recorded"), ("target", "live"), ("shared", "recorded"), ("v", "live")]
-    for layout in [("contiguous", "channels_last", "offset", "strided")[(index + len(loss) + len(source)) % 4]]
+SOURCES = [("epsilon", "live"), ("v", "recorded"), ("target", "live"), ("shared", "recorded"), ("v", "live")]
+LAYOUTS = ("contiguous", "channels_last", "offset", "strided")
+FULL = [  # losses and layouts take turns, so that every value meets every other without the whole product
+    (batch, shape, dtype, SHAPES[(i + j + k) % 3], source, reference, LAYOUTS[(i + 2 * j + k) % 4])
+    for i, (batch, shape) in enumerate([(1, (1, 1, 1)), (2, (4, 24, 24)), (3, (4, 23, 25)), (4, (3, 5, 7)), (5, (4, 33, 31))])
+    for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
+    for k, (source, reference) in enumerate(SOURCES)
 ]
 
 
