@@ -1,12 +1,14 @@
 """Packages, dependencies by range, and console commands."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="diffusion-dpo",
     version="0.1.0",
     description="Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, with Triton kernels",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -24,7 +24,20 @@ from benchmarks.measuring import Results, about, copy_bandwidth, markdown
 SHARES = {"parity": 0.1, "kernels": 0.35, "steps": 0.55}
 COLUMNS = {
     "parity": ["op", "dtype", "kernel", "plain", "ok"],
-    "kernels": ["op", "model", "shape", "direction", "fused_us", "eager_us", "compiled_us", "GB/s", "of copy", "x eager", "x compiled", "failed"],
+    "kernels": [
+        "op",
+        "model",
+        "shape",
+        "direction",
+        "fused_us",
+        "eager_us",
+        "compiled_us",
+        "GB/s",
+        "of copy",
+        "x eager",
+        "x compiled",
+        "failed",
+    ],
     "steps": ["model", "setting", "pairs", "ms per micro-step", "pairs/s", "x peers", "TFLOP/s", "MFU", "GiB", "failed"],
 }
 
@@ -63,7 +76,11 @@ def run(out: Path, chosen: list[str], minutes: float, smoke: bool) -> bool:
         end = time.monotonic() + 60 * minutes * SHARES[name] / total
         for row in SECTIONS[name](device, smoke, header):
             results.add(name, row)
-            print(name, " ".join(f"{key}={row[key]:.4g}" if isinstance(row[key], float) else f"{row[key]}" for key in row), flush=True)
+            print(
+                name,
+                " ".join(f"{key}={row[key]:.4g}" if isinstance(row[key], float) else f"{row[key]}" for key in row),
+                flush=True,
+            )
             if time.monotonic() > end:
                 results.add(name, {COLUMNS[name][0]: "stopped: this section's share of the time is used up"})
                 break
@@ -88,7 +105,11 @@ def plot(results: Results) -> None:
     from matplotlib import pyplot
 
     bars = {
-        "kernels": ("x eager", lambda row: f"{row['op']} {row['model']} {row['shape']} {row['direction']}", "times faster than eager torch"),
+        "kernels": (
+            "x eager",
+            lambda row: f"{row['op']} {row['model']} {row['shape']} {row['direction']}",
+            "times faster than eager torch",
+        ),
         "steps": ("pairs/s", lambda row: f"{row['model']}: {row['setting']}", "pairs per second"),
     }
     for name, (value, label, title) in bars.items():
@@ -97,7 +118,9 @@ def plot(results: Results) -> None:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
         axes.barh([label(row) for row in rows][::-1], [row[value] for row in rows][::-1])
-        axes.set_title(f"{title} ({results.header['device']}, torch {results.header['torch']}, {results.header['date']})", fontsize=9)
+        axes.set_title(
+            f"{title} ({results.header['device']}, torch {results.header['torch']}, {results.header['date']})", fontsize=9
+        )
         axes.tick_params(labelsize=7)
         figure.savefig(results.folder / f"{name}.png", dpi=110)
         pyplot.close(figure)

@@ -62,7 +62,9 @@ def cases(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Cas
             yield case
 
 
-def _both(name: str, model: str, shape: str, sizes: tuple[int, int], fused: Callable, eager: Callable, *inputs: Tensor) -> Iterator[Case]:
+def _both(
+    name: str, model: str, shape: str, sizes: tuple[int, int], fused: Callable, eager: Callable, *inputs: Tensor
+) -> Iterator[Case]:
     """Forward, then forward and backward together (that is how a step runs them), of the fused op and of eager torch."""
     compiled = torch.compile(eager)
     variants = {"fused": fused, "eager": eager, "compiled": compiled}
@@ -104,10 +106,11 @@ def noising(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[C
                 a = abar[t].repeat(2).view(-1, 1, 1, 1).to(latents.dtype)
                 return a.sqrt() * latents + (1 - a).sqrt() * noise
 
+            compiled = torch.compile(eager)
             variants = {
                 "fused": lambda x=latents, a=(t, abar, keys, draws, seed): noise_pairs(x, *a),
                 "eager": lambda x=latents, f=eager: f(x),
-                "compiled": lambda x=latents, f=torch.compile(eager): f(x),
+                "compiled": lambda x=latents, f=compiled: f(x),
             }
             yield Case("noise_pairs", model, f"B={pairs}", "forward", 2 * latents.nbytes, variants)
 
@@ -177,7 +180,9 @@ def layer_norm(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
             return total, F.layer_norm(total, total.shape[-1:], weight, bias)
 
         label = f"{2 * pairs}x{tokens}x{width}"
-        yield from _both("add_layer_norm", model, label, (4 * x.nbytes, 4 * x.nbytes), add_layer_norm, eager, x, residual, weight, bias)
+        yield from _both(
+            "add_layer_norm", model, label, (4 * x.nbytes, 4 * x.nbytes), add_layer_norm, eager, x, residual, weight, bias
+        )
 
 
 def _layers(table: dict, smoke: bool) -> Iterator[tuple[str, int, int, int]]:
@@ -185,4 +190,8 @@ def _layers(table: dict, smoke: bool) -> Iterator[tuple[str, int, int, int]]:
     for model, shapes in table.items():
         for first, second in shapes[:1] if smoke else shapes:
             for pairs in (1,) if smoke else LAYER_BATCHES:
-                yield (model, pairs, 32, 16) if smoke and table is GEGLU else (model, pairs, 32 if smoke else first, 8 if smoke else second)
+                yield (
+                    (model, pairs, 32, 16)
+                    if smoke and table is GEGLU
+                    else (model, pairs, 32 if smoke else first, 8 if smoke else second)
+                )

@@ -203,8 +203,17 @@ def peers_step(model: Model, device: torch.device) -> tuple[Callable[[], Any], l
     use_checkpointing(policy, "on" if model.peer_checkpointing else "off")
     vae = make_vae(model, device).to(torch.float32 if model.family == "sdxl" else half)
     tokens, width = model.text
-    depth = {"vocab_size": 49408, "num_hidden_layers": 12, "num_attention_heads": 12} if width >= 768 else {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPTextConfig(hidden_size=768 if width >= 768 else 32, intermediate_size=3072 if width >= 768 else 64, max_position_embeddings=tokens, **depth)
+    depth = (
+        {"vocab_size": 49408, "num_hidden_layers": 12, "num_attention_heads": 12}
+        if width >= 768
+        else {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 2}
+    )
+    config = CLIPTextConfig(
+        hidden_size=768 if width >= 768 else 32,
+        intermediate_size=3072 if width >= 768 else 64,
+        max_position_embeddings=tokens,
+        **depth,
+    )
     encoder = CLIPTextModel(config).to(device, half).requires_grad_(False)
     side = model.unet["sample_size"]
     pixels = torch.rand(2, 3, 8 * side, 8 * side, device=device) * 2 - 1

@@ -6,6 +6,7 @@ What can be refused is refused in the order of its cost: output folder, model in
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo import checkpoint, decisions, flops, objective, optimizer, reference, schedule, validation
+from dpo import checkpoint, decisions, flops, objective, optimizer, prepared, record, reference, schedule, validation
 from dpo.config import Config, change, flatten, from_mapping
 from dpo.correction import CorrectionTable
-from dpo.data import Source, batches, describe, held_out_batches, open_sources
+from dpo.data import Source, batches, describe, held_out_batches, of_store, open_sources
 from dpo.errors import UserError
 from dpo.metrics import StepMetrics
 from dpo.models import Components, lora
-from dpo.models.load import fingerprint, load, load_unet_into, locate
+from dpo.models.load import check_part, fingerprint, load, load_unet_into, locate
 from dpo.models.unet import halve, use_attention, use_checkpointing
 from dpo.step import Encoder, PairStep
 
@@ -69,6 +70,7 @@ class Run:
     done: int = 0  # updates made
     position: int = 0  # pairs consumed, holes included
     started: float = 0.0  # seconds since the epoch
+    recorded: record.RecordedErrors | None = None  # the reference's errors, where no reference model is held
     evaluation: dict[str, Any] = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
 
     @property
@@ -118,6 +120,7 @@ class Run:
             micro_batch=optim.batch_size,
             resolution=data.resolution,
             workers=data.workers,
+            recorded=self.recorded,
         )
 
 
@@ -131,13 +134,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_output(config: Config) -> Path:
-    """The output folder, unless it holds another run that is neither resumed nor to be replaced."""
+    """The output folder, unless it cannot be one or holds another run that is neither resumed nor to be replaced."""
     output = Path(config.output.output).expanduser()
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; name a folder")
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--output {output}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: {there} is not writable; choose another folder")
+    if config.model.model and output.resolve() == Path(config.model.model).expanduser().resolve():
+        raise UserError(f"--output {output} is the folder of the model itself, which would be replaced; name another folder")
     occupied = (output / "config.toml").exists() or (output / "checkpoints").exists() or (output / "model_index.json").exists()
     if occupied and not config.output.resume and not config.output.overwrite:
-        raise UserError(f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output")
+        raise UserError(
+            f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output"
+        )
     return output
 
 
@@ -152,23 +162,34 @@ def build(config: Config, notes: list[str]) -> Run:
     config = embedded(config)
     named = config.model
     locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
+    for flag, part in (("--vae", named.vae), ("--unet-init", named.unet_init)):
+        check_part(flag, part)
     source, held_out_source = open_sources(config.data)
     log.info("pairs: %s", describe(source))
     saved = _saved(config, output)
-    config, model, plan = _load_model(config, device, notes)
+    config, model, plan, decided = load_model(prepared.adopt(config, source), device)
+    for line in [*notes, *decided]:
+        log.info("%s", line)
+    for line in decisions.warnings(config):
+        log.warning("%s", line)
+    log.info("%s", decisions.headline(config))
     if saved is not None:
         _check_resume(config, saved)
+    prepared.check(model, source, held_out_source)
     prints = {"model": fingerprint(model.unet), "data": source.fingerprint}
-    _cast(config, model)
-    twin = _make_reference(config, model)
+    cast(config, model)
+    twin, prints["reference"] = _make_reference(config, model)
+    recorded = record.find(config, model, plan, source, prints["reference"]) if config.runtime.reference == "recorded" else None
+    if recorded is not None:
+        source = recorded.covered(source)
     layers = _make_policy(config, model.unet)
-    policy = _settle(config, model.unet, device)
+    policy = settle(config, model.unet, device)
     pairwise = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     if twin is not None:
-        predict = reference.from_copy(_settle(config, twin, device))
+        predict = reference.from_copy(settle(config, twin, device))
     else:
         predict = reference.from_adapters(policy, layers) if pairwise else None
-    step, tables = _pair_step(config, model, plan, policy, predict, device)
+    step, tables = pair_step(config, model, plan, policy, None if recorded else predict, device)
     encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
     run = Run(
         config=config,
@@ -182,13 +203,18 @@ def build(config: Config, notes: list[str]) -> Run:
         output=output,
         fingerprints=prints,
         schedule=plan,
-        speed=_speed(config, model, device),
+        speed=_speed(config, model, device, encoded=of_store(source) is not None),
         device=device,
         held_out_source=held_out_source,
         total=decisions.total_steps(config, len(source)),
+        recorded=recorded,
     )
+    if recorded is not None:
+        step.timesteps = recorded.timesteps.to(device)  # a window chooses among the recorded draws
     if saved is not None:
         restore(run, saved)
+    elif recorded is not None and twin is None:
+        log.info("recorded reference: %s", record.noise(run.step, run.encoder, run.batches()))
     return run
 
 
@@ -216,8 +242,8 @@ def embedded(config: Config) -> Config:
     return config
 
 
-def _load_model(config: Config, device: torch.device, notes: list[str]) -> tuple[Config, Components, schedule.Schedule]:
-    """Weights on the CPU in fp32, the config with everything decided, and the noise schedule. Says what was decided."""
+def load_model(config: Config, device: torch.device) -> tuple[Config, Components, schedule.Schedule, list[str]]:
+    """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
     named = config.model
     model = load(
         named.model,
@@ -240,11 +266,6 @@ def _load_model(config: Config, device: torch.device, notes: list[str]) -> tuple
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
         bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(),
     )
-    for line in [*notes, *decided]:
-        log.info("%s", line)
-    for line in decisions.warnings(config):
-        log.warning("%s", line)
-    log.info("%s", decisions.headline(config))
     plan = schedule.from_scheduler(
         model.scheduler_config,
         prediction_type=config.model.prediction_type,
@@ -252,10 +273,10 @@ def _load_model(config: Config, device: torch.device, notes: list[str]) -> tuple
         zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
     )
     model.prediction_type = plan.prediction_type
-    return config, model, plan
+    return config, model, plan, decided
 
 
-def _cast(config: Config, model: Components) -> None:
+def cast(config: Config, model: Components) -> None:
     """Every module in the run's dtype: fp32 master weights for the UNet under autocast, half precision for what is only read.
 
     SDXL's VAE overflows in fp16 and stays in fp32 there.
@@ -269,18 +290,22 @@ def _cast(config: Config, model: Components) -> None:
         encoder.to(read_only)
 
 
-def _make_reference(config: Config, model: Components) -> nn.Module | None:
-    """A frozen copy of the UNet where the reference needs one of its own; and the policy's start, if it is another UNet."""
+def _make_reference(config: Config, model: Components) -> tuple[nn.Module | None, str]:
+    """A frozen copy of the UNet where the reference needs one of its own, and its fingerprint; the policy's start, if it is another UNet.
+
+    With recorded errors a policy that starts apart from the reference needs the copy for the held-out pairs alone.
+    """
     named = config.model
     apart = named.unet_init is not None and named.reference_model == "base"
     if named.unet_init and not apart:
         load_unet_into(model.unet, named.unet_init)
     pairwise = objective.METHODS[config.method.method].pairwise
-    own = pairwise and config.runtime.reference != "recorded" and (apart or not config.lora.lora)
+    own = pairwise and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
     twin = reference.frozen(model.unet, HALF.get(config.runtime.precision)) if own else None
+    identity = fingerprint(model.unet)
     if apart:
         load_unet_into(model.unet, named.unet_init)
-    return twin
+    return twin, identity
 
 
 def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
@@ -303,7 +328,7 @@ def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
+def settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
     """The same choices for policy and reference: device, layout, attention, checkpointing, kernels, compilation."""
     run = config.runtime
     unet.to(device)
@@ -318,8 +343,13 @@ def _settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
     return torch.compile(unet) if run.compile else unet
 
 
-def _pair_step(
-    config: Config, model: Components, plan: schedule.Schedule, policy: Any, predict: reference.Predict | None, device: torch.device
+def pair_step(
+    config: Config,
+    model: Components,
+    plan: schedule.Schedule,
+    policy: Any,
+    predict: reference.Predict | None,
+    device: torch.device,
 ) -> tuple[PairStep, objective.Tables]:
     method, precision = config.method, config.runtime.precision
     tables = objective.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
@@ -347,10 +377,20 @@ def _updater(config: Config, unet: nn.Module) -> optimizer.Updater:
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     made = optimizer.build(
-        optim.optimizer, parameters, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        optim.optimizer,
+        parameters,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        seed=config.runtime.seed,
     )
     scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
-    log.info("training %s of %.1f M parameters", f"{sum(p.numel() for p in parameters):,}", sum(p.numel() for p in unet.parameters()) / 1e6)
+    log.info(
+        "training %s of %.1f M parameters",
+        f"{sum(p.numel() for p in parameters):,}",
+        sum(p.numel() for p in unet.parameters()) / 1e6,
+    )
     return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
 
 
@@ -366,7 +406,7 @@ def _held_out(
     return validation.prepare(step, encoder, stream, data.validation_draws, predict)
 
 
-def _speed(config: Config, model: Components, device: torch.device) -> Speed:
+def _speed(config: Config, model: Components, device: torch.device, encoded: bool) -> Speed:
     side = config.data.resolution // model.vae_scale
     text = model.text_encoders[0].config.max_position_embeddings
     forward = flops.unet_flops(dict(model.unet.config), side, side, text)
@@ -377,7 +417,7 @@ def _speed(config: Config, model: Components, device: torch.device) -> Speed:
         trainable="lora" if config.lora.lora else "full",
         reference="live" if live else None,
         halves=2 if objective.METHODS[config.method.method].pairwise else 1,
-        encode=encode,
+        encode=0.0 if encoded else encode,
     )
     peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Speed(per_pair, peak)
@@ -422,7 +462,10 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     if state["fingerprints"]["model"] != run.fingerprints["model"]:
         raise UserError(f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew")
     if state["fingerprints"]["data"] != run.fingerprints["data"]:
-        log.warning("the training pairs differ from the checkpoint's: their order starts from position %d of the new set", state["position"])
+        log.warning(
+            "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",
+            state["position"],
+        )
     updater = run.updater
     checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
     if updater.ema:

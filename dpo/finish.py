@@ -1,4 +1,4 @@
-"""The two ends of a run: what is drawn and written before the first update, and the result, card, plots and report after the last."""
+"""The two ends of a run: what is drawn before the first update, and the result, card, plots and report after the last."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from PIL import Image
 
 from dpo import checkpoint, decisions, drawing, outcome
 from dpo.build import Run
-from dpo.models.load import load
+from dpo.config import Config
+from dpo.errors import UserError
+from dpo.models.load import first_line, load
 from dpo.models.save import detached, save_lora, save_pipeline
 from dpo.trackers import Trackers
 
 log = logging.getLogger("dpo")
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes")
 DEFAULT_PROMPTS = 4
+NOT_UPLOADED = ["checkpoints/**", "tensorboard/**", "wandb/**", ".*"]
 
 
 def begin(run: Run, trackers: Trackers) -> None:
     """Draw the images of the unchanged model (once per run folder) and note what starts."""
     trackers.event({"event": "started", "step": run.done, "total": run.total, "device": device_name(run.device)})
     run.started = time.time()
-    if run.done == 0 and not _before_paths(run)[0].exists():
+    if run.done == 0:
         for path, image in zip(_before_paths(run), _sample(run), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
@@ -47,7 +50,25 @@ def end(run: Run, trackers: Trackers) -> None:
         run.evaluation = outcome.judged(run.model, unet, run.device)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     report(run, "finished")
+    if run.config.output.push_to_hub:
+        _upload(run)
     log.info("done: %s", run.output)
+
+
+def _upload(run: Run) -> None:
+    """The run folder without its checkpoints to the hub; where that fails, one warning that says how to do it later."""
+    import huggingface_hub
+
+    name = run.config.output.hub_id or run.output.resolve().name
+    try:
+        hub = huggingface_hub.HfApi()
+        name = hub.create_repo(name, exist_ok=True).repo_id
+        hub.upload_folder(repo_id=name, folder_path=run.output, ignore_patterns=NOT_UPLOADED)
+    except Exception as error:  # the hub client raises a dozen kinds: offline, not logged in, no right to the name
+        reason = first_line(error).rstrip(".")
+        log.warning("not uploaded to the hub (%s); later: hf upload %s %s --exclude 'checkpoints/**'", reason, name, run.output)
+        return
+    log.info("uploaded: https://huggingface.co/%s", name)
 
 
 def _untouched(run: Run) -> Any:
@@ -66,13 +87,25 @@ def _untouched(run: Run) -> Any:
     )
 
 
+def asked_prompts(config: Config) -> list[str]:
+    """The prompts that --sample-prompts names, one by one or in a .txt file. UserError when the file gives none."""
+    asked = config.output.sample_prompts
+    if len(asked) != 1 or not asked[0].endswith(".txt"):
+        return list(asked)
+    try:
+        lines = Path(asked[0]).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample-prompts {asked[0]}: cannot be read ({error}); name a file with one prompt a line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--sample-prompts {asked[0]}: has no prompt; write one a line")
+    return found
+
+
 def prompts(run: Run) -> list[str]:
     """The prompts of the sample grid: as asked for, else the first captions of the held-out pairs, else of the training pairs."""
-    asked = run.config.output.sample_prompts
-    if len(asked) == 1 and asked[0].endswith(".txt"):
-        return [line.strip() for line in Path(asked[0]).read_text("utf-8").splitlines() if line.strip()]
-    if asked:
-        return list(asked)
+    if asked := asked_prompts(run.config):
+        return asked
     source = run.held_out_source or run.source
     captions = (source[index].caption for index in range(min(len(source), 8 * DEFAULT_PROMPTS)))
     return list(dict.fromkeys(captions))[:DEFAULT_PROMPTS]

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from dpo import build, checkpoint, finish, validation
 from dpo.config import Config, flatten, to_toml
@@ -23,11 +25,26 @@ from dpo.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
 INTERRUPTED = 130
+RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")  # a folder without them loads nowhere
 TrainStep = Callable[[build.Run, Iterator[Any]], dict[str, Any]]
 
 
 class Stopped(Exception):
     """The user or the system asked the run to stop; the update in progress is dropped."""
+
+
+@contextmanager
+def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Inside the block `handler` gets these signals (in the main thread, which alone may say so)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextmanager
@@ -39,17 +56,11 @@ def stop_on_signals() -> Iterator[threading.Event]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        log.warning("%s: writing a checkpoint, then stopping (press Ctrl-C again to stop without one)", signal.Signals(number).name)
+        name = signal.Signals(number).name
+        log.warning("%s: writing a checkpoint, then stopping (press Ctrl-C again to stop without one)", name)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled(ask, signal.SIGINT, signal.SIGTERM):
         yield stop
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def until(stop: threading.Event, batches: Iterator[Any], count: int) -> Iterator[Any]:
@@ -69,40 +80,48 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
     """Run `config` from where it stands to its end. Returns the exit code; raises UserError for what a person can mend."""
-    with stop_on_signals() as stop:
-        try:
-            run = build.build(config, notes)
-            clear_output(run)
-            checkpoint.write_text(run.output / "config.toml", to_toml(run.config))
-            out = run.config.output
-            trackers = open_trackers(
-                run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
-            )
-            try:
-                finish.begin(run, trackers)
-                updates(run, trackers, train_step, stop)
-                finish.end(run, trackers)
-            finally:
-                trackers.close()
-        except Stopped:
-            return INTERRUPTED
-        except KeyboardInterrupt:
-            log.warning("stopped without a checkpoint; --resume latest goes on from the last one, if there is one")
-            return INTERRUPTED
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "out of GPU memory: lower --batch-size and raise --accumulation by the same factor (the result is the same), "
-                "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
-            ) from error
+    try:
+        with handled(signal.default_int_handler, signal.SIGTERM):  # outside of the updates it interrupts, as Ctrl-C does
+            _train(config, notes, train_step)
+    except Stopped:
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        log.warning("stopped at once; --resume latest goes on from the last checkpoint, if there is one")
+        return INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory: lower --batch-size and raise --accumulation by the same factor (the result is the same), "
+            "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.disk_error(error, Path(config.output.output).expanduser()) from error
     return 0
 
 
+def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
+    finish.asked_prompts(config)  # a file that is missing is noticed before anything is loaded
+    run = build.build(config, notes)
+    clear_output(run)
+    out = run.config.output
+    trackers = open_trackers(
+        run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
+    )
+    try:
+        finish.begin(run, trackers)
+        checkpoint.write_text(run.output / "config.toml", to_toml(run.config))  # from here on the folder holds a run
+        with stop_on_signals() as stop:
+            updates(run, trackers, train_step, stop)
+        finish.end(run, trackers)
+    finally:
+        trackers.close()
+
+
 def clear_output(run: build.Run) -> None:
-    """Make the output folder; with --overwrite, drop what an earlier run left that this one would mistake for its own."""
+    """Make the output folder; with --overwrite, drop what an earlier run left that could be taken for this one's."""
     if run.config.output.overwrite and not run.config.output.resume:
         for name in ("checkpoints", "samples"):
             shutil.rmtree(run.output / name, ignore_errors=True)
-        for name in ("summary.json", "tables.json", "report.html"):
+        for name in ("config.toml", "summary.json", "tables.json", "report.html", "README.md", *RESULTS):
             (run.output / name).unlink(missing_ok=True)
     try:
         run.output.mkdir(parents=True, exist_ok=True)
@@ -123,10 +142,12 @@ def updates(run: build.Run, trackers: Trackers, train_step: TrainStep, stop: thr
             except Stopped:
                 _stop(run, trackers)
                 raise
-            except build.Diverged as error:
-                build.snapshot(run)
-                trackers.event({"event": "diverged", "step": run.done, "message": str(error)})
+            except UserError as error:
+                run.drop()
+                path = build.snapshot(run)
+                trackers.event({"event": "failed", "step": run.done, "message": str(error)})
                 finish.report(run, "failed", str(error))
+                log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
                 raise
             run.done += 1
             run.position += run.nominal

@@ -33,7 +33,9 @@ def build(
     if kind == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
+        return Adafactor(
+            parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
+        )
     if kind == "adamw8bit":
         return AdamW8bit(parameters, **adam, seed=seed)
     import bitsandbytes as bnb
@@ -94,7 +96,9 @@ class Updater:
                 torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], clip)
             self._step()
         if self.ema:
-            torch._foreach_lerp_(self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay)
+            torch._foreach_lerp_(
+                self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay
+            )
         self.drop()
 
     def _step(self) -> None:

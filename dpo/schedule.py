@@ -35,7 +35,9 @@ class Schedule:
         return torch.arange(self.length) if self.chain is None else torch.tensor(self.chain)
 
 
-def from_scheduler(config: Mapping, *, prediction_type: str = "auto", turbo: bool = False, zero_snr: bool | None = None) -> Schedule:
+def from_scheduler(
+    config: Mapping, *, prediction_type: str = "auto", turbo: bool = False, zero_snr: bool | None = None
+) -> Schedule:
     """Read a diffusers scheduler config. Prediction type and noise schedule come from the model, never assumed.
 
     `turbo` confines the chain to SDXL-Turbo's four timesteps and, unless `zero_snr` says otherwise, rescales the

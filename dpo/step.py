@@ -80,7 +80,9 @@ class Encoder:
         else:
             (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
         micro = batch.micro.to(**move) if batch.micro is not None else None
-        return Inputs(batch.keys.to(**move), batch.draws.to(**move), batch.prob.to(**move), batch.usable.to(**move), mean, std, text, micro)
+        return Inputs(
+            batch.keys.to(**move), batch.draws.to(**move), batch.prob.to(**move), batch.usable.to(**move), mean, std, text, micro
+        )
 
 
 @dataclass
@@ -149,7 +151,7 @@ class PairStep:
             self.beta,
             shape=self.shape,
             reference=reference,
-            recorded=recorded,
+            recorded=None if recorded is None else recorded.to(t.device, non_blocking=True),
             noise=(x.keys, x.draws, self.seed),
             latents=latents if v_target else None,
             alphas_cumprod=self.alphas_cumprod if v_target else None,

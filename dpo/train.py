@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dpo.train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dpo.train: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ class HeldOut:
     batches: list[Inputs]
     reference_errors: Tensor
     draws: int
+    timesteps: Tensor  # [K] int64, those drawn from
 
 
 def _on(x: Any, device: torch.device | str) -> Any:
@@ -62,12 +63,12 @@ def prepare(step: PairStep, encoder: Encoder, batches: Iterable[Any], draws: int
         return None
     if predict is not None:
         step = replace(step, policy=predict)
-    return HeldOut(encoded, _errors(step, encoded, draws), draws)
+    return HeldOut(encoded, _errors(step, encoded, draws), draws, step.timesteps)
 
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d and number of pairs."""
-    errors = _errors(step, held_out.batches, held_out.draws) - held_out.reference_errors
+    errors = _errors(replace(step, timesteps=held_out.timesteps), held_out.batches, held_out.draws) - held_out.reference_errors
     d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
     usable = torch.cat([x.usable for x in held_out.batches]).bool() & (torch.cat([x.prob for x in held_out.batches]) > 0.5)
     right = implicit_accuracy(d[usable])

@@ -36,7 +36,7 @@ class PairBatch:
     pixels: Tensor | None = None  # [2B, 3, H, W] uint8
     latent_mean: Tensor | None = None  # [2B, 4, h, w] of the VAE's posterior, unscaled
     latent_std: Tensor | None = None  # [2B, 4, h, w]
-    text: Any = None  # encoded captions
+    text: tuple[Tensor, ...] | None = None  # encoded captions [B, ...]: hidden, and for SDXL pooled
     recorded: Tensor | None = None  # [2, B] fp32: the reference's errors of win and lose, recorded beforehand
     bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
 
@@ -57,6 +57,8 @@ class PairBatch:
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 setattr(self, item.name, value.pin_memory())
+        if self.text is not None:
+            self.text = tuple(value.pin_memory() for value in self.text)
         return self
 
 

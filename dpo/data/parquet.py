@@ -161,7 +161,11 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
     text = text.value_type if pa.types.is_dictionary(text) else text
     if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
         raise UserError(f"{files.names[0]}: the captions in {columns.caption} are {text}, not text")
-    parts, counts, sizes, scanned, total = [], {}, [], [], 0
+    parts: list[tuple[np.ndarray, ...]] = []
+    counts: dict[str, int] = {}
+    sizes: list[int] = []
+    scanned: list[str] = []
+    total = 0
     for number, (name, scan) in enumerate(_scans(files, columns, cfg.ties)):
         keep = np.flatnonzero(scan.verdict.keep)
         if cfg.max_pairs is not None:
@@ -177,15 +181,23 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
         total += len(keep)
         if total == cfg.max_pairs:
             break
-    types = (np.int32, np.int32, np.int32, bool, np.float32, np.int32)
-    arrays = [np.concatenate(column).astype(dtype) for column, dtype in zip(zip(*parts, strict=True), types, strict=True)]
-    used = [sizes[number] for number in np.unique(arrays[-1])]
-    window, kept = _window(used)
+    file, group, row, swap, prob, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
+    window, kept = _window([sizes[number] for number in np.unique(groups)])
     return ParquetSource(
-        files, columns, cfg.label_smoothing, *arrays, window=window, kept=kept,
+        files=files,
+        columns=columns,
+        smoothing=cfg.label_smoothing,
+        file=file.astype(np.int32),
+        group=group.astype(np.int32),
+        row=row.astype(np.int32),
+        swap=swap,
+        prob=prob,
+        groups=groups.astype(np.int32),
+        window=window,
+        kept=kept,
         summary=counts | {"pairs": total},
         fingerprint=digest(*scanned, repr(columns), cfg.ties, str(cfg.max_pairs)),
-    )  # fmt: skip
+    )
 
 
 def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:

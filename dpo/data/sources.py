@@ -15,6 +15,7 @@ from dpo.data.hub import files_of_split, hub_files
 from dpo.data.order import epoch_order, keyed_share
 from dpo.data.pairs import Held, Source, Subset, hold
 from dpo.data.parquet import Files, open_parquet
+from dpo.data.store import is_store, of_store, open_store
 from dpo.data.tables import open_folders, open_table
 from dpo.errors import UserError
 
@@ -36,8 +37,8 @@ def open_source(cfg: Any, split: str | None = None) -> Source:
     return source
 
 
-def open_sources(cfg: Any) -> tuple[Source, Held | None]:
-    """(training pairs, held-out pairs in memory or None).
+def open_sources(cfg: Any) -> tuple[Source, Source | None]:
+    """(training pairs, held-out pairs or None; in memory unless they are in a prepared store).
 
     Held out are pairs of cfg.validation_data, or else the share cfg.validation_fraction of the training set, chosen by their
     captions: keyed by the caption alone, whatever the seed, and no caption stands on both sides. At most
@@ -56,10 +57,11 @@ def open_sources(cfg: Any) -> tuple[Source, Held | None]:
     return Subset(train, np.flatnonzero(~out)), _held_out(Subset(train, np.flatnonzero(out & (train.prob > 0.5))), cfg)
 
 
-def _held_out(source: Source, cfg: Any) -> Held:
+def _held_out(source: Source, cfg: Any) -> Held | Subset:
     if not len(source):
         raise UserError(f"{cfg.validation_data or cfg.data}: all held-out pairs are ties; hold out more")
-    return hold(source, epoch_order(len(source), seed=0, epoch=0)[: cfg.validation_pairs])
+    chosen = epoch_order(len(source), seed=0, epoch=0)[: cfg.validation_pairs]
+    return Subset(source, np.sort(chosen)) if of_store(source) else hold(source, chosen)
 
 
 def describe(source: Source) -> str:
@@ -84,7 +86,7 @@ def _find(cfg: Any, split: str) -> Source:
     if path.is_file():
         return _of_files([path], path.parent, cfg)
     if path.is_dir():
-        return _of_folder(path, cfg, split)
+        return open_store(path, cfg) if kind == "store" or is_store(path) else _of_folder(path, cfg, split)
     if glob.has_magic(name):
         paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not paths:

@@ -19,7 +19,7 @@ from dpo.errors import UserError
 from dpo.models import FAMILIES, Components, Family
 
 log = logging.getLogger("dpo")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def quiet() -> None:
@@ -59,8 +59,14 @@ def locate(model: str, *, revision: str | None = None, variant: str | None = Non
         )
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing, no safetensors
         raise UserError(
-            f"cannot get the model {model} from the hub ({first_line(error)}); check the name and the network, or name a local folder"
+            f"cannot get the model {model} from the hub ({first_line(error)}); check name and network, or name a local folder"
         ) from error
+
+
+def check_part(flag: str, source: str | None) -> None:
+    """UserError when a part of a model that `flag` names is neither on disk nor like a hub id."""
+    if source and not Path(source).expanduser().exists() and not HUB_ID.fullmatch(source):
+        raise UserError(f"{flag} {source}: no such folder or file, and not a hub id (owner/name)")
 
 
 def read_index(folder: Path) -> dict:
@@ -73,12 +79,14 @@ def read_index(folder: Path) -> dict:
 
 def family_of(index: dict, chosen: str = "auto") -> Family:
     """The family named in model_index.json (or `chosen`); UserError for one that is not known."""
-    if chosen != "auto":
-        return FAMILIES[chosen]
     name = index.get("_class_name")
     for family in FAMILIES.values():
         if family.pipeline == name:
+            if chosen not in ("auto", family.name):
+                raise UserError(f"the model is of family {family.name}, not {chosen}: say --family {family.name} or nothing")
             return family
+    if chosen != "auto":
+        return FAMILIES[chosen]
     known = ", ".join(family.pipeline for family in FAMILIES.values())
     raise UserError(f"unknown model family {name!r} in model_index.json; this trainer knows {known}")
 

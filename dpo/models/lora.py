@@ -14,7 +14,9 @@ from dpo.errors import UserError
 FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
-def add(unet: nn.Module, *, rank: int, alpha: float, target_modules: tuple[str, ...], dropout: float, seed: int) -> list[nn.Module]:
+def add(
+    unet: nn.Module, *, rank: int, alpha: float, target_modules: tuple[str, ...], dropout: float, seed: int
+) -> list[nn.Module]:
     """Put a fresh adapter on `unet` (weights in fp32, the second factor zero) and return its layers.
 
     The initial weights are a pure function of `seed`. Raises UserError when no layer matches `target_modules`.

@@ -41,6 +41,8 @@ def pipeline_of(model: Components, unet: nn.Module | None = None) -> Any:
 def _publish(part: Path, folder: Path) -> None:
     """Move what `part` holds into `folder`, entry by entry; model_index.json last, so that a half-moved folder loads nowhere."""
     folder.mkdir(parents=True, exist_ok=True)
+    if (part / "model_index.json").exists():
+        (folder / "model_index.json").unlink(missing_ok=True)  # that of an earlier result, over which this one goes
     for entry in sorted(part.iterdir(), key=lambda entry: entry.name == "model_index.json"):
         target = folder / entry.name
         if target.is_dir():

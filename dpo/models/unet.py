@@ -46,7 +46,11 @@ def use_checkpointing(unet: nn.Module, setting: str) -> None:
     unet.enable_gradient_checkpointing()
     if setting == "on":
         return
-    blocks = {name: module for name, module in unet.named_modules() if name == "mid_block" or name.count("_blocks.") == 1 and name.count(".") == 1}
+    blocks = {
+        name: module
+        for name, module in unet.named_modules()
+        if name == "mid_block" or (name.count("_blocks.") == 1 and name.count(".") == 1)
+    }
     chosen = [name.strip() for name in setting.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in blocks]
     if unknown:

@@ -10,7 +10,13 @@ def test_smoke(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--minutes", "5"]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert all(row["ok"] for row in found["parity"]) and len(found["parity"]) > 20
-    assert {row["op"] for row in found["kernels"]} == {"noise_pairs", "preference_loss", "geglu", "group_norm_silu", "add_layer_norm"}
+    assert {row["op"] for row in found["kernels"]} == {
+        "noise_pairs",
+        "preference_loss",
+        "geglu",
+        "group_norm_silu",
+        "add_layer_norm",
+    }
     assert all(row["fused_us"] > 0 and "failed" not in row for row in found["kernels"])
     assert [row for row in found["steps"] if row.get("failed")] == []
     assert all(row["pairs/s"] > 0 for row in found["steps"]) and len(found["steps"]) > 5
@@ -20,7 +26,9 @@ def test_smoke(tmp_path, capsys):
 
 
 def test_a_failed_check_fails_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "rows", lambda device, smoke: iter([{"op": "x", "dtype": "fp32", "kernel": 1.0, "plain": 0.0, "ok": False}]))
+    monkeypatch.setattr(
+        parity, "rows", lambda device, smoke: iter([{"op": "x", "dtype": "fp32", "kernel": 1.0, "plain": 0.0, "ok": False}])
+    )
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--section", "parity"]) == 1
 
 

@@ -16,7 +16,19 @@ def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, m
     for batch, accumulation, workers in CUTS:
         flags = ["--batch-size", str(batch), "--accumulation", str(accumulation), "--workers", str(workers)]
         # a learning rate at which Adam's first, sign-like updates do not blow summation order up
-        flags += ["--precision", precision, "--method", method, "--learning-rate", "1e-4", "--eps", "1e-4", "--flip", "--crop", "random"]
+        flags += [
+            "--precision",
+            precision,
+            "--method",
+            method,
+            "--learning-rate",
+            "1e-4",
+            "--eps",
+            "1e-4",
+            "--flip",
+            "--crop",
+            "random",
+        ]
         run = make_run(world("sd15"), world("pairs"), tmp_path / f"{batch}-{workers}", *flags)
         advance(run, 3)
         results.append((weights(run), run.table.table.clone()))

@@ -75,7 +75,18 @@ class Plain:
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
 @pytest.mark.parametrize("low_rank", [False, True], ids=["full", "lora"])
 def test_five_updates_equal_a_plain_loop(world, tmp_path, kind, low_rank):
-    flags = ["--precision", "fp64", "--seed", str(SEED), "--beta", str(BETA), "--learning-rate", str(RATE), "--batch-size", str(PAIRS)]
+    flags = [
+        "--precision",
+        "fp64",
+        "--seed",
+        str(SEED),
+        "--beta",
+        str(BETA),
+        "--learning-rate",
+        str(RATE),
+        "--batch-size",
+        str(PAIRS),
+    ]
     run = make_run(world(kind), world("pairs"), tmp_path, *flags, *(["--lora"] if low_rank else []))
     batches = run.batches()
     data = [next(batches) for _ in range(UPDATES)]

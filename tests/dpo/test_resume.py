@@ -51,8 +51,14 @@ def command(world, output, *flags):
 
 def killed_at(world, output, seconds, *flags):
     """Start or continue a run and kill -9 it after so many seconds; the exit status."""
-    resume = ["--resume", "latest"] if (output / "checkpoints").exists() and any((output / "checkpoints").glob("step-*")) else ["--overwrite"]
-    process = subprocess.Popen(command(world, output, *flags, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    resume = (
+        ["--resume", "latest"]
+        if (output / "checkpoints").exists() and any((output / "checkpoints").glob("step-*"))
+        else ["--overwrite"]
+    )
+    process = subprocess.Popen(
+        command(world, output, *flags, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
