@@ -29,7 +29,7 @@ def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
         for name, fused, plain, inputs in _functions(device, dtype, smoke):
             yield from compare(name, dtype, fused, plain, inputs)
         yield from preference(device, dtype)
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32",) if smoke else ("fp32", "bf16", "fp16"):
         yield step_zero(device, precision)
 
 

@@ -196,7 +196,7 @@ def peers_step(model: Model, device: torch.device) -> tuple[Callable[[], Any], l
     """A step as the peers run it: micro-batch 1, fp16 autocast eager, VAE and text encoding inside, streamed noise, reference live."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    half = torch.float16 if device.type == "cuda" else torch.float32
     policy = make_unet(model, device)
     twin = reference.frozen(policy, None).to(half)
     policy.requires_grad_(True)
@@ -233,7 +233,7 @@ def peers_step(model: Model, device: torch.device) -> tuple[Callable[[], Any], l
         a = abar[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        with torch.autocast(device.type, half):
+        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
             prediction = policy(noisy, t, hidden, added_cond_kwargs=added).sample
             with torch.no_grad():
                 other = twin(noisy.to(half), t, hidden, added_cond_kwargs=added).sample
@@ -287,6 +287,8 @@ def rows(model: Model, device: torch.device, budget: float) -> Iterator[dict[str
         row: dict[str, Any] = {"model": model.name, "setting": name, "pairs": 1 if setting is None else setting.pairs}
         if setting is not None and device.type != "cuda" and (setting.graph or setting.compiled):
             continue  # seconds to compile, and nothing to learn from it without a GPU
+        if setting is not None and device.type != "cuda":
+            setting = replace(setting, precision="fp32")  # half precision is emulated on most CPUs
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
