@@ -1,6 +1,7 @@
 """Counted FLOPs of a training step (a multiply-add is two) and the peaks of known GPUs, for TFLOP/s and MFU.
 
-The count runs the real forward on the meta device: no memory, no arithmetic, every convolution, matrix product and attention seen.
+The count runs the real forward on the meta device: no memory, no arithmetic, and every convolution, matrix product and
+attention is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # Dense bf16 peak in TFLOP/s by vendor data sheet, first match wins: longer names stand before their prefixes.
 PEAK_BF16_TFLOPS = (
     ("GB200", 2500.0), ("B200", 2250.0), ("B100", 1750.0),
-    ("GH200", 989.4), ("H200 NVL", 835.5), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0), ("H100", 989.4), ("H20", 148.0), ("H800", 989.4),
+    ("GH200", 989.4), ("H200 NVL", 835.5), ("H200", 989.4), ("H100 NVL", 835.5), ("H100 PCIe", 756.0), ("H100", 989.4),
+    ("H20", 148.0), ("H800", 989.4),
     ("A100", 311.9), ("A800", 311.9), ("A6000", 154.8), ("A40", 149.7), ("A30", 165.0), ("A10G", 70.0), ("A10", 125.0),
     ("L40S", 362.1), ("L40", 181.1), ("L4", 121.0), ("6000 Ada", 364.2),
     ("RTX 5090", 209.5), ("RTX 5080", 112.6), ("RTX 4090", 165.2), ("RTX 4080", 97.5), ("RTX 3090", 71.2),

@@ -1,6 +1,7 @@
 """What a training step says about itself: accumulated on the device, read once per optimizer step.
 
-Legend: B pairs of a micro-batch, N pairs of an optimizer step (all micro-batches, holes included), T timesteps, R rows kept per pair.
+Legend: B pairs of a micro-batch, N pairs of an optimizer step (all micro-batches, holes included), T timesteps, R rows kept of
+each pair.
 
 Every value kept is per pair, so the figures do not depend on how the step was cut into micro-batches, and the rows of several
 processes may simply be concatenated along N before `summarise`.

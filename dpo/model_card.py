@@ -27,7 +27,7 @@ PAPERS = {
 SETTINGS = (
     "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "window_low", "window_high", "learning_rate", "scheduler",
     "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
-    "caption_dropout", "precision", "seed",
+    "caption_dropout", "precision",
 )  # fmt: skip
 
 
@@ -102,9 +102,10 @@ def _usage(run: RunRecord) -> str:
 
 
 def _training(run: RunRecord) -> list[tuple[str, Any]]:
-    rows = [(name.replace("_", " "), run.setting(name)) for name in SETTINGS]
-    rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items()]
-    return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows]
+    unused = {"sft": {"beta", "gamma", "loss"}, "discounted": set()}.get(run.method, {"gamma"})
+    rows = [(name.replace("_", " "), run.setting(name)) for name in SETTINGS if name not in unused and run.setting(name) != 0]
+    rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
+    return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
 
 
 def _figures(run: RunRecord) -> list[tuple[str, Any]]:

@@ -238,7 +238,7 @@ def _settings(run: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
                     "name": name,
                     "value": _text(value),
                     "help": spec.meta["help"] if spec else "",
-                    "changed": spec is None or plain != spec.default,
+                    "changed": spec is None or (plain != spec.default and spec.default != "auto"),
                 }
             )
         groups.append((group, rows))

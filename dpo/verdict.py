@@ -165,7 +165,11 @@ def warnings(run: RunRecord) -> list[Warning]:
         _ties,
     )  # fmt: skip
     found = [warning for check in checks if (warning := check(run)) is not None]
-    found += [Warning(text, "") for text in run.summary.get("warnings", [])]
+    said = [text for text in run.summary.get("warnings", []) if not text.startswith("learning rate")]  # judged by _rate
+    if said:
+        found.append(
+            Warning("Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said))
+        )
     return sorted(found, key=lambda warning: not warning.grave)
 
 

@@ -48,6 +48,7 @@ def test_what_a_reader_needs(runs):
         "2311.12908",
     ):
         assert part in card
+    assert "gamma" not in card and "| sft weight |" not in card and "| seed | 0 |" in card
     assert "![" in card and "samples/step-00000060.png" in card and "from_pretrained" in card and "load_lora_weights" not in card
     assert "2411.14871" in model_card(runs["dde"]) and "2311.12908" not in model_card(runs["sft"])
     assert 'load_lora_weights("' in model_card(runs["lora-gpu"])

@@ -126,5 +126,6 @@ def test_a_loss_that_was_no_number_comes_first(runs):
 
 
 def test_warnings_of_the_run_itself_are_kept(runs):
-    run = runs["good"]._replace(summary={**runs["good"].summary, "warnings": ["xformers is missing"]})
-    assert titles(run) == ["xformers is missing"]
+    said = ["xformers is missing", "learning rate 1 is judged elsewhere", "no held-out pairs"]
+    (found,) = warnings(runs["good"]._replace(summary={**runs["good"].summary, "warnings": said}))
+    assert found.text == "Xformers is missing. No held-out pairs."
