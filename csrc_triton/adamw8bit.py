@@ -1,11 +1,11 @@
-"""AdamW with block-wise 8-bit moments: every parameter in at most five launches, nothing read back to the host.
+"""AdamW with block-wise 8-bit moments: every parameter in a handful of launches, nothing read back to the host.
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,   w = w - (lr m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr wd w
 
 Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); Dettmers et al., "8-bit Optimizers
-via Block-wise Quantization" (arXiv 2110.02861) for the blocks of 256 and the dynamic map. The gradient is multiplied by a clipping
-factor and an inverse loss scale, and the whole step is left out where found_inf is set: all three are device scalars, as is the
-step count, so a captured CUDA graph replays correctly.
+via Block-wise Quantization" (arXiv 2110.02861) for the blocks of 256 and the dynamic map. The gradient is multiplied by a
+clipping factor and an inverse loss scale, and the whole step is left out where found_inf is set: all three are device scalars,
+as is the step count, so a captured CUDA graph replays correctly.
 
 Moments: one byte per element and one fp32 maximum per block of 256, all parameters in one arena; tensors under 4096 elements
 keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand times too long.
@@ -115,7 +115,7 @@ def _program_tile(table_ptr, chunks_ptr, DTYPE: tl.constexpr, ROWS: tl.constexpr
 
 @triton.jit
 def adamw_8bit_kernel(
-    table_ptr,  # [K, 6] int64: addresses of weight and gradient (0: none), elements, start (of 8-bit moments: in blocks), group, random key
+    table_ptr,  # [K, 6] int64: addresses of weight and gradient (0: none), elements, start (8-bit: in blocks), group, random key
     chunks_ptr,  # [programs, 2] int32: row of the table, chunk of ROWS * BLOCK elements in that tensor
     factors_ptr,  # [G, 8] fp32
     step_ptr,  # [1] int64
@@ -427,7 +427,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         if state_dict.get("format") != FORMAT:
             states = list(state_dict.get("state", {}).values())
-            foreign = states and isinstance(states[0], dict) and "qmap1" in states[0]
+            foreign = any({"qmap1", "__bnb_optimizer_quant_state__"} & set(s) for s in states if isinstance(s, dict))
             what = "this is a bitsandbytes optimizer state: AdamW8bit cannot continue from it"
             raise ValueError(what if foreign else "not an AdamW8bit state")
         if len(state_dict["param_groups"]) != len(self.param_groups):
@@ -438,7 +438,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _specimen(name, kernel, dtype: str, moments: str, constants: dict) -> Specimen:
-    kinds = {"table_ptr": "*i64", "chunks_ptr": "*i32", "step_ptr": "*i64", "seed_ptr": "*i64"} | {"m_ptr": moments, "v_ptr": moments}
+    kinds = dict.fromkeys(("table_ptr", "step_ptr", "seed_ptr"), "*i64") | dict.fromkeys(("m_ptr", "v_ptr"), moments)
+    kinds["chunks_ptr"] = "*i32"
     weights = {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
     constants = {"DTYPE": weights, "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK} | constants
     signature = {p: kinds.get(p, "*fp32") for p in kernel.arg_names if p not in constants}

@@ -1,7 +1,8 @@
 """The dynamic 8-bit map of block-wise optimizer states: 256 levels in [-1, 1] (signed) or [0, 1], fine near zero.
 
-Source: Dettmers et al., arXiv 2110.02861, section 1.2: seven decades; decade i = 0..6 covers (10^(i-7), 10^(i-6)) with n_i = F 2^i
-levels in the middle of n_i equal steps, F = 1 for the signed map and 2 for the unsigned; 0 and 1 are levels too (-1 is not).
+Source: Dettmers et al., arXiv 2110.02861, section 1.2: seven decades; decade i = 0..6 covers (10^(i-7), 10^(i-6)) with
+n_i = F 2^i levels in the middle of n_i equal steps, F = 1 for the signed map and 2 for the unsigned; 0 and 1 are levels too, -1
+is not.
 
 Numbered k = n_i + j (j = 0..n_i - 1), with k = F - 1 for zero and k = 128 F for one, the levels lie on seven lines that meet at
 the edges of the decades: the position of x in (0, 1) is

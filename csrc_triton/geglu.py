@@ -1,9 +1,10 @@
 """GEGLU with the exact (erf) GELU, read straight out of the projection.
 
-    out = h * gelu(gate),   h, gate = proj[..., :D], proj[..., D:],   gelu(g) = g * Phi(g),   Phi(g) = (1 + erf(g / sqrt 2)) / 2
+    out = h * gelu(gate),    h, gate = proj[..., :D], proj[..., D:],    gelu(g) = g Phi(g),    Phi(g) = (1 + erf(g / sqrt 2)) / 2
 
-Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202); the feed-forward activation of Stable Diffusion's transformer
-blocks. The two halves are never copied apart and only the projection is kept for the backward: eager PyTorch also keeps gelu(gate).
+Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202); the feed-forward activation of Stable Diffusion's
+transformer blocks. The two halves are never copied apart and only the projection is kept for the backward: eager PyTorch also
+keeps gelu(gate).
 """
 
 import math
@@ -22,7 +23,7 @@ WARPS = 4
 
 @triton.jit
 def _tile_offsets(M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [BLOCK_M, 1] in int64 (a projection can pass 2**31 elements), columns [1, BLOCK_D] and the mask of this program's tile."""
+    """Rows [BLOCK_M, 1] in int64 (a projection can pass 2**31 elements), columns [1, BLOCK_D] and mask of this program's tile."""
     tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     rows = (pid // tiles_d).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -73,7 +74,7 @@ def geglu_backward_kernel(
 
 
 def _blocks(D: int) -> dict[str, int]:
-    """Tile of the output: up to 256 columns (the channel counts of SD1.x and SDXL, 1280, 2560 and 5120, are multiples), the rest rows."""
+    """Tile of the output: up to 256 columns (SD1.x and SDXL have 1280, 2560 or 5120, all multiples), the rest rows."""
     block_d = min(256, triton.next_power_of_2(D))
     return {"BLOCK_M": TILE // block_d, "BLOCK_D": block_d}
 
@@ -160,7 +161,7 @@ def geglu(proj: torch.Tensor) -> torch.Tensor:
 
 
 AOT_SPECIMENS = [
-    Specimen(name, kernel, dtype, {p: f"*{dtype}" for p in pointers} | {"M": "i32"}, {"D": D} | _blocks(D), WARPS)
+    Specimen(name, kernel, dtype, dict.fromkeys(pointers, f"*{dtype}") | {"M": "i32"}, {"D": D} | _blocks(D), WARPS)
     for name, kernel, pointers in (
         ("geglu_forward", geglu_forward_kernel, ("proj_ptr", "out_ptr")),
         ("geglu_backward", geglu_backward_kernel, ("grad_ptr", "proj_ptr", "d_proj_ptr")),

@@ -1,11 +1,11 @@
 """GroupNorm on channels_last activations, with an optional time-embedding add before it and an optional SiLU after it.
 
-    u = x + temb[:, :, None, None],   n = (u - mean) rstd per sample and group,   z = n * weight + bias,   y = silu(z) = z sigmoid(z)
+    u = x + temb[:, :, None, None],  n = (u - mean) rstd by sample and group,  z = n * weight + bias,  y = silu(z) = z sigmoid(z)
 
-Sources: Wu and He, "Group Normalization" (arXiv 1803.08494); the order of operations is that of the residual blocks of Stable Diffusion's
-UNet. Statistics are fp32 in two deterministic stages: mean and sum of squared deviations of each channel over a run of pixels, each taken
-about its own mean in registers, then combined over runs and channels as Chan, Golub and LeVeque (1979) combine subsets. Nothing is ever
-the difference of two large sums, so activations with a large offset keep their digits.
+Sources: Wu and He, "Group Normalization" (arXiv 1803.08494); the order of operations is that of the residual blocks of Stable
+Diffusion's UNet. Statistics are fp32 in two deterministic stages: mean and sum of squared deviations of each channel over a run
+of pixels, each taken about its own mean in registers, then combined over runs and channels as Chan, Golub and LeVeque (1979)
+combine subsets. Nothing is the difference of two large sums, so activations with a large offset keep their digits.
 
 Layout rule: memory is [N, H, W, C] throughout. An input in another layout is copied once; every output is channels_last.
 Legend: N samples, P = H * W pixels, C channels, G groups, D = C / G channels per group, R runs of BLOCK_P pixels.
@@ -28,7 +28,7 @@ TILE_COMBINE = 1024  # elements per step of the second stages
 
 @triton.jit
 def _tile(P, C: tl.constexpr, R, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's (sample, run, pixels [BLOCK_P, 1], channels [BLOCK_C], offsets from the start of the sample's memory, mask)."""
+    """This program's sample, run of pixels, channels [BLOCK_C], and offsets and mask [BLOCK_P, BLOCK_C]."""
     tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     pid = tl.program_id(0)
     channel = (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -76,7 +76,7 @@ def group_statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (sample, group): with run sizes k, M2 = sum of m2 + sum of k (mean of run and channel - mean of group)^2."""
+    """One program per sample and group. With k pixels per run: M2 = sum of m2 + sum of k (mean of run and channel - mean)^2."""
     D: tl.constexpr = C // G
     sample = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
@@ -110,7 +110,9 @@ def group_statistics_kernel(
 
 
 @triton.jit
-def _normalised(x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB: tl.constexpr):
+def _normalised(
+    x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB: tl.constexpr
+):
     """(n, z, weight, rstd) of a tile, all fp32: n and z [BLOCK_P, BLOCK_C], weight and rstd [BLOCK_C]."""
     inside = channel < C
     group = sample * G + channel // (C // G)
@@ -153,8 +155,8 @@ def group_norm_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
-    n, z, weight, rstd = _normalised(
+    sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
+    _, z, _, _ = _normalised(
         x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
     )
     if SILU:
@@ -183,7 +185,7 @@ def channel_gradients_kernel(
 ):
     """First stage of every sum that the backward needs (see `group_gradients_kernel`)."""
     sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
-    n, z, weight, rstd = _normalised(
+    n, z, _, _ = _normalised(
         x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
     )
     dz = _dz(dy_ptr, offsets, mask, z, SILU)
@@ -209,12 +211,12 @@ def group_gradients_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Second stage, one program per (sample, group). Per channel, over the pixels:  A = sum of dz n,  B = sum of dz.  Then, with g = weight dz,
+    """Second stage, one program per sample and group. Over a channel's pixels A = sum of dz n, B = sum of dz. With g = weight dz:
 
-        a = mean over the group of g n = sum of weight A / (P D)          b = mean over the group of g = sum of weight B / (P D)
-        du = rstd (g - b - n a)                                           dweight = A,  dbias = B summed over samples
+        a = mean over the group of g n = sum of weight A / (P D),      b = mean over the group of g = sum of weight B / (P D)
+        du = rstd (g - b - n a),                                       dweight = A and dbias = B, summed over samples
 
-    because the statistics pass back the mean of g and the projection on n. Summing du over a channel's pixels gives the embedding's gradient:
+    since the statistics pass back the mean of g and its projection on n. Summed over a channel's pixels, du is temb's gradient:
 
         dtemb = rstd (weight B - P b - a sum of n),      sum over the pixels of n = P (channel mean - group mean) rstd
     """
@@ -268,7 +270,7 @@ def group_norm_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full size."""
-    sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
+    sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
     n, z, weight, rstd = _normalised(
         x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
     )
@@ -468,7 +470,7 @@ def group_norm_silu(
     Returns:
         [N, C, H, W] in the dtype of `x`, channels_last. `x` is saved for the backward.
     """
-    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, f"x must be [N, C, H, W], not empty: {x.dtype} {tuple(x.shape)}"
+    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, f"x must be [N, C, H, W]: {x.dtype} {tuple(x.shape)}"
     assert x.shape[1] % groups == 0, f"{groups} groups do not divide {x.shape[1]} channels"
     assert weight.shape == bias.shape == x.shape[1:2], f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C]"
     assert temb is None or temb.shape == x.shape[:2], f"temb {tuple(temb.shape)} must be {tuple(x.shape[:2])}"
@@ -478,7 +480,7 @@ def group_norm_silu(
 def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu: bool) -> list[Specimen]:
     """All kernels of one forward and backward: full-size tensors in `dtype`, parameters in `weight`, everything else fp32."""
     tile, runs, combine = _blocks(P, C, TILE), _blocks(P, C, TILE_STATISTICS), _combine_blocks(C, G)
-    kinds = {p: f"*{dtype}" for p in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")}
+    kinds = dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr"), f"*{dtype}")
     kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "P": "i32", "R": "i32", "eps": "fp32"}
     values = {"C": C, "G": G, "HAS_TEMB": temb, "SILU": silu, "RUN_P": runs["BLOCK_P"]} | tile | combine
     specimens = []

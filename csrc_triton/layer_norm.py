@@ -2,8 +2,8 @@
 
     s = x + residual (rounded to the dtype, as eager does),   y = (s - mean) rstd * weight + bias,   rstd = 1 / sqrt(var + eps)
 
-Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450). One read of x and residual, one write of s and y; mean and rstd
-[M] in fp32 are kept for the backward, which recomputes the normalised values from s. Legend: M rows, C channels, P programs.
+Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450). One read of x and residual, one write of s and y; mean and
+rstd [M] in fp32 are kept for the backward, which recomputes the normalised values from s. Legend: M rows, C channels, P programs.
 """
 
 import torch
@@ -37,8 +37,8 @@ def layer_norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Two passes in registers: the mean, corrected by the mean of what is left (a row with a large offset rounds its sum coarsely),
-    then the mean of squared deviations. Nothing is the difference of two large sums.
+    """Two passes in registers: the mean, corrected by the mean of what is left (a row with a large offset rounds its sum
+    coarsely), then the mean of squared deviations. Nothing is the difference of two large sums.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_C)
@@ -82,7 +82,7 @@ def layer_norm_backward_kernel(
 ):
     """With n = (s - mean) rstd and g = dy * weight, for each row
 
-        ds = rstd (g - mean_c(g) - n mean_c(g n)) + dsum          dweight = sum over rows of dy n          dbias = sum over rows of dy
+        ds = rstd (g - mean_c(g) - n mean_c(g n)) + dsum,      dweight = sum over rows of dy n,      dbias = sum over rows of dy
 
     since d mean / ds_i = 1/C and d rstd / ds_i = -rstd^2 n_i / C: the two subtracted means are what the statistics pass back.
     Each program owns consecutive rows and sums its share of dweight and dbias in registers, in row order.
@@ -128,7 +128,7 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Second stage of a pair of column sums, in a fixed order: the partials are added in steps of BLOCK_P, then across the step."""
+    """Second stage of a pair of column sums, in a fixed order: partials are added in steps of BLOCK_P, then across the step."""
     which = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -328,24 +328,20 @@ def add_layer_norm(
     return _add_layer_norm(x, residual, weight, bias, eps)[:2]
 
 
-def _forward_specimen(dtype: str, weight: str, C: int, residual: bool) -> Specimen:
-    signature = {name: f"*{dtype}" for name in ("x_ptr", "residual_ptr", "sum_ptr", "y_ptr")}
-    signature |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "M": "i32", "eps": "fp32"}
-    constants = {"C": C, "HAS_RESIDUAL": residual} | _blocks(C)
-    return Specimen(f"layer_norm_forward_{C}{'_add' if residual else ''}", layer_norm_forward_kernel, dtype, signature, constants, WARPS)
-
-
-def _backward_specimen(dtype: str, weight: str, C: int, residual: bool) -> Specimen:
-    signature = {name: f"*{dtype}" for name in ("dy_ptr", "dsum_ptr", "s_ptr", "dx_ptr")}
-    signature |= {"weight_ptr": f"*{weight}", "mean_ptr": "*fp32", "rstd_ptr": "*fp32", "partial_ptr": "*fp32"}
-    signature |= {"M": "i32", "rows_per_program": "i32"}
-    constants = {"C": C, "HAS_DSUM": residual, "WEIGHT_GRADS": True} | _blocks(C)
-    return Specimen(f"layer_norm_backward_{C}{'_add' if residual else ''}", layer_norm_backward_kernel, dtype, signature, constants, WARPS)
+def _specimen(kernel, dtype: str, weight: str, C: int, residual: bool) -> Specimen:
+    """Rows in `dtype`, parameters in `weight`, statistics and partial sums fp32."""
+    kinds = {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "M": "i32", "rows_per_program": "i32", "eps": "fp32"}
+    kinds |= dict.fromkeys(("mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32")
+    values = {"C": C, "HAS_RESIDUAL": residual, "HAS_DSUM": residual, "WEIGHT_GRADS": True} | _blocks(C)
+    constants = {p: v for p, v in values.items() if p in kernel.arg_names}
+    signature = {p: kinds.get(p, f"*{dtype}") for p in kernel.arg_names if p not in constants}
+    name = f"{kernel.__name__.removesuffix('_kernel')}_{C}{'_add' if residual else ''}"
+    return Specimen(name, kernel, dtype, signature, constants, WARPS)
 
 
 AOT_SPECIMENS = [
-    make(dtype, weight, C, residual)
-    for make in (_forward_specimen, _backward_specimen)
+    _specimen(kernel, dtype, weight, C, residual)
+    for kernel in (layer_norm_forward_kernel, layer_norm_backward_kernel)
     for dtype, weight, C, residual in (
         ("bf16", "fp32", 1280, True), ("bf16", "bf16", 640, False), ("fp16", "fp32", 320, True), ("fp32", "fp32", 1280, True)
     )

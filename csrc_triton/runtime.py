@@ -1,16 +1,16 @@
-"""What every op of this package needs to decide how to run: which tensors the Triton kernels take, and the pinned launch options."""
+"""What every op needs to decide how to run: which tensors the Triton kernels take, and the pinned launch options."""
 
 import torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Triton's default for contraction of a * b + c differs between releases; every launch names it. No loop here feeds a matrix unit, so
-# there is nothing to pipeline.
+# Triton's default for contraction of a * b + c differs between releases; every launch names it. No loop here feeds a matrix unit,
+# so there is nothing to pipeline.
 PINNED = {"enable_fp_fusion": False, "num_stages": 1}
 
 
 def runs_triton(x: torch.Tensor) -> bool:
-    """True where the Triton path serves `x`: a CUDA or ROCm tensor in a kernel dtype. Everything else takes the torch reference."""
+    """True where the Triton path serves `x`: a CUDA or ROCm tensor in a kernel dtype. Else: the torch reference."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES
 
 

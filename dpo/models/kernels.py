@@ -1,14 +1,14 @@
-"""Runs a diffusers UNet on the fused kernels: one small forward function per kind of block, swapped in on the instances and undone.
+"""Runs a diffusers UNet on the fused kernels: one small forward function per kind of block, swapped in on instances and undone.
 
     with patch(unet): ...            or            patched = patch(unet); ...; patched.undo()
 
-The functions compute what diffusers' own forwards compute, with the same modules and parameters: state-dict keys do not change, peft
-layers inside the blocks are called as before, and gradient checkpointing and torch.compile see ordinary modules. Patch policy and
-reference alike, so that both round in the same way. A block of a kind that is not known here keeps its own forward and is named in
-`Patched.skipped`.
+The functions compute what diffusers' own forwards compute, with the same modules and parameters: state-dict keys do not change,
+peft layers inside the blocks are called as before, and gradient checkpointing and torch.compile see ordinary modules. Patch
+policy and reference alike, so that both round in the same way. A block of a kind that is not known here keeps its own forward and is
+named in `Patched.skipped`.
 
-Two copies that diffusers makes are left out, since they undo channels_last: the `contiguous()` after a spatial transformer's output
-projection, and the one before a residual block's shortcut convolution in training (there only to quiet a warning of DDP).
+Two copies that diffusers makes are left out, since they undo channels_last: the `contiguous()` after a spatial transformer's
+output projection, and the one before a residual block's shortcut convolution in training (there only to quiet a warning of DDP).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _patch_output_norm(patched: Patched, unet: nn.Module) -> None:
 
 
 def patch(unet: nn.Module) -> Patched:
-    """Swaps the fused forwards into `unet` (diffusers' UNet2DConditionModel, with or without peft layers) and logs what it did."""
+    """Swaps the fused forwards into `unet` (a UNet2DConditionModel, with or without peft layers) and logs what it did."""
     patched = Patched()
     for name, module in unet.named_modules():
         swap = PATCHES.get(type(module))

@@ -50,7 +50,7 @@ def optimizers(dtype, sizes, generator, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_agree_with_the_reference(dtype):
-    """Same codes but where rounding meets a midpoint, same weights to rounding; for bf16 nearly every weight has the same bits."""
+    """Same codes but where rounding meets a midpoint, same weights to rounding; for bf16 nearly all weights are equal."""
     generator = torch.Generator().manual_seed(0)
     kernel, reference = optimizers(dtype, [(40, 130), (7,), (4099,), (64, 64), (33, 3)], generator)
     skipped = kernel._parameters[3][0], reference._parameters[3][0]

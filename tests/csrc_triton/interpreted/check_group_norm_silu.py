@@ -26,7 +26,7 @@ FULL = [
 
 
 def plain(x, temb, weight, bias, groups, silu):
-    """Eager torch; half inputs with fp32 weights are what autocast runs: add in half, normalisation and SiLU in fp32, one rounding."""
+    """Eager torch; half inputs with fp32 weights are what autocast runs: add in half, norm and SiLU in fp32, one rounding."""
     u = x if temb is None else x + temb[:, :, None, None]
     y = F.group_norm(u.to(torch.promote_types(x.dtype, weight.dtype)), groups, weight, bias, 1e-5)
     return (F.silu(y) if silu else y).to(x.dtype)

@@ -9,12 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo.models.kernels import patch
 
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
-def make_unet(linear: bool, dtype=torch.float32, **options) -> UNet2DConditionModel:
+
+def make_unet(linear: bool, dtype=torch.float32, levels: int = 2, **options) -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32)[:levels], layers_per_block=1, norm_num_groups=8,
+        down_block_types=DOWN[:levels], up_block_types=UP[-levels:],
         attention_head_dim=2, cross_attention_dim=12, use_linear_projection=linear, **options,
     )  # fmt: skip
     for parameter in unet.parameters():  # norms away from 1 and 0
@@ -43,7 +45,7 @@ def test_equal_to_rounding_in_value_and_gradient(linear, form):
     keys = list(unet.state_dict())
     expected, expected_gradients = forward_backward(unet, torch.float64)
     with patch(unet) as patched:
-        assert not patched.skipped and patched.counts["ResnetBlock2D"] == 7 and patched.counts["GEGLU"] == 4
+        assert not patched.skipped and patched.counts["ResnetBlock2D"] == 8 and patched.counts["GEGLU"] == 4
         assert list(unet.state_dict()) == keys
         output, gradients = forward_backward(unet, torch.float64)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-11)
@@ -120,7 +122,7 @@ def test_unknown_blocks_keep_their_forward_and_are_named():
 
 
 def test_compiles_without_graph_break():
-    unet = make_unet(True)
+    unet = make_unet(True, levels=1)
     patch(unet)
     expected = forward_backward(unet)
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
