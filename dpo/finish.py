@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from dpo import checkpoint, decisions, drawing, outcome
-from dpo.build import Run
 from dpo.config import Config
 from dpo.errors import UserError
 from dpo.models.load import first_line, load
 from dpo.models.save import detached, save_lora, save_pipeline
+from dpo.run import Run
 from dpo.trackers import Trackers
 
 log = logging.getLogger("dpo")

@@ -21,12 +21,13 @@ from dpo import build, checkpoint, finish, validation
 from dpo.config import Config, flatten, to_toml
 from dpo.console import Progress
 from dpo.errors import UserError
+from dpo.run import Run, snapshot
 from dpo.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
 INTERRUPTED = 130
 RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")  # a folder without them loads nowhere
-TrainStep = Callable[[build.Run, Iterator[Any]], dict[str, Any]]
+TrainStep = Callable[[Run, Iterator[Any]], dict[str, Any]]
 
 
 class Stopped(Exception):
@@ -116,7 +117,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
         trackers.close()
 
 
-def clear_output(run: build.Run) -> None:
+def clear_output(run: Run) -> None:
     """Make the output folder; with --overwrite, drop what an earlier run left that could be taken for this one's."""
     if run.config.output.overwrite and not run.config.output.resume:
         for name in ("checkpoints", "samples"):
@@ -129,7 +130,7 @@ def clear_output(run: build.Run) -> None:
         raise UserError(f"cannot make {run.output}: {error.strerror}; choose another --output") from error
 
 
-def updates(run: build.Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
+def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
     """All updates that are left. Raises Stopped when asked to stop, after a checkpoint."""
     out, optim = run.config.output, run.config.optim
     batches = run.batches()
@@ -144,7 +145,7 @@ def updates(run: build.Run, trackers: Trackers, train_step: TrainStep, stop: thr
                 raise
             except UserError as error:
                 run.drop()
-                path = build.snapshot(run)
+                path = snapshot(run)
                 trackers.event({"event": "failed", "step": run.done, "message": str(error)})
                 finish.report(run, "failed", str(error))
                 log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
@@ -164,13 +165,13 @@ def updates(run: build.Run, trackers: Trackers, train_step: TrainStep, stop: thr
             if out.sample_every and run.done % out.sample_every == 0 and not last:
                 finish.sample_images(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
-                build.snapshot(run)
+                snapshot(run)
 
 
-def _stop(run: build.Run, trackers: Trackers) -> None:
+def _stop(run: Run, trackers: Trackers) -> None:
     """Drop the update in progress, write a checkpoint of the last whole one, and say how to go on."""
     run.drop()
-    path = build.snapshot(run)
+    path = snapshot(run)
     trackers.event({"event": "interrupted", "step": run.done})
     finish.report(run, "interrupted", "stopped by a signal")
     log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)

@@ -9,18 +9,19 @@ import torch
 
 from dpo import build, checkpoint
 from dpo.cli import parse
+from dpo.run import Run
 from dpo.train import train_step
 
 QUIET = ["--workers", "0", "--validate-every", "0", "--checkpoint-every", "0"]
 
 
-def make_run(model: str, pairs: str, output: Path, *flags: str) -> build.Run:
+def make_run(model: str, pairs: str, output: Path, *flags: str) -> Run:
     """A run that is ready for its first update (or, with --resume, for its next)."""
     config, notes = parse(["--model", model, "--data", pairs, "--output", str(output), *QUIET, *flags])
     return build.build(config, notes)
 
 
-def advance(run: build.Run, updates: int) -> list[dict]:
+def advance(run: Run, updates: int) -> list[dict]:
     """`updates` updates; the figures of each."""
     batches = run.batches()
     figures = []
@@ -32,12 +33,12 @@ def advance(run: build.Run, updates: int) -> list[dict]:
     return figures
 
 
-def weights(run: build.Run) -> dict[str, torch.Tensor]:
+def weights(run: Run) -> dict[str, torch.Tensor]:
     """Copies of the trained parameters by name."""
     return {name: p.detach().clone() for name, p in zip(run.updater.names, run.updater.parameters, strict=True)}
 
 
-def everything(run: build.Run) -> dict[str, torch.Tensor]:
+def everything(run: Run) -> dict[str, torch.Tensor]:
     """Trained parameters, optimizer states, averaged weights and DDE's table, by name."""
     state = {f"policy.{name}": value for name, value in weights(run).items()}
     tensors, _ = checkpoint.pack(run.updater.optimizer.state_dict())

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from dpo import build
+from dpo.run import snapshot
 from tests.dpo.running import advance, everything, make_run
 
 RUNS = {
@@ -34,7 +34,7 @@ def test_resume_is_exact(world, tmp_path, flags):
     advance(straight, 4)
     first = make_run(world("sd15"), world("pairs"), tmp_path / "broken", *flags)
     advance(first, 2)
-    build.snapshot(first)
+    snapshot(first)
     second = make_run(world("sd15"), world("pairs"), tmp_path / "broken", *flags, "--resume", "latest")
     assert (second.done, second.position) == (2, 12)
     advance(second, 2)
