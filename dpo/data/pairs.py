@@ -49,11 +49,26 @@ class Source(Protocol):
     """Pairs with random access. `groups` [n] int32 names the unit of reading each pair lies in, None where pairs are read
     one by one; `window` is how many such units may be open at once, None for all."""
 
-    prob: np.ndarray  # [n] fp32, before label smoothing
-    groups: np.ndarray | None
-    window: int | None
-    summary: dict[str, int]
-    fingerprint: str
+    @property
+    def prob(self) -> np.ndarray:
+        """[n] fp32, before label smoothing."""
+        ...
+
+    @property
+    def groups(self) -> np.ndarray | None: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """What was found and what was left out, by name; "rows" and "pairs" among them."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the pairs are, whatever place they are in: a run continues only on the same ones."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -196,7 +196,7 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
         window=window,
         kept=kept,
         summary=counts | {"pairs": total},
-        fingerprint=digest(*scanned, repr(columns), cfg.ties, str(cfg.max_pairs)),
+        fingerprint=digest(*scanned, repr(columns), cfg.ties, str(cfg.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()),
     )
 
 

@@ -108,6 +108,11 @@ def test_fingerprint_knows_the_data_not_the_place(tmp_path, settings):
         worlds.make_pickapic(tmp_path / name, 8, seed=seed)
     a, b, c = (open_source(settings(tmp_path / name)).fingerprint for name in "abc")
     assert a == b != c
+    file = next((tmp_path / "b").rglob("*.parquet"))
+    table = pq.read_table(file)
+    swapped = table.rename_columns([{"label_0": "label_1", "label_1": "label_0"}.get(name, name) for name in table.column_names])
+    pq.write_table(swapped, file)
+    assert open_source(settings(tmp_path / "b")).fingerprint != b  # judged the other way round
 
 
 def test_missing_columns_name_those_found(tmp_path, settings):
