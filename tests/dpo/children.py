@@ -1,0 +1,47 @@
+"""Forked children for tests of kills and memory: they start in a moment, with everything imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def start(work: Callable[[], Any], write: int | None = None) -> int:
+    """Forks a child that does `work`, writes the result as JSON to a pipe and ends; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        result = work()
+        if write is not None:
+            os.write(write, json.dumps(result).encode())
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def in_child(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a process of its own."""
+    read, write = os.pipe()
+    child = start(work, write)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return json.loads(text)
+
+
+def kill_until_done(work: Callable[[], Any], rng: random.Random, kills: int, longest: float) -> None:
+    """Starts `work` again and again and kills it after up to `longest` seconds; after `kills` kills it may end."""
+    for _ in range(kills):
+        child = start(work)
+        time.sleep(rng.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.waitpid(start(work), 0)[1] == 0
