@@ -16,6 +16,7 @@ from dpo.data.parquet import Files
 from dpo.errors import UserError
 
 CONVERTED = "refs/convert/parquet"
+TIMEOUT = 30  # seconds for the hub to answer
 SPLITS = {name: name for name in ("train", "validation", "test")}
 SPLITS |= {
     "training": "train",
@@ -75,9 +76,14 @@ def hub_files(repo: str, cfg: Any, split: str) -> Files:
 
 def _parquet_names(api: Any, repo: str) -> tuple[list[str], str | None]:
     """Parquet files of the repository, or of the hub's own conversion of it, and the revision they are in."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
     for revision in (None, CONVERTED):
-        names = api.list_repo_files(repo, repo_type="dataset", revision=revision)
-        names = [name for name in names if name.endswith(".parquet")]
+        try:
+            files = api.dataset_info(repo, revision=revision, timeout=TIMEOUT).siblings or []
+        except RevisionNotFoundError:  # nothing was converted
+            continue
+        names = [file.rfilename for file in files if file.rfilename.endswith(".parquet")]
         if names:
             return names, revision
     return [], None

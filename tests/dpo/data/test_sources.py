@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import RevisionNotFoundError
 
 from dpo.data import batches, open_source, open_sources
 from dpo.data.hub import split_of
@@ -133,7 +134,7 @@ def test_hub_out_of_reach_is_one_line(settings, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("no route to host\nand much more")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     with pytest.raises(UserError, match=r"data 'someone/pairs' .*\(no route to host\).* give a local folder") as caught:
         open_source(settings("someone/pairs"))
     assert "\n" not in str(caught.value)
@@ -146,9 +147,12 @@ def hub(tmp_path, monkeypatch):
     def folder(revision):
         return tmp_path / (revision or "main").replace("/", "-")
 
-    def names(self, repo, *, repo_type, revision=None):
-        assert (repo, repo_type) == ("someone/pairs", "dataset")
-        return sorted(p.relative_to(folder(revision)).as_posix() for p in folder(revision).rglob("*") if p.is_file())
+    def info(self, repo, *, revision=None, timeout):
+        assert repo == "someone/pairs" and timeout > 0
+        if not folder(revision).is_dir():
+            raise RevisionNotFoundError("no such revision", response=SimpleNamespace(headers={}, request=None))
+        files = sorted(p.relative_to(folder(revision)).as_posix() for p in folder(revision).rglob("*") if p.is_file())
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
 
     downloads = []
 
@@ -160,7 +164,7 @@ def hub(tmp_path, monkeypatch):
         def open(self, path, mode, revision=None):
             return (folder(revision) / path.removeprefix("datasets/someone/pairs/")).open(mode)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", names)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
     return SimpleNamespace(folder=folder, downloads=downloads)
@@ -200,7 +204,6 @@ def test_hub_sets_of_other_files_are_read_from_the_conversion(hub, settings):
 
 
 def test_hub_set_without_parquet(hub, settings):
-    for revision in (None, "refs/convert/parquet"):
-        hub.folder(revision).mkdir()
+    hub.folder(None).mkdir()
     with pytest.raises(UserError, match="has no parquet files; download it"):
         open_source(settings("someone/pairs"))
