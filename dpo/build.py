@@ -20,7 +20,7 @@ from dpo.data import Source, describe, held_out_batches, of_store, open_sources
 from dpo.errors import UserError
 from dpo.models import Components, lora
 from dpo.models.load import check_part, fingerprint, load, load_unet_into, locate
-from dpo.models.unet import halve, use_attention, use_checkpointing
+from dpo.models.unet import available_attention, halve, use_attention, use_checkpointing
 from dpo.run import Run, Speed, check_resume, restore
 from dpo.step import Encoder, PairStep
 
@@ -58,6 +58,10 @@ def check_output(config: Config) -> Path:
 
 def build(config: Config, notes: list[str]) -> Run:
     """Make the run of `config`; `notes` are what reading the command line had to say."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
+        )
     torch.manual_seed(config.runtime.seed)  # for libraries that initialise weights; no update consumes it
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
@@ -171,6 +175,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Components
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
         bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(),
     )
+    config = change(config, attention=available_attention(config.runtime.attention))  # said once, not for each UNet
     plan = schedule.from_scheduler(
         model.scheduler_config,
         prediction_type=config.model.prediction_type,

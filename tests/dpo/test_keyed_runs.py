@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo.errors import UserError
 from tests.dpo.running import advance, make_run, weights
 
 CUTS = [(8, 1, 0), (4, 2, 0), (1, 8, 0), (4, 2, 2)]
@@ -113,3 +114,9 @@ def test_sft_sees_the_winners_only(world, tmp_path):
     run.step.wins_only = False
     run.step.policy = unet
     assert torch.allclose(run.step(inputs, run.correction())[0].loss, terms.loss, rtol=1e-12)
+
+
+def test_several_processes_are_refused_in_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes"):
+        make_run(world("sd15"), world("pairs"), tmp_path)
