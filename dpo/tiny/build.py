@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from dpo import checkpoint
 from dpo.tiny import ASSETS, base, evaluate, judge, loop, pairs, sprites, text, vae
-from dpo.tiny.world import COLOURS, PHRASES, Renderer, Scenes, World, caption, world
+from dpo.tiny.world import CANVAS, COLOURS, PHRASES, Renderer, Scenes, World, caption, world
 
 log = logging.getLogger("dpo.tiny")
 NOTICES = ("NOTICE", "LICENSE-fluent-emoji")
@@ -62,7 +62,7 @@ FULL = Recipe(
     judges=judge.PLANS,
     bank=7,
     decoder=loop.Plan(steps=400, batch=24, lr=2e-3, seed=4, ema=0.98, warmup=20, processes=2),
-    base=loop.Plan(steps=5600, batch=32, lr=1e-3, seed=3, ema=0.998, warmup=100, processes=2),
+    base=loop.Plan(steps=5000, batch=32, lr=1e-3, seed=3, ema=0.998, warmup=100, processes=2),
     pairs={"train": 740, "validation": 200},
     prompts={"tuning": 160, "report": 256},
     check=256,
@@ -213,13 +213,27 @@ def draw(pipeline: StableDiffusionPipeline, captions: list[str], seeds: list[int
     return evaluate.draw(*parts, captions, seeds)
 
 
+def draw_share(rank: int, job: Job) -> None:
+    """Draw one share of the pairs: for n of them 2n pictures, the second half being the second of each pair."""
+    pipeline = job.pipeline()
+    for kind, n in job.recipe.pairs.items():
+        prompts = pairs.prompts_of(job.world, kind, 2 * n)
+        share = slice(rank, None, job.recipe.base.processes)
+        images = draw(pipeline, (prompts.captions[:n] * 2)[share], prompts.seeds[share])
+        np.save(job.work / "drawn" / f"{kind}-{rank}.npy", images)
+
+
 def build_pairs(job: Job) -> dict:
-    pipeline, labeller, figures = job.pipeline(), job.judge("a"), {}
+    labeller, processes, figures = job.judge("a"), job.recipe.base.processes, {}
+    (job.work / "drawn").mkdir(exist_ok=True)
+    run(processes, draw_share, job)
     for number, (kind, n) in enumerate(job.recipe.pairs.items()):
-        prompts = pairs.prompts_of(job.world, kind, 2 * n)  # the second half's seeds serve the second pictures
-        images = draw(pipeline, prompts.captions[:n] * 2, prompts.seeds)
+        captions = pairs.prompts_of(job.world, kind, n).captions
+        images = np.empty((2 * n, CANVAS, CANVAS, 3), np.uint8)
+        for rank in range(processes):
+            images[rank::processes] = np.load(job.work / "drawn" / f"{kind}-{rank}.npy")
         rng = np.random.default_rng((job.seed, 12, number))
-        rows, figures[kind] = pairs.table(kind, prompts.captions[:n], images[:n], images[n:], labeller, rng)
+        rows, figures[kind] = pairs.table(kind, captions, images[:n], images[n:], labeller, rng)
         pairs.write(rows, job.work / "pairs" / f"{kind}.parquet")
     return figures
 

@@ -1,5 +1,6 @@
 """The autoencoder: 64x64 pictures to 16x16x4 latents, small enough to decode hundreds of pictures in seconds on a CPU."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL
 from dpo.tiny import loop
 from dpo.tiny.world import CANVAS, Renderer, Scenes, World
 
+NARROWER = 0.1  # factor on the posterior's deviation once the encoder is done
 NOISE = 0.1  # of the unit deviation of latents, when the decoder is refined
 
 
@@ -75,6 +77,8 @@ def refine(rank: int, vae: AutoencoderKL, latents: torch.Tensor, scenes: Scenes,
 
     loop.train(decoder, loss_of, plan, folder, rank=rank)
     if rank == 0:
+        with torch.no_grad():  # the KL term kept the posterior wide; nothing needs that any more, and trainers sample from it
+            vae.quant_conv.bias[vae.config.latent_channels :] += 2 * math.log(NARROWER)
         vae.save_pretrained(folder / "final")
 
 

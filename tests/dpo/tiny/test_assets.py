@@ -1,0 +1,108 @@
+"""What ships: whole, loadable by plain libraries, and drawing what its captions say."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import StableDiffusionPipeline
+
+from dpo import checkpoint, tiny
+from dpo.tiny import judge, sprites
+from dpo.tiny.evaluate import compare, draw
+from dpo.tiny.pairs import SCHEMA
+from dpo.tiny.world import COLOURS, Renderer, world
+
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    loaded = StableDiffusionPipeline.from_pretrained(tiny.pipeline_path())
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def record():
+    return json.loads((tiny.ASSETS / "build.json").read_text())
+
+
+def test_artefacts_are_those_the_record_names_and_small():
+    sums = record()["sha256"]
+    files = {path.relative_to(tiny.ASSETS).as_posix(): path for path in tiny.ASSETS.rglob("*") if path.is_file()}
+    assert set(files) - {"build.json"} == set(sums)
+    assert all(checkpoint.checksum(files[name]) == expected for name, expected in sums.items())
+    assert sum(path.stat().st_size for path in files.values()) < 16 * MEGABYTE
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
+
+
+def test_the_record_holds_the_promised_figures():
+    stages = record()["stages"]
+    assert len(stages["sprites"]["objects"]) >= 24
+    for name in ("a", "b"):
+        assert stages["base"][f"seen_faithful_{name}"] >= 0.95
+        assert stages["base"][f"held_out_faithful_{name}"] >= 0.95
+
+
+def test_the_pipeline_draws_in_plain_diffusers(pipeline):
+    image = pipeline("a frog on a purple background", num_inference_steps=4, guidance_scale=3.0).images[0]
+    assert image.size == (64, 64)
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    assert len(pipeline.tokenizer("a frog on a purple background").input_ids) == 8  # every word one token
+
+
+def test_drawings_obey_their_captions_and_no_change_is_no_win(pipeline):
+    prompts = tiny.prompts("tuning")
+    captions, seeds = prompts.captions[:12], prompts.seeds[:12]
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
+    images = draw(*parts, captions, seeds)
+    found = compare(tiny.load_judge("b"), captions, images, images.copy())
+    assert found.faithful_base >= 10 / 12
+    assert found.win_rate == 0.5
+
+
+def test_own_sampler_is_the_pipelines(pipeline):
+    """The same noise through StableDiffusionPipeline gives the same picture."""
+    caption, seed = "an owl on a green background", 7
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
+    own = draw(*parts, [caption], [seed], steps=5)[0]
+    latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed))
+    theirs = pipeline(caption, latents=latents, num_inference_steps=5, guidance_scale=3.0, output_type="np").images[0]
+    assert np.abs(own / 255 - theirs).max() < 0.01
+
+
+@pytest.mark.parametrize("path, most", [(tiny.train_pairs_path(), 800), (tiny.validation_pairs_path(), 200)])
+def test_pairs_load_in_datasets(path, most):
+    rows = load_dataset("parquet", data_files=str(path), split="train")
+    assert rows.column_names == SCHEMA.names and len(SCHEMA) == 19
+    assert pq.read_schema(path).equals(SCHEMA, check_metadata=False)
+    labels = np.array(rows["label_0"])
+    assert set(labels) <= {0.0, 0.5, 1.0} and np.allclose(labels + np.array(rows["label_1"]), 1)
+    assert 0.8 * most <= (labels != 0.5).sum() <= len(rows) <= most
+    assert 0.4 < labels.mean() < 0.6
+    row = rows[int(np.argmax(labels == 1.0))]
+    assert row["best_image_uid"] == row["image_0_uid"] and row["jpg_0"][:3] == b"\xff\xd8\xff"
+
+
+def test_captions_and_seeds_of_the_lists_are_disjoint():
+    tuning, report = tiny.prompts("tuning"), tiny.prompts("report")
+    drawn = {kind: set(pq.read_table(path)["caption"].to_pylist()) for kind, path in
+             {"train": tiny.train_pairs_path(), "validation": tiny.validation_pairs_path()}.items()}  # fmt: skip
+    lists = [set(tuning.captions), set(report.captions), *drawn.values()]
+    assert len(set().union(*lists)) == sum(map(len, lists))
+    assert not set(tuning.seeds) & set(report.seeds)
+    assert len(tuning) >= 128 and len(report) >= 160
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_judges_see_backdrop_size_and_colour_on_unknown_objects(name):
+    """Shapes no judge was trained on: what does not depend on the object is read all the same."""
+    scene_world = world(3)
+    scenes = scene_world.sample(np.random.default_rng(0), 200, combinations="all")
+    images = Renderer(sprites.stand_ins(list(scene_world.objects)))(scenes)
+    reading = tiny.load_judge(name).read(images)
+    assert (reading.colour.argmax(-1) == scenes.colour).mean() > 0.9
+    assert ((reading.plain > 0.5) == (judge.flatness(images) > 0.97)).mean() > 0.9
+    assert reading.colour.shape == (200, len(COLOURS))
