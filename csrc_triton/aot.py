@@ -49,7 +49,6 @@ class Specimen:
     signature: dict[str, str]
     constexprs: dict[str, object]
     num_warps: int = 4
-    num_stages: int | None = None
     aligned: tuple[str, ...] = ()
     vector_load: bool = True
     vector_store: bool = True
@@ -123,10 +122,7 @@ def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
 def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     """Compile for `target` (a name in TARGETS); raises what the compiler raises."""
     gpu, _ = TARGETS[target]
-    options = {"num_warps": specimen.num_warps, **PINNED}
-    if specimen.num_stages is not None:
-        options["num_stages"] = specimen.num_stages
-    kernel = triton.compile(specimen.source(), target=gpu, options=options)
+    kernel = triton.compile(specimen.source(), target=gpu, options={"num_warps": specimen.num_warps, **PINNED})
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]
         code = _nvidia_machine_code(kernel.asm["cubin"])

@@ -16,7 +16,7 @@ from csrc_triton.latents import element_offsets
 from csrc_triton.philox import Stream, normal_span
 
 BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
-PAIR_TILE = 512  # partial sums per row of sums that the last program adds at a time
+PAIR_TILE = 256  # partial sums per row of sums that the last program adds at a time
 WARPS = 8
 SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
 GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
@@ -52,6 +52,19 @@ def _targets(
 
 
 @triton.jit
+def _sum(x, mask, BLOCK: tl.constexpr):
+    """fp32 [BLOCK] -> float64: neighbours in fours in fp32, the rest in float64, so that the error is that of one fp32 rounding."""
+    fours = tl.sum(tl.reshape(tl.where(mask, x, 0.0), (BLOCK // 4, 4)), axis=1)
+    return tl.sum(fours.to(tl.float64))
+
+
+@triton.jit
+def _mean_of_partials(address, mask, share):
+    """fp32 [PAIRS] from the float64 partial sums at `address` [PAIRS, SPLITS]; .cg, since other programs wrote them."""
+    return (tl.sum(tl.load(address, mask=mask, other=0.0, cache_modifier=".cg"), axis=1) * share).to(tl.float32)
+
+
+@triton.jit
 def _finish_pairs(
     partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
     loss_ptr, terms_ptr, pair, batch, splits, count, sft_weight,
@@ -63,17 +76,14 @@ def _finish_pairs(
     address = partials_ptr + pair[:, None] * splits + split
     partial = inside[:, None] & (split < splits)
     stride = batch * splits
-    policy_win = tl.div_rn(tl.sum(tl.load(address, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
-    policy_lose = tl.div_rn(tl.sum(tl.load(address + stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
+    share = 1.0 / tl.full((1,), count, tl.float64)
+    policy_win = _mean_of_partials(address, partial, share)
+    policy_lose = _mean_of_partials(address + stride, partial, share)
     reference_win, reference_lose, d = policy_win * 0.0, policy_win * 0.0, policy_win * 0.0
     if REFERENCE:
-        reference_win = tl.div_rn(
-            tl.sum(tl.load(address + 2 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count
-        )
-        reference_lose = tl.div_rn(
-            tl.sum(tl.load(address + 3 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count
-        )
-        d = tl.div_rn(tl.sum(tl.load(address + 4 * stride, mask=partial, other=0.0, cache_modifier=".cg"), axis=1), count)
+        reference_win = _mean_of_partials(address + 2 * stride, partial, share)
+        reference_lose = _mean_of_partials(address + 3 * stride, partial, share)
+        d = _mean_of_partials(address + 4 * stride, partial, share)
     if recorded_ptr is not None:
         reference_win = tl.load(recorded_ptr + pair, mask=inside, other=0.0)
         reference_lose = tl.load(recorded_ptr + batch + pair, mask=inside, other=0.0)
@@ -160,7 +170,7 @@ def preference_loss_kernel(
     weight_ptr,  # [T] fp32
     correction_ptr,  # [T] fp32
     beta_ptr,  # [] fp32
-    partials_ptr,  # [5, B, splits] fp32 workspace
+    partials_ptr,  # [5, B, splits] fp64 workspace
     ticket_ptr,  # [1] int32, zero
     loss_ptr,  # [B] fp32
     terms_ptr,  # [9, B] fp32: logit, difference, four errors, accuracy, slope win, slope lose
@@ -202,18 +212,18 @@ def preference_loss_kernel(
     place = partials_ptr + pair * splits + part
     stride = batch * splits
     error_win, error_lose = win - target_win, lose - target_lose
-    tl.store(place, tl.sum(tl.where(mask, error_win * error_win, 0.0)))
-    tl.store(place + stride, tl.sum(tl.where(mask, error_lose * error_lose, 0.0)))
+    tl.store(place, _sum(error_win * error_win, mask, BLOCK))
+    tl.store(place + stride, _sum(error_lose * error_lose, mask, BLOCK))
     if REFERENCE:
         offset = element_offsets(element, channels, pixels, REFERENCE_LAST)
         frozen_win = tl.load(reference_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
         frozen_lose = tl.load(reference_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
         frozen_error_win, frozen_error_lose = frozen_win - target_win, frozen_lose - target_lose
-        tl.store(place + 2 * stride, tl.sum(tl.where(mask, frozen_error_win * frozen_error_win, 0.0)))
-        tl.store(place + 3 * stride, tl.sum(tl.where(mask, frozen_error_lose * frozen_error_lose, 0.0)))
+        tl.store(place + 2 * stride, _sum(frozen_error_win * frozen_error_win, mask, BLOCK))
+        tl.store(place + 3 * stride, _sum(frozen_error_lose * frozen_error_lose, mask, BLOCK))
         # (p - r)(p + r - 2 y) = (p - r)((p - y) + (r - y))
         change = (win - frozen_win) * (error_win + frozen_error_win) - (lose - frozen_lose) * (error_lose + frozen_error_lose)
-        tl.store(place + 4 * stride, tl.sum(tl.where(mask, change, 0.0)))
+        tl.store(place + 4 * stride, _sum(change, mask, BLOCK))
 
     tl.debug_barrier()  # every thread's partial sums are written before this program's ticket is drawn
     arrived = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
@@ -291,12 +301,15 @@ def _specimens() -> list[Specimen]:
         "weight_ptr",
         "correction_ptr",
         "beta_ptr",
-        "partials_ptr",
         "loss_ptr",
         "terms_ptr",
         "tables_ptr",
     )
-    forward = common | dict.fromkeys(tables, "*fp32") | {"ticket_ptr": "*i32", "length": "i32", "sft_weight": "fp32"}
+    forward = (
+        common
+        | dict.fromkeys(tables, "*fp32")
+        | {"partials_ptr": "*fp64", "ticket_ptr": "*i32", "length": "i32", "sft_weight": "fp32"}
+    )
     backward = common | {"grad_ptr": "*fp32", "slopes_ptr": "*fp32"}
     flags = dict.fromkeys(("SHARED", "POLICY_LAST", "TARGET_LAST", "LATENTS_LAST"), False) | {"BLOCK": BLOCK}
     finish = {"SHAPE": 0, "REFERENCE_LAST": False, "PAIRS": PAIR_TILE // 32, "SPLITS": 32}

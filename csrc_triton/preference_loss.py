@@ -94,7 +94,7 @@ def _launch_forward(
     splits_block = triton.next_power_of_2(splits)
     floats = {"dtype": torch.float32, "device": policy.device}
     loss, terms, tables = torch.empty(batch, **floats), torch.empty(TERMS, batch, **floats), torch.empty(2, length, **floats)
-    partials = torch.empty(5, batch, splits, **floats)
+    partials = torch.empty(5, batch, splits, dtype=torch.float64, device=policy.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=policy.device)
     pointers, flags = source.launch_arguments(batch)
     preference_loss_kernel[(splits, batch)](
