@@ -1,0 +1,170 @@
+"""dpo.prepare end to end: training from a store is training from the images; restarts, parts, refusals."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo import prepare
+from dpo.build import build
+from dpo.cli import parse
+from dpo.data.shards import file_digest
+from dpo.data.store import read_contents, verify
+from dpo.errors import UserError
+from tests.dpo.children import in_child, kill_until_done
+from tests.dpo.running import QUIET, advance, everything, make_run
+from tests.worlds import make_pickapic, make_pipeline
+
+EXACT = ["--vae-batch", "1", "--batch-size", "1", "--accumulation", "4"]  # images and captions are encoded one by one in both
+
+
+def command(store: Path, *flags: str) -> int:
+    return prepare.main(["--store", str(store), "--pairs-per-shard", "16", "--workers", "0", *flags])
+
+
+def prepared(world, kind: str, store: Path, *flags: str, pairs: str | None = None) -> Path:
+    assert command(store, "--model", world(kind), "--data", pairs or world("pairs"), *flags) == 0
+    return store
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same(first, second) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("sd15", []),
+        ("sd15", ["--lora"]),
+        ("sd15", ["--flip", "--caption-dropout", "0.3"]),
+        ("sd2v", ["--method", "dde"]),
+        ("sdxl", ["--method", "dde-step"]),
+        pytest.param("sdxl", ["--lora", "--method", "dde"], marks=pytest.mark.slow),
+        pytest.param("sd2v", ["--lora", "--method", "discounted"], marks=pytest.mark.slow),
+        pytest.param("sd15", ["--method", "dde-single"], marks=pytest.mark.slow),
+        pytest.param("sd15", ["--method", "sft"], marks=pytest.mark.slow),
+    ],
+)
+def test_training_from_the_store_is_training_from_the_images(world, tmp_path, kind, flags):
+    """Weights, optimizer states and tables are equal, bit for bit, when images are encoded in the same batches."""
+    mirror = [flag for flag in flags if flag == "--flip"]
+    store = prepared(world, kind, tmp_path / "store", "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1", *mirror)
+    runs = [make_run(world(kind), data, tmp_path / "run", *EXACT, *flags) for data in (world("pairs"), str(store))]
+    figures = [advance(run, 3) for run in runs]
+    assert same(*map(everything, runs))
+    assert figures[0] == figures[1]
+
+
+def test_half_precision_costs_only_its_rounding(world, tmp_path):
+    store = prepared(world, "sd15", tmp_path / "store")
+    exact, rounded = (make_run(world("sd15"), data, tmp_path / "run") for data in (world("pairs"), str(store)))
+    for run in (exact, rounded):
+        run.stream = next(run.batches())
+    mean = exact.encoder.inputs(exact.stream).latent_mean
+    stored = rounded.encoder.inputs(rounded.stream).latent_mean
+    assert stored.dtype == torch.float16
+    assert (stored - mean).abs().max() <= mean.abs().max() * 2**-11
+
+
+def test_a_store_needs_no_resolution_and_holds_out_the_same_pairs(world, tmp_path):
+    store = prepared(world, "sd15", tmp_path / "store", "--resolution", "16", "--dtype", "fp32")
+    flags = ["--model", world("sd15"), "--output", str(tmp_path / "run"), *QUIET, "--validation-fraction", "0.2", "--validate-every", "9"]
+    fresh = build(parse([*flags, "--data", str(store)])[0], [])
+    images = build(parse([*flags, "--data", world("pairs"), "--resolution", "16"])[0], [])
+    assert fresh.config.data.resolution == 16
+    assert len(fresh.held_out_source) == len(images.held_out_source) > 0
+    assert torch.allclose(fresh.held_out.reference_errors, images.held_out.reference_errors, rtol=1e-4)
+
+
+def test_the_command_says_when_it_is_done_and_verifies(world, tmp_path, caplog, capsys):
+    store = prepared(world, "sd15", tmp_path / "store")
+    before = sums(store)
+    prepared(world, "sd15", store)
+    assert sums(store) == before and command(store, "--verify") == 0
+    path = store / "000001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert command(store, "--verify") == 1
+    assert any("000001.safetensors was altered" in line for line in verify(store))
+
+
+def refused(world, store, *flags, kind="sd15", model=None) -> str:
+    with pytest.raises(UserError) as caught:
+        make_run(model or world(kind), str(store), store.parent / "run", *flags)
+    return str(caught.value)
+
+
+def test_stores_of_another_model_are_refused(world, tmp_path):
+    import json
+    import shutil
+
+    store = prepared(world, "sd15", tmp_path / "store")
+    assert "another model family" in refused(world, store, kind="sdxl")
+    assert "another text encoder" in refused(world, store, kind="sd2v") or "another VAE" in refused(world, store, kind="sd2v")
+    other = make_pipeline(tmp_path / "other", "sd15", seed=1)
+    assert "another VAE" in refused(world, store, model=str(other))
+    words = Path(shutil.copytree(world("sd15"), tmp_path / "words"))
+    settings = words / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 20}))
+    assert "another tokenizer" in refused(world, store, model=str(words))
+    assert "images of 32 pixels: --resolution 64" in refused(world, store, "--resolution", "64")
+    assert "no mirrored images" in refused(world, store, "--flip")
+    assert "centre crops" in refused(world, store, "--crop", "random")
+
+
+def test_mistakes_are_one_line(world, tmp_path, capsys):
+    store = tmp_path / "store"
+    flags = ["--model", world("sd15"), "--data", world("pairs")]
+    for wrong, message in [
+        ([*flags, "--crop", "random"], "one crop of each image"),
+        ([*flags, "--shard", "4/4"], "expected I/N"),
+        ([*flags, "--draws", "0"], "not above 0"),
+        ([*flags, "--frobnicate"], "unknown flag --frobnicate"),
+        (["--merge"], "has no parts"),
+        (["--model", world("sd15")], "no pairs to train on"),
+    ]:
+        assert command(store, *wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
+    flags = ["--model", world("sd15"), "--data", world("pairs"), "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1"]
+    store = tmp_path / "store"
+    assert command(store, *flags, "--shard", "1/2") == 0
+    assert not (store / "store.json").exists()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(store, *flags) == 0  # as torchrun starts it; the last one merges
+    monkeypatch.delenv("WORLD_SIZE")
+    assert verify(store) == [] and len(read_contents(store).key) == 48
+    runs = [make_run(world("sd15"), data, tmp_path / "run", *EXACT) for data in (world("pairs"), str(store))]
+    for run in runs:
+        advance(run, 2)
+    assert same(*map(everything, runs))
+    before = sums(store)
+    assert command(store, "--merge") == 0 and sums(store) == before
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(world, tmp_path, kills):
+    pairs = str(make_pickapic(tmp_path / "pairs", 24, 1, broken=("truncated",), captions=5))
+    prepared(world, "sd15", tmp_path / "whole", pairs=pairs, *("--pairs-per-shard", "4"))
+    took = in_child(lambda: _seconds(lambda: prepared(world, "sd15", tmp_path / "timed", pairs=pairs, *("--pairs-per-shard", "4"))))
+    work = lambda: prepared(world, "sd15", tmp_path / "killed", "--pairs-per-shard", "4", pairs=pairs)  # noqa: E731
+    kill_until_done(work, random.Random(kills), kills, took)
+    assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
+
+
+def _seconds(work) -> float:
+    import time
+
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
