@@ -1,0 +1,158 @@
+"""dpo.models.save: what is written loads in diffusers with every weight, and appears whole or not at all."""
+
+import copy
+import errno
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from dpo.models import Components, lora, save
+from dpo.models.load import load
+from dpo.models.save import detached, pipeline_of, save_lora, save_pipeline
+from tests.worlds import KINDS, make_pipeline
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Components]:
+    root = tmp_path_factory.mktemp("models")
+    return {kind: load(str(make_pipeline(root / kind, kind))) for kind in KINDS}
+
+
+def trained(model: Components) -> torch.nn.Module:
+    unet = copy.deepcopy(model.unet)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.01)
+    return unet
+
+
+def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
+    model = models[kind]
+    unet = trained(model)
+    save_pipeline(model, unet, tmp_path / "out")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
+    assert type(pipe).__name__ == model.family.pipeline
+    assert same(pipe.unet, unet) and not same(pipe.unet, model.unet)
+    assert same(pipe.vae, model.vae)
+    for (name, _), encoder in zip(model.family.text_encoders, model.text_encoders, strict=True):
+        assert same(getattr(pipe, name), encoder)
+    for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
+        assert getattr(pipe, name)("a fox in rain").input_ids == tokenizer("a fox in rain").input_ids
+    assert type(pipe.scheduler).__name__ == model.scheduler_config["_class_name"]
+    for key in ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type", "steps_offset"):
+        assert pipe.scheduler.config.get(key) == getattr(pipeline_of(model).scheduler.config, key, None)
+        if key in model.scheduler_config:
+            assert pipe.scheduler.config[key] == model.scheduler_config[key]
+    assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a fox", num_inference_steps=2, guidance_scale=0.0, height=32, width=32, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_what_is_written_loads_here_again(models, tmp_path):
+    unet = trained(models["sdxl-turbo"])
+    save_pipeline(models["sdxl-turbo"], unet, tmp_path / "out")
+    again = load(str(tmp_path / "out"))
+    assert same(again.unet, unet) and again.turbo and again.family.name == "sdxl"
+
+
+def test_saving_leaves_the_model_as_it_was(models, tmp_path):
+    unet = trained(models["sd15"]).double().requires_grad_(True)
+    save_pipeline(models["sd15"], detached(unet), tmp_path)
+    assert unet.dtype == torch.float64 and all(p.requires_grad for p in unet.parameters())
+    assert models["sd15"].unet.dtype == torch.float32
+
+
+# --- whole or not at all ------------------------------------------------------------------------------------------------
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_failure_while_writing_leaves_nothing(models, tmp_path, monkeypatch):
+    def half_way(self, folder, **options):
+        (Path(folder) / "unet").mkdir()
+        (Path(folder) / "model_index.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "save_pretrained", half_way)
+    with pytest.raises(OSError, match="No space left"):
+        save_pipeline(models["sd15"], models["sd15"].unet, tmp_path / "out")
+    assert left(tmp_path / "out") == []
+
+
+def test_failure_while_writing_leaves_the_earlier_result(models, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save_pipeline(models["sd15"], models["sd15"].unet, out)
+    (out / "metrics.jsonl").write_text("{}\n")
+    before = left(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusers.UNet2DConditionModel, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+        with pytest.raises(OSError, match="no"):
+            save_pipeline(models["sd15"], trained(models["sd15"]), out)
+    assert left(out) == before
+    assert same(load(str(out)).unet, models["sd15"].unet)
+    unet = trained(models["sd15"])
+    save_pipeline(models["sd15"], unet, out)
+    assert left(out) == before and same(load(str(out)).unet, unet)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_a_half_published_folder_does_not_load_as_a_mixture(models, tmp_path, monkeypatch, moves):
+    """Stopped between two moves over an earlier result: model_index.json is away until everything else is in place."""
+    out = tmp_path / "out"
+    save_pipeline(models["sd15"], models["sd15"].unet, out)
+    done, replace = [], save.os.replace
+
+    def stop(source, target):
+        if len(done) == moves and Path(source).parent.name.startswith(".result"):
+            raise KeyboardInterrupt
+        done.append(source)
+        replace(source, target)
+
+    unet = detached(trained(models["sd15"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "os", type("os", (), {"replace": staticmethod(stop), "getpid": staticmethod(lambda: 1)}))
+        with pytest.raises(KeyboardInterrupt):
+            save_pipeline(models["sd15"], unet, out)
+    assert "model_index.json" not in left(out) and not any(name.startswith(".") for name in left(out))
+
+
+def test_lora_is_published_the_same_way(models, tmp_path, monkeypatch):
+    unet = copy.deepcopy(models["sd15"].unet)
+    lora.add(unet, rank=2, alpha=2, target_modules=("to_q",), dropout=0.0, seed=0)
+    monkeypatch.setattr(lora, "save", lambda *a: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        save_lora(models["sd15"], unet, tmp_path / "out", layout="diffusers")
+    assert left(tmp_path / "out") == []
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------------
+
+
+def test_detached_copy(models):
+    half = copy.deepcopy(models["sd15"].unet).bfloat16()
+    twin = detached(half)
+    assert twin.dtype == torch.float32 and half.dtype == torch.bfloat16
+    assert torch.equal(twin.conv_in.weight, half.conv_in.weight.float())
+    with torch.no_grad():
+        twin.conv_in.weight.zero_()
+    assert half.conv_in.weight.any()
+    assert detached(copy.deepcopy(half).double()).dtype == torch.float64
+
+
+def test_averaged_weights_take_their_place(models):
+    unet = models["sd15"].unet
+    average = {"conv_in.weight": torch.full_like(unet.conv_in.weight, 0.5)}
+    twin = detached(unet, average)
+    assert (twin.conv_in.weight == 0.5).all() and torch.equal(twin.conv_in.bias, unet.conv_in.bias)
+    assert not (unet.conv_in.weight == 0.5).all()
