@@ -96,7 +96,8 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
     for file in (folder / "config.toml" for folder in folders):
         if file.is_file():
             notes.append(f"settings of the run that is continued: {file}")
-            return {name: value for name, value in flat_settings(load_config(str(file))).items() if name != "device"}
+            saved = flat_settings(load_config(str(file))) | {"output": str(file.parent)}  # the folder may have moved
+            return {name: value for name, value in saved.items() if name != "device"}
     return {}
 
 

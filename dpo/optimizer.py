@@ -75,6 +75,8 @@ class Updater:
     @torch.no_grad()
     def grad_norm(self, share: float) -> Tensor:
         """Unscale the gradients, divide by `share` (usable over nominal pairs) and return their global norm, on the device."""
+        if not share:  # no usable pair: the gradients are zero, and no step follows
+            return torch.zeros((), device=self.parameters[0].device)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]

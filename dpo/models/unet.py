@@ -28,14 +28,18 @@ def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     return unet
 
 
+def available_attention(kind: str) -> str:
+    """`kind`, or "sdpa" after one warning where xformers is asked for and not installed."""
+    if kind != "xformers" or find_spec("xformers") is not None:
+        return kind
+    log.warning("xformers is not installed (pip install xformers): attention runs on torch's scaled_dot_product_attention")
+    return "sdpa"
+
+
 def use_attention(unet: nn.Module, kind: str) -> None:
     """sdpa is diffusers' default. xformers where it is installed; otherwise one warning and sdpa."""
-    if kind != "xformers":
-        return
-    if find_spec("xformers") is None:
-        log.warning("xformers is not installed (pip install xformers): attention runs on torch's scaled_dot_product_attention")
-        return
-    unet.enable_xformers_memory_efficient_attention()
+    if available_attention(kind) == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
 
 
 def use_checkpointing(unet: nn.Module, setting: str) -> None:

@@ -1,0 +1,432 @@
+"""Bad input: exit code 2 and one line that says what is wrong and what to do; nothing half-written is left behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import dpo.models.load
+import dpo.train
+from dpo import checkpoint, finish
+from tests.dpo.commands import SMALL, command, tree
+from tests.worlds import make_pickapic
+
+STEP = "checkpoints/step-{:08d}"
+
+
+@pytest.fixture
+def start(world, tmp_path):
+    """The words of a command that is right in itself; those added to them win."""
+    return ["--model", world("sd15"), "--data", world("pairs"), "--output", tmp_path / "out", *SMALL, "--batch-size", "2"]
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """No plots and no report at the end: they are a second's work, and tested elsewhere."""
+    monkeypatch.setattr(finish, "report", lambda run, status, reason="": None)
+
+
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def parquet(path: Path, **columns: list) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+# --- refused before any weight is loaded: name -> (flags from the folder, words of the message) ---------------------------
+
+COMMAND_LINE = {
+    "unknown flag": (lambda at: ["--learning-rat", "1"], ["--learning-rat", "did you mean --learning-rate?"]),
+    "stray word": (lambda at: ["stray"], ["'stray'", "every value follows a flag"]),
+    "bad number": (lambda at: ["--steps", "0"], ["steps = 0", "at least 1"]),
+    "not a number": (lambda at: ["--beta", "much"], ["beta = much", "a number"]),
+    "bad word": (lambda at: ["--method", "dp"], ["method = dp", "did you mean dpo?"]),
+    "bad combination": (lambda at: ["--window-low", "900", "--window-high", "100"], ["window_low", "below", "window_high"]),
+    "two starting points": (lambda at: ["--preset", "sd15", "--config", "c.toml"], ["--preset", "--config", "give one"]),
+    "unknown preset": (lambda at: ["--preset", "sd16"], ["--preset sd16", "sd15"]),
+    "unknown peer": (lambda at: ["--compat", "kohya"], ["--compat kohya", "hf-sd15"]),
+    "a flag that makes no sense": (lambda at: ["--noise_offset", "0.1"], ["--noise_offset", "leave it out"]),
+    "malformed config": (lambda at: ["--config", write(at / "c.toml", "steps = = 3")], ["c.toml", "not TOML", "line 1"]),
+    "missing config": (lambda at: ["--config", at / "c.toml"], ["c.toml", "No such file"]),
+    "unknown setting": (lambda at: ["--config", write(at / "c.toml", "stepz = 3")], ["stepz", "did you mean steps?"]),
+    "no such prompts": (lambda at: ["--sample-prompts", at / "p.txt"], ["--sample-prompts", "p.txt", "one prompt a line"]),
+    "empty prompts": (lambda at: ["--sample-prompts", write(at / "p.txt", "\n \n")], ["--sample-prompts", "has no prompt"]),
+}  # fmt: skip
+MODEL = {
+    "no such model": (lambda at: ["--model", at / "nowhere"], ["no such model", "nowhere", "hub id"]),
+    "not a pipeline": (lambda at: ["--model", write(at / "m/unet/x").parents[1]], ["no model_index.json", "whole diffusers"]),
+    "damaged index": (lambda at: ["--model", write(at / "m/model_index.json", "{").parent], ["model_index.json", "fetch"]),
+    "unknown family": (
+        lambda at: ["--model", write(at / "m/model_index.json", '{"_class_name": "FluxPipeline"}').parent],
+        ["unknown model family 'FluxPipeline'", "StableDiffusionXLPipeline"],
+    ),
+    "another family": (lambda at: ["--family", "sdxl"], ["of family sd", "--family sd"]),
+    "not reachable": (lambda at: ["--model", "nobody/no-model"], ["nobody/no-model", "from the hub", "name a local folder"]),
+    "pickled": (lambda at: ["--model", write(at / "m.ckpt", "x")], ["m.ckpt", "not a .safetensors file", "convert"]),
+    "no such VAE": (lambda at: ["--vae", at / "nowhere"], ["--vae", "nowhere"]),
+    "no such start": (lambda at: ["--unet-init", at / "nowhere"], ["--unet-init", "nowhere"]),
+}  # fmt: skip
+DATA = {
+    "no such data": (lambda at: ["--data", at / "nowhere"], ["nowhere", "no such file or folder"]),
+    "not reachable": (lambda at: ["--data", "nobody/no-such-pairs"], ["nobody/no-such-pairs", "from the hub", "local folder"]),
+    "missing columns": (
+        lambda at: ["--data", parquet(at / "p.parquet", caption=["a"], picture=[b"x"])],
+        ["p.parquet", "jpg_0", "found caption, picture", "--caption-column"],
+    ),
+    "no usable pairs": (lambda at: ["--data", make_pickapic(at / "p", 0, ties=3)], ["no usable pairs", "3 ties", "--ties keep"]),
+    "no such split": (lambda at: ["--split", "test"], ["no split 'test'", "train", "--split"]),
+    "not parquet": (lambda at: ["--data", write(at / "p.parquet", "x" * 99)], ["p.parquet", "cannot be read as parquet"]),
+    "nothing held out": (lambda at: ["--validation-fraction", "0.0001"], ["--validation-fraction", "leaves none for validation"]),
+}  # fmt: skip
+OUTPUT = {
+    "a file": (lambda at: ["--output", write(at / "f")], ["--output", "f is a file"]),
+    "below a file": (lambda at: ["--output", write(at / "f") / "below"], ["--output", "f is a file"]),
+    "another run": (
+        lambda at: ["--output", write(at / "o/config.toml").parent],
+        ["holds another run", "--resume latest", "--overwrite"],
+    ),
+    "the model itself": (
+        lambda at: ["--model", write(at / "m/model_index.json", "{}").parent, "--output", at / "m", "--overwrite"],
+        ["folder of the model itself"],
+    ),
+    "resume of nothing": (lambda at: ["--resume", at / "nowhere"], ["no such checkpoint", "nowhere", "--resume latest"]),
+    "resume and overwrite": (lambda at: ["--resume", "latest", "--overwrite"], ["--resume", "--overwrite", "give one"]),
+    "damaged checkpoints": (
+        lambda at: ["--output", write(at / "o/checkpoints/step-00000001/state.json", "{").parents[2], "--resume", "latest"],
+        ["no checkpoint can be read", "state.json", "--overwrite"],
+    ),
+}  # fmt: skip
+EARLY = {
+    f"{group}, {name}": case
+    for group, cases in {"command": COMMAND_LINE, "model": MODEL, "data": DATA, "output": OUTPUT}.items()
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("case", EARLY.values(), ids=EARLY)
+def test_refused_before_weights_are_loaded(start, tmp_path, capsys, monkeypatch, case):
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights are being loaded")
+
+    monkeypatch.setattr(dpo.models.load, "component", loaded)
+    flags, words = case
+    flags = flags(tmp_path)
+    before = tree(tmp_path)
+    check_refused(command(capsys, *start, *flags), words)
+    assert tree(tmp_path) == before
+
+
+def check_refused(said, words):
+    assert said.code == 2
+    assert len(said.errors) == 1, said.errors
+    assert said.errors[0].startswith("dpo.train: ")
+    assert [word for word in words if word not in said.errors[0]] == [], said.errors[0]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the superuser may write everywhere
+    check_refused(command(capsys, *start), ["--output", "not writable", "choose another"])
+
+
+def test_a_gpu_that_is_not_there(start, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_refused(command(capsys, *start, "--device", "cuda"), ["--device cuda", "--device cpu"])
+
+
+def test_as_a_program(world, tmp_path):
+    words = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(tmp_path / "out"), "--learning-rat", "1"]
+    ended = subprocess.run([sys.executable, "-m", "dpo.train", *words], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "dpo.train: unknown flag --learning-rat: did you mean --learning-rate?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- refused after weights were loaded -----------------------------------------------------------------------------------
+
+
+def truncated_model(world, at):
+    folder = Path(shutil.copytree(world("sd15"), at / "m"))
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return ["--model", folder]
+
+
+LATE = {
+    "no timestep left": (lambda world, at: ["--timesteps", "turbo", "--window-high", "100"], ["no usable timestep", "--window"]),
+    "no such block": (lambda world, at: ["--checkpointing", "up_blocks.7"], ["up_blocks.7", "down_blocks.0"]),
+    "truncated weights": (truncated_model, ["cannot load", "unet"]),
+    "another UNet": (lambda world, at: ["--unet-init", Path(world("sdxl"), "unet")], ["--unet-init", "another architecture"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LATE.values(), ids=LATE)
+def test_refused_once_the_model_is_known(world, start, tmp_path, capsys, case):
+    flags, words = case
+    flags = flags(world, tmp_path)
+    before = tree(tmp_path)
+    check_refused(command(capsys, *start, *flags), words)
+    assert tree(tmp_path) == before
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(start, tmp_path, capsys, brief):
+    """A run of three updates with a checkpoint after each; its words."""
+    words = [*start, "--steps", "3", "--checkpoint-every", "1", "--checkpoints-limit", "0"]
+    assert command(capsys, *words).code == 0
+    return words
+
+
+def test_a_damaged_checkpoint_falls_back_and_others_are_refused(world, stopped, tmp_path, capsys):
+    out = tmp_path / "out"
+    before = tree(out)
+    again = [*stopped, "--resume", "latest"]
+    check_refused(command(capsys, *again, "--model", world("sd2v")), ["cannot resume", "prediction_type"])
+    other = Path(shutil.copytree(world("sd15"), tmp_path / "other"))
+    shutil.copytree(altered_unet(other), other / "unet", dirs_exist_ok=True)
+    check_refused(command(capsys, *again, "--model", other), ["trained from another model"])
+    check_refused(command(capsys, *again, "--seed", "7", "--flip"), ["cannot resume", "seed 0 -> 7", "flip False -> True"])
+    assert tree(out) == before, "a refused resume changes nothing"
+
+    last, middle = (out / STEP.format(step) / "policy.safetensors" for step in (3, 2))
+    last.write_bytes(last.read_bytes()[:-100])
+    content = bytearray(middle.read_bytes())
+    content[-1] ^= 1
+    middle.write_bytes(bytes(content))
+    said = command(capsys, *again)
+    assert said.code == 0
+    assert [line for line in said.warnings("truncated or altered") if "trying the one before" in line].__len__() == 2
+    assert any(f"resumed {out / STEP.format(1)}: 1 updates done" in line for line in said.log)
+    assert checkpoint.load(out / STEP.format(3)).state["step"] == 3
+
+
+def altered_unet(model: Path) -> Path:
+    """The UNet of a pipeline with one changed weight, in a folder of its own."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.no_grad():
+        unet.conv_in.weight.add_(1.0)
+    unet.save_pretrained(model.parent / "altered")
+    return model.parent / "altered"
+
+
+def test_resume_takes_the_folder_of_a_run_too(stopped, tmp_path, capsys):
+    said = command(capsys, "--resume", shutil.move(tmp_path / "out", tmp_path / "moved to ü"), "--steps", "4")
+    assert said.code == 0 and any("resumed" in line and "3 updates done" in line for line in said.log)
+    assert (tmp_path / "moved to ü" / STEP.format(4)).is_dir() and not (tmp_path / "out").exists()
+
+
+# --- images --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unreadable_image_stops_the_run_when_asked(start, tmp_path, capsys, brief):
+    pairs = make_pickapic(tmp_path / "broken", 3, broken=("truncated",))
+    said = command(capsys, *start, "--data", pairs, "--steps", "4", "--on-bad-image", "stop")
+    check_refused(said, ["cannot be decoded", "--on-bad-image skip"])
+    assert command(capsys, *start, "--data", pairs, "--steps", "4", "--resume", "latest").code == 0
+
+
+def test_unreadable_images_are_skipped_and_counted_up_to_a_limit(start, tmp_path, capsys, brief):
+    pairs = make_pickapic(tmp_path / "broken", 3, broken=("truncated", "bomb", "corrupt"))
+    said = command(capsys, *start, "--data", pairs, "--steps", "4")
+    assert said.code == 0
+    left_out = said.warnings("pair left out")
+    assert len(left_out) == 3, "each is told once"
+    assert [line for line in left_out if "14000 x 14000 pixels" in line or "too many pixels" in line], "the decompression bomb"
+    said = command(capsys, *start, "--data", pairs, "--steps", "4", "--overwrite", "--bad-image-limit", "0")
+    check_refused(said, ["of 6 pairs have an unreadable image", "--bad-image-limit"])
+
+
+def test_an_update_without_a_usable_pair_changes_nothing(start, tmp_path, capsys, brief):
+    pairs = make_pickapic(tmp_path / "broken", 0, broken=("corrupt", "empty"))
+    said = command(capsys, *start, "--data", pairs, "--steps", "2", "--bad-image-limit", "1")
+    assert said.code == 0 and len(said.warnings("pair left out")) == 2
+    figures = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["pairs"] for line in figures if "loss" in line] == [0, 0]
+
+
+# --- trouble on the way --------------------------------------------------------------------------------------------------
+
+
+def at_update(monkeypatch, number: int, trouble) -> None:
+    """`trouble(run)` happens just before update `number` (counted from 1)."""
+    step = dpo.train.train_step
+
+    def troubled(run, batches):
+        if run.done == number - 1:
+            trouble(run)
+        return step(run, batches)
+
+    monkeypatch.setattr(dpo.train, "train_step", troubled)
+
+
+def test_a_loss_that_is_not_finite_stops_after_the_last_good_state(start, tmp_path, capsys, monkeypatch, brief):
+    words = [*start, "--steps", "3", "--checkpoint-every", "0"]
+    with monkeypatch.context() as patch:
+        at_update(patch, 2, lambda run: run.step.beta.fill_(float("nan")))
+        said = command(capsys, *words)
+    check_refused(said, ["update 2", "not finite", "timesteps: ", "--learning-rate", "--resume latest"])
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000001"]
+    event = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "failed" and event["step"] == 1
+    assert command(capsys, *words, "--resume", "latest").code == 0
+    assert command(capsys, *words, "--output", tmp_path / "straight").code == 0
+    ends = [checkpoint.load(tmp_path / name / STEP.format(3)).tensors["policy"] for name in ("out", "straight")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_learning_rate_that_blows_up_is_told_with_its_timesteps(start, capsys, brief):
+    said = command(capsys, *start, "--steps", "5", "--learning-rate", "1e30")
+    check_refused(said, ["update 2", "not finite", "--learning-rate"])
+    assert said.warnings("is high for full fine-tuning")
+
+
+def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypatch, brief):
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+    at_update(monkeypatch, 2, full)
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
+    check_refused(said, ["out of GPU memory", "--batch-size", "--accumulation", "--checkpointing", "--lora", "--resume latest"])
+    assert (tmp_path / "out" / STEP.format(1)).is_dir()
+
+
+def full_disk_for_tensors(monkeypatch, **kwargs):
+    def save_file(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def full_disk_for_the_result(monkeypatch, **kwargs):
+    def save_pretrained(self, folder, **options):
+        Path(folder, "unet").mkdir()
+        Path(folder, "unet", "config.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", save_pretrained)
+
+
+def full_disk_for_figures(monkeypatch, **kwargs):
+    def write(self, record):
+        if "loss" in record:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dpo.trackers.Trackers._write", write)
+
+
+@pytest.mark.parametrize("fill", [full_disk_for_tensors, full_disk_for_the_result, full_disk_for_figures])
+def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, capsys, monkeypatch, brief, fill):
+    words = [*start, "--steps", "2", "--checkpoint-every", "1"]
+    with monkeypatch.context() as patch:
+        fill(patch)
+        check_refused(command(capsys, *words), ["disk is full", "GiB left", "--resume latest"])
+    out = tmp_path / "out"
+    assert [name for name in tree(out) if ".part" in name or name.startswith("unet")] == []
+    assert not (out / "model_index.json").exists()
+    assert all(checkpoint.load(path) for path in checkpoint.listing(out / "checkpoints"))
+    assert command(capsys, *words, "--resume", "latest").code == 0
+    assert (out / "model_index.json").is_file() and (out / STEP.format(2)).is_dir()
+
+
+# --- asked for and not available -----------------------------------------------------------------------------------------
+
+
+def test_xformers_wandb_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
+    monkeypatch.setattr("dpo.models.unet.find_spec", lambda name: None)
+    said = command(capsys, *start, "--steps", "1", "--attention", "xformers", "--wandb", "--push-to-hub")
+    assert said.code == 0 and said.errors == []
+    for word in ("xformers is not installed", "W&B", "not uploaded to the hub"):
+        assert len(said.warnings(word)) == 1, said.log
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_the_result_is_uploaded_without_its_checkpoints(start, tmp_path, capsys, monkeypatch, brief):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    said = command(capsys, *start, "--steps", "1", "--push-to-hub")
+    assert said.code == 0 and any("https://huggingface.co/me/out" in line for line in said.log)
+    (options,) = calls
+    assert (options["repo_id"], options["folder_path"]) == ("me/out", tmp_path / "out")
+    assert "checkpoints/**" in options["ignore_patterns"]
+
+
+# --- starting over -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreground():
+    """Ctrl-C interrupts, as it does on a terminal: a job in the background of a shell is started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_start_does_not_occupy_the_folder(start, tmp_path, capsys, monkeypatch, brief, foreground, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "begin", lambda run, trackers: os.kill(os.getpid(), number))
+        said = command(capsys, *start, "--steps", "1")
+    assert said.code == 130 and said.errors == []
+    assert [name for name in tree(tmp_path / "out") if name != "metrics.jsonl"] == []
+    if number == signal.SIGTERM:
+        assert command(capsys, *start, "--steps", "1").code == 0
+
+
+def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief):
+    save = checkpoint.save_tensors
+
+    def interrupted(path, tensors):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", interrupted)
+    at_update(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "0")
+    assert said.code == 130 and said.errors == [] and said.warnings("press Ctrl-C again") and said.warnings("stopped at once")
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def test_overwriting_removes_the_earlier_result_before_it_trains(stopped, tmp_path, capsys, monkeypatch):
+    def stop(run):
+        raise KeyboardInterrupt
+
+    at_update(monkeypatch, 1, stop)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert command(capsys, *stopped, "--overwrite").code == 130
+    assert not (tmp_path / "out" / "model_index.json").exists(), "an old result must not pass for the new one"
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
+    data = make_pickapic(tmp_path / "sehr kleine Menge", pairs)
+    said = command(capsys, *start, "--data", data, "--batch-size", "4", "--epochs", "0.5")
+    assert said.code == 0 and any("step 1/1" in line for line in said.log)
