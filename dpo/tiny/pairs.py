@@ -128,7 +128,7 @@ def table(
                 "__index_level_0__": i,
             }
         )
-    agreement = ((score_0 > score_1) == (label_0 > 0.5))[~tie].mean()
+    agreement = ((score_0 > score_1) == (label_0 > 0.5))[~tie].mean() if not tie.all() else 1.0
     figures = {"pairs": len(rows), "ties": int(tie.sum()), "labels_agree_with_score": round(float(agreement), 4)}
     return pa.Table.from_pylist(rows, SCHEMA), figures
 

