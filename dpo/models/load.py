@@ -71,10 +71,19 @@ def check_part(flag: str, source: str | None) -> None:
 
 def read_index(folder: Path) -> dict:
     """model_index.json as a dict; UserError when it is damaged."""
+    path = folder / "model_index.json"
     try:
-        return json.loads((folder / "model_index.json").read_text())
+        return _mapping(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'model_index.json'} cannot be read ({first_line(error)}); fetch the model again") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch the model again") from error
+
+
+def _mapping(path: Path) -> dict:
+    """A JSON file that holds one object. Raises OSError or ValueError."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where names and values belong")
+    return value
 
 
 def family_of(index: dict, chosen: str = "auto") -> Family:
@@ -106,10 +115,13 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
     place = f"{folder}/{subfolder}" if subfolder else str(folder)
     try:
-        module = cls.from_pretrained(str(folder), **options)
+        module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
-        hint = " (for half-precision folders try --variant fp16)" if variant is None and "variant" not in str(error) else ""
+        halves = variant is None and any(Path(place).glob("*.fp16*.safetensors"))
+        hint = "; its weights are stored in half precision: use --variant fp16" if halves else ""
         raise UserError(f"cannot load {place}: {first_line(error)}{hint}") from error
+    if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
+        raise UserError(f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again")
     return module.requires_grad_(False).eval()
 
 
@@ -158,7 +170,7 @@ def _vae_subfolder(vae: str) -> str | None:
 def _scheduler_config(folder: Path) -> dict:
     path = folder / "scheduler" / "scheduler_config.json"
     try:
-        return json.loads(path.read_text())
+        return _mapping(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}): the noise schedule must come with the model") from error
 
