@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from dpo.metrics import DECILES
 from dpo.run_record import RunRecord
@@ -76,7 +77,7 @@ def _legend(axes: Axes) -> None:
 
 def _over_updates(axes: Axes) -> None:
     axes.set_xlabel("updates")
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     _short_numbers(axes)
 
 

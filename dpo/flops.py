@@ -6,7 +6,7 @@ attention is seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,7 @@ def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: 
         sample = torch.empty(1, unet.config.in_channels, height, width)
         text = torch.empty(1, text_length, unet.config.cross_attention_dim)
         timestep = torch.empty(1, dtype=torch.long)
-        conditions = _added_conditions(unet)
+        conditions = _added_conditions(unet.config)
         return _count(lambda: unet(sample, timestep, text, added_cond_kwargs=conditions))
 
 
@@ -76,16 +76,16 @@ def pair_flops(
     return halves * (forward * forwards + encode)
 
 
-def _added_conditions(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _added_conditions(config: Any) -> dict[str, torch.Tensor]:
     """SDXL's pooled text and six size numbers; empty for families without them."""
-    if unet.config.addition_embed_type != "text_time":
+    if config.addition_embed_type != "text_time":
         return {}
     sizes = 6
-    pooled = unet.config.projection_class_embeddings_input_dim - sizes * unet.config.addition_time_embed_dim
+    pooled = config.projection_class_embeddings_input_dim - sizes * config.addition_time_embed_dim
     return {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, sizes)}
 
 
-def _count(forward) -> int:
+def _count(forward: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,7 @@ from dpo.run_record import RunRecord, read_run
 # The same names as in LIGHT, for dark ground.
 DARK = {"ink": "#ececf1", "quiet": "#a0a0ac", "grid": "#34343d", "policy": "#7aa7ff", "other": "#ff9a57", "third": "#4fd0ac"}
 SIZE = (4.0, 2.45)  # inches of one chart; at this size its text is legible on a phone
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11.5, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": LIGHT["ink"],
     "axes.edgecolor": LIGHT["grid"], "axes.labelcolor": LIGHT["quiet"], "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "axes.titlesize": 12.5, "axes.titlelocation": "left",

@@ -121,7 +121,7 @@ def _tiles(run: RunRecord) -> list[Tile]:
     tiles = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
-        hint = f"of {learned.count:,} pairs, {learned.low:.2f} to {learned.high:.2f}; guessing: 0.50"
+        hint = f"of {learned.cases:,} pairs, {learned.low:.2f} to {learned.high:.2f}; guessing: 0.50"
         tiles.append(Tile("Held-out accuracy", f"{learned.share:.3f}", hint))
     if judged is not None:
         tiles.append(

@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
     share: float
     low: float
     high: float
-    count: int
+    cases: int
 
     @property
     def above(self) -> bool:
@@ -138,7 +138,7 @@ def _findings(run: RunRecord) -> list[str]:
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
         found.append(
-            f"On {learned.count:,} pairs that it never trained on, the model sides with the people's choice in "
+            f"On {learned.cases:,} pairs that it never trained on, the model sides with the people's choice in "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); guessing gives 50%."
         )
     elif accuracy is not None and run.pairwise:
@@ -147,7 +147,7 @@ def _findings(run: RunRecord) -> list[str]:
         )
     if judged is not None:
         found.append(
-            f"A judge prefers its images to those from before the training in {judged.share:.0%} of {judged.count:,} cases "
+            f"A judge prefers its images to those from before the training in {judged.share:.0%} of {judged.cases:,} cases "
             f"({judged.low:.0%} to {judged.high:.0%})."
         )
     lost = faithfulness_loss(run)
@@ -290,10 +290,10 @@ def _few_pairs(run: RunRecord) -> Warning | None:
 
 def _few_held_out(run: RunRecord) -> Warning | None:
     learned = held_out(run)
-    if learned is None or learned.count >= FEW_HELD_OUT:
+    if learned is None or learned.cases >= FEW_HELD_OUT:
         return None
     return Warning(
-        f"Only {learned.count} held-out pairs",
+        f"Only {learned.cases} held-out pairs",
         f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; raise --validation-pairs.",
     )
 
