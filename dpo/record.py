@@ -143,15 +143,15 @@ def find(config: Config, model: Components, plan: Schedule, source: Source, refe
         about = _about(folder)
         if about is None:
             continue
-        differs = [_differs(name, about["identity"].get(name), value) for name, value in wanted.items()]
-        missing = set(timesteps.tolist()) - set(about["timesteps"])
-        reason = [text for text in differs if text] + ([f"its timesteps lack {len(missing)} of the run's"] if missing else [])
-        if reason:
-            reasons.append(reason)
+        differs = list(filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items())))
+        missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
+        if differs or missing:
+            why = differs + [f"its timesteps lack {missing} of the run's"] * bool(missing)
+            reasons.append((len(differs), missing, "; ".join(why)))
         else:
             found.append((len(about["timesteps"]), folder, about))
     if not found:
-        why = "; ".join(min(reasons, key=len)) if reasons else "there is none yet"
+        why = min(reasons)[2] if reasons else "there is none yet"
         raise UserError(f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference")
     return _open(*min(found, key=lambda item: item[0])[1:], store.contents, timesteps)
 

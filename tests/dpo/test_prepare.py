@@ -155,8 +155,8 @@ def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(world, tmp_path, kills):
     pairs = str(make_pickapic(tmp_path / "pairs", 24, 1, broken=("truncated",), captions=5))
-    prepared(world, "sd15", tmp_path / "whole", pairs=pairs, *("--pairs-per-shard", "4"))
-    took = in_child(lambda: _seconds(lambda: prepared(world, "sd15", tmp_path / "timed", pairs=pairs, *("--pairs-per-shard", "4"))))
+    prepared(world, "sd15", tmp_path / "whole", "--pairs-per-shard", "4", pairs=pairs)
+    took = in_child(lambda: _seconds(lambda: prepared(world, "sd15", tmp_path / "timed", "--pairs-per-shard", "4", pairs=pairs)))
     work = lambda: prepared(world, "sd15", tmp_path / "killed", "--pairs-per-shard", "4", pairs=pairs)  # noqa: E731
     kill_until_done(work, random.Random(kills), kills, took)
     assert sums(tmp_path / "killed") == sums(tmp_path / "whole")
