@@ -30,6 +30,7 @@ setup(
         "numpy>=1.26,<3",
         "rich>=13,<16",  # the progress line
         "matplotlib>=3.9,<4",  # plots of the report
+        "jinja2>=3.1,<4",  # the report's page
         "tomli_w>=1.0,<2",
     ],
     extras_require={

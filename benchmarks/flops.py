@@ -36,7 +36,13 @@ PEERS = {  # (model, LoRA, checkpointing): TFLOP per pair
 }
 SIDES = {"SD 1.5, 512 px": 512, "SDXL, 1024 px": 1024}
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
+BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
 ENCODERS = {"SD 1.5, 512 px": (CLIP_L,), "SDXL, 1024 px": (CLIP_L, BIG_G)}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -114,8 +120,12 @@ def flops_of_reference(model: Model, forward: int, low_rank: bool) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/flops"), help="folder of the table (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/flops"), help="folder of the table (default: %(default)s)"
+    )
     out = parser.parse_args(argv).out
     results = Results(out, about(torch.device("cpu")))
     table = rows()

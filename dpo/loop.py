@@ -134,6 +134,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     """All updates that are left. Raises Stopped when asked to stop, after a checkpoint."""
     out, optim = run.config.output, run.config.optim
     batches = run.batches()
+    held_out: dict[str, Any] = {}
     with Progress(run.total, run.done, out.log_every) as progress:
         while run.done < run.total:
             began = time.monotonic()
@@ -159,9 +160,10 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             last = run.done == run.total
             if run.done % out.log_every == 0 or last:
                 trackers.log(run.done, figures)
-            progress.update(run.done, figures)
             if run.held_out is not None and (run.done % out.validate_every == 0 or last):
-                trackers.event({"event": "validation", "step": run.done, **validation.accuracy(run.step, run.held_out)})
+                held_out = validation.accuracy(run.step, run.held_out)
+                trackers.event({"event": "validation", "step": run.done, **held_out})
+            progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
                 finish.sample_images(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):

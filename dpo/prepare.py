@@ -155,7 +155,13 @@ def _pairs_per_shard(model: Any, config: Any, itemsize: int) -> int:
 
 
 def record_reference(
-    config: Any, folder: Path, draws: int, *, shard: tuple[int, int] = (0, 1), batch_size: int | None = None, block: int | None = None
+    config: Any,
+    folder: Path,
+    draws: int,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    batch_size: int | None = None,
+    block: int | None = None,
 ) -> Path:
     """Records the reference's errors on every pair of a finished store in `draws` draws; the record's folder. Raises UserError."""
     import torch
@@ -169,7 +175,9 @@ def record_reference(
     from dpo.step import Encoder
 
     device = build.pick_device(config.runtime.device)
-    config = change(build.embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False)
+    config = change(
+        build.embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
+    )
     source = open_source(config.data)
     config, model, plan, _ = build.load_model(prepared.adopt(config, source), device)
     prepared.check(model, source)
@@ -218,7 +226,9 @@ def _record_smaller(record: Callable[[Any], Any], task: Any, halve_it: bool) -> 
             return record(task)
         except torch.OutOfMemoryError as error:
             if not halve_it or task.batch_size == 1:
-                raise UserError(f"out of GPU memory with {task.batch_size} pairs a batch: give a smaller --record-batch") from error
+                raise UserError(
+                    f"out of GPU memory with {task.batch_size} pairs a batch: give a smaller --record-batch"
+                ) from error
         torch.cuda.empty_cache()
         task = replace(task, batch_size=task.batch_size // 2)
         log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
@@ -242,15 +252,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", required=True, metavar="FOLDER", help="the prepared store, made or added to")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored latents and text (default: fp16)")
     parser.add_argument("--reference", action="store_true", help="record the reference's errors too")
-    parser.add_argument("--draws", type=_positive, default=4, metavar="K", help="draws of (timestep, noise) per pair (default: 4)")
     parser.add_argument(
-        "--record-batch", type=_positive, metavar="N", help="pairs a batch when recording (default: as many as fit; on a CPU --batch-size)"
+        "--draws", type=_positive, default=4, metavar="K", help="draws of (timestep, noise) per pair (default: 4)"
+    )
+    parser.add_argument(
+        "--record-batch",
+        type=_positive,
+        metavar="N",
+        help="pairs a batch when recording (default: as many as fit; on a CPU --batch-size)",
     )
     parser.add_argument("--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)")
-    parser.add_argument("--merge", nargs="*", metavar="PART", help="make the store an index over finished parts (default: those below it)")
+    parser.add_argument(
+        "--merge", nargs="*", metavar="PART", help="make the store an index over finished parts (default: those below it)"
+    )
     parser.add_argument("--verify", action="store_true", help="check every byte of the store and its records")
     parser.add_argument("--pairs-per-shard", type=_positive, metavar="N", help="pairs in one file (default: about 256 MiB)")
-    parser.add_argument("--text-batch", type=_positive, default=TEXT_BATCH, metavar="N", help="captions encoded at once (default: 32)")
+    parser.add_argument(
+        "--text-batch", type=_positive, default=TEXT_BATCH, metavar="N", help="captions encoded at once (default: 32)"
+    )
     return parser
 
 
@@ -295,7 +314,9 @@ def parts_in(folder: Path) -> list[Path]:
     wanted = [folder / PART.format(i, count) for i in range(count)]
     missing = [part.name for part in wanted if part not in found]
     if missing or len(found) != count:
-        raise UserError(f"{folder}: {', '.join(missing) or 'parts of several numberings'}: prepare the missing shards, then --merge")
+        raise UserError(
+            f"{folder}: {', '.join(missing) or 'parts of several numberings'}: prepare the missing shards, then --merge"
+        )
     return wanted
 
 

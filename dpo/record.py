@@ -152,7 +152,9 @@ def find(config: Config, model: Components, plan: Schedule, source: Source, refe
             found.append((len(about["timesteps"]), folder, about))
     if not found:
         why = min(reasons)[2] if reasons else "there is none yet"
-        raise UserError(f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference")
+        raise UserError(
+            f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference"
+        )
     return _open(*min(found, key=lambda item: item[0])[1:], store.contents, timesteps)
 
 
@@ -298,7 +300,9 @@ def _piece(task: Task, folder: Path, piece: Piece) -> dict[str, Any] | None:
         wanted = (block["draw"] >= piece.first) & (block["draw"] < piece.last)
         errors[block["draw"][wanted] - piece.first, block["pair"][wanted]] = block["errors"].T[wanted]
     if not errors.isfinite().all():
-        raise UserError(f"the reference's error of {int((~errors.isfinite()).any(2).sum())} draws is not finite: try another --precision")
+        raise UserError(
+            f"the reference's error of {int((~errors.isfinite()).any(2).sum())} draws is not finite: try another --precision"
+        )
     entry = write_shard(folder / f"{piece.name}.safetensors", {"errors": errors})
     number = int(np.searchsorted(contents.pairs.starts, piece.end))
     place = [piece.begin, piece.end, piece.first, piece.last]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo import checkpoint, decisions, optimizer, record, schedule, validation
+from dpo import checkpoint, decisions, objective, optimizer, record, schedule, validation
 from dpo.config import Config, flatten, from_mapping
 from dpo.correction import CorrectionTable
 from dpo.data import Source, batches
@@ -83,6 +83,11 @@ class Run:
     def correction(self) -> Tensor:
         """C [T] of DDE as it stands at the start of an update (all zero for the other methods)."""
         return self.table.correction().to(self.step.weight.dtype)
+
+    def tables(self, correction: Tensor) -> dict[str, Tensor]:
+        """M and C [T] for the figures, where the method has them."""
+        stepwise = objective.METHODS[self.config.method.method].correction
+        return {"table": self.table.table, "correction": correction} if stepwise else {}
 
     def drop(self) -> None:
         """Forget the update in progress."""

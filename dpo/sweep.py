@@ -179,7 +179,9 @@ def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
     from dpo.run_record import read_run
 
     found: dict[str, Any] = {**cell, "status": "failed" if (folder / "failed.txt").is_file() else "not started", "updates": 0}
-    figures: dict[str, Any] = dict.fromkeys([*FIGURES, "held-out accuracy", "held-out low", "held-out high", "win rate", "seconds"])
+    figures: dict[str, Any] = dict.fromkeys(
+        [*FIGURES, "held-out accuracy", "held-out low", "held-out high", "win rate", "seconds"]
+    )
     if (folder / "metrics.jsonl").is_file():
         run = read_run(folder)
         found |= {"status": run.status, "updates": run.done}
@@ -222,7 +224,9 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
                 mean = np.convolve(values, np.ones(width) / width, mode="valid")
                 curves.plot(steps[len(steps) - len(mean) :], mean, color=colour)
             validations = run.validations
-            held.plot([v["step"] for v in validations], [v["heldout_accuracy"] for v in validations], color=colour, marker="o", ms=3)
+            held.plot(
+                [v["step"] for v in validations], [v["heldout_accuracy"] for v in validations], color=colour, marker="o", ms=3
+            )
             if validations:
                 last = validations[-1]["heldout_accuracy"]
                 low, high = validations[-1]["heldout_interval"]

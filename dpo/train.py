@@ -36,7 +36,7 @@ def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
         run.metrics.add(terms, timesteps, inputs.prob, inputs.usable)
         usable += int(batch.usable.sum())  # on the host: no synchronisation
     norm = run.updater.grad_norm(usable / run.nominal)
-    figures = run.metrics.read({"grad_norm": norm})
+    figures = run.metrics.read({"grad_norm": norm}, run.tables(correction))
     run.check_finite(figures)
     if usable:
         run.updater.update(run.learning_rate(), norm)

@@ -27,7 +27,10 @@ def condition(text: TextEncoding, micro: Tensor | None) -> dict:
         raise ValueError("SDXL needs each image's micro-conditioning")
     return {
         "encoder_hidden_states": text.hidden,
-        "added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": micro.to(torch.promote_types(text.hidden.dtype, torch.float32))},
+        "added_cond_kwargs": {
+            "text_embeds": text.pooled,
+            "time_ids": micro.to(torch.promote_types(text.hidden.dtype, torch.float32)),
+        },
     }
 
 

@@ -14,11 +14,13 @@ from tests.dpo.running import make_run
 from tests.worlds import ODDITIES, make_pickapic
 
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sd2v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CONVOLUTIONS = ("conv1", "conv2", "conv_in", "conv_out")  # 24 updates of attention alone move this small UNet too little
 RUNS = {
     "sd15, all weights": ("sd15", ["--learning-rate", "3e-5"]),
     "sd15, LoRA, dde": ("sd15", ["--lora", "--method", "dde", "--learning-rate", "2e-3"]),
     "sd2v, all weights": ("sd2v", ["--learning-rate", "1e-4"]),
-    "sdxl, LoRA": ("sdxl", ["--lora", "--learning-rate", "3e-4"]),
+    "sdxl, LoRA": ("sdxl", ["--lora", "--learning-rate", "1e-3", "--target-modules", *ATTENTION, *CONVOLUTIONS]),
 }
 
 

@@ -73,7 +73,17 @@ def test_half_precision_costs_only_its_rounding(world, tmp_path):
 
 def test_a_store_needs_no_resolution_and_holds_out_the_same_pairs(world, tmp_path):
     store = prepared(world, "sd15", tmp_path / "store", "--resolution", "16", "--dtype", "fp32")
-    flags = ["--model", world("sd15"), "--output", str(tmp_path / "run"), *QUIET, "--validation-fraction", "0.2", "--validate-every", "9"]
+    flags = [
+        "--model",
+        world("sd15"),
+        "--output",
+        str(tmp_path / "run"),
+        *QUIET,
+        "--validation-fraction",
+        "0.2",
+        "--validate-every",
+        "9",
+    ]
     fresh = build(parse([*flags, "--data", str(store)])[0], [])
     images = build(parse([*flags, "--data", world("pairs"), "--resolution", "16"])[0], [])
     assert fresh.config.data.resolution == 16

@@ -97,7 +97,9 @@ def test_other_batches_show_their_noise(world, stores, tmp_path):
     for batch in (next(run.batches()),):
         terms, _ = run.step(run.encoder.inputs(batch), torch.zeros_like(run.step.weight), recorded=batch.recorded)
         assert terms.logit.abs().max() < 1e-3
-    shifted = dataclasses.replace(run.recorded, pieces=tuple((piece, errors + torch.tensor([1e-5, 0])) for piece, errors in run.recorded.pieces))
+    shifted = dataclasses.replace(
+        run.recorded, pieces=tuple((piece, errors + torch.tensor([1e-5, 0])) for piece, errors in run.recorded.pieces)
+    )
     run.recorded = shifted
     text = record.noise(run.step, run.encoder, run.batches())
     assert "noise on the logit of the first 28 pairs: sd 0.01" in text  # beta / 2 * 1e-5
@@ -138,7 +140,10 @@ def test_a_window_filters_the_recorded_draws(world, stores, tmp_path):
 def test_a_record_of_a_window_serves_that_window_and_narrower_ones(world, stores, tmp_path):
     window = ["--window-low", "100", "--window-high", "900", "--seed", "5"]
     store = str(stores("sd15"))
-    assert prepare.main(["--store", store, "--model", world("sd15"), "--reference", "--draws", "1", "--batch-size", "4", *window]) == 0
+    assert (
+        prepare.main(["--store", store, "--model", world("sd15"), "--reference", "--draws", "1", "--batch-size", "4", *window])
+        == 0
+    )
     run = recorded_run(world, store, tmp_path, *window)
     assert run.recorded.inside is None and "exactly 0" in record.noise(run.step, run.encoder, run.batches())
     narrow = recorded_run(world, store, tmp_path, *window, "--window-high", "400")
@@ -185,7 +190,9 @@ def test_another_reference_is_refused_and_another_start_is_not(world, stores, tm
 
 
 def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):
-    assert prepare.main(["--store", str(tmp_path / "s"), "--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]) == 0
+    assert (
+        prepare.main(["--store", str(tmp_path / "s"), "--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]) == 0
+    )
     with pytest.raises(UserError, match=r"there is none yet\): make one with"):
         recorded_run(world, tmp_path / "s", tmp_path)
     with pytest.raises(UserError, match="needs a prepared store"):
@@ -230,7 +237,9 @@ def test_more_draws_and_more_pairs_are_added(world, small, tmp_path):
     make(3)
     more = errors_of(folder, store, world, tmp_path)
     assert more.shape == (3, 10, 2) and torch.equal(more[:2], before) and not torch.equal(more[2], more[0])
-    assert {name: value for name, value in sums(folder).items() if name in files and name != "record.json"}.items() <= files.items()
+    assert {
+        name: value for name, value in sums(folder).items() if name in files and name != "record.json"
+    }.items() <= files.items()
     grown = str(make_pickapic(tmp_path / "grown", 16, 2))
     assert prepare.main(["--store", str(store), "--data", grown, "--model", world("sd15"), *FLAGS, "--workers", "0"]) == 0
     with pytest.raises(UserError, match="lacks 6 pairs of the store"):
@@ -328,5 +337,3 @@ def test_an_error_that_is_not_finite_is_refused(small, monkeypatch):
 def _poisoned(start: int, stop: int) -> dict[str, torch.Tensor]:
     position = torch.arange(start, stop)
     return {"pair": position % 10, "draw": position // 10, "errors": torch.full((2, len(position)), torch.inf)}
-
-

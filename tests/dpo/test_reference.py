@@ -11,8 +11,8 @@ from dpo.models import lora
 from dpo.models.unet import halve, use_checkpointing
 from dpo.objective import pair_difference
 from tests.dpo.models.test_unet import arguments, unets  # noqa: F401
-from tests.worlds import KINDS
 
+KINDS = ("sd15", "sd2v", "sdxl")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = [None, torch.bfloat16, torch.float16]
 

@@ -55,7 +55,8 @@ def run(M, C, dtype, weight_dtype, offset, has_residual, no_worse):
     s = x if s is None else s
     actual = (s, y, *_launch_backward(dy, dsum, s, weight, mean, rstd, True))
     for ours, theirs, reference in zip(actual, eager, exact, strict=True):
-        no_worse(ours, theirs, reference)
+        # of a few numbers plain torch may round all to the last bit by chance: two units there are always allowed
+        no_worse(ours, theirs, reference, floor=2 * torch.finfo(ours.dtype).eps * reference.abs().max().item())
     again = _launch_backward(dy, dsum, s, weight, mean, rstd, True)
     assert all(torch.equal(a, b) for a, b in zip(actual[2:], again, strict=True))
     frozen = _launch_backward(dy, dsum, s, weight, mean, rstd, False)

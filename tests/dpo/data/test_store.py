@@ -22,7 +22,9 @@ from tests.dpo.data.stores import CFG, Encoders, Synthetic, task
 
 
 def store_batches(source, cfg=CFG, seed=0, start=0, stop=None, micro_batch=4, **more):
-    return prepared.batches(source, cfg, seed=seed, start=start, stop=stop, micro_batch=micro_batch, resolution=8, workers=0, **more)
+    return prepared.batches(
+        source, cfg, seed=seed, start=start, stop=stop, micro_batch=micro_batch, resolution=8, workers=0, **more
+    )
 
 
 def sums(folder):
@@ -117,7 +119,11 @@ def test_held_out_pairs_are_the_same_as_from_the_images(tmp_path):
     cfg = replace(CFG, data=str(tmp_path), validation_fraction=0.3, caption_dropout=0.9)
     train, held = open_sources(cfg)
     assert 0 < len(held) < 40 and len(train) + len(held) == 40
-    captions = {batch_caption for batch in prepared.held_out_batches(held, cfg, micro_batch=3, resolution=8) for batch_caption in batch.captions}
+    captions = {
+        batch_caption
+        for batch in prepared.held_out_batches(held, cfg, micro_batch=3, resolution=8)
+        for batch_caption in batch.captions
+    }
     assert captions == {held[i].caption for i in range(len(held))}  # never dropped
     assert not captions & {train[i].caption for i in range(len(train))}
 
@@ -271,7 +277,9 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     assert any("000002.safetensors is missing" in line for line in verify(tmp_path))
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: text.replace('"pairs": 8', '"pairs": 7', 1)])
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[: len(text) // 2], lambda text: text.replace('"pairs": 8', '"pairs": 7', 1)]
+)
 def test_a_truncated_or_altered_index_is_named(tmp_path, damage):
     filling.fill(task(tmp_path, Synthetic(20)))
     index = tmp_path / "store.json"
@@ -356,7 +364,9 @@ def fill_and_read(folder, rows, read):
 @pytest.mark.parametrize("rows", [5000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat(tmp_path, rows):
     """Latents of this toy are 64 bytes an image; of SD 1.5 they are 64 KiB. What grows are a few numbers for each pair."""
-    base, filled, read = in_child(lambda: (fill_and_read(tmp_path, 1500, 1500)[1], *fill_and_read(tmp_path, rows, min(rows, 40_000))))
+    base, filled, read = in_child(
+        lambda: (fill_and_read(tmp_path, 1500, 1500)[1], *fill_and_read(tmp_path, rows, min(rows, 40_000)))
+    )
     print(f"{rows} rows: {(filled - base) / 2**20:.1f} MiB more after filling, {(read - base) / 2**20:.1f} MiB after reading")
     assert filled - base < 20 * 2**20 + 100 * rows
     assert read - base < 24 * 2**20 + 250 * rows

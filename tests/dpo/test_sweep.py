@@ -1,0 +1,125 @@
+"""dpo.sweep: the grid, its table and plot, going on after an interruption."""
+
+import csv
+
+import pytest
+
+from dpo import loop, prepare, sweep
+from dpo.errors import UserError
+from dpo.run_record import read_run
+
+QUICK = [
+    "--steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--sample-steps",
+    "1",
+    "--sample-seeds",
+    "0",
+    "--sample-prompts",
+    "a fox",
+]
+
+
+def test_flags_with_several_values_are_axes():
+    out, grid, rest = sweep.read(
+        [
+            "--beta",
+            "1000,2000",
+            "--method=dpo,dde",
+            "--out",
+            "x",
+            "--model",
+            "m",
+            "--lr",
+            "1e-5,2e-5",
+            "--lora",
+            "--checkpointing",
+            "a,b",
+            "--target-modules",
+            "to_q,to_k",
+        ]
+    )
+    assert str(out) == "x" and list(grid) == ["beta", "method", "learning_rate"]
+    assert rest == ["--model", "m", "--lora", "--checkpointing", "a,b", "--target-modules", "to_q,to_k"]
+    names = [sweep.name_of(cell) for cell in sweep.cells(grid)]
+    assert len(set(names)) == 8 and names[0] == "beta-1000_method-dpo_learning_rate-1e-5"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--beta", "1,2"], "--out"),
+        (["--out", "x", "--beta", "1"], "nothing to compare"),
+        (["--out", "x", "--beta", "1,-2", "--model", "m", "--data", "d"], "beta = -2"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweep.main(argv) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def flags(world, tmp_path_factory):
+    store = tmp_path_factory.mktemp("sweep") / "store"
+    base = ["--model", world("sd15"), "--batch-size", "4", "--workers", "0"]
+    assert prepare.main(["--store", str(store), "--data", world("pairs"), "--reference", "--draws", "1", *base]) == 0
+    return [
+        "--model",
+        world("sd15"),
+        "--data",
+        str(store),
+        "--reference",
+        "recorded",
+        "--validation-fraction",
+        "0.2",
+        "--validation-draws",
+        "1",
+        *QUICK,
+    ]
+
+
+def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    command = ["--out", str(out), "--method", "dpo,dde", *flags]
+    real, started = loop.train, []
+
+    def interrupted(config, notes, step):
+        started.append(config.method.method)
+        return real(config, notes, step) if len(started) == 1 else 130
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert sweep.main(command) == 130
+    assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["finished", "not started"]
+    monkeypatch.setattr(
+        loop, "train", lambda config, notes, step: started.append(config.method.method) or real(config, notes, step)
+    )
+    assert sweep.main(command) == 0
+    assert started == ["dpo", "dde", "dde"]  # the finished run is not repeated
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [row["method"] for row in rows] == ["dpo", "dde"] and all(
+        row["status"] == "finished" and row["updates"] == "2" for row in rows
+    )
+    run = read_run(out / "method-dde")
+    assert float(rows[1]["loss"]) == pytest.approx(run.late("loss"))
+    assert float(rows[1]["held-out accuracy"]) == run.validations[-1]["heldout_accuracy"]
+    assert (out / "sweep.png").stat().st_size > 10_000 and (out / "sweep.md").read_text().count("\n") == 4
+    assert sweep.main(["--out", str(out), "--method", "dpo,dde", *flags, "--seed", "1"]) == 2  # other flags, same folder
+
+
+def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch):
+    def train(config, notes, step):
+        if config.method.beta == 1:
+            raise UserError("it diverged")
+        return 0
+
+    monkeypatch.setattr(loop, "train", train)
+    out = tmp_path / "sweep"
+    assert sweep.main(["--out", str(out), "--beta", "1,2", *flags]) == 1
+    assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["failed", "not started"]
+    assert (out / "beta-1" / "failed.txt").read_text() == "it diverged\n"
