@@ -20,7 +20,7 @@ RUNS = {
     "sd15, all weights": ("sd15", ["--learning-rate", "3e-5"]),
     "sd15, LoRA, dde": ("sd15", ["--lora", "--method", "dde", "--learning-rate", "2e-3"]),
     "sd2v, all weights": ("sd2v", ["--learning-rate", "1e-4"]),
-    "sdxl, LoRA": ("sdxl", ["--lora", "--learning-rate", "1e-3", "--target-modules", *ATTENTION, *CONVOLUTIONS]),
+    "sdxl, LoRA": ("sdxl", ["--lora", "--learning-rate", "1e-3", "--beta", "500", "--target-modules", *ATTENTION, *CONVOLUTIONS]),
 }
 
 
