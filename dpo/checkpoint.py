@@ -228,7 +228,8 @@ def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if "format" in state:
         return dict(state["state"]), {"format": state["format"], "param_groups": state["param_groups"]}
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, entry in state["state"].items():
         for name, value in _leaves(entry, str(index)):
             (tensors if isinstance(value, Tensor) else numbers)[name] = value
