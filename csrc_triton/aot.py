@@ -14,8 +14,10 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -44,10 +46,10 @@ class Specimen:
     """
 
     name: str
-    kernel: object
+    kernel: Any  # a triton.jit function
     dtype: str
-    signature: dict[str, str]
-    constexprs: dict[str, object]
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object]
     num_warps: int = 4
     aligned: tuple[str, ...] = ()
     vector_load: bool = True

@@ -73,7 +73,7 @@ class Source(NamedTuple):
             return wide(self.target) if self.target.shape == policy.shape else wide(self.target).repeat(2, 1, 1, 1)
         dtype = wide(policy).dtype
         noise = pair_noise(self.keys, self.draws, self.seed, tuple(policy.shape[1:]), dtype).repeat(2, 1, 1, 1)
-        if self.latents is None:
+        if self.latents is None or self.alphas is None:
             return noise
         signal, spread = (x.repeat(2, 1, 1, 1) for x in signal_and_spread(self.alphas, timesteps, dtype))
         return signal * noise - spread * self.latents.to(dtype)
@@ -308,8 +308,7 @@ def _prepare(
     )
     assert latents is None or latents.shape == policy.shape, f"latents {tuple(latents.shape)}: expected {tuple(policy.shape)}"
     dtype = wide(policy).dtype
-    keys, draws, seed = noise if noise is not None else (None, None, None)
-    seed = seed_tensor(seed, policy.device) if noise is not None else None
+    keys, draws, seed = (*noise[:2], seed_tensor(noise[2], policy.device)) if noise is not None else (None, None, None)
     beta = beta.to(dtype) if isinstance(beta, torch.Tensor) else torch.full((), beta, dtype=dtype, device=policy.device)
     floats = [x.detach().to(dtype).contiguous() for x in (prob, usable, weight, correction)]
     reference = reference.detach() if reference is not None else None
