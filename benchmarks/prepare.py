@@ -51,7 +51,9 @@ def make_model(folder: Path, size: dict[str, Any]) -> Path:
     unet, vae, layers = size["unet"], size["vae"], size["layers"]
     levels = len(unet) - 1
     tokenizer = StableDiffusionPipeline.from_pretrained(tiny.pipeline_path()).tokenizer
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+    )
     StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=vae,
@@ -73,7 +75,9 @@ def make_model(folder: Path, size: dict[str, Any]) -> Path:
             attention_head_dim=4,
             cross_attention_dim=64,
         ),
-        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -96,7 +100,9 @@ def make_pairs(folder: Path, side: int) -> Path:
 
 
 def make_run(model: Path, data: Path, out: Path, batch: int, *flags: str) -> Any:
-    config, notes = parse(["--model", str(model), "--data", str(data), "--output", str(out), "--batch-size", str(batch), *QUIET, *flags])
+    config, notes = parse(
+        ["--model", str(model), "--data", str(data), "--output", str(out), "--batch-size", str(batch), *QUIET, *flags]
+    )
     return build(config, notes)
 
 
@@ -122,7 +128,10 @@ def measure(name: str, steps: int) -> dict[str, Any]:
         for kind, (cpu, wall) in seconds.items():
             row |= {f"{kind}, CPU s": cpu, f"{kind}, clock s": wall}
         for kind in ("images", "prepared"):
-            row |= {f"{kind} / recorded, CPU": seconds[kind][0] / base[0], f"{kind} / recorded, clock": seconds[kind][1] / base[1]}
+            row |= {
+                f"{kind} / recorded, CPU": seconds[kind][0] / base[0],
+                f"{kind} / recorded, clock": seconds[kind][1] / base[1],
+            }
             row[f"{kind} / recorded, FLOPs"] = counted[kind] / counted["prepared + recorded"]
         run = make_run(model, store, root / "d", batch, "--reference", "recorded", "--steps", str(steps))
         return row | host_share(run)
@@ -142,7 +151,9 @@ def turns(runs: dict[str, Any], steps: int) -> dict[str, tuple[float, float]]:
                 times[kind].append((time.process_time() - before[0], time.perf_counter() - before[1]))
     for stream in streams.values():
         stream.close()
-    return {kind: (statistics.median(c for c, _ in found), statistics.median(w for _, w in found)) for kind, found in times.items()}
+    return {
+        kind: (statistics.median(c for c, _ in found), statistics.median(w for _, w in found)) for kind, found in times.items()
+    }
 
 
 def counted_flops(run: Any) -> dict[str, float]:
@@ -195,17 +206,27 @@ def patched(owner: Any, name: str, change: Callable[[Any], Any]) -> Iterator[Non
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=tuple(SIZES), nargs="*", default=list(SIZES), help="pipelines to measure (default: all)")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--size", choices=tuple(SIZES), nargs="*", default=list(SIZES), help="pipelines to measure (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=12, help="steps of each kind of run (default: 12)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/prepare"), help="folder of the table (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/prepare"), help="folder of the table (default: %(default)s)"
+    )
     own = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = Results(own.out, about(torch.device("cpu")))
     for size in own.size:
         results.add("prepare", measure(size, own.steps))
     table = results.rows["prepare"]
-    columns = ["size", *(name for name in table[0] if "/" in name or "host" in name), *(name for name in table[0] if name.endswith(" s"))]
+    columns = [
+        "size",
+        *(name for name in table[0] if "/" in name or "host" in name),
+        *(name for name in table[0] if name.endswith(" s")),
+    ]
     text = markdown(table, columns)
     results.write("prepare.md", text)
     print(text)

@@ -8,7 +8,7 @@ from csrc_triton.layer_norm import _launch_backward, _launch_forward
 
 HALF = (torch.bfloat16, torch.float16)
 QUICK = [
-    (1, 7, torch.float32, torch.float32, 0.0, True),
+    (65, 7, torch.float32, torch.float32, 0.0, True),  # a single row of 7 has too few values to compare largest errors
     (37, 320, torch.bfloat16, torch.float32, 0.0, True),
     (70, 640, torch.float16, torch.float16, 3.0, False),
     (33, 1280, torch.float32, torch.float32, 100.0, True),
