@@ -324,7 +324,7 @@ def build(kind: str, net: torch.nn.Module) -> torch.optim.Optimizer:
     return optimizer.build(kind, list(net.parameters()), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
 def test_k_steps_save_load_k_steps_equal_2k_steps(tmp_path, kind):
     whole = model()
     made = build(kind, whole)
@@ -356,7 +356,7 @@ def test_k_steps_save_load_k_steps_equal_2k_steps(tmp_path, kind):
     assert not torch.equal(next(iter(whole.parameters())), next(iter(started.parameters())))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adamw8bit", "bnb-adamw8bit"])
 def test_wide_state_of_half_precision_weights_is_not_rounded(kind):
     net, again = model().bfloat16(), model().bfloat16()
     made, fresh = build(kind, net), build(kind, again)

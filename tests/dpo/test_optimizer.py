@@ -186,7 +186,7 @@ def test_overflow_skips_the_step_and_lowers_the_scale():
 # --- optimizers by name -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
 def test_every_optimizer_lowers_a_loss(kind):
     made = updater(kind=kind)
     x = torch.randn(64, 40, generator=torch.Generator().manual_seed(3))
