@@ -18,7 +18,7 @@ def test_the_count_sees_what_is_saved(monkeypatch):
     full, low_rank = rows["full", "off"], rows["LoRA", "off"]
     assert full["prepared"] - full["prepared + recorded"] == pytest.approx(2 * forward)
     assert full["prepared + recorded"] == pytest.approx(pair_flops(forward, reference="recorded"), rel=0.02)
-    assert low_rank["prepared + recorded"] < 0.8 * full["prepared + recorded"]
+    assert low_rank["prepared + recorded"] < full["prepared + recorded"]
     assert low_rank["prepared"] - low_rank["prepared + recorded"] == pytest.approx(2 * forward)
     for kind in ("full", "LoRA"):
         again = rows[kind, "on"]["prepared"] - rows[kind, "off"]["prepared"]
