@@ -77,6 +77,21 @@ def test_shared_memory_and_strides_are_stored(tmp_path):
     assert torch.equal(stored["b"], base.T) and torch.equal(stored["c"], base[0]) and torch.equal(stored["d"], base)
 
 
+def test_the_name_appears_by_one_rename_of_a_whole_folder(tmp_path, monkeypatch):
+    replace, seen = os.replace, []
+
+    def watch(source, target):
+        if Path(target) == folder_of(tmp_path, 7):
+            assert not Path(target).exists()
+            assert torch.equal(load(Path(source)).tensors["policy"]["a.weight"], tensors_of(7)["policy"]["a.weight"])
+            seen.append(Path(source).name)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", watch)
+    write(tmp_path, 7)
+    assert len(seen) == 1 and seen[0].startswith(".step-00000007.part-")
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     write(tmp_path, 3)
     save(folder_of(tmp_path, 3), {"policy": {"x": torch.ones(2)}}, {"step": 3, "again": True})
