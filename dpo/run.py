@@ -168,7 +168,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
     if updater.ema:
         checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), tensors["ema"], "averaged weights")
-    updater.optimizer.load_state_dict(checkpoint.unpack(tensors.get("optimizer", {}), state["optimizer"]))
+    checkpoint.load_optimizer(updater.optimizer, tensors.get("optimizer", {}), state["optimizer"])
     if updater.scaler is not None and state["scaler"]:
         updater.scaler.load_state_dict(state["scaler"])
     run.table.table.copy_(tensors["tables"]["correction"])
