@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         config, notes = parse(sys.argv[1:] if argv is None else argv)
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other on a busy CPU
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
         from dpo import console, loop  # torch is imported only once the command line is known to be good
 
         console.setup()

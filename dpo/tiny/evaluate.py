@@ -1,6 +1,10 @@
 """Draw paired pictures before and after alignment, from the same captions and the same initial noise, and judge them."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +16,6 @@ from dpo.tiny.text import token_ids
 STEPS, GUIDANCE = 20, 3.0
 
 
-@torch.no_grad()
 def draw(
     unet,
     text_encoder,
@@ -23,23 +26,38 @@ def draw(
     seeds: list[int],  # [N] each its own initial noise, whatever the batch
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    batch: int = 32,
+    batch: int = 20,
 ) -> np.ndarray:
     """uint8 [N, H, W, 3]. Deterministic: one picture depends on its prompt and seed alone (up to rounding)."""
     sampler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
-    pictures = [
-        _draw_batch(unet, text_encoder, tokenizer, vae, sampler, prompts[i : i + batch], seeds[i : i + batch], steps, guidance)
-        for i in range(0, len(prompts), batch)
-    ]
-    return np.concatenate(pictures)
+    sampler.set_timesteps(steps, device=unet.device)
+
+    def part(start: int) -> np.ndarray:
+        chosen = slice(start, start + batch)
+        return _draw_batch(unet, text_encoder, tokenizer, vae, sampler, prompts[chosen], seeds[chosen], guidance)
+
+    with _a_thread_each(unet.device) as pool:
+        return np.concatenate(list(pool.map(part, range(0, len(prompts), batch))))
 
 
-def _draw_batch(unet, text_encoder, tokenizer, vae, sampler, prompts, seeds, steps, guidance) -> np.ndarray:
+@contextmanager
+def _a_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Batches side by side, each on one core: for a UNet this small that is half as fast again as all cores on one batch."""
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    start = partial(torch.set_num_threads, 1) if cores > 1 else None
+    try:
+        with ThreadPoolExecutor(cores, initializer=start) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(cores)
+
+
+@torch.no_grad()  # a setting of the thread
+def _draw_batch(unet, text_encoder, tokenizer, vae, sampler, prompts, seeds, guidance) -> np.ndarray:
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents_BCHW = torch.stack(noise).to(unet.device, unet.dtype)
     states_2BLD = text_encoder(token_ids([""] * len(prompts) + prompts, tokenizer).to(text_encoder.device)).last_hidden_state
-    sampler.set_timesteps(steps, device=unet.device)
     for t in sampler.timesteps:
         without, with_caption = unet(torch.cat([latents_BCHW] * 2), t, states_2BLD.to(unet.dtype)).sample.chunk(2)
         latents_BCHW = sampler.step(without + guidance * (with_caption - without), t, latents_BCHW).prev_sample

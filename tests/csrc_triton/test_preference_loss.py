@@ -95,6 +95,22 @@ def test_policy_equal_to_reference_is_exact(function, dtype):
 
 
 @pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
+def test_a_large_logit_leaves_the_small_gradient_its_digits(function):
+    def gradient(dtype):
+        policy, _, target, _, _, _ = world(torch.float32)
+        policy = policy.to(dtype).requires_grad_()
+        terms = function(
+            policy, torch.arange(B), ALL, ALL, torch.ones(T), -torch.linspace(18.0, 60.0, T), 2.0, shape="sigmoid",
+            reference=policy.detach(), target=target.to(dtype),
+        )  # fmt: skip
+        assert (terms.logit >= 18).all()
+        return torch.autograd.grad(terms.loss.sum(), policy)[0].double()
+
+    exact = gradient(torch.float64)
+    torch.testing.assert_close(gradient(torch.float32), exact, rtol=1e-4, atol=1e-6 * exact[B - 1].abs().max().item())
+
+
+@pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
 def test_holes_contribute_nothing_anywhere(function):
     policy, reference, target, _, weight, correction = world()
     usable = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])

@@ -131,6 +131,20 @@ def test_full_grid(batch, shape, dtype, loss_shape, source, kind, layout, no_wor
     compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_large_logits_leave_small_slopes_their_digits(sign):
+    policy, _, _, keywords, _, _, _, _ = world(3, (3, 5, 7), torch.float32, "target", "contiguous")
+    timesteps, prob = torch.tensor([0, 1, 2]), torch.tensor([1.0, 1.0, 0.75])
+    correction = torch.zeros(T)
+    correction[:3] = torch.tensor([18.0, 40.0, 25.0]) * (-2 * sign / BETA)
+    _, terms, _, _ = launch(policy, policy, None, keywords, timesteps, prob, torch.ones(T), correction, "sigmoid")
+    z = terms[0].double()
+    assert (z * sign >= 17.9).all()
+    exact = ((1 - prob.double()) * torch.sigmoid(z) - prob.double() * torch.sigmoid(-z)) * (-BETA / 2)
+    torch.testing.assert_close(terms[7].double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms[8], -terms[7])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_equal_to_reference_is_exact(dtype):
     policy, _, _, keywords, timesteps, prob, weight, _ = world(4, (3, 5, 7), dtype, "v", "contiguous")
