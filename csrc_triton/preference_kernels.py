@@ -100,9 +100,8 @@ def _finish_pairs(
         if SHAPE == SIGMOID:
             small = exp_fp32(-tl.abs(z))
             loss = log1p_exp_fp32(-z) + (1.0 - p) * z
-            large = tl.div_rn(1.0, 1.0 + small)  # sigmoid(|z|)
             small = tl.div_rn(small, 1.0 + small)  # sigmoid(-|z|)
-            derivative = (1.0 - p) * tl.where(z >= 0.0, large, small) - p * tl.where(z >= 0.0, small, large)
+            derivative = tl.where(z >= 0.0, (1.0 - p) - small, small - p)
         elif SHAPE == HINGE:
             loss = p * tl.maximum(1.0 - z, 0.0) + (1.0 - p) * tl.maximum(1.0 + z, 0.0)
             derivative = tl.where(z > -1.0, 1.0 - p, 0.0) - tl.where(z < 1.0, p, 0.0)

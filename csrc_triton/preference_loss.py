@@ -11,8 +11,8 @@ policy and reference agree, and free of cancellation. Then z is exactly 0 and, a
 + (1 - p) z, each loss is exactly ln 2 whatever p. With recorded reference errors d is formed from the four means.
 
 Gradient: d loss / d policy = slope grad (2 / n) (policy - target), n = C H W, slope(w) = dloss/dz (-(beta/2) weight(t)) +
-sft_weight, slope(l) = dloss/dz (beta/2) weight(t). For the sigmoid dloss/dz = (1 - p) sigmoid(z) - p sigmoid(-z), which unlike
-sigmoid(z) - p does not round to 0 for large logits. The slopes are saved by the forward.
+sft_weight, slope(l) = dloss/dz (beta/2) weight(t). For the sigmoid dloss/dz = sigmoid(z) - p, for z >= 0 as
+(1 - p) - sigmoid(-z), which keeps its digits where sigmoid(z) rounds to 1. The slopes are saved by the forward.
 """
 
 from typing import NamedTuple
@@ -128,7 +128,8 @@ def _launch_backward(grad, slopes, policy, source: Source, timesteps, usable) ->
 def _pointwise(z: torch.Tensor, p: torch.Tensor, shape: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(p f(z) + (1 - p) f(-z), its derivative by z)."""
     if shape == "sigmoid":
-        return (1 - p) * z - F.logsigmoid(z), (1 - p) * torch.sigmoid(z) - p * torch.sigmoid(-z)  # sigmoid(z) - p, uncancelled
+        small = torch.sigmoid(-z.abs())
+        return (1 - p) * z - F.logsigmoid(z), torch.where(z >= 0, (1 - p) - small, small - p)
     if shape == "hinge":
         return p * F.relu(1 - z) + (1 - p) * F.relu(1 + z), (1 - p) * (z > -1) - p * (z < 1)
     return p * (z - 0.5) ** 2 + (1 - p) * (z + 0.5) ** 2, 2 * z + (1 - 2 * p)

@@ -47,7 +47,7 @@ def end(run: Run, trackers: Trackers) -> None:
         save_pipeline(_untouched(run), unet, run.output)
     sample_images(run)
     if outcome.is_embedded(run.model):
-        run.evaluation = outcome.judged(run.model, unet, run.device)
+        run.evaluation = outcome.judged(unet, run.device)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     report(run, "finished")
     if run.config.output.push_to_hub:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dpo import tiny
 from dpo.models import Components
-from dpo.models.load import component
+from dpo.models.load import load
 
 log = logging.getLogger("dpo")
 PAIRS = 160
@@ -28,24 +30,37 @@ def is_embedded(model: Components) -> bool:
     return model.folder is not None and Path(model.folder).resolve() == tiny.pipeline_path().resolve()
 
 
-def judged(model: Components, policy: nn.Module, device: torch.device) -> dict[str, Any]:
+@cache
+def _unchanged(device: torch.device) -> tuple[Any, np.ndarray]:
+    """(what draws the report prompts with a UNet, the pictures of the unchanged one), kept for the next run of the process."""
+    from dpo.models.save import scheduler_of
+    from dpo.tiny.evaluate import draw
+
+    model = load(str(tiny.pipeline_path()))
+    prompts = tiny.prompts("report")
+    pictures = partial(
+        draw,
+        text_encoder=model.text_encoders[0].to(device),
+        tokenizer=model.tokenizers[0],
+        vae=model.vae.to(device),
+        scheduler=scheduler_of(model),
+        prompts=prompts.captions[:PAIRS],
+        seeds=prompts.seeds[:PAIRS],
+    )
+    return pictures, pictures(model.unet.to(device))
+
+
+def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:
     """Draw the report prompts with the unchanged UNet and with `policy` from the same noise, and compare.
 
     Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object and
     colour), and how many prompts that was.
     """
-    from diffusers import UNet2DConditionModel
-
-    from dpo.models.save import scheduler_of
-    from dpo.tiny.evaluate import compare, draw
+    from dpo.tiny.evaluate import compare
 
     began = time.monotonic()
-    prompts = tiny.prompts("report")
-    captions, seeds = prompts.captions[:PAIRS], prompts.seeds[:PAIRS]
-    base = component(UNet2DConditionModel, tiny.pipeline_path(), "unet")
-    parts = (model.text_encoders[0].to(device), model.tokenizers[0], model.vae.to(device), scheduler_of(model))
-    before, after = (draw(unet.to(device), *parts, captions, seeds) for unet in (base, policy.eval()))
-    found = compare(tiny.load_judge(JUDGE), captions, before, after)
+    pictures, before = _unchanged(device)
+    found = compare(tiny.load_judge(JUDGE), tiny.prompts("report").captions[:PAIRS], before, pictures(policy.eval()))
     log.info(
         "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",
         time.monotonic() - began, found.win_rate, found.low, found.high, found.pairs, found.faithful_base, found.faithful_policy,
