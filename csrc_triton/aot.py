@@ -51,6 +51,7 @@ class Specimen:
     signature: Mapping[str, str]
     constexprs: Mapping[str, object]
     num_warps: int = 4
+    maxnreg: int | None = None  # on NVIDIA
     aligned: tuple[str, ...] = ()
     vector_load: bool = True
     vector_store: bool = True
@@ -124,7 +125,10 @@ def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
 def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     """Compile for `target` (a name in TARGETS); raises what the compiler raises."""
     gpu, _ = TARGETS[target]
-    kernel = triton.compile(specimen.source(), target=gpu, options={"num_warps": specimen.num_warps, **PINNED})
+    options = {"num_warps": specimen.num_warps, **PINNED}
+    if specimen.maxnreg and gpu.backend == "cuda":
+        options["maxnreg"] = specimen.maxnreg
+    kernel = triton.compile(specimen.source(), target=gpu, options=options)
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]
         code = _nvidia_machine_code(kernel.asm["cubin"])

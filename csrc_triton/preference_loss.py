@@ -24,8 +24,15 @@ import triton
 from csrc_triton.latents import addressable, empty_like
 from csrc_triton.noising import pair_noise, signal_and_spread
 from csrc_triton.philox import seed_tensor
-from csrc_triton.preference_kernels import BLOCK, PAIR_TILE, WARPS, preference_loss_backward_kernel, preference_loss_kernel
-from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.preference_kernels import (
+    BLOCK,
+    PAIR_TILE,
+    REGISTERS,
+    WARPS,
+    preference_loss_backward_kernel,
+    preference_loss_kernel,
+)
+from csrc_triton.runtime import PINNED, registers, runs_triton, wide
 
 SHAPES = ("sigmoid", "hinge", "ipo")
 TERMS = 9  # rows: logit, difference, policy win, policy lose, reference win, reference lose, accuracy, slope win, slope lose
@@ -102,7 +109,8 @@ def _launch_forward(
         partials, ticket, loss, terms, tables,
         batch, channels, height * width, elements, float(elements), length, sft_weight,
         SHAPE=SHAPES.index(shape), POLICY_LAST=policy_last, REFERENCE_LAST=reference_last, **flags,
-        BLOCK=BLOCK, PAIRS=max(1, PAIR_TILE // splits_block), SPLITS=splits_block, num_warps=WARPS, **PINNED,
+        BLOCK=BLOCK, PAIRS=max(1, PAIR_TILE // splits_block), SPLITS=splits_block,
+        num_warps=WARPS, **PINNED, **registers(REGISTERS),
     )  # fmt: skip
     return loss, terms, tables
 

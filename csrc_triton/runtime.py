@@ -9,6 +9,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PINNED = {"enable_fp_fusion": False, "num_stages": 1}
 
 
+def registers(most: int) -> dict[str, int]:
+    """Launch option: registers that the compiler may use per thread before it spills; AMD's compiler has no such option."""
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def runs_triton(x: torch.Tensor) -> bool:
     """True where the Triton path serves `x`: a CUDA or ROCm tensor in a kernel dtype. Else: the torch reference."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES
