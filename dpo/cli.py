@@ -98,6 +98,10 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
             notes.append(f"settings of the run that is continued: {file}")
             saved = flat_settings(load_config(str(file))) | {"output": str(file.parent)}  # the folder may have moved
             return {name: value for name, value in saved.items() if name != "device"}
+    if resume != "latest" or changes.get("output"):
+        raise UserError(
+            f"nothing to resume: {folders[0]} holds no run; correct the folder, or name --model and --data to start one"
+        )
     return {}
 
 

@@ -75,7 +75,16 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
         assert len(notes) == 1 and "config.toml" in notes[0]
     whole, notes = parse([*BASE, "--output", str(tmp_path), "--resume", "latest"])
     assert whole.method.beta is None and notes == [], "a whole command line is taken as it stands"
-    assert parse(["--output", str(tmp_path / "new"), "--resume", "latest"])[0].method == parse([])[0].method
+    for flags in (["--output", str(tmp_path / "new"), "--resume", "latest"], ["--resume", str(tmp_path / "a" / "b" / "new")]):
+        with pytest.raises(UserError, match="new holds no run; correct the folder"):
+            parse(flags)
+    assert parse([*BASE, "--output", str(tmp_path / "new"), "--resume", "latest"])[0].output.resume == "latest"
+
+
+def test_the_families_are_those_of_the_registry():
+    from dpo.models import FAMILIES
+
+    assert specs()["family"].meta["choices"] == ("auto", *FAMILIES)
 
 
 def test_every_preset_parses_resolves_and_trains():
