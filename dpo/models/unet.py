@@ -29,10 +29,16 @@ def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def available_attention(kind: str) -> str:
-    """`kind`, or "sdpa" after one warning where xformers is asked for and not installed."""
-    if kind != "xformers" or find_spec("xformers") is not None:
+    """`kind`, or "sdpa" after one warning where xformers is asked for and cannot run."""
+    if kind != "xformers":
         return kind
-    log.warning("xformers is not installed (pip install xformers): attention runs on torch's scaled_dot_product_attention")
+    if find_spec("xformers") is None:
+        reason = "is not installed (pip install xformers)"
+    elif not torch.cuda.is_available():
+        reason = "needs a GPU"
+    else:
+        return kind
+    log.warning("xformers %s: attention runs on torch's scaled_dot_product_attention", reason)
     return "sdpa"
 
 

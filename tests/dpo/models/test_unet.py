@@ -147,8 +147,10 @@ def test_xformers_that_is_missing_is_one_warning(unets, monkeypatch, caplog):
     assert caplog.records == []
 
 
-def test_xformers_that_is_there_is_used(monkeypatch):
+@pytest.mark.parametrize("gpu", [True, False])
+def test_xformers_that_is_there_is_used_on_a_gpu(gpu, monkeypatch, caplog):
     monkeypatch.setattr(unet_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     asked = []
 
     class Unet(nn.Module):
@@ -156,4 +158,5 @@ def test_xformers_that_is_there_is_used(monkeypatch):
             asked.append(True)
 
     use_attention(Unet(), "xformers")
-    assert asked == [True]
+    assert asked == [True] * gpu
+    assert ("needs a GPU" in caplog.text) is not gpu
