@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from dpo import build, checkpoint, finish, validation
 from dpo.config import Config, flatten, to_toml
 from dpo.console import Progress
+from dpo.data import of_dead_worker, worker_died
 from dpo.errors import UserError
 from dpo.run import Run, snapshot
 from dpo.trackers import Trackers, open_trackers
@@ -94,6 +95,10 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
             "out of GPU memory: lower --batch-size and raise --accumulation by the same factor (the result is the same), "
             "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
         ) from error
+    except RuntimeError as error:
+        if not of_dead_worker(error):
+            raise
+        raise worker_died(error) from error
     except (OSError, SafetensorError) as error:
         raise checkpoint.disk_error(error, Path(config.output.output).expanduser()) from error
     return 0

@@ -120,10 +120,19 @@ def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
         raise
     except (RuntimeError, OSError, EOFError) as error:
         # A dead worker is noticed by the loader, or first by the pipe or socket whose other end it held.
-        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        if not workers or (isinstance(error, RuntimeError) and not of_dead_worker(error)):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"a data worker died ({reason}): memory or /dev/shm may be full; try fewer --workers or 0") from error
+        raise worker_died(error) from error
+
+
+def of_dead_worker(error: Exception) -> bool:
+    """Whether torch raised this for a worker that died; it does so in the main thread, wherever that is just then."""
+    return "DataLoader worker" in str(error)
+
+
+def worker_died(error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"a data worker died ({reason}): memory or /dev/shm may be full; try fewer --workers or 0")
 
 
 def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, cfg: Any) -> None:

@@ -308,6 +308,16 @@ def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypa
     assert (tmp_path / "out" / STEP.format(1)).is_dir()
 
 
+def test_a_worker_that_dies_in_the_middle_of_an_update_is_one_line(start, tmp_path, capsys, monkeypatch, brief):
+    def killed(run):  # torch raises it in the main thread, from its handler of the child's signal
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    at_update(monkeypatch, 2, killed)
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
+    check_refused(said, ["a data worker died", "pid 7", "fewer --workers"])
+    assert (tmp_path / "out" / STEP.format(1)).is_dir()
+
+
 def full_disk_for_tensors(monkeypatch, **kwargs):
     def save_file(tensors, path):
         Path(path).write_bytes(b"half")
