@@ -38,6 +38,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+WRITTEN = ("README.md", "report.html", "unet", "vae", "text_encoder")  # by a run's end: what a stranger's folder might have too
+
+
 def check_output(config: Config) -> Path:
     """The output folder, unless it cannot be one or holds another run that is neither resumed nor to be replaced."""
     output = Path(config.output.output).expanduser()
@@ -52,6 +55,11 @@ def check_output(config: Config) -> Path:
     if occupied and not config.output.resume and not config.output.overwrite:
         raise UserError(
             f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output"
+        )
+    foreign = [] if occupied or config.output.overwrite else [name for name in WRITTEN if (output / name).exists()]
+    if foreign:
+        raise UserError(
+            f"{output} is no run and has {', '.join(foreign)}, which would be replaced: name another --output, or add --overwrite"
         )
     return output
 

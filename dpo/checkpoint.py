@@ -197,9 +197,12 @@ def find(root: Path, which: str) -> Checkpoint:
             found = load(path)
         except Damaged as error:
             reasons.append(str(error))
-            log.warning("checkpoint skipped: %s; trying the one before", error)
+            log.warning("checkpoint skipped: %s%s", error, "; trying the one before" if path != candidates[-1] else "")
             continue
         return found
+    others = [path for path in listing(root) if path not in candidates][::-1]
+    if others:
+        raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {others[0]}")
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
 
 

@@ -37,6 +37,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
         if changes.get(asked):
             base.pop(other, None)
+    if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
+        base.pop("overwrite", None)  # a preset or a file may replace what is in its own folder, in no other
     cfg = from_mapping(base | changes)
     if cfg.model.model and not cfg.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")

@@ -140,6 +140,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     out, optim = run.config.output, run.config.optim
     batches = run.batches()
     held_out: dict[str, Any] = {}
+    used, first = 0, run.done
     with Progress(run.total, run.done, out.log_every) as progress:
         while run.done < run.total:
             began = time.monotonic()
@@ -158,6 +159,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 raise
             run.done += 1
             run.position += run.nominal
+            used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
             figures |= run.speed.figures(figures["pairs_per_s"])
@@ -173,6 +175,8 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 finish.sample_images(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 snapshot(run)
+    if run.done > first and not used:
+        raise UserError("no pair could be used, nothing was trained: the warnings above say why; mend the images of --data")
 
 
 def _stop(run: Run, trackers: Trackers) -> None:

@@ -59,6 +59,7 @@ def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:
     from dpo.tiny.evaluate import compare
 
     began = time.monotonic()
+    log.info("judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores", PAIRS)
     pictures, before = _unchanged(device)
     found = compare(tiny.load_judge(JUDGE), tiny.prompts("report").captions[:PAIRS], before, pictures(policy.eval()))
     log.info(

@@ -287,7 +287,9 @@ def _config(folder: Path, rest: list[str]) -> Any:
 
     names = {word.split("=")[0].replace("_", "-") for word in rest}
     named = names & {"--data", "--dataset-name", "--train-data-dir", "--config", "--preset"}
-    if not named and names & {"--model", "--pretrained-model-name-or-path"} and is_store(folder):
+    if not named and is_store(folder):
+        if not names & {"--model", "--pretrained-model-name-or-path"}:
+            raise UserError(f"{folder} is a store: give the --model that it was prepared with")
         rest = [*rest, "--data", str(folder)]
     config, notes = parse(rest)
     for note in notes:

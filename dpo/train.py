@@ -11,6 +11,7 @@ Read `train_step` below, then step.py (a micro-batch), objective.py (the methods
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -46,9 +47,9 @@ def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the run ended, 2 after a mistake of the user's (one line on stderr), 130 when interrupted."""
-    from dpo.cli import parse
-
     try:
+        from dpo.cli import parse
+
         config, notes = parse(sys.argv[1:] if argv is None else argv)
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
         from dpo import console, loop  # torch is imported only once the command line is known to be good
@@ -64,4 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 130:  # everything is written; threads that still draw or decode would abort the interpreter's own end
+        logging.shutdown()
+        os._exit(code)
+    sys.exit(code)

@@ -88,13 +88,17 @@ def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> No
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise Damaged(f"{path} is missing: prepare the store again, or copy that file from where it came from") from error
+        raise Damaged(
+            f"{path} is missing: delete the store's folder and prepare it again, or copy that file from where it came from"
+        ) from error
     if size != entry["bytes"]:
         raise Damaged(
-            f"{path} has {size} bytes instead of {entry['bytes']}: it was truncated or replaced; prepare the store again"
+            f"{path} has {size} bytes instead of {entry['bytes']}: it was truncated or replaced; delete the store's folder and prepare it again"
         )
     if header_digest(path) != entry["header"] or (whole and file_digest(path) != entry["sha256"]):
-        raise Damaged(f"{path} was altered: its checksum is not the one in {INDEX}; prepare the store again")
+        raise Damaged(
+            f"{path} was altered: its checksum is not the one in {INDEX}; delete the store's folder and prepare it again"
+        )
 
 
 def open_shard(path: Path) -> dict[str, Tensor]:
@@ -110,7 +114,9 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         data = raw[8 + length :]
         return {name: _view(data, entry) for name, entry in header.items()}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} cannot be read as safetensors ({str(error).splitlines()[0]}); prepare the store again") from error
+        raise Damaged(
+            f"{path} is not safetensors ({str(error).splitlines()[0]}); delete the store's folder and prepare it again"
+        ) from error
 
 
 def _view(data: Tensor, entry: Mapping[str, Any]) -> Tensor:
@@ -141,7 +147,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a store, None where there is none. Raises Damaged when it was truncated or altered, or is of another version."""
-    return read_sealed(folder / INDEX, "prepare the store again")
+    return read_sealed(folder / INDEX, "delete the store's folder and prepare it again")
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:

@@ -31,7 +31,10 @@ def open_source(cfg: Any, split: str | None = None) -> Source:
     A split chooses among the files of a folder or hub data set; files named one by one or by a glob are all read.
     Raises UserError when there is no such set, it cannot be read, columns are missing or no pair is usable.
     """
-    source = _find(cfg, split or cfg.split)
+    try:
+        source = _find(cfg, split or cfg.split)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{cfg.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     if not len(source):
         raise UserError(f"{cfg.data}: no usable pairs ({describe(source)}); ties can be kept with --ties keep")
     return source

@@ -80,7 +80,9 @@ class Contents:
             number, at = where.find(row)
             shard = self.shard(number)
             if crc(*(shard[name][at] for name in all_names)) != int(shard[f"{kind}_crc"][at]):
-                raise Damaged(f"{self.shards[number]} was altered: {kind} {at} has another checksum; prepare the store again")
+                raise Damaged(
+                    f"{self.shards[number]} was altered: {kind} {at} has another checksum; delete the store's folder and prepare it again"
+                )
             for values, name in zip(found, names, strict=True):
                 values.append(shard[name][at])
         return [_stack(values, self._like(kind, name)) for values, name in zip(found, names, strict=True)]
@@ -255,7 +257,7 @@ def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     check_shard(path, entry)
     shard = open_shard(path)
     if small_crc(shard) != entry["crc"]:
-        raise Damaged(f"{path} was altered: its tables have another checksum; prepare the store again")
+        raise Damaged(f"{path} was altered: its tables have another checksum; delete the store's folder and prepare it again")
     return shard
 
 

@@ -109,6 +109,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         for row in reader:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more values than columns; put a text with commas in double quotes"
+                )
             yield reader.line_num, row
 
 

@@ -254,10 +254,11 @@ def test_unreadable_images_are_skipped_and_counted_up_to_a_limit(start, tmp_path
     check_refused(said, ["of 6 pairs have an unreadable image", "--bad-image-limit"])
 
 
-def test_an_update_without_a_usable_pair_changes_nothing(start, tmp_path, capsys, brief):
+def test_a_run_without_a_usable_pair_says_so(start, tmp_path, capsys, brief):
     pairs = make_pickapic(tmp_path / "broken", 0, broken=("corrupt", "empty"))
     said = command(capsys, *start, "--data", pairs, "--steps", "2", "--bad-image-limit", "1")
-    assert said.code == 0 and len(said.warnings("pair left out")) == 2
+    check_refused(said, ["no pair could be used", "nothing was trained", "--data"])
+    assert len(said.warnings("pair left out")) == 2
     figures = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pairs"] for line in figures if "loss" in line] == [0, 0]
 
@@ -306,6 +307,14 @@ def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypa
     said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
     check_refused(said, ["out of GPU memory", "--batch-size", "--accumulation", "--checkpointing", "--lora", "--resume latest"])
     assert (tmp_path / "out" / STEP.format(1)).is_dir()
+
+
+def test_a_folder_of_other_things_is_not_written_into(start, tmp_path, capsys, brief):
+    (tmp_path / "mine" / "unet").mkdir(parents=True)
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    said = command(capsys, *start, "--steps", "1", "--output", str(tmp_path / "mine"))
+    check_refused(said, ["is no run", "README.md, unet", "--overwrite"])
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
 
 
 def test_a_worker_that_dies_in_the_middle_of_an_update_is_one_line(start, tmp_path, capsys, monkeypatch, brief):

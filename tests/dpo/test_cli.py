@@ -66,6 +66,15 @@ def test_resume_and_overwrite_beat_each_other_in_a_preset():
     assert parse([*BASE, "--compat", "sf", "--overwrite"])[0].output.resume is None
 
 
+def test_a_preset_or_file_replaces_what_is_in_its_own_folder_only(tmp_path):
+    assert parse(["--preset", "tiny"])[0].output.overwrite
+    assert not parse(["--preset", "tiny", "--output", str(tmp_path)])[0].output.overwrite
+    assert parse(["--preset", "tiny", "--output", str(tmp_path), "--overwrite"])[0].output.overwrite
+    (tmp_path / "config.toml").write_text(to_toml(change(parse([])[0], output=str(tmp_path))))
+    assert parse(["--config", str(tmp_path / "config.toml")])[0].output.overwrite
+    assert not parse(["--config", str(tmp_path / "config.toml"), "--output", "elsewhere"])[0].output.overwrite
+
+
 def test_a_resumed_run_brings_its_settings(tmp_path):
     saved = from_mapping({**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10})
     (tmp_path / "config.toml").write_text(to_toml(saved))
