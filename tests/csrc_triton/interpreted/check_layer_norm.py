@@ -21,7 +21,7 @@ FULL = [
     for dtype, weight_dtype in [(torch.float32, torch.float32), *((d, w) for d in HALF for w in (d, torch.float32))]
     for offset in (0.0, 30.0)
     for residual in (False, True)
-][::3]  # three divides no axis: every value still meets every other
+]
 
 
 def plain(x, residual, weight, bias):
@@ -55,10 +55,8 @@ def run(M, C, dtype, weight_dtype, offset, has_residual, no_worse):
     s = x if s is None else s
     actual = (s, y, *_launch_backward(dy, dsum, s, weight, mean, rstd, True))
     for ours, theirs, reference in zip(actual, eager, exact, strict=True):
-        # Of a few numbers plain torch may round all to the last bit by chance: two units there are always allowed. So is the mean's
-        # last unit, which it carries to a whole row alike: half a unit of the offset, in n and from there in dweight.
-        units = 2 * torch.finfo(ours.dtype).eps * reference.abs().max().item()
-        no_worse(ours, theirs, reference, floor=max(units, torch.finfo(torch.float32).eps * offset * dy.abs().max().item()))
+        # of a few numbers plain torch may round all to the last bit by chance: two units there are always allowed
+        no_worse(ours, theirs, reference, floor=2 * torch.finfo(ours.dtype).eps * reference.abs().max().item())
     again = _launch_backward(dy, dsum, s, weight, mean, rstd, True)
     assert all(torch.equal(a, b) for a, b in zip(actual[2:], again, strict=True))
     frozen = _launch_backward(dy, dsum, s, weight, mean, rstd, False)
