@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from bitsandbytes import functional
 
 from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit, round_stochastic
 from csrc_triton.dynamic_map import LEVELS
-
-functional = pytest.importorskip("bitsandbytes.functional")
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -103,7 +103,8 @@ def test_missing_tracker_is_one_warning(tmp_path, monkeypatch, heard, name):
 
 
 def test_tensorboard_gets_scalars_and_lists(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as events
+
     trackers = open_trackers(tmp_path, tensorboard=True)
     trackers.log(3, {"loss": 0.25, "accuracy_by_decile": [0.5, None], "note": "x"})
     trackers.event({"event": "validation", "step": 3, "heldout_accuracy": 0.75})

@@ -96,7 +96,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_with_peft_adapters():
-    peft = pytest.importorskip("peft")
+    import peft
+
     unet = make_unet(True, torch.float64).requires_grad_(False)
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0", "ff.net.0.proj"], init_lora_weights="gaussian")
     unet.add_adapter(config)
