@@ -14,7 +14,7 @@ from torch import Tensor
 
 from csrc_triton import philox
 from csrc_triton.geglu import geglu
-from csrc_triton.group_norm_silu import group_norm_silu
+from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.preference_loss import preference_loss, preference_loss_reference
@@ -67,6 +67,12 @@ def _functions(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
         lambda x, w, b: group_norm_silu(x, w, b, 32),
         lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)),
         [image, weight, bias],
+    )
+    yield (
+        "add_group_norm_silu",
+        lambda x, r, w, b: add_group_norm_silu(x, r, w, b, 32)[1],
+        lambda x, r, w, b: F.silu(F.group_norm(x + r, 32, w, b)),
+        [image, make(3, channels, 19, 13).to(memory_format=torch.channels_last), weight, bias],
     )
     yield "layer_norm", layer_norm, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), [tokens, weight, bias]
     yield (

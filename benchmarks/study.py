@@ -1,9 +1,11 @@
 """Do the methods do what the papers say? Methods x seeds on the embedded world, judged on prompts that chose no setting.
 
-    python -m benchmarks.study --out runs/study [--seeds 5] [--rows dpo dde-single ...] [--processes 2] [--report docs/evidence.md]
+    python -m benchmarks.study --out runs/study [--seeds 5] [--rows dpo "dpo, LoRA" ...] [--processes 2]
+                               [--cells benchmarks/results/study.json] [--report docs/evidence.md]
 
-All cells train from one prepared store. A finished cell is never run again, so the study can be stopped and continued; with
-`--seeds 0` it only writes the report. The table says of every row how many seeds it stands on; a row without any is marked so.
+All cells train from one prepared store. A finished cell is written to the file of --cells and never run again while its flags stay
+the same, so the study can be stopped, continued, and continued elsewhere; with `--seeds 0` it only writes the report. The table says
+of every row how many seeds it stands on; a row without any is marked so. Names of rows have blanks: quote them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -23,28 +25,35 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.measuring import markdown
-from dpo import tiny
+from dpo import checkpoint, tiny
 from dpo.metrics import DECILES, share_interval
 from dpo.run_record import read_run
 
+Cell = dict[str, Any]  # what the judge said, `flags`, and for a row of TABLED the pieces of `table_history`
+Cells = dict[str, dict[int, Cell]]  # row -> seed -> finished cell
 SLOPE = 4.0  # of the Bradley-Terry draws that labelled the pairs
 DPO = ["--method", "dpo", "--beta", "2000"]
+STEP = ["--method", "dde-step", "--beta", "2000"]
 SEGMENTS = [f"dpo, t in [{low}, {low + 100})" for low in range(0, 1000, 100)]
 ROWS: dict[str, list[str]] = {
     "sft": ["--method", "sft", "--learning-rate", "5e-5"],
     "dpo": DPO,
     "discounted": ["--method", "discounted", "--beta", "2000"],
     "dde-single": ["--method", "dde-single", "--beta", "200"],
-    "dde-step": ["--method", "dde-step", "--beta", "2000"],
+    "dde-step": STEP,
     "dde": ["--method", "dde", "--beta", "200"],
+    "sft, t in [700, 1000)": ["--method", "sft", "--learning-rate", "3e-5", "--window-low", "700"],
+    "dpo, t in [700, 1000)": [*DPO, "--window-low", "700"],
     "dpo, t in [200, 700)": [*DPO, "--window-low", "200", "--window-high", "700"],
     **{name: [*DPO, "--window-low", str(100 * i), "--window-high", str(100 * i + 100)] for i, name in enumerate(SEGMENTS)},
     "dpo, LoRA": [*DPO, "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dde-single, LoRA": ["--method", "dde-single", "--beta", "200", "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dpo, soft labels": DPO,
     "dde-single, soft labels": ["--method", "dde-single", "--beta", "200"],
+    "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.8", "--scheduler", "cosine"],
 }
-TABLED = ("dde-step", "dde")  # the methods with a correction table
+TABLED = ("dde-step", "dde", "dde-step, six times as long")  # those with a correction table
+QUARTERS = 4  # of a run: how often its table is looked at
 TABLE_NOTE = """\
 M is the moving average of d by timestep, C(t) its weighted sum over later timesteps; means over the seeds. 100 updates of 16 pairs
 meet each of the 1000 timesteps 1.6 times, and each meeting moves M by a twentieth of d (rho = 0.95): the table has its shape by then,
@@ -121,22 +130,50 @@ def folder_of(out: Path, row: str, seed: int) -> Path:
     return out / "".join(c if c.isalnum() else "-" for c in row) / f"seed-{seed}"
 
 
-def outcome(folder: Path) -> dict[str, Any] | None:
-    """What the second judge said of a finished cell."""
+def finished_cell(folder: Path, row: str) -> Cell | None:
+    """What the second judge said of a finished run, the flags that made it, and how its correction table came to be."""
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return summary["evaluation"] if summary.get("status") == "finished" and summary.get("evaluation") else None
+    if summary.get("status") != "finished" or not summary.get("evaluation"):
+        return None
+    return summary["evaluation"] | {"flags": ROWS[row]} | (table_history(folder) if row in TABLED else {})
 
 
-def run_cell(out: Path, row: str, seed: int) -> str:
-    """One training run; continued where it was cut off."""
+def table_history(folder: Path) -> dict[str, Any]:
+    """M and C by tenth of the clock at the end of each quarter of the run [4, 10]; `measured` [10]: what M estimates, the mean of
+    d over the last quarter, where z = -(beta/2) (d + C) tells it (`dde-step`; the few ties, which have no C, are neglected).
+    """
+    run = read_run(folder)
+    ends = [run.updates[round(len(run.updates) * (quarter + 1) / QUARTERS) - 1] for quarter in range(QUARTERS)]
+    found = {name: [end[f"{name}_by_decile"] for end in ends] for name in ("table", "correction")}
+    if run.method != "dde-step":
+        return found
+    total, pairs = np.zeros(DECILES), np.zeros(DECILES)
+    for update in run.updates[-(len(run.updates) // QUARTERS) :]:
+        n = np.array(update["pairs_by_decile"])
+        z = np.array([margin or 0.0 for margin in update["margin_by_decile"]])  # None where there was no pair
+        total += n * (-2 / run.setting("beta") * z - update["correction_by_decile"])
+        pairs += n
+    return found | {"measured": (total / np.maximum(pairs, 1)).tolist()}
+
+
+def read_cells(path: Path) -> Cells:
+    """The finished cells of the file, but for those whose row has other flags by now."""
+    known: dict[str, dict[str, Cell]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return {row: {int(n): cell for n, cell in known.get(row, {}).items() if cell["flags"] == ROWS[row]} for row in ROWS}
+
+
+def write_cells(path: Path, cells: Cells) -> None:
+    checkpoint.write_text(path, json.dumps({row: found for row, found in cells.items() if found}, indent=1) + "\n")
+
+
+def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
+    """One training run, continued where it was cut off: (what came of it, a line to print)."""
     from dpo import train
 
     folder = folder_of(out, row, seed)
-    if outcome(folder):
-        return f"{row}, seed {seed}: done before"
     started = any((folder / "checkpoints").glob("step-*"))
     flags = ["--preset", "tiny", *ROWS[row], "--model", tiny.pipeline_path(), "--data", store_of(out, row), "--seed", seed]
     flags += [
@@ -149,7 +186,8 @@ def run_cell(out: Path, row: str, seed: int) -> str:
         *(["--resume", "latest"] if started else ["--overwrite"]),
     ]
     code = train.main([str(flag) for flag in flags])
-    return f"{row}, seed {seed}: " + ("done" if code == 0 else f"ended with {code}, see {out / f'process-{os.getpid()}.log'}")
+    said = "done" if code == 0 else f"ended with {code}, see {out / f'process-{os.getpid()}.log'}"
+    return finished_cell(folder, row), f"{row}, seed {seed}: {said}"
 
 
 def into_a_log(out: Path) -> None:
@@ -159,15 +197,18 @@ def into_a_log(out: Path) -> None:
     os.dup2(log, 2)
 
 
-def run_cells(out: Path, cells: list[tuple[str, int]], processes: int) -> None:
+def run_cells(out: Path, todo: list[tuple[str, int]], processes: int) -> Iterator[tuple[str, int, Cell | None]]:
     """Each cell on one thread; a process that has drawn the unchanged model's images once keeps them for its next cells."""
-    prepare_stores(out, {row for row, _ in cells})
+    prepare_stores(out, {row for row, _ in todo})
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=into_a_log, initargs=(out,)) as pool:
+        running = {pool.submit(run_cell, out, row, seed): (row, seed) for row, seed in todo}
         try:
-            for line in pool.map(run_cell, [out] * len(cells), *zip(*cells, strict=True)):
+            for done in as_completed(running):
+                cell, line = done.result()
                 print(line, flush=True)
+                yield *running[done], cell
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise SystemExit("stopped; the same command goes on from here") from None
@@ -176,17 +217,7 @@ def run_cells(out: Path, cells: list[tuple[str, int]], processes: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------- reporting
 
 
-def results_of(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """row -> seed -> what the judge said, of all finished cells."""
-    found: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in ROWS}
-    for row in ROWS:
-        for folder in sorted(folder_of(out, row, 0).parent.glob("seed-*")):
-            if result := outcome(folder):
-                found[row][int(folder.name.removeprefix("seed-"))] = result
-    return found
-
-
-def table_of(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+def table_of(results: Cells) -> list[dict[str, Any]]:
     """A line per row. All seeds share the prompts, so the interval is that of one set of prompts around the mean over seeds."""
     lines = []
     for row, by_seed in results.items():
@@ -207,7 +238,7 @@ def table_of(results: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, An
     return lines
 
 
-def check(claim: Claim, results: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+def check(claim: Claim, results: Cells) -> dict[str, Any]:
     """The claim against the cells: the difference of the win rates by seed, its mean and standard error, and a verdict."""
     seeds = set.intersection(*(set(results[row]) for row in claim.better + claim.worse))
 
@@ -225,23 +256,19 @@ def check(claim: Claim, results: dict[str, dict[int, dict[str, Any]]]) -> dict[s
     return line
 
 
-def correction_tables(out: Path, row: str) -> dict[str, np.ndarray]:
-    """`table` and `correction` [updates, 10] by decile of t over the updates, averaged over the finished seeds; empty without any."""
-    runs = [read_run(folder) for folder in folder_of(out, row, 0).parent.glob("seed-*") if outcome(folder)]
-    names = ("table", "correction")
-    return {
-        name: np.mean([[update[f"{name}_by_decile"] for update in run.updates] for run in runs], axis=0) for name in names if runs
-    }
+def correction_tables(found: dict[int, Cell]) -> dict[str, np.ndarray]:
+    """`table_history` of a row, averaged over its seeds; empty without any."""
+    names = [name for name in ("table", "correction", "measured") if all(name in cell for cell in found.values())]
+    return {name: np.mean([cell[name] for cell in found.values()], axis=0) for name in names if found}
 
 
-def write_report(path: Path, out: Path) -> None:
+def write_report(path: Path, results: Cells) -> None:
     """The tables as a page, and the figure beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = results_of(out)
     lines = table_of(results)
     columns = ["method", "seeds", "win rate", "over seeds", "95 % interval", "lowest bound of a seed"]
     columns += ["captions obeyed before", "captions obeyed after"]
-    tables = {row: found for row in TABLED if (found := correction_tables(out, row))}
+    tables = {row: found for row in TABLED if (found := correction_tables(results[row]))}
     text = [
         "# Evidence from the embedded world",
         "",
@@ -287,10 +314,15 @@ def describe_tables(tables: dict[str, dict[str, np.ndarray]]) -> list[str]:
     ]
     for row, found in tables.items():
         size = np.abs(found["correction"])
-        moved = size[-1].mean() / size[len(size) * 3 // 4].mean() - 1
+        moved = size[-1].mean() / size[-2].mean() - 1
         text.append(
             f"`{row}`: |C| falls with t from {size[-1, 0]:.3g} in the first tenth to {size[-1, -1]:.3g} in the last; "
             f"the last quarter of the updates changed its mean by {moved:+.0%}."
+            + (
+                f" M is {found['table'][-1].mean() / found['measured'].mean():.0%} of the d it estimates."
+                if "measured" in found
+                else ""
+            )
         )
     return text
 
@@ -313,11 +345,9 @@ def plot(path: Path, lines: list[dict[str, Any]], tables: dict[str, dict[str, np
     segments.axvline(0.5, color="grey", linewidth=1)
     segments.set_xlabel("win rate of dpo on a tenth of the timesteps")
     if tables:
-        row = next(iter(tables))
-        found = tables[row]["correction"]
-        for share in (0.25, 0.5, 0.75, 1.0):
-            update = max(1, round(share * len(found)))
-            correction.plot(np.arange(DECILES) * 100 + 50, found[update - 1], marker="o", label=f"after {update} updates")
+        row = next(reversed(tables))  # the longest
+        for quarter, found in enumerate(tables[row]["correction"], start=1):
+            correction.plot(np.arange(DECILES) * 100 + 50, found, marker="o", label=f"after {quarter} of {QUARTERS} quarters")
         correction.set_xlabel("t")
         correction.set_ylabel(f"C(t) of {row}")
         correction.axhline(0, color="grey", linewidth=1)
@@ -340,14 +370,19 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="cells at a time, one thread each")
     parser.add_argument("--report", type=Path, help="page to write, for example docs/evidence.md")
+    parser.add_argument("--cells", type=Path, help="file of the finished cells, read and added to (default: OUT/cells.json)")
     given = parser.parse_args(None if argv is None else list(argv))
     given.out.mkdir(parents=True, exist_ok=True)
-    if cells := [(row, seed) for seed in range(given.seeds) for row in given.rows]:
-        run_cells(given.out, cells, given.processes)
-    lines = table_of(results_of(given.out))
-    print(markdown(lines, ["method", "seeds", "win rate", "95 % interval", "captions obeyed after"]))
+    path = given.cells or given.out / "cells.json"
+    cells = read_cells(path)
+    if todo := [(row, seed) for seed in range(given.seeds) for row in given.rows if seed not in cells[row]]:
+        for row, seed, cell in run_cells(given.out, todo, given.processes):
+            if cell:
+                cells[row][seed] = cell
+                write_cells(path, cells)
+    print(markdown(table_of(cells), ["method", "seeds", "win rate", "95 % interval", "captions obeyed after"]))
     if given.report:
-        write_report(given.report, given.out)
+        write_report(given.report, cells)
     return 0
 
 

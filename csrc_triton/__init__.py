@@ -6,7 +6,7 @@ Import each op from its module; a module shares its name with its op, so that no
     noising          noise_pairs, noise_and_target, sample_posterior       noisy latents of pairs, VAE posterior
     preference_loss  preference_loss                                       errors, logit, loss and table sums of pairs
     geglu            geglu
-    group_norm_silu  group_norm_silu
+    group_norm_silu  group_norm_silu, add_group_norm_silu
     layer_norm       layer_norm, add_layer_norm
     adamw8bit        AdamW8bit
 

@@ -101,7 +101,9 @@ def layer_norm_backward_kernel(
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=row < M, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
-        normal = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
+        centred = tl.where(mask, s - mean[:, None], 0.0)
+        left = tl.sum(centred, axis=1) / C  # a large mean is off by its own rounding: as in the forward
+        normal = tl.where(mask, (centred - left[:, None]) * rstd[:, None], 0.0)
         g = dy * weight[None, :]
         mean_g = tl.sum(g, axis=1) / C
         mean_gn = tl.sum(g * normal, axis=1) / C

@@ -15,6 +15,7 @@ def test_smoke(tmp_path, capsys):
         "preference_loss",
         "geglu",
         "group_norm_silu",
+        "add_group_norm_silu",
         "add_layer_norm",
     }
     assert all(row["fused_us"] > 0 and "failed" not in row for row in found["kernels"])

@@ -2,14 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import study
 from tests.dpo.fake_run import write_run
 
 
-def cell(out, row, seed, win_rate, kind="good"):
-    folder = study.folder_of(out, row, seed)
+def cell(folder, row, win_rate, kind="good"):
+    """What the study keeps of a finished run."""
     write_run(folder, kind, updates=8, batch=4)
     summary = json.loads((folder / "summary.json").read_text())
     interval = [win_rate - 0.05, win_rate + 0.05]
@@ -21,21 +22,62 @@ def cell(out, row, seed, win_rate, kind="good"):
         "faithfulness_after": 0.8,
     }
     (folder / "summary.json").write_text(json.dumps(summary | {"status": "finished", "evaluation": found}))
+    return study.finished_cell(folder, row)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def path(tmp_path_factory):
+    """A file of finished cells."""
     out = tmp_path_factory.mktemp("study")
+    cells = {"dpo": {}, "sft": {}}
     for seed, (dpo, sft) in enumerate([(0.8, 0.6), (0.7, 0.65), (0.75, 0.6)]):
-        cell(out, "dpo", seed, dpo)
-        cell(out, "sft", seed, sft)
-    cell(out, "dde", 0, 0.9, kind="dde")
-    (study.folder_of(out, "dde", 1) / "samples").mkdir(parents=True)  # begun, not finished
-    return out
+        cells["dpo"][seed] = cell(study.folder_of(out, "dpo", seed), "dpo", dpo)
+        cells["sft"][seed] = cell(study.folder_of(out, "sft", seed), "sft", sft)
+    cells["dde"] = {0: cell(study.folder_of(out, "dde", 0), "dde", 0.9, kind="dde")}
+    study.write_cells(out / "cells.json", cells)
+    return out / "cells.json"
 
 
-def test_a_row_stands_on_its_finished_seeds(out):
-    lines = {line["method"]: line for line in study.table_of(study.results_of(out))}
+def test_only_finished_runs_count(tmp_path):
+    assert study.finished_cell(tmp_path, "dpo") is None
+    for kind in ("early", "failed"):
+        assert study.finished_cell(write_run(tmp_path / kind, kind, updates=8, batch=4), "dpo") is None
+
+
+def test_cells_of_other_flags_do_not_count(path, tmp_path):
+    known = json.loads(path.read_text())
+    known["dpo"]["1"]["flags"] = ["--method", "dpo", "--beta", "1"]
+    (tmp_path / "cells.json").write_text(json.dumps(known | {"a row of before": known["sft"]}))
+    cells = study.read_cells(tmp_path / "cells.json")
+    assert sorted(cells["dpo"]) == [0, 2] and sorted(cells["sft"]) == [0, 1, 2] and list(cells) == list(study.ROWS)
+
+
+def test_the_table_s_history_is_told_by_the_run(tmp_path):
+    """In a run whose table holds the d that its margins tell, what was measured is what the table says."""
+    row = "dde-step"
+    cell(tmp_path / "run", row, 0.8, kind="dde")
+    config = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(config.replace('method = "dde"', 'method = "dde-step"'))
+    beta, d, pairs = study.read_run(tmp_path / "run").setting("beta"), -1e-4 * np.arange(1, 11), [3, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for n, line in enumerate(line for line in lines if "margin_by_decile" in line):
+        correction = np.full(10, -1e-5 * (n + 1))
+        z = [None if not count else value for count, value in zip(pairs, -(beta / 2) * (d + correction), strict=True)]
+        line |= {
+            "table_by_decile": list(d),
+            "correction_by_decile": list(correction),
+            "margin_by_decile": z,
+            "pairs_by_decile": pairs,
+        }
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = study.finished_cell(tmp_path / "run", row)
+    assert np.allclose(found["measured"], np.where(np.array(pairs) > 0, d, 0), rtol=1e-9)
+    assert np.shape(found["table"]) == np.shape(found["correction"]) == (4, 10)
+    assert np.allclose([quarter[0] for quarter in found["correction"]], [-2e-5, -4e-5, -6e-5, -8e-5])
+
+
+def test_a_row_stands_on_its_finished_seeds(path):
+    lines = {line["method"]: line for line in study.table_of(study.read_cells(path))}
     assert list(lines) == list(study.ROWS)
     assert lines["dpo"]["seeds"] == 3 and lines["dpo"]["win rate"] == pytest.approx(0.75)
     assert lines["dpo"]["lowest bound of a seed"] == pytest.approx(0.65) and lines["dpo"]["over seeds"] == "± 0.050"
@@ -45,8 +87,8 @@ def test_a_row_stands_on_its_finished_seeds(out):
     assert lines["discounted"] == {"method": "discounted", "seeds": "not yet run"}
 
 
-def test_a_claim_holds_only_beyond_two_standard_errors(out):
-    results = study.results_of(out)
+def test_a_claim_holds_only_beyond_two_standard_errors(path):
+    results = study.read_cells(path)
     found = study.check(study.Claim("", ["dpo"], ["sft"]), results)
     assert found["difference"] == "+0.133" and found["standard error"] == "0.044" and found["larger in"] == "3 of 3"
     assert found["here"] == "holds"
@@ -65,9 +107,9 @@ def test_every_claim_and_flag_names_something_that_exists():
         parse(["--preset", "tiny", *flags])
 
 
-def test_report_without_running_anything(out, tmp_path, capsys):
+def test_report_without_running_anything(path, tmp_path, capsys):
     page = tmp_path / "docs" / "evidence.md"
-    assert study.main(["--out", str(out), "--seeds", "0", "--report", str(page)]) == 0
+    assert study.main(["--out", str(tmp_path), "--cells", str(path), "--seeds", "0", "--report", str(page)]) == 0
     text = page.read_text()
     assert "| dpo | 3 | 0.75 |" in text and "| discounted | not yet run |" in text and "(evidence.png)" in text
     assert "| 90 to 100 % |" in text and "`dde`: |C| falls with t" in text

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csrc_triton.group_norm_silu import _group_norm_silu, group_norm_silu
+from csrc_triton.group_norm_silu import _add_group_norm_silu, _group_norm_silu, add_group_norm_silu, group_norm_silu
 
 
 def leaf(*shape, dtype=torch.float32, seed=0, shift=0.0):
@@ -33,6 +33,36 @@ def test_value_and_gradient(dtype, with_temb, no_worse):
         no_worse(actual, theirs, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_value_and_gradient_after_a_residual_add(dtype, no_worse):
+    shapes = [(3, 24, 9, 7), (3, 24, 9, 7), (24,), (24,)]
+    leaves = [leaf(*shape, dtype=dtype, seed=i, shift=5.0 * (i == 0)) for i, shape in enumerate(shapes)]
+
+    def run(function, inputs):
+        s, y = function(*inputs)
+        return s.detach(), y.detach(), *torch.autograd.grad(y.sin().sum() + s.cos().sum(), inputs)
+
+    def ours(x, residual, w, b):
+        return add_group_norm_silu(x, residual, w, b, 8, 1e-5)
+
+    def theirs(x, residual, w, b):
+        return x + residual, plain(x + residual, w, b)
+
+    results = [run(ours, leaves), run(theirs, leaves), run(theirs, [x.detach().double().requires_grad_() for x in leaves])]
+    assert torch.equal(results[0][0], results[1][0])  # the sum is eager's, bit for bit
+    for actual, eager, exact in zip(*results, strict=True):
+        no_worse(actual, eager, exact)
+
+
+def test_a_sum_or_its_normalised_form_may_go_unused():
+    x, residual, w, b = leaf(2, 8, 3, 5), leaf(2, 8, 3, 5, seed=1), leaf(8, seed=2), leaf(8, seed=3)
+    s, y = add_group_norm_silu(x, residual, w, b, 4)
+    assert all(torch.equal(g, torch.ones_like(x)) for g in torch.autograd.grad(s.sum(), (x, residual)))
+    (alone,) = torch.autograd.grad(add_group_norm_silu(x, residual, w, b, 4)[1].sin().sum(), x)
+    (expected,) = torch.autograd.grad(group_norm_silu(x + residual, w, b, 4).sin().sum(), x)
+    torch.testing.assert_close(alone, expected)
+
+
 def test_every_layout_gives_the_same_values_in_channels_last():
     x, w, b = leaf(2, 16, 6, 5).detach(), leaf(16).detach(), leaf(16).detach()
     contiguous = group_norm_silu(x, w, b, 8)
@@ -46,9 +76,13 @@ def test_opcheck_and_gradcheck():
     torch.library.opcheck(_group_norm_silu, (leaf(2, 8, 1, 1), leaf(2, 8), w, b, 4, 1e-5, True))
     channels_last = leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(_group_norm_silu, (channels_last, None, w.detach(), b.detach(), 4, 1e-5, False))
-    shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4)]
-    x, w, b, temb = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
+    torch.library.opcheck(_add_group_norm_silu, (channels_last, leaf(2, 8, 3, 5), w, b, 4, 1e-5, True))
+    torch.library.opcheck(_add_group_norm_silu, (leaf(2, 8, 3, 5), channels_last, w.detach(), b.detach(), 4, 1e-5, False))
+    shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4), (2, 4, 3, 2)]
+    x, w, b, temb, residual = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
     for silu in (True, False):
+        added = (x, residual, w, b)
+        assert torch.autograd.gradcheck(lambda x, r, w, b: add_group_norm_silu(x, r, w, b, 2, 1e-5, silu), added)  # noqa: B023
         assert torch.autograd.gradcheck(lambda x, w, b, t: group_norm_silu(x, w, b, 2, 1e-5, t, silu), (x, w, b, temb))  # noqa: B023
         assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, w, b, 2, 1e-5, None, silu), (x, w, b))  # noqa: B023
     assert torch.autograd.gradcheck(lambda x: group_norm_silu(x, w.detach(), b.detach(), 2), (x,))
@@ -58,7 +92,8 @@ def test_compiles_without_graph_break():
     inputs = [leaf(2, 8, 3, 5), leaf(8), leaf(8), leaf(2, 8)]
 
     def function(x, w, b, temb):
-        return (group_norm_silu(x * 2, w, b, 4, 1e-5, temb) * group_norm_silu(x, w, b, 2, silu=False)).sum()
+        s, y = add_group_norm_silu(x, x.sin(), w, b, 4)
+        return (group_norm_silu(x * 2, w, b, 4, 1e-5, temb) * group_norm_silu(s, w, b, 2, silu=False) * y).sum()
 
     expected = torch.autograd.grad(function(*inputs), inputs)
     actual = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), inputs)

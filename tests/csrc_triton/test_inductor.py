@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csrc_triton.geglu import geglu
-from csrc_triton.group_norm_silu import group_norm_silu
+from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.preference_loss import preference_loss
@@ -19,7 +19,9 @@ def everything(projection, image, weight, bias, policy, reference, latents, time
         1.5 * policy + x_t, timesteps, ones[:2], ones[:2], ones, 0 * alphas, torch.tensor(5.0),
         shape="sigmoid", reference=reference + x_t, noise=(keys, draws, seed),
     )  # fmt: skip
-    return terms.loss.sum() + normed.sum() + total.square().mean() + group_norm_silu(image, weight, bias, 4, 1e-5).square().sum()
+    blend, activated = add_group_norm_silu(image, image.sin(), weight, bias, 2)
+    images = group_norm_silu(image, weight, bias, 4, 1e-5).square().sum() + (blend * activated).sum()
+    return terms.loss.sum() + normed.sum() + total.square().mean() + images
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""Makes the interpreter round as the devices do: its own fp32 -> bf16 conversion truncates, hardware rounds to nearest even."""
+"""Makes the interpreter round as the devices do, in two places.
+
+Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row after the other
+(numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add lanes and warps in a tree.
+"""
 
 import numpy as np
 import pytest
@@ -11,6 +15,29 @@ def _round_to_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x).view(np.uint32)
     nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest).astype(np.uint16).reshape(x.shape)
+
+
+def _sum_in_a_tree(x: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
+    """Sum along `axis` (all of x if None) by halves: tiles have a power of two of elements along every axis."""
+    rows = x.reshape(-1) if axis is None else np.moveaxis(x, axis, 0)
+    while len(rows) > 1:
+        assert len(rows) % 2 == 0, f"{x.shape} is no shape of a tile"
+        rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
+    if not keepdims:
+        return rows[0]
+    return rows[0].reshape([1] * x.ndim) if axis is None else np.moveaxis(rows, 0, axis)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sums_in_a_tree():
+    add = interpreter.ReduceOps.sum
+
+    def patched(self, x):
+        return self.to_tensor(_sum_in_a_tree(x.handle.data, self.axis, self.keep_dims), x.dtype)
+
+    interpreter.ReduceOps.sum = patched
+    yield
+    interpreter.ReduceOps.sum = add
 
 
 @pytest.fixture(autouse=True, scope="session")
