@@ -188,7 +188,8 @@ def _group_norm_silu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     temb = None if temb is None else temb.contiguous()
     backward = _launch_backward if runs_triton(x) else group_norm_silu_backward_reference
-    dy, dsum, x = (a if a is None else a.contiguous(memory_format=torch.channels_last) for a in (dy, dsum, x))
+    dy, x = dy.contiguous(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    dsum = None if dsum is None else dsum.contiguous(memory_format=torch.channels_last)
     return backward(dy, dsum, x, temb, weight.contiguous(), bias.contiguous(), mean, rstd, centre, silu, weight_grads)
 
 
