@@ -128,7 +128,9 @@ def plot(results: Results) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 when a parity check failed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: all")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default: 9)")

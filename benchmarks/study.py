@@ -364,7 +364,9 @@ def _points(axes: Any, names: list[str], lines: list[dict[str, Any]]) -> None:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.study", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the cells")
     parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default: 5)")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}")

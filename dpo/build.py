@@ -130,6 +130,8 @@ def build(config: Config, notes: list[str]) -> Run:
         step.timesteps = recorded.timesteps.to(device)  # a window chooses among the recorded draws
     if saved is not None:
         restore(run, saved)
+        if run.done >= run.total:
+            log.warning("update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total)
     elif recorded is not None and twin is None:
         log.info("recorded reference: %s", record.noise(run.step, run.encoder, run.batches()))
     return run

@@ -277,7 +277,7 @@ CATALOGUE = [
         "accuracy",
         "learning",
         "Implicit accuracy",
-        "Share of pairs where the model, compared with where it started, favours the image that people preferred. 0.5 (dashed) "
+        "Share of pairs where the model, compared with where it started, favours the preferred image. 0.5 (dashed) "
         "is guessing. The held-out points count most.",
         _has_pairs("implicit_accuracy"),
         _accuracy,

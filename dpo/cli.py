@@ -24,9 +24,12 @@ EPILOG = (
 )
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """The run that `argv` asks for, and what the log should say about how it was read."""
-    given = _read(argv)
+def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """The run that `argv` asks for, and what the log should say about how it was read.
+
+    also: flags that the caller has read before, which may be meant by one that is unknown here.
+    """
+    given = _read(argv, also)
     start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
     if start["preset"] and start["config"]:
         raise UserError("--preset and --config are two starting points: give one")
@@ -66,14 +69,14 @@ def load_preset(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files("dpo").joinpath("presets", f"{name}.toml").read_text("utf-8"))
 
 
-def load_config(path: str) -> dict[str, Any]:
-    """The settings of a TOML file."""
+def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
+    """The settings of a TOML file, which `flag` named."""
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}") from None
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not TOML ({error})") from None
+        raise UserError(f"{flag} {path}: not TOML ({error})") from None
 
 
 def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -98,7 +101,9 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
     for file in (folder / "config.toml" for folder in folders):
         if file.is_file():
             notes.append(f"settings of the run that is continued: {file}")
-            saved = flat_settings(load_config(str(file))) | {"output": str(file.parent)}  # the folder may have moved
+            saved = flat_settings(load_config(str(file), flag="settings of the run to continue,")) | {
+                "output": str(file.parent)
+            }  # the folder may have moved
             return {name: value for name, value in saved.items() if name != "device"}
     if resume != "latest" or changes.get("output"):
         raise UserError(
@@ -112,7 +117,7 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def _read(argv: Sequence[str]) -> dict[str, Any]:
+def _read(argv: Sequence[str], also: Sequence[str]) -> dict[str, Any]:
     """Every flag given, by its name as spelled (snake case); values are still text."""
     parser = _parser()
     namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
@@ -120,7 +125,7 @@ def _read(argv: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise UserError(f"unexpected {word!r}: every value follows a flag (--help lists them)")
         name = word.split("=")[0]
-        like = nearest(name, [flag for action in parser._actions for flag in action.option_strings])
+        like = nearest(name, [*also, *(flag for action in parser._actions for flag in action.option_strings)])
         raise UserError(f"unknown flag {name}: " + (f"did you mean {like}?" if like else "--help lists them all"))
     return vars(namespace)
 

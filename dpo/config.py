@@ -274,6 +274,11 @@ class Output:
     hub_id: str | None = option(
         None, "repository to upload to; none: the output folder's name", aliases=("hub_model_id",), resume="free"
     )
+    judge: bool = option(
+        True,
+        "after a run of the small world inside the package: draw its report prompts before and after, and judge",
+        resume="free",
+    )
     model_card: bool = option(True, "write README.md with method, data, settings and figures", resume="free")
 
 

@@ -46,9 +46,14 @@ def end(run: Run, trackers: Trackers) -> None:
     else:
         save_pipeline(_untouched(run), unet, run.output)
     sample_images(run)
-    if outcome.is_embedded(run.model):
-        run.evaluation = outcome.judged(unet, run.device)
-        trackers.event({"event": "judged", "step": run.done, **run.evaluation})
+    try:
+        if run.config.output.judge and outcome.is_embedded(run.model):
+            run.evaluation = outcome.judged(unet, run.device)
+            trackers.event({"event": "judged", "step": run.done, **run.evaluation})
+    except KeyboardInterrupt:
+        log.warning("judging was cut short; the aligned model in %s is whole", run.output)
+        report(run, "finished")
+        raise
     report(run, "finished")
     if run.config.output.push_to_hub:
         _upload(run)

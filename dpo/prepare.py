@@ -55,10 +55,13 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
 
     folder = Path(own.store).expanduser()
     if own.verify:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, so there is no store to check")
         wrong = store.verify(folder) + record.verify(folder)
         for line in wrong:
             log.error("%s", line)
-        log.info("%s: %s", folder, f"{len(wrong)} files are damaged" if wrong else "every checksum is right")
+        count = f"{len(wrong)} {'file is' if len(wrong) == 1 else 'files are'} damaged"
+        log.info("%s: %s", folder, count if wrong else "every checksum is right")
         return 1 if wrong else 0
     if own.merge is not None:
         parts = [Path(part).expanduser() for part in own.merge] or parts_in(folder)
@@ -291,7 +294,7 @@ def _config(folder: Path, rest: list[str]) -> Any:
         if not names & {"--model", "--pretrained-model-name-or-path"}:
             raise UserError(f"{folder} is a store: give the --model that it was prepared with")
         rest = [*rest, "--data", str(folder)]
-    config, notes = parse(rest)
+    config, notes = parse(rest, also=[flag for action in _parser()._actions for flag in action.option_strings])
     for note in notes:
         log.info("%s", note)
     return config

@@ -71,12 +71,18 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
         if spec is not None and axis and "," in value:
             if not equals:
                 words.pop(0)
-            grid[spec.name] = list(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+            values = [part.strip() for part in value.split(",")]
+            if "" in values:
+                raise UserError(f"{name} {value}: a value between the commas is empty")
+            grid[spec.name] = list(dict.fromkeys(values))
         else:
             rest.append(word)
     if out is None:
         raise UserError("name the folder of the sweep: --out FOLDER")
     if not grid:
+        from dpo.cli import parse
+
+        parse(rest, also=["--out"])  # a misspelt axis is the likelier mistake
         raise UserError("nothing to compare: give a flag several values, such as --beta 1000,2000,5000")
     return Path(out).expanduser(), grid, rest
 

@@ -88,7 +88,8 @@ def verdict(run: RunRecord) -> Verdict:
     evidence = [found for found in (learned, judged) if found is not None]
     costs = [found for found in warnings(run) if found.grave]
     if run.status == "failed":
-        return Verdict("poor", "The run stopped with an error.", [run.summary.get("reason", ""), *sentences])
+        reason = str(run.summary.get("reason", "")).rstrip(".")
+        return Verdict("poor", "The run stopped with an error.", [reason and f"{reason}.", *sentences])
     if run.done < FEW_UPDATES:
         return Verdict("early", "Too early to tell.", [*sentences, f"A verdict needs at least {FEW_UPDATES} updates."])
     if any(found.below for found in evidence):
@@ -138,12 +139,12 @@ def _findings(run: RunRecord) -> list[str]:
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
         found.append(
-            f"On {learned.cases:,} pairs that it never trained on, the model sides with the people's choice in "
+            f"On {learned.cases:,} pairs that it never trained on, the model sides with the preferred image in "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); guessing gives 50%."
         )
     elif accuracy is not None and run.pairwise:
         found.append(
-            f"On the pairs it was trained on, the model sides with the people's choice in {accuracy:.0%}; guessing gives 50%."
+            f"On the pairs it was trained on, the model sides with the preferred image in {accuracy:.0%}; guessing gives 50%."
         )
     if judged is not None:
         found.append(

@@ -36,7 +36,8 @@ def open_source(cfg: Any, split: str | None = None) -> Source:
     except UnicodeDecodeError as error:
         raise UserError(f"{cfg.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     if not len(source):
-        raise UserError(f"{cfg.data}: no usable pairs ({describe(source)}); ties can be kept with --ties keep")
+        hint = "; ties can be kept with --ties keep" if source.summary.get("ties") else ""
+        raise UserError(f"{cfg.data}: no usable pairs ({describe(source)}){hint}")
     return source
 
 
@@ -75,6 +76,8 @@ def describe(source: Source) -> str:
     without_caption = counts.pop("without a caption", 0)
     if kept_ties:
         counts.pop("ties", None)
+    if (rest := rows - pairs - sum(counts.values())) > 0:
+        counts["by --max-pairs or as held out"] = rest
     notes = [f"{count} {name}" for name, count in counts.items() if count]
     text = f"{rows} rows: {pairs} pairs"
     text += f", {kept_ties} of them ties" if kept_ties else ""

@@ -118,7 +118,7 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
         halves = variant is None and any(Path(place).glob("*.fp16*.safetensors"))
-        hint = "; its weights are stored in half precision: use --variant fp16" if halves else ""
+        hint = "; its weights are stored in half precision: use --variant fp16" if halves else "; fetch the model again"
         raise UserError(f"cannot load {place}: {first_line(error)}{hint}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
         raise UserError(f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again")
@@ -183,7 +183,7 @@ def _tokenizer(folder: Path, name: str) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
     except Exception as error:
-        raise UserError(f"cannot load {folder / name}: {first_line(error)}") from error
+        raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
 
 
 def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Components:

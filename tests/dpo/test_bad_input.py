@@ -168,7 +168,7 @@ def truncated_model(world, at):
 LATE = {
     "no timestep left": (lambda world, at: ["--timesteps", "turbo", "--window-high", "100"], ["no usable timestep", "--window"]),
     "no such block": (lambda world, at: ["--checkpointing", "up_blocks.7"], ["up_blocks.7", "down_blocks.0"]),
-    "truncated weights": (truncated_model, ["cannot load", "unet"]),
+    "truncated weights": (truncated_model, ["cannot load", "unet", "fetch the model again"]),
     "another UNet": (lambda world, at: ["--unet-init", Path(world("sdxl"), "unet")], ["--unet-init", "another architecture"]),
 }  # fmt: skip
 

@@ -82,6 +82,10 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
         cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
         assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
         assert len(notes) == 1 and "config.toml" in notes[0]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.toml").write_text("steps = = 3")
+    with pytest.raises(UserError, match=r"^settings of the run to continue, .*broken/config.toml: not TOML"):
+        parse(["--output", str(tmp_path / "broken"), "--resume", "latest"])
     whole, notes = parse([*BASE, "--output", str(tmp_path), "--resume", "latest"])
     assert whole.method.beta is None and notes == [], "a whole command line is taken as it stands"
     for flags in (["--output", str(tmp_path / "new"), "--resume", "latest"], ["--resume", str(tmp_path / "a" / "b" / "new")]):

@@ -100,7 +100,7 @@ def test_the_command_says_when_it_is_done_and_verifies(world, tmp_path, caplog, 
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert command(store, "--verify") == 1
+    assert command(store, "--verify") == 1 and "1 file is damaged" in capsys.readouterr().err
     assert any("000001.safetensors was altered" in line for line in verify(store))
 
 
@@ -136,6 +136,8 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         ([*flags, "--shard", "4/4"], "expected I/N"),
         ([*flags, "--draws", "0"], "not above 0"),
         ([*flags, "--frobnicate"], "unknown flag --frobnicate"),
+        ([*flags, "--verfy"], "did you mean --verify?"),
+        (["--verify"], "no store to check"),
         (["--merge"], "has no parts"),
         (["--model", world("sd15")], "no pairs to train on"),
     ]:

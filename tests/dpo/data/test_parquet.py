@@ -39,6 +39,8 @@ def test_ties_kept_and_labels_smoothed(tmp_path, settings):
     source = open_source(settings(tmp_path, ties="keep", label_smoothing=0.1))
     assert sorted(source[i].prob for i in range(9)) == pytest.approx([0.5] * 2 + [0.75] + [0.9] * 6)
     assert describe(source) == "9 rows: 9 pairs, 2 of them ties"
+    few = open_source(settings(tmp_path, max_pairs=4))
+    assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs or as held out"
 
 
 def test_key_does_not_depend_on_the_row_but_on_who_won(tmp_path, settings):

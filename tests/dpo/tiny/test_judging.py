@@ -1,0 +1,51 @@
+"""The end of a run on the embedded world: judged, not judged, and cut short while judging."""
+
+import json
+
+import pytest
+
+from dpo import outcome, train
+
+FLAGS = ["--preset", "tiny", "--steps", "1", "--batch-size", "2", "--validate-every", "0", "--sample-steps", "2", "--threads", "1"]
+
+
+def run(folder, *flags) -> int:
+    return train.main([*FLAGS, "--output", str(folder), *flags])
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unjudged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unjudged") / "run"
+    assert run(folder, "--no-judge") == 0
+    return folder
+
+
+def test_judging_can_be_left_out(unjudged):
+    assert summary(unjudged)["status"] == "finished" and not summary(unjudged)["evaluation"]
+    assert (unjudged / "report.html").exists() and (unjudged / "model_index.json").exists()
+
+
+def test_a_resumed_run_is_judged_and_says_that_nothing_was_left_to_train(unjudged, monkeypatch, capsys):
+    monkeypatch.setattr(outcome, "PAIRS", 4)
+    outcome._unchanged.cache_clear()
+    assert train.main(["--output", str(unjudged), "--resume", "latest", "--judge"]) == 0
+    assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in capsys.readouterr().err
+    found = summary(unjudged)["evaluation"]
+    assert found["prompts"] == 4 and 0 <= found["win_rate"] <= 1 and found["faithfulness_before"] > 0.7
+    outcome._unchanged.cache_clear()
+
+
+def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outcome, "judged", interrupted)
+    folder = tmp_path / "run"
+    assert run(folder) == 130
+    assert "judging was cut short; the aligned model in" in capsys.readouterr().err
+    assert summary(folder)["status"] == "finished" and not summary(folder)["evaluation"]
+    assert (folder / "report.html").exists() and (folder / "model_index.json").exists()
