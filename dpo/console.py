@@ -33,6 +33,7 @@ def setup(level: int | str = logging.INFO, console: Console | None = None) -> Co
     log.addHandler(handler)
     log.setLevel(level.upper() if isinstance(level, str) else level)
     log.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it gives advice on import, whoever imports it
     return console
 
 
