@@ -1,7 +1,8 @@
-"""Makes the interpreter round as the devices do, in two places.
+"""Makes the interpreter round as the devices do, in two places, and lets that of triton 3.6 run with numpy 2.4.
 
 Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row after the other
 (numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add lanes and warps in a tree.
+Triton 3.6 makes loop bounds of arrays with one element, which numpy no longer takes for numbers; later versions squeeze them.
 """
 
 import numpy as np
@@ -15,6 +16,19 @@ def _round_to_bf16(x: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(x).view(np.uint32)
     nearest = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, nearest).astype(np.uint16).reshape(x.shape)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _loop_bounds():
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+    yield
+    interpreter._patch_lang_tensor = patch
 
 
 def _sum_in_a_tree(x: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
