@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from csrc_triton.layer_norm import add_residual
+
 
 @triton.jit
 def _tile(P, C: tl.constexpr, R, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -33,10 +35,7 @@ def channel_statistics_kernel(
     sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + offsets, rounded, mask=mask)
-        x = rounded.to(tl.float32)
+        x = add_residual(x, residual_ptr, sum_ptr, offsets, mask)
     count = tl.minimum(P - run * BLOCK_P, BLOCK_P).to(tl.float32)
     mean = tl.sum(x, axis=0) / count
     centred = tl.where(mask, x - mean[None, :], 0.0)

@@ -11,13 +11,22 @@ import triton
 import triton.language as tl
 
 from csrc_triton.aot import Specimen
-from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.runtime import PINNED, registers, runs_triton, wide
 
 TILE = 2048  # elements per step of a program: one row when C > 1024, else several
 WARPS = 4
 MAX_CHANNELS = 4096  # a row stays in registers
 MAX_PROGRAMS = 1024  # of the backward: partial sums of dweight and dbias are [P, 2, C]
+REGISTERS = 64  # of the forward: left to itself triton 3.6's compiler aims at 32 for sm_80, and spills a few
 ROWS_PER_PROGRAM = 32  # at least, so that the partial sums cost little beside the rows
+
+
+@triton.jit
+def add_residual(x, residual_ptr, sum_ptr, offsets, mask):
+    """x + residual as whatever reads the sum will see it: rounded to its dtype, stored, and back in fp32. x: a fp32 tile."""
+    rounded = (x + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + offsets, rounded, mask=mask)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
@@ -46,10 +55,7 @@ def layer_norm_forward_kernel(
     offsets = row[:, None] * C + col[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + offsets, rounded, mask=mask)
-        x = rounded.to(tl.float32)
+        x = add_residual(x, residual_ptr, sum_ptr, offsets, mask)
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(mask, x - mean[:, None], 0.0)
     left = tl.sum(centred, axis=1) / C
@@ -175,7 +181,7 @@ def _launch_forward(x, residual, weight, bias, eps):
     blocks = _blocks(C)
     layer_norm_forward_kernel[(triton.cdiv(M, blocks["ROWS"]),)](
         x, x if residual is None else residual, weight, bias, y if s is None else s, y, mean, rstd, M, eps,
-        C=C, HAS_RESIDUAL=residual is not None, **blocks, num_warps=WARPS, **PINNED,
+        C=C, HAS_RESIDUAL=residual is not None, **blocks, num_warps=WARPS, **PINNED, **registers(REGISTERS),
     )  # fmt: skip
     return s, y, mean, rstd
 
@@ -338,7 +344,8 @@ def _specimen(kernel, dtype: str, weight: str, C: int, residual: bool) -> Specim
     constants = {p: v for p, v in values.items() if p in kernel.arg_names}
     signature = {p: kinds.get(p, f"*{dtype}") for p in kernel.arg_names if p not in constants}
     name = f"{kernel.__name__.removesuffix('_kernel')}_{C}{'_add' if residual else ''}"
-    return Specimen(name, kernel, dtype, signature, constants, WARPS)
+    limit = REGISTERS if kernel is layer_norm_forward_kernel else None
+    return Specimen(name, kernel, dtype, signature, constants, WARPS, maxnreg=limit)
 
 
 AOT_SPECIMENS = [

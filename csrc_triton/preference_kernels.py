@@ -18,7 +18,7 @@ from csrc_triton.philox import Stream, normal_span
 BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
 PAIR_TILE = 256  # partial sums per row of sums that the last program adds at a time
 WARPS = 8
-REGISTERS = 80  # of the forward: left to itself the compiler aims at 64 or 40, and spills a few
+REGISTERS = 96  # of the forward: left to itself the compiler aims at 64 or 40, and spills a few
 SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
 GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
 NOISE = tl.constexpr(int(Stream.NOISE))

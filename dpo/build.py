@@ -161,10 +161,10 @@ def embedded(config: Config) -> Config:
     return config
 
 
-def load_model(config: Config, device: torch.device) -> tuple[Config, Components, schedule.Schedule, list[str]]:
-    """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
+def load_named(config: Config) -> Components:
+    """The model that the settings name, as it is stored: fp32, on the CPU."""
     named = config.model
-    model = load(
+    return load(
         named.model,
         family=named.family,
         revision=named.revision,
@@ -173,6 +173,11 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Components
         single_file_config=named.single_file_config,
         cache_dir=named.cache_dir,
     )
+
+
+def load_model(config: Config, device: torch.device) -> tuple[Config, Components, schedule.Schedule, list[str]]:
+    """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
+    model = load_named(config)
     config, decided = decisions.resolve(
         config,
         family=model.family.name,

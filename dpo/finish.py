@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from dpo import checkpoint, decisions, drawing, outcome
+from dpo.build import load_named
 from dpo.config import Config
 from dpo.errors import UserError
-from dpo.models.load import first_line, load
+from dpo.models.load import first_line
 from dpo.models.save import detached, save_lora, save_pipeline
 from dpo.run import Run
 from dpo.trackers import Trackers
@@ -80,16 +81,7 @@ def _untouched(run: Run) -> Any:
     """The components as they were loaded: in half precision the run's own text encoders and VAE are rounded copies."""
     if next(run.model.vae.parameters()).dtype == torch.float32:
         return run.model
-    named = run.config.model
-    return load(
-        named.model,
-        family=named.family,
-        revision=named.revision,
-        variant=named.variant,
-        vae=named.vae,
-        single_file_config=named.single_file_config,
-        cache_dir=named.cache_dir,
-    )
+    return load_named(run.config)
 
 
 def asked_prompts(config: Config) -> list[str]:

@@ -6,7 +6,20 @@ import pytest
 
 from dpo import outcome, train
 
-FLAGS = ["--preset", "tiny", "--steps", "1", "--batch-size", "2", "--validate-every", "0", "--sample-steps", "2", "--threads", "1"]
+FLAGS = [
+    "--preset",
+    "tiny",
+    "--steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--validate-every",
+    "0",
+    "--sample-steps",
+    "2",
+    "--threads",
+    "1",
+]
 
 
 def run(folder, *flags) -> int:
