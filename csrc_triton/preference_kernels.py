@@ -18,7 +18,10 @@ from csrc_triton.philox import Stream, normal_span
 BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
 PAIR_TILE = 256  # partial sums per row of sums that the last program adds at a time
 WARPS = 8
-REGISTERS = 96  # of the forward: left to itself the compiler aims at 64 or 40, and spills a few
+REGISTERS = {
+    2: 80,
+    4: 96,
+}  # of the forward, by bytes of an element: left to itself the compiler aims at 64 or 40 and spills a few
 SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
 GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
 NOISE = tl.constexpr(int(Stream.NOISE))
@@ -328,7 +331,7 @@ def _specimens() -> list[Specimen]:
                 name = f"preference_loss/{source}/{kind}"
                 arguments, constants = forward | predictions, flags | finish | {"SOURCE": code}
                 one = specimen(name, preference_loss_kernel, dtype, arguments, constants, (*missing, other))
-                found.append(replace(one, vector_store=False, maxnreg=REGISTERS))
+                found.append(replace(one, vector_store=False, maxnreg=REGISTERS[4 if dtype == "fp32" else 2]))
             name = f"preference_loss_backward/{source}"
             arguments, constants = backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}, flags | {"SOURCE": code}
             found.append(specimen(name, preference_loss_backward_kernel, dtype, arguments, constants, missing))

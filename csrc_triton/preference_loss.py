@@ -110,7 +110,7 @@ def _launch_forward(
         batch, channels, height * width, elements, float(elements), length, sft_weight,
         SHAPE=SHAPES.index(shape), POLICY_LAST=policy_last, REFERENCE_LAST=reference_last, **flags,
         BLOCK=BLOCK, PAIRS=max(1, PAIR_TILE // splits_block), SPLITS=splits_block,
-        num_warps=WARPS, **PINNED, **registers(REGISTERS),
+        num_warps=WARPS, **PINNED, **registers(REGISTERS[policy.element_size()]),
     )  # fmt: skip
     return loss, terms, tables
 
