@@ -1,6 +1,7 @@
 """Every kernel on the device against float64, by the rule of the tests: at most twice the error of plain torch in the same dtype.
 
-And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on.
+And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on. And that the ops can be
+captured in a CUDA graph, whose replays draw new noise when the draws in device memory have moved on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
         yield from preference(device, dtype)
     for precision in ("fp32",) if smoke else ("fp32", "bf16", "fp16"):
         yield step_zero(device, precision)
+    if device.type == "cuda":
+        yield graph_replay(device)
 
 
 def random_numbers(device: torch.device) -> dict[str, Any]:
@@ -143,3 +146,60 @@ def step_zero(device: torch.device, precision: str) -> dict[str, Any]:
     terms, _ = step(inputs, correction)
     worst = terms.logit.abs().max().item()
     return {"op": "logit at step 0", "dtype": precision, "kernel": worst, "plain": 0.0, "ok": worst == 0.0}
+
+
+def all_ops(device: torch.device) -> tuple[Callable[[], list[Tensor]], Tensor]:
+    """(a function that runs every differentiable op forward and backward and returns what it found, the draws it uses)."""
+    torch.manual_seed(2)
+    pairs, channels, dtype = 3, 64, torch.bfloat16
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+    latents, policy = make(2 * pairs, 4, 17, 9), make(2 * pairs, 4, 17, 9)
+    projection, tokens, image = make(5, 7, 2 * channels), make(5, 7, channels), make(3, channels, 9, 5)
+    weight, bias = make(channels), make(channels)
+    index, ones = torch.arange(pairs, device=device), torch.ones(1000, device=device)
+    draws, seed, beta = index.clone(), torch.tensor(7, device=device), torch.tensor(500.0, device=device)
+    leaves = [policy, projection, tokens, image, weight, bias]
+
+    def run() -> list[Tensor]:
+        keys = (index + 5, draws, seed)
+        noisy = noise_pairs(latents.detach(), index * 13, ones / 2, *keys)
+        terms = preference_loss(
+            policy + noisy, index * 13, ones[:pairs], ones[:pairs], ones, 0 * ones, beta,
+            shape="sigmoid", reference=policy.detach() * 0.9 + noisy, noise=keys,
+        )  # fmt: skip
+        total, normed = add_layer_norm(geglu(projection), tokens, weight, bias)
+        blend, active = add_group_norm_silu(image, image.sin(), weight, bias, 32)
+        images = group_norm_silu(blend, weight, bias, 32) * active
+        found = [terms.loss, noisy, total, normed, images]
+        return [*found, *torch.autograd.grad(sum(x.float().square().sum() for x in found), leaves)]
+
+    return run, draws
+
+
+def graph_replay(device: torch.device) -> dict[str, Any]:
+    """The largest difference between a replay of a captured graph of all ops, after new draws, and the ops themselves: 0."""
+    row: dict[str, Any] = {"op": "all ops in a CUDA graph", "dtype": "bfloat16", "plain": 0.0}
+    try:
+        run, draws = all_ops(device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run()
+        draws += 1
+        graph.replay()
+        worst = max((a.float() - b.float()).abs().max().item() for a, b in zip(found, run(), strict=True))
+    except Exception as error:
+        return row | {
+            "op": f"{row['op']}: {type(error).__name__}: {str(error).splitlines()[0][:100]}",
+            "kernel": None,
+            "ok": False,
+        }
+    return row | {"kernel": worst, "ok": worst == 0.0}

@@ -50,7 +50,7 @@ ROWS: dict[str, list[str]] = {
     "dde-single, LoRA": ["--method", "dde-single", "--beta", "200", "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dpo, soft labels": DPO,
     "dde-single, soft labels": ["--method", "dde-single", "--beta", "200"],
-    "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.8", "--scheduler", "cosine"],
+    "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.5", "--scheduler", "cosine"],
 }
 TABLED = ("dde-step", "dde", "dde-step, six times as long")  # those with a correction table
 QUARTERS = 4  # of a run: how often its table is looked at

@@ -3,6 +3,8 @@
 import csv
 import json
 
+import torch
+
 from benchmarks import gpu, parity
 
 
@@ -37,3 +39,14 @@ def test_a_section_keeps_to_its_time(tmp_path):
     gpu.main(["--out", str(tmp_path), "--smoke", "--section", "parity", "--minutes", "0"])
     rows = json.loads((tmp_path / "results.json").read_text())["parity"]
     assert len(rows) == 2 and "stopped" in rows[-1]["op"]
+
+
+def test_what_is_captured_in_a_graph_runs_every_op_and_draws_anew():
+    """The capture needs a GPU; here: the function has gradients everywhere, is deterministic, and follows the draws."""
+    run, draws = parity.all_ops(torch.device("cpu"))
+    first, again = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(x.isfinite().all() and x.abs().max() > 0 for x in first[2:]) and len(first) == 11
+    draws += 1
+    moved = run()
+    assert not torch.equal(first[0], moved[0]) and not torch.equal(first[1], moved[1]) and torch.equal(first[2], moved[2])
