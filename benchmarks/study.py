@@ -56,8 +56,10 @@ TABLED = ("dde-step", "dde", "dde-step, six times as long")  # those with a corr
 QUARTERS = 4  # of a run: how often its table is looked at
 TABLE_NOTE = """\
 M is the moving average of d by timestep, C(t) its weighted sum over later timesteps; means over the seeds. 100 updates of 16 pairs
-meet each of the 1000 timesteps 1.6 times, and each meeting moves M by a twentieth of d (rho = 0.95): the table has its shape by then,
-not its size. The published runs have 2048 pairs an update, which meet each timestep twice in every update."""
+meet each of the 1000 timesteps 1.6 times, and each meeting moves M by a twentieth of d (rho = 0.95): that table has its shape, not its
+size. The published runs have 2048 pairs an update, which meet each timestep twice in every update. The longer run meets each
+timestep 9.6 times with rho = 0.5, and its learning rate falls to 0: there M can be held against d itself, measured over the last
+quarter of the run."""
 
 
 class Claim(NamedTuple):
@@ -143,7 +145,7 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
 
 def table_history(folder: Path) -> dict[str, Any]:
     """M and C by tenth of the clock at the end of each quarter of the run [4, 10]; `measured` [10]: what M estimates, the mean of
-    d over the last quarter, where z = -(beta/2) (d + C) tells it (`dde-step`; the few ties, which have no C, are neglected).
+    d over the last quarter, where z = -(beta/2) (d + C) tells it (`dde-step`; ties, which have no C, are not in the stores of this study).
     """
     run = read_run(folder)
     ends = [run.updates[round(len(run.updates) * (quarter + 1) / QUARTERS) - 1] for quarter in range(QUARTERS)]
@@ -299,12 +301,16 @@ def write_report(path: Path, results: Cells) -> None:
 
 
 def describe_tables(tables: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """M and C by tenth of the clock at the end, and how far C still moved in the last quarter of the run."""
-    head = ["tenth of t", *(f"{symbol}, {row}" for row in tables for symbol in ("M", "C"))]
+    """d, M and C by tenth of the clock at the end, and how C grew over the run."""
+    columns = {
+        f"{symbol}, {row}": found[name].reshape(-1, DECILES)[-1]
+        for row, found in tables.items()
+        for symbol, name in (("d", "measured"), ("M", "table"), ("C", "correction"))
+        if name in found
+    }
+    head = ["tenth of t", *columns]
     lines = [
-        {head[0]: f"{tenth * 10} to {tenth * 10 + 10} %"}
-        | {f"M, {row}": found["table"][-1, tenth] for row, found in tables.items()}
-        | {f"C, {row}": found["correction"][-1, tenth] for row, found in tables.items()}
+        {head[0]: f"{tenth * 10} to {tenth * 10 + 10} %"} | {name: values[tenth] for name, values in columns.items()}
         for tenth in range(DECILES)
     ]
     text = [
@@ -317,7 +323,8 @@ def describe_tables(tables: dict[str, dict[str, np.ndarray]]) -> list[str]:
         moved = size[-1].mean() / size[-2].mean() - 1
         text.append(
             f"`{row}`: |C| falls with t from {size[-1, 0]:.3g} in the first tenth to {size[-1, -1]:.3g} in the last; "
-            f"the last quarter of the updates changed its mean by {moved:+.0%}."
+            f"its mean after each quarter of the run is {', '.join(f'{value:.3g}' for value in size.mean(1))}, the last quarter changed it "
+            f"by {moved:+.0%}."
             + (
                 f" M is {found['table'][-1].mean() / found['measured'].mean():.0%} of the d it estimates."
                 if "measured" in found
