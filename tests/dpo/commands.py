@@ -42,3 +42,10 @@ def command(capsys, *words: object) -> Said:
 def tree(folder: Path) -> dict[str, int]:
     """Every path below a folder with the size of its file."""
     return {str(path.relative_to(folder)): path.stat().st_size if path.is_file() else -1 for path in sorted(folder.rglob("*"))}
+
+
+def check_refused(said, words):
+    assert said.code == 2
+    assert len(said.errors) == 1, said.errors
+    assert said.errors[0].startswith("dpo.train: ")
+    assert [word for word in words if word not in said.errors[0]] == [], said.errors[0]
