@@ -231,15 +231,15 @@ def _setup_add_group_norm(ctx, inputs, output):
 
 
 def _gradients(ctx, dy, dsum, weight_grads):
-    s = ctx.saved_tensors[0]
+    s, temb, *rest = ctx.saved_tensors  # unpacked once: gradient checkpointing allows no more
     dy = torch.zeros_like(s) if dy is None else dy
-    dx, dtemb, dweight, dbias = _group_norm_silu_backward(dy, dsum, *ctx.saved_tensors, ctx.silu, weight_grads)
+    dx, dtemb, dweight, dbias = _group_norm_silu_backward(dy, dsum, s, temb, *rest, ctx.silu, weight_grads)
+    dtemb = None if temb is None else dtemb
     return (dx, dtemb, dweight, dbias) if weight_grads else (dx, dtemb, None, None)
 
 
 def _backward_group_norm(ctx, dy, dmean, drstd, dcentre):
-    dx, dtemb, dweight, dbias = _gradients(ctx, dy, None, any(ctx.needs_input_grad[2:4]))
-    return dx, None if ctx.saved_tensors[1] is None else dtemb, dweight, dbias, None, None, None
+    return *_gradients(ctx, dy, None, any(ctx.needs_input_grad[2:4])), None, None, None
 
 
 def _backward_add_group_norm(ctx, dsum, dy, dmean, drstd):

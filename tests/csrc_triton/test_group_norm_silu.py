@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from csrc_triton.group_norm_silu import _add_group_norm_silu, _group_norm_silu, add_group_norm_silu, group_norm_silu
 
@@ -61,6 +62,22 @@ def test_a_sum_or_its_normalised_form_may_go_unused():
     (alone,) = torch.autograd.grad(add_group_norm_silu(x, residual, w, b, 4)[1].sin().sum(), x)
     (expected,) = torch.autograd.grad(group_norm_silu(x + residual, w, b, 4).sin().sum(), x)
     torch.testing.assert_close(alone, expected)
+
+
+@pytest.mark.parametrize("added", ["nothing", "temb", "residual"])
+def test_under_gradient_checkpointing(added):
+    x, other, w, b = leaf(2, 8, 3, 5), leaf(*((2, 8) if added == "temb" else (2, 8, 3, 5)), seed=1), leaf(8, seed=2), leaf(8, seed=3)
+
+    def function(x, other, w, b):
+        if added == "residual":
+            s, y = add_group_norm_silu(x, other, w, b, 4)
+            return (s * y).sum()
+        return group_norm_silu(x, w, b, 4, 1e-5, other if added == "temb" else None).sin().sum()
+
+    leaves = [x, w, b] if added == "nothing" else [x, other, w, b]
+    expected = torch.autograd.grad(function(x, other, w, b), leaves)
+    again = torch.utils.checkpoint.checkpoint(function, x, other, w, b, use_reentrant=False)
+    assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(again, leaves), expected, strict=True))
 
 
 def test_every_layout_gives_the_same_values_in_channels_last():
