@@ -41,9 +41,9 @@ def test_a_section_keeps_to_its_time(tmp_path):
     assert len(rows) == 2 and "stopped" in rows[-1]["op"]
 
 
-def test_what_is_captured_in_a_graph_runs_every_op_and_draws_anew():
+def test_what_is_captured_in_a_graph_has_gradients_and_draws_anew():
     """The capture needs a GPU; here: the function has gradients everywhere, is deterministic, and follows the draws."""
-    run, draws = parity.all_ops(torch.device("cpu"))
+    run, draws = parity.ops_of_a_step(torch.device("cpu"))
     first, again = run(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(x.isfinite().all() and x.abs().max() > 0 for x in first[2:]) and len(first) == 11

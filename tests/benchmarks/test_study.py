@@ -1,11 +1,13 @@
 """The study's report: figures, verdicts and rows that have not been run, from run folders made up for it."""
 
 import json
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import study
+from benchmarks import evidence, study
 from tests.dpo.fake_run import write_run
 
 
@@ -76,8 +78,56 @@ def test_the_table_s_history_is_told_by_the_run(tmp_path):
     assert np.allclose([quarter[0] for quarter in found["correction"]], [-2e-5, -4e-5, -6e-5, -8e-5])
 
 
+def test_what_is_said_of_a_table():
+    falling = -np.arange(10.0, 0, -1)
+    found = {
+        "table": np.stack([falling * share for share in (0.2, 0.4, 0.45, 0.45)]),
+        "correction": np.stack([falling * share for share in (1, 2, 4, 5)]),
+        "measured": falling / 2,
+    }
+    text = "\n".join(evidence.describe_tables({"dde-step": found}))
+    assert "| d, dde-step | M, dde-step | C, dde-step |" in text and "| 0 to 10 % | -5 | -4.5 | -50 |" in text
+    assert "|C| falls from tenth to tenth of t (50 in the first, 5 in the last)" in text
+    assert "is 5.5, 11, 22, 27.5, the last quarter changed it by +25%. M is 90% of the d it estimates." in text
+    found["correction"] = found["correction"][:, ::-1]
+    assert "|C| does not fall everywhere from tenth" in evidence.describe_tables({"dde": found})[-1]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What dpo.train was asked to do; it leaves a finished run behind, or ends with the code given."""
+    from dpo import train
+
+    asked, codes = [], []
+
+    def main(flags):
+        asked.append(flags)
+        folder = Path(flags[flags.index("--output") + 1])
+        cell(folder, "dpo", 0.8)
+        (folder / "checkpoints" / "step-8").mkdir(parents=True, exist_ok=True)
+        return codes.pop() if codes else 0
+
+    monkeypatch.setattr(train, "main", main)
+    return asked, codes
+
+
+def test_a_cell_is_continued_under_the_same_flags_only(trained, tmp_path, monkeypatch):
+    asked, codes = trained
+    codes.append(130)
+    found, line = study.run_cell(tmp_path, "dpo", 0)
+    assert found is None and "ended with 130" in line and "--overwrite" in asked[-1]
+    found, line = study.run_cell(tmp_path, "dpo", 0)
+    assert found["win_rate"] == 0.8 and found["flags"] == study.ROWS["dpo"] and line.endswith("done") and "--resume" in asked[-1]
+    monkeypatch.setitem(study.ROWS, "dpo", ["--method", "dpo", "--beta", "5"])
+    found, _ = study.run_cell(tmp_path, "dpo", 0)
+    assert found["flags"] == ["--method", "dpo", "--beta", "5"] and "--overwrite" in asked[-1]
+    monkeypatch.setattr(study, "_stop", threading.Event())
+    study._stop.set()
+    assert study.run_cell(tmp_path, "dpo", 1) == (None, "dpo, seed 1: not started") and len(asked) == 3
+
+
 def test_a_row_stands_on_its_finished_seeds(path):
-    lines = {line["method"]: line for line in study.table_of(study.read_cells(path))}
+    lines = {line["method"]: line for line in evidence.table_of(study.read_cells(path))}
     assert list(lines) == list(study.ROWS)
     assert lines["dpo"]["seeds"] == 3 and lines["dpo"]["win rate"] == pytest.approx(0.75)
     assert lines["dpo"]["lowest bound of a seed"] == pytest.approx(0.65) and lines["dpo"]["over seeds"] == "± 0.050"
@@ -89,20 +139,20 @@ def test_a_row_stands_on_its_finished_seeds(path):
 
 def test_a_claim_holds_only_beyond_two_standard_errors(path):
     results = study.read_cells(path)
-    found = study.check(study.Claim("", ["dpo"], ["sft"]), results)
+    found = evidence.check(evidence.Claim("", ["dpo"], ["sft"]), results)
     assert found["difference"] == "+0.133" and found["standard error"] == "0.044" and found["larger in"] == "3 of 3"
     assert found["here"] == "holds"
-    assert study.check(study.Claim("", ["sft"], ["dpo"]), results)["here"] == "does not hold"
-    assert study.check(study.Claim("", ["dpo"], ["dpo"]), results)["here"] == "undecided"
-    one = study.check(study.Claim("", ["dde"], ["dpo"]), results)
+    assert evidence.check(evidence.Claim("", ["sft"], ["dpo"]), results)["here"] == "does not hold"
+    assert evidence.check(evidence.Claim("", ["dpo"], ["dpo"]), results)["here"] == "undecided"
+    one = evidence.check(evidence.Claim("", ["dde"], ["dpo"]), results)
     assert one["seeds"] == 1 and one["difference"] == "+0.100" and "here" not in one
-    assert study.check(study.Claim("", ["discounted"], ["dpo"]), results)["seeds"] == "not yet run"
+    assert evidence.check(evidence.Claim("", ["discounted"], ["dpo"]), results)["seeds"] == "not yet run"
 
 
 def test_every_claim_and_flag_names_something_that_exists():
     from dpo.cli import parse
 
-    assert {row for claim in study.CLAIMS for row in claim.better + claim.worse} <= set(study.ROWS)
+    assert {row for claim in evidence.CLAIMS for row in claim.better + claim.worse} <= set(study.ROWS)
     for flags in study.ROWS.values():
         parse(["--preset", "tiny", *flags])
 
@@ -112,7 +162,7 @@ def test_report_without_running_anything(path, tmp_path, capsys):
     assert study.main(["--out", str(tmp_path), "--cells", str(path), "--seeds", "0", "--report", str(page)]) == 0
     text = page.read_text()
     assert "| dpo | 3 | 0.75 |" in text and "| discounted | not yet run |" in text and "(evidence.png)" in text
-    assert "| 90 to 100 % |" in text and "`dde`: |C| falls with t" in text
+    assert "| 90 to 100 % |" in text and "`dde`: |C| " in text
     assert page.with_suffix(".png").stat().st_size > 10_000
     assert "| dpo | 3 |" in capsys.readouterr().out
 

@@ -66,7 +66,12 @@ def test_a_sum_or_its_normalised_form_may_go_unused():
 
 @pytest.mark.parametrize("added", ["nothing", "temb", "residual"])
 def test_under_gradient_checkpointing(added):
-    x, other, w, b = leaf(2, 8, 3, 5), leaf(*((2, 8) if added == "temb" else (2, 8, 3, 5)), seed=1), leaf(8, seed=2), leaf(8, seed=3)
+    x, other, w, b = (
+        leaf(2, 8, 3, 5),
+        leaf(*((2, 8) if added == "temb" else (2, 8, 3, 5)), seed=1),
+        leaf(8, seed=2),
+        leaf(8, seed=3),
+    )
 
     def function(x, other, w, b):
         if added == "residual":
