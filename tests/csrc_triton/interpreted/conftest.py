@@ -1,7 +1,8 @@
 """Makes the interpreter round as the devices do, in two places, and lets that of triton 3.6 run with numpy 2.4.
 
 Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row after the other
-(numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add lanes and warps in a tree.
+(numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add up to 16 values of a thread one
+after the other, then lanes and warps in a tree.
 Triton 3.6 makes loop bounds of arrays with one element, which numpy no longer takes for numbers; later versions squeeze them.
 """
 
@@ -32,8 +33,13 @@ def _loop_bounds():
 
 
 def _sum_in_a_tree(x: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
-    """Sum along `axis` (all of x if None) by halves: tiles have a power of two of elements along every axis."""
+    """Sum along `axis` (all of x if None): 16 rows in sequence, the rest by halves. Tiles have powers of two of elements."""
     rows = x.reshape(-1) if axis is None else np.moveaxis(x, axis, 0)
+    if len(rows) > 1:
+        in_thread = rows.reshape(min(len(rows), 16), -1, *rows.shape[1:])
+        rows = in_thread[0].copy()
+        for row in in_thread[1:]:
+            rows += row
     while len(rows) > 1:
         assert len(rows) % 2 == 0, f"{x.shape} is no shape of a tile"
         rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
