@@ -29,7 +29,7 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
 
     also: flags that the caller has read before, which may be meant by one that is unknown here.
     """
-    given = _read(argv, also)
+    given = read_flags(argv, also)
     start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
     if start["preset"] and start["config"]:
         raise UserError("--preset and --config are two starting points: give one")
@@ -117,8 +117,8 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def _read(argv: Sequence[str], also: Sequence[str]) -> dict[str, Any]:
-    """Every flag given, by its name as spelled (snake case); values are still text."""
+def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
+    """Every flag given, by its name as spelled (snake case); values are still text. UserError for one that is unknown."""
     parser = _parser()
     namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
     for word in unknown:

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""What a user's mistake, and a user's wish to stop, raise."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Commands print it to stderr without a traceback and exit with code 2.
     """
+
+
+class Stopped(Exception):
+    """The user or the system asked the run to stop; the log has said what was kept and how to go on."""

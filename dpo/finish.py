@@ -16,7 +16,7 @@ from PIL import Image
 from dpo import checkpoint, decisions, drawing, outcome
 from dpo.build import load_named
 from dpo.config import Config
-from dpo.errors import UserError
+from dpo.errors import Stopped, UserError
 from dpo.models.load import first_line
 from dpo.models.save import detached, save_lora, save_pipeline
 from dpo.run import Run
@@ -52,9 +52,10 @@ def end(run: Run, trackers: Trackers) -> None:
             run.evaluation = outcome.judged(unet, run.device)
             trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     except KeyboardInterrupt:
+        report(run, "interrupted", "stopped while judging")
         log.warning("judging was cut short; the aligned model in %s is whole", run.output)
-        report(run, "finished")
-        raise
+        log.warning("judge it with: python -m dpo.train --output %s --resume latest", run.output)
+        raise Stopped from None
     report(run, "finished")
     if run.config.output.push_to_hub:
         _upload(run)

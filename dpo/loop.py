@@ -21,7 +21,7 @@ from dpo import build, checkpoint, finish, validation
 from dpo.config import Config, flatten, to_toml
 from dpo.console import Progress
 from dpo.data import of_dead_worker, worker_died
-from dpo.errors import UserError
+from dpo.errors import Stopped, UserError
 from dpo.run import Run, snapshot
 from dpo.trackers import Trackers, open_trackers
 
@@ -29,10 +29,6 @@ log = logging.getLogger("dpo")
 INTERRUPTED = 130
 RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")  # a folder without them loads nowhere
 TrainStep = Callable[[Run, Iterator[Any]], dict[str, Any]]
-
-
-class Stopped(Exception):
-    """The user or the system asked the run to stop; the update in progress is dropped."""
 
 
 @contextmanager

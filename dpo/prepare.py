@@ -55,8 +55,8 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
 
     folder = Path(own.store).expanduser()
     if own.verify:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder, so there is no store to check")
+        if not store.is_store(folder):
+            raise UserError(f"{folder}: no prepared store is there, so there is nothing to check")
         wrong = store.verify(folder) + record.verify(folder)
         for line in wrong:
             log.error("%s", line)

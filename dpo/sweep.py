@@ -80,9 +80,9 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
     if out is None:
         raise UserError("name the folder of the sweep: --out FOLDER")
     if not grid:
-        from dpo.cli import parse
+        from dpo.cli import read_flags
 
-        parse(rest, also=["--out"])  # a misspelt axis is the likelier mistake
+        read_flags(rest)  # a misspelt axis is the likelier mistake
         raise UserError("nothing to compare: give a flag several values, such as --beta 1000,2000,5000")
     return Path(out).expanduser(), grid, rest
 

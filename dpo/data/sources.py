@@ -76,7 +76,8 @@ def describe(source: Source) -> str:
     without_caption = counts.pop("without a caption", 0)
     if kept_ties:
         counts.pop("ties", None)
-    if (rest := rows - pairs - sum(counts.values())) > 0:
+    unreadable = counts.get("with an unreadable image", 0)  # these keep their place among the pairs of a store
+    if (rest := rows - pairs - (sum(counts.values()) - unreadable)) > 0:
         counts["by --max-pairs or as held out"] = rest
     notes = [f"{count} {name}" for name, count in counts.items() if count]
     text = f"{rows} rows: {pairs} pairs"

@@ -107,6 +107,17 @@ def is_turbo(source: str, scheduler_config: dict) -> bool:
     return named or (euler and scheduler_config.get("timestep_spacing") == "trailing")
 
 
+def _advice(place: Path, variant: str | None) -> str:
+    """What to do about a module that cannot be loaded from `place`, by what lies there."""
+    if variant is not None:
+        return f"; if it has no files of variant {variant}, leave out --variant"
+    if any(place.glob("*.fp16*.safetensors")):
+        return "; its weights are stored in half precision: use --variant fp16"
+    if any(place.glob("*.safetensors")) or (place.is_dir() and not any(place.glob("*.bin"))):
+        return "; fetch the model again"
+    return "; only safetensors are read: convert the weights" if place.is_dir() else ""
+
+
 def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> nn.Module:
     """One module from safetensors in fp32, in eval mode without gradients."""
     options: dict[str, Any] = {"use_safetensors": True, "variant": variant, "local_files_only": Path(folder).is_dir()}
@@ -117,9 +128,7 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     try:
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
-        halves = variant is None and any(Path(place).glob("*.fp16*.safetensors"))
-        hint = "; its weights are stored in half precision: use --variant fp16" if halves else "; fetch the model again"
-        raise UserError(f"cannot load {place}: {first_line(error)}{hint}") from error
+        raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place), variant)}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
         raise UserError(f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again")
     return module.requires_grad_(False).eval()

@@ -135,6 +135,13 @@ def test_as_a_program(world, tmp_path):
 # --- refused after weights were loaded -----------------------------------------------------------------------------------
 
 
+def pickled_model(world, at):
+    folder = Path(shutil.copytree(world("sd15"), at / "m"))
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    return ["--model", folder]
+
+
 def truncated_model(world, at):
     folder = Path(shutil.copytree(world("sd15"), at / "m"))
     weights = next((folder / "unet").glob("*.safetensors"))
@@ -145,6 +152,8 @@ def truncated_model(world, at):
 LATE = {
     "no timestep left": (lambda world, at: ["--timesteps", "turbo", "--window-high", "100"], ["no usable timestep", "--window"]),
     "no such block": (lambda world, at: ["--checkpointing", "up_blocks.7"], ["up_blocks.7", "down_blocks.0"]),
+    "no such variant": (lambda world, at: ["--variant", "fp16"], ["cannot load", "leave out --variant"]),
+    "pickled weights": (pickled_model, ["cannot load", "only safetensors are read"]),
     "truncated weights": (truncated_model, ["cannot load", "unet", "fetch the model again"]),
     "another UNet": (lambda world, at: ["--unet-init", Path(world("sdxl"), "unet")], ["--unet-init", "another architecture"]),
 }  # fmt: skip

@@ -137,7 +137,7 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         ([*flags, "--draws", "0"], "not above 0"),
         ([*flags, "--frobnicate"], "unknown flag --frobnicate"),
         ([*flags, "--verfy"], "did you mean --verify?"),
-        (["--verify"], "no store to check"),
+        (["--verify"], "nothing to check"),
         (["--merge"], "has no parts"),
         (["--model", world("sd15")], "no pairs to train on"),
     ]:

@@ -54,6 +54,7 @@ def test_flags_with_several_values_are_axes():
     [
         (["--beta", "1,2"], "--out"),
         (["--out", "x", "--beta", "1"], "nothing to compare"),
+        (["--out", "x", "--data", "d", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--bta", "1,2", "--model", "m", "--data", "d"], "unknown flag --bta: did you mean --beta?"),
         (["--out", "x", "--beta", "1,,2"], "a value between the commas is empty"),
         (["--out", "x", "--beta", "1,-2", "--model", "m", "--data", "d"], "beta = -2"),

@@ -17,7 +17,18 @@ QUICK = [
     (2, 96, 7, 11, 32, FP32, FP32, 20.0, "residual", True),
     (3, 64, 5, 9, 16, BF16, FP32, 2.0, "residual", False),
     (1, 40, 9, 3, 8, FP16, FP16, 0.0, "residual", True),
-    (3, 320, 16, 16, 32, FP32, FP32, 0.0, "temb", True),  # one gradient of temb sums far: 64 rows in sequence are too coarse for it
+    (
+        3,
+        320,
+        16,
+        16,
+        32,
+        FP32,
+        FP32,
+        0.0,
+        "temb",
+        True,
+    ),  # one gradient of temb sums far: 64 rows in sequence are too coarse for it
 ]
 FULL = [
     (N, C, H, W, 32, dtype, weight_dtype, offset, added, silu)

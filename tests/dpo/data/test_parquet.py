@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dpo.data import batches, describe, open_source, parquet
-from dpo.data.pairs import pair_key
+from dpo.data.pairs import Held, pair_key
 from dpo.errors import UserError
 from tests import worlds
 
@@ -40,6 +40,8 @@ def test_ties_kept_and_labels_smoothed(tmp_path, settings):
     assert sorted(source[i].prob for i in range(9)) == pytest.approx([0.5] * 2 + [0.75] + [0.9] * 6)
     assert describe(source) == "9 rows: 9 pairs, 2 of them ties"
     few = open_source(settings(tmp_path, max_pairs=4))
+    holes = Held([source[0]] * 90, np.ones(90), {"rows": 100, "pairs": 90, "with an unreadable image": 3}, "")
+    assert describe(holes) == "100 rows: 90 pairs; left out: 3 with an unreadable image, 10 by --max-pairs or as held out"
     assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs or as held out"
 
 

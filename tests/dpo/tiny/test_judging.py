@@ -1,6 +1,7 @@
 """The end of a run on the embedded world: judged, not judged, and cut short while judging."""
 
 import json
+import shutil
 
 import pytest
 
@@ -42,14 +43,21 @@ def test_judging_can_be_left_out(unjudged):
     assert (unjudged / "report.html").exists() and (unjudged / "model_index.json").exists()
 
 
-def test_a_resumed_run_is_judged_and_says_that_nothing_was_left_to_train(unjudged, monkeypatch, capsys):
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """Four instead of all; the pictures of the unchanged model are kept for no other test."""
     monkeypatch.setattr(outcome, "PAIRS", 4)
     outcome._unchanged.cache_clear()
-    assert train.main(["--output", str(unjudged), "--resume", "latest", "--judge"]) == 0
-    assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in capsys.readouterr().err
-    found = summary(unjudged)["evaluation"]
-    assert found["prompts"] == 4 and 0 <= found["win_rate"] <= 1 and found["faithfulness_before"] > 0.7
+    yield
     outcome._unchanged.cache_clear()
+
+
+def test_a_resumed_run_is_judged_and_says_that_nothing_was_left_to_train(unjudged, tmp_path, few_prompts, capsys):
+    again = shutil.copytree(unjudged, tmp_path / "run")
+    assert train.main(["--output", str(again), "--resume", "latest", "--judge"]) == 0
+    assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in capsys.readouterr().err
+    found = summary(again)["evaluation"]
+    assert found["prompts"] == 4 and 0 <= found["win_rate"] <= 1 and found["faithfulness_before"] > 0.7
 
 
 def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypatch, capsys):
@@ -59,6 +67,7 @@ def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypa
     monkeypatch.setattr(outcome, "judged", interrupted)
     folder = tmp_path / "run"
     assert run(folder) == 130
-    assert "judging was cut short; the aligned model in" in capsys.readouterr().err
-    assert summary(folder)["status"] == "finished" and not summary(folder)["evaluation"]
+    said = capsys.readouterr().err
+    assert "judging was cut short; the aligned model in" in said and f"--output {folder} --resume latest" in said
+    assert summary(folder)["status"] == "interrupted" and not summary(folder)["evaluation"]  # a sweep will go on with it
     assert (folder / "report.html").exists() and (folder / "model_index.json").exists()
