@@ -147,7 +147,7 @@ def describe_tables(tables: dict[str, dict[str, np.ndarray]]) -> list[str]:
         falls = "falls" if (np.diff(size[-1]) < 0).all() else "does not fall everywhere"
         quarters = ", ".join(f"{value:.3g}" for value in size.mean(1))
         text.append(
-            f"`{row}`: |C| {falls} from tenth to tenth of t ({size[-1, 0]:.3g} in the first, {size[-1, -1]:.3g} in the last); its mean "
+            f"- `{row}`: |C| {falls} from tenth to tenth of t ({size[-1, 0]:.3g} in the first, {size[-1, -1]:.3g} in the last); its mean "
             f"after each quarter of the run is {quarters}, the last quarter changed it by {moved:+.0%}."
             + (
                 f" M is {found['table'][-1].mean() / found['measured'].mean():.0%} of the d it estimates."
