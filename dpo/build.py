@@ -20,7 +20,7 @@ from dpo.data import Source, describe, held_out_batches, of_store, open_sources
 from dpo.errors import UserError
 from dpo.models import Components, lora
 from dpo.models.load import check_part, fingerprint, load, load_unet_into, locate
-from dpo.models.unet import available_attention, halve, use_attention, use_checkpointing
+from dpo.models.unet import available_attention, fix_projections, halve, use_attention, use_checkpointing
 from dpo.run import Run, Speed, check_resume, restore
 from dpo.step import Encoder, PairStep
 
@@ -259,6 +259,7 @@ def settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
     unet.to(device)
     if run.channels_last == "on":
         unet.to(memory_format=torch.channels_last)
+    fix_projections(unet)
     use_attention(unet, run.attention)
     use_checkpointing(unet, run.checkpointing)
     if run.kernels == "triton":

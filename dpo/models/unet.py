@@ -28,6 +28,23 @@ def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     return unet
 
 
+def fix_projections(unet: nn.Module) -> None:
+    """Hands spatial transformers' linear input projections (SD 2.x, SDXL) a contiguous input, so that grad mode changes no bit.
+
+    In NCHW their input is a strided view. torch multiplies such a view as one matrix where a gradient is wanted and sample by
+    sample where none is: in half precision the policy would differ from an equal reference by rounding.
+    """
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for block in unet.modules():
+        if isinstance(block, Transformer2DModel) and block.use_linear_projection:
+            block.proj_in.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return inputs[0].contiguous(), *inputs[1:]
+
+
 def available_attention(kind: str) -> str:
     """`kind`, or "sdpa" after one warning where xformers is asked for and cannot run."""
     if kind != "xformers":

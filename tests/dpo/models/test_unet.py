@@ -6,22 +6,26 @@ import logging
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from dpo.errors import UserError
 from dpo.models import lora
 from dpo.models import unet as unet_module
-from dpo.models.unet import halve, use_attention, use_checkpointing
+from dpo.models.unet import fix_projections, halve, use_attention, use_checkpointing
 from tests.worlds import KINDS, make_pipeline
 
 
 @pytest.fixture(scope="module")
 def unets(tmp_path_factory) -> dict[str, UNet2DConditionModel]:
     root = tmp_path_factory.mktemp("unets")
-    return {
+    made = {
         kind: UNet2DConditionModel.from_pretrained(make_pipeline(root / kind, kind) / "unet", use_safetensors=True).eval()
         for kind in KINDS
     }
+    for unet in made.values():
+        fix_projections(unet)
+    return made
 
 
 def arguments(unet: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[tuple, dict]:
@@ -52,6 +56,18 @@ def test_halved_copy_gives_autocasts_bits(unets, kind, dtype):
     kinds = {type(m): {p.dtype for p in m.parameters(recurse=False)} for m in twin.modules() if list(m.parameters(recurse=False))}
     assert kinds[nn.Linear] == kinds[nn.Conv2d] == {dtype}
     assert kinds[nn.GroupNorm] == kinds[nn.LayerNorm] == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_projections_get_contiguous_inputs(unets, kind):
+    """Whether a strided input changes a bit depends on the processor; that it is never strided does not."""
+    unet, seen = copy.deepcopy(unets[kind]), []
+    for block in unet.modules():
+        if isinstance(block, Transformer2DModel) and block.use_linear_projection:
+            block.proj_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    with torch.no_grad():
+        run(unet)
+    assert all(seen) and bool(seen) == (kind in ("sd2v", "sdxl", "sdxl-turbo"))
 
 
 def test_halving_everything_would_not(unets):
