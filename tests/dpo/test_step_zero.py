@@ -43,7 +43,9 @@ def test_logits_are_exactly_zero_and_the_gradient_is_not(world, tmp_path, flags)
 
 
 @pytest.mark.parametrize("kind", ["sd2v", "sdxl", "sdxl-turbo"])
-@pytest.mark.parametrize("flags", [[], ["--lora", "--precision", "bf16"]], ids=["full", "lora bf16"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--precision", "fp16"], ["--lora", "--precision", "bf16"]], ids=["full", "full fp16", "lora bf16"]
+)
 def test_families(world, tmp_path, kind, flags):
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "3", *flags)
     terms, timesteps = first_terms(run)
