@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measuring import captured
 from csrc_triton import philox
 from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
@@ -186,15 +187,7 @@ def graph_replay(device: torch.device) -> dict[str, Any]:
     row: dict[str, Any] = {"op": "ops of a step in a CUDA graph", "dtype": "bfloat16", "plain": 0.0}
     try:
         run, draws = ops_of_a_step(device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = run()
+        graph, found = captured(run)
         draws += 1
         graph.replay()
         both = list(zip(found, run(), strict=True))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measuring import median_seconds, peak_memory_gib
+from benchmarks.measuring import captured, median_seconds, peak_memory_gib
 from dpo import flops, optimizer, reference
 from dpo.models import FAMILIES, Components, TextEncoding, lora
 from dpo.models.unet import halve, use_checkpointing
@@ -257,15 +257,7 @@ def our_step(model: Model, setting: Setting, device: torch.device) -> tuple[Call
 
     if not setting.graph:
         return run, parameters
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = captured(run)
     return graph.replay, parameters
 
 
