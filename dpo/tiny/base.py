@@ -132,7 +132,9 @@ def save_pipeline(unet, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, a
     """A half-precision StableDiffusionPipeline folder, put in place whole."""
 
     def halved(module):
-        copy = type(module).from_config(module.config) if hasattr(module, "from_config") else type(module)(module.config)
+        own = hasattr(module, "from_config")  # a module of diffusers; where its weights once lay is nobody's business
+        kept = {name: value for name, value in module.config.items() if name != "_name_or_path"} if own else module.config
+        copy = type(module).from_config(kept) if own else type(module)(kept)
         copy.load_state_dict(module.state_dict())
         return copy.half()
 

@@ -202,14 +202,15 @@ def accuracy(judge: Judge, images_NHWC: np.ndarray, scenes: Scenes) -> dict[str,
 def save_judge(judge: Judge, name: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in judge.network.state_dict().items()}
-    save_file(weights, path, metadata={"architecture": name, "objects": json.dumps(judge.objects), "canvas": str(CANVAS)})
+    note = {"architecture": name, "objects": judge.objects, "canvas": CANVAS}
+    save_file(weights, path, metadata={"judge": json.dumps(note)})  # one entry: several are written in an order that changes
 
 
 def load_judge_file(path: Path) -> Judge:
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+        note = json.loads(file.metadata()["judge"])
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
-    objects = tuple(json.loads(metadata["objects"]))
-    network = ARCHITECTURES[metadata["architecture"]](len(objects))
+    objects = tuple(note["objects"])
+    network = ARCHITECTURES[note["architecture"]](len(objects))
     network.load_state_dict(weights)
     return Judge(network.eval().requires_grad_(False), objects)

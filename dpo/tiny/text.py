@@ -22,10 +22,15 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     learnt.pre_tokenizer = pre_tokenizers.Sequence(split)
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ends = [byte + "</w>" for byte in bytes_]
     words = [text.replace(",", " ,") for text in captions]
-    learnt.train_from_iterator(words, trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", show_progress=False))
+    # Equally frequent pairs are merged in the order of their ids: fixed ones, or each build would learn another vocabulary.
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, end_of_word_suffix="</w>", special_tokens=ends, initial_alphabet=bytes_, show_progress=False
+    )
+    learnt.train_from_iterator(words, trainer)
     merges = [tuple(pair) for pair in json.loads(learnt.to_str())["model"]["merges"]]
-    tokens = bytes_ + [byte + "</w>" for byte in bytes_] + ["".join(pair) for pair in merges] + [START, END]
+    tokens = bytes_ + ends + ["".join(pair) for pair in merges] + [START, END]
     write_vocabulary({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges, folder)
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH, pad_token=END)
 

@@ -52,6 +52,8 @@ def test_every_stage_runs_and_is_recorded(tmp_path, monkeypatch):
     assert pq.read_table(tmp_path / "out" / "pairs" / "train.parquet").num_rows == 2
     again = rebuild(tmp_path)  # everything is there: stages are not run again
     assert again["sha256"] == record["sha256"]
+    elsewhere = rebuild(tmp_path / "elsewhere")  # from nothing: the same files, byte for byte
+    assert elsewhere["sha256"] == record["sha256"] and len(record["sha256"]) > 15
 
 
 @pytest.mark.slow
