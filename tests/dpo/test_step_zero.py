@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from dpo import build
+from dpo.models.unet import fix_projections
 from tests.dpo.running import make_run
 
 PATHS = {
@@ -52,6 +55,16 @@ def test_families(world, tmp_path, kind, flags):
     assert not terms.logit.any()
     if kind == "sdxl-turbo":
         assert set(timesteps.tolist()) <= {249, 499, 749}
+
+
+def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, monkeypatch):
+    """Where a strided input changes a bit depends on the processor, so the logits above may be 0 without it."""
+    fixed = []
+    monkeypatch.setattr(build, "fix_projections", lambda unet: fixed.append(unet) or fix_projections(unet))
+    run = make_run(world("sd2v"), world("pairs"), tmp_path, "--batch-size", "2", "--precision", "fp16")
+    assert len(fixed) == 2 and fixed[0] is run.model.unet and fixed[1] is not run.model.unet  # policy, frozen copy
+    hooked = [block.proj_in for unet in fixed for block in unet.modules() if isinstance(block, Transformer2DModel)]
+    assert len(hooked) >= 2 and all(module._forward_pre_hooks for module in hooked)
 
 
 @pytest.mark.parametrize("shape", LOSS)
