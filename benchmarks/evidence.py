@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.measuring import markdown
 from benchmarks.study_rows import QUARTERS, SEGMENTS, TABLED, Cell, Cells
-from dpo.metrics import DECILES, share_interval
+from dpo.common.stats import share_interval
+from dpo.pages.figures import DECILES
 
 TABLE_NOTE = """\
 M is the moving average of d by timestep, C(t) its weighted sum over later timesteps; means over the seeds. 100 updates of 16 pairs

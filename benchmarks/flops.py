@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import Results, about, markdown
 from benchmarks.steps import SD15, SDXL, VAE, Model
-from dpo import flops
 from dpo.models import lora
-from dpo.models.unet import use_checkpointing
+from dpo.models.denoiser import use_checkpointing
+from dpo.training import flops
 
 TERA = 1e12
 PEERS = {  # (model, LoRA, checkpointing): TFLOP per pair

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import Results, about, markdown
-from dpo import flops, loop, prepare
-from dpo.build import build
-from dpo.cli import parse
-from dpo.trackers import open_trackers
+from dpo import prepare
+from dpo.settings.flags import parse
 from dpo.train import train_step
+from dpo.training import flops, loop
+from dpo.training.build import build
+from dpo.training.trackers import open_trackers
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"side": 32, "unet": (16, 32), "vae": (8, 16, 16), "layers": 1, "batch": 4},
@@ -45,12 +46,12 @@ def make_model(folder: Path, size: dict[str, Any]) -> Path:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from dpo import tiny
+    from dpo.tiny import paths
 
     torch.manual_seed(0)
     unet, vae, layers = size["unet"], size["vae"], size["layers"]
     levels = len(unet) - 1
-    tokenizer = StableDiffusionPipeline.from_pretrained(tiny.pipeline_path()).tokenizer
+    tokenizer = StableDiffusionPipeline.from_pretrained(paths.pipeline_path()).tokenizer
     text = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
     )

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import captured, median_seconds, peak_memory_gib
-from dpo import flops, optimizer, reference
-from dpo.models import FAMILIES, Components, TextEncoding, lora
-from dpo.models.unet import halve, use_checkpointing
-from dpo.step import Inputs, PairStep
+from dpo import reference
+from dpo.encode import Inputs
+from dpo.models import lora
+from dpo.models.denoiser import halve, use_checkpointing
+from dpo.models.family import Components, TextEncoding, families
+from dpo.step import PairStep
+from dpo.training import flops, optimizer
 
 EFFECTIVE = 2048  # pairs an update, over which the optimizer's time is spread
 
@@ -148,7 +151,7 @@ def step_of(model: Model, setting: Setting, device: torch.device) -> tuple[PairS
     if setting.low_rank and not setting.recorded:
         predict = reference.from_adapters(used[0], layers)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215))
-    parts = Components(FAMILIES[model.family], unet, vae, [], [], {}, model.name, None)
+    parts = Components(families()[model.family], unet, vae, [], [], {}, model.name, None)
     step = PairStep(
         model=parts,
         policy=used[0],

@@ -28,9 +28,10 @@ import numpy as np
 from benchmarks.evidence import table_of, write_report
 from benchmarks.measuring import markdown
 from benchmarks.study_rows import QUARTERS, ROWS, TABLED, Cell, Cells
-from dpo import checkpoint, tiny
-from dpo.metrics import DECILES
-from dpo.run_record import read_run
+from dpo.common import files
+from dpo.pages.figures import DECILES
+from dpo.pages.folder import read_run
+from dpo.tiny import judge, paths
 
 SLOPE = 4.0  # of the Bradley-Terry draws that labelled the pairs
 _stop: Any = None  # in a process of the pool: the event that tells it to start nothing more
@@ -46,12 +47,12 @@ def soft_pairs(path: Path) -> Path:
 
     if path.exists():
         return path
-    table = pq.read_table(tiny.train_pairs_path())
-    judge = tiny.load_judge("a")
+    table = pq.read_table(paths.train_pairs_path())
+    labeller = judge.load_judge("a")
 
     def scores(column: str) -> np.ndarray:
         images = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in table[column].to_pylist()]
-        return score(judge.read(np.stack(images)))
+        return score(labeller.read(np.stack(images)))
 
     first = 1 / (1 + np.exp(-SLOPE * (scores("jpg_0") - scores("jpg_1"))))
     for name, values in (("label_0", first), ("label_1", 1 - first)):
@@ -73,8 +74,8 @@ def prepare_stores(out: Path, rows: Iterable[str]) -> None:
     from dpo import prepare
 
     for store in {store_of(out, row) for row in rows}:
-        pairs = soft_pairs(out / "soft.parquet") if store.name == "store-soft" else tiny.train_pairs_path()
-        flags = ["--store", store, "--dtype", "fp32", "--preset", "tiny", "--model", tiny.pipeline_path(), "--data", pairs]
+        pairs = soft_pairs(out / "soft.parquet") if store.name == "store-soft" else paths.train_pairs_path()
+        flags = ["--store", store, "--dtype", "fp32", "--preset", "tiny", "--model", paths.pipeline_path(), "--data", pairs]
         if prepare.main([str(flag) for flag in flags]):
             raise SystemExit(f"{store} could not be prepared")
 
@@ -119,7 +120,7 @@ def read_cells(path: Path) -> Cells:
 
 
 def write_cells(path: Path, cells: Cells) -> None:
-    checkpoint.write_text(path, json.dumps({row: found for row, found in cells.items() if found}, indent=1) + "\n")
+    files.write_text(path, json.dumps({row: found for row, found in cells.items() if found}, indent=1) + "\n")
 
 
 def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
@@ -133,9 +134,9 @@ def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
     if not note.exists() or json.loads(note.read_text("utf-8")) != ROWS[row]:  # nothing is continued under other flags
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        checkpoint.write_text(note, json.dumps(ROWS[row]))
+        files.write_text(note, json.dumps(ROWS[row]))
     going_on = ["--resume", "latest"] if any((folder / "checkpoints").glob("step-*")) else ["--overwrite"]
-    flags = ["--preset", "tiny", *ROWS[row], "--model", tiny.pipeline_path(), "--data", store_of(out, row), "--seed", seed]
+    flags = ["--preset", "tiny", *ROWS[row], "--model", paths.pipeline_path(), "--data", store_of(out, row), "--seed", seed]
     flags += ["--output", folder, "--threads", 1, "--validate-every", 0, *going_on]
     code = train.main([str(flag) for flag in flags])
     if code:

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.schedule import Schedule, discounted_weight, single_shot_weight, step_precision
-
 SHAPES = {
     "sigmoid": lambda z: -F.logsigmoid(z),
     "hinge": lambda z: F.relu(1 - z),
@@ -49,13 +47,6 @@ METHODS = {
 }
 
 
-class Tables(NamedTuple):
-    """weight [T] and lambda [T] in float64; lambda is all zero for a method without the stepwise correction."""
-
-    weight: Tensor
-    precision: Tensor
-
-
 class PairTerms(NamedTuple):
     """Per pair: loss, logit z, difference d [B]; errors [4, B] (policy win, lose, reference win, lose); accuracy [B]."""
 
@@ -64,18 +55,6 @@ class PairTerms(NamedTuple):
     difference: Tensor
     errors: Tensor
     accuracy: Tensor
-
-
-def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta") -> Tables:
-    """The tables by timestep of `method` for a model's schedule."""
-    spec = METHODS[method]
-    weights = {
-        "uniform": lambda: torch.ones(schedule.length, dtype=torch.float64),
-        "discounted": lambda: discounted_weight(schedule, gamma),
-        "single-shot": lambda: single_shot_weight(schedule, cap),
-    }
-    precision = step_precision(schedule, sigma2)
-    return Tables(weights[spec.weight](), precision if spec.correction else torch.zeros_like(precision))
 
 
 def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:

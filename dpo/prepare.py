@@ -15,26 +15,22 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo.errors import UserError
+from dpo.common.errors import UserError
+from dpo.training.preparing import PART, TEXT_BATCH, prepare, record_reference
 
 DTYPES = ("fp16", "bf16", "fp32")
-PART = "part-{:05d}-of-{:05d}"
-SHARD_BYTES = 256 * 2**20  # what a shard should hold
-TEXT_BATCH = 32
-LARGEST_BATCH = 256  # pairs, the first that is tried for recording on a GPU
+
 
 log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when all is done, 1 when --verify found damage, 2 after a mistake of the user's, 130 when interrupted."""
-    from dpo import console
+    from dpo.common import console
 
     try:
         own, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
@@ -50,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """What the command line asks for; `rest` are flags of dpo.train."""
-    from dpo import record
-    from dpo.data import store
+    from dpo.data.store import recorded, store
 
     folder = Path(own.store).expanduser()
     if own.verify:
         if not store.is_store(folder):
             raise UserError(f"{folder}: no prepared store is there, so there is nothing to check")
-        wrong = store.verify(folder) + record.verify(folder)
+        wrong = store.verify(folder) + recorded.verify(folder)
         for line in wrong:
             log.error("%s", line)
         count = f"{len(wrong)} {'file is' if len(wrong) == 1 else 'files are'} damaged"
@@ -77,164 +72,6 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     if own.reference:
         record_reference(config, folder, own.draws, shard=shard, batch_size=own.record_batch)
     return 0
-
-
-def prepare(
-    config: Any,
-    folder: Path,
-    dtype: str = "fp16",
-    *,
-    shard: tuple[int, int] = (0, 1),
-    pairs_per_shard: int | None = None,
-    text_batch: int = TEXT_BATCH,
-) -> bool:
-    """Encodes the pairs that `config` names into `folder`, or process `shard`'s share into a part below it. False: it was done.
-
-    Latents and text are stored in `dtype`; VAE and text encoders compute in the precision that training has. Raises UserError.
-    """
-    import torch
-
-    from dpo import build, prepared
-    from dpo.data import describe, filling, open_source
-    from dpo.data.loader import worker_count
-    from dpo.step import Encoder
-
-    device = build.pick_device(config.runtime.device)
-    config = build.embedded(config)
-    if config.data.crop == "random":
-        raise UserError("a store holds one crop of each image: --crop random needs the images themselves in every epoch")
-    source = open_source(config.data)
-    log.info("pairs: %s", describe(source))
-    config, model, _, _ = build.load_model(config, device)
-    settings = prepared.identity(model) | {
-        "resolution": config.data.resolution, "flip": config.data.flip, "dtype": dtype, "precision": config.runtime.precision,
-    }  # fmt: skip
-    build.cast(config, model)
-    encoder = Encoder(model, device, config.runtime.vae_batch)
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
-    place = folder / PART.format(*shard) if shard[1] > 1 else folder
-    fresh = filling.fill(
-        filling.Task(
-            folder=place,
-            name=str(config.data.data),
-            source=source,
-            settings=settings,
-            encode=Encodings(encoder, kind, config.runtime.vae_batch, text_batch),
-            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config, kind.itemsize),
-            workers=worker_count(config.data.workers),
-            bad_image_limit=0.0 if config.data.on_bad_image == "stop" else config.data.bad_image_limit,
-            first=first,
-            last=last,
-            progress=Progress("prepared"),
-        )
-    )
-    log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")
-    return fresh
-
-
-@dataclass(frozen=True)
-class Encodings:
-    """An Encoder's results on the CPU, in the store's dtype."""
-
-    encoder: Any
-    dtype: Any
-    image_batch: int
-    text_batch: int
-
-    def images(self, pixels: Any) -> tuple[Any, Any]:
-        mean, std = self.encoder.posterior(pixels)
-        return mean.to(self.dtype).cpu(), std.to(self.dtype).cpu()
-
-    def captions(self, captions: list[str]) -> tuple[Any, ...]:
-        return tuple(value.to(self.dtype).cpu() for value in self.encoder.text(captions) if value is not None)
-
-
-def _pairs_per_shard(model: Any, config: Any, itemsize: int) -> int:
-    """A power of two that makes shards of about SHARD_BYTES."""
-    side = config.data.resolution // model.vae_scale
-    pair_bytes = 2 * 2 * model.vae.config.latent_channels * side**2 * itemsize * (2 if config.data.flip else 1)
-    return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
-
-
-def record_reference(
-    config: Any,
-    folder: Path,
-    draws: int,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    batch_size: int | None = None,
-    block: int | None = None,
-) -> Path:
-    """Records the reference's errors on every pair of a finished store in `draws` draws; the record's folder. Raises UserError."""
-    import torch
-
-    from dpo import build, prepared, record
-    from dpo.config import change
-    from dpo.data import open_source
-    from dpo.models.load import fingerprint, load_unet_into
-    from dpo.models.unet import halve
-    from dpo.schedule import usable_timesteps
-    from dpo.step import Encoder
-
-    device = build.pick_device(config.runtime.device)
-    config = change(
-        build.embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
-    )
-    source = open_source(config.data)
-    config, model, plan, _ = build.load_model(prepared.adopt(config, source), device)
-    prepared.check(model, source)
-    build.cast(config, model)
-    if config.model.unet_init and config.model.reference_model == "init":
-        load_unet_into(model.unet, config.model.unet_init)
-    identity = record.identity(config, plan, fingerprint(model.unet))
-    precision = config.runtime.precision
-    if precision in build.HALF:
-        halve(model.unet, build.HALF[precision])
-    unet = build.settle(change(config, checkpointing="off"), model.unet, device)
-    step, _ = build.pair_step(config, model, plan, unet, None, device)
-    encoder, zero = Encoder(model, device, config.runtime.vae_batch), torch.zeros_like(step.weight)
-
-    def errors(batch: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return step(encoder.inputs(batch), zero)[0].errors[:2]
-
-    timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    made_with = {"device": str(device), "torch": torch.__version__, "kernels": config.runtime.kernels, "model": model.source}
-    task = record.Task(
-        contents=source.contents,
-        identity=identity,
-        timesteps=tuple(timesteps.tolist()),
-        made_with=made_with | {"channels_last": config.runtime.channels_last, "compile": config.runtime.compile},
-        draws=draws,
-        batch_size=batch_size or (LARGEST_BATCH if device.type == "cuda" else config.optim.batch_size),
-        errors=errors,
-        config=config,
-        shard=shard,
-        block=block or record.BLOCK,
-        progress=Progress("recorded"),
-    )
-    place, complete = _record_smaller(record.record, task, halve_it=batch_size is None)
-    said = f"{draws} draws of each of {len(source):,} pairs" if complete else "this process is done, others are still at work"
-    log.info("reference recorded in %s: %s", place, said)
-    return place
-
-
-def _record_smaller(record: Callable[[Any], Any], task: Any, halve_it: bool) -> Any:
-    """Records, with half the batch for as long as the GPU's memory does not hold it."""
-    import torch
-
-    while True:
-        try:
-            return record(task)
-        except torch.OutOfMemoryError as error:
-            if not halve_it or task.batch_size == 1:
-                raise UserError(
-                    f"out of GPU memory with {task.batch_size} pairs a batch: give a smaller --record-batch"
-                ) from error
-        torch.cuda.empty_cache()
-        task = replace(task, batch_size=task.batch_size // 2)
-        log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -285,8 +122,8 @@ def _positive(text: str) -> int:
 
 def _config(folder: Path, rest: list[str]) -> Any:
     """The settings of the flags of dpo.train; without --data, a store that is there is what is recorded on."""
-    from dpo.cli import parse
-    from dpo.data.store import is_store
+    from dpo.data.store.store import is_store
+    from dpo.settings.flags import parse
 
     names = {word.split("=")[0].replace("_", "-") for word in rest}
     named = names & {"--data", "--dataset-name", "--train-data-dir", "--config", "--preset"}
@@ -327,8 +164,8 @@ def parts_in(folder: Path) -> list[Path]:
 
 def _merge_when_complete(folder: Path, count: int) -> bool:
     """Merges once every process is done; False while some are not."""
-    from dpo.data import store
-    from dpo.data.shards import read_index
+    from dpo.data.store import store
+    from dpo.data.store.files import read_index
 
     parts = [folder / PART.format(i, count) for i in range(count)]
     if not all((index := read_index(part)) is not None and index["finished"] for part in parts):
@@ -337,26 +174,6 @@ def _merge_when_complete(folder: Path, count: int) -> bool:
     store.merge(folder, parts)
     log.info("%s: %d parts merged", folder, count)
     return True
-
-
-class Progress:
-    """A line in the log now and then: pairs done, pairs per second, time left."""
-
-    def __init__(self, verb: str, every: float = 10.0) -> None:
-        self.verb, self.every = verb, every
-        self.began = self.said = time.monotonic()
-        self.first: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done  # what was there, or was done before the clock could tell
-        if now - self.said < self.every and done < total:
-            return
-        self.said = now
-        rate = (done - self.first or done) / max(now - self.began, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9))) if total > done else "0"
-        log.info("%s %s of %s pairs, %.1f pairs/s, %s left", self.verb, f"{done:,}", f"{total:,}", rate, left)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo.models.denoiser import halve
 from dpo.models.lora import adapters_off
-from dpo.models.unet import halve
 
 Predict = Callable[..., tuple[Tensor, ...]]  # called as a UNet is, without gradient: (prediction [2B, C, H, W],)
 

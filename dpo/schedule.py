@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo.errors import UserError
+from dpo.common.errors import UserError
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 
@@ -69,42 +69,3 @@ def usable_timesteps(schedule: Schedule, low: int = 0, high: int | None = None) 
     if alive.numel() == 0:
         raise UserError(f"no usable timestep in the window [{low}, {high}); widen --window-low / --window-high")
     return alive
-
-
-def single_shot_weight(schedule: Schedule, cap: float = 250.0) -> Tensor:
-    """DDE's single-shot weight [T]: (1 - abar) / abar on the epsilon error, (1 - abar) on the v error, at most `cap`."""
-    abar = schedule.alphas_cumprod
-    if schedule.prediction_type == "v_prediction":
-        return (1 - abar).clamp(max=cap)
-    return ((1 - abar) / abar.clamp_min(1e-300)).clamp(max=cap)
-
-
-def discounted_weight(schedule: Schedule, gamma: float) -> Tensor:
-    """gamma^(T-1-t) [T]: more credit to the first denoising steps (Yang et al., arXiv 2402.08265)."""
-    t = torch.arange(schedule.length, dtype=torch.float64)
-    return gamma ** (schedule.length - 1 - t)
-
-
-def step_precision(schedule: Schedule, sigma2: str = "beta") -> Tensor:
-    """lambda_k [T]: the factor of -(1/2)|error|^2 in the log importance ratio of step k (docs/method.md).
-
-    lambda_k = beta_k^2 / (sigma_k^2 alpha_k (1 - abar_k)), with sigma_k^2 = beta_k ("beta") or the posterior variance
-    beta_k (1 - abar_{k-1}) / (1 - abar_k) ("posterior"); times abar_k on the v error. Zero outside the chain, where
-    abar_k = 0, and, for the posterior variance, at the chain's first member (it has variance 0 and is never skipped).
-    """
-    t = schedule.timesteps()
-    abar = schedule.alphas_cumprod[t]
-    before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
-    alpha = abar / before
-    beta = 1 - alpha
-    lam = beta / (alpha * (1 - abar))
-    if sigma2 == "posterior":
-        lam = lam * (1 - abar) / (1 - before)
-        lam[0] = 0.0
-    elif sigma2 != "beta":
-        raise ValueError(f"sigma2 is 'beta' or 'posterior', not {sigma2!r}")
-    if schedule.prediction_type == "v_prediction":
-        lam = lam * abar
-    table = torch.zeros(schedule.length, dtype=torch.float64)
-    table[t] = torch.where(abar > 1e-12, lam, torch.zeros_like(lam))
-    return table

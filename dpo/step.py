@@ -9,80 +9,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.philox import Stream, integers
 from csrc_triton.preference_loss import PreferenceLoss, preference_loss
-from dpo.models import Components, TextEncoding
+from dpo.encode import Inputs
+from dpo.models.family import Components, TextEncoding
 from dpo.reference import Predict
-
-
-class Inputs(NamedTuple):
-    """B pairs on the training device; wins are rows 0..B-1, losers B..2B-1 of everything that has 2B rows."""
-
-    keys: Tensor  # [B] int64 pair keys
-    draws: Tensor  # [B] int64, the epoch
-    prob: Tensor  # [B] fp32 in [0.5, 1]
-    usable: Tensor  # [B] fp32, 0 for a hole
-    latent_mean: Tensor  # [2B, 4, h, w] VAE posterior, unscaled
-    latent_std: Tensor  # [2B, 4, h, w]
-    text: TextEncoding  # [B, ...]
-    micro: Tensor | None  # [2B, 6] int64, SDXL's size and crop of each image
-
-
-@dataclass
-class Encoder:
-    """Text encoders and VAE, under no_grad in their own dtype; with `offload` they rest on the CPU between calls."""
-
-    model: Components
-    device: torch.device
-    vae_batch: int
-    offload: bool = False
-
-    def _place(self, modules: list[nn.Module], busy: bool) -> None:
-        for module in modules:
-            module.to(self.device if busy or not self.offload else "cpu")
-
-    def _dtype(self, module: nn.Module) -> torch.dtype:
-        return next(module.parameters()).dtype
-
-    @torch.no_grad()
-    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w]."""
-        vae = self.model.vae
-        self._place([vae], busy=True)
-        means, stds = [], []
-        for part in pixels.split(self.vae_batch):
-            x = part.to(self.device, non_blocking=True).to(self._dtype(vae)) / 127.5 - 1
-            posterior = vae.encode(x).latent_dist
-            means.append(posterior.mean)
-            stds.append(posterior.std)
-        self._place([vae], busy=False)
-        return torch.cat(means), torch.cat(stds)
-
-    @torch.no_grad()
-    def text(self, captions: list[str]) -> TextEncoding:
-        """B captions -> their encoding [B, ...]."""
-        self._place(self.model.text_encoders, busy=True)
-        encoding = self.model.family.encode(self.model, captions)
-        self._place(self.model.text_encoders, busy=False)
-        return encoding
-
-    def inputs(self, batch: Any) -> Inputs:
-        """A PairBatch from the loader -> tensors on the device."""
-        move = {"device": self.device, "non_blocking": True}
-        if batch.latent_mean is not None:
-            mean, std, text = batch.latent_mean.to(**move), batch.latent_std.to(**move), TextEncoding(*batch.text).to(self.device)
-        else:
-            (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
-        micro = batch.micro.to(**move) if batch.micro is not None else None
-        return Inputs(
-            batch.keys.to(**move), batch.draws.to(**move), batch.prob.to(**move), batch.usable.to(**move), mean, std, text, micro
-        )
 
 
 @dataclass

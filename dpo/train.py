@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dpo.errors import UserError
+from dpo.common.errors import UserError
 
 
 def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
@@ -48,11 +48,12 @@ def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the run ended, 2 after a mistake of the user's (one line on stderr), 130 when interrupted."""
     try:
-        from dpo.cli import parse
+        from dpo.settings.flags import parse
 
         config, notes = parse(sys.argv[1:] if argv is None else argv)
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
-        from dpo import console, loop  # torch is imported only once the command line is known to be good
+        from dpo.common import console
+        from dpo.training import loop  # torch is imported only once the command line is known to be good
 
         console.setup()
         return loop.train(config, notes, train_step)

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder of a tiny pipeline by kind, and of 48 learnable pairs under "pairs"; made once a session."""
-    from tests.worlds import make_pickapic, make_pipeline
+    from tests.help.worlds import make_pickapic, make_pipeline
 
     root = tmp_path_factory.mktemp("world")
     made: dict[str, str] = {}

@@ -12,8 +12,8 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from dpo.common.errors import UserError
 from dpo.data.parquet import Files
-from dpo.errors import UserError
 
 CONVERTED = "refs/convert/parquet"
 TIMEOUT = 30  # seconds for the hub to answer

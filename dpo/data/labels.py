@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.errors import UserError
+from dpo.common.errors import UserError
 
 CAPTION = ("caption", "prompt", "text")
 CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win")

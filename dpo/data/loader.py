@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import signal
-import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +17,20 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dpo.common.errors import UserError
+from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
 from dpo.data.order import run_order
 from dpo.data.pairs import Pair, Source
-from dpo.errors import UserError
 
 READ_AHEAD = 2  # batches read before a worker asks for them
+
+
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
+
+
 GRACE = 20  # seconds that a worker lives on after SIGTERM, while the main process writes its checkpoint
+
 
 logger = logging.getLogger("dpo")
 
@@ -184,41 +188,3 @@ def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:
     if room < prefetch:
         logger.warning("/dev/shm has room for %d batches a worker: decoding fewer ahead (--prefetch, --workers)", max(room, 1))
     return max(1, min(prefetch, room))
-
-
-def read_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
-    """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; closing ends the thread."""
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(item: Any, error: BaseException | None = None, last: bool = False) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put((item, error, last), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(None, last=True)
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=run, name="dpo-read-ahead", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error, last = ready.get()
-            if error is not None:
-                raise error
-            if last:
-                return
-            yield item
-    finally:
-        closed.set()
-        thread.join()

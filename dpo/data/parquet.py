@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo.common.errors import UserError
 from dpo.data.labels import Columns, Verdict, find_columns, judge
 from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
-from dpo.errors import UserError
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; part of what defines the order
 SCANNERS = 8  # files opened side by side

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from dpo.common.errors import UserError
 from dpo.data.hub import files_of_split, hub_files
 from dpo.data.order import epoch_order, keyed_share
 from dpo.data.pairs import Held, Source, Subset, hold
 from dpo.data.parquet import Files, open_parquet
-from dpo.data.store import is_store, of_store, open_store
+from dpo.data.store.store import is_store, of_store, open_store
 from dpo.data.tables import open_folders, open_table
-from dpo.errors import UserError
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 TABLES = (".jsonl", ".json", ".csv", ".tsv")

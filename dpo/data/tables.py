@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dpo.common.errors import UserError
 from dpo.data.labels import CAPTION, Columns, find_columns, judge
 from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
-from dpo.errors import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 CHUNK = 8192

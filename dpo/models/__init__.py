@@ -1,11 +1,9 @@
-"""Model families, loading and saving in diffusers layout, LoRA, and the choices made on a UNet before training.
+"""A model as modules: found, loaded, changed, saved.
 
-To add a family: write a module beside sd.py that makes a `Family`, and name it here.
+family.py what the trainer must know of an architecture; sd.py, sdxl.py one each | hub.py a name -> a place on disk
+load.py a diffusers folder; single_file.py one checkpoint; parts.py one module | ready.py loaded, settings decided, cast, placed
+denoiser.py choices made on a UNet; kernels.py the fused kernels in it | lora.py adapters | pipeline.py for sampling | save.py the result
+fingerprint.py identities | text.py captions to tokens
+
+To add a family: write a file beside sd.py that makes a `Family`, and name it in family.py.
 """
-
-from dpo.models import sd, sdxl
-from dpo.models.family import Components, Family, TextEncoding
-
-FAMILIES = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY)}
-
-__all__ = ["FAMILIES", "Components", "Family", "TextEncoding"]

@@ -1,13 +1,17 @@
-"""What the trainer must know of an architecture. The registry of those it knows is in `dpo.models`."""
+"""What the trainer must know of an architecture. The families it knows, one file each, are named in `NAMES`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+NAMES = ("sd", "sdxl")
 
 
 class TextEncoding(NamedTuple):
@@ -61,3 +65,9 @@ class Family:
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
     encode: Callable[[Components, list[str]], TextEncoding]
     condition: Callable[[TextEncoding, Tensor | None], dict]  # keyword arguments of the UNet beyond x_t and t
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by its name; a new one is a file beside sd.py and its name in NAMES."""
+    return {name: import_module(f"dpo.models.{name}").FAMILY for name in NAMES}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpo.errors import UserError
+from dpo.common.errors import UserError
 
 FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 

@@ -8,34 +8,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo.models import Components
 from dpo.models import lora as lora_layers
-
-
-def scheduler_of(model: Components) -> Any:
-    """The scheduler the model came with, for sampling."""
-    import diffusers
-
-    name = model.scheduler_config.get("_class_name", "PNDMScheduler")
-    return getattr(diffusers, name).from_config(model.scheduler_config)
-
-
-def pipeline_of(model: Components, unet: nn.Module | None = None) -> Any:
-    """A diffusers pipeline around the loaded modules (shared, not copied), with `unet` in place of the model's own."""
-    import diffusers
-
-    kind = model.family
-    parts = dict(zip(kind.tokenizers, model.tokenizers, strict=True))
-    parts |= {name: module for (name, _), module in zip(kind.text_encoders, model.text_encoders, strict=True)}
-    parts |= {"unet": unet if unet is not None else model.unet, "vae": model.vae, "scheduler": scheduler_of(model)}
-    if kind.name == "sd":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return getattr(diffusers, kind.pipeline)(**parts)
+from dpo.models.family import Components
+from dpo.models.pipeline import pipeline_of
 
 
 def _publish(part: Path, folder: Path) -> None:

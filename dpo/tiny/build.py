@@ -26,8 +26,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from dpo import checkpoint
-from dpo.tiny import ASSETS, base, evaluate, judge, loop, pairs, sprites, text, vae
+from dpo.common import files
+from dpo.tiny import evaluate, judge, sprites
+from dpo.tiny.making import judges, loop, pairs, pipeline, text, vae
+from dpo.tiny.paths import ASSETS
 from dpo.tiny.world import CANVAS, COLOURS, PHRASES, Renderer, Scenes, World, caption, world
 
 log = logging.getLogger("dpo.tiny")
@@ -59,7 +61,7 @@ FULL = Recipe(
     offline=False,
     vae=loop.Plan(steps=1300, batch=12, lr=2.5e-3, seed=1),
     vae_finish=loop.Plan(steps=500, batch=24, lr=1.5e-3, seed=2, ema=0.98, warmup=20, processes=2),
-    judges=judge.PLANS,
+    judges=judges.PLANS,
     bank=7,
     decoder=loop.Plan(steps=400, batch=24, lr=2e-3, seed=4, ema=0.98, warmup=20, processes=2),
     base=loop.Plan(steps=5000, batch=32, lr=1e-3, seed=3, ema=0.998, warmup=100, processes=2),
@@ -72,7 +74,7 @@ MINIATURE = Recipe(
     offline=True,
     vae=loop.Plan(steps=150, batch=8, lr=4e-3, seed=1, save_every=50),
     vae_finish=loop.Plan(steps=50, batch=8, lr=2e-3, seed=2, warmup=5),
-    judges={name: replace(plan, steps=150, batch=32) for name, plan in judge.PLANS.items()},
+    judges={name: replace(plan, steps=150, batch=32) for name, plan in judges.PLANS.items()},
     bank=1,
     decoder=loop.Plan(steps=50, batch=8, lr=2e-3, seed=4, warmup=5),
     base=loop.Plan(steps=150, batch=16, lr=2e-3, seed=3, ema=0.98, warmup=10, save_every=50),
@@ -148,27 +150,27 @@ def build_judges(job: Job) -> dict:
     for name, plan in job.recipe.judges.items():
         path = job.work / "judges" / f"{name}.safetensors"
         if not path.exists():
-            trained = judge.train(name, job.world, render, job.plan(plan), job.work / "judges" / name)
-            judge.save_judge(trained, name, path)
-        figures[name] = {"plan": asdict(job.plan(plan)), **judge.accuracy(job.judge(name), render(scenes), scenes)}
+            trained = judges.train(name, job.world, render, job.plan(plan), job.work / "judges" / name)
+            judges.save_judge(trained, name, path)
+        figures[name] = {"plan": asdict(job.plan(plan)), **judges.accuracy(job.judge(name), render(scenes), scenes)}
     return figures
 
 
 def encode_share(rank: int, job: Job) -> None:
     autoencoder, render = job.vae(), job.render()
     for index in range(rank, job.recipe.bank, job.recipe.base.processes):
-        base.encode_chunk(job.world, render, autoencoder, job.seed + BANK_SEED, index, job.work / "bank")
+        pipeline.encode_chunk(job.world, render, autoencoder, job.seed + BANK_SEED, index, job.work / "bank")
 
 
 def build_bank(job: Job) -> dict:
     run(job.recipe.base.processes, encode_share, job)
-    return {"renders": job.recipe.bank * base.CHUNK}
+    return {"renders": job.recipe.bank * pipeline.CHUNK}
 
 
 def refine_share(rank: int, job: Job) -> None:
-    parts = [base.chunk_scenes(job.world, job.seed + BANK_SEED, index) for index in range(job.recipe.bank)]
+    parts = [pipeline.chunk_scenes(job.world, job.seed + BANK_SEED, index) for index in range(job.recipe.bank)]
     scenes = Scenes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scenes)))
-    latents = base.bank(job.work / "bank")["latents"]
+    latents = pipeline.bank(job.work / "bank")["latents"]
     autoencoder = AutoencoderKL.from_pretrained(job.work / "vae" / "final")
     vae.refine(rank, autoencoder, latents, scenes, job.render(), job.plan(job.recipe.decoder), job.work / "decoder")
 
@@ -181,12 +183,12 @@ def refine_decoder(job: Job) -> dict:
 
 
 def train_share(rank: int, job: Job) -> None:
-    base.train(rank, job.world, job.tokenizer(), job.vae(), job.plan(job.recipe.base), job.work / "bank", job.work / "base")
+    pipeline.train(rank, job.world, job.tokenizer(), job.vae(), job.plan(job.recipe.base), job.work / "bank", job.work / "base")
 
 
 def build_base(job: Job) -> dict:
     run(job.recipe.base.processes, train_share, job)
-    base.assemble(job.tokenizer(), job.vae(), job.work / "base")
+    pipeline.assemble(job.tokenizer(), job.vae(), job.work / "base")
     return {"plan": asdict(job.plan(job.recipe.base)), **fidelity(job)}
 
 
@@ -252,8 +254,8 @@ def publish(job: Job) -> dict:
     if job.out.resolve() != ASSETS.resolve():
         for name in NOTICES:
             shutil.copyfile(ASSETS / name, job.out / name)
-    files = sorted(path for path in job.out.rglob("*") if path.is_file() and path.name != "build.json")
-    return {"sha256": {path.relative_to(job.out).as_posix(): checkpoint.checksum(path) for path in files}}
+    written = sorted(path for path in job.out.rglob("*") if path.is_file() and path.name != "build.json")
+    return {"sha256": {path.relative_to(job.out).as_posix(): files.checksum(path) for path in written}}
 
 
 STAGES: dict[str, Callable[[Job], dict]] = {
@@ -283,7 +285,7 @@ def run_stage(name: str, job: Job) -> dict:
     began = time.monotonic()
     figures = STAGES[name](job) | {"minutes": round((time.monotonic() - began) / 60, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(path, json.dumps(figures, indent=1))
+    files.write_text(path, json.dumps(figures, indent=1))
     return figures
 
 
@@ -320,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
             "sha256": figures["publish"].pop("sha256"),
             "stages": figures,
         }
-        checkpoint.write_text(job.out / "build.json", json.dumps(record, indent=1) + "\n")
+        files.write_text(job.out / "build.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch
 from diffusers import DDIMScheduler
 
 from dpo.tiny.judge import Judge, score
-from dpo.tiny.text import token_ids
 
 STEPS, GUIDANCE = 20, 3.0
 
@@ -109,3 +108,9 @@ def tally(score_base: np.ndarray, score_policy: np.ndarray, faithful_base: np.nd
         score_base=float(np.mean(score_base)),
         score_policy=float(np.mean(score_policy)),
     )
+
+
+def token_ids(texts: list[str], tokenizer) -> torch.Tensor:
+    """[N, model_max_length] padded as Stable Diffusion pads."""
+    length = tokenizer.model_max_length
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids

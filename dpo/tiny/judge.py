@@ -5,6 +5,8 @@ Faithfulness (object and colour as captioned) stands beside every win rate: a mo
 `flatness` is independent of both: it measures the border of the picture directly.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from dpo.tiny import loop
-from dpo.tiny.vae import pixels
-from dpo.tiny.world import BACKDROPS, CANVAS, COLOURS, PLAIN, SIZES, Renderer, Scenes, World, named, taste
-
-PLANS = {  # judge -> how it is trained
-    "a": loop.Plan(steps=1500, batch=64, lr=2e-3, seed=101, ema=0.99, weight_decay=0.02),
-    "b": loop.Plan(steps=1500, batch=64, lr=2e-3, seed=202, ema=0.99, weight_decay=0.02),
-}
+from dpo.tiny.paths import ASSETS
+from dpo.tiny.world import BACKDROPS, COLOURS, PLAIN, SIZES, named, taste
 
 
 @dataclass(frozen=True)
@@ -158,54 +152,6 @@ def patch_mixer(objects: int) -> nn.Module:
 ARCHITECTURES = {"a": plain_pyramid, "b": patch_mixer}
 
 
-def blur(images: torch.Tensor, draw: loop.Draw) -> torch.Tensor:
-    """Soften and grain some pictures, as decoders do: a judge of drawings must not live on a renderer's pixels."""
-    softer = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    share = torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.9
-    grain = torch.randn(images.shape, generator=draw.torch) * torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.08
-    return (images + share * (softer - images) + grain).clamp(-1, 1)
-
-
-def loss_of(network: nn.Module, images: torch.Tensor, scenes: Scenes) -> torch.Tensor:
-    heads = network(images)
-    classes = {"object": scenes.object, "colour": scenes.colour, "backdrop": scenes.backdrop}
-    loss = sum(F.cross_entropy(heads[name], torch.from_numpy(labels)) for name, labels in classes.items())
-    loss = loss + F.binary_cross_entropy_with_logits(heads["style"].squeeze(-1), torch.from_numpy(scenes.style).float())
-    loss = loss + 10 * F.mse_loss(heads["size"].squeeze(-1), torch.from_numpy(scenes.size).float())
-    return loss + F.mse_loss(heads["offset"], torch.from_numpy(scenes.offset).float())
-
-
-def train(name: str, world: World, render: Renderer, plan: loop.Plan, folder: Path) -> Judge:
-    torch.manual_seed(plan.seed)
-    network = ARCHITECTURES[name](len(world.objects))
-
-    def step_loss(draw: loop.Draw, batch: int) -> torch.Tensor:
-        scenes = world.sample(draw.numpy, batch, combinations="all")
-        return loss_of(network, blur(pixels(render(scenes)), draw), scenes)
-
-    loop.train(network, step_loss, plan, folder)
-    return Judge(network.eval(), world.objects)
-
-
-def accuracy(judge: Judge, images_NHWC: np.ndarray, scenes: Scenes) -> dict[str, float]:
-    """Share of pictures read rightly, trait by trait, and the mean error of the size (share of the canvas)."""
-    reading = judge.read(images_NHWC)
-    return {
-        "object": float((reading.object.argmax(-1) == scenes.object).mean()),
-        "colour": float((reading.colour.argmax(-1) == scenes.colour).mean()),
-        "style": float(((reading.three_d > 0.5) == scenes.style).mean()),
-        "backdrop": float((reading.backdrop.argmax(-1) == scenes.backdrop).mean()),
-        "size_error": float(np.abs(reading.size - scenes.size).mean()),
-    }
-
-
-def save_judge(judge: Judge, name: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.half().contiguous() for key, value in judge.network.state_dict().items()}
-    note = {"architecture": name, "objects": judge.objects, "canvas": CANVAS}
-    save_file(weights, path, metadata={"judge": json.dumps(note)})  # one entry: several are written in an order that changes
-
-
 def load_judge_file(path: Path) -> Judge:
     with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["judge"])
@@ -214,3 +160,15 @@ def load_judge_file(path: Path) -> Judge:
     network = ARCHITECTURES[note["architecture"]](len(objects))
     network.load_state_dict(weights)
     return Judge(network.eval().requires_grad_(False), objects)
+
+
+def load_judge(name: str) -> Judge:
+    """Judge "a" or "b"."""
+    from dpo.tiny.judge import load_judge_file
+
+    return load_judge_file(ASSETS / "judges" / f"{name}.safetensors")
+
+
+def pixels(images_NHWC: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in -1..1"""
+    return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import flops
 from benchmarks.steps import SD15, SDXL, SMALL_UNET
-from dpo.flops import pair_flops, unet_flops
+from dpo.training.flops import pair_flops, unet_flops
 
 SMALL = replace(SD15, unet=SMALL_UNET, text=(7, 32))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import evidence, study
-from tests.dpo.fake_run import write_run
+from tests.help.fake_run import write_run
 
 
 def cell(folder, row, win_rate, kind="good"):
@@ -150,7 +150,7 @@ def test_a_claim_holds_only_beyond_two_standard_errors(path):
 
 
 def test_every_claim_and_flag_names_something_that_exists():
-    from dpo.cli import parse
+    from dpo.settings.flags import parse
 
     assert {row for claim in evidence.CLAIMS for row in claim.better + claim.worse} <= set(study.ROWS)
     for flags in study.ROWS.values():
@@ -170,9 +170,9 @@ def test_report_without_running_anything(path, tmp_path, capsys):
 def test_soft_labels_are_the_taste_s_probabilities(tmp_path):
     import pyarrow.parquet as pq
 
-    from dpo import tiny
+    from dpo.tiny import paths
 
-    hard = pq.read_table(tiny.train_pairs_path(), columns=["label_0"])["label_0"].to_numpy()
+    hard = pq.read_table(paths.train_pairs_path(), columns=["label_0"])["label_0"].to_numpy()
     table = pq.read_table(study.soft_pairs(tmp_path / "soft.parquet"), columns=["label_0", "label_1"])
     first, second = table["label_0"].to_numpy(), table["label_1"].to_numpy()
     assert abs(first + second - 1).max() < 1e-6 and ((first > 0) & (first < 1)).mean() > 0.9

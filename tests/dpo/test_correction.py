@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dpo.correction import CorrectionTable, correction, updated
-from dpo.schedule import from_scheduler, step_precision
+from dpo.credit import step_precision
+from dpo.schedule import from_scheduler
 
 T = 1000
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from dpo import objective
-from dpo.config import from_mapping, validate
+from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
-from dpo.errors import UserError
-from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors, tables
+from dpo.credit import tables
+from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors
 from dpo.schedule import Schedule, from_scheduler
+from dpo.settings.config import from_mapping, validate
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "golden_loss.npz")
 CASES = json.loads(str(GOLDEN["manifest"]))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from csrc_triton.preference_loss import preference_loss
-from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors, tables
+from dpo.credit import tables
+from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors
 from dpo.schedule import from_scheduler
 from tests.dpo.test_objective import CASES, GOLDEN, SD15, array, ours, target_of
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dpo import prepare
-from dpo.build import build
-from dpo.cli import parse
-from dpo.data.shards import file_digest
-from dpo.data.store import read_contents, verify
-from dpo.errors import UserError
-from tests.dpo.children import in_child, kill_until_done
-from tests.dpo.running import QUIET, advance, everything, make_run
-from tests.worlds import make_pickapic, make_pipeline
+from dpo.common.errors import UserError
+from dpo.data.store.files import file_digest
+from dpo.data.store.store import read_contents, verify
+from dpo.settings.flags import parse
+from dpo.training.build import build
+from tests.help.children import in_child, kill_until_done
+from tests.help.running import QUIET, advance, everything, make_run
+from tests.help.worlds import make_pickapic, make_pipeline
 
 EXACT = ["--vae-batch", "1", "--batch-size", "1", "--accumulation", "4"]  # images and captions are encoded one by one in both
 

@@ -5,17 +5,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
 
-from dpo.errors import UserError
-from dpo.schedule import (
-    TURBO_TIMESTEPS,
-    Schedule,
-    discounted_weight,
-    from_scheduler,
-    single_shot_weight,
-    step_precision,
-    usable_timesteps,
-)
-from tests.worlds import KINDS, make_pipeline
+from dpo.common.errors import UserError
+from dpo.credit import discounted_weight, single_shot_weight, step_precision
+from dpo.schedule import TURBO_TIMESTEPS, Schedule, from_scheduler, usable_timesteps
+from tests.help.worlds import KINDS, make_pipeline
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

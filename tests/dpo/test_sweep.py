@@ -4,9 +4,11 @@ import csv
 
 import pytest
 
-from dpo import loop, prepare, sweep
-from dpo.errors import UserError
-from dpo.run_record import read_run
+from dpo import prepare, sweep
+from dpo.common.errors import UserError
+from dpo.pages.folder import read_run
+from dpo.pages.sweep import name_of
+from dpo.training import loop
 
 QUICK = [
     "--steps",
@@ -45,7 +47,7 @@ def test_flags_with_several_values_are_axes():
     )
     assert str(out) == "x" and list(grid) == ["beta", "method", "learning_rate"]
     assert rest == ["--model", "m", "--lora", "--checkpointing", "a,b", "--target-modules", "to_q,to_k"]
-    names = [sweep.name_of(cell) for cell in sweep.cells(grid)]
+    names = [name_of(cell) for cell in sweep.cells(grid)]
     assert len(set(names)) == 8 and names[0] == "beta-1000_method-dpo_learning_rate-1e-5"
 
 

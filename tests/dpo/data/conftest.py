@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo.config import Data
+from dpo.settings.config import Data
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image, ImageFile
 
 from dpo.data.images import decode, prepare
 from dpo.data.pairs import BadImage
-from tests import worlds
+from tests.help import worlds
 
 
 def picture(width=48, height=32, seed=0):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dpo.config import Data
+from dpo.common.errors import UserError
 from dpo.data.labels import Columns, find_columns, judge
-from dpo.errors import UserError
-from tests import worlds
+from dpo.settings.config import Data
+from tests.help import worlds
 
 
 def test_published_columns_are_found():

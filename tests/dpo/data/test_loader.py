@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.data import PairBatch, batches, held_out_batches, open_source, open_sources
-from dpo.data.loader import _fit_shared_memory, read_ahead, worker_count
+from dpo.common.errors import UserError
+from dpo.data.ahead import read_ahead
+from dpo.data.batch import PairBatch
+from dpo.data.batches import batches, held_out_batches
+from dpo.data.loader import _fit_shared_memory, worker_count
 from dpo.data.order import epoch_order
-from dpo.errors import UserError
-from tests import worlds
+from dpo.data.sources import open_source, open_sources
+from tests.help import worlds
 
 ALL = {"flip": True, "crop": "random", "caption_dropout": 0.3}
 
@@ -247,8 +250,9 @@ def test_an_error_in_the_reading_thread_reaches_the_caller(odd, settings):
 
 SIGNALS = """
     import logging, os, signal, sys, time
-    from dpo.config import Data
-    from dpo.data import batches, open_source
+    from dpo.settings.config import Data
+    from dpo.data.batches import batches
+    from dpo.data.sources import open_source
     heard = []
     signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
     signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo.data import batches, describe, open_source, parquet
+from dpo.common.errors import UserError
+from dpo.data import parquet
+from dpo.data.batches import batches
 from dpo.data.pairs import Held, pair_key
-from dpo.errors import UserError
-from tests import worlds
+from dpo.data.sources import describe, open_source
+from tests.help import worlds
 
 
 def is_bright(data):

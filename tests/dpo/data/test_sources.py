@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import RevisionNotFoundError
 
-from dpo.data import batches, open_source, open_sources
+from dpo.common.errors import UserError
+from dpo.data.batches import batches
 from dpo.data.hub import split_of
-from dpo.errors import UserError
-from tests import worlds
+from dpo.data.sources import open_source, open_sources
+from tests.help import worlds
 
 
 @pytest.mark.parametrize(

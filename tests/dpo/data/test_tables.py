@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dpo.data import describe, open_source
-from dpo.errors import UserError
-from tests import worlds
+from dpo.common.errors import UserError
+from dpo.data.sources import describe, open_source
 from tests.dpo.data.test_parquet import is_bright
+from tests.help import worlds
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.errors import UserError
-from dpo.models.load import fingerprint, load, load_unet_into
-from tests.ldm import weights_of, write_single_file
-from tests.worlds import KINDS, make_pipeline
+from dpo.common.errors import UserError
+from dpo.models.fingerprint import fingerprint
+from dpo.models.load import load, load_unet_into
+from tests.help.ldm import weights_of, write_single_file
+from tests.help.worlds import KINDS, make_pipeline
 
 
 @pytest.fixture(scope="module")

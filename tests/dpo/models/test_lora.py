@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo.errors import UserError
-from dpo.models import Components, lora
+from dpo.common.errors import UserError
+from dpo.models import lora
+from dpo.models.family import Components
 from dpo.models.load import load
 from dpo.models.save import save_lora
-from tests.dpo.models.test_unet import run
-from tests.worlds import make_pipeline
+from tests.dpo.models.test_denoiser import run
+from tests.help.worlds import make_pipeline
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 

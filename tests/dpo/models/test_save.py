@@ -8,10 +8,12 @@ import diffusers
 import pytest
 import torch
 
-from dpo.models import Components, lora, save
+from dpo.models import lora, save
+from dpo.models.family import Components
 from dpo.models.load import load
-from dpo.models.save import detached, pipeline_of, save_lora, save_pipeline
-from tests.worlds import KINDS, make_pipeline
+from dpo.models.pipeline import pipeline_of
+from dpo.models.save import detached, save_lora, save_pipeline
+from tests.help.worlds import KINDS, make_pipeline
 
 
 @pytest.fixture(scope="module")

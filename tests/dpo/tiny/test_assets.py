@@ -9,10 +9,9 @@ import torch
 from datasets import load_dataset
 from diffusers import StableDiffusionPipeline
 
-from dpo import checkpoint, tiny
-from dpo.tiny import sprites
+from dpo.tiny import judge, paths, prompts, sprites
 from dpo.tiny.evaluate import compare, draw
-from dpo.tiny.pairs import SCHEMA
+from dpo.tiny.making.pairs import SCHEMA
 from dpo.tiny.world import COLOURS, PLAIN, Renderer, world
 
 MEGABYTE = 1_000_000
@@ -20,20 +19,20 @@ MEGABYTE = 1_000_000
 
 @pytest.fixture(scope="module")
 def pipeline():
-    loaded = StableDiffusionPipeline.from_pretrained(tiny.pipeline_path())
+    loaded = StableDiffusionPipeline.from_pretrained(paths.pipeline_path())
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
 def record():
-    return json.loads((tiny.ASSETS / "build.json").read_text())
+    return json.loads((paths.ASSETS / "build.json").read_text())
 
 
 def test_artefacts_are_those_the_record_names_and_small():
     sums = record()["sha256"]
-    files = {path.relative_to(tiny.ASSETS).as_posix(): path for path in tiny.ASSETS.rglob("*") if path.is_file()}
+    files = {path.relative_to(paths.ASSETS).as_posix(): path for path in paths.ASSETS.rglob("*") if path.is_file()}
     assert set(files) - {"build.json"} == set(sums)
-    assert all(checkpoint.checksum(files[name]) == expected for name, expected in sums.items())
+    assert all(files.checksum(files[name]) == expected for name, expected in sums.items())
     assert sum(path.stat().st_size for path in files.values()) < 16 * MEGABYTE
     assert not [name for name in files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
 
@@ -54,11 +53,11 @@ def test_the_pipeline_draws_in_plain_diffusers(pipeline):
 
 
 def test_drawings_obey_their_captions_and_no_change_is_no_win(pipeline):
-    prompts = tiny.prompts("tuning")
-    captions, seeds = prompts.captions[:12], prompts.seeds[:12]
+    tuning = prompts.prompts("tuning")
+    captions, seeds = tuning.captions[:12], tuning.seeds[:12]
     parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
     images = draw(*parts, captions, seeds)
-    found = compare(tiny.load_judge("b"), captions, images, images.copy())
+    found = compare(judge.load_judge("b"), captions, images, images.copy())
     assert found.faithful_base >= 10 / 12
     assert found.win_rate == 0.5
 
@@ -73,7 +72,7 @@ def test_own_sampler_is_the_pipelines(pipeline):
     assert np.abs(own / 255 - theirs).max() < 0.01
 
 
-@pytest.mark.parametrize("path, most", [(tiny.train_pairs_path(), 800), (tiny.validation_pairs_path(), 200)])
+@pytest.mark.parametrize("path, most", [(paths.train_pairs_path(), 800), (paths.validation_pairs_path(), 200)])
 def test_pairs_load_in_datasets(path, most):
     rows = load_dataset("parquet", data_files=str(path), split="train")
     assert rows.column_names == SCHEMA.names and len(SCHEMA) == 19
@@ -87,9 +86,9 @@ def test_pairs_load_in_datasets(path, most):
 
 
 def test_captions_and_seeds_of_the_lists_are_disjoint():
-    tuning, report = tiny.prompts("tuning"), tiny.prompts("report")
+    tuning, report = prompts.prompts("tuning"), prompts.prompts("report")
     drawn = {kind: set(pq.read_table(path)["caption"].to_pylist()) for kind, path in
-             {"train": tiny.train_pairs_path(), "validation": tiny.validation_pairs_path()}.items()}  # fmt: skip
+             {"train": paths.train_pairs_path(), "validation": paths.validation_pairs_path()}.items()}  # fmt: skip
     lists = [set(tuning.captions), set(report.captions), *drawn.values()]
     assert len(set().union(*lists)) == sum(map(len, lists))
     assert not set(tuning.seeds) & set(report.seeds)
@@ -102,7 +101,7 @@ def test_judges_see_backdrop_size_and_colour_on_unknown_objects(name):
     scene_world = world(3)
     scenes = scene_world.sample(np.random.default_rng(0), 200, combinations="all")
     images = Renderer(sprites.stand_ins(list(scene_world.objects)))(scenes)
-    reading = tiny.load_judge(name).read(images)
+    reading = judge.load_judge(name).read(images)
     assert (reading.colour.argmax(-1) == scenes.colour).mean() > 0.9
     assert ((reading.plain > 0.5) == (scenes.backdrop == PLAIN)).mean() > 0.85
     assert reading.colour.shape == (200, len(COLOURS))

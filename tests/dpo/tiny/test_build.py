@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dpo import checkpoint
-from dpo.tiny import base, build, evaluate, judge, loop, sprites
+from dpo.common import files
+from dpo.tiny import build, evaluate, judge, sprites
+from dpo.tiny.making import judges, loop, pipeline
 from dpo.tiny.world import Renderer, world
 
 
@@ -35,7 +36,7 @@ def rebuild(tmp_path, arguments=()):
     build.main(["--miniature", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), *arguments])
     record = json.loads((tmp_path / "out" / "build.json").read_text())
     for name, expected in record["sha256"].items():
-        assert checkpoint.checksum(tmp_path / "out" / name) == expected
+        assert files.checksum(tmp_path / "out" / name) == expected
     assert {"NOTICE", "LICENSE-fluent-emoji", "prompts.json", "pairs/train.parquet", "judges/b.safetensors"} <= set(
         record["sha256"]
     )
@@ -43,12 +44,12 @@ def rebuild(tmp_path, arguments=()):
 
 
 def test_every_stage_runs_and_is_recorded(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "CHUNK", 32)
+    monkeypatch.setattr(pipeline, "CHUNK", 32)
     monkeypatch.setattr(build, "MINIATURE", shorter(build.MINIATURE, steps=2, pictures=2))
     record = rebuild(tmp_path)
     assert record["seed"] == 0 and record["stages"]["base"]["plan"]["steps"] == 2
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
-    assert pipeline("a frog", num_inference_steps=1).images[0].size == (64, 64)
+    drawn_by = StableDiffusionPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    assert drawn_by("a frog", num_inference_steps=1).images[0].size == (64, 64)
     assert pq.read_table(tmp_path / "out" / "pairs" / "train.parquet").num_rows == 2
     again = rebuild(tmp_path)  # everything is there: stages are not run again
     assert again["sha256"] == record["sha256"]
@@ -78,7 +79,7 @@ def test_training_resumes_exactly(tmp_path):
 
         def loss_of(draw, batch):
             scenes = small.sample(draw.numpy, batch)
-            return judge.loss_of(network, judge.blur(judge.pixels(render(scenes)), draw), scenes)
+            return judges.loss_of(network, judges.blur(judge.pixels(render(scenes)), draw), scenes)
 
         loop.train(network, loss_of, plan, folder, on_save=on_save)
         return network.state_dict()
@@ -96,7 +97,7 @@ def test_training_resumes_exactly(tmp_path):
 def test_a_picture_depends_on_its_prompt_and_seed_alone(tmp_path):
     torch.manual_seed(0)
     tokenizer = build.text.tokenizer(tmp_path)
-    parts = (base.unet(), build.text.text_encoder(tokenizer), tokenizer, build.vae.build(), base.scheduler())
+    parts = (pipeline.unet(), build.text.text_encoder(tokenizer), tokenizer, build.vae.build(), pipeline.scheduler())
     prompts, seeds = ["a frog on a red background", "an owl on a blue background", ""], [1, 2, 1]
     together = evaluate.draw(*parts, prompts, seeds, steps=2)
     alone = evaluate.draw(*parts, prompts[1:2], seeds[1:2], steps=2)

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from dpo import outcome, train
+from dpo import train
+from dpo.tiny import outcome
 
 FLAGS = [
     "--preset",

@@ -2,8 +2,10 @@
 
 import pytest
 
-from dpo import objective, tiny, validation
-from tests.dpo.running import advance, make_run
+from dpo import objective
+from dpo.tiny import paths
+from dpo.training import validation
+from tests.help.running import advance, make_run
 
 # Supervised fine-tuning never looks at the losers, and over the whole clock its held-out errors fall alike for both pictures of a
 # pair. What this taste likes (style, backdrop, size) is decided at late timesteps, and there it comes to tell them apart.
@@ -13,8 +15,8 @@ FLAGS = {"sft": ["--window-low", "700"]}
 @pytest.mark.parametrize("method", list(objective.METHODS))
 def test_learning(method, tmp_path):
     run = make_run(
-        str(tiny.pipeline_path()), str(tiny.train_pairs_path()), tmp_path / "run",
-        *("--validation-data", str(tiny.validation_pairs_path()), "--validation-pairs", "120", "--validation-draws", "2"),
+        str(paths.pipeline_path()), str(paths.train_pairs_path()), tmp_path / "run",
+        *("--validation-data", str(paths.validation_pairs_path()), "--validation-pairs", "120", "--validation-draws", "2"),
         *("--validate-every", "100", "--method", method, "--learning-rate", "3e-5", "--batch-size", "8"),  # thrice the default
         *("--steps", "20", "--warmup", "0", *FLAGS.get(method, [])),
     )  # fmt: skip

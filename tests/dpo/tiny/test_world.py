@@ -5,7 +5,7 @@ import pytest
 
 from dpo.tiny import sprites
 from dpo.tiny.judge import flatness
-from dpo.tiny.pairs import SHARES, prompts_of, split_captions
+from dpo.tiny.making.pairs import SHARES, prompts_of, split_captions
 from dpo.tiny.world import COLOURS, PLAIN, SIZES, Renderer, caption, named, prefer, taste, world
 
 

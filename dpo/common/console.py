@@ -1,0 +1,126 @@
+"""What a person sees while a run goes on: one progress line on a terminal, one log line per interval elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.text import Text
+
+log = logging.getLogger("dpo")
+
+
+BAR_WIDTH = 16
+
+
+PLAIN_LINES = 100
+
+
+_console = Console(stderr=True)
+
+
+def setup(level: int | str = logging.INFO, console: Console | None = None) -> Console:
+    """Send the library's log to stderr: coloured on a terminal, plain lines with the time elsewhere. Call it once."""
+    console = console or _console
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False, markup=False)
+    else:
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    for old in list(log.handlers):
+        log.removeHandler(old)
+    log.addHandler(handler)
+    log.setLevel(level.upper() if isinstance(level, str) else level)
+    log.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it gives advice on import, whoever imports it
+    return console
+
+
+class Progress:
+    """The progress of a run, used as a context manager around the training loop.
+
+    On a terminal one line is redrawn in place; elsewhere (CI, nohup) every `log_every` updates and the last one give a log line,
+    but no more than a hundred lines a run.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        log_every: int = 10,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.start = total, start
+        self._line_every = max(1, log_every, -(-total // PLAIN_LINES))
+        self._last_line = start
+        self._clock = clock
+        self._begun = clock()
+        console = console or _console
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        self._begun = self._clock()
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`step` updates are done and the last one gave these metrics."""
+        if self._live is not None:
+            self._live.update(self._styled(step, metrics), refresh=True)
+        elif step // self._line_every > self._last_line // self._line_every or step == self.total:
+            self._last_line = step
+            log.info("%s", "  ".join([f"step {step}/{self.total}", *progress_fields(metrics), self._time_left(step)]))
+
+    def _styled(self, step: int, metrics: Mapping[str, Any]) -> Text:
+        done = BAR_WIDTH * step // max(1, self.total)
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append("━" * done, style="green").append("━" * (BAR_WIDTH - done), style="bright_black")
+        line.append(f" {step}/{self.total}", style="bold")
+        for field in (*progress_fields(metrics), self._time_left(step)):
+            line.append("  ").append(field)
+        return line
+
+    def _time_left(self, step: int) -> str:
+        done = step - self.start
+        if done <= 0:
+            return "ETA ?"
+        return "ETA " + duration((self._clock() - self._begun) / done * (self.total - step))
+
+
+def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
+    """The figures of the line, those that are known: loss, accuracy, margin, speed, MFU, memory."""
+    shapes = (
+        ("loss", "loss {:.4f}"),
+        ("implicit_accuracy", "acc {:.3f}"),
+        ("margin_mean", "margin {:+.3f}"),
+        ("heldout_accuracy", "held-out {:.3f}"),
+        ("pairs_per_s", "{:.3g} pairs/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("peak_memory_gib", "{:.1f} GiB"),
+    )
+    return [shape.format(metrics[key]) for key, shape in shapes if metrics.get(key) is not None]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42s, 3m 20s, 5h 07m, 2d 04h."""
+    seconds = round(max(0.0, seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m {seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"

@@ -1,0 +1,69 @@
+"""How much of a preference is credited to each timestep: the weight and the stepwise factor lambda of each method, [T] in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo.objective import METHODS
+from dpo.schedule import Schedule
+
+
+class Tables(NamedTuple):
+    """weight [T] and lambda [T] in float64; lambda is all zero for a method without the stepwise correction."""
+
+    weight: Tensor
+    precision: Tensor
+
+
+def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta") -> Tables:
+    """The tables by timestep of `method` for a model's schedule."""
+    spec = METHODS[method]
+    weights = {
+        "uniform": lambda: torch.ones(schedule.length, dtype=torch.float64),
+        "discounted": lambda: discounted_weight(schedule, gamma),
+        "single-shot": lambda: single_shot_weight(schedule, cap),
+    }
+    precision = step_precision(schedule, sigma2)
+    return Tables(weights[spec.weight](), precision if spec.correction else torch.zeros_like(precision))
+
+
+def single_shot_weight(schedule: Schedule, cap: float = 250.0) -> Tensor:
+    """DDE's single-shot weight [T]: (1 - abar) / abar on the epsilon error, (1 - abar) on the v error, at most `cap`."""
+    abar = schedule.alphas_cumprod
+    if schedule.prediction_type == "v_prediction":
+        return (1 - abar).clamp(max=cap)
+    return ((1 - abar) / abar.clamp_min(1e-300)).clamp(max=cap)
+
+
+def discounted_weight(schedule: Schedule, gamma: float) -> Tensor:
+    """gamma^(T-1-t) [T]: more credit to the first denoising steps (Yang et al., arXiv 2402.08265)."""
+    t = torch.arange(schedule.length, dtype=torch.float64)
+    return gamma ** (schedule.length - 1 - t)
+
+
+def step_precision(schedule: Schedule, sigma2: str = "beta") -> Tensor:
+    """lambda_k [T]: the factor of -(1/2)|error|^2 in the log importance ratio of step k (docs/method.md).
+
+    lambda_k = beta_k^2 / (sigma_k^2 alpha_k (1 - abar_k)), with sigma_k^2 = beta_k ("beta") or the posterior variance
+    beta_k (1 - abar_{k-1}) / (1 - abar_k) ("posterior"); times abar_k on the v error. Zero outside the chain, where
+    abar_k = 0, and, for the posterior variance, at the chain's first member (it has variance 0 and is never skipped).
+    """
+    t = schedule.timesteps()
+    abar = schedule.alphas_cumprod[t]
+    before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
+    alpha = abar / before
+    beta = 1 - alpha
+    lam = beta / (alpha * (1 - abar))
+    if sigma2 == "posterior":
+        lam = lam * (1 - abar) / (1 - before)
+        lam[0] = 0.0
+    elif sigma2 != "beta":
+        raise ValueError(f"sigma2 is 'beta' or 'posterior', not {sigma2!r}")
+    if schedule.prediction_type == "v_prediction":
+        lam = lam * abar
+    table = torch.zeros(schedule.length, dtype=torch.float64)
+    table[t] = torch.where(abar > 1e-12, lam, torch.zeros_like(lam))
+    return table

@@ -1,0 +1,365 @@
+"""Filling a prepared store: every image of a source encoded once, every caption once, in shards of so many pairs.
+
+A shard holds its pairs and those images and captions that no earlier shard has. It is one file, so that a kill costs the
+work on one shard; what is known of earlier ones is read back from them (16 bytes an image, the most that memory grows by).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.data.ahead import read_ahead
+from dpo.data.images import prepare
+from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key
+from dpo.data.store.files import (
+    LATENTS,
+    TEXT,
+    check_shard,
+    open_shard,
+    read_index,
+    row_crcs,
+    small_crc,
+    sweep_away,
+    write_index,
+    write_shard,
+)
+
+READ_AHEAD = 64  # pairs read before their turn
+
+
+FEW_BAD = 10  # unreadable images that any set may have
+
+
+NOWHERE = -1  # the row of an image that cannot be used
+
+
+log = logging.getLogger("dpo")
+
+
+class Encode(Protocol):
+    """What turns pixels and captions into what is stored, on the CPU and in the store's dtype."""
+
+    image_batch: int
+    text_batch: int
+
+    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w]."""
+        ...
+
+    def captions(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """N captions -> hidden [N, S, D], and for SDXL pooled [N, P]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to fill a store with, and how."""
+
+    folder: Path
+    name: str  # of the data, as the user gave it
+    source: Source
+    settings: Mapping[str, Any]  # what every shard of a store must share; "resolution" and "flip" are used here
+    encode: Encode
+    pairs_per_shard: int
+    workers: int = 0
+    bad_image_limit: float = 0.01
+    first: int = 0  # the stretch of the source that this process has
+    last: int | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+class Known:
+    """Hash -> row, compactly: 16 bytes an entry."""
+
+    def __init__(self) -> None:
+        self.keys = np.empty(0, dtype=np.int64)
+        self.rows = np.empty(0, dtype=np.int64)
+        self.recent: dict[int, int] = {}
+
+    def get(self, key: int) -> int | None:
+        if key in self.recent:
+            return self.recent[key]
+        at = int(np.searchsorted(self.keys, key))
+        return int(self.rows[at]) if at < len(self.keys) and self.keys[at] == key else None
+
+    def settle(self) -> None:
+        """Moves what was added since the last call to the sorted arrays."""
+        keys = np.array(sorted(self.recent), dtype=np.int64)
+        rows = np.array([self.recent[key] for key in keys.tolist()], dtype=np.int64)
+        at = np.searchsorted(self.keys, keys)
+        self.keys, self.rows, self.recent = np.insert(self.keys, at, keys), np.insert(self.rows, at, rows), {}
+
+
+@dataclass
+class Shard:
+    """What a shard holds, while it is being made."""
+
+    pairs: list[tuple[int, int, int, int, float, int]] = field(default_factory=list)  # key, win, lose, caption, prob, group
+    image_keys: list[int] = field(default_factory=list)
+    latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both of the mirrored image)
+    micro: list[tuple[int, ...]] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)  # image key -> what is wrong
+    captions: list[str] = field(default_factory=list)
+
+
+def image_key(image: ImageRef) -> int:
+    """A 64-bit hash of what identifies an image: its path, else its uid (which is its content's hash where it has none)."""
+    name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+
+
+def fill(task: Task) -> bool:
+    """Brings the store in task.folder to hold every pair of the source. False when it already did.
+
+    Goes on where a killed process was; a source that the store does not know yet is appended, pairs that it holds already left
+    out. Raises UserError when the store was made with other settings, or too many images are unreadable.
+    """
+    task.folder.mkdir(parents=True, exist_ok=True)
+    sweep_away(task.folder)
+    index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
+    _check(task, index)
+    prints = [source["fingerprint"] for source in index["sources"]]
+    if index["finished"] and _print(task) in prints:
+        return False
+    if _print(task) not in prints:
+        if index["sources"] and not index["finished"]:
+            raise UserError(f"{task.folder} is not finished: go on with {index['sources'][-1]['name']} before adding {task.name}")
+        index["sources"].append(_about(task))
+    index["finished"] = False
+    known = _known(task.folder, index)
+    write_index(task.folder, index)
+    for shard in _shards(task, index, *known):
+        index["shards"].append(shard)
+        write_index(task.folder, index)
+    index["finished"] = True
+    write_index(task.folder, index)
+    return True
+
+
+def _print(task: Task) -> str:
+    last = len(task.source) if task.last is None else task.last
+    return f"{task.source.fingerprint}:{task.first}:{last}"
+
+
+def _about(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "fingerprint": _print(task),
+        "window": task.source.window,
+        "groups": task.source.groups is not None,
+        "summary": dict(task.source.summary),
+    }
+
+
+def _check(task: Task, index: Mapping[str, Any]) -> None:
+    if "parts" in index:
+        raise UserError(f"{task.folder} was merged from parts: add data to a part of its own, then merge again")
+    for name, value in task.settings.items():
+        found = index["settings"].get(name)
+        if found != value:
+            raise UserError(
+                f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"
+            )
+
+
+def _shards(
+    task: Task, index: dict[str, Any], images: Known, captions: Known, held: np.ndarray, next_image: int
+) -> Iterator[dict[str, Any]]:
+    """Makes the shards that are missing, one after another; their entries in the index."""
+    source_number = len(index["sources"]) - 1
+    bad = sum(shard["bad"] for shard in index["shards"])
+    mine = [shard for shard in index["shards"] if shard["source"] == source_number]
+    first, last = mine[-1]["upto"] if mine else task.first, len(task.source) if task.last is None else task.last
+    skip = _Held(held if source_number else np.empty(0, dtype=np.int64))
+    if source_number:
+        skip.pass_over(int(task.source[i].key) for i in range(task.first, first))
+    stream = read_ahead(((i, task.source[i]) for i in range(first, last)), READ_AHEAD)
+    try:
+        with ThreadPoolExecutor(max(1, task.workers)) as pool:
+            while first < last or not index["shards"]:
+                stop = min(first + task.pairs_per_shard, last)
+                shard = Shard()
+                if not index["shards"]:
+                    captions.recent[caption_key("")] = 0
+                    shard.captions.append("")
+                wanted = ((i, pair) for _, (i, pair) in zip(range(first, stop), stream) if not skip.has(pair.key))
+                next_image = _collect(task, pool, wanted, shard, images, captions, next_image)
+                number = len(index["shards"])
+                entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
+                bad += len(shard.bad)
+                entry |= {"source": source_number, "upto": stop, "pairs": len(shard.pairs), "bad": len(shard.bad)}
+                entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": small_crc(tensors)}
+                images.settle()
+                captions.settle()
+                first = stop
+                yield entry
+                task.progress(first - task.first, last - task.first)
+                _stop_at(bad, next_image, task, shard)
+    finally:
+        stream.close()
+
+
+def _stop_at(bad: int, good: int, task: Task, shard: Shard) -> None:
+    if bad > max(FEW_BAD if task.bad_image_limit else 0, task.bad_image_limit * (bad + good)):
+        last = next(reversed(shard.bad.values()), "see the log")
+        raise UserError(f"{bad} of {bad + good} images are unreadable, the last: {last}; see --bad-image-limit")
+
+
+def _collect(
+    task: Task,
+    pool: ThreadPoolExecutor,
+    pairs: Iterator[tuple[int, Pair]],
+    shard: Shard,
+    images: Known,
+    captions: Known,
+    next_image: int,
+) -> int:
+    """Gives every pair of a shard its rows and encodes what is new; the number of images in the store afterwards."""
+    waiting: deque[tuple[int, str, Future]] = deque()
+    decoded: list[Tensor] = []
+    refs: list[tuple[Pair, int, int, int, float, int]] = []
+    begin, text_rows = next_image, len(captions.keys)
+
+    def finish(count: int) -> None:
+        nonlocal next_image
+        while len(waiting) > count:
+            key, caption, future = waiting.popleft()
+            try:
+                *pixels, micro = future.result()
+            except BadImage as error:
+                images.recent[key] = NOWHERE
+                shard.bad[key] = str(error)
+                log.warning("image left out, of %r: %s", caption, error)
+                continue
+            images.recent[key] = next_image
+            next_image += 1
+            shard.image_keys.append(key)
+            shard.micro.append(micro)
+            decoded.append(torch.stack(pixels))
+            if len(decoded) == task.encode.image_batch:
+                shard.latents.append(_encode(task.encode, decoded))
+                decoded.clear()
+
+    pending: set[int] = set()
+    for i, pair in pairs:
+        keys = [image_key(image) for image in (pair.win, pair.lose)]
+        for key, image in zip(keys, (pair.win, pair.lose), strict=True):
+            if key not in pending and images.get(key) is None:
+                pending.add(key)
+                waiting.append((key, pair.caption, pool.submit(_decode, image, task.settings)))
+        text = caption_key(pair.caption)
+        if captions.get(text) is None:
+            captions.recent[text] = text_rows + len(shard.captions)
+            shard.captions.append(pair.caption)
+        group = int(task.source.groups[i]) if task.source.groups is not None else 0
+        refs.append((pair.key, *keys, captions.get(text), float(task.source.prob[i]), group))
+        finish(2 * (task.encode.image_batch + task.workers))
+    finish(0)
+    if decoded:
+        shard.latents.append(_encode(task.encode, decoded))
+    assert next_image - begin == len(shard.image_keys)
+    shard.pairs += [(key, images.get(win), images.get(lose), *rest) for key, win, lose, *rest in refs]
+    return next_image
+
+
+def _decode(image: ImageRef, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Pixels (and those of the mirrored image, where wanted) and the six numbers of an image. Raises BadImage."""
+    data = image.load()
+    pixels, micro = prepare(data, settings["resolution"])
+    mirrored = [prepare(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
+    return pixels, *mirrored, micro
+
+
+def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
+    """[1 or 2, 3, H, W] of each image -> mean, std (and both of the mirrored images) [N, C, h, w]."""
+    found: list[Tensor] = []
+    for pixels in torch.stack(decoded, dim=1):
+        found += encode.images(pixels)
+    return tuple(found)
+
+
+def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
+    """The content of a shard's file. Raises UserError for latents that are not finite in the store's dtype."""
+    columns = list(zip(*shard.pairs, strict=True)) or [()] * 6
+    found = {
+        name: torch.tensor(values, dtype=dtype)
+        for (name, dtype), values in zip(
+            {
+                "pair_key": torch.int64, "pair_win": torch.int64, "pair_lose": torch.int64, "pair_caption": torch.int64,
+                "pair_prob": torch.float32, "pair_group": torch.int32,
+            }.items(),
+            columns,
+            strict=True,
+        )
+    }  # fmt: skip
+    found["bad_key"] = torch.tensor(list(shard.bad), dtype=torch.int64)
+    if shard.image_keys:
+        found["image_key"] = torch.tensor(shard.image_keys, dtype=torch.int64)
+        found["image_micro"] = torch.tensor(shard.micro, dtype=torch.int32)
+        stacked = [torch.cat(parts) for parts in zip(*shard.latents, strict=True)]
+        found |= dict(zip(LATENTS, stacked))
+        found["image_crc"] = row_crcs(stacked, len(shard.image_keys))
+    if shard.captions:
+        batches = [shard.captions[i : i + encode.text_batch] for i in range(0, len(shard.captions), encode.text_batch)]
+        encoded = [torch.cat(parts) for parts in zip(*map(encode.captions, batches), strict=True)]
+        texts = [caption.encode("utf-8", "surrogatepass") for caption in shard.captions]
+        found |= dict(zip(TEXT, encoded))
+        found["caption_key"] = torch.tensor([caption_key(caption) for caption in shard.captions], dtype=torch.int64)
+        found["caption_end"] = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
+        found["caption_text"] = torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8).clone()
+        found["caption_crc"] = row_crcs(encoded, len(shard.captions))
+    for name in (*LATENTS, *TEXT):
+        if name in found and not found[name].isfinite().all():
+            raise UserError(
+                f"{name.split('_')[0]} encodings are not finite in {found[name].dtype}: prepare with --dtype bf16 or fp32"
+            )
+    return found
+
+
+class _Held:
+    """Pairs that a store holds already, counted by key: a set that grew is added to without repeating its old pairs."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys, self.left = np.unique(keys, return_counts=True)
+
+    def has(self, key: int) -> bool:
+        at = int(np.searchsorted(self.keys, key))
+        if at == len(self.keys) or self.keys[at] != key or not self.left[at]:
+            return False
+        self.left[at] -= 1
+        return True
+
+    def pass_over(self, keys: Iterator[int]) -> None:
+        for key in keys:
+            self.has(key)
+
+
+def _known(folder: Path, index: Mapping[str, Any]) -> tuple[Known, Known, np.ndarray, int]:
+    """Rows of the images and captions in the shards so far, the keys of the pairs of earlier sources, and the number of images."""
+    images, captions, pairs, next_image, next_caption = Known(), Known(), [np.empty(0, dtype=np.int64)], 0, 0
+    for entry in index["shards"]:
+        check_shard(folder / entry["file"], entry)
+        shard = open_shard(folder / entry["file"])
+        images.recent |= dict.fromkeys(shard["bad_key"].tolist(), NOWHERE)
+        if entry["images"]:
+            images.recent |= {key: next_image + i for i, key in enumerate(shard["image_key"].tolist())}
+        if entry["captions"]:
+            captions.recent |= {key: next_caption + i for i, key in enumerate(shard["caption_key"].tolist())}
+        next_image, next_caption = next_image + entry["images"], next_caption + entry["captions"]
+        if entry["source"] < len(index["sources"]) - 1:
+            pairs.append(shard["pair_key"].numpy().copy())
+        images.settle()
+        captions.settle()
+    return images, captions, np.concatenate(pairs), next_image

@@ -1,0 +1,101 @@
+"""Micro-batches of a prepared store, in the order of the run, read by one thread ahead of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csrc_triton.philox import Stream, uniform
+from dpo.data import ahead
+from dpo.data.batch import PairBatch
+from dpo.data.pairs import caption_key
+from dpo.data.store.files import LATENTS, TEXT
+from dpo.data.store.store import StoreSource
+
+READ_AHEAD = 4  # batches
+
+
+EMPTY = caption_key("")
+
+
+class Recorded(Protocol):
+    """Reference errors recorded beforehand (dpo/record.py)."""
+
+    def draws(self, keys: Tensor, epochs: Tensor) -> Tensor:
+        """The draw of each pair in each epoch: keys, epochs [B] -> [B] int64."""
+        ...
+
+    def errors(self, pairs: np.ndarray, draws: Tensor) -> Tensor:
+        """[2, B] fp32, win and lose, for pairs [B] of the store and their draws [B]."""
+        ...
+
+
+def plain_batches(store: StoreSource, micro_batch: int) -> Iterator[PairBatch]:
+    """One pass in the order of the store: draw 0, no mirror, all captions; the last batch may be short."""
+    read = _Reader(store, 0, False, 0.0, None)
+    for begin in range(0, len(store), micro_batch):
+        indices = list(range(begin, min(begin + micro_batch, len(store))))
+        yield read.batch(begin, indices, [0] * len(indices))
+
+
+def _ahead(made: Iterable[PairBatch]) -> Generator[PairBatch, None, None]:
+    pin = torch.cuda.is_available()
+    stream = ahead.read_ahead((batch.pin_memory() if pin else batch for batch in made), READ_AHEAD)
+    try:
+        yield from stream
+    finally:
+        stream.close()
+
+
+class _Reader:
+    """Reads batches of a store; everything random is a function of (seed, pair key, draw), as when images are read."""
+
+    def __init__(self, store: StoreSource, seed: int, flip: bool, caption_dropout: float, recorded: Recorded | None) -> None:
+        self.store, self.seed, self.flip, self.dropout, self.recorded = store, seed, flip, caption_dropout, recorded
+        self.empty = int(np.flatnonzero(store.contents.caption_hash == EMPTY)[0])
+
+    def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
+        """The pairs at `indices` of the store, in these epochs."""
+        store, inside = self.store, self.store.contents
+        pairs = store.pairs[np.asarray(indices)]
+        keys, epoch = torch.from_numpy(inside.key[pairs]), torch.tensor(epochs, dtype=torch.int64)
+        draws = epoch if self.recorded is None else self.recorded.draws(keys, epoch)
+        usable = torch.from_numpy((inside.win[pairs] >= 0) & (inside.lose[pairs] >= 0))
+        prob = torch.from_numpy(inside.prob[pairs])
+        prob = torch.where(prob == 1.0, torch.tensor(1.0 - store.smoothing, dtype=torch.float32), prob)
+        images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]])]
+        images = [row if usable[i % len(pairs)] else -1 for i, row in enumerate(images)]
+        captions = [int(row) for row in inside.caption[pairs]]
+        if self.dropout > 0:
+            dropped = uniform(keys, draws, Stream.DROPOUT, self.seed, 1)[:, 0] < self.dropout
+            captions = [self.empty if drop else row for row, drop in zip(captions, dropped.tolist(), strict=True)]
+        mean, std = self._latents(images, keys, draws)
+        names = TEXT[: 2 if inside.has_pooled else 1]
+        return PairBatch(
+            keys=keys,
+            draws=draws,
+            prob=torch.where(usable, prob, torch.full_like(prob, 0.5)),
+            usable=usable.float(),
+            captions=[inside.text(row) for row in captions],
+            micro=inside.micro(images),
+            position=position,
+            epoch=int(epoch[0]),
+            latent_mean=mean,
+            latent_std=std,
+            text=tuple(inside.rows("caption", names, captions)),
+            recorded=None if self.recorded is None else self.recorded.errors(pairs, draws),
+        )
+
+    def _latents(self, images: list[int], keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std [2B, C, h, w] of the images, or of their mirror images where the pair's coin says so."""
+        inside = self.store.contents
+        if not self.flip:
+            mean, std = inside.rows("image", LATENTS[:2], images)
+            return mean, std
+        found = inside.rows("image", LATENTS, images)
+        mirrored = (uniform(keys, draws, Stream.FLIP, self.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
+        return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

@@ -1,0 +1,205 @@
+"""Recorded reference errors: two floats for each (pair, draw), so that training holds no reference model.
+
+A record belongs to a store and lies in its folder `reference/`. It was made with one reference, schedule, seed, set of
+timesteps and precision; a run that differs in any of these is refused, except that its timestep window may be narrower: then
+it uses the recorded draws whose timestep lies inside. In epoch e a pair has its draw e mod (number of draws); inside a window
+draw number e mod m of the m that lie in it, and a pair without any is left out.
+
+    reference/<name>/record.json              what it was made with, and its pieces
+    reference/<name>/<piece>.safetensors      errors [draws, pairs, 2] fp32 of a stretch of pairs and of draws
+    reference/<name>/<piece>/                 blocks of a piece in the making
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from csrc_triton.philox import Stream, integers
+from dpo.common.errors import UserError
+from dpo.data.pairs import Source, Subset, digest
+from dpo.data.store.files import Damaged, check_shard, open_shard, read_sealed
+from dpo.data.store.store import Contents, of_store
+from dpo.models.family import Components
+from dpo.schedule import Schedule, usable_timesteps
+from dpo.settings.config import Config
+
+log = logging.getLogger("dpo")
+
+
+FOLDER = "reference"
+
+
+NAMES = {"flip": "--flip", "caption_dropout": "--caption-dropout", "seed": "--seed", "precision": "--precision"}
+
+
+def identity(config: Config, plan: Schedule, reference: str) -> dict[str, Any]:
+    """What recorded errors depend on, beside the timesteps; `reference` is the fingerprint of its weights."""
+    return {
+        "reference": reference,
+        "prediction_type": plan.prediction_type,
+        "schedule": digest(plan.alphas_cumprod.numpy().tobytes().hex()),
+        "seed": config.runtime.seed,
+        "precision": config.runtime.precision,
+        "flip": config.data.flip,
+        "caption_dropout": config.data.caption_dropout,
+    }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Errors of pairs begin..end-1 of the store in draws first..last-1."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"pairs-{self.begin:09d}-{self.end:09d}-draws-{self.first:03d}-{self.last:03d}"
+
+
+@dataclass(frozen=True)
+class RecordedErrors:
+    """A record that suits a run. `errors` maps (first pair, first draw) of each piece to its tensor [draws, pairs, 2]."""
+
+    pieces: tuple[tuple[Piece, Tensor], ...]
+    distinct: int  # draws of every pair
+    seed: int
+    timesteps: Tensor  # [K] int64, from which the draws were taken
+    inside: Tensor | None  # [K] bool: those in the run's window; None where it is the whole
+
+    def draws(self, keys: Tensor, epochs: Tensor) -> Tensor:
+        """The draw of each pair [B] in each epoch [B]."""
+        if self.inside is None:
+            return epochs % self.distinct
+        order, count = self._in_window(keys)
+        return order.gather(1, (epochs % count.clamp_min(1))[:, None])[:, 0]
+
+    def _in_window(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The draws of each pair, those inside the window first, in order [B, distinct]; and how many of them are [B]."""
+        assert self.inside is not None
+        every = torch.arange(self.distinct).repeat(len(keys))
+        repeated = keys.repeat_interleave(self.distinct)
+        drawn = integers(repeated, every, Stream.TIMESTEP, self.seed, 0, len(self.timesteps))
+        inside = self.inside[drawn].view(len(keys), self.distinct)
+        return torch.argsort(~inside, dim=1, stable=True), inside.sum(1)
+
+    def errors(self, pairs: np.ndarray, draws: Tensor) -> Tensor:
+        """[2, B] fp32, win and lose, of pairs [B] (numbers in the store) in draws [B]."""
+        rows = torch.from_numpy(pairs)
+        found = torch.full((2, len(rows)), torch.nan)
+        for piece, errors in self.pieces:
+            here = (rows >= piece.begin) & (rows < piece.end) & (draws >= piece.first) & (draws < piece.last)
+            found[:, here] = errors[draws[here] - piece.first, rows[here] - piece.begin].T
+        return found
+
+    def covered(self, source: Source) -> Source:
+        """The pairs that have a draw inside the window. Raises UserError when there are none."""
+        store = of_store(source)
+        assert store is not None
+        if self.inside is None:
+            log.info("recorded reference: %d distinct draws of each pair", self.distinct)
+            return source
+        counts = torch.cat([self._in_window(torch.from_numpy(part))[1] for part in _chunks(store.contents.key[store.pairs])])
+        kept = np.flatnonzero(counts.numpy() > 0)
+        if not len(kept):
+            raise UserError("no recorded draw lies in the timestep window: record more --draws, or inside the window")
+        log.info(
+            "recorded reference: %.2f distinct draws of a pair in the timestep window, of %d; %d of %d pairs have one",
+            float(counts.float().mean()), self.distinct, len(kept), len(counts),
+        )  # fmt: skip
+        return source if len(kept) == len(counts) else Subset(source, kept)
+
+
+def _chunks(keys: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
+    return (keys[begin : begin + size] for begin in range(0, len(keys), size))
+
+
+# ------------------------------------------------------------------------------------------------------------------ reading
+
+
+def find(config: Config, model: Components, plan: Schedule, source: Source, reference: str) -> RecordedErrors:
+    """The record in the store that suits a run. Raises UserError, naming the difference, when there is none."""
+    store = of_store(source)
+    if store is None:
+        raise UserError("--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference")
+    wanted = identity(config, plan, reference)
+    timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
+    found, reasons = [], []
+    for folder in sorted((store.contents.folder / FOLDER).glob("*")):
+        about = _about(folder)
+        if about is None:
+            continue
+        differs = list(filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items())))
+        missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
+        if differs or missing:
+            lacks = differs + [f"its timesteps lack {missing} of the run's"] * bool(missing)
+            reasons.append((len(differs), missing, "; ".join(lacks)))
+        else:
+            found.append((len(about["timesteps"]), folder, about))
+    if not found:
+        why = min(reasons)[2] if reasons else "there is none yet"
+        raise UserError(
+            f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference"
+        )
+    return _open(*min(found, key=lambda item: item[0])[1:], store.contents, timesteps)
+
+
+def _differs(name: str, recorded: Any, wanted: Any) -> str:
+    if recorded == wanted:
+        return ""
+    if name in NAMES:
+        return f"it was recorded with {NAMES[name]} {recorded}, the run has {wanted}"
+    return f"it was recorded with another {name.replace('_', ' ')}" + (f", {recorded}" if name == "prediction_type" else "")
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    return read_sealed(folder / "record.json", "record it again")
+
+
+def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps: Tensor) -> RecordedErrors:
+    pieces = []
+    for entry in about["pieces"]:
+        if digest(*contents.sums[: entry["shards"]]) != entry["store"]:
+            raise UserError(f"{folder} was recorded from other pairs than {contents.folder} holds now: record it again")
+        check_shard(folder / entry["file"], entry, whole=True)
+        piece = Piece(*entry["piece"])
+        pieces.append((piece, open_shard(folder / entry["file"])["errors"]))
+    draws = _bands([piece for piece, _ in pieces])
+    if not draws or max(end for _, end in draws) < len(contents.key):
+        missing = len(contents.key) - max((end for _, end in draws), default=0)
+        raise UserError(f"{folder} lacks {missing} pairs of the store: run python -m dpo.prepare --reference again")
+    recorded = torch.tensor(about["timesteps"], dtype=torch.int64)
+    inside = torch.isin(recorded, timesteps)
+    distinct, seed = min(draws.values()), about["identity"]["seed"]
+    return RecordedErrors(tuple(pieces), distinct, seed, recorded, None if bool(inside.all()) else inside)
+
+
+def _bands(pieces: list[Piece]) -> dict[tuple[int, int], int]:
+    """Stretches of pairs (begin, end) and how many draws of each are recorded."""
+    found: dict[tuple[int, int], int] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.begin, piece.first)):
+        found[piece.begin, piece.end] = max(found.get((piece.begin, piece.end), 0), piece.last)
+    return found
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with the records of a store, a line for each file."""
+    wrong = []
+    for record in sorted((folder / FOLDER).glob("*")):
+        try:
+            about = _about(record)
+            for entry in about["pieces"] if about else []:
+                check_shard(record / entry["file"], entry, whole=True)
+        except Damaged as error:
+            wrong.append(str(error))
+    return wrong

@@ -1,0 +1,126 @@
+"""Recording reference errors: block by block, so that a kill costs little, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.data.batches import batches
+from dpo.data.order import run_order
+from dpo.data.pairs import digest
+from dpo.data.store.files import check_shard, open_shard, write_sealed, write_shard
+from dpo.data.store.recorded import FOLDER, Piece, _about, _bands
+from dpo.data.store.store import Contents, StoreSource
+from dpo.settings.config import Config
+
+log = logging.getLogger("dpo")
+
+
+BLOCK = 2048  # pairs whose errors are written at once
+
+
+# ---------------------------------------------------------------------------------------------------------------- recording
+
+
+@dataclass(frozen=True)
+class Task:
+    """Errors to be recorded: `errors(batch) -> [2, B]`, in batches of `batch_size` pairs, for every pair in `draws` draws."""
+
+    contents: Contents
+    identity: Mapping[str, Any]
+    timesteps: tuple[int, ...]
+    made_with: Mapping[str, Any]  # for people to read
+    draws: int
+    batch_size: int
+    errors: Callable[[Any], Tensor]
+    config: Config
+    shard: tuple[int, int] = (0, 1)  # this process and the number of processes
+    block: int = BLOCK
+    progress: Callable[[int, int], None] = lambda done, total: None
+
+
+def record(task: Task) -> tuple[Path, bool]:
+    """Records what is missing; the record's folder, and whether it is complete (another process may still be at work).
+
+    Raises UserError when an error is not finite.
+    """
+    named = json.dumps([dict(task.identity), list(task.timesteps)], sort_keys=True)
+    folder = task.contents.folder / FOLDER / digest(named)[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    about = _about(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
+    for entry in about["pieces"]:
+        check_shard(folder / entry["file"], entry)
+    complete = True
+    for piece in _missing(about, task):
+        entry = _piece(task, folder, piece)
+        if entry is None:
+            complete = False
+            continue
+        about["pieces"].append(entry | {"made_with": dict(task.made_with) | {"batch_size": task.batch_size}})
+        write_sealed(folder / "record.json", about)
+        shutil.rmtree(folder / piece.name, ignore_errors=True)
+    return folder, complete
+
+
+def _missing(about: Mapping[str, Any], task: Task) -> list[Piece]:
+    bands = _bands([Piece(*entry["piece"]) for entry in about["pieces"]])
+    pieces = [Piece(begin, end, have, task.draws) for (begin, end), have in bands.items() if have < task.draws]
+    first, last = max((end for _, end in bands), default=0), len(task.contents.key)
+    return [*pieces, *([Piece(first, last, 0, task.draws)] if first < last else [])]
+
+
+def _piece(task: Task, folder: Path, piece: Piece) -> dict[str, Any] | None:
+    """The entry of a piece, recorded block by block; None while blocks of other processes are missing.
+
+    Batches are those that a training run over these pairs has, from its start on, so that a run of the same batch size sees
+    the very same ones; the last one reaches into the epoch after.
+    """
+    contents, size = task.contents, task.batch_size
+    pairs = StoreSource(contents, np.arange(piece.begin, piece.end), 0.0)
+    begin, end = piece.first * len(pairs) // size * size, piece.last * len(pairs)
+    step = -(-task.block // size) * size
+    work = folder / piece.name
+    paths = [work / f"batch-{size:05d}-{start:012d}.safetensors" for start in range(begin, end, step)]
+    for number, path in enumerate(paths):
+        if number % task.shard[1] == task.shard[0] and not path.exists():
+            start = begin + number * step
+            write_shard(path, _block(task, pairs, start, min(start + step, -(-end // size) * size)))
+        task.progress(min((number + 1) * step, end - begin), end - begin)
+    if not all(path.exists() for path in paths):
+        return None
+    errors = torch.full((piece.last - piece.first, len(pairs), 2), torch.nan)
+    for path in paths:
+        block = open_shard(path)
+        wanted = (block["draw"] >= piece.first) & (block["draw"] < piece.last)
+        errors[block["draw"][wanted] - piece.first, block["pair"][wanted]] = block["errors"].T[wanted]
+    if not errors.isfinite().all():
+        raise UserError(
+            f"the reference's error of {int((~errors.isfinite()).any(2).sum())} draws is not finite: try another --precision"
+        )
+    entry = write_shard(folder / f"{piece.name}.safetensors", {"errors": errors})
+    number = int(np.searchsorted(contents.pairs.starts, piece.end))
+    place = [piece.begin, piece.end, piece.first, piece.last]
+    return entry | {"piece": place, "shards": number, "store": digest(*contents.sums[:number])}
+
+
+def _block(task: Task, pairs: StoreSource, start: int, stop: int) -> dict[str, Tensor]:
+    seed = task.config.runtime.seed
+    places = run_order(pairs, seed, start, stop, task.batch_size)
+    data = replace(task.config.data, label_smoothing=0.0)
+    stream = batches(pairs, data, seed=seed, start=start, stop=stop, micro_batch=task.batch_size)
+    found: dict[str, list[Tensor]] = {"pair": [], "draw": [], "errors": []}
+    for (_, indices, epochs), batch in zip(places, stream, strict=True):
+        found["pair"].append(torch.tensor(indices))
+        found["draw"].append(torch.tensor(epochs))
+        found["errors"].append(task.errors(batch).float().cpu())
+    return {name: torch.cat(values, dim=-1) for name, values in found.items()}

@@ -1,0 +1,347 @@
+"""A prepared store as a source of pairs: latents and encoded captions instead of images and text, in the same order.
+
+A store is one folder of shards, or an index over such folders (parts). About 50 bytes a pair and an image are kept in memory;
+latents and encodings stay in the memory-mapped files and are checked, row by row, whenever they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.data.pairs import ImageRef, Pair, Subset, digest
+from dpo.data.store.files import (
+    INDEX,
+    LATENTS,
+    TEXT,
+    Damaged,
+    check_shard,
+    crc,
+    file_digest,
+    open_shard,
+    read_index,
+    small_crc,
+    write_index,
+)
+
+OPEN_SHARDS = 4096  # maps kept; they cost address space, not memory
+
+
+class Rows(NamedTuple):
+    """Where the rows of all shards are: the first row of each, and the one after the last."""
+
+    starts: np.ndarray  # [shards + 1] int64
+
+    def find(self, row: int) -> tuple[int, int]:
+        """(shard, row within it)."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, row - int(self.starts[shard])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All of a store but its latents and encodings. Rows count through all shards; -1 is an image that cannot be used."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    shards: tuple[Path, ...]
+    sums: tuple[str, ...]  # SHA-256 of each shard
+    pairs: Rows
+    images: Rows
+    captions: Rows
+    key: np.ndarray  # [n] int64
+    win: np.ndarray  # [n] int64, row of an image
+    lose: np.ndarray  # [n] int64
+    caption: np.ndarray  # [n] int64, row of a caption
+    prob: np.ndarray  # [n] fp32, before smoothing
+    group: np.ndarray | None  # [n] int32, where the pairs were read in groups
+    window: int | None
+    caption_hash: np.ndarray  # [captions] int64
+    summary: Mapping[str, int]
+    fingerprint: str
+
+    @functools.lru_cache(OPEN_SHARDS)  # noqa: B019  (a run has one or two stores, and keeps them)
+    def shard(self, number: int) -> dict[str, Tensor]:
+        return open_shard(self.shards[number])
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def rows(self, kind: str, names: Sequence[str], rows: Sequence[int]) -> list[Tensor]:
+        """Tensors [N, ...] of images or captions (`kind` "image" or "caption"), zero where the row is -1. Raises Damaged."""
+        where = self.images if kind == "image" else self.captions
+        all_names = [name for name in (LATENTS if kind == "image" else TEXT) if name in self._names(kind)]
+        found: list[list[Tensor]] = [[] for _ in names]
+        for row in rows:
+            if row < 0:
+                for values in found:
+                    values.append(torch.empty(0))
+                continue
+            number, at = where.find(row)
+            shard = self.shard(number)
+            if crc(*(shard[name][at] for name in all_names)) != int(shard[f"{kind}_crc"][at]):
+                raise Damaged(
+                    f"{self.shards[number]} was altered: {kind} {at} has another checksum; delete the store's folder and prepare it again"
+                )
+            for values, name in zip(found, names, strict=True):
+                values.append(shard[name][at])
+        return [_stack(values, self._like(kind, name)) for values, name in zip(found, names, strict=True)]
+
+    @property
+    def has_pooled(self) -> bool:
+        """Whether captions have a pooled encoding too (SDXL)."""
+        return TEXT[1] in self._names("caption")
+
+    def _first(self, kind: str) -> dict[str, Tensor]:
+        """A shard that has rows of this kind."""
+        starts = (self.images if kind == "image" else self.captions).starts
+        return self.shard(int(np.flatnonzero(np.diff(starts))[0]))
+
+    @functools.lru_cache  # noqa: B019
+    def _names(self, kind: str) -> frozenset[str]:
+        return frozenset(self._first(kind))
+
+    def _like(self, kind: str, name: str) -> Tensor:
+        return self._first(kind)[name][:1]
+
+    def text(self, row: int) -> str:
+        """A caption in words."""
+        number, at = self.captions.find(row)
+        shard = self.shard(number)
+        begin = int(shard["caption_end"][at - 1]) if at else 0
+        return bytes(shard["caption_text"][begin : int(shard["caption_end"][at])].numpy()).decode("utf-8", "surrogatepass")
+
+    def micro(self, rows: Sequence[int]) -> Tensor:
+        """SDXL's size and crop numbers of images [N, 6] int64; those of a plain square where the row is -1."""
+        side = self.settings["resolution"]
+        plain = torch.tensor([side, side, 0, 0, side, side])
+        places = [self.images.find(row) if row >= 0 else None for row in rows]
+        return torch.stack([plain if place is None else self.shard(place[0])["image_micro"][place[1]].long() for place in places])
+
+
+def _stack(values: list[Tensor], like: Tensor) -> Tensor:
+    empty = torch.zeros(like.shape[1:], dtype=like.dtype)
+    return torch.stack([value if value.numel() else empty for value in values])
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """The pairs of a store that a run uses, in the order in which they were prepared."""
+
+    contents: Contents
+    pairs: np.ndarray  # [m] int64: which
+    smoothing: float
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair without its images' files."""
+        inside, at = self.contents, int(self.pairs[index])
+        prob = float(inside.prob[at])
+        win, lose = ImageRef(f"image {inside.win[at]}"), ImageRef(f"image {inside.lose[at]}")
+        smoothed = 1.0 - self.smoothing if prob == 1.0 else prob
+        return Pair(int(inside.key[at]), inside.text(int(inside.caption[at])), win, lose, smoothed)
+
+    @property
+    def prob(self) -> np.ndarray:
+        return self.contents.prob[self.pairs]
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        return None if self.contents.group is None else self.contents.group[self.pairs]
+
+    @property
+    def window(self) -> int | None:
+        return self.contents.window
+
+    @property
+    def summary(self) -> dict[str, int]:
+        return dict(self.contents.summary) | {"pairs": len(self)}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.contents.fingerprint, str(len(self)))
+
+    def caption_keys(self) -> np.ndarray:
+        return self.contents.caption_hash[self.contents.caption[self.pairs]]
+
+
+def is_store(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def of_store(source: Any) -> StoreSource | None:
+    """The source as pairs of a store, None when it is of another kind."""
+    if isinstance(source, StoreSource):
+        return source
+    if isinstance(source, Subset):
+        inner = of_store(source.source)
+        return inner and replace(inner, pairs=inner.pairs[source.indices])
+    return None
+
+
+def open_store(folder: Path, cfg: Any) -> StoreSource:
+    """The pairs of a finished store. Raises UserError when it is unfinished, damaged or does not suit `cfg`."""
+    contents = read_contents(folder)
+    _suit(contents, cfg)
+    pairs = np.arange(len(contents.key))
+    if cfg.ties == "drop":
+        pairs = pairs[contents.prob > 0.5]
+    return StoreSource(contents, pairs[: cfg.max_pairs], cfg.label_smoothing)
+
+
+def _suit(contents: Contents, cfg: Any) -> None:
+    where, settings = contents.folder, contents.settings
+    if cfg.crop == "random":
+        raise UserError(f"{where} holds centre crops: --crop random needs the images themselves")
+    if cfg.flip and not settings["flip"]:
+        raise UserError(f"{where} has no mirrored images: leave out --flip, or prepare with --flip")
+    if cfg.resolution not in (None, settings["resolution"]):
+        raise UserError(
+            f"{where} holds images of {settings['resolution']} pixels: --resolution {cfg.resolution} needs another store"
+        )
+
+
+def read_contents(folder: Path) -> Contents:
+    """Reads the index and the tables of a finished store. Raises UserError, Damaged where a file is not what it should be."""
+    index = _finished(folder)
+    parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
+    for where, part in parts:
+        for name, value in part["settings"].items():
+            if parts[0][1]["settings"][name] != value:
+                raise UserError(f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike")
+    entries = [(where / entry["file"], entry) for where, part in parts for entry in part["shards"]]
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("key", "win", "lose", "caption", "prob", "group", "hash")}
+    image_base = caption_base = 0
+    for where, part in parts:
+        for entry in part["shards"]:
+            shard = _tables(where / entry["file"], entry)
+            for name in ("key", "prob", "group"):
+                columns[name].append(shard[f"pair_{name}"].numpy().copy())
+            for name in ("win", "lose"):
+                rows = shard[f"pair_{name}"].numpy()
+                columns[name].append(np.where(rows < 0, rows, rows + image_base))
+            columns["caption"].append(shard["pair_caption"].numpy() + caption_base)
+            columns["hash"].append(shard["caption_key"].numpy().copy() if entry["captions"] else np.empty(0, np.int64))
+        image_base += sum(entry["images"] for entry in part["shards"])
+        caption_base += sum(entry["captions"] for entry in part["shards"])
+    table = {name: np.concatenate(values) for name, values in columns.items()}
+    group, window = _groups(parts, table["group"])
+    return Contents(
+        folder=folder,
+        settings=parts[0][1]["settings"],
+        shards=tuple(path for path, _ in entries),
+        sums=tuple(entry["sha256"] for _, entry in entries),
+        pairs=_starts([entry["pairs"] for _, entry in entries]),
+        images=_starts([entry["images"] for _, entry in entries]),
+        captions=_starts([entry["captions"] for _, entry in entries]),
+        key=table["key"],
+        win=table["win"],
+        lose=table["lose"],
+        caption=table["caption"],
+        prob=table["prob"],
+        group=group,
+        window=window,
+        caption_hash=table["hash"],
+        summary=_summary(parts, int(np.sum((table["win"] < 0) | (table["lose"] < 0)))),
+        fingerprint=digest(*(entry["sha256"] for _, entry in entries)),
+    )
+
+
+def _starts(counts: list[int]) -> Rows:
+    return Rows(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
+
+def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    check_shard(path, entry)
+    shard = open_shard(path)
+    if small_crc(shard) != entry["crc"]:
+        raise Damaged(f"{path} was altered: its tables have another checksum; delete the store's folder and prepare it again")
+    return shard
+
+
+def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) -> tuple[np.ndarray | None, int | None]:
+    """What decides the order of an epoch, as in the source: kept where all the pairs are from one source."""
+    sources = [source for _, part in parts for source in part["sources"]]
+    if len({source["fingerprint"].split(":")[0] for source in sources}) != 1 or not sources[0]["groups"]:
+        return None, None
+    return group, sources[0]["window"]
+
+
+def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], bad: int) -> dict[str, int]:
+    """The counts of all sources together; those of one source that was cut into parts count once."""
+    summaries = {source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]}
+    total: dict[str, int] = {}
+    for summary in summaries.values():
+        total |= {name: total.get(name, 0) + count for name, count in summary.items()}
+    return total | ({"with an unreadable image": bad} if bad else {})
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    index = read_index(folder)
+    if index is None:
+        raise UserError(f"{folder} is no prepared store ({INDEX} is missing): make one with python -m dpo.prepare")
+    if not index.get("finished"):
+        raise UserError(f"{folder} is not finished: run the same python -m dpo.prepare command again")
+    return index
+
+
+def _parts(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
+    for part in index["parts"]:
+        where = folder / part["path"]
+        try:
+            found = file_digest(where / INDEX)
+        except OSError as error:
+            raise Damaged(f"{where / INDEX} is missing: copy that part back, or merge again") from error
+        if found != part["sha256"]:
+            raise Damaged(f"{where / INDEX} changed since the parts were merged: merge again with --merge")
+        yield where
+
+
+def merge(folder: Path, parts: Sequence[Path]) -> None:
+    """Makes `folder` an index over finished stores; nothing of theirs is rewritten. Raises UserError."""
+    entries = []
+    for part in parts:
+        if "parts" in _finished(part):
+            raise UserError(f"{part} is itself merged: name its parts instead")
+        inside = part.resolve().is_relative_to(folder.resolve())
+        path = part.resolve().relative_to(folder.resolve()) if inside else part.resolve()
+        entries.append({"path": path.as_posix(), "sha256": file_digest(part / INDEX)})
+    write_index(folder, {"parts": entries, "finished": True})
+    try:
+        read_contents(folder)
+    except UserError:
+        (folder / INDEX).unlink()
+        raise
+
+
+def verify(folder: Path) -> list[str]:
+    """Reads every byte of a store; what is wrong with it, a line for each file. Empty: all is as it was prepared."""
+    wrong = []
+    try:
+        index = _finished(folder)
+        parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
+    except Damaged as error:
+        return [str(error)]
+    except UserError as error:
+        wrong.append(str(error))
+        parts = [(folder, read_index(folder) or {"shards": []})]
+    for where, part in parts:
+        for entry in part.get("shards", ()):
+            try:
+                check_shard(where / entry["file"], entry, whole=True)
+            except Damaged as error:
+                wrong.append(str(error))
+    return wrong

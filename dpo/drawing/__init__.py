@@ -1,0 +1,1 @@
+"""Sample images (draw.py), and the PNG grid that shows them (grid.py)."""

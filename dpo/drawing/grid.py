@@ -1,0 +1,98 @@
+"""Sample images for fixed prompts and seeds, policy beside reference, and the PNG grid that shows them.
+
+    pipe = pipeline(components)
+    before = sample(pipe, prompts, seeds, steps=50, guidance=7.5)          # pipe.unet is the reference
+    pipe.unet = policy
+    after = sample(pipe, prompts, seeds, steps=50, guidance=7.5)
+    write_grid(folder / "samples/step_000500.png", prompts, seeds, {"before": before, "after": after})
+
+Every image has its own CPU generator, so an image depends on its prompt and seed alone, on any device, and no global generator is
+touched. A grid carries its prompts, seeds and layout in a PNG text chunk; `read_grid` cuts it into its images again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+CHUNK = "dpo-grid"
+
+
+MARGIN, GAP, SMALLEST, LARGEST = 16, 8, 160, 512
+
+
+INK, QUIET, PAPER = "#1b1b1f", "#66666e", "#ffffff"
+
+
+class Cell(NamedTuple):
+    """One prompt and seed of a grid: its images by column label, in the grid's order."""
+
+    prompt: str
+    seed: int
+    images: dict[str, Image.Image]
+
+
+def write_grid(path: Path, prompts: Sequence[str], seeds: Sequence[int], columns: Mapping[str, Sequence[Image.Image]]) -> Path:
+    """A labelled PNG: one row per prompt, and for each seed the columns side by side (before, after). Replaced in one move.
+
+    columns: label -> images in the order of `sample`.
+    """
+    sides = {image.size for images in columns.values() for image in images}
+    native = max(max(size) for size in sides)
+    side = min(max(native, SMALLEST), LARGEST)
+    group = len(columns) * side + (len(columns) - 1) * GAP
+    width = 2 * MARGIN + len(seeds) * group + (len(seeds) - 1) * 2 * MARGIN
+    row_height = 52 + side + MARGIN
+    grid = Image.new("RGB", (width, MARGIN + len(prompts) * row_height), PAPER)
+    pen = ImageDraw.Draw(grid)
+    title, label = ImageFont.load_default(18), ImageFont.load_default(13)
+    boxes = []
+    for row, prompt in enumerate(prompts):
+        top = MARGIN + row * row_height
+        pen.text((MARGIN, top), _fitted(pen, prompt, title, width - 2 * MARGIN), INK, title)
+        for place, seed in enumerate(seeds):
+            for column, (name, images) in enumerate(columns.items()):
+                left = MARGIN + place * (group + 2 * MARGIN) + column * (side + GAP)
+                image = images[row * len(seeds) + place].convert("RGB")
+                method = Image.Resampling.NEAREST if side > max(image.size) else Image.Resampling.LANCZOS
+                grid.paste(image.resize((side, side), method), (left, top + 52))
+                pen.text((left, top + 30), _fitted(pen, f"{name} · seed {seed}", label, side), QUIET, label)
+                boxes.append([row, seed, name, left, top + 52, side])
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(CHUNK, json.dumps({"prompts": list(prompts), "boxes": boxes}))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    grid.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)
+    return path
+
+
+def read_grid(path: Path) -> list[Cell]:
+    """The images of a grid by prompt and seed; empty for a PNG that `write_grid` did not make."""
+    with Image.open(path) as opened:
+        text = getattr(opened, "text", {}).get(CHUNK)
+        if text is None:
+            return []
+        layout = json.loads(text)
+        picture = opened.convert("RGB")
+    cells: dict[tuple[int, int], Cell] = {}
+    for row, seed, name, left, top, side in layout["boxes"]:
+        cell = cells.setdefault((row, seed), Cell(layout["prompts"][row], seed, {}))
+        cell.images[name] = picture.crop((left, top, left + side, top + side))
+    return list(cells.values())
+
+
+def _fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+    """The text, cut with an ellipsis so that it is at most `width` pixels wide."""
+    text = " ".join(text.split())
+    if pen.textlength(text, font) <= width:
+        return text
+    while text and pen.textlength(text + "…", font) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

@@ -1,0 +1,91 @@
+"""Choices made on a UNet before training: dtypes, memory layout, attention, gradient checkpointing."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from dpo.common.errors import UserError
+
+log = logging.getLogger("dpo")
+
+
+HALVED = (nn.Linear, nn.Conv2d)
+
+
+def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Frozen Linear and Conv2d weights in `dtype`, all else (norms, adapters) as it is: what autocast would compute.
+
+    Autocast casts the policy's fp32 weights of exactly these layers to `dtype` for every call, so a reference stored this
+    way gives the same bits; norms run in fp32 under autocast, and rounding their weights would shift the logit.
+    """
+    for module in unet.modules():
+        if isinstance(module, HALVED):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+    return unet
+
+
+def fix_projections(unet: nn.Module) -> None:
+    """Hands spatial transformers' linear input projections (SD 2.x, SDXL) a contiguous input, so that grad mode changes no bit.
+
+    In NCHW their input is a strided view. torch multiplies such a view as one matrix where a gradient is wanted and sample by
+    sample where none is: in half precision the policy would differ from an equal reference by rounding.
+    """
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for block in unet.modules():
+        if isinstance(block, Transformer2DModel) and block.use_linear_projection:
+            block.proj_in.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return inputs[0].contiguous(), *inputs[1:]
+
+
+def available_attention(kind: str) -> str:
+    """`kind`, or "sdpa" after one warning where xformers is asked for and cannot run."""
+    if kind != "xformers":
+        return kind
+    if find_spec("xformers") is None:
+        reason = "is not installed (pip install xformers)"
+    elif not torch.cuda.is_available():
+        reason = "needs a GPU"
+    else:
+        return kind
+    log.warning("xformers %s: attention runs on torch's scaled_dot_product_attention", reason)
+    return "sdpa"
+
+
+def use_attention(unet: nn.Module, kind: str) -> None:
+    """sdpa is diffusers' default. xformers where it is installed; otherwise one warning and sdpa."""
+    if available_attention(kind) == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+
+
+def use_checkpointing(unet: nn.Module, setting: str) -> None:
+    """Recompute activations in the backward pass: "off", "on", or a comma list of blocks such as down_blocks.0,mid_block."""
+    if setting == "off":
+        unet.disable_gradient_checkpointing()
+        return
+    unet.enable_gradient_checkpointing()
+    if setting == "on":
+        return
+    blocks = {
+        name: module
+        for name, module in unet.named_modules()
+        if name == "mid_block" or (name.count("_blocks.") == 1 and name.count(".") == 1)
+    }
+    chosen = [name.strip() for name in setting.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in blocks]
+    if unknown:
+        raise UserError(f"--checkpointing names no such block: {', '.join(unknown)}; the UNet has {', '.join(blocks)}")
+    for name, block in blocks.items():
+        if name not in chosen:
+            for module in block.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False

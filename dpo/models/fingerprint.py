@@ -1,0 +1,45 @@
+"""Identities of models: short hashes that are equal for equal weights and tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpo.data.pairs import digest
+from dpo.models.family import Components
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short stable hash of a module's names, shapes and a spread sample of its values; equal for equal weights.
+
+    Reads at most 64 values a tensor in float32: cheap enough for every start, and a fine-tuned copy differs.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().reshape(-1)
+        at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t tab", "word " * 100)
+
+
+def identity(model: Components) -> dict[str, Any]:
+    """What the encodings of a store depend on, of a freshly loaded model (fp32, on the CPU)."""
+    return {
+        "family": model.family.name,
+        "vae": fingerprint(model.vae),
+        "text_encoders": [fingerprint(encoder) for encoder in model.text_encoders],
+        "tokenizers": [_tokenizer_print(tokenizer) for tokenizer in model.tokenizers],
+    }
+
+
+def _tokenizer_print(tokenizer: Any) -> str:
+    ids = tokenizer(list(PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
+    return digest(json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(ids))

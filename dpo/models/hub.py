@@ -1,0 +1,42 @@
+"""From the name of a model to its place on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dpo.common.errors import UserError
+from dpo.common.words import first_line
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def locate(model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None) -> Path:
+    """The local folder or .safetensors file of `model`, downloaded from the hub if need be. UserError if there is none."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{model} is not a .safetensors file; convert the checkpoint to safetensors first")
+        return path
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UserError(f"{model} has no model_index.json: name the folder of a whole diffusers pipeline")
+        return path
+    if not HUB_ID.fullmatch(model):
+        raise UserError(f"no such model: {model} is neither a folder, a .safetensors file nor a hub id (owner/name)")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(
+            DiffusionPipeline.download(model, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True)
+        )
+    except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing, no safetensors
+        raise UserError(
+            f"cannot get the model {model} from the hub ({first_line(error)}); check name and network, or name a local folder"
+        ) from error
+
+
+def check_part(flag: str, source: str | None) -> None:
+    """UserError when a part of a model that `flag` names is neither on disk nor like a hub id."""
+    if source and not Path(source).expanduser().exists() and not HUB_ID.fullmatch(source):
+        raise UserError(f"{flag} {source}: no such folder or file, and not a hub id (owner/name)")

@@ -1,0 +1,53 @@
+"""Loading a single .safetensors checkpoint in the original layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.common.words import first_line
+from dpo.models.family import Components, families
+from dpo.models.parts import _vae_subfolder, component, is_turbo
+
+
+def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Components:
+    """One .safetensors checkpoint in the original layout; `config` names a diffusers folder that describes it."""
+    import diffusers
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise UserError(f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init")
+    guess = "sdxl" if any(name.startswith("conditioner.embedders.1.") for name in names) else "sd"
+    kind = families()[guess if family == "auto" else family]
+    options: dict[str, Any] = {"config": config} if config else {}
+    if kind.name == "sd":
+        options["safety_checker"] = None
+    try:
+        pipe = getattr(diffusers, kind.pipeline).from_single_file(str(path), torch_dtype=torch.float32, **options)
+    except Exception as error:
+        raise UserError(
+            f"cannot read {path} as {kind.pipeline} ({first_line(error)}); its configuration comes from the hub unless "
+            "--single-file-config names a diffusers folder of the same architecture"
+        ) from error
+    encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
+    own_vae = component(diffusers.AutoencoderKL, vae, _vae_subfolder(vae)) if vae else pipe.vae
+    scheduler_config = dict(pipe.scheduler.config)
+    return Components(
+        family=kind,
+        unet=pipe.unet.requires_grad_(False).eval(),
+        vae=own_vae.requires_grad_(False).eval(),
+        text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
+        tokenizers=[getattr(pipe, name) for name in kind.tokenizers],
+        scheduler_config=scheduler_config,
+        source=str(path),
+        folder=None,
+        turbo=is_turbo(str(path), scheduler_config),
+    )

@@ -1,0 +1,177 @@
+"""README.md of a trained pipeline or adapter: a model card in the hub's format, written from the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from dpo.pages.folder import RunRecord, read_run
+from dpo.pages.verdict import verdict, warnings
+
+CARD_FILE = "README.md"
+
+
+REPEAT = "python -m dpo.train --config config.toml --output ANOTHER_FOLDER"
+
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+PAPERS = {
+    "dpo": [("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908")],
+    "discounted": [("A Dense Reward View on Aligning Text-to-Image Diffusion with Preference", "2402.08265")],
+    "dde": [
+        (
+            "Prioritize Denoising Steps on Diffusion Model Preference Alignment via Explicit Denoised Distribution Estimation",
+            "2411.14871",
+        )
+    ],
+}
+
+
+SETTINGS = (
+    "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "window_low", "window_high", "learning_rate", "scheduler",
+    "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
+    "caption_dropout", "precision",
+)  # fmt: skip
+
+
+def write_model_card(run_folder: Path | str) -> Path:
+    """Write README.md into a run folder, replaced in one move; UserError when there is no run in it."""
+    run = read_run(run_folder)
+    path = run.folder / CARD_FILE
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(model_card(run), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def model_card(run: RunRecord) -> str:
+    """The card: front matter, what it is, how to use it, training, figures and how far to trust them."""
+    sections = [
+        _front_matter(run),
+        f"# {_inline(_title(run))}\n\n{_introduction(run)}",
+        _pictures(run),
+        f"## Use\n\n```python\n{_usage(run)}\n```",
+        f"## Training\n\n{_table(_training(run))}",
+        f"## Figures\n\n{_table(_figures(run))}\n\n{_reading(run)}",
+        f"## How to repeat it\n\n```bash\n{REPEAT}\n```\n\n{_versions(run)}",
+        f"## Papers\n\n{_papers(run)}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(run: RunRecord) -> str:
+    """YAML; every text is written as a JSON string, which YAML reads as it is."""
+    base = run.setting("model")
+    data = run.setting("data")
+    tags = ["text-to-image", "diffusers", "preference-alignment", "diffusion-dpo" if run.method == "dpo" else run.method]
+    tags += ["lora"] if run.lora else []
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    if base and HUB_ID.fullmatch(str(base)) and not Path(str(base)).exists():
+        fields |= {"base_model": str(base), "base_model_relation": "adapter" if run.lora else "finetune"}
+    if data and HUB_ID.fullmatch(str(data)) and not Path(str(data)).exists():
+        fields["datasets"] = [str(data)]
+    return "---\n" + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()) + "\n---"
+
+
+def _title(run: RunRecord) -> str:
+    return f"{Path(run.model_name).name} aligned by {run.method_name}"
+
+
+def _introduction(run: RunRecord) -> str:
+    what = f"A LoRA adapter of rank {run.setting('rank')} for" if run.lora else "A fine-tuned copy of"
+    data = run.setting("data") or "the pairs of the embedded world"
+    how = "trained on the preferred images of" if not run.pairwise else "aligned with the preferences in"
+    state = "" if run.status == "finished" else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
+    return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{state}"
+
+
+def _pictures(run: RunRecord) -> str:
+    if not run.grids:
+        return ""
+    return f"![The same prompts and seeds before and after the training](samples/{run.grids[-1].name})"
+
+
+def _usage(run: RunRecord) -> str:
+    if not run.lora:
+        return (
+            "from diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
+        )
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(run.model_name)})\n"
+        'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
+    )
+
+
+def _training(run: RunRecord) -> list[tuple[str, Any]]:
+    unused = {"sft": {"beta", "gamma", "loss"}, "discounted": set()}.get(run.method, {"gamma"})
+    rows = [(name.replace("_", " "), run.setting(name)) for name in SETTINGS if name not in unused and run.setting(name) != 0]
+    rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
+    return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
+
+
+def _figures(run: RunRecord) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for event in run.validations[-1:]:
+        low, high = event.get("heldout_interval") or (None, None)
+        interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
+        rows.append(("held-out preference accuracy", f"{event.get('heldout_accuracy', 0.5):.3f}{interval}"))
+    if run.pairwise:
+        rows.append(("implicit accuracy, training pairs", run.late("implicit_accuracy")))
+        rows.append(("margin", run.late("margin_mean")))
+        rows.append(("error on preferred images against the start", run.late("win_error_vs_reference")))
+        rows.append(("error on other images against the start", run.late("lose_error_vs_reference")))
+    rows.append(("loss", run.late("loss")))
+    rows += [(name.replace("_", " "), value) for name, value in run.evaluation.items()]
+    return rows
+
+
+def _reading(run: RunRecord) -> str:
+    found = verdict(run)
+    caveats = [f"- {_inline(warning.title)}. {_inline(warning.text)}" for warning in warnings(run)]
+    return "\n\n".join(filter(None, [f"**{_inline(found.headline)}** {_inline(' '.join(found.sentences))}", "\n".join(caveats)]))
+
+
+def _versions(run: RunRecord) -> str:
+    versions = run.summary.get("versions") or {}
+    parts = [str(run.summary["device"])] if run.summary.get("device") else []
+    return _inline(", ".join(parts + [f"{name} {version}" for name, version in versions.items()]))
+
+
+def _papers(run: RunRecord) -> str:
+    chosen = PAPERS["dpo"] if run.pairwise else []
+    chosen = chosen + [paper for key, papers in PAPERS.items() if key != "dpo" and run.method.startswith(key) for paper in papers]
+    return "\n".join(f"- {title}, [arXiv:{number}](https://arxiv.org/abs/{number})" for title, number in chosen) or "None."
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    known = [(name, value) for name, value in rows if value is not None]
+    lines = [f"| {_cell(name)} | {_cell(_text(value))} |" for name, value in known]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value)
+    return str(value)
+
+
+def _cell(text: str) -> str:
+    return _inline(text).replace("|", "\\|")
+
+
+def _inline(text: str) -> str:
+    """User text on one line of Markdown, without HTML of its own."""
+    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _code(text: Any) -> str:
+    return " ".join(str(text).split()).replace("`", "'")

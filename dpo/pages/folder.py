@@ -1,0 +1,196 @@
+"""A run folder as data: what the report, the plots and the model card are made from.
+
+    config.toml       every setting, by group (dpo.settings.config.to_toml)
+    metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" events hold the held-out accuracy
+    summary.json      how the run went; every key may be missing:
+        status        "finished", "interrupted" or "failed"; reason: one line for the last two
+        steps         updates wanted;  seconds: duration;  started: ISO time
+        device, versions {name: version}
+        model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)
+        data          {name: value}, shown as it is; "usable" is the number of training pairs
+        processes     number of processes that shared the work, 1 if missing
+        evaluation    win_rate, win_rate_interval [low, high], prompts, faithfulness_before, faithfulness_after, judge
+        notes, warnings   lists of lines
+    tables.json       weight, precision, table, correction: [T] each (methods dde*); weight for the others too
+    samples/*.png     grids of dpo.drawing, in the order of their names
+
+Everything but the folder itself may be missing: a run that was killed early, or is still going on, can be read too.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo.common.errors import UserError
+from dpo.pages.figures import DECILES
+
+METHOD_NAMES = {
+    "dpo": "Diffusion-DPO",
+    "discounted": "Diffusion-DPO with discounted credit",
+    "dde-single": "DDE, single-shot estimation only",
+    "dde-step": "DDE, stepwise estimation only",
+    "dde": "DDE (single-shot and stepwise estimation)",
+    "sft": "supervised fine-tuning on the preferred images",
+}
+
+
+LATE = 0.2  # "at the end of the run" means the last fifth of its updates
+
+
+class RunRecord(NamedTuple):
+    """A run as its folder tells it."""
+
+    folder: Path
+    settings: dict[str, dict[str, Any]]  # by group
+    summary: dict[str, Any]
+    updates: list[dict[str, Any]]  # by step, ascending
+    events: list[dict[str, Any]]
+    tables: dict[str, np.ndarray]  # [T] each
+    grids: list[Path]
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """A setting by its name, whichever group holds it."""
+        return next((group[name] for group in self.settings.values() if name in group), default)
+
+    def learning_rate(self) -> float | None:
+        """The peak learning rate that the optimizer saw."""
+        rate = self.setting("learning_rate")
+        return rate * (self.effective_batch() if self.setting("scale_lr") else 1) if rate else None
+
+    def effective_batch(self) -> int:
+        """Pairs per update."""
+        return int(self.setting("batch_size", 1)) * int(self.setting("accumulation", 1)) * int(self.summary.get("processes", 1))
+
+    @property
+    def method(self) -> str:
+        return str(self.setting("method", "dpo"))
+
+    @property
+    def method_name(self) -> str:
+        return METHOD_NAMES.get(self.method, self.method)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether there are a reference and a margin to show."""
+        return self.method != "sft"
+
+    @property
+    def lora(self) -> bool:
+        return bool(self.setting("lora", False))
+
+    @property
+    def model_name(self) -> str:
+        name = str(self.setting("model") or "")
+        return "the embedded world" if not name or Path(name).parts[-3:] == ("tiny", "assets", "pipeline") else name
+
+    @property
+    def done(self) -> int:
+        """Updates made."""
+        return int(self.updates[-1]["step"]) if self.updates else 0
+
+    @property
+    def wanted(self) -> int:
+        return int(self.summary.get("steps") or self.setting("steps") or self.done)
+
+    @property
+    def status(self) -> str:
+        """finished, interrupted or failed; without a summary the run was cut off, or is not over."""
+        return str(self.summary.get("status", "interrupted"))
+
+    @property
+    def validations(self) -> list[dict[str, Any]]:
+        return [event for event in self.events if event.get("event") == "validation"]
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        return dict(self.summary.get("evaluation") or {})
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps [N] and values [N] of a figure, the updates without it left out."""
+        pairs = [(update["step"], update[name]) for update in self.updates if isinstance(update.get(name), (int, float))]
+        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+        return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+    def late(self, name: str) -> float | None:
+        """Mean of a figure over the last fifth of the run."""
+        _, values = self.series(name)
+        return float(values[-max(1, round(len(values) * LATE)) :].mean()) if len(values) else None
+
+    def pairs_seen(self) -> int:
+        return int(sum(update.get("pairs") or 0 for update in self.updates))
+
+    def late_deciles(self, name: str) -> np.ndarray:
+        """A `<name>_by_decile` figure [10] over the last fifth, each update weighted by its pairs; nan where there was none."""
+        late = self.updates[-max(1, round(len(self.updates) * LATE)) :]
+        empty: list[Any] = [None] * DECILES
+        values = np.array([update.get(f"{name}_by_decile") or empty for update in late], dtype=float).reshape(-1, DECILES)
+        ones = [1] * DECILES
+        weights = np.array([update.get("pairs_by_decile") or ones for update in late], dtype=float).reshape(-1, DECILES)
+        weights = np.where(np.isfinite(values), weights, 0.0)
+        total = weights.sum(0)
+        sums = (np.nan_to_num(values) * weights).sum(0)
+        return np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan)
+
+
+def read_run(folder: Path | str) -> RunRecord:
+    """Read a run folder; UserError when there is no run in it."""
+    folder = Path(folder)
+    if not (folder / METRICS_FILE).is_file() and not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} holds no run: it has neither config.toml nor {METRICS_FILE}; name a run's output folder")
+    records = read_records(folder / METRICS_FILE)
+    by_step = {record["step"]: record for record in records if "event" not in record and isinstance(record.get("step"), int)}
+    tables = {
+        name: np.array(values, dtype=float) for name, values in _json(folder / "tables.json").items() if isinstance(values, list)
+    }
+    return RunRecord(
+        folder=folder,
+        settings=_settings(folder / "config.toml"),
+        summary=_json(folder / "summary.json"),
+        updates=[by_step[step] for step in sorted(by_step)],
+        events=[record for record in records if "event" in record],
+        tables=tables,
+        grids=sorted((folder / "samples").glob("*.png")),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {group: values for group, values in found.items() if isinstance(values, dict)}
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file, in order; a line torn by a kill is left out. A missing file is empty."""
+    return list(_records(Path(path)))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

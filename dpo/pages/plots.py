@@ -1,0 +1,87 @@
+"""The plots of a run: its charts as SVG for the report and as PNG files for the run folder.
+
+As SVG the colours become CSS variables (`var(--policy)`), so that a page can be light or dark; as PNG they are those of `LIGHT`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dpo.pages.charts import LIGHT, Chart, charts
+from dpo.pages.folder import RunRecord, read_run
+
+# The same names as in LIGHT, for dark ground.
+DARK = {"ink": "#ececf1", "quiet": "#a0a0ac", "grid": "#34343d", "policy": "#7aa7ff", "other": "#ff9a57", "third": "#4fd0ac"}
+
+
+SIZE = (4.0, 2.45)  # inches of one chart; at this size its text is legible on a phone
+
+
+STYLE: dict[Any, Any] = {
+    "font.size": 11.5, "font.family": "sans-serif", "svg.fonttype": "none", "text.color": LIGHT["ink"],
+    "axes.edgecolor": LIGHT["grid"], "axes.labelcolor": LIGHT["quiet"], "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "axes.titlesize": 12.5, "axes.titlelocation": "left",
+    "grid.color": LIGHT["grid"], "grid.linewidth": 0.8, "xtick.color": LIGHT["quiet"], "ytick.color": LIGHT["quiet"],
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "legend.fontsize": 11, "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}  # fmt: skip
+
+
+def svg(chart: Chart, run: RunRecord) -> str:
+    """The chart as an <svg> element whose colours are CSS variables and whose ids begin with the chart's key."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.key}):
+        figure = Figure(figsize=SIZE)
+        axes = figure.add_subplot()
+        chart.draw(axes, run)
+        figure.subplots_adjust(left=0.195, right=0.94, bottom=0.22, top=0.87 if axes.get_legend() else 0.96)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.key}-", text)
+    for name, value in LIGHT.items():
+        text = text.replace(value, f"var(--{name})")
+    size = r'<svg [^>]*?(viewBox="[^"]+")[^>]*>'
+    return re.sub(
+        size, rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img" aria-label="{chart.title}">', text, count=1
+    )
+
+
+def write_plots(run_folder: Path | str) -> list[Path]:
+    """curves.png, deciles.png and, where there are tables, dde.png in the run folder; those without data are left out."""
+    run = read_run(run_folder)
+    plan = {"curves.png": ("learning", "machine"), "deciles.png": ("timesteps",), "dde.png": ("dde",)}
+    found = charts(run)
+    saved = []
+    for name, groups in plan.items():
+        chosen = [chart for chart in found if chart.group in groups]
+        if chosen:
+            saved.append(_save_png(run.folder / name, chosen, run))
+    return saved
+
+
+def _save_png(path: Path, chosen: Sequence[Chart], run: RunRecord) -> Path:
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    with matplotlib.rc_context(STYLE):
+        height = (SIZE[1] + 0.5) * rows
+        figure = Figure(figsize=(SIZE[0] * columns, height))
+        figure.subplots_adjust(0.75 / (SIZE[0] * columns), 0.55 / height, 0.98, 1 - 0.7 / height, wspace=0.24, hspace=0.62)
+        FigureCanvasAgg(figure)
+        for place, chart in enumerate(chosen):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            chart.draw(axes, run)
+            axes.set_title(chart.title, pad=24 if axes.get_legend() else 8, fontweight="bold")
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="png", dpi=130, facecolor="white")
+    os.replace(partial, path)
+    return path

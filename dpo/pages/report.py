@@ -1,0 +1,266 @@
+"""report.html: one self-contained page on a run, for a person who never read the papers.
+
+    python -m dpo.report FOLDER
+
+Works on any run folder (see dpo.pages.folder), also of a run that was interrupted or is still going on. The page needs no network
+and no script, adapts to phones and to dark mode, and escapes whatever came from the user.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from dpo.common.console import duration
+from dpo.drawing.grid import read_grid
+from dpo.pages.charts import LIGHT, charts
+from dpo.pages.folder import RunRecord, read_run
+from dpo.pages.plots import DARK, svg
+from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
+from dpo.settings.config import specs
+
+REPORT_FILE = "report.html"
+
+
+MOST_CELLS = 16
+
+
+WIDEST_IMAGE = 1600
+
+
+SECTIONS = (
+    (
+        "learning",
+        "Did it learn?",
+        "Each curve shows every update faintly and their moving mean on top. Dashed lines mark the start.",
+    ),
+    (
+        "timesteps",
+        "Where in the denoising?",
+        "An image is made from noise in many steps; these show at which of them the preference was learned.",
+    ),
+    (
+        "dde",
+        "Credit by timestep",
+        "DDE gives each timestep its own share of the credit for an image, by a weight and a correction.",
+    ),
+    ("machine", "Learning rate, speed and memory", "The schedule, and what the run took from the machine."),
+)
+
+
+FIGURES = {
+    "step": "{}", "loss": "{:.4f}", "implicit_accuracy": "{:.3f}", "margin_mean": "{:+.4f}", "win_error_vs_reference": "{:+.2e}",
+    "lose_error_vs_reference": "{:+.2e}", "gradient_factor": "{:.3f}", "grad_norm": "{:.3g}", "learning_rate": "{:.2e}",
+    "pairs_per_s": "{:.3g}",
+}  # fmt: skip
+
+
+ROWS_SHOWN = 12
+
+
+class Tile(NamedTuple):
+    """One key figure."""
+
+    label: str
+    value: str
+    hint: str
+
+
+def write_report(run_folder: Path | str) -> Path:
+    """Make report.html of a run folder, replaced in one move; UserError when there is no run in it."""
+    run = read_run(run_folder)
+    path = run.folder / REPORT_FILE
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render(run), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def render(run: RunRecord) -> str:
+    """The page of a run."""
+    environment = Environment(
+        loader=PackageLoader("dpo.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    cells, hidden, whole, step = _pictures(run)
+    return environment.get_template("report.html").render(
+        title=f"{run.model_name}: alignment report",
+        subtitle=_subtitle(run),
+        run=run,
+        light=Markup(_variables(LIGHT)),
+        dark=Markup(_variables(DARK)),
+        verdict=verdict(run),
+        warnings=warnings(run),
+        tiles=_tiles(run),
+        cells=cells,
+        hidden_cells=hidden,
+        whole=whole,
+        picture_step=step,
+        sections=_sections(run),
+        figures=_figures(run),
+        facts=_facts(run),
+        notes=run.summary.get("notes", []),
+        settings=_settings(run),
+    )
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {value};" for name, value in colours.items())
+
+
+def _subtitle(run: RunRecord) -> str:
+    kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
+    parts = [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
+    seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
+    parts += [duration(seconds)] if seconds else []
+    parts += [str(device)] if device else []
+    parts += [str(started)[:16].replace("T", " ")] if started else []
+    return " · ".join(parts)
+
+
+def _tiles(run: RunRecord) -> list[Tile]:
+    tiles = []
+    learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
+    if learned is not None:
+        hint = f"of {learned.cases:,} pairs, {learned.low:.2f} to {learned.high:.2f}; guessing: 0.50"
+        tiles.append(Tile("Held-out accuracy", f"{learned.share:.3f}", hint))
+    if judged is not None:
+        tiles.append(
+            Tile("Win rate over the start", f"{judged.share:.0%}", f"{judged.low:.0%} to {judged.high:.0%}; no change: 50%")
+        )
+    if faithfulness_loss(run) is not None:
+        before, after = run.evaluation["faithfulness_before"], run.evaluation["faithfulness_after"]
+        tiles.append(Tile("Faithful to the prompt", f"{after:.0%}", f"{before:.0%} before the training"))
+    if accuracy is not None and run.pairwise:
+        tiles.append(Tile("Training accuracy", f"{accuracy:.3f}", "last fifth of the run"))
+    loss, speed, memory, mfu = (run.late(name) for name in ("loss", "pairs_per_s", "peak_memory_gib", "mfu"))
+    if loss is not None:
+        tiles.append(Tile("Loss", f"{loss:.4f}", "0.6931 at the start" if run.pairwise else "mean squared error"))
+    if speed is not None:
+        parts = ["pairs per second", f"{mfu:.0%} of the GPU's peak" if mfu else "", f"{memory:.1f} GiB at most" if memory else ""]
+        tiles.append(Tile("Speed", f"{speed:.3g}", ", ".join(filter(None, parts))))
+    return tiles
+
+
+def _sections(run: RunRecord) -> list[dict[str, Any]]:
+    found = charts(run)
+    sections = []
+    for group, title, text in SECTIONS:
+        chosen = [
+            {"title": chart.title, "meaning": chart.meaning, "svg": Markup(svg(chart, run))}
+            for chart in found
+            if chart.group == group
+        ]
+        if chosen:
+            sections.append({"title": title, "text": text, "charts": chosen})
+    return sections
+
+
+def _pictures(run: RunRecord) -> tuple[list[dict[str, Any]], int, str | None, str]:
+    """Cells of the last grid with their images as data URIs, how many more there are, a foreign picture as a whole, its step."""
+    if not run.grids:
+        return [], 0, None, "after it"
+    last = run.grids[-1]
+    digits = re.search(r"\d+$", last.stem)
+    step = f"after {int(digits.group()):,} updates" if digits else "after it"
+    cells = read_grid(last)
+    if not cells:
+        with Image.open(last) as picture:
+            return [], 0, _data_uri(picture), step
+    shown = [
+        {"prompt": cell.prompt, "seed": cell.seed, "images": {label: _data_uri(image) for label, image in cell.images.items()}}
+        for cell in cells[:MOST_CELLS]
+    ]
+    return shown, max(0, len(cells) - MOST_CELLS), None, step
+
+
+def _data_uri(image: Image.Image) -> str:
+    """An image inside the page, as WebP."""
+    image = image.convert("RGB")
+    if image.width > WIDEST_IMAGE:
+        image = image.resize((WIDEST_IMAGE, round(image.height * WIDEST_IMAGE / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=88)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _figures(run: RunRecord) -> dict[str, Any]:
+    """A dozen updates spread over the run, as a table of texts."""
+    names = [name for name in FIGURES if any(update.get(name) is not None for update in run.updates)]
+    count = len(run.updates)
+    places = sorted({round(index * (count - 1) / max(1, ROWS_SHOWN - 1)) for index in range(ROWS_SHOWN)}) if count else []
+    rows = [
+        ["" if run.updates[at].get(name) is None else FIGURES[name].format(run.updates[at][name]) for name in names]
+        for at in places
+    ]
+    return {"names": [name.replace("_", " ") for name in names], "rows": rows}
+
+
+def _facts(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What ran, by topic; topics and rows without content are left out."""
+    summary = run.summary
+    what = f"LoRA of rank {run.setting('rank')}" if run.lora else "whole UNet"
+    batch = f"{run.effective_batch():,} pairs" if run.setting("batch_size") else None
+    topics: list[tuple[str, list[tuple[str, Any]]]] = [
+        ("Model", [("model", run.model_name), ("trained", what), *(summary.get("model") or {}).items()]),
+        ("Data", [("data", run.setting("data") or "the embedded world"), *(summary.get("data") or {}).items()]),
+        (
+            "Method",
+            [
+                ("method", run.method_name),
+                ("beta", run.setting("beta") if run.pairwise else None),
+                ("effective batch", batch),
+                ("learning rate", run.learning_rate()),
+                ("optimizer", run.setting("optimizer")),
+                ("precision", run.setting("precision")),
+                ("seed", run.setting("seed")),
+            ],
+        ),
+        ("Judged", [(key, value) for key, value in run.evaluation.items()]),
+        ("Machine", [("device", summary.get("device")), *(summary.get("versions") or {}).items()]),
+    ]
+    shown = [
+        (title, [(name.replace("_", " "), _text(value)) for name, value in rows if value is not None]) for title, rows in topics
+    ]
+    return [(title, rows) for title, rows in shown if rows]
+
+
+def _settings(run: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Every setting by group, with its one-line doc and whether it differs from the default."""
+    known = specs()
+    groups = []
+    for group, values in run.settings.items():
+        rows = []
+        for name, value in values.items():
+            spec = known.get(name)
+            plain = tuple(value) if isinstance(value, list) else value
+            rows.append(
+                {
+                    "name": name,
+                    "value": _text(value),
+                    "help": spec.meta["help"] if spec else "",
+                    "changed": spec is None or (plain != spec.default and spec.default != "auto"),
+                }
+            )
+        groups.append((group, rows))
+    return groups
+
+
+def _text(value: Any) -> str:
+    """A value as a person reads it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_text(item) for item in value) or "none"
+    return str(value)

@@ -1,0 +1,111 @@
+"""The comparison of a sweep's runs: one table and one plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FIGURES = {  # column of the table -> figure of metrics.jsonl, its mean over the last fifth of the run
+    "loss": "loss",
+    "implicit accuracy": "implicit_accuracy",
+    "margin": "margin_mean",
+    "gradient factor": "gradient_factor",
+    "win error vs reference": "win_error_vs_reference",
+    "lose error vs reference": "lose_error_vs_reference",
+    "pairs/s": "pairs_per_s",
+}
+
+
+def name_of(cell: dict[str, str]) -> str:
+    return "_".join(f"{axis}-{value}" for axis, value in cell.items()).replace("/", "-")
+
+
+def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Writes sweep.csv, sweep.md and sweep.png; the rows of the table, one a run."""
+    from dpo.common.files import write_text
+
+    rows = [row(out / name_of(cell), cell) for cell in runs]
+    columns = list(rows[0])
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "sweep.csv", table.getvalue())
+    lines = [columns, ["---"] * len(columns), *([_shown(row[name]) for name in columns] for row in rows)]
+    write_text(out / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    _plot(out, runs)
+    return rows
+
+
+def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
+    """One run in figures; empty where it has none."""
+    from dpo.pages.folder import read_run
+
+    found: dict[str, Any] = {**cell, "status": "failed" if (folder / "failed.txt").is_file() else "not started", "updates": 0}
+    figures: dict[str, Any] = dict.fromkeys(
+        [*FIGURES, "held-out accuracy", "held-out low", "held-out high", "win rate", "seconds"]
+    )
+    if (folder / "metrics.jsonl").is_file():
+        run = read_run(folder)
+        found |= {"status": run.status, "updates": run.done}
+        figures |= {column: run.late(name) for column, name in FIGURES.items()}
+        figures["seconds"] = run.summary.get("seconds")
+        figures["win rate"] = run.evaluation.get("win_rate")
+        if run.validations:
+            last = run.validations[-1]
+            figures["held-out accuracy"] = last["heldout_accuracy"]
+            figures["held-out low"], figures["held-out high"] = last["heldout_interval"]
+    return {**found, **figures, "folder": folder.name}
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
+    """Implicit and held-out accuracy of every run over its updates, and the last values side by side."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from dpo.pages.folder import read_run
+    from dpo.pages.plots import STYLE
+
+    read = [read_run(out / name_of(cell)) for cell in runs if (out / name_of(cell) / "metrics.jsonl").is_file()]
+    if not read:
+        return
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 4 + 0.22 * len(read)))
+        FigureCanvasAgg(figure)
+        curves, held, bars = figure.subplots(1, 3)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(read)))
+        for i, (run, colour) in enumerate(zip(read, colours, strict=True)):
+            steps, values = run.series("implicit_accuracy")
+            if len(steps):
+                width = max(1, len(steps) // 20)
+                mean = np.convolve(values, np.ones(width) / width, mode="valid")
+                curves.plot(steps[len(steps) - len(mean) :], mean, color=colour)
+            validations = run.validations
+            held.plot(
+                [v["step"] for v in validations], [v["heldout_accuracy"] for v in validations], color=colour, marker="o", ms=3
+            )
+            if validations:
+                last = validations[-1]["heldout_accuracy"]
+                low, high = validations[-1]["heldout_interval"]
+                bars.errorbar(last, i, xerr=[[last - low], [high - last]], fmt="o", color=colour)
+            elif (late := run.late("implicit_accuracy")) is not None:
+                bars.plot(late, i, "s", color=colour)
+        for axes, title in ((curves, "implicit accuracy"), (held, "held-out accuracy"), (bars, "at the end")):
+            axes.set_title(title)
+        for axes in (curves, held):
+            axes.set_xlabel("updates")
+            axes.axhline(0.5, color="0.6", lw=0.8)
+        bars.axvline(0.5, color="0.6", lw=0.8)
+        bars.set_yticks(range(len(read)), [run.folder.name.replace("_", " ") for run in read])
+        bars.invert_yaxis()
+        figure.tight_layout()
+        figure.savefig(out / "sweep.png", dpi=120, facecolor="white")

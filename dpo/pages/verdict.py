@@ -1,0 +1,324 @@
+"""What a run's figures mean, in plain words: did it work, and what should make one wary?"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo.common.stats import share_interval
+from dpo.pages.folder import RunRecord
+from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
+
+USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
+
+
+FEW_UPDATES = 20
+
+
+FEW_PAIRS = 300
+
+
+FEW_HELD_OUT = 100
+
+
+FAITHFULNESS_LOSS = 0.04
+
+
+SATURATED = 0.05
+
+
+RISING = 0.02
+
+
+OVERFIT = 0.15
+
+
+class Warning(NamedTuple):
+    """A reason to be wary: what was seen, and what it means and what to do."""
+
+    title: str
+    text: str
+    grave: bool = False
+
+
+class Verdict(NamedTuple):
+    """level: "good", "mixed", "poor" or "early" (too little to tell)."""
+
+    level: str
+    headline: str
+    sentences: list[str]
+
+
+class Evidence(NamedTuple):
+    """A share with its 95 % interval that should lie above one half."""
+
+    share: float
+    low: float
+    high: float
+    cases: int
+
+    @property
+    def above(self) -> bool:
+        return self.low > 0.5
+
+    @property
+    def below(self) -> bool:
+        return self.high < 0.5
+
+
+def held_out(run: RunRecord) -> Evidence | None:
+    """The last held-out preference accuracy."""
+    found = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
+    if not found:
+        return None
+    share, count = float(found[-1]["heldout_accuracy"]), int(found[-1].get("heldout_pairs") or 0)
+    low, high = found[-1].get("heldout_interval") or share_interval(share * count, count)
+    return Evidence(share, low, high, count)
+
+
+def win_rate(run: RunRecord) -> Evidence | None:
+    """Share of judged images that the judge prefers to those from before the training."""
+    found = run.evaluation
+    share = found.get("win_rate")
+    if not isinstance(share, (int, float)):
+        return None
+    count = int(found.get("prompts") or 0)
+    low, high = found.get("win_rate_interval") or share_interval(share * count, count)
+    return Evidence(float(share), low, high, count)
+
+
+def faithfulness_loss(run: RunRecord) -> float | None:
+    """How much of the share of images that show what the prompt says was lost; negative for a gain."""
+    before, after = (run.evaluation.get(f"faithfulness_{when}") for when in ("before", "after"))
+    return before - after if isinstance(before, (int, float)) and isinstance(after, (int, float)) else None
+
+
+def verdict(run: RunRecord) -> Verdict:
+    """The paragraph at the top of the report."""
+    sentences = [*_progress(run), *_findings(run)]
+    learned, judged = held_out(run), win_rate(run)
+    evidence = [found for found in (learned, judged) if found is not None]
+    costs = [found for found in warnings(run) if found.grave]
+    if run.status == "failed":
+        reason = str(run.summary.get("reason", "")).rstrip(".")
+        return Verdict("poor", "The run stopped with an error.", [reason and f"{reason}.", *sentences])
+    if run.done < FEW_UPDATES:
+        return Verdict("early", "Too early to tell.", [*sentences, f"A verdict needs at least {FEW_UPDATES} updates."])
+    if any(found.below for found in evidence):
+        return Verdict("poor", "It did not work: the model moved away from the preferred images.", sentences)
+    if not evidence:
+        return _verdict_without_evidence(run, sentences, costs)
+    if not any(found.above for found in evidence):
+        text = "The interval includes one half, which is what guessing gives: train longer, or measure on more pairs."
+        return Verdict("poor", "No effect can be shown.", [*sentences, text])
+    if costs:
+        return Verdict(
+            "mixed", f"It learned the preference, but at a price: {costs[0].title[0].lower()}{costs[0].title[1:]}.", sentences
+        )
+    if not all(found.above for found in evidence):
+        return Verdict("mixed", "It learned something, but not every measurement shows it.", sentences)
+    return Verdict("good", "It worked: the model learned the preference.", sentences)
+
+
+def _verdict_without_evidence(run: RunRecord, sentences: list[str], costs: list[Warning]) -> Verdict:
+    missing = (
+        "No held-out pairs were measured, so nothing here shows that it holds beyond the training pairs: set --validation-data."
+    )
+    if not run.pairwise:
+        return Verdict("early", "Trained; whether it is better was not measured.", [*sentences, missing])
+    accuracy = run.late("implicit_accuracy")
+    if costs:
+        return Verdict("mixed", f"Be wary: {costs[0].title[0].lower()}{costs[0].title[1:]}.", [*sentences, missing])
+    if accuracy is not None and accuracy > 0.55:
+        return Verdict(
+            "mixed", "It fits the training pairs; whether it learned the preference was not measured.", [*sentences, missing]
+        )
+    return Verdict("poor", "It has learned little, even on the training pairs.", [*sentences, missing])
+
+
+def _progress(run: RunRecord) -> list[str]:
+    pairs = run.pairs_seen()
+    seen = f" on {pairs:,} pairs" if pairs else ""
+    if run.status == "finished":
+        return [f"All {run.done:,} updates were made{seen}."]
+    if run.done == 0:
+        return ["No update was recorded."]
+    return [f"The run ended after {run.done:,} of {run.wanted:,} updates{seen}; `--resume latest` goes on from there."]
+
+
+def _findings(run: RunRecord) -> list[str]:
+    found = []
+    learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
+    if learned is not None:
+        found.append(
+            f"On {learned.cases:,} pairs that it never trained on, the model sides with the preferred image in "
+            f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); guessing gives 50%."
+        )
+    elif accuracy is not None and run.pairwise:
+        found.append(
+            f"On the pairs it was trained on, the model sides with the preferred image in {accuracy:.0%}; guessing gives 50%."
+        )
+    if judged is not None:
+        found.append(
+            f"A judge prefers its images to those from before the training in {judged.share:.0%} of {judged.cases:,} cases "
+            f"({judged.low:.0%} to {judged.high:.0%})."
+        )
+    lost = faithfulness_loss(run)
+    if lost is not None:
+        after = run.evaluation["faithfulness_after"]
+        before = run.evaluation["faithfulness_before"]
+        found.append(f"{after:.0%} of the images show what the prompt says, {before:.0%} before the training.")
+    return found
+
+
+def warnings(run: RunRecord) -> list[Warning]:
+    """Everything that should make one wary, the grave ones first."""
+    checks = (
+        _collapsed, _faithfulness, _both_errors_rise, _saturated, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
+        _ties,
+    )  # fmt: skip
+    found = [warning for check in checks if (warning := check(run)) is not None]
+    said = [text for text in run.summary.get("warnings", []) if not text.startswith("learning rate")]  # judged by _rate
+    if said:
+        found.append(
+            Warning("Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said))
+        )
+    return sorted(found, key=lambda warning: not warning.grave)
+
+
+def _collapsed(run: RunRecord) -> Warning | None:
+    bad = [update["step"] for update in run.updates if update.get("pairs") and update.get("loss") is None]
+    if not bad:
+        return None
+    return Warning(
+        f"The loss was not a number at update {bad[0]}",
+        "The weights are spoiled from there on. Go back to an earlier checkpoint and lower the learning rate.",
+        True,
+    )
+
+
+def _faithfulness(run: RunRecord) -> Warning | None:
+    lost = faithfulness_loss(run)
+    if lost is None or lost < FAITHFULNESS_LOSS:
+        return None
+    return Warning(
+        f"Faithfulness fell from {run.evaluation['faithfulness_before']:.0%} to {run.evaluation['faithfulness_after']:.0%}",
+        "More images no longer show what the prompt says: the model pleases the judge at the cost of its task. Train for fewer "
+        "updates, lower the learning rate, or raise beta, which pulls it back to where it started.",
+        True,
+    )
+
+
+def _both_errors_rise(run: RunRecord) -> Warning | None:
+    win, lose, scale = (run.late(name) for name in ("win_error_vs_reference", "lose_error_vs_reference", "reference_win_error"))
+    if win is None or lose is None or not scale or win <= RISING * scale or lose <= 0:
+        return None
+    return Warning(
+        "Both errors rise",
+        f"The model has become worse at both images of a pair, {win / scale:.1%} on the preferred one; the "
+        "preference is met only because the other one suffers more. This is over-optimisation, and images degrade next. Stop "
+        "earlier, lower the learning rate, raise beta, or add --sft-weight.",
+        win > 3 * RISING * scale,
+    )
+
+
+def _saturated(run: RunRecord) -> Warning | None:
+    factor = run.late("gradient_factor")
+    if factor is None or factor > SATURATED or not run.pairwise:
+        return None
+    return Warning(
+        "The loss is saturated",
+        f"Nearly every pair is already decided, so only {factor:.1%} of the full gradient is left and further updates change "
+        "little. Beta is large for this data, or the same pairs were seen too often.",
+    )
+
+
+def _overfit(run: RunRecord) -> Warning | None:
+    learned, accuracy = held_out(run), run.late("implicit_accuracy")
+    if learned is None or accuracy is None or not run.pairwise or accuracy - learned.share < OVERFIT or accuracy < learned.high:
+        return None
+    return Warning(
+        "It remembers rather than learns",
+        f"On training pairs it is right in {accuracy:.0%}, on others in {learned.share:.0%}. More pairs or fewer updates help.",
+    )
+
+
+def _rate(run: RunRecord) -> Warning | None:
+    rate, trained = run.learning_rate(), "lora" if run.lora else "full"
+    if rate is None or LOWEST_RATE <= rate <= HIGHEST_RATE[trained]:
+        return None
+    usual = f"Usual for {'LoRA' if run.lora else 'full fine-tuning'}: {USUAL_RATE[trained]}."
+    if rate < LOWEST_RATE:
+        text = (
+            "The papers print 2.048e-8, but the published code trains at 1e-8 times 2048 pairs = 2.048e-5, a thousand times "
+            "more. At this rate nothing will change."
+        )
+        return Warning(f"The learning rate {rate:.3g} is far too small", f"{usual} {text}")
+    return Warning(
+        f"The learning rate {rate:.3g} is far too large",
+        f"{usual} Images are likely to fall apart even where accuracy looks good.",
+    )
+
+
+def _still(run: RunRecord) -> Warning | None:
+    _, margins = run.series("margin_p90")
+    if (
+        run.done < FEW_UPDATES
+        or not run.pairwise
+        or not len(margins)
+        or np.abs(margins[-max(1, len(margins) // 5) :]).max() > 0.01
+    ):
+        return None
+    return Warning(
+        "The model has hardly moved",
+        "The loss is still ln 2 = 0.693, its value before the first update. The learning rate is too small, or the "
+        "warm-up is not over.",
+    )
+
+
+def _spikes(run: RunRecord) -> Warning | None:
+    steps, norms = run.series("grad_norm")
+    if len(norms) < FEW_UPDATES:
+        return None
+    half = len(norms) // 2
+    usual, worst = float(np.median(norms)), float(norms[half:].max())
+    if not (math.isfinite(usual) and usual > 0 and worst > 20 * usual):
+        return None
+    at = int(steps[half:][norms[half:].argmax()])
+    return Warning(
+        f"The gradient jumped to {worst / usual:.0f} times its usual size at update {at:,}",
+        "A jump late in a run often comes before images turn to noise. Look at the pictures; a lower learning rate helps.",
+    )
+
+
+def _few_pairs(run: RunRecord) -> Warning | None:
+    usable = run.summary.get("data", {}).get("usable")
+    if not isinstance(usable, int) or usable >= FEW_PAIRS:
+        return None
+    return Warning(
+        f"Only {usable:,} training pairs",
+        "So few pairs are soon known by heart; what is learned may be their accidents. Some thousands are better.",
+    )
+
+
+def _few_held_out(run: RunRecord) -> Warning | None:
+    learned = held_out(run)
+    if learned is None or learned.cases >= FEW_HELD_OUT:
+        return None
+    return Warning(
+        f"Only {learned.cases} held-out pairs",
+        f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; raise --validation-pairs.",
+    )
+
+
+def _ties(run: RunRecord) -> Warning | None:
+    tied, seen = sum(update.get("tied_pairs") or 0 for update in run.updates), run.pairs_seen()
+    if not seen or tied / seen < 0.3:
+        return None
+    return Warning(
+        f"{tied / seen:.0%} of the pairs were ties",
+        "A tie teaches the model to stay where it is, and its accuracy is a coin's: read the training accuracy with "
+        "that in mind.",
+    )

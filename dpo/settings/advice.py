@@ -1,0 +1,64 @@
+"""What a person should be told of the settings before the run: its first line, and what is allowed but probably not meant."""
+
+from __future__ import annotations
+
+from dpo.settings.config import Config
+from dpo.settings.resolve import _single_shot, _text, learning_rate
+
+LOWEST_RATE = 1e-7  # nothing published trains below this
+
+
+HIGHEST_SINGLE_SHOT_BETA = 1000.0
+
+
+FEWEST_PAIRS = 16  # in a full fine-tuning update
+
+
+HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
+
+
+def headline(cfg: Config, processes: int = 1) -> str:
+    """The line that a run starts with: what is trained, effective batch, learning rate, beta."""
+    optim, method = cfg.optim, cfg.method
+    what = f"LoRA of rank {cfg.lora.rank}" if cfg.lora.lora else "full UNet"
+    split = f"{optim.batch_size} x {optim.accumulation}" + (f" x {processes} processes" if processes > 1 else "")
+    rate = f"learning rate {learning_rate(cfg, processes):.4g}" + (
+        f" ({optim.learning_rate:g} x batch)" if optim.scale_lr else ""
+    )
+    warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
+    beta = "" if method.method == "sft" else f", beta {_text(method.beta)}"
+    return f"{method.method}, {what}: {optim.effective_batch * processes} pairs an update ({split}), {rate}{warm}{beta}"
+
+
+def warnings(cfg: Config, processes: int = 1) -> list[str]:
+    """What is allowed but probably not meant."""
+    found = []
+    rate, batch = learning_rate(cfg, processes), cfg.optim.effective_batch * processes
+    highest = HIGHEST_RATE["lora" if cfg.lora.lora else "full"]
+    if rate < LOWEST_RATE:
+        scaled = "it is multiplied by the batch, but the published one has 2048 pairs" if cfg.optim.scale_lr else "no --scale-lr"
+        found.append(
+            f"learning rate {rate:g} hardly trains ({scaled}): the paper prints 2.048e-8, a thousandth of the 2.048e-5 of the "
+            "published code (1e-8 x 2048 pairs)"
+        )
+    elif rate > highest:
+        what = "LoRA" if cfg.lora.lora else "full fine-tuning"
+        found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
+    if _single_shot(cfg.method.method, cfg.model.prediction_type) and (cfg.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
+        found.append(
+            f"beta {cfg.method.beta:g} is high for {cfg.method.method}, whose weight averages about 20: "
+            "the default is a tenth of dpo's"
+        )
+    if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
+        found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
+    if cfg.runtime.precision == "bf16-pure" and cfg.optim.accumulation > 16:
+        found.append(
+            f"bf16-pure sums the gradients of {cfg.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
+        )
+    if cfg.optim.steps is not None and cfg.optim.warmup >= cfg.optim.steps:
+        found.append(
+            f"the warm-up of {cfg.optim.warmup} updates does not end within {cfg.optim.steps}: the rate stays below its peak"
+        )
+    if cfg.model.model and not cfg.data.validation_data and not cfg.data.validation_fraction and cfg.output.validate_every:
+        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.02")
+    return found

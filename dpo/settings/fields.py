@@ -1,0 +1,161 @@
+"""How a setting is declared, and how a value from a flag, a TOML file or Python becomes a checked one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, NamedTuple
+
+from dpo.common.errors import UserError
+
+NOTHING = ("none", "")  # what a flag says to unset a setting that may be None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    aliases: tuple[str, ...] = (),
+    resume: str = "refused",
+    separator: str = ",",
+) -> Any:
+    """A dataclass field: its one-line doc, unit, allowed values, peers' names for it, and what a change on resume means.
+
+    `low` and `high` are allowed bounds, `above` is an excluded lower one. `resume` is "free" (nothing to say), "said" (allowed,
+    said in the log) or "refused" (the run would silently be another one). `separator` splits one flag value of a tuple.
+    """
+    keys = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
+    return field(default=default, metadata={**keys, "aliases": aliases, "resume": resume, "separator": separator})
+
+
+class Spec(NamedTuple):
+    """One setting as the command line and the TOML writer see it."""
+
+    name: str
+    group: str
+    kind: type  # bool, int, float, str, or of the items when `many`
+    many: bool
+    optional: bool
+    default: Any
+    meta: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def specs_of(group: str, cls: type) -> list[Spec]:
+    """The settings declared by one dataclass, in order."""
+    hints = typing.get_type_hints(cls)
+    return [_spec(group, item, hints[item.name]) for item in fields(cls)]
+
+
+def _spec(group: str, item: Field, hint: Any) -> Spec:
+    assert item.default is not MISSING
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    optional = type(None) in parts
+    kind = next(part for part in parts if part is not type(None))
+    many = typing.get_origin(kind) is tuple
+    kind = typing.get_args(kind)[0] if many else kind
+    return Spec(item.name, group, kind, many, optional, item.default, item.metadata)
+
+
+def coerce(spec: Spec, value: Any) -> Any:
+    """`value` (text of a flag, or a TOML or Python value) as this setting's checked value; UserError says what is allowed."""
+    if spec.many:
+        return _coerce_many(spec, value)
+    if spec.optional and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
+        return None
+    converted = _CONVERT[spec.kind](value)
+    if converted is None:
+        raise UserError(f"{spec.name} = {_shown(value)}: {allowed(spec)}")
+    _check(spec, converted)
+    return converted
+
+
+def allowed(spec: Spec) -> str:
+    """What this setting accepts, in words."""
+    if spec.meta["choices"]:
+        return "one of " + ", ".join(spec.meta["choices"])
+    words = _WORDS[spec.kind] + (f" ({spec.meta['unit']})" if spec.meta["unit"] else "")
+    phrases = (("low", "at least"), ("above", "above"), ("high", "at most"))
+    bounds = [f"{phrase} {spec.meta[key]:g}" for key, phrase in phrases if spec.meta[key] is not None]
+    return " ".join(filter(None, ["expected", words, " and ".join(bounds), "or none" if spec.optional else ""]))
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The valid name most like `name`, if any is like it."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _coerce_many(spec: Spec, value: Any) -> tuple:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise UserError(f"{spec.name} = {_shown(value)}: expected a list")
+    if spec.meta["separator"]:
+        items = [part for item in items for part in (item.split(spec.meta["separator"]) if isinstance(item, str) else [item])]
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    if len(items) == 1 and items[0] in NOTHING:
+        return ()
+    single = spec._replace(many=False)
+    return tuple(coerce(single, item) for item in items)
+
+
+def _check(spec: Spec, value: Any) -> None:
+    low, high, above, choices = (spec.meta[key] for key in ("low", "high", "above", "choices"))
+    outside = (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above)
+    if outside or (choices and value not in choices):
+        like = nearest(value, choices) if choices else None
+        raise UserError(f"{spec.name} = {_shown(value)}: {allowed(spec)}" + (f" (did you mean {like}?)" if like else ""))
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float, str)) and value != "" else repr(value)
+
+
+def _to_bool(value: Any) -> bool | None:
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None
+
+
+def _to_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _to_int(value: Any) -> int | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass  # 1e3 is a whole number too
+    number = _to_float(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
+def _to_str(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+_CONVERT: dict[type, Any] = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str}
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

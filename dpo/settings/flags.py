@@ -1,0 +1,248 @@
+"""The command line: flags generated from `dpo.settings.config`, on top of a preset, a TOML file or another trainer's defaults."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import textwrap
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpo.common.errors import UserError
+from dpo.settings import compat
+from dpo.settings.config import Config, flat_settings, from_mapping, groups, specs, to_toml
+from dpo.settings.fields import NOTHING, Spec, coerce, nearest
+
+USAGE = "python -m dpo.train [--preset NAME | --config FILE.toml] [flags]"
+
+
+EPILOG = (
+    "Flags may be spelled with - or _. The flags of the diffusers and Salesforce trainers are accepted too (docs/flags.md); "
+    "--compat gives them those scripts' meanings. Without any model and data the small world inside the package is trained."
+)
+
+
+def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """The run that `argv` asks for, and what the log should say about how it was read.
+
+    also: flags that the caller has read before, which may be meant by one that is unknown here.
+    """
+    given = read_flags(argv, also)
+    start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
+    if start["preset"] and start["config"]:
+        raise UserError("--preset and --config are two starting points: give one")
+    if start["compat"] and start["compat"] not in compat.PEERS:
+        raise UserError(f"--compat {start['compat']}: expected one of {', '.join(compat.PEERS)}")
+    changes, notes = compat.translate(given, start["compat"])
+    base = _base(start, changes, notes)
+    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(asked):
+            base.pop(other, None)
+    if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
+        base.pop("overwrite", None)  # a preset or a file may replace what is in its own folder, in no other
+    cfg = from_mapping(base | changes)
+    if cfg.model.model and not cfg.data.data:
+        raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
+    if cfg.data.data and not cfg.model.model:
+        raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
+    notes += _without_effect(cfg, changes)
+    if start["print_config"]:
+        sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(cfg))
+        raise SystemExit(0)
+    return cfg, notes
+
+
+def presets() -> dict[str, str]:
+    """The names of the presets, each with the first line of its file."""
+    files = {
+        entry.name[:-5]: entry
+        for entry in resources.files("dpo.settings").joinpath("presets").iterdir()
+        if entry.name.endswith(".toml")
+    }
+    return {name: files[name].read_text("utf-8").splitlines()[0].lstrip("# ") for name in sorted(files)}
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The settings of one preset."""
+    if name not in presets():
+        raise UserError(f"--preset {name}: expected one of {', '.join(presets())}")
+    return tomllib.loads(resources.files("dpo.settings").joinpath("presets", f"{name}.toml").read_text("utf-8"))
+
+
+def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
+    """The settings of a TOML file, which `flag` named."""
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{flag} {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: not TOML ({error})") from None
+
+
+def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What the flags start from; nothing at all asked for is the run that is continued, or the embedded world."""
+    base = compat.defaults(start["compat"], changes) if start["compat"] else {}
+    if start["config"]:
+        return base | flat_settings(load_config(start["config"]))
+    if start["preset"]:
+        return base | flat_settings(load_preset(start["preset"]))
+    if base or changes.get("model") or changes.get("data"):
+        return base
+    return _of_resumed_run(changes, notes) or flat_settings(load_preset("tiny"))
+
+
+def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The settings of the run that --resume continues, from the config.toml in its folder; the device is chosen anew."""
+    resume = changes.get("resume", "none")
+    if resume in NOTHING:
+        return {}
+    output = str(changes.get("output") or load_preset("tiny")["output"]["output"])
+    folders = [Path(output)] if resume == "latest" else [Path(resume), *Path(resume).parents[:2]]
+    for file in (folder / "config.toml" for folder in folders):
+        if file.is_file():
+            notes.append(f"settings of the run that is continued: {file}")
+            saved = flat_settings(load_config(str(file), flag="settings of the run to continue,")) | {
+                "output": str(file.parent)
+            }  # the folder may have moved
+            return {name: value for name, value in saved.items() if name != "device"}
+    if resume != "latest" or changes.get("output"):
+        raise UserError(
+            f"nothing to resume: {folders[0]} holds no run; correct the folder, or name --model and --data to start one"
+        )
+    return {}
+
+
+def help_text() -> str:
+    """What `--help` shows."""
+    return _parser().format_help()
+
+
+def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
+    """Every flag given, by its name as spelled (snake case); values are still text. UserError for one that is unknown."""
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
+    for word in unknown:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected {word!r}: every value follows a flag (--help lists them)")
+        name = word.split("=")[0]
+        like = nearest(name, [*also, *(flag for action in parser._actions for flag in action.option_strings)])
+        raise UserError(f"unknown flag {name}: " + (f"did you mean {like}?" if like else "--help lists them all"))
+    return vars(namespace)
+
+
+def _normal(word: str) -> str:
+    """One word of a command line in one spelling: --kebab-case, and --x=true as --x."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-")
+    spec = _by_spelling().get(name[2:].replace("-", "_"))
+    if equals and spec is not None and spec.kind is bool:
+        return name if coerce(spec, value) else "--no-" + name[2:]
+    return name + equals + value
+
+
+def _by_spelling() -> dict[str, Spec]:
+    return {spelling: spec for spec in specs().values() for spelling in (spec.name, *spec.meta["aliases"])}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line for the caller to show."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dpo.train",
+        usage=USAGE,
+        description="Align a text-to-image diffusion model with preference pairs.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+        add_help=False,
+    )
+    start = parser.add_argument_group("Where to start from")
+    start.add_argument("-h", "--help", action="help", help="show this and exit")
+    start.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(presets())}")
+    start.add_argument("--config", metavar="FILE", help="a TOML file, such as the config.toml of a run")
+    start.add_argument("--compat", metavar="PEER", help=f"defaults and meanings of another script: {', '.join(compat.PEERS)}")
+    start.add_argument("--print-config", action="store_true", help="show the resulting settings as TOML and exit")
+    for group, cls in groups().items():
+        section = parser.add_argument_group(cls.__doc__)
+        for spec in specs().values():
+            if spec.group == group:
+                _add_setting(section, spec)
+    for name, foreign in compat.FOREIGN.items():
+        action = "store_true" if foreign.switch else "store"
+        parser.add_argument("--" + name.replace("_", "-"), action=action, help=argparse.SUPPRESS)
+    return parser
+
+
+class _Formatter(argparse.HelpFormatter):
+    """argparse's layout, as wide as the terminal, never broken at a hyphen of a flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=min(shutil.get_terminal_size().columns, 130) - 2)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _add_setting(section: argparse._ArgumentGroup, spec: Spec) -> None:
+    for spelling in (spec.name, *spec.meta["aliases"]):
+        text = help_of(spec) if spelling == spec.name else argparse.SUPPRESS
+        flag = "--" + spelling.replace("_", "-")
+        if spec.kind is bool:
+            section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            section.add_argument(flag, nargs="+" if spec.many else None, metavar=_metavar(spec), help=text)
+
+
+def help_of(spec: Spec) -> str:
+    """One setting's text in --help: doc, unit, default."""
+    unit = f" [{spec.meta['unit']}]" if spec.meta["unit"] else ""
+    return f"{spec.meta['help']}{unit} (default: {shown(spec.default)})".replace("%", "%%")
+
+
+def shown(value: Any) -> str:
+    """A setting's value as one would type it."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metavar(spec: Spec) -> str:
+    if spec.meta["choices"]:
+        return "|".join(spec.meta["choices"])
+    return {int: "N", float: "X", str: "TEXT"}[spec.kind]
+
+
+def _without_effect(cfg: Config, changes: Mapping[str, Any]) -> list[str]:
+    """Flags that were given and mean nothing in this run."""
+    stepwise = cfg.method.method in ("dde", "dde-step")
+    single = cfg.method.method in ("dde", "dde-single")
+    idle = {
+        "without --lora": ([] if cfg.lora.lora else ["rank", "alpha", "target_modules", "lora_dropout", "lora_format"]),
+        f"with method {cfg.method.method}": ["rho", "sigma2"] * (not stepwise)
+        + ["weight_cap"] * (not single)
+        + ["gamma"] * (cfg.method.method != "discounted")
+        + ["beta", "loss"] * (cfg.method.method == "sft"),
+        "with --optimizer adafactor": ["adam_beta1", "adam_beta2", "eps"] * (cfg.optim.optimizer == "adafactor"),
+        "because --steps is given": ["epochs"] * (cfg.optim.steps is not None),
+        "without --push-to-hub": ["hub_id"] * (not cfg.output.push_to_hub),
+    }
+    return [f"--{name.replace('_', '-')} has no effect {why}" for why, names in idle.items() for name in names if name in changes]

@@ -1,0 +1,131 @@
+"""Preference pairs that the base model draws, labelled by the hidden taste, as a Pick-a-Pic v2 table; and the prompt lists.
+
+Both pictures of a pair come from one caption and two seeds. A judge reads their traits, the taste scores them, and a noisy rater
+(Bradley-Terry) picks one; scores that are nearly equal are left as ties. Captions are split once: those of training pairs,
+validation pairs, tuning prompts and reporting prompts never meet, nor do their seeds.
+"""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from dpo.tiny.judge import Judge, score
+from dpo.tiny.prompts import Prompts
+from dpo.tiny.world import COLOURS, PHRASES, World, caption, prefer
+
+TIE = 0.04  # scores closer than this are called a tie
+
+
+SHARES = {"train": 0.40, "validation": 0.10, "tuning": 0.20, "report": 0.30}  # of all captions
+
+
+SEED_BLOCK = {"train": 10_000_000, "validation": 20_000_000, "tuning": 30_000_000, "report": 40_000_000}
+
+
+SCHEMA = pa.schema(  # Pick-a-Pic v2, in its order
+    [
+        ("are_different", pa.bool_()),
+        ("best_image_uid", pa.string()),
+        ("caption", pa.string()),
+        ("created_at", pa.timestamp("ns")),
+        ("has_label", pa.bool_()),
+        ("image_0_uid", pa.string()),
+        ("image_0_url", pa.string()),
+        ("image_1_uid", pa.string()),
+        ("image_1_url", pa.string()),
+        ("jpg_0", pa.binary()),
+        ("jpg_1", pa.binary()),
+        ("label_0", pa.float64()),
+        ("label_1", pa.float64()),
+        ("model_0", pa.string()),
+        ("model_1", pa.string()),
+        ("ranking_id", pa.int64()),
+        ("user_id", pa.int64()),
+        ("num_example_per_prompt", pa.int64()),
+        ("__index_level_0__", pa.int64()),
+    ]
+)
+
+
+def split_captions(world: World) -> dict[str, list[str]]:
+    """Every caption of the world in exactly one of the four lists, shuffled by the world's seed."""
+    everything = [caption(o, c, p) for o in world.objects for c in COLOURS for p in range(len(PHRASES))]
+    order = np.random.default_rng((world.seed, 2)).permutation(len(everything))
+    ends = np.round(np.cumsum(list(SHARES.values())) * len(everything)).astype(int)
+    return {kind: [everything[i] for i in part] for kind, part in zip(SHARES, np.split(order, ends[:-1]), strict=True)}
+
+
+def prompts_of(world: World, kind: str, n: int) -> Prompts:
+    """N captions of one list, repeated in order if it is shorter, each time with another seed."""
+    captions = split_captions(world)[kind]
+    return Prompts([captions[i % len(captions)] for i in range(n)], [SEED_BLOCK[kind] + i for i in range(n)])
+
+
+def write_prompts(world: World, counts: dict[str, int], path: Path) -> None:
+    lists = {kind: prompts_of(world, kind, n) for kind, n in counts.items()}
+    rows = {kind: [{"prompt": text, "seed": seed} for text, seed in zip(p.captions, p.seeds)] for kind, p in lists.items()}
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def jpeg(image_HWC: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def uid(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+def table(
+    kind: str, captions: list[str], images_0: np.ndarray, images_1: np.ndarray, judge: Judge, rng: np.random.Generator
+) -> tuple[pa.Table, dict[str, float]]:
+    """Label N pairs of pictures [N, H, W, 3]; also the figures that describe the labels."""
+    score_0, score_1 = score(judge.read(images_0)), score(judge.read(images_1))
+    tie = np.abs(score_0 - score_1) < TIE
+    label_0 = np.where(tie, 0.5, prefer(rng, score_0, score_1).astype(float))
+    rows = []
+    for i, text in enumerate(captions):
+        uids = [uid(f"{kind} {i} {side}") for side in (0, 1)]
+        best = "tie" if tie[i] else uids[int(label_0[i] < 0.5)]
+        rows.append(
+            {
+                "are_different": not bool(tie[i]),
+                "best_image_uid": best,
+                "caption": text,
+                "created_at": 1_700_000_000_000_000_000 + i * 60_000_000_000,
+                "has_label": True,
+                "image_0_uid": uids[0],
+                "image_0_url": "",
+                "image_1_uid": uids[1],
+                "image_1_url": "",
+                "jpg_0": jpeg(images_0[i]),
+                "jpg_1": jpeg(images_1[i]),
+                "label_0": float(label_0[i]),
+                "label_1": 1 - float(label_0[i]),
+                "model_0": "dpo-tiny-base",
+                "model_1": "dpo-tiny-base",
+                "ranking_id": i,
+                "user_id": 0,
+                "num_example_per_prompt": captions.count(text),
+                "__index_level_0__": i,
+            }
+        )
+    agreement = ((score_0 > score_1) == (label_0 > 0.5))[~tie].mean() if not tie.all() else 1.0
+    figures = {"pairs": len(rows), "ties": int(tie.sum()), "labels_agree_with_score": round(float(agreement), 4)}
+    return pa.Table.from_pylist(rows, SCHEMA), figures
+
+
+def write(rows: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    pq.write_table(rows, part, row_group_size=100, compression="snappy")
+    os.replace(part, path)

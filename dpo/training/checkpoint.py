@@ -1,0 +1,232 @@
+"""Checkpoints: folders of safetensors and one JSON, written atomically, verified by checksum, never unpickled.
+
+    checkpoints/step-00000500/
+        policy.safetensors  optimizer.safetensors  tables.safetensors  ema.safetensors
+        state.json          step, position, config, fingerprints, checksums
+
+A folder appears under its name only when all of it is on disk, so a kill at any moment leaves the previous one intact.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.common.files import _seal, _sync_folder, checksum, disk_error, write_text
+
+log = logging.getLogger("dpo")
+
+
+FORMAT = 1
+
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors[group][name]` on the CPU and the JSON `state`."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be trusted: truncated, altered or incomplete."""
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU, contiguous, no shared memory (safetensors refuses tensors that overlap)."""
+    seen: set[int] = set()
+    result = {}
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        if value.untyped_storage().data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        result[name] = value
+    return result
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file, flushed to disk; returns its checksum."""
+    save_file(_storable(tensors), path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return checksum(path)
+
+
+def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint `folder`; it appears whole or not at all. Raises UserError when the disk is full."""
+    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), "replaced"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
+        content = json.loads(json.dumps({"format": FORMAT, **state, "checksums": sums}))
+        write_text(part / "state.json", json.dumps({**content, "seal": _seal(content)}, indent=1))
+        if folder.exists():  # moved aside, not deleted first: the gap without either is two renames wide
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+        os.replace(part, folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise disk_error(error, folder) from error
+    finally:
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise Damaged(f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}")
+        if state.pop("seal") != _seal(state):
+            raise Damaged(f"{folder / 'state.json'} was altered")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{folder} has no readable state.json") from error
+    tensors = {}
+    for group, expected in state["checksums"].items():
+        path = folder / f"{group}.safetensors"
+        if not path.is_file():
+            raise Damaged(f"{path} is missing")
+        if checksum(path) != expected:
+            raise Damaged(f"{path} was truncated or altered")
+        tensors[group] = load_file(path)
+    return Checkpoint(folder, tensors, state)
+
+
+def listing(root: Path) -> list[Path]:
+    """Checkpoint folders under `root`, oldest first."""
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def find(root: Path, which: str) -> Checkpoint:
+    """The checkpoint to resume: "latest" under `root`, or a path. A damaged one falls back to the one before, said in the log.
+
+    Raises UserError when there is none that can be read.
+    """
+    if which == "latest":
+        candidates = listing(root)[::-1]
+        if not candidates:
+            raise UserError(f"nothing to resume: no checkpoint under {root}; start without --resume")
+    else:
+        named = Path(which).expanduser()
+        if not named.is_dir():
+            raise UserError(f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500")
+        inside = listing(named) or listing(named / "checkpoints")  # the folder of a run, or of its checkpoints
+        older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
+        candidates = inside[::-1] or [named, *older]
+    reasons = []
+    for path in candidates:
+        try:
+            found = load(path)
+        except Damaged as error:
+            reasons.append(str(error))
+            log.warning("checkpoint skipped: %s%s", error, "; trying the one before" if path != candidates[-1] else "")
+            continue
+        return found
+    others = [path for path in listing(root) if path not in candidates][::-1]
+    if others:
+        raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {others[0]}")
+    raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
+
+
+def prune(root: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints (None or 0: all) and clear what a killed write left behind."""
+    for path in root.glob(".step-*.part-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if limit:
+        for path in listing(root)[:-limit]:
+            shutil.rmtree(path)
+
+
+def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings; bitsandbytes keeps its quantised state one level down."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}.{key}")
+        elif value is not None:
+            yield f"{prefix}.{key}", value
+
+
+def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the JSON rest).
+
+    A state that names its `format` is one set of tensors for all parameters (csrc_triton's AdamW8bit).
+    """
+    if "format" in state:
+        return dict(state["state"]), {"format": state["format"], "param_groups": state["param_groups"]}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entry in state["state"].items():
+        for name, value in _leaves(entry, str(index)):
+            (tensors if isinstance(value, Tensor) else numbers)[name] = value
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack`."""
+    if "format" in rest:
+        return {"format": rest["format"], "state": dict(tensors), "param_groups": rest["param_groups"]}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *rest["numbers"].items()]:
+        index, *outer, key = name.split(".")
+        entry = state.setdefault(int(index), {})
+        for level in outer:
+            entry = entry.setdefault(level, {})
+        entry[key] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
+    optimizer.load_state_dict(unpack(tensors, rest))
+    if "format" in rest:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, value in tensors.items():
+        index, *_, key = name.split(".")
+        state = optimizer.state[parameters[int(index)]]
+        if state[key].dtype != value.dtype:
+            state[key] = value.to(state[key].device)
+
+
+def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
+    """Put saved tensors into live ones, in place. Raises UserError when names, shapes or dtypes differ."""
+    if list(parameters) != list(saved) and set(parameters) != set(saved):
+        raise UserError(f"the checkpoint's {what} belongs to another model or other LoRA settings; start without --resume")
+    with torch.no_grad():
+        for name, live in parameters.items():
+            if live.shape != saved[name].shape or live.dtype != saved[name].dtype:
+                raise UserError(
+                    f"the checkpoint's {what} has {name} as {saved[name].dtype} {tuple(saved[name].shape)}, the run wants "
+                    f"{live.dtype} {tuple(live.shape)}; resume with the settings it was made with"
+                )
+            live.copy_(saved[name])

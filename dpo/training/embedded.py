@@ -1,0 +1,18 @@
+"""The small world inside the package where no model or no data is named."""
+
+from __future__ import annotations
+
+from dpo.settings.config import Config, change
+
+
+def embedded(config: Config) -> Config:
+    """`config` with the small world inside the package where no model or no data is named."""
+    from dpo.tiny import paths
+
+    if config.model.model is None:
+        config = change(config, model=str(paths.pipeline_path()))
+    if config.data.data is None:
+        config = change(config, data=str(paths.train_pairs_path()))
+        if config.data.validation_data is None and not config.data.validation_fraction:
+            config = change(config, validation_data=str(paths.validation_pairs_path()))
+    return config

@@ -1,0 +1,177 @@
+"""What surrounds the updates: signals, logging, validation, sample images, checkpoints, and the end of a run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dpo.common import files
+from dpo.common.console import Progress
+from dpo.common.errors import Stopped, UserError
+from dpo.data.loader import of_dead_worker, worker_died
+from dpo.settings.config import Config, flatten, to_toml
+from dpo.training import build, results, samples, summary, validation
+from dpo.training.folder import clear_output
+from dpo.training.run import Run
+from dpo.training.state import snapshot
+from dpo.training.trackers import Trackers, open_trackers
+
+log = logging.getLogger("dpo")
+
+
+INTERRUPTED = 130
+
+
+TrainStep = Callable[[Run, Iterator[Any]], dict[str, Any]]
+
+
+@contextmanager
+def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Inside the block `handler` gets these signals (in the main thread, which alone may say so)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        name = signal.Signals(number).name
+        log.warning("%s: writing a checkpoint, then stopping (press Ctrl-C again to stop without one)", name)
+
+    with handled(ask, signal.SIGINT, signal.SIGTERM):
+        yield stop
+
+
+def until(stop: threading.Event, batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """The next `count` micro-batches; raises Stopped between two of them once `stop` is set."""
+    for batch in itertools.islice(batches, count):
+        if stop.is_set():
+            raise Stopped
+        yield batch
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
+    """Run `config` from where it stands to its end. Returns the exit code; raises UserError for what a person can mend."""
+    try:
+        with handled(signal.default_int_handler, signal.SIGTERM):  # outside of the updates it interrupts, as Ctrl-C does
+            _train(config, notes, train_step)
+    except Stopped:
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        log.warning("stopped at once; --resume latest goes on from the last checkpoint, if there is one")
+        return INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory: lower --batch-size and raise --accumulation by the same factor (the result is the same), "
+            "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
+        ) from error
+    except RuntimeError as error:
+        if not of_dead_worker(error):
+            raise
+        raise worker_died(error) from error
+    except (OSError, SafetensorError) as error:
+        raise files.disk_error(error, Path(config.output.output).expanduser()) from error
+    return 0
+
+
+def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
+    samples.asked_prompts(config)  # a file that is missing is noticed before anything is loaded
+    run = build.build(config, notes)
+    clear_output(run)
+    out = run.config.output
+    trackers = open_trackers(
+        run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
+    )
+    try:
+        results.begin(run, trackers)
+        files.write_text(run.output / "config.toml", to_toml(run.config))  # from here on the folder holds a run
+        with stop_on_signals() as stop:
+            updates(run, trackers, train_step, stop)
+        results.end(run, trackers)
+    finally:
+        trackers.close()
+
+
+def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
+    """All updates that are left. Raises Stopped when asked to stop, after a checkpoint."""
+    out, optim = run.config.output, run.config.optim
+    batches = run.batches()
+    held_out: dict[str, Any] = {}
+    used, first = 0, run.done
+    with Progress(run.total, run.done, out.log_every) as progress:
+        while run.done < run.total:
+            began = time.monotonic()
+            try:
+                rate = run.learning_rate()
+                figures = train_step(run, until(stop, batches, optim.accumulation))
+            except Stopped:
+                _stop(run, trackers)
+                raise
+            except UserError as error:
+                run.drop()
+                path = snapshot(run)
+                trackers.event({"event": "failed", "step": run.done, "message": str(error)})
+                summary.report(run, "failed", str(error))
+                log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
+                raise
+            run.done += 1
+            run.position += run.nominal
+            used += figures["pairs"]
+            seconds = time.monotonic() - began
+            figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
+            figures |= run.speed.figures(figures["pairs_per_s"])
+            figures["peak_memory_gib"] = peak_memory_gib(run.device)
+            last = run.done == run.total
+            if run.done % out.log_every == 0 or last:
+                trackers.log(run.done, figures)
+            if run.held_out is not None and (run.done % out.validate_every == 0 or last):
+                held_out = validation.accuracy(run.step, run.held_out)
+                trackers.event({"event": "validation", "step": run.done, **held_out})
+            progress.update(run.done, figures | held_out)
+            if out.sample_every and run.done % out.sample_every == 0 and not last:
+                samples.sample_images(run)
+            if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
+                snapshot(run)
+    if run.done > first and not used:
+        raise UserError("no pair could be used, nothing was trained: the warnings above say why; mend the images of --data")
+
+
+def _stop(run: Run, trackers: Trackers) -> None:
+    """Drop the update in progress, write a checkpoint of the last whole one, and say how to go on."""
+    run.drop()
+    path = snapshot(run)
+    trackers.event({"event": "interrupted", "step": run.done})
+    summary.report(run, "interrupted", "stopped by a signal")
+    log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
+    log.warning("go on with: python -m dpo.train --output %s --resume latest", run.output)

@@ -1,0 +1,140 @@
+"""What a training step says about itself: accumulated on the device, read once per optimizer step.
+
+Legend: B pairs of a micro-batch, N pairs of an optimizer step (all micro-batches, holes included), T timesteps, R rows kept of
+each pair.
+
+Every value kept is per pair, so the figures do not depend on how the step was cut into micro-batches, and the rows of several
+processes may simply be concatenated along N before `summarise`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.pages.figures import DECILES
+
+ROWS = (
+    "loss", "logit", "difference", "policy_win", "policy_lose", "reference_win", "reference_lose",
+    "accuracy", "timestep", "prob", "usable",
+)  # fmt: skip
+
+
+class PairTerms(Protocol):
+    """What the objective hands over for each pair of a micro-batch."""
+
+    @property
+    def loss(self) -> Tensor: ...  # [B]
+
+    @property
+    def logit(self) -> Tensor: ...  # [B], z: positive when the policy prefers the winner
+
+    @property
+    def difference(self) -> Tensor: ...  # [B], d: negative when the policy prefers the winner
+
+    @property
+    def errors(self) -> Tensor: ...  # [4, B]: policy win, policy lose, reference win, reference lose
+
+    @property
+    def accuracy(self) -> Tensor: ...  # [B]: 1 where d < 0, 0.5 where d == 0
+
+
+class StepMetrics:
+    """Per-pair rows of one optimizer step, on the device until `read`."""
+
+    def __init__(self, timestep_count: int = 1000) -> None:
+        self.timestep_count = timestep_count
+        self._rows: list[Tensor] = []
+
+    def add(self, terms: PairTerms, timesteps: Tensor, prob: Tensor, usable: Tensor) -> None:
+        """Keep one micro-batch: timesteps, prob and usable are [B]. Nothing here waits for the device."""
+        values = (
+            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, timesteps, prob, usable,
+        )  # fmt: skip
+        dtype = torch.promote_types(terms.loss.dtype, torch.float32)
+        self._rows.append(torch.stack([value.detach().to(dtype) for value in values]))
+
+    def take(self) -> Tensor:
+        """The rows [R, N] of the step, still on the device; the accumulator is empty afterwards."""
+        rows = torch.cat(self._rows, dim=1)
+        self._rows = []
+        return rows
+
+    def read(self, scalars: Mapping[str, Tensor] | None = None, tables: Mapping[str, Tensor] | None = None) -> dict:
+        """The step's figures, by one transfer to the host; empties the accumulator.
+
+        scalars: device values of one element that should travel along (the gradient norm); they come back under their names.
+        tables: vectors [T] (the stepwise table, its correction); they come back as `<name>_by_decile`.
+        """
+        scalars, tables = scalars or {}, tables or {}
+        rows = self.take()
+        parts = [rows, *scalars.values(), *tables.values()]
+        packed = torch.cat([part.detach().to(rows.device, rows.dtype).reshape(-1) for part in parts]).cpu()
+        pieces = packed.split([part.numel() for part in parts])
+        figures = summarise(pieces[0].reshape(rows.shape), self.timestep_count)
+        for name, piece in zip(scalars, pieces[1:]):
+            figures[name] = _number(piece.item())
+        for name, piece in zip(tables, pieces[1 + len(scalars) :]):
+            figures[f"{name}_by_decile"] = table_by_decile(piece)
+        return figures
+
+
+def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
+    """Rows [R, N] on the host to a dictionary of plain numbers; holes (usable 0) count nowhere.
+
+    A figure without any pair, or one that is not finite (a method without a reference), is None.
+    """
+    table = rows.double().numpy()
+    row = dict(zip(ROWS, table[:, table[ROWS.index("usable")] > 0]))
+    pairs = row["loss"].size
+    margin = row["logit"]
+    decile = np.minimum(row["timestep"].astype(np.int64) * DECILES // timestep_count, DECILES - 1)
+    quantiles = np.percentile(margin, (10, 50, 90)) if pairs and np.isfinite(margin).all() else (math.nan,) * 3
+    return {
+        "loss": _mean(row["loss"]),
+        "implicit_accuracy": _mean(row["accuracy"]),
+        "margin_mean": _mean(margin),
+        "margin_p10": _number(quantiles[0]),
+        "margin_p50": _number(quantiles[1]),
+        "margin_p90": _number(quantiles[2]),
+        "gradient_factor": _mean(_sigmoid(-margin)),
+        "win_error_vs_reference": _mean(row["policy_win"] - row["reference_win"]),
+        "lose_error_vs_reference": _mean(row["policy_lose"] - row["reference_lose"]),
+        "policy_win_error": _mean(row["policy_win"]),
+        "policy_lose_error": _mean(row["policy_lose"]),
+        "reference_win_error": _mean(row["reference_win"]),
+        "reference_lose_error": _mean(row["reference_lose"]),
+        "difference_mean": _mean(row["difference"]),
+        "pairs": pairs,
+        "nonfinite_timesteps": sorted({int(t) for t in row["timestep"][~np.isfinite(row["loss"])]}),
+        "tied_pairs": int((row["prob"] == 0.5).sum()),
+        "pairs_by_decile": [int((decile == index).sum()) for index in range(DECILES)],
+        "accuracy_by_decile": [_mean(row["accuracy"][decile == index]) for index in range(DECILES)],
+        "margin_by_decile": [_mean(margin[decile == index]) for index in range(DECILES)],
+    }
+
+
+def table_by_decile(table: Tensor) -> list[float | None]:
+    """Means of a vector [T] over ten equal stretches of the clock."""
+    values = table.double().cpu().numpy()
+    edges = [len(values) * index // DECILES for index in range(DECILES + 1)]
+    return [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    """Logistic function without overflow on either side."""
+    return 0.5 * (1.0 + np.tanh(0.5 * values))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return _number(values.mean()) if values.size else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,127 @@
+"""A run in progress: what an update needs and where it stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo import objective, schedule
+from dpo.common.errors import UserError
+from dpo.correction import CorrectionTable
+from dpo.data.batches import batches
+from dpo.data.pairs import Source
+from dpo.data.store import recorded
+from dpo.encode import Encoder
+from dpo.models.family import Components
+from dpo.settings import resolve
+from dpo.settings.config import Config
+from dpo.step import PairStep
+from dpo.training import optimizer, validation
+from dpo.training.metrics import StepMetrics
+
+log = logging.getLogger("dpo")
+
+
+class Diverged(UserError):
+    """The loss or the gradient is no longer a number; the weights are still those before this update."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Counted FLOPs of training on one pair, and the device's peak, for the figures that tell how well it is used."""
+
+    pair_flops: float
+    peak_tflops: float | None
+
+    def figures(self, pairs_per_second: float) -> dict[str, float | None]:
+        tflops = self.pair_flops * pairs_per_second / 1e12
+        return {"tflops": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
+
+
+@dataclass
+class Run:
+    """Everything an update needs, and where the run stands."""
+
+    config: Config
+    model: Components
+    source: Source
+    encoder: Encoder
+    step: PairStep
+    updater: optimizer.Updater
+    table: CorrectionTable
+    held_out: validation.HeldOut | None
+    output: Path
+    fingerprints: dict[str, str]
+    schedule: schedule.Schedule
+    total: int  # updates wanted
+    speed: Speed
+    device: torch.device
+    metrics: StepMetrics = field(default_factory=StepMetrics)
+    held_out_source: Source | None = None
+    done: int = 0  # updates made
+    position: int = 0  # pairs consumed, holes included
+    started: float = 0.0  # seconds since the epoch
+    recorded: recorded.RecordedErrors | None = None  # the reference's errors, where no reference model is held
+    evaluation: dict[str, Any] = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
+
+    @property
+    def nominal(self) -> int:
+        """Pairs per update, holes included."""
+        return self.config.optim.effective_batch
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def learning_rate(self) -> float:
+        optim = self.config.optim
+        return optimizer.learning_rate(
+            self.done, peak=resolve.learning_rate(self.config), warmup=optim.warmup, steps=self.total, scheduler=optim.scheduler
+        )
+
+    def correction(self) -> Tensor:
+        """C [T] of DDE as it stands at the start of an update (all zero for the other methods)."""
+        return self.table.correction().to(self.step.weight.dtype)
+
+    def tables(self, correction: Tensor) -> dict[str, Tensor]:
+        """M and C [T] for the figures, where the method has them."""
+        stepwise = objective.METHODS[self.config.method.method].correction
+        return {"table": self.table.table, "correction": correction} if stepwise else {}
+
+    def drop(self) -> None:
+        """Forget the update in progress."""
+        self.updater.drop()
+        self.table.discard()
+        self.metrics = StepMetrics()
+
+    def check_finite(self, figures: dict[str, Any]) -> None:
+        """Raise Diverged, with the step and timesteps, before a loss or gradient that is not a number reaches the weights."""
+        scaled = self.updater.scaler is not None  # an infinite gradient is how the loss scale finds its level
+        if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
+            self.drop()
+            at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
+            raise Diverged(
+                f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at}); the state before it is saved: "
+                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest; if that fails at once, resume an earlier checkpoint "
+                "or start anew with --overwrite"
+            )
+
+    def batches(self) -> Iterator[Any]:
+        """Micro-batches from the run's position on, without end."""
+        data, optim = self.config.data, self.config.optim
+        return batches(
+            self.source,
+            data,
+            seed=self.config.runtime.seed,
+            start=self.position,
+            micro_batch=optim.batch_size,
+            resolution=data.resolution,
+            workers=data.workers,
+            recorded=self.recorded,
+        )

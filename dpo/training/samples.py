@@ -1,0 +1,62 @@
+"""Sample images of a run, before, during and after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.drawing import draw, grid
+from dpo.models import pipeline
+from dpo.settings.config import Config
+from dpo.training.run import Run
+
+DEFAULT_PROMPTS = 4
+
+
+def asked_prompts(config: Config) -> list[str]:
+    """The prompts that --sample-prompts names, one by one or in a .txt file. UserError when the file gives none."""
+    asked = config.output.sample_prompts
+    if len(asked) != 1 or not asked[0].endswith(".txt"):
+        return list(asked)
+    try:
+        lines = Path(asked[0]).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sample-prompts {asked[0]}: cannot be read ({error}); name a file with one prompt a line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--sample-prompts {asked[0]}: has no prompt; write one a line")
+    return found
+
+
+def prompts(run: Run) -> list[str]:
+    """The prompts of the sample grid: as asked for, else the first captions of the held-out pairs, else of the training pairs."""
+    if asked := asked_prompts(run.config):
+        return asked
+    source = run.held_out_source or run.source
+    captions = (source[index].caption for index in range(min(len(source), 8 * DEFAULT_PROMPTS)))
+    return list(dict.fromkeys(captions))[:DEFAULT_PROMPTS]
+
+
+def _before_paths(run: Run) -> list[Path]:
+    count = len(prompts(run)) * len(run.config.output.sample_seeds)
+    return [run.output / "samples" / "before" / f"{index:03d}.png" for index in range(count)]
+
+
+def _sample(run: Run) -> list[Image.Image]:
+    out = run.config.output
+    pipe = pipeline.pipeline(run.model)
+    return draw.sample(
+        pipe, prompts(run), out.sample_seeds, steps=out.sample_steps, guidance=out.sample_guidance, autocast=run.step.autocast
+    )
+
+
+def sample_images(run: Run) -> Path:
+    """Draw the fixed prompts with the policy as it is, beside the unchanged model's images, as a PNG grid."""
+    columns = {"after": _sample(run)}
+    if all(path.exists() for path in _before_paths(run)):
+        columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}
+    return grid.write_grid(
+        run.output / "samples" / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
+    )

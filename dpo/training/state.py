@@ -1,0 +1,71 @@
+"""The checkpoint of a run: what is in it, written and put back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.settings import resolve
+from dpo.settings.config import Config, flatten, from_mapping
+from dpo.training import checkpoint
+from dpo.training.run import Run
+
+log = logging.getLogger("dpo")
+
+
+def snapshot(run: Run) -> Path:
+    """Write the checkpoint of the run as it stands, and drop the oldest ones beyond the limit."""
+    optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
+    names = run.updater.names
+    tensors = {
+        "policy": dict(zip(names, run.updater.parameters, strict=True)),
+        "optimizer": optimizer_tensors,
+        "tables": {"correction": run.table.table},
+        "ema": dict(zip(names, run.updater.ema, strict=True)) if run.updater.ema else {},
+    }
+    state = {
+        "step": run.done,
+        "position": run.position,
+        "config": flatten(run.config),
+        "fingerprints": run.fingerprints,
+        "optimizer": optimizer_rest,
+        "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
+        "versions": {"torch": torch.__version__},
+    }
+    path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
+    checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
+    return path
+
+
+def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
+    """Say what changed since the checkpoint; refuse what would silently make another run of it."""
+    allowed, refused = resolve.resume_changes(from_mapping(saved.state["config"]), config)
+    if refused:
+        raise UserError(f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew")
+    for line in allowed:
+        log.warning("changed on resume: %s", line)
+
+
+def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Put a checkpoint into a freshly built run, exactly; training goes on at its next batch."""
+    state, tensors = saved.state, saved.tensors
+    if state["fingerprints"]["model"] != run.fingerprints["model"]:
+        raise UserError(f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew")
+    if state["fingerprints"]["data"] != run.fingerprints["data"]:
+        log.warning(
+            "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",
+            state["position"],
+        )
+    updater = run.updater
+    checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
+    if updater.ema:
+        checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), tensors["ema"], "averaged weights")
+    checkpoint.load_optimizer(updater.optimizer, tensors.get("optimizer", {}), state["optimizer"])
+    if updater.scaler is not None and state["scaler"]:
+        updater.scaler.load_state_dict(state["scaler"])
+    run.table.table.copy_(tensors["tables"]["correction"])
+    run.done, run.position = state["step"], state["position"]
+    log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)

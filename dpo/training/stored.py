@@ -1,0 +1,60 @@
+"""What a run takes from a prepared store, and whether the store fits the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.data.pairs import Source
+from dpo.data.store.store import of_store
+from dpo.encode import Encoder
+from dpo.models.family import Components
+from dpo.models.fingerprint import identity
+from dpo.settings.config import Config, change
+from dpo.step import PairStep
+
+NAMES = {"family": "model family", "vae": "VAE", "text_encoders": "text encoder", "tokenizers": "tokenizer"}
+
+
+def adopt(config: Config, source: Source) -> Config:
+    """`config` with the resolution of the prepared store, if that is what the pairs are."""
+    store = of_store(source)
+    if store is None:
+        return config
+    return change(config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"])
+
+
+def check(model: Components, *sources: Source | None) -> None:
+    """Raises UserError when a source is a store that was encoded with other encoders than `model`'s."""
+    stores = [store for source in sources if source is not None and (store := of_store(source)) is not None]
+    own = identity(model) if stores else {}
+    for store in stores:
+        for name, value in own.items():
+            if store.contents.settings[name] != value:
+                raise UserError(
+                    f"{store.contents.folder} was prepared with another {NAMES[name]} than {model.source} has: "
+                    "name that model, or prepare a store with this one"
+                )
+
+
+MEASURED = 4  # batches that the noise on the logit is measured on
+
+
+@torch.no_grad()
+def noise(step: PairStep, encoder: Encoder, stream: Iterator[Any]) -> str:
+    """Before the first update, where every logit should be 0: how far the recorded errors move it, in words for the log."""
+    zero = torch.zeros_like(step.weight)
+    logits = []
+    for batch in islice(stream, MEASURED):
+        terms, _ = step(encoder.inputs(batch), zero, recorded=batch.recorded)
+        logits.append(terms.logit[batch.usable.to(zero.device) > 0])
+    stream.close()
+    z = torch.cat(logits).double()
+    if not z.numel() or not bool(z.any()):
+        return f"the logit of the first {z.numel()} pairs is exactly 0"
+    text = f"noise on the logit of the first {z.numel()} pairs: sd {float(z.square().mean().sqrt()):.2g}, largest {float(z.abs().max()):.2g}"
+    return text + " (recorded with another batch size, kernel choice or device)"

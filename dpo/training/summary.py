@@ -1,0 +1,79 @@
+"""summary.json and tables.json, and the pages made from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from dpo.common import files
+from dpo.settings import advice, resolve
+from dpo.training.run import Run
+
+log = logging.getLogger("dpo")
+
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbytes")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def report(run: Run, status: str, reason: str = "") -> None:
+    """summary.json, tables.json, plots, model card and report.html of the run folder, for a whole run or a broken-off one."""
+    from dpo.pages import card, plots
+    from dpo.pages import report as report_page
+
+    model = run.model
+    trained = sum(p.numel() for p in run.updater.parameters)
+    summary = {
+        "status": status,
+        "reason": reason,
+        "steps": run.total,
+        "seconds": time.time() - run.started,
+        "device": device_name(run.device),
+        "versions": versions(),
+        "model": {
+            "source": model.source,
+            "family": model.family.name,
+            "prediction type": model.prediction_type,
+            "parameters": sum(p.numel() for p in model.unet.parameters()),
+            "trained parameters": trained,
+        },
+        "data": run.source.summary | {"usable": len(run.source)},
+        "resolved": {
+            "beta": run.config.method.beta,
+            "learning_rate": resolve.learning_rate(run.config),
+            "effective_batch": run.nominal,
+        },
+        "evaluation": run.evaluation,
+        "warnings": advice.warnings(run.config),
+    }
+    tables = {
+        "weight": run.step.weight,
+        "precision": run.table.precision,
+        "table": run.table.table,
+        "correction": run.table.correction(),
+    }
+    files.write_text(run.output / "summary.json", json.dumps(summary, indent=1))
+    files.write_text(run.output / "tables.json", json.dumps({name: value.tolist() for name, value in tables.items()}))
+    plots.write_plots(run.output)
+    if run.config.output.model_card and status == "finished":
+        card.write_model_card(run.output)
+    log.info("report: %s", report_page.write_report(run.output))

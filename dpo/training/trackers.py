@@ -1,0 +1,158 @@
+"""Where figures go: metrics.jsonl always, TensorBoard and W&B when asked.
+
+metrics.jsonl holds one JSON object per line: `{"step": 3, "loss": ...}` for an update, `{"event": "validation", "step": 3, ...}`
+for anything else. Values that are not finite are written as null, so that every line is valid JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from dpo.pages.folder import METRICS_FILE, _records
+
+WANDB_ID_FILE = "wandb_id.txt"
+
+
+log = logging.getLogger("dpo")
+
+
+class Sink(NamedTuple):
+    """One further destination: `scalars(step, flat)` and `close()`."""
+
+    scalars: Callable[[int, dict[str, float]], None]
+    close: Callable[[], None]
+
+
+class Trackers:
+    """The open destinations of a run; made by `open_trackers`."""
+
+    def __init__(self, lines: TextIO, sinks: list[Sink]) -> None:
+        self._lines = lines
+        self._sinks = sinks
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The figures of update number `step`."""
+        self._write({"step": step, **metrics})
+        self._scalars(step, flat_numbers(metrics))
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Anything else that happened: needs "event", and "step" if its numbers should be drawn by the trackers."""
+        self._write(event)
+        if "step" in event:
+            numbers = flat_numbers({key: value for key, value in event.items() if key not in ("event", "step")})
+            self._scalars(event["step"], {f"{event['event']}/{key}": value for key, value in numbers.items()})
+
+    def close(self) -> None:
+        """Flush and close every destination."""
+        self._lines.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._lines.write(json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self._lines.flush()
+
+    def _scalars(self, step: int, numbers: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.scalars(step, numbers)
+
+
+def open_trackers(
+    output_folder: Path | str,
+    tensorboard: bool = False,
+    wandb: bool = False,
+    project: str = "dpo",
+    run_name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume_step: int | None = None,
+) -> Trackers:
+    """Open the destinations of a run; one that was asked for and is not available costs one warning, not the run.
+
+    resume_step: None begins metrics.jsonl anew; k keeps its lines up to step k and drops what a lost stretch left behind.
+    """
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / METRICS_FILE
+    if resume_step is None:
+        path.unlink(missing_ok=True)
+    else:
+        rewind(path, resume_step)
+    sinks = []
+    if tensorboard:
+        sinks.append(_open_tensorboard(folder, resume_step))
+    if wandb:
+        sinks.append(_open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None))
+    return Trackers(path.open("a", encoding="utf-8"), [sink for sink in sinks if sink is not None])
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file that lie after `step`, and torn ones; the file is replaced in one move."""
+    if not path.exists():
+        return
+    kept = [record for record in _records(path) if record.get("step", 0) <= step]
+    replacement = path.with_name(path.name + ".partial")
+    with replacement.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        lines.flush()
+        os.fsync(lines.fileno())
+    os.replace(replacement, path)
+
+
+def flat_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers of a record by name; lists become `name/0`, `name/1`, ...; everything else is left out."""
+    flat: dict[str, float] = {}
+    for key, value in record.items():
+        items = enumerate(value) if isinstance(value, (list, tuple)) else ()
+        for name, number in [(key, value), *((f"{key}/{index}", item) for index, item in items)]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+                flat[name] = float(number)
+    return flat
+
+
+def _finite(value: Any) -> Any:
+    """A copy fit for JSON: numbers that are not finite become None, tuples lists, paths strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        log.warning("TensorBoard is not available (%s): install tensorboard; the run goes on with %s.", error, METRICS_FILE)
+        return None
+    purge = None if resume_step is None else resume_step + 1
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def scalars(step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return Sink(scalars, writer.close)
+
+
+def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any], resumed: bool) -> Sink | None:
+    """A W&B run; its id is kept in the run folder, so that a resumed run continues the same curve."""
+    try:
+        import wandb
+
+        id_file = folder / WANDB_ID_FILE
+        run_id = id_file.read_text().strip() if resumed and id_file.exists() else uuid.uuid4().hex[:8]
+        run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
+        id_file.write_text(run_id + "\n")
+    except Exception as error:  # the client raises its own kinds for a missing key, network or service
+        log.warning("W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE)
+        return None
+    return Sink(lambda step, numbers: run.log(numbers, step=step), run.finish)

@@ -1,0 +1,83 @@
+"""Held-out preference accuracy: the share of validation pairs that the policy ranks as people did.
+
+For each pair, d is averaged over S keyed (timestep, noise) draws; the pair counts as right when the mean is negative, one
+half when it is 0. The reference errors do not change during a run, so they are computed once, at its start, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.common.stats import share_interval
+from dpo.encode import Encoder, Inputs
+from dpo.objective import implicit_accuracy
+from dpo.reference import Predict
+from dpo.step import PairStep
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Encoded validation pairs on the CPU and their reference errors [S, 2, N], win and lose."""
+
+    batches: list[Inputs]
+    reference_errors: Tensor
+    draws: int
+    timesteps: Tensor  # [K] int64, those drawn from
+
+
+def _on(x: Any, device: torch.device | str) -> Any:
+    """An Inputs (or a part of one) on another device."""
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    return x if x is None else type(x)(*(_on(part, device) for part in x))
+
+
+@torch.no_grad()
+def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
+    """Errors of the UNet in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
+    device = step.alphas_cumprod.device
+    alone = replace(step, reference=None, sft_weight=0.0, wins_only=False)
+    zero = torch.zeros_like(step.weight)
+    rows = []
+    for draw in range(draws):
+        found = []
+        for batch in batches:
+            x = _on(batch, device)
+            terms, _ = alone(x._replace(draws=torch.full_like(x.draws, draw)), zero)
+            found.append(terms.errors[:2])
+        rows.append(torch.cat(found, dim=1))
+    return torch.stack(rows)
+
+
+def prepare(step: PairStep, encoder: Encoder, batches: Iterable[Any], draws: int, predict: Predict | None) -> HeldOut | None:
+    """Encode the held-out pairs and record their reference errors; None when there is no usable pair.
+
+    `predict` is the reference's forward; without one (sft) the policy as it is now is the reference.
+    """
+    encoded = [_on(encoder.inputs(batch), "cpu") for batch in batches]
+    if not encoded or not any(x.usable.any() for x in encoded):
+        return None
+    if predict is not None:
+        step = replace(step, policy=predict)
+    return HeldOut(encoded, _errors(step, encoded, draws), draws, step.timesteps)
+
+
+def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
+    """Held-out preference accuracy with its 95 % Wilson interval, mean d and number of pairs."""
+    errors = _errors(replace(step, timesteps=held_out.timesteps), held_out.batches, held_out.draws) - held_out.reference_errors
+    d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
+    usable = torch.cat([x.usable for x in held_out.batches]).bool() & (torch.cat([x.prob for x in held_out.batches]) > 0.5)
+    right = implicit_accuracy(d[usable])
+    count = int(usable.sum())
+    low, high = share_interval(float(right.sum()), count)
+    return {
+        "heldout_accuracy": float(right.mean()) if count else 0.5,
+        "heldout_interval": [low, high],
+        "heldout_difference": float(d[usable].mean()) if count else 0.0,
+        "heldout_pairs": count,
+    }

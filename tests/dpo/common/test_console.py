@@ -1,0 +1,96 @@
+"""dpo.console: one line on a terminal, few plain lines elsewhere."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from dpo.common.console import Progress, duration, progress_fields, setup
+
+METRICS = {
+    "loss": 0.65432,
+    "implicit_accuracy": 0.625,
+    "margin_mean": 0.0871,
+    "pairs_per_s": 12.34,
+    "mfu": 0.312,
+    "peak_memory_gib": 21.25,
+}
+
+
+@pytest.fixture
+def library_log():
+    """The library's logger, put back as it was."""
+    log = logging.getLogger("dpo")
+    before = (list(log.handlers), log.level, log.propagate)
+    yield log
+    log.handlers[:], level, propagate = before
+    log.setLevel(level)
+    log.propagate = propagate
+
+
+def play(total, terminal, start=0, log_every=1, width=160):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
+    setup("info", console)
+    ticks = iter(range(0, 100000, 2))
+    with Progress(total, start, log_every, console, clock=lambda: next(ticks)) as progress:
+        for step in range(start + 1, total + 1):
+            progress.update(step, METRICS)
+    return out.getvalue()
+
+
+def test_terminal_line_has_all_that_was_promised(library_log):
+    text = play(3, terminal=True)
+    last = text.split("\r")[-1]
+    for part in ("3/3", "loss 0.6543", "acc 0.625", "margin +0.087", "12.3 pairs/s", "MFU 31.2%", "21.2 GiB", "ETA 0s"):
+        assert part in last
+    assert text.count("\n") <= 1
+
+
+def test_terminal_line_never_wraps(library_log):
+    assert play(3, terminal=True, width=60).count("\n") <= 1
+
+
+def test_plain_lines_at_the_interval_and_at_the_end(library_log):
+    lines = play(25, terminal=False, log_every=10).splitlines()
+    assert [line.split("step ")[1].split("  ")[0] for line in lines] == ["10/25", "20/25", "25/25"]
+    assert "\x1b" not in "".join(lines) and "INFO" in lines[0] and "loss 0.6543" in lines[0]
+
+
+def test_a_long_run_writes_about_a_hundred_plain_lines(library_log):
+    assert 100 <= len(play(2000, terminal=False).splitlines()) <= 101
+
+
+def test_time_left_counts_this_process_only(library_log):
+    # Two seconds an update, resumed at 90: ten more updates are twenty seconds, however many went before.
+    line = play(100, terminal=False, start=90, log_every=1).splitlines()[0]
+    assert "step 91/100" in line and "ETA 18s" in line
+
+
+def test_missing_figures_are_left_out():
+    assert progress_fields({"loss": 0.5, "mfu": None, "margin_mean": None}) == ["loss 0.5000"]
+
+
+def test_messages_pass_markup_untouched(library_log):
+    out = io.StringIO()
+    setup("info", Console(file=out, force_terminal=True, width=120, color_system=None))
+    library_log.info("prompt [bold]cat[/bold] of %s", "/tmp/x")
+    assert "[bold]cat[/bold]" in out.getvalue()
+
+
+def test_setup_twice_does_not_double_lines(library_log):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=False)
+    setup("warning", console)
+    setup("warning", console)
+    library_log.info("quiet")
+    library_log.warning("heard")
+    assert out.getvalue().count("heard") == 1 and "quiet" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0s"), (59.6, "1m 00s"), (200, "3m 20s"), (18420, "5h 07m"), (187200, "2d 04h")]
+)
+def test_duration(seconds, said):
+    assert duration(seconds) == said

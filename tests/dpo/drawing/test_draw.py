@@ -1,0 +1,109 @@
+"""dpo.drawing: images depend on prompt and seed alone, nothing else is disturbed, and a grid can be read back."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpo.drawing.draw import sample
+from dpo.drawing.grid import read_grid, write_grid
+from dpo.models.load import load
+from dpo.models.pipeline import pipeline
+from tests.help.worlds import make_pipeline
+
+PROMPTS = ["a red thing", "a blue thing"]
+
+
+@pytest.fixture(scope="module", params=["sd15", "sd2v", "sdxl", "sdxl-turbo"])
+def model(request, tmp_path_factory):
+    return load(str(make_pipeline(tmp_path_factory.mktemp("model"), request.param)))
+
+
+def arrays(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+def differ(images, others):
+    return [not np.array_equal(a, b) for a, b in zip(arrays(images), arrays(others), strict=True)]
+
+
+def test_an_image_depends_on_prompt_and_seed_alone(model):
+    pipe = pipeline(model)
+    settings = {"steps": 2, "guidance": 2.0}
+    together = sample(pipe, PROMPTS, [3, 4], **settings, batch=4)
+    torch.rand(7)
+    alone = sample(pipe, PROMPTS[1:], [4], **settings, batch=1)
+    assert together[0].size == (32, 32) and len(together) == 4
+    assert np.abs(arrays(together[3:]).astype(int) - arrays(alone)).max() <= 1
+    assert all(differ(together[:1] * 3, together[1:]))
+
+
+def test_nothing_else_is_disturbed(model):
+    pipe = pipeline(model)
+    model.unet.train()
+    model.unet.conv_out.eval()
+    state, scheduler, weights = torch.get_rng_state(), pipe.scheduler, model.unet.conv_in.weight.clone()
+    before = dict(scheduler.__dict__)
+    sample(pipe, PROMPTS[:1], [0], steps=2, guidance=2.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.unet.training and model.unet.mid_block.training and not model.unet.conv_out.training
+    assert pipe.scheduler is scheduler and {k: v is before[k] for k, v in scheduler.__dict__.items()} == dict.fromkeys(
+        before, True
+    )
+    assert torch.equal(model.unet.conv_in.weight, weights) and all(p.grad is None for p in model.unet.parameters())
+    model.unet.eval()
+
+
+def test_policy_beside_reference(model, tmp_path):
+    pipe = pipeline(model)
+    before = sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
+    policy = type(model.unet).from_config(model.unet.config)
+    policy.load_state_dict(model.unet.state_dict())
+    pipe.unet = policy
+    assert not any(differ(before, sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)))
+    with torch.no_grad():
+        policy.conv_out.bias += 0.5
+    assert all(differ(before, sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)))
+
+
+def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
+    pipe = pipeline(model)
+    model.unet.train()
+    scheduler = pipe.scheduler
+    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
+    assert model.unet.training and pipe.scheduler is scheduler
+    model.unet.eval()
+
+
+def test_autocast_draws(model):
+    (image,) = sample(pipeline(model), PROMPTS[:1], [0], steps=2, guidance=2.0, autocast=torch.bfloat16)
+    assert np.asarray(image).std() > 0
+
+
+def flat(colour, side=200):
+    return Image.new("RGB", (side, side), colour)
+
+
+def test_grid_is_cut_into_its_images_again(tmp_path):
+    before = [flat(colour) for colour in ("red", "green", "blue", "white")]
+    after = [flat(colour) for colour in ("cyan", "magenta", "yellow", "black")]
+    prompts = ['猫 <b>&"quoted"', "a prompt " * 60]
+    path = write_grid(tmp_path / "samples" / "step.png", prompts, [7, 8], {"before": before, "after": after})
+    cells = read_grid(path)
+    assert [(cell.prompt, cell.seed) for cell in cells] == [(prompts[0], 7), (prompts[0], 8), (prompts[1], 7), (prompts[1], 8)]
+    for cell, first, second in zip(cells, before, after, strict=True):
+        assert not any(differ([first, second], [cell.images["before"], cell.images["after"]]))
+    assert [p.name for p in path.parent.iterdir()] == ["step.png"]
+
+
+def test_small_images_are_enlarged_and_large_ones_reduced(tmp_path):
+    for side, shown in ((32, 160), (1024, 512)):
+        path = write_grid(tmp_path / "g.png", ["p"], [0], {"before": [flat("red", side)], "after": [flat("blue", side)]})
+        assert read_grid(path)[0].images["after"].size == (shown, shown)
+
+
+def test_other_pngs_are_not_grids(tmp_path):
+    flat("red").save(tmp_path / "x.png")
+    assert read_grid(tmp_path / "x.png") == []

@@ -1,0 +1,79 @@
+"""dpo.model_card: front matter that the hub can read, and the figures of the run."""
+
+import shutil
+
+import pytest
+
+from dpo.pages.card import model_card, write_model_card
+from tests.help.fake_run import KINDS, run_of
+
+
+@pytest.fixture
+def runs():
+    return {kind: run_of(kind) for kind in KINDS}
+
+
+def front_matter(card):
+    from huggingface_hub import ModelCard
+
+    return ModelCard(card).data.to_dict()
+
+
+def test_front_matter_of_an_adapter(runs):
+    found = front_matter(model_card(runs["lora-gpu"]))
+    assert found["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0" and found["base_model_relation"] == "adapter"
+    assert found["datasets"] == ["owner/pick-a-pic"] and found["library_name"] == "diffusers"
+    assert {"lora", "diffusion-dpo", "text-to-image"} <= set(found["tags"])
+
+
+def test_front_matter_names_no_local_paths(runs):
+    run = runs["lora-gpu"]
+    settings = {**run.settings, "model": {"model": "/home/me/sd15"}, "data": {"data": "pairs/*.parquet"}}
+    assert {"base_model", "datasets"}.isdisjoint(front_matter(model_card(run._replace(settings=settings))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_has_a_card(runs, kind):
+    card = model_card(runs[kind])
+    assert front_matter(card)["pipeline_tag"] == "text-to-image" and "## Training" in card and "None |" not in card
+
+
+def test_what_a_reader_needs(runs):
+    card = model_card(runs["good"])
+    for part in (
+        "| beta | 2000 |",
+        "| learning rate | 1e-05 |",
+        "held-out preference accuracy | 0.633 (95 %",
+        "It worked",
+        "2311.12908",
+    ):
+        assert part in card
+    assert "gamma" not in card and "| sft weight |" not in card and "| seed | 0 |" in card
+    assert "![" in card and "samples/step-00000060.png" in card and "from_pretrained" in card and "load_lora_weights" not in card
+    assert "2411.14871" in model_card(runs["dde"]) and "2311.12908" not in model_card(runs["sft"])
+    assert 'load_lora_weights("' in model_card(runs["lora-gpu"])
+
+
+def test_an_interrupted_run_says_so(runs):
+    assert "interrupted after 6 of 60 updates" in model_card(runs["early"])
+
+
+def test_user_text_cannot_break_out(runs):
+    run = runs["good"]
+    evil = 'x"\n---\ntags: [evil]\n<script>alert(1)</script> | `rm`'
+    settings = {**run.settings, "model": {"model": evil}, "data": {"data": evil}}
+    summary = {**run.summary, "data": {"<script>": "a|b"}, "device": "<img src=x>"}
+    card = model_card(run._replace(settings=settings, summary=summary))
+    assert "evil" not in front_matter(card)["tags"]
+    outside = card.replace("`" + " ".join(evil.split()).replace("`", "'") + "`", "")
+    assert "<script>" not in outside and "<img" not in card and "a\\|b" in card
+
+
+def test_the_card_lies_in_the_run_folder(runs, tmp_path):
+    shutil.copytree(runs["good"].folder, tmp_path / "run")
+    path = write_model_card(tmp_path / "run")
+    assert (
+        path.parent == tmp_path / "run"
+        and path.name == "README.md"
+        and path.read_text(encoding="utf-8") == model_card(runs["good"])
+    )

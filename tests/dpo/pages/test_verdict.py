@@ -1,0 +1,131 @@
+"""dpo.verdict: each kind of run gets the judgement and the warnings that a person should read."""
+
+import pytest
+
+from dpo.pages.verdict import held_out, verdict, warnings, win_rate
+from tests.help.fake_run import KINDS, run_of
+
+
+@pytest.fixture
+def runs():
+    return {kind: run_of(kind) for kind in KINDS}
+
+
+def titles(run):
+    return [warning.title for warning in warnings(run)]
+
+
+def with_late(run, **figures):
+    """The run with these figures in every update."""
+    return run._replace(updates=[{**update, **figures} for update in run.updates])
+
+
+def with_held_out(run, share, pairs):
+    return run._replace(events=[{"event": "validation", "step": 60, "heldout_accuracy": share, "heldout_pairs": pairs}])
+
+
+def with_setting(run, group, **values):
+    return run._replace(settings={**run.settings, group: {**run.settings[group], **values}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "headline"),
+    [
+        ("good", "good", "It worked"),
+        ("dde", "good", "It worked"),
+        ("lora-gpu", "good", "It worked"),
+        ("early", "early", "Too early"),
+        ("failed", "poor", "stopped with an error"),
+        ("sft", "early", "not measured"),
+        ("over", "mixed", "at a price: faithfulness fell from 99% to 62%"),
+        ("flat", "poor", "No effect can be shown"),
+    ],
+)
+def test_verdicts(runs, kind, level, headline):
+    found = verdict(runs[kind])
+    assert found.level == level and headline in found.headline
+
+
+def test_a_good_run_gives_no_warning(runs):
+    assert titles(runs["good"]) == [] and titles(runs["lora-gpu"]) == []
+
+
+def test_the_sentences_carry_the_figures(runs):
+    text = " ".join(verdict(runs["good"]).sentences)
+    assert "256 pairs" in text and "63% (57% to 69%)" in text and "82% of 208 cases" in text and "97% of the images" in text
+
+
+def test_evidence_is_the_last_measurement(runs):
+    assert held_out(runs["good"]).share == pytest.approx(0.633, abs=0.001)
+    assert win_rate(runs["good"]).low > 0.75 and win_rate(runs["lora-gpu"]) is None
+
+
+def test_moving_the_wrong_way_is_said(runs):
+    run = with_held_out(runs["good"], 0.35, 256)
+    assert verdict(run).level == "poor" and "away from the preferred" in verdict(run).headline
+
+
+def test_held_out_near_one_half_is_no_success(runs):
+    run = with_held_out(runs["lora-gpu"], 0.53, 256)
+    assert verdict(run).level == "poor" and "includes one half" in verdict(run).sentences[-1]
+
+
+def test_training_accuracy_alone_is_not_success(runs):
+    run = with_late(runs["lora-gpu"]._replace(events=[]), implicit_accuracy=0.9)
+    assert verdict(run).level == "mixed" and "--validation-data" in verdict(run).sentences[-1]
+    assert verdict(with_late(run, implicit_accuracy=0.51)).level == "poor"
+
+
+@pytest.mark.parametrize(("lora", "rate", "said"), [
+    (False, 2.048e-8, "far too small"), (False, 1e-3, "far too large"), (True, 2e-2, "far too large"),
+    (True, 1e-8, "far too small"), (False, 2e-5, None), (True, 1e-3, None),
+])  # fmt: skip
+def test_learning_rate_far_off(runs, lora, rate, said):
+    run = with_setting(with_setting(runs["good"], "optim", learning_rate=rate), "lora", lora=lora)
+    assert [title.partition(" is ")[2] for title in titles(run)] == ([said] if said else [])
+
+
+def test_saturation(runs):
+    assert titles(with_late(runs["good"], gradient_factor=0.01)) == ["The loss is saturated"]
+
+
+def test_both_errors_rising_and_when_it_is_grave(runs):
+    scale = {"reference_win_error": 0.1}
+    mild = with_late(runs["good"], win_error_vs_reference=0.003, lose_error_vs_reference=0.004, **scale)
+    grave = with_late(runs["good"], win_error_vs_reference=0.02, lose_error_vs_reference=0.03, **scale)
+    assert titles(mild) == titles(grave) == ["Both errors rise"]
+    assert [warnings(run)[0].grave for run in (mild, grave)] == [False, True]
+    assert verdict(grave).level == "mixed" and "both errors rise" in verdict(grave).headline
+    assert titles(with_late(runs["good"], win_error_vs_reference=-0.003, lose_error_vs_reference=0.02, **scale)) == []
+
+
+def test_remembering(runs):
+    run = with_held_out(with_late(runs["good"], implicit_accuracy=0.97), 0.6, 256)
+    assert titles(run) == ["It remembers rather than learns"]
+
+
+def test_nothing_moved(runs):
+    assert titles(runs["flat"]) == ["The learning rate 2.05e-08 is far too small", "The model has hardly moved"]
+
+
+def test_gradient_spike(runs):
+    updates = [{**update, "grad_norm": 5.0 if update["step"] == 50 else 0.02} for update in runs["good"].updates]
+    assert titles(runs["good"]._replace(updates=updates)) == ["The gradient jumped to 250 times its usual size at update 50"]
+
+
+def test_few_pairs_few_held_out_and_ties(runs):
+    run = runs["good"]._replace(summary={**runs["good"].summary, "data": {"usable": 40}})
+    assert "Only 40 training pairs" in titles(with_held_out(run, 0.7, 50)) and "Only 50 held-out pairs" in titles(
+        with_held_out(run, 0.7, 50)
+    )
+    assert titles(with_late(runs["good"], tied_pairs=16)) == ["50% of the pairs were ties"]
+
+
+def test_a_loss_that_was_no_number_comes_first(runs):
+    assert titles(runs["failed"])[0] == "The loss was not a number at update 30"
+
+
+def test_warnings_of_the_run_itself_are_kept(runs):
+    said = ["xformers is missing", "learning rate 1 is judged elsewhere", "no held-out pairs"]
+    (found,) = warnings(runs["good"]._replace(summary={**runs["good"].summary, "warnings": said}))
+    assert found.text == "Xformers is missing. No held-out pairs."

@@ -1,0 +1,233 @@
+"""The command line: every setting as a flag, starting points, help, and mistakes told in one line."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.settings.advice import headline, warnings
+from dpo.settings.compat import FOREIGN
+from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
+from dpo.settings.flags import help_of, help_text, load_preset, parse, presets, shown
+from dpo.settings.resolve import resolve
+from tests.dpo.settings.test_config import PAIRED, altered
+
+BASE = ["--model", "m", "--data", "d"]
+
+
+def as_flags(name, value, spelling=None):
+    """One setting as words of a command line."""
+    flag = "--" + (spelling or name.replace("_", "-"))
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, *(str(item) for item in (value if isinstance(value, tuple) else (value,)))]
+
+
+@pytest.mark.parametrize("name", list(specs()))
+def test_every_setting_is_a_flag_in_both_spellings_and_under_its_aliases(name):
+    cfg, values = altered(name)
+    for spelling in {name, name.replace("_", "-"), *specs()[name].meta["aliases"]}:
+        words = [word for other, value in (PAIRED | values).items() if other != name for word in as_flags(other, value)]
+        parsed, _ = parse([*words, *as_flags(name, values[name], spelling)])
+        assert parsed == change(cfg, **PAIRED) if name not in PAIRED else parsed == cfg
+
+
+def test_a_setting_can_be_unset_and_flags_beat_files(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(to_toml(from_mapping({**PAIRED, "beta": 7.0, "steps": 5, "flip": True})))
+    cfg, notes = parse(["--config", str(path), "--beta", "none", "--no-flip", "--steps=1e3", "--sample-prompts", "none"])
+    assert (cfg.method.beta, cfg.data.flip, cfg.optim.steps, cfg.model.model) == (None, False, 1000, "m")
+    assert notes == []
+
+
+def test_a_negative_number_is_a_value():
+    assert parse([*BASE, "--workers", "-1"])[0].data.workers == -1
+
+
+def test_bools_take_a_value_after_an_equals_sign():
+    assert parse([*BASE, "--flip=true"])[0].data.flip is True
+    assert parse([*BASE, "--tensorboard=yes", "--tensorboard=no"])[0].output.tensorboard is False
+    with pytest.raises(UserError, match="true or false"):
+        parse([*BASE, "--flip=perhaps"])
+
+
+def test_nothing_at_all_is_the_embedded_world():
+    cfg, notes = parse([])
+    assert cfg == from_mapping(load_preset("tiny")) and notes == []
+    assert cfg.model.model is None and cfg.data.data is None
+    assert parse(["--steps", "3"])[0] == change(cfg, steps=3)
+    assert parse(BASE)[0] == change(Config(), **PAIRED)
+
+
+def test_resume_and_overwrite_beat_each_other_in_a_preset():
+    assert parse([])[0].output.overwrite
+    cfg, _ = parse(["--resume", "latest"])
+    assert cfg.output.resume == "latest" and not cfg.output.overwrite
+    assert parse([*BASE, "--compat", "sf", "--overwrite"])[0].output.resume is None
+
+
+def test_a_preset_or_file_replaces_what_is_in_its_own_folder_only(tmp_path):
+    assert parse(["--preset", "tiny"])[0].output.overwrite
+    assert not parse(["--preset", "tiny", "--output", str(tmp_path)])[0].output.overwrite
+    assert parse(["--preset", "tiny", "--output", str(tmp_path), "--overwrite"])[0].output.overwrite
+    (tmp_path / "config.toml").write_text(to_toml(change(parse([])[0], output=str(tmp_path))))
+    assert parse(["--config", str(tmp_path / "config.toml")])[0].output.overwrite
+    assert not parse(["--config", str(tmp_path / "config.toml"), "--output", "elsewhere"])[0].output.overwrite
+
+
+def test_a_resumed_run_brings_its_settings(tmp_path):
+    saved = from_mapping({**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10})
+    (tmp_path / "config.toml").write_text(to_toml(saved))
+    for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
+        cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
+        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
+        assert len(notes) == 1 and "config.toml" in notes[0]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.toml").write_text("steps = = 3")
+    with pytest.raises(UserError, match=r"^settings of the run to continue, .*broken/config.toml: not TOML"):
+        parse(["--output", str(tmp_path / "broken"), "--resume", "latest"])
+    whole, notes = parse([*BASE, "--output", str(tmp_path), "--resume", "latest"])
+    assert whole.method.beta is None and notes == [], "a whole command line is taken as it stands"
+    for flags in (["--output", str(tmp_path / "new"), "--resume", "latest"], ["--resume", str(tmp_path / "a" / "b" / "new")]):
+        with pytest.raises(UserError, match="new holds no run; correct the folder"):
+            parse(flags)
+    assert parse([*BASE, "--output", str(tmp_path / "new"), "--resume", "latest"])[0].output.resume == "latest"
+
+
+def test_the_families_are_those_of_the_registry():
+    from dpo.models.family import families
+
+    assert specs()["family"].meta["choices"] == ("auto", *families())
+
+
+def test_every_preset_parses_resolves_and_trains():
+    assert {
+        "sd15",
+        "sd15-lora",
+        "sd15-dde",
+        "sd15-sft",
+        "sd21",
+        "sdxl",
+        "sdxl-lora",
+        "sdxl-dde",
+        "sdxl-turbo",
+        "smoke",
+        "tiny",
+    } == set(presets())
+    for name, title in presets().items():
+        cfg, notes = parse(["--preset", name])
+        assert notes == [] and warnings(cfg) == [] and title.endswith("?" if name == "smoke" else ".")
+        assert (cfg.model.model is None) == (name in ("smoke", "tiny"))
+        decided, _ = resolve(
+            cfg, family="sdxl" if "sdxl" in name else "sd", prediction_type="epsilon", device="cpu", turbo="turbo" in name
+        )
+        assert "pairs an update" in headline(decided) and warnings(decided) == []
+        published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
+        assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
+
+
+def test_print_config_shows_the_result_and_exits(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--preset", "sdxl", "--steps", "9", "--rank", "3", "--print-config"])
+    shown_text = capsys.readouterr().out
+    assert caught.value.code == 0 and "# --rank" in shown_text
+    assert from_mapping(tomllib.loads(shown_text)) == parse(["--preset", "sdxl", "--steps", "9", "--rank", "3"])[0]
+
+
+def test_help_has_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and text == help_text()
+    flat = " ".join(text.split())
+    for spec in specs().values():
+        assert f" {spec.flag}" in text
+        assert " ".join(help_of(spec).replace("%%", "%").split()) in flat
+        assert f"(default: {shown(spec.default)})" in help_of(spec)
+        assert f"[{spec.meta['unit']}]" in help_of(spec) or not spec.meta["unit"]
+    assert not any(f"--{name.replace('_', '-')} " in text for name in FOREIGN)
+    assert all(name in flat for name in presets())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lerning-rate", "1"], "did you mean --learning-rate?"),
+        (["--lerning_rate=1"], "--lerning-rate: did you mean --learning-rate?"),
+        (["--zzzz"], "--help lists them all"),
+        (["--gradient_checkpoint"], "--gradient-checkpointing"),
+        (["hello"], "unexpected 'hello'"),
+        (["--steps"], "expected one argument"),
+        (["--steps", "soon"], "steps = soon: expected a whole number (updates) at least 1 or none"),
+        (["--steps", "-3"], "at least 1"),
+        (["--step", "3"], "--steps"),
+        (["--preset", "sd14"], "expected one of sd15, "),
+        (["--preset", "sd15", "--config", "x.toml"], "give one"),
+        (["--config", "/no/such.toml"], "No such file"),
+        (["--compat", "kohya"], "hf-sd15, hf-sdxl, sf"),
+        (["--model", "m"], "--data"),
+        (["--data", "d"], "--model"),
+        ([*BASE, "--loss", "cpo"], "sigmoid, hinge, ipo"),
+    ],
+)
+def test_mistakes_are_one_line(argv, words):
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_config_files_are_told(tmp_path):
+    for text, words in (
+        ("a = ", "not TOML"),
+        ("[optim]\nstep = 3", "did you mean steps?"),
+        ("train_batch_size = 3", "batch_size"),
+    ):
+        path = tmp_path / "bad.toml"
+        path.write_text(text)
+        with pytest.raises(UserError, match=words.replace("?", r"\?")):
+            parse(["--config", str(path)])
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not TOML"):
+        parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "why"),
+    [
+        (["--rho", "0.5"], "--rho", "method dpo"),
+        (["--weight-cap", "5"], "--weight-cap", "method dpo"),
+        (["--gamma", "0.9", "--method", "dde"], "--gamma", "method dde"),
+        (["--beta", "5", "--method", "sft"], "--beta", "method sft"),
+        (["--alpha", "5"], "--alpha", "--lora"),
+        (["--eps", "1e-6", "--optimizer", "adafactor"], "--eps", "adafactor"),
+        (["--steps", "5", "--epochs", "1"], "--epochs", "--steps"),
+        (["--hub-id", "a/b"], "--hub-id", "--push-to-hub"),
+    ],
+)
+def test_flags_without_effect_are_said(flags, name, why):
+    _, notes = parse([*BASE, *flags])
+    assert len(notes) == 1 and name in notes[0] and "no effect" in notes[0] and why in notes[0]
+
+
+def test_flags_with_effect_are_not_remarked_upon():
+    flags = [
+        "--method",
+        "dde",
+        "--rho",
+        "0.9",
+        "--weight-cap",
+        "100",
+        "--lora",
+        "--rank",
+        "4",
+        "--push-to-hub",
+        "--hub-id",
+        "a/b",
+    ]
+    assert parse([*BASE, *flags])[1] == []
+
+
+def test_presets_name_only_settings_that_differ_or_matter():
+    for entry in Path(__file__).parents[3].joinpath("dpo", "settings", "presets").glob("*.toml"):
+        assert set(flatten(from_mapping(tomllib.loads(entry.read_text())))) == set(specs())

@@ -1,0 +1,175 @@
+"""dpo.metrics: what is counted, what is not, and that the cut into micro-batches is invisible."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.common.stats import share_interval
+from dpo.objective import pair_terms
+from dpo.pages.figures import DECILES
+from dpo.training.metrics import StepMetrics, summarise, table_by_decile
+
+
+def step(count=64, seed=0, dtype=torch.float32):
+    """Errors [4, B], timesteps, prob, usable of one made-up step."""
+    generator = torch.Generator().manual_seed(seed)
+    errors = 0.1 + 0.01 * torch.rand(4, count, generator=generator, dtype=torch.float64)
+    timesteps = torch.randint(0, 1000, (count,), generator=generator)
+    usable = (torch.rand(count, generator=generator) > 0.2).to(dtype)
+    return errors.to(dtype), timesteps, torch.ones(count, dtype=dtype), usable
+
+
+def terms_of(errors, timesteps, prob, beta=2000.0):
+    weight, correction = torch.ones(1000, dtype=torch.float64), torch.zeros(1000, dtype=torch.float64)
+    return pair_terms(errors, timesteps, prob, weight, correction, beta)
+
+
+def figures_of(errors, timesteps, prob, usable, split):
+    metrics = StepMetrics()
+    for e, t, p, u in zip(errors.split(split, 1), timesteps.split(split), prob.split(split), usable.split(split)):
+        metrics.add(terms_of(e, t, p), t, p, u)
+    return metrics.read()
+
+
+def test_figures_are_those_of_the_definition():
+    errors, t, prob, usable = step(dtype=torch.float64)
+    figures = figures_of(errors, t, prob, usable, 64)
+    kept = usable.bool()
+    pw, pl, rw, rl = errors[:, kept].numpy()
+    d = (pw - rw) - (pl - rl)
+    z = -1000.0 * d
+    assert figures["pairs"] == int(kept.sum()) < 64
+    assert figures["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-z))), rel=1e-12)
+    assert figures["implicit_accuracy"] == pytest.approx(np.mean(d < 0))
+    assert figures["margin_mean"] == pytest.approx(z.mean())
+    assert [figures[f"margin_p{q}"] for q in (10, 50, 90)] == pytest.approx(list(np.percentile(z, (10, 50, 90))))
+    assert figures["gradient_factor"] == pytest.approx(np.mean(1 / (1 + np.exp(z))))
+    assert figures["win_error_vs_reference"] == pytest.approx((pw - rw).mean())
+    assert figures["lose_error_vs_reference"] == pytest.approx((pl - rl).mean())
+    assert figures["reference_lose_error"] == pytest.approx(rl.mean())
+    deciles = t[kept].numpy() // 100
+    for index in range(DECILES):
+        inside = deciles == index
+        assert figures["pairs_by_decile"][index] == inside.sum()
+        assert figures["accuracy_by_decile"][index] == pytest.approx((d[inside] < 0).mean())
+        assert figures["margin_by_decile"][index] == pytest.approx(z[inside].mean())
+
+
+@pytest.mark.parametrize("split", [1, 7, 16, 64])
+def test_cut_into_micro_batches_changes_nothing(split):
+    data = step()
+    assert figures_of(*data, split) == figures_of(*data, 64)
+
+
+def test_holes_count_nowhere_even_when_they_hold_nan():
+    errors, t, prob, usable = step()
+    spoiled = errors.clone()
+    spoiled[:, usable == 0] = math.nan
+    assert figures_of(spoiled, t, prob, usable, 8) == figures_of(errors, t, prob, usable, 8)
+
+
+def test_step_zero_reads_ln2_half_and_zero():
+    errors, t, prob, usable = step()
+    errors = errors[:2].repeat(2, 1)
+    figures = figures_of(errors, t, prob, usable, 16)
+    assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert figures["implicit_accuracy"] == 0.5 and figures["margin_mean"] == 0.0 and figures["gradient_factor"] == 0.5
+    assert figures["win_error_vs_reference"] == 0.0 == figures["margin_p90"]
+
+
+def test_empty_decile_and_empty_step_are_none():
+    errors, _, prob, usable = step()
+    t = torch.full((64,), 999)
+    figures = figures_of(errors, t, prob, usable, 64)
+    assert figures["accuracy_by_decile"][:9] == [None] * 9 and figures["accuracy_by_decile"][9] is not None
+    empty = figures_of(errors, t, prob, torch.zeros_like(usable), 64)
+    assert empty["pairs"] == 0 and empty["loss"] is None and empty["margin_p50"] is None
+    json.dumps(empty, allow_nan=False)
+
+
+def test_method_without_reference_has_no_margin():
+    errors, t, prob, usable = step()
+    errors[2:] = math.nan
+    figures = figures_of(errors, t, prob, usable, 64)
+    assert figures["margin_mean"] is None and figures["win_error_vs_reference"] is None
+    assert figures["policy_win_error"] == pytest.approx(errors[0][usable > 0].double().mean().item())
+
+
+def test_extreme_margins_do_not_overflow():
+    errors, t, prob, usable = step()
+    metrics = StepMetrics()
+    metrics.add(terms_of(errors, t, prob, beta=1e12), t, prob, usable)
+    with np.errstate(over="raise", invalid="raise"):
+        assert 0 < metrics.read()["gradient_factor"] < 1
+
+
+def test_ties_are_counted():
+    errors, t, prob, _ = step()
+    prob[:10] = 0.5
+    assert figures_of(errors, t, prob, torch.ones(64), 16)["tied_pairs"] == 10
+
+
+def test_scalars_and_tables_travel_along():
+    errors, t, prob, usable = step()
+    metrics = StepMetrics()
+    metrics.add(terms_of(errors, t, prob), t, prob, usable)
+    figures = metrics.read({"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)})
+    assert figures["grad_norm"] == 2.5
+    assert figures["table_by_decile"] == pytest.approx([49.5 + 100 * i for i in range(10)])
+    assert figures["correction_by_decile"] == [0.0] * 10
+
+
+def test_one_transfer_a_step_and_none_in_a_micro_batch(monkeypatch):
+    calls = []
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def record(self, *args, original=original, name=name, **kwargs):
+            calls.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, record)
+    errors, t, prob, usable = step()
+    terms = terms_of(errors, t, prob)
+    metrics = StepMetrics()
+    calls.clear()
+    metrics.add(terms, t, prob, usable)
+    metrics.add(terms, t, prob, usable)
+    assert calls == []
+    metrics.read({"grad_norm": torch.tensor(1.0)})
+    assert calls.count("cpu") == 1
+
+
+def test_rows_of_two_processes_concatenate():
+    errors, t, prob, usable = step()
+    halves = []
+    for part in (slice(0, 32), slice(32, 64)):
+        metrics = StepMetrics()
+        metrics.add(terms_of(errors[:, part], t[part], prob[part]), t[part], prob[part], usable[part])
+        halves.append(metrics.take())
+    assert summarise(torch.cat(halves, 1)) == figures_of(errors, t, prob, usable, 64)
+
+
+def test_no_gradient_graph_is_kept():
+    errors, t, prob, usable = step()
+    metrics = StepMetrics()
+    metrics.add(terms_of(errors.requires_grad_(), t, prob), t, prob, usable)
+    assert not metrics.take().requires_grad
+
+
+def test_table_of_a_short_chain():
+    assert table_by_decile(torch.arange(4.0))[-1] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"), [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
+)
+def test_share_interval_is_wilsons(successes, count, low, high):
+    assert share_interval(successes, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_share_interval_of_nothing_says_nothing():
+    assert share_interval(0, 0) == (0.0, 1.0)

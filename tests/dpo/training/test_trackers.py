@@ -1,0 +1,148 @@
+"""dpo.training.trackers: metrics.jsonl survives kills and resumes; what is missing costs one warning."""
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+
+from dpo.pages.folder import METRICS_FILE, read_records
+from dpo.training.trackers import open_trackers
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="dpo")
+    return caplog
+
+
+def run(folder, steps, **settings):
+    trackers = open_trackers(folder, **settings)
+    for step in steps:
+        trackers.log(step, {"loss": 0.5 + step})
+    trackers.close()
+
+
+def steps_in(folder):
+    return [record["step"] for record in read_records(folder / METRICS_FILE)]
+
+
+def test_every_line_is_on_disk_before_close(tmp_path):
+    trackers = open_trackers(tmp_path)
+    trackers.log(1, {"loss": 0.6, "deciles": [0.1, None]})
+    trackers.event({"event": "validation", "step": 1, "heldout_accuracy": 0.6})
+    lines = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.6, "deciles": [0.1, None]},
+        {"event": "validation", "step": 1, "heldout_accuracy": 0.6},
+    ]
+    trackers.close()
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    trackers = open_trackers(tmp_path)
+    trackers.log(1, {"loss": float("nan"), "deciles": [float("inf"), 1.0], "path": tmp_path})
+    trackers.close()
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": None,
+        "deciles": [None, 1.0],
+        "path": str(tmp_path),
+    }
+
+
+def test_resume_drops_what_lies_after_the_checkpoint(tmp_path):
+    run(tmp_path, range(1, 11))
+    run(tmp_path, range(7, 9), resume_step=6)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_resume_mends_a_torn_last_line(tmp_path):
+    run(tmp_path, range(1, 4))
+    with (tmp_path / METRICS_FILE).open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    assert steps_in(tmp_path) == [1, 2, 3]
+    run(tmp_path, [4], resume_step=3)
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    assert (tmp_path / METRICS_FILE).read_text().endswith("}\n")
+
+
+def test_resume_keeps_events_of_the_kept_stretch(tmp_path):
+    trackers = open_trackers(tmp_path)
+    trackers.event({"event": "start"})
+    for step in (1, 2):
+        trackers.event({"event": "validation", "step": step})
+    trackers.close()
+    run(tmp_path, [], resume_step=1)
+    assert read_records(tmp_path / METRICS_FILE) == [{"event": "start"}, {"event": "validation", "step": 1}]
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+def test_new_run_begins_anew(tmp_path):
+    run(tmp_path, range(1, 4))
+    run(tmp_path, [1])
+    assert steps_in(tmp_path) == [1]
+
+
+def test_missing_file_is_no_records(tmp_path):
+    assert read_records(tmp_path / METRICS_FILE) == []
+    run(tmp_path, [1], resume_step=0)
+    assert steps_in(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_missing_tracker_is_one_warning(tmp_path, monkeypatch, heard, name):
+    module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    run(tmp_path, [1, 2], **{name: True})
+    assert steps_in(tmp_path) == [1, 2]
+    assert [record.levelname for record in heard.records] == ["WARNING"]
+    assert "not available" in heard.text
+
+
+def test_tensorboard_gets_scalars_and_lists(tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator as events
+
+    trackers = open_trackers(tmp_path, tensorboard=True)
+    trackers.log(3, {"loss": 0.25, "accuracy_by_decile": [0.5, None], "note": "x"})
+    trackers.event({"event": "validation", "step": 3, "heldout_accuracy": 0.75})
+    trackers.close()
+    read = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(read.Tags()["scalars"]) == {"loss", "accuracy_by_decile/0", "validation/heldout_accuracy"}
+    (scalar,) = read.Scalars("validation/heldout_accuracy")
+    assert (scalar.step, scalar.value) == (3, 0.75)
+
+
+def fake_wandb(monkeypatch, calls, fail=None):
+    def init(**settings):
+        if fail:
+            raise fail
+        calls.append(("init", settings))
+        return types.SimpleNamespace(
+            log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+
+
+def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    settings = {"wandb": True, "project": "p", "run_name": "r", "config": {"beta": 2000}}
+    run(tmp_path, [1], **settings)
+    run(tmp_path, [2], resume_step=1, **settings)
+    run(tmp_path, [1], **settings)
+    first, second, anew = (call[1] for call in calls if call[0] == "init")
+    assert first["id"] == second["id"] != anew["id"]
+    assert first["config"] == {"beta": 2000} and first["project"] == "p" and first["name"] == "r"
+    assert ("log", 2, {"loss": 2.5}) in calls and calls[-1] == ("finish",)
+
+
+def test_wandb_that_fails_to_start_is_one_warning(tmp_path, monkeypatch, heard):
+    fake_wandb(monkeypatch, [], fail=RuntimeError("no API key"))
+    run(tmp_path, [1], wandb=True)
+    assert steps_in(tmp_path) == [1]
+    assert len(heard.records) == 1 and "no API key" in heard.text

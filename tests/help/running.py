@@ -1,0 +1,47 @@
+"""Runs in the test's own process: the trainer without its command line's process."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from dpo.settings.flags import parse
+from dpo.train import train_step
+from dpo.training import build, checkpoint
+from dpo.training.run import Run
+
+QUIET = ["--workers", "0", "--validate-every", "0", "--checkpoint-every", "0"]
+
+
+def make_run(model: str, pairs: str, output: Path, *flags: str) -> Run:
+    """A run that is ready for its first update (or, with --resume, for its next)."""
+    config, notes = parse(["--model", model, "--data", pairs, "--output", str(output), *QUIET, *flags])
+    return build.build(config, notes)
+
+
+def advance(run: Run, updates: int) -> list[dict]:
+    """`updates` updates; the figures of each."""
+    batches = run.batches()
+    figures = []
+    for _ in range(updates):
+        figures.append(train_step(run, itertools.islice(batches, run.config.optim.accumulation)))
+        run.done += 1
+        run.position += run.nominal
+    batches.close()
+    return figures
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Copies of the trained parameters by name."""
+    return {name: p.detach().clone() for name, p in zip(run.updater.names, run.updater.parameters, strict=True)}
+
+
+def everything(run: Run) -> dict[str, torch.Tensor]:
+    """Trained parameters, optimizer states, averaged weights and DDE's table, by name."""
+    state = {f"policy.{name}": value for name, value in weights(run).items()}
+    tensors, _ = checkpoint.pack(run.updater.optimizer.state_dict())
+    state |= {f"optimizer.{name}": value.clone() for name, value in tensors.items()}
+    state |= {f"ema.{name}": value for name, value in zip(run.updater.names, run.updater.ema)}
+    return state | {"table": run.table.table.clone()}

@@ -1,0 +1,122 @@
+"""Invariants: randomness is keyed, so the cut into micro-batches and the workers do not matter; nothing waits for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo.common.errors import UserError
+from tests.help.running import advance, make_run, weights
+
+CUTS = [(8, 1, 0), (4, 2, 0), (1, 8, 0), (4, 2, 2)]
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), ("fp32", 2e-5)])
+@pytest.mark.parametrize("method", ["dde"])
+def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, method, precision, tolerance):
+    results = []
+    for batch, accumulation, workers in CUTS:
+        flags = ["--batch-size", str(batch), "--accumulation", str(accumulation), "--workers", str(workers)]
+        # a learning rate at which Adam's first, sign-like updates do not blow summation order up
+        flags += [
+            "--precision",
+            precision,
+            "--method",
+            method,
+            "--learning-rate",
+            "1e-4",
+            "--eps",
+            "1e-4",
+            "--flip",
+            "--crop",
+            "random",
+        ]
+        run = make_run(world("sd15"), world("pairs"), tmp_path / f"{batch}-{workers}", *flags)
+        advance(run, 3)
+        results.append((weights(run), run.table.table.clone()))
+    (expected, table), *others = results
+    for found, other_table in others:
+        assert max((found[name] - expected[name]).abs().max().item() for name in expected) < tolerance
+        assert torch.allclose(other_table, table, atol=tolerance)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts operations that bring a value of the device to the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.NAMES:
+            self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind, flags", [("sd15", ["--method", "dde"]), ("sdxl", ["--lora"]), ("sd2v", ["--method", "sft"])])
+def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, kind, flags):
+    run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2", *flags)
+    batch = next(run.batches())
+    calls = []
+    for name in ("cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "item"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
+    inputs = run.encoder.inputs(batch)
+    calls.clear()  # tokenizers build Python lists: that is host work before the device has any
+    with Synchronisations() as watch:
+        terms, timesteps = run.step(inputs, run.correction())
+        run.updater.scaled(terms.loss.sum() / run.nominal).backward()
+        run.table.gather(terms.table_sum, terms.table_count)
+        run.metrics.add(terms, timesteps, inputs.prob, inputs.usable)
+    assert watch.seen == [] and calls == []
+    monkeypatch.undo()
+    with Synchronisations() as watch:
+        terms.loss.sum().item()
+    assert watch.seen == ["_local_scalar_dense"]
+
+
+def test_holes_count_nowhere(world, tmp_path):
+    """A batch with holes gives the update of the same pairs without them."""
+    run = make_run(world("sd15"), world("pairs"), tmp_path / "a", "--batch-size", "4", "--precision", "fp64", "--method", "dde")
+    whole = next(run.batches())
+    whole.usable[2] = 0.0
+    from dpo.train import train_step
+
+    figures = train_step(run, [whole])
+    assert figures["pairs"] == 3
+    other = make_run(world("sd15"), world("pairs"), tmp_path / "b", "--batch-size", "4", "--precision", "fp64", "--method", "dde")
+    keep = torch.tensor([0, 1, 3])
+    both = torch.cat([keep, keep + 4])
+    batch = next(other.batches())
+    for name in ("keys", "draws", "prob", "usable"):
+        setattr(batch, name, getattr(batch, name)[keep])
+    batch.pixels, batch.micro = batch.pixels[both], batch.micro[both]
+    batch.captions = [batch.captions[i] for i in keep]
+    train_step(other, [batch])
+    found, expected = weights(run), weights(other)
+    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-12
+    assert torch.allclose(run.table.table, other.table.table, atol=1e-14)
+
+
+def test_sft_sees_the_winners_only(world, tmp_path):
+    """Its gradient is that of the winners' mean error, and the losers cost nothing."""
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--method", "sft", "--precision", "fp64")
+    inputs = run.encoder.inputs(next(run.batches()))
+    rows = []
+    unet = run.step.policy
+    run.step.policy = lambda x_t, *args, **kwargs: (rows.append(len(x_t)), unet(x_t, *args, **kwargs))[1]
+    terms, _ = run.step(inputs, run.correction())
+    assert rows == [3]
+    assert torch.equal(terms.loss, terms.errors[0]) and terms.loss.isfinite().all()
+    terms.loss.sum().backward()
+    assert all(p.grad.isfinite().all() for p in run.updater.parameters)
+    run.step.wins_only = False
+    run.step.policy = unet
+    assert torch.allclose(run.step(inputs, run.correction())[0].loss, terms.loss, rtol=1e-12)
+
+
+def test_several_processes_are_refused_in_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes"):
+        make_run(world("sd15"), world("pairs"), tmp_path)

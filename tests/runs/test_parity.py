@@ -1,0 +1,128 @@
+"""Five updates equal those of a loop written out here in plain eager torch: no kernels, no fused batch, no keyed loader."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from csrc_triton.philox import Stream, integers, normal
+from tests.help.running import advance, make_run, weights
+
+UPDATES, PAIRS, SEED, BETA, RATE = 5, 4, 7, 2000.0, 1e-4
+
+
+class Plain:
+    """The model of a folder, and Diffusion-DPO on it as one would write it down from the paper."""
+
+    def __init__(self, folder: str, sdxl: bool):
+        options = {"torch_dtype": torch.float64}
+        self.policy = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+        self.reference = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options).requires_grad_(False)
+        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
+        self.schedule = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.tokenizers = [CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")]
+        self.encoders = [CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float64)]
+        if sdxl:
+            self.tokenizers.append(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"))
+            second = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2", dtype=torch.float64)
+            self.encoders.append(second)
+        self.sdxl = sdxl
+
+    @torch.no_grad()
+    def text(self, caption: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        found = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders):
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            found.append(encoder(ids, output_hidden_states=True))
+        if not self.sdxl:
+            return found[0].last_hidden_state, None
+        return torch.cat([out.hidden_states[-2] for out in found], dim=-1), found[1].text_embeds
+
+    def error(self, unet, pixels, caption, micro, t, noise, posterior_noise) -> torch.Tensor:
+        """Mean squared error of one image."""
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels[None].double() / 127.5 - 1).latent_dist
+            latents = (posterior.mean + posterior.std * posterior_noise) * self.vae.config.scaling_factor
+        abar = self.schedule.alphas_cumprod.double()[t]
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        hidden, pooled = self.text(caption)
+        added = {"text_embeds": pooled, "time_ids": micro[None].double()} if self.sdxl else None
+        prediction = unet(noisy, t[None], hidden, added_cond_kwargs=added).sample
+        v = self.schedule.config.prediction_type == "v_prediction"
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents if v else noise
+        return F.mse_loss(prediction, target)
+
+    def pair_loss(self, batch, i, reference_error) -> torch.Tensor:
+        key, draw = batch.keys[i : i + 1], batch.draws[i : i + 1]
+        side = batch.pixels.shape[-1] // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shape = (4, side, side)
+        t = integers(key, draw, Stream.TIMESTEP, SEED, 0, 1000)[0]
+        noise = normal(key, draw, Stream.NOISE, SEED, shape, torch.float64)
+        errors = {}
+        for half, stream in ((0, Stream.VAE_WIN), (1, Stream.VAE_LOSE)):
+            row = i + half * len(batch)
+            extra = normal(key, draw, stream, SEED, shape, torch.float64)
+            arguments = (batch.pixels[row], batch.captions[i], batch.micro[row], t, noise, extra)
+            errors["policy", half] = self.error(self.policy, *arguments)
+            errors["reference", half] = reference_error(*arguments)
+        win = errors["policy", 0] - errors["reference", 0]
+        lose = errors["policy", 1] - errors["reference", 1]
+        return -F.logsigmoid(-BETA / 2 * (win - lose))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
+@pytest.mark.parametrize("low_rank", [False, True], ids=["full", "lora"])
+def test_five_updates_equal_a_plain_loop(world, tmp_path, kind, low_rank):
+    flags = [
+        "--precision",
+        "fp64",
+        "--seed",
+        str(SEED),
+        "--beta",
+        str(BETA),
+        "--learning-rate",
+        str(RATE),
+        "--batch-size",
+        str(PAIRS),
+    ]
+    run = make_run(world(kind), world("pairs"), tmp_path, *flags, *(["--lora"] if low_rank else []))
+    batches = run.batches()
+    data = [next(batches) for _ in range(UPDATES)]
+    batches.close()
+
+    plain = Plain(world(kind), kind == "sdxl")
+    if low_rank:
+        from dpo.models import lora
+
+        plain.policy.requires_grad_(False)
+        modules = ("to_q", "to_k", "to_v", "to_out.0")
+        lora.add(plain.policy, rank=8, alpha=8, target_modules=modules, dropout=0.0, seed=SEED)
+        plain.policy.to(torch.float64)
+    trained = {name: p for name, p in plain.policy.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+
+    def reference_error(*arguments):
+        with torch.no_grad():
+            return plain.error(plain.reference, *arguments)
+
+    losses = []
+    for batch in data:
+        loss = torch.stack([plain.pair_loss(batch, i, reference_error) for i in range(PAIRS)]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    figures = advance(run, UPDATES)
+    assert [figure["loss"] for figure in figures] == pytest.approx(losses, rel=1e-9)
+    found = weights(run)
+    assert found.keys() == trained.keys()
+    # Adam divides by the root of the squared gradient: where that is near 0 rounding is magnified, up to the size of an update
+    worst = max((found[name] - trained[name]).abs().max().item() for name in trained)
+    assert worst < 1e-2 * RATE
+    start = dict(plain.reference.named_parameters())
+    moved = [(found[name] - start[name]).abs().max().item() for name in found if name in start]
+    assert low_rank or max(moved) > RATE

@@ -1,0 +1,342 @@
+"""Recorded reference errors: equal to live ones, reusable over methods, windows and restarts, refused where they do not suit."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from csrc_triton.philox import Stream, integers
+from dpo import prepare
+from dpo.common.errors import UserError
+from dpo.data.store import recorded, recording
+from dpo.data.store.files import Damaged, file_digest
+from dpo.data.store.store import read_contents
+from dpo.settings.flags import parse
+from dpo.training import preparing, stored
+from tests.help.children import kill_until_done
+from tests.help.running import advance, everything, make_run
+from tests.help.worlds import make_pickapic
+from tests.help.worlds import make_pipeline
+
+FLAGS = ["--batch-size", "4", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def stores(world, tmp_path_factory):
+    """Store of 48 pairs with two recorded draws, by kind of pipeline."""
+    made: dict[str, Path] = {}
+
+    def place(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("store") / kind
+            flags = ["--model", world(kind), "--data", world("pairs"), "--dtype", "fp32", "--workers", "0", *FLAGS]
+            assert prepare.main(["--store", str(made[kind]), "--reference", "--draws", "2", *flags]) == 0
+        return made[kind]
+
+    return place
+
+
+def recorded_run(world, store, tmp_path, *flags, kind="sd15"):
+    return make_run(world(kind), str(store), tmp_path / "run", *FLAGS, "--reference", "recorded", *flags)
+
+
+class TwoErrors:
+    """A live step that forms d from the four errors, as a recorded one must, instead of from the four predictions."""
+
+    def __init__(self, step) -> None:
+        self.step = dataclasses.replace(step, reference=None)
+        self.alone = dataclasses.replace(step, policy=step.reference, reference=None, sft_weight=0.0)
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+    def __call__(self, x, correction, recorded=None):
+        with torch.no_grad():
+            errors = self.alone(x, torch.zeros_like(correction))[0].errors[:2]
+        return self.step(x, correction, recorded=errors)
+
+
+METHODS = [
+    ("sd15", []),
+    ("sd15", ["--lora", "--method", "dde"]),
+    ("sd2v", ["--method", "dde-step"]),
+    ("sdxl", ["--method", "dde-single"]),
+]
+REST = [
+    (kind, ["--method", method, *lora])
+    for kind in ("sd15", "sd2v", "sdxl")
+    for method in ("dpo", "discounted", "dde-single", "dde-step", "dde")
+    for lora in ([], ["--lora"])
+]
+
+
+@pytest.mark.parametrize("kind, flags", METHODS + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
+def test_recorded_errors_train_as_live_ones(world, stores, tmp_path, kind, flags):
+    """Equal bit for bit after 20 updates, over an epoch's end, with neither a reference model nor its forward."""
+    live = make_run(world(kind), str(stores(kind)), tmp_path / "run", *FLAGS, *flags)
+    live.step = TwoErrors(live.step)
+    recorded = recorded_run(world, stores(kind), tmp_path, *flags, kind=kind)
+    assert recorded.step.reference is None
+    figures = [advance(run, 20) for run in (live, recorded)]
+    assert figures[0][0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and figures[0][-1]["loss"] != figures[0][0]["loss"]
+    ours, other = everything(live), everything(recorded)
+    assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "bf16", "--lora"]])
+def test_the_logit_at_step_0_is_exactly_0(world, stores, tmp_path, flags):
+    store = stores("sd15")
+    precision = ["--precision", "bf16", *FLAGS]
+    assert prepare.main(["--store", str(store), "--model", world("sd15"), "--reference", "--draws", "2", *precision]) == 0
+    run = recorded_run(world, store, tmp_path, *flags)
+    assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
+
+
+def test_other_batches_show_their_noise(world, stores, tmp_path):
+    """Bits may differ with another batch size; what is said of it is a bound, and small beside a margin of 0.1."""
+    run = recorded_run(world, stores("sd15"), tmp_path, "--batch-size", "7")
+    for batch in (next(run.batches()),):
+        terms, _ = run.step(run.encoder.inputs(batch), torch.zeros_like(run.step.weight), recorded=batch.recorded)
+        assert terms.logit.abs().max() < 1e-3
+    shifted = dataclasses.replace(
+        run.recorded, pieces=tuple((piece, errors + torch.tensor([1e-5, 0])) for piece, errors in run.recorded.pieces)
+    )
+    run.recorded = shifted
+    text = stored.noise(run.step, run.encoder, run.batches())
+    assert "noise on the logit of the first 28 pairs: sd 0.01" in text  # beta / 2 * 1e-5
+
+
+# --- draws and windows ------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_uses_the_draw_of_its_number(world, stores, tmp_path):
+    run = recorded_run(world, stores("sd15"), tmp_path)
+    batches = run.batches()
+    draws = [next(batches).draws for _ in range(36)]  # 48 pairs, 12 batches an epoch
+    assert [int(d.unique()) for d in draws] == [0] * 12 + [1] * 12 + [0] * 12
+
+
+def test_a_window_filters_the_recorded_draws(world, stores, tmp_path):
+    run = recorded_run(world, stores("sd15"), tmp_path, "--window-low", "200", "--window-high", "700")
+    inside = {key: [] for key in read_contents(stores("sd15")).key.tolist()}
+    for key in inside:
+        t = run.recorded.timesteps[integers(torch.tensor([key] * 2), torch.arange(2), Stream.TIMESTEP, 3, 0, 1000)]
+        inside[key] = [draw for draw in range(2) if 200 <= t[draw] < 700]
+    assert len(run.source) == sum(map(bool, inside.values())) < 48
+    batches, seen = run.batches(), 0
+    for _ in range(40):
+        batch = next(batches)
+        t = run.step.draw_timesteps(batch.keys, batch.draws)
+        assert ((t >= 200) & (t < 700)).all()
+        for i, (key, draw) in enumerate(zip(batch.keys.tolist(), batch.draws.tolist(), strict=True)):
+            epoch = (batch.position + i) // len(run.source)
+            assert draw == inside[key][epoch % len(inside[key])]
+            seen += 1
+    assert seen == 160
+    assert advance(run, 2)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    with pytest.raises(UserError, match="no recorded draw lies in the timestep window"):
+        recorded_run(world, stores("sd15"), tmp_path, "--window-low", "500", "--window-high", "501")
+
+
+def test_a_record_of_a_window_serves_that_window_and_narrower_ones(world, stores, tmp_path):
+    window = ["--window-low", "100", "--window-high", "900", "--seed", "5"]
+    store = str(stores("sd15"))
+    assert (
+        prepare.main(["--store", store, "--model", world("sd15"), "--reference", "--draws", "1", "--batch-size", "4", *window])
+        == 0
+    )
+    run = recorded_run(world, store, tmp_path, *window)
+    assert run.recorded.inside is None and "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
+    narrow = recorded_run(world, store, tmp_path, *window, "--window-high", "400")
+    assert narrow.recorded.inside is not None
+    with pytest.raises(UserError, match="its timesteps lack 100 of the run's"):
+        recorded_run(world, store, tmp_path, *window, "--window-high", "1000")
+
+
+def test_held_out_accuracy_is_that_of_a_live_run(world, stores, tmp_path):
+    flags = ["--validation-fraction", "0.3", "--validate-every", "1", "--window-low", "300"]
+    live = make_run(world("sd15"), str(stores("sd15")), tmp_path / "run", *FLAGS, *flags)
+    ours = recorded_run(world, stores("sd15"), tmp_path, *flags)
+    assert torch.equal(live.held_out.reference_errors, ours.held_out.reference_errors)
+    from dpo.training import validation
+
+    assert validation.accuracy(ours.step, ours.held_out)["heldout_difference"] == 0.0
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seed", "4"], "it was recorded with --seed 3, the run has 4"),
+        (["--precision", "fp64"], "--precision"),
+        (["--caption-dropout", "0.1"], "it was recorded with --caption-dropout 0.0, the run has 0.1"),
+        (["--zero-snr", "on"], "another schedule"),
+        (["--prediction-type", "v_prediction"], "another prediction type, epsilon"),
+    ],
+)
+def test_a_run_that_differs_is_refused(world, stores, tmp_path, flags, message):
+    with pytest.raises(UserError, match="no recorded reference in .* suits this run") as caught:
+        recorded_run(world, stores("sd15"), tmp_path, *flags)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_another_reference_is_refused_and_another_start_is_not(world, stores, tmp_path):
+    other = make_pipeline(tmp_path / "other", "sd15", seed=1)
+    with pytest.raises(UserError, match="another reference"):
+        recorded_run(world, stores("sd15"), tmp_path, "--unet-init", str(other))
+    run = recorded_run(world, stores("sd15"), tmp_path, "--unet-init", str(other), "--reference-model", "base")
+    assert advance(run, 1)[0]["loss"] != pytest.approx(0.6931472, abs=1e-3)
+
+
+def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):
+    assert (
+        prepare.main(["--store", str(tmp_path / "s"), "--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]) == 0
+    )
+    with pytest.raises(UserError, match=r"there is none yet\): make one with"):
+        recorded_run(world, tmp_path / "s", tmp_path)
+    with pytest.raises(UserError, match="needs a prepared store"):
+        recorded_run(world, world("pairs"), tmp_path)
+
+
+# --- growing, parts, kills, damage ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(world, tmp_path):
+    """A store of 10 pairs and the command that records on it."""
+    pairs = str(make_pickapic(tmp_path / "pairs", 10, 2))
+    store = tmp_path / "small"
+    flags = ["--model", world("sd15"), *FLAGS, "--workers", "0"]
+    assert prepare.main(["--store", str(store), "--data", pairs, *flags]) == 0
+
+    def make(draws: int, folder: Path = store, shard=(0, 1), pairs: str | None = None) -> Path:
+        config = parse([*flags, "--data", pairs or str(folder)])[0]
+        return preparing.record_reference(config, folder, draws, shard=shard, block=4)
+
+    return store, make
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def errors_of(folder: Path, store: Path, world, tmp_path) -> torch.Tensor:
+    """[draws, pairs, 2]."""
+    run = recorded_run(world, store, tmp_path)
+    n = len(read_contents(store).key)
+    import numpy as np
+
+    return torch.stack([run.recorded.errors(np.arange(n), torch.full((n,), draw)).T for draw in range(run.recorded.distinct)])
+
+
+def test_more_draws_and_more_pairs_are_added(world, small, tmp_path):
+    store, make = small
+    folder = make(2)
+    before, files = errors_of(folder, store, world, tmp_path), sums(folder)
+    make(3)
+    more = errors_of(folder, store, world, tmp_path)
+    assert more.shape == (3, 10, 2) and torch.equal(more[:2], before) and not torch.equal(more[2], more[0])
+    assert {
+        name: value for name, value in sums(folder).items() if name in files and name != "record.json"
+    }.items() <= files.items()
+    grown = str(make_pickapic(tmp_path / "grown", 16, 2))
+    assert prepare.main(["--store", str(store), "--data", grown, "--model", world("sd15"), *FLAGS, "--workers", "0"]) == 0
+    with pytest.raises(UserError, match="lacks 6 pairs of the store"):
+        recorded_run(world, store, tmp_path)
+    make(3)
+    most = errors_of(folder, store, world, tmp_path)
+    assert most.shape == (3, 16, 2) and torch.equal(most[:, :10], more) and most.isfinite().all()
+
+
+def test_processes_share_the_work(small):
+    _, make = small
+    folder = make(2, shard=(1, 2))
+    assert not (folder / "record.json").exists()
+    make(2, shard=(0, 2))
+    shared = sums(folder)
+    import shutil
+
+    shutil.rmtree(folder)
+    assert sums(make(2)) == shared
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_the_record_is_the_same(small, tmp_path, kills):
+    import shutil
+    import time
+
+    store, make = small
+    killed = Path(shutil.copytree(store, tmp_path / "killed"))
+    began = time.monotonic()
+    whole = make(3)
+    took = time.monotonic() - began
+    kill_until_done(lambda: make(3, killed), random.Random(kills), kills, took)
+    assert sums(killed / "reference") == sums(store / "reference")
+    assert whole.is_dir() and recorded.verify(killed) == []
+
+
+def test_damage_is_found_and_named(world, small, tmp_path):
+    store, make = small
+    folder = make(1)
+    path = next(folder.glob("*.safetensors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(Damaged, match=f"{path.name} was altered"):
+        recorded_run(world, store, tmp_path)
+    assert f"{path.name} was altered" in recorded.verify(store)[0]
+    assert prepare.main(["--store", str(store), "--verify"]) == 1
+    path.unlink()
+    with pytest.raises(Damaged, match="is missing"):
+        recorded_run(world, store, tmp_path)
+    path.write_bytes(whole)
+    index = folder / "record.json"
+    index.write_text(index.read_text()[:200])
+    with pytest.raises(Damaged, match="record.json was truncated or altered"):
+        recorded_run(world, store, tmp_path)
+
+
+def test_a_record_of_other_latents_is_refused(world, small, tmp_path):
+    import shutil
+
+    store, make = small
+    make(1)
+    other = tmp_path / "other"
+    flags = ["--model", world("sd15"), "--data", str(tmp_path / "pairs"), *FLAGS, "--workers", "0", "--dtype", "bf16"]
+    assert prepare.main(["--store", str(other), *flags]) == 0
+    shutil.copytree(store / "reference", other / "reference")
+    with pytest.raises(UserError, match="was recorded from other pairs"):
+        recorded_run(world, other, tmp_path)
+
+
+def test_out_of_memory_halves_the_batch():
+    @dataclasses.dataclass
+    class Task:
+        batch_size: int
+
+    tried = []
+
+    def work(task):
+        tried.append(task.batch_size)
+        if task.batch_size > 3:
+            raise torch.OutOfMemoryError
+        return "done"
+
+    assert preparing._record_smaller(work, Task(16), halve_it=True) == "done" and tried == [16, 8, 4, 2]
+    with pytest.raises(UserError, match="smaller --record-batch"):
+        preparing._record_smaller(work, Task(16), halve_it=False)
+
+
+def test_an_error_that_is_not_finite_is_refused(small, monkeypatch):
+    _, make = small
+    monkeypatch.setattr(recording, "_block", lambda task, pairs, start, stop: _poisoned(start, stop))
+    with pytest.raises(UserError, match="not finite: try another --precision"):
+        make(1)
+
+
+def _poisoned(start: int, stop: int) -> dict[str, torch.Tensor]:
+    position = torch.arange(start, stop)
+    return {"pair": position % 10, "draw": position // 10, "errors": torch.full((2, len(position)), torch.inf)}

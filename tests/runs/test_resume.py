@@ -1,0 +1,127 @@
+"""Invariant: k updates + save + load + k updates equal 2k updates, bit for bit; a kill costs at most the work since the last checkpoint."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from dpo.training.state import snapshot
+from tests.help.running import advance, everything, make_run
+
+RUNS = {
+    "full": [],
+    "lora": ["--lora", "--learning-rate", "1e-3"],
+    "8-bit": ["--optimizer", "adamw8bit"],
+    "8-bit of bitsandbytes": ["--optimizer", "bnb-adamw8bit"],
+    "bf16 weights, rounded stochastically": ["--precision", "bf16-pure", "--learning-rate", "1e-4"],
+    "lion 8-bit": ["--optimizer", "lion8bit"],
+    "adafactor": ["--optimizer", "adafactor"],
+    "dde with averaged weights": ["--method", "dde", "--ema", "0.9"],
+    "cosine, dropout, flips": ["--scheduler", "cosine", "--caption-dropout", "0.5", "--flip", "--crop", "random"],
+    "bf16": ["--precision", "bf16"],
+}
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_resume_is_exact(world, tmp_path, flags):
+    flags = ["--batch-size", "3", "--accumulation", "2", "--steps", "4", *flags]  # 24 pairs of 41: not a whole epoch
+    straight = make_run(world("sd15"), world("pairs"), tmp_path / "straight", *flags)
+    advance(straight, 4)
+    first = make_run(world("sd15"), world("pairs"), tmp_path / "broken", *flags)
+    advance(first, 2)
+    snapshot(first)
+    second = make_run(world("sd15"), world("pairs"), tmp_path / "broken", *flags, "--resume", "latest")
+    assert (second.done, second.position) == (2, 12)
+    advance(second, 2)
+    expected, found = everything(straight), everything(second)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def command(world, output, *flags):
+    base = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(output), "--batch-size", "2", "--workers", "0"]
+    more = ["--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "red"]
+    return [sys.executable, "-m", "dpo.train", *base, *more, *flags]
+
+
+def killed_at(world, output, seconds, *flags):
+    """Start or continue a run and kill -9 it after so many seconds; the exit status."""
+    resume = (
+        ["--resume", "latest"]
+        if (output / "checkpoints").exists() and any((output / "checkpoints").glob("step-*"))
+        else ["--overwrite"]
+    )
+    process = subprocess.Popen(
+        command(world, output, *flags, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+def final_policy(output):
+    from dpo.training import checkpoint
+
+    return checkpoint.find(output / "checkpoints", "latest").tensors["policy"]
+
+
+def run_to_the_end(world, output, *flags):
+    code, errors = killed_at(world, output, 600, *flags)
+    assert code == 0, errors
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_it_always_resumes(world, tmp_path):
+    flags = ["--steps", "300", "--checkpoint-every", "5", "--method", "dde"]
+    run_to_the_end(world, tmp_path / "straight", *flags)
+    dice = random.Random(0)
+    for _ in range(20):
+        code, errors = killed_at(world, tmp_path / "killed", dice.uniform(2, 14), *flags)
+        assert code in (-signal.SIGKILL, 0), errors
+    run_to_the_end(world, tmp_path / "killed", *flags)
+    expected, found = final_policy(tmp_path / "straight"), final_policy(tmp_path / "killed")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_kill_9_then_resume_equals_the_straight_run(world, tmp_path):
+    flags = ["--steps", "8", "--checkpoint-every", "1"]
+    output = tmp_path / "killed"
+    process = subprocess.Popen(command(world, output, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list((output / "checkpoints").glob("step-*"))) >= 2, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run_to_the_end(world, output, *flags)
+    straight = make_run(world("sd15"), world("pairs"), tmp_path / "straight", "--batch-size", "2", "--steps", "8")
+    advance(straight, 8)
+    expected = dict(zip(straight.updater.names, straight.updater.parameters))
+    found = final_policy(output)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(world, tmp_path, number):
+    output = tmp_path / "stopped"
+    process = subprocess.Popen(command(world, output, "--steps", "100000"), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text().count('"loss"') > 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "--resume latest" in errors and "Traceback" not in errors
+    assert len(list((output / "checkpoints").glob("step-*"))) == 1
+    assert (output / "report.html").exists()
+
+
+def wait_for(condition, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,82 @@
+"""Invariant: with the policy equal to the reference every logit is exactly 0 and every loss exactly ln 2, on every path."""
+
+import math
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from dpo.models import ready
+from dpo.models.denoiser import fix_projections
+from tests.help.running import make_run
+
+PATHS = {
+    "full": [],
+    "lora": ["--lora"],
+    "bf16 autocast": ["--precision", "bf16"],
+    "bf16 autocast, lora": ["--precision", "bf16", "--lora"],
+    "bf16 weights": ["--precision", "bf16-pure"],
+    "checkpointing": ["--checkpointing", "on"],
+    "checkpointing one block, bf16": ["--checkpointing", "down_blocks.0", "--precision", "bf16"],
+    "channels last": ["--channels-last", "on"],
+    "lora with checkpointing": ["--lora", "--checkpointing", "on"],
+    "dde": ["--method", "dde"],
+    "float64": ["--precision", "fp64"],
+}
+LOSS = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25}
+
+
+def first_terms(run):
+    batches = run.batches()
+    terms, timesteps = run.step(run.encoder.inputs(next(batches)), run.correction())
+    batches.close()
+    return terms, timesteps
+
+
+@pytest.mark.parametrize("flags", PATHS.values(), ids=PATHS)
+def test_logits_are_exactly_zero_and_the_gradient_is_not(world, tmp_path, flags):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "4", *flags)
+    terms, _ = first_terms(run)
+    assert torch.equal(terms.logit, torch.zeros_like(terms.logit))
+    assert torch.equal(terms.difference, torch.zeros_like(terms.difference))
+    assert torch.equal(terms.loss, torch.full_like(terms.loss, math.log(2)))
+    assert torch.equal(terms.accuracy, torch.full_like(terms.accuracy, 0.5))
+    terms.loss.sum().backward()
+    assert run.updater.grad_norm(1.0) > 0
+
+
+@pytest.mark.parametrize("kind", ["sd2v", "sdxl", "sdxl-turbo"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--precision", "fp16"], ["--lora", "--precision", "bf16"]], ids=["full", "full fp16", "lora bf16"]
+)
+def test_families(world, tmp_path, kind, flags):
+    run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "3", *flags)
+    terms, timesteps = first_terms(run)
+    assert not terms.logit.any()
+    if kind == "sdxl-turbo":
+        assert set(timesteps.tolist()) <= {249, 499, 749}
+
+
+def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, monkeypatch):
+    """Where a strided input changes a bit depends on the processor, so the logits above may be 0 without it."""
+    fixed = []
+    monkeypatch.setattr(ready, "fix_projections", lambda unet: fixed.append(unet) or fix_projections(unet))
+    run = make_run(world("sd2v"), world("pairs"), tmp_path, "--batch-size", "2", "--precision", "fp16")
+    assert len(fixed) == 2 and fixed[0] is run.model.unet and fixed[1] is not run.model.unet  # policy, frozen copy
+    hooked = [block.proj_in for unet in fixed for block in unet.modules() if isinstance(block, Transformer2DModel)]
+    assert len(hooked) >= 2 and all(module._forward_pre_hooks for module in hooked)
+
+
+@pytest.mark.parametrize("shape", LOSS)
+def test_shapes(world, tmp_path, shape):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--loss", shape)
+    terms, _ = first_terms(run)
+    assert torch.equal(terms.loss, torch.full_like(terms.loss, LOSS[shape]))
+
+
+def test_another_policy_moves_the_logit(world, tmp_path):
+    """The check above can fail: after a change of one weight the logits are not 0."""
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2")
+    with torch.no_grad():
+        run.updater.parameters[0].add_(0.01)
+    assert first_terms(run)[0].logit.abs().min() > 0

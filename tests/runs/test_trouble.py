@@ -1,0 +1,205 @@
+"""Trouble on the way: divergence, full memory or disk, dying workers, services that are not there, a second start. Nothing is lost."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import dpo.models.load
+import dpo.train
+from dpo.training import checkpoint, results
+from tests.help.commands import check_refused, command, tree
+from tests.help.worlds import make_pickapic
+
+STEP = "checkpoints/step-{:08d}"
+
+
+def at_update(monkeypatch, number: int, trouble) -> None:
+    """`trouble(run)` happens just before update `number` (counted from 1)."""
+    step = dpo.train.train_step
+
+    def troubled(run, batches):
+        if run.done == number - 1:
+            trouble(run)
+        return step(run, batches)
+
+    monkeypatch.setattr(dpo.train, "train_step", troubled)
+
+
+def test_a_loss_that_is_not_finite_stops_after_the_last_good_state(start, tmp_path, capsys, monkeypatch, brief):
+    words = [*start, "--steps", "3", "--checkpoint-every", "0"]
+    with monkeypatch.context() as patch:
+        at_update(patch, 2, lambda run: run.step.beta.fill_(float("nan")))
+        said = command(capsys, *words)
+    check_refused(said, ["update 2", "not finite", "timesteps: ", "--learning-rate", "--resume latest"])
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000001"]
+    event = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert event["event"] == "failed" and event["step"] == 1
+    assert command(capsys, *words, "--resume", "latest").code == 0
+    assert command(capsys, *words, "--output", tmp_path / "straight").code == 0
+    ends = [checkpoint.load(tmp_path / name / STEP.format(3)).tensors["policy"] for name in ("out", "straight")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_learning_rate_that_blows_up_is_told_with_its_timesteps(start, capsys, brief):
+    said = command(capsys, *start, "--steps", "5", "--learning-rate", "1e30")
+    check_refused(said, ["update 2", "not finite", "--learning-rate"])
+    assert said.warnings("is high for full fine-tuning")
+
+
+def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypatch, brief):
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore lines")
+
+    at_update(monkeypatch, 2, full)
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
+    check_refused(said, ["out of GPU memory", "--batch-size", "--accumulation", "--checkpointing", "--lora", "--resume latest"])
+    assert (tmp_path / "out" / STEP.format(1)).is_dir()
+
+
+def test_a_folder_of_other_things_is_not_written_into(start, tmp_path, capsys, brief):
+    (tmp_path / "mine" / "unet").mkdir(parents=True)
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    said = command(capsys, *start, "--steps", "1", "--output", str(tmp_path / "mine"))
+    check_refused(said, ["is no run", "README.md, unet", "--overwrite"])
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_a_worker_that_dies_in_the_middle_of_an_update_is_one_line(start, tmp_path, capsys, monkeypatch, brief):
+    def killed(run):  # torch raises it in the main thread, from its handler of the child's signal
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    at_update(monkeypatch, 2, killed)
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
+    check_refused(said, ["a data worker died", "pid 7", "fewer --workers"])
+    assert (tmp_path / "out" / STEP.format(1)).is_dir()
+
+
+def full_disk_for_tensors(monkeypatch, **kwargs):
+    def save_file(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+
+
+def full_disk_for_the_result(monkeypatch, **kwargs):
+    def save_pretrained(self, folder, **options):
+        Path(folder, "unet").mkdir()
+        Path(folder, "unet", "config.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", save_pretrained)
+
+
+def full_disk_for_figures(monkeypatch, **kwargs):
+    def write(self, record):
+        if "loss" in record:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dpo.training.trackers.Trackers._write", write)
+
+
+@pytest.mark.parametrize("fill", [full_disk_for_tensors, full_disk_for_the_result, full_disk_for_figures])
+def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, capsys, monkeypatch, brief, fill):
+    words = [*start, "--steps", "2", "--checkpoint-every", "1"]
+    with monkeypatch.context() as patch:
+        fill(patch)
+        check_refused(command(capsys, *words), ["disk is full", "GiB left", "--resume latest"])
+    out = tmp_path / "out"
+    assert [name for name in tree(out) if ".part" in name or name.startswith("unet")] == []
+    assert not (out / "model_index.json").exists()
+    assert all(checkpoint.load(path) for path in checkpoint.listing(out / "checkpoints"))
+    assert command(capsys, *words, "--resume", "latest").code == 0
+    assert (out / "model_index.json").is_file() and (out / STEP.format(2)).is_dir()
+
+
+# --- asked for and not available -----------------------------------------------------------------------------------------
+
+
+def test_xformers_wandb_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
+    monkeypatch.setattr("dpo.models.denoiser.find_spec", lambda name: None)
+    said = command(capsys, *start, "--steps", "1", "--attention", "xformers", "--wandb", "--push-to-hub")
+    assert said.code == 0 and said.errors == []
+    for word in ("xformers is not installed", "W&B", "not uploaded to the hub"):
+        assert len(said.warnings(word)) == 1, said.log
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_the_result_is_uploaded_without_its_checkpoints(start, tmp_path, capsys, monkeypatch, brief):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **options):
+            calls.append(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    said = command(capsys, *start, "--steps", "1", "--push-to-hub")
+    assert said.code == 0 and any("https://huggingface.co/me/out" in line for line in said.log)
+    (options,) = calls
+    assert (options["repo_id"], options["folder_path"]) == ("me/out", tmp_path / "out")
+    assert "checkpoints/**" in options["ignore_patterns"]
+
+
+# --- starting over -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreground():
+    """Ctrl-C interrupts, as it does on a terminal: a job in the background of a shell is started without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_start_does_not_occupy_the_folder(start, tmp_path, capsys, monkeypatch, brief, foreground, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "begin", lambda run, trackers: os.kill(os.getpid(), number))
+        said = command(capsys, *start, "--steps", "1")
+    assert said.code == 130 and said.errors == []
+    assert [name for name in tree(tmp_path / "out") if name != "metrics.jsonl"] == []
+    if number == signal.SIGTERM:
+        assert command(capsys, *start, "--steps", "1").code == 0
+
+
+def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief):
+    save = checkpoint.save_tensors
+
+    def interrupted(path, tensors):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", interrupted)
+    at_update(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
+    said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "0")
+    assert said.code == 130 and said.errors == [] and said.warnings("press Ctrl-C again") and said.warnings("stopped at once")
+    assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
+
+
+def test_overwriting_removes_the_earlier_result_before_it_trains(stopped, tmp_path, capsys, monkeypatch):
+    def stop(run):
+        raise KeyboardInterrupt
+
+    at_update(monkeypatch, 1, stop)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert command(capsys, *stopped, "--overwrite").code == 130
+    assert not (tmp_path / "out" / "model_index.json").exists(), "an old result must not pass for the new one"
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
+    data = make_pickapic(tmp_path / "sehr kleine Menge", pairs)
+    said = command(capsys, *start, "--data", data, "--batch-size", "4", "--epochs", "0.5")
+    assert said.code == 0 and any("step 1/1" in line for line in said.log)
