@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import Results, about, markdown
-from benchmarks.steps import SD15, SDXL, VAE, Model
+from benchmarks.steps import SD15, SDXL, VAE, Size
 from dpo.models import lora
 from dpo.models.denoiser import use_checkpointing
 from dpo.training import flops
@@ -54,7 +54,7 @@ def count(work: Any) -> int:
     return counter.get_total_flops()
 
 
-def fake_unet(model: Model, low_rank: bool, checkpointing: bool) -> nn.Module:
+def fake_unet(model: Size, low_rank: bool, checkpointing: bool) -> nn.Module:
     """A UNet on the meta device, ready to be trained."""
     from diffusers import UNet2DConditionModel
 
@@ -66,7 +66,7 @@ def fake_unet(model: Model, low_rank: bool, checkpointing: bool) -> nn.Module:
     return unet
 
 
-def image_flops(model: Model, low_rank: bool, checkpointing: bool) -> tuple[int, int]:
+def image_flops(model: Size, low_rank: bool, checkpointing: bool) -> tuple[int, int]:
     """(forward, forward and backward) of one image through the UNet."""
     unet = fake_unet(model, low_rank, checkpointing)
     side = SIDES[model.name] // 8
@@ -83,7 +83,7 @@ def image_flops(model: Model, low_rank: bool, checkpointing: bool) -> tuple[int,
     return alone, count(lambda: forward().sum().backward())
 
 
-def encode_flops(model: Model) -> tuple[int, int]:
+def encode_flops(model: Size) -> tuple[int, int]:
     """(VAE on one image, text encoders on one caption)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -96,7 +96,7 @@ def encode_flops(model: Model) -> tuple[int, int]:
     return flops.vae_encode_flops(VAE, SIDES[model.name], SIDES[model.name]), text
 
 
-def rows(models: tuple[Model, ...] = (SD15, SDXL)) -> list[dict[str, Any]]:
+def rows(models: tuple[Size, ...] = (SD15, SDXL)) -> list[dict[str, Any]]:
     """TFLOP of training on one pair, by model, what is trained, checkpointing and what is read."""
     found = []
     for model in models:
@@ -114,7 +114,7 @@ def rows(models: tuple[Model, ...] = (SD15, SDXL)) -> list[dict[str, Any]]:
     return found
 
 
-def flops_of_reference(model: Model, forward: int, low_rank: bool) -> int:
+def flops_of_reference(model: Size, forward: int, low_rank: bool) -> int:
     """Forward of the reference: without adapters, if the policy has them."""
     return flops.unet_flops(model.unet, SIDES[model.name] // 8, SIDES[model.name] // 8, model.text[0]) if low_rank else forward
 

@@ -161,7 +161,7 @@ def counted_flops(run: Any) -> dict[str, float]:
     """FLOPs of a pair by kind of run (the text encoder left out: it is small here)."""
     side, scale = run.config.data.resolution, run.model.vae_scale
     text = run.model.text_encoders[0].config.max_position_embeddings
-    forward = flops.unet_flops(dict(run.model.unet.config), side // scale, side // scale, text)
+    forward = flops.unet_flops(dict(run.model.denoiser.config), side // scale, side // scale, text)
     encode = flops.vae_encode_flops(dict(run.model.vae.config), side, side)
     return {
         "images": flops.pair_flops(forward, encode=encode),

@@ -17,7 +17,7 @@ from dpo import reference
 from dpo.encode import Inputs
 from dpo.models import lora
 from dpo.models.denoiser import halve, use_checkpointing
-from dpo.models.family import Components, TextEncoding, families
+from dpo.models.family import Model, TextEncoding, families
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
 
@@ -62,7 +62,7 @@ VAE = {
 
 
 @dataclass(frozen=True)
-class Model:
+class Size:
     """What is measured: a UNet of this config, the text it is given, and the peers' way of running it."""
 
     name: str
@@ -92,16 +92,16 @@ class Setting:
     optimizer: str = "adamw"
 
 
-SD15 = Model("SD 1.5, 512 px", "sd", SD15_UNET, (77, 768), None, False, 32)
-SDXL = Model("SDXL, 1024 px", "sdxl", SDXL_UNET, (77, 2048), 1280, True, 8)
+SD15 = Size("SD 1.5, 512 px", "sd", SD15_UNET, (77, 768), None, False, 32)
+SDXL = Size("SDXL, 1024 px", "sdxl", SDXL_UNET, (77, 2048), 1280, True, 8)
 
 
-def small_model() -> Model:
+def small_model() -> Size:
     """For a CPU and for checks."""
-    return Model("small", "sd", SMALL_UNET, (7, 32), None, False, 2)
+    return Size("small", "sd", SMALL_UNET, (7, 32), None, False, 2)
 
 
-def ladder(model: Model) -> Iterator[Setting]:
+def ladder(model: Size) -> Iterator[Setting]:
     """Ours, adding one thing at a time to the peers' choices."""
     row = Setting("prepared latents and captions", checkpointing=model.peer_checkpointing)
     yield row
@@ -117,7 +117,7 @@ def ladder(model: Model) -> Iterator[Setting]:
     yield replace(row, name="LoRA, recorded reference", low_rank=True)
 
 
-def make_unet(model: Model, device: torch.device) -> nn.Module:
+def make_unet(model: Size, device: torch.device) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -125,7 +125,7 @@ def make_unet(model: Model, device: torch.device) -> nn.Module:
         return UNet2DConditionModel(**model.unet).requires_grad_(False).eval()
 
 
-def make_vae(model: Model, device: torch.device) -> nn.Module:
+def make_vae(model: Size, device: torch.device) -> nn.Module:
     from diffusers import AutoencoderKL
 
     small = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
@@ -133,7 +133,7 @@ def make_vae(model: Model, device: torch.device) -> nn.Module:
         return AutoencoderKL(**(VAE | (small if model.name == "small" else {}))).requires_grad_(False).eval()
 
 
-def step_of(model: Model, setting: Setting, device: torch.device) -> tuple[PairStep, Inputs, Tensor]:
+def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairStep, Inputs, Tensor]:
     """The trainer's own forward on synthetic prepared inputs, ready to be called."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting.precision)
     unet = make_unet(model, device)
@@ -151,7 +151,7 @@ def step_of(model: Model, setting: Setting, device: torch.device) -> tuple[PairS
     if setting.low_rank and not setting.recorded:
         predict = reference.from_adapters(used[0], layers)
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215))
-    parts = Components(families()[model.family], unet, vae, [], [], {}, model.name, None)
+    parts = Model(families()[model.family], unet, vae, [], [], {}, model.name, None)
     step = PairStep(
         model=parts,
         policy=used[0],
@@ -180,7 +180,7 @@ def _settled(unet: nn.Module, setting: Setting, device: torch.device) -> Any:
     return torch.compile(unet) if setting.compiled else unet
 
 
-def inputs_of(model: Model, setting: Setting, device: torch.device, half: torch.dtype | None) -> Inputs:
+def inputs_of(model: Size, setting: Setting, device: torch.device, half: torch.dtype | None) -> Inputs:
     """What a prepared store gives: posterior mean and std, encoded captions."""
     pairs, side = setting.pairs, model.unet["sample_size"]
     index = torch.arange(pairs, device=device)
@@ -195,7 +195,7 @@ def inputs_of(model: Model, setting: Setting, device: torch.device, half: torch.
     return Inputs(index + 1, torch.zeros_like(index), one, one.clone(), mean, torch.full_like(mean, 0.05), text, micro)
 
 
-def peers_step(model: Model, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
+def peers_step(model: Size, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
     """A step as the peers run it: micro-batch 1, fp16 autocast eager, VAE and text encoding inside, streamed noise, reference live."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -248,11 +248,11 @@ def peers_step(model: Model, device: torch.device) -> tuple[Callable[[], Any], l
     return step, list(policy.parameters())
 
 
-def our_step(model: Model, setting: Setting, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
+def our_step(model: Size, setting: Setting, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
     """The trainer's micro-step, forward and backward; as a replayed CUDA graph where asked for."""
     step, inputs, correction = step_of(model, setting, device)
     recorded = torch.full((2, setting.pairs), 0.1, device=device) if setting.recorded else None
-    parameters = [p for p in step.model.unet.parameters() if p.requires_grad]
+    parameters = [p for p in step.model.denoiser.parameters() if p.requires_grad]
 
     def run() -> None:
         terms, _ = step(inputs, correction, recorded=recorded)
@@ -273,7 +273,7 @@ def optimizer_seconds(kind: str, parameters: list[Tensor], device: torch.device)
     return median_seconds(made.step, device, 0.2)
 
 
-def rows(model: Model, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+def rows(model: Size, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     """The peers' step, then the ladder; each row in units of the first. What fails is a row that says why."""
     base: float | None = None
     forward = flops.unet_flops(model.unet, model.unet["sample_size"], model.unet["sample_size"], model.text[0])

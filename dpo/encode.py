@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo.models.family import Components, TextEncoding
+from dpo.models.family import Model, TextEncoding
 
 
 class Inputs(NamedTuple):
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 class Encoder:
     """Text encoders and VAE, under no_grad in their own dtype; with `offload` they rest on the CPU between calls."""
 
-    model: Components
+    model: Model
     device: torch.device
     vae_batch: int
     offload: bool = False

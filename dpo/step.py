@@ -18,7 +18,7 @@ from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.philox import Stream, integers
 from csrc_triton.preference_loss import PreferenceLoss, preference_loss
 from dpo.encode import Inputs
-from dpo.models.family import Components, TextEncoding
+from dpo.models.family import Model, TextEncoding
 from dpo.reference import Predict
 
 
@@ -26,7 +26,7 @@ from dpo.reference import Predict
 class PairStep:
     """The forward of a micro-batch. Tables and scalars are device tensors, so that nothing freezes in a captured graph."""
 
-    model: Components
+    model: Model
     policy: Any  # the UNet, compiled or not
     reference: Predict | None
     alphas_cumprod: Tensor  # [T] fp32

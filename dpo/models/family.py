@@ -29,11 +29,11 @@ class TextEncoding(NamedTuple):
 
 
 @dataclass
-class Components:
+class Model:
     """A loaded model: modules, tokenizers and where they came from."""
 
     family: Family
-    unet: nn.Module
+    denoiser: nn.Module
     vae: nn.Module
     text_encoders: list[nn.Module]
     tokenizers: list[Any]
@@ -50,7 +50,7 @@ class Components:
 
     @property
     def native_resolution(self) -> int:
-        return int(self.unet.config.sample_size) * self.vae_scale
+        return int(self.denoiser.config.sample_size) * self.vae_scale
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Family:
     guidance: float  # default guidance scale of sample images
     tokenizers: tuple[str, ...]
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
-    encode: Callable[[Components, list[str]], TextEncoding]
+    encode: Callable[[Model, list[str]], TextEncoding]
     condition: Callable[[TextEncoding, Tensor | None], dict]  # keyword arguments of the UNet beyond x_t and t
 
 

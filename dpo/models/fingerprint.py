@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpo.data.pairs import digest
-from dpo.models.family import Components
+from dpo.models.family import Model
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -18,19 +18,19 @@ def fingerprint(module: nn.Module) -> str:
 
     Reads at most 64 values a tensor in float32: cheap enough for every start, and a fine-tuned copy differs.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    total = hashlib.blake2b(digest_size=8)
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().reshape(-1)
         at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        total.update(f"{name}{tuple(value.shape)}".encode())
+        total.update(flat[at.to(flat.device)].float().cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t tab", "word " * 100)
 
 
-def identity(model: Components) -> dict[str, Any]:
+def identity(model: Model) -> dict[str, Any]:
     """What the encodings of a store depend on, of a freshly loaded model (fp32, on the CPU)."""
     return {
         "family": model.family.name,

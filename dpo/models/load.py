@@ -15,7 +15,7 @@ from torch import nn
 from dpo.common.errors import UserError
 from dpo.common.libraries import quiet
 from dpo.common.words import first_line
-from dpo.models.family import Components, Family, families
+from dpo.models.family import Family, Model, families
 from dpo.models.hub import HUB_ID, locate
 from dpo.models.parts import _vae_subfolder, component, is_turbo
 from dpo.models.single_file import load_single_file
@@ -63,7 +63,7 @@ def load(
     vae: str | None = None,
     single_file_config: str | None = None,
     cache_dir: str | None = None,
-) -> Components:
+) -> Model:
     """Every component on the CPU in fp32, frozen, in eval mode. UserError for whatever cannot be found, read or recognised."""
     import transformers
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -78,9 +78,9 @@ def load(
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     encoders = [component(getattr(transformers, cls), place, name, variant) for name, cls in kind.text_encoders]
     vae_folder, vae_sub = (vae, _vae_subfolder(vae)) if vae else (place, "vae")
-    return Components(
+    return Model(
         family=kind,
-        unet=component(UNet2DConditionModel, place, "unet", variant),
+        denoiser=component(UNet2DConditionModel, place, "unet", variant),
         vae=component(AutoencoderKL, vae_folder, vae_sub, None if vae else variant),
         text_encoders=encoders,
         tokenizers=tokenizers,

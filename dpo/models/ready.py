@@ -10,7 +10,7 @@ from torch import nn
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.settings import resolve
 from dpo.settings.config import Config, change
@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_named(config: Config) -> Components:
+def load_named(config: Config) -> Model:
     """The model that the settings name, as it is stored: fp32, on the CPU."""
     named = config.model
     return load(
@@ -44,7 +44,7 @@ def load_named(config: Config) -> Components:
     )
 
 
-def load_model(config: Config, device: torch.device) -> tuple[Config, Components, schedule.Schedule, list[str]]:
+def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Schedule, list[str]]:
     """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
     model = load_named(config)
     config, decided = resolve.resolve(
@@ -70,7 +70,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Components
     return config, model, plan, decided
 
 
-def cast(config: Config, model: Components) -> None:
+def cast(config: Config, model: Model) -> None:
     """Every module in the run's dtype: fp32 master weights for the UNet under autocast, half precision for what is only read.
 
     SDXL's VAE overflows in fp16 and stays in fp32 there.
@@ -78,7 +78,7 @@ def cast(config: Config, model: Components) -> None:
     precision = config.runtime.precision
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
-    model.unet.to(own)
+    model.denoiser.to(own)
     model.vae.to(torch.float32 if precision == "fp16" and model.family.name == "sdxl" else read_only)
     for encoder in model.text_encoders:
         encoder.to(read_only)

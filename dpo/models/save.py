@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.models import lora as lora_layers
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.pipeline import pipeline_of
 
 
@@ -43,13 +43,13 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_pipeline(model: Components, unet: nn.Module, folder: Path) -> None:
+def save_pipeline(model: Model, unet: nn.Module, folder: Path) -> None:
     """Write the whole pipeline with the trained UNet (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
     with _staged(folder) as part:
         pipeline_of(model, unet).save_pretrained(part, safe_serialization=True)
 
 
-def save_lora(model: Components, unet: nn.Module, folder: Path, *, layout: str) -> None:
+def save_lora(model: Model, unet: nn.Module, folder: Path, *, layout: str) -> None:
     """Write the adapter so that `load_lora_weights(folder)` takes it."""
     import diffusers
 

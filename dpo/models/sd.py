@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dpo.models.family import Components, Family, TextEncoding
+from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
 
-def encode(model: Components, captions: list[str]) -> TextEncoding:
+def encode(model: Model, captions: list[str]) -> TextEncoding:
     """B captions -> the last hidden state [B, S, D]."""
     return TextEncoding(run_encoder(model.tokenizers[0], model.text_encoders[0], captions)[0])
 

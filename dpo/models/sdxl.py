@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo.models.family import Components, Family, TextEncoding
+from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
 
-def encode(model: Components, captions: list[str]) -> TextEncoding:
+def encode(model: Model, captions: list[str]) -> TextEncoding:
     """B captions -> both encoders' penultimate states side by side [B, S, D1 + D2], the second's projection [B, P]."""
     outputs = [
         run_encoder(tokenizer, encoder, captions, output_hidden_states=True)

@@ -9,11 +9,11 @@ import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
-from dpo.models.family import Components, families
+from dpo.models.family import Model, families
 from dpo.models.parts import _vae_subfolder, component, is_turbo
 
 
-def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Components:
+def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Model:
     """One .safetensors checkpoint in the original layout; `config` names a diffusers folder that describes it."""
     import diffusers
     from safetensors import SafetensorError, safe_open
@@ -40,9 +40,9 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
     own_vae = component(diffusers.AutoencoderKL, vae, _vae_subfolder(vae)) if vae else pipe.vae
     scheduler_config = dict(pipe.scheduler.config)
-    return Components(
+    return Model(
         family=kind,
-        unet=pipe.unet.requires_grad_(False).eval(),
+        denoiser=pipe.unet.requires_grad_(False).eval(),
         vae=own_vae.requires_grad_(False).eval(),
         text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
         tokenizers=[getattr(pipe, name) for name in kind.tokenizers],

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.tiny import judge, paths, prompts
 
@@ -29,7 +29,7 @@ PAIRS = 160
 JUDGE = "b"
 
 
-def is_embedded(model: Components) -> bool:
+def is_embedded(model: Model) -> bool:
     """Whether `model` is the pipeline that ships with the package."""
     return model.folder is not None and Path(model.folder).resolve() == paths.pipeline_path().resolve()
 
@@ -51,7 +51,7 @@ def _unchanged(device: torch.device) -> tuple[Any, np.ndarray]:
         prompts=listed.captions[:PAIRS],
         seeds=listed.seeds[:PAIRS],
     )
-    return pictures, pictures(model.unet.to(device))
+    return pictures, pictures(model.denoiser.to(device))
 
 
 def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:

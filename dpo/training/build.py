@@ -24,7 +24,7 @@ from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.models import lora
 from dpo.models.denoiser import halve
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
 from dpo.models.load import load_unet_into
@@ -70,14 +70,14 @@ def build(config: Config, notes: list[str]) -> Run:
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
-    prints = {"model": fingerprint(model.unet), "data": source.fingerprint}
+    prints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
     cast(config, model)
     twin, prints["reference"] = _make_reference(config, model)
     errors = recorded.find(config, model, plan, source, prints["reference"]) if config.runtime.reference == "recorded" else None
     if errors is not None:
         source = errors.covered(source)
-    layers = _make_policy(config, model.unet)
-    policy = settle(config, model.unet, device)
+    layers = _make_policy(config, model.denoiser)
+    policy = settle(config, model.denoiser, device)
     pairwise = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     if twin is not None:
         predict = reference.from_copy(settle(config, twin, device))
@@ -91,7 +91,7 @@ def build(config: Config, notes: list[str]) -> Run:
         source=source,
         encoder=encoder,
         step=step,
-        updater=_updater(config, model.unet),
+        updater=_updater(config, model.denoiser),
         table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho),
         held_out=_held_out(config, held_out_source, step, encoder, predict),
         output=output,
@@ -125,7 +125,7 @@ def _saved(config: Config, output: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.find(root, which)
 
 
-def _make_reference(config: Config, model: Components) -> tuple[nn.Module | None, str]:
+def _make_reference(config: Config, model: Model) -> tuple[nn.Module | None, str]:
     """A frozen copy of the UNet where the reference needs one of its own, and its fingerprint; the policy's start, if it is another UNet.
 
     With recorded errors a policy that starts apart from the reference needs the copy for the held-out pairs alone.
@@ -133,13 +133,13 @@ def _make_reference(config: Config, model: Components) -> tuple[nn.Module | None
     named = config.model
     apart = named.unet_init is not None and named.reference_model == "base"
     if named.unet_init and not apart:
-        load_unet_into(model.unet, named.unet_init)
+        load_unet_into(model.denoiser, named.unet_init)
     pairwise = objective.METHODS[config.method.method].pairwise
     own = pairwise and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
-    twin = reference.frozen(model.unet, HALF.get(config.runtime.precision)) if own else None
-    identity = fingerprint(model.unet)
+    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
+    identity = fingerprint(model.denoiser)
     if apart:
-        load_unet_into(model.unet, named.unet_init)
+        load_unet_into(model.denoiser, named.unet_init)
     return twin, identity
 
 
@@ -165,7 +165,7 @@ def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
 
 def pair_step(
     config: Config,
-    model: Components,
+    model: Model,
     plan: schedule.Schedule,
     policy: Any,
     predict: reference.Predict | None,
@@ -226,10 +226,10 @@ def _held_out(
     return validation.prepare(step, encoder, stream, data.validation_draws, predict)
 
 
-def _speed(config: Config, model: Components, device: torch.device, encoded: bool) -> Speed:
+def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:
     side = config.data.resolution // model.vae_scale
     text = model.text_encoders[0].config.max_position_embeddings
-    forward = flops.unet_flops(dict(model.unet.config), side, side, text)
+    forward = flops.unet_flops(dict(model.denoiser.config), side, side, text)
     encode = flops.vae_encode_flops(dict(model.vae.config), config.data.resolution, config.data.resolution)
     live = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     per_pair = flops.pair_flops(

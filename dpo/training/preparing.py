@@ -139,12 +139,12 @@ def record_reference(
     stored.check(model, source)
     ready.cast(config, model)
     if config.model.unet_init and config.model.reference_model == "init":
-        load_unet_into(model.unet, config.model.unet_init)
-    identity = recorded.identity(config, plan, fingerprint(model.unet))
+        load_unet_into(model.denoiser, config.model.unet_init)
+    identity = recorded.identity(config, plan, fingerprint(model.denoiser))
     precision = config.runtime.precision
     if precision in ready.HALF:
-        halve(model.unet, ready.HALF[precision])
-    unet = ready.settle(change(config, checkpointing="off"), model.unet, device)
+        halve(model.denoiser, ready.HALF[precision])
+    unet = ready.settle(change(config, checkpointing="off"), model.denoiser, device)
     step, _ = build.pair_step(config, model, plan, unet, None, device)
     encoder, zero = Encoder(model, device, config.runtime.vae_batch), torch.zeros_like(step.weight)
 

@@ -37,7 +37,7 @@ def begin(run: Run, trackers: Trackers) -> None:
 def end(run: Run, trackers: Trackers) -> None:
     """Write the result in diffusers layout, the images, and all that tells how the run went."""
     weights = dict(zip(run.updater.names, run.updater.ema, strict=True)) if run.updater.ema else None
-    unet = detached(run.model.unet, weights)
+    unet = detached(run.model.denoiser, weights)
     if run.config.lora.lora:
         save_lora(run.model, unet, run.output, layout=run.config.lora.lora_format)
     else:

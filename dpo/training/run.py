@@ -18,7 +18,7 @@ from dpo.data.batches import batches
 from dpo.data.pairs import Source
 from dpo.data.store import recorded
 from dpo.encode import Encoder
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.settings import resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
@@ -49,7 +49,7 @@ class Run:
     """Everything an update needs, and where the run stands."""
 
     config: Config
-    model: Components
+    model: Model
     source: Source
     encoder: Encoder
     step: PairStep

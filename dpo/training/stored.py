@@ -12,7 +12,7 @@ from dpo.common.errors import UserError
 from dpo.data.pairs import Source
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.fingerprint import identity
 from dpo.settings.config import Config, change
 from dpo.step import PairStep
@@ -28,7 +28,7 @@ def adopt(config: Config, source: Source) -> Config:
     return change(config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"])
 
 
-def check(model: Components, *sources: Source | None) -> None:
+def check(model: Model, *sources: Source | None) -> None:
     """Raises UserError when a source is a store that was encoded with other encoders than `model`'s."""
     stores = [store for source in sources if source is not None and (store := of_store(source)) is not None]
     own = identity(model) if stores else {}

@@ -53,7 +53,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "source": model.source,
             "family": model.family.name,
             "prediction type": model.prediction_type,
-            "parameters": sum(p.numel() for p in model.unet.parameters()),
+            "parameters": sum(p.numel() for p in model.denoiser.parameters()),
             "trained parameters": trained,
         },
         "data": run.source.summary | {"usable": len(run.source)},

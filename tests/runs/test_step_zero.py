@@ -62,7 +62,7 @@ def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, m
     fixed = []
     monkeypatch.setattr(ready, "fix_projections", lambda unet: fixed.append(unet) or fix_projections(unet))
     run = make_run(world("sd2v"), world("pairs"), tmp_path, "--batch-size", "2", "--precision", "fp16")
-    assert len(fixed) == 2 and fixed[0] is run.model.unet and fixed[1] is not run.model.unet  # policy, frozen copy
+    assert len(fixed) == 2 and fixed[0] is run.model.denoiser and fixed[1] is not run.model.denoiser  # policy, frozen copy
     hooked = [block.proj_in for unet in fixed for block in unet.modules() if isinstance(block, Transformer2DModel)]
     assert len(hooked) >= 2 and all(module._forward_pre_hooks for module in hooked)
 

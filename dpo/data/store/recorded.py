@@ -27,7 +27,7 @@ from dpo.common.errors import UserError
 from dpo.data.pairs import Source, Subset, digest
 from dpo.data.store.files import Damaged, check_shard, open_shard, read_sealed
 from dpo.data.store.store import Contents, of_store
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.schedule import Schedule, usable_timesteps
 from dpo.settings.config import Config
 
@@ -127,7 +127,7 @@ def _chunks(keys: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------------ reading
 
 
-def find(config: Config, model: Components, plan: Schedule, source: Source, reference: str) -> RecordedErrors:
+def find(config: Config, model: Model, plan: Schedule, source: Source, reference: str) -> RecordedErrors:
     """The record in the store that suits a run. Raises UserError, naming the difference, when there is none."""
     store = of_store(source)
     if store is None:

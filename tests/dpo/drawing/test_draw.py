@@ -40,25 +40,25 @@ def test_an_image_depends_on_prompt_and_seed_alone(model):
 
 def test_nothing_else_is_disturbed(model):
     pipe = pipeline(model)
-    model.unet.train()
-    model.unet.conv_out.eval()
-    state, scheduler, weights = torch.get_rng_state(), pipe.scheduler, model.unet.conv_in.weight.clone()
+    model.denoiser.train()
+    model.denoiser.conv_out.eval()
+    state, scheduler, weights = torch.get_rng_state(), pipe.scheduler, model.denoiser.conv_in.weight.clone()
     before = dict(scheduler.__dict__)
     sample(pipe, PROMPTS[:1], [0], steps=2, guidance=2.0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.unet.training and model.unet.mid_block.training and not model.unet.conv_out.training
+    assert model.denoiser.training and model.denoiser.mid_block.training and not model.denoiser.conv_out.training
     assert pipe.scheduler is scheduler and {k: v is before[k] for k, v in scheduler.__dict__.items()} == dict.fromkeys(
         before, True
     )
-    assert torch.equal(model.unet.conv_in.weight, weights) and all(p.grad is None for p in model.unet.parameters())
-    model.unet.eval()
+    assert torch.equal(model.denoiser.conv_in.weight, weights) and all(p.grad is None for p in model.denoiser.parameters())
+    model.denoiser.eval()
 
 
 def test_policy_beside_reference(model, tmp_path):
     pipe = pipeline(model)
     before = sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
-    policy = type(model.unet).from_config(model.unet.config)
-    policy.load_state_dict(model.unet.state_dict())
+    policy = type(model.denoiser).from_config(model.denoiser.config)
+    policy.load_state_dict(model.denoiser.state_dict())
     pipe.unet = policy
     assert not any(differ(before, sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)))
     with torch.no_grad():
@@ -68,13 +68,13 @@ def test_policy_beside_reference(model, tmp_path):
 
 def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
     pipe = pipeline(model)
-    model.unet.train()
+    model.denoiser.train()
     scheduler = pipe.scheduler
-    monkeypatch.setattr(model.unet, "forward", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(model.denoiser, "forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
-    assert model.unet.training and pipe.scheduler is scheduler
-    model.unet.eval()
+    assert model.denoiser.training and pipe.scheduler is scheduler
+    model.denoiser.eval()
 
 
 def test_autocast_draws(model):

@@ -1,4 +1,4 @@
-"""dpo.models.unet: halved weights give autocast's own bits; checkpointing per block; attention that is not there."""
+"""dpo.models.denoiser: halved weights give autocast's own bits; checkpointing per block; attention that is not there."""
 
 import copy
 import logging

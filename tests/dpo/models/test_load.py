@@ -58,11 +58,11 @@ def test_every_family(pipelines, kind):
     assert model.scheduler_config.get("prediction_type", "epsilon") == ("v_prediction" if kind == "sd2v" else "epsilon")
     assert model.vae_scale == 4 and model.native_resolution == 32
     assert model.folder == pipelines[kind] and model.source == str(pipelines[kind])
-    for module, name in ((model.unet, "unet"), (model.vae, "vae")):
+    for module, name in ((model.denoiser, "unet"), (model.vae, "vae")):
         stored = weights_of(pipelines[kind] / name)
         assert stored.keys() == module.state_dict().keys()
         assert all(torch.equal(module.state_dict()[key], value) for key, value in stored.items())
-    for module in (model.unet, model.vae, *model.text_encoders):
+    for module in (model.denoiser, model.vae, *model.text_encoders):
         assert not module.training and all(not p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
 
 
@@ -70,12 +70,12 @@ def test_every_family(pipelines, kind):
 def test_captions_become_conditioning(pipelines, kind):
     model = load(str(pipelines[kind]))
     text = model.family.encode(model, ["a fox", "", "a fox"])
-    assert text.hidden.shape == (3, 77, model.unet.config.cross_attention_dim)
+    assert text.hidden.shape == (3, 77, model.denoiser.config.cross_attention_dim)
     assert torch.equal(text.hidden[0], text.hidden[2]) and not torch.equal(text.hidden[0], text.hidden[1])
     micro = torch.tensor([[32, 32, 0, 0, 32, 32]] * 6)
     with torch.no_grad():
         both = text.twice()
-        out = model.unet(
+        out = model.denoiser(
             torch.zeros(6, 4, 8, 8), torch.tensor([7] * 6), **model.family.condition(both, micro), return_dict=False
         )[0]
     assert out.shape == (6, 4, 8, 8) and torch.equal(both.hidden[:3], both.hidden[3:])
@@ -106,9 +106,9 @@ def test_half_precision_variant(pipelines, broken):
     message = refused(str(broken))
     assert "fp16" in message
     model = load(str(broken), variant="fp16")
-    assert model.unet.dtype == torch.float32
+    assert model.denoiser.dtype == torch.float32
     stored = weights_of(pipelines["sd15"] / "unet")
-    assert all(torch.equal(value, stored[key].half().float()) for key, value in model.unet.state_dict().items())
+    assert all(torch.equal(value, stored[key].half().float()) for key, value in model.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -129,14 +129,14 @@ def test_single_file_in_the_original_layout(pipelines, tmp_path, kind):
     assert all(not name.startswith("unet.") for name in load_file(path))
     one, many = load(str(path), single_file_config=str(pipelines[kind])), load(str(pipelines[kind]))
     assert one.family.name == many.family.name and one.folder is None and len(one.tokenizers) == len(many.tokenizers)
-    pairs = zip([one.unet, one.vae, *one.text_encoders], [many.unet, many.vae, *many.text_encoders], strict=True)
+    pairs = zip([one.denoiser, one.vae, *one.text_encoders], [many.denoiser, many.vae, *many.text_encoders], strict=True)
     for ours, expected in pairs:
         ours, expected = ours.state_dict(), expected.state_dict()
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], value) and value.dtype == torch.float32 for name, value in expected.items())
     assert one.scheduler_config["beta_schedule"] == many.scheduler_config["beta_schedule"]
     assert one.scheduler_config.get("prediction_type") == many.scheduler_config.get("prediction_type", "epsilon")
-    assert not any(p.requires_grad for p in one.unet.parameters())
+    assert not any(p.requires_grad for p in one.denoiser.parameters())
 
 
 def test_single_files_that_are_refused(pipelines, tmp_path):
@@ -261,7 +261,7 @@ def test_no_such_vae(pipelines, tmp_path):
 def test_start_from_another_unet(pipelines, tmp_path, form):
     other = make_pipeline(tmp_path / "other", "sd15", seed=1)
     (file,) = (other / "unet").glob("*.safetensors")
-    unet = load(str(pipelines["sd15"])).unet
+    unet = load(str(pipelines["sd15"])).denoiser
     before = unet.conv_in.weight.clone()
     load_unet_into(unet, str({"pipeline": other, "unet folder": other / "unet", "file": file}[form]))
     wanted = load_file(file)
@@ -270,7 +270,7 @@ def test_start_from_another_unet(pipelines, tmp_path, form):
 
 
 def test_start_from_a_unet_that_does_not_fit(pipelines, tmp_path):
-    unet = load(str(pipelines["sd15"])).unet
+    unet = load(str(pipelines["sd15"])).denoiser
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"no tensors here")
@@ -295,8 +295,8 @@ def test_start_from_a_unet_that_does_not_fit(pipelines, tmp_path):
 
 
 def test_fingerprint(pipelines, tmp_path):
-    one, same = load(str(pipelines["sd15"])).unet, load(str(pipelines["sd15"])).unet
-    other = load(str(make_pipeline(tmp_path / "other", "sd15", seed=1))).unet
+    one, same = load(str(pipelines["sd15"])).denoiser, load(str(pipelines["sd15"])).denoiser
+    other = load(str(make_pipeline(tmp_path / "other", "sd15", seed=1))).denoiser
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
     with torch.no_grad():
         for parameter in same.parameters():

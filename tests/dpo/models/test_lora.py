@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dpo.common.errors import UserError
 from dpo.models import lora
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.save import save_lora
 from tests.dpo.models.test_denoiser import run
@@ -21,13 +21,13 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Components]:
+def models(tmp_path_factory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("models")
     return {kind: load(str(make_pipeline(root / kind, kind))) for kind in ("sd15", "sd2v", "sdxl")}
 
 
-def adapted(model: Components, *, rank: int = 4, alpha: float = 6.0, targets: tuple[str, ...] = TARGETS, seed: int = 0):
-    unet = copy.deepcopy(model.unet)
+def adapted(model: Model, *, rank: int = 4, alpha: float = 6.0, targets: tuple[str, ...] = TARGETS, seed: int = 0):
+    unet = copy.deepcopy(model.denoiser)
     return unet, lora.add(unet, rank=rank, alpha=alpha, target_modules=targets, dropout=0.0, seed=seed)
 
 
@@ -63,14 +63,14 @@ def test_only_the_adapter_is_trained(models):
     assert all(p.dtype == torch.float32 for p in trained.values())
     modules = {name.split(".lora_")[0] for name in trained}
     assert all(name.endswith(TARGETS) for name in modules)
-    expected = {name for name, m in models["sdxl"].unet.named_modules() if name.endswith(TARGETS)}
+    expected = {name for name, m in models["sdxl"].denoiser.named_modules() if name.endswith(TARGETS)}
     assert modules == expected
 
 
 def test_switching_off_gives_the_plain_unets_bits(models):
     for model in models.values():
         unet, layers = adapted(model)
-        plain = run(model.unet, None)
+        plain = run(model.denoiser, None)
         assert torch.equal(run(unet, None), plain)
         train(unet)
         moved = run(unet, None)
@@ -100,7 +100,7 @@ def test_saved_adapter_loads_in_diffusers_with_the_same_output(models, tmp_path,
     assert not torch.equal(run(pipe.unet, None), run(unet, None))
     pipe.load_lora_weights(tmp_path / "out")
     pipe.unet.eval()
-    loaded, trained, plain = run(pipe.unet, None), run(unet, None), run(model.unet, None)
+    loaded, trained, plain = run(pipe.unet, None), run(unet, None), run(model.denoiser, None)
     assert (trained - plain).abs().max() > 1e-2
     torch.testing.assert_close(loaded, trained, rtol=1e-5, atol=1e-6)  # alpha / rank = 1.5 included
     (config,) = pipe.unet.peft_config.values()
@@ -130,7 +130,7 @@ def test_metadata_is_readable_without_peft(models, tmp_path):
 
 
 def test_dropout_is_off_in_evaluation(models):
-    unet = copy.deepcopy(models["sd15"].unet)
+    unet = copy.deepcopy(models["sd15"].denoiser)
     lora.add(unet, rank=4, alpha=4, target_modules=TARGETS, dropout=0.5, seed=0)
     train(unet)
     unet.eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo.models import lora, save
-from dpo.models.family import Components
+from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
 from dpo.models.save import detached, save_lora, save_pipeline
@@ -17,13 +17,13 @@ from tests.help.worlds import KINDS, make_pipeline
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Components]:
+def models(tmp_path_factory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("models")
     return {kind: load(str(make_pipeline(root / kind, kind))) for kind in KINDS}
 
 
-def trained(model: Components) -> torch.nn.Module:
-    unet = copy.deepcopy(model.unet)
+def trained(model: Model) -> torch.nn.Module:
+    unet = copy.deepcopy(model.denoiser)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.01)
@@ -42,7 +42,7 @@ def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
     save_pipeline(model, unet, tmp_path / "out")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
     assert type(pipe).__name__ == model.family.pipeline
-    assert same(pipe.unet, unet) and not same(pipe.unet, model.unet)
+    assert same(pipe.unet, unet) and not same(pipe.unet, model.denoiser)
     assert same(pipe.vae, model.vae)
     for (name, _), encoder in zip(model.family.text_encoders, model.text_encoders, strict=True):
         assert same(getattr(pipe, name), encoder)
@@ -63,14 +63,14 @@ def test_what_is_written_loads_here_again(models, tmp_path):
     unet = trained(models["sdxl-turbo"])
     save_pipeline(models["sdxl-turbo"], unet, tmp_path / "out")
     again = load(str(tmp_path / "out"))
-    assert same(again.unet, unet) and again.turbo and again.family.name == "sdxl"
+    assert same(again.denoiser, unet) and again.turbo and again.family.name == "sdxl"
 
 
 def test_saving_leaves_the_model_as_it_was(models, tmp_path):
     unet = trained(models["sd15"]).double().requires_grad_(True)
     save_pipeline(models["sd15"], detached(unet), tmp_path)
     assert unet.dtype == torch.float64 and all(p.requires_grad for p in unet.parameters())
-    assert models["sd15"].unet.dtype == torch.float32
+    assert models["sd15"].denoiser.dtype == torch.float32
 
 
 # --- whole or not at all ------------------------------------------------------------------------------------------------
@@ -88,13 +88,13 @@ def test_failure_while_writing_leaves_nothing(models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffusers.StableDiffusionPipeline, "save_pretrained", half_way)
     with pytest.raises(OSError, match="No space left"):
-        save_pipeline(models["sd15"], models["sd15"].unet, tmp_path / "out")
+        save_pipeline(models["sd15"], models["sd15"].denoiser, tmp_path / "out")
     assert left(tmp_path / "out") == []
 
 
 def test_failure_while_writing_leaves_the_earlier_result(models, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    save_pipeline(models["sd15"], models["sd15"].unet, out)
+    save_pipeline(models["sd15"], models["sd15"].denoiser, out)
     (out / "metrics.jsonl").write_text("{}\n")
     before = left(out)
     with monkeypatch.context() as patch:
@@ -102,17 +102,17 @@ def test_failure_while_writing_leaves_the_earlier_result(models, tmp_path, monke
         with pytest.raises(OSError, match="no"):
             save_pipeline(models["sd15"], trained(models["sd15"]), out)
     assert left(out) == before
-    assert same(load(str(out)).unet, models["sd15"].unet)
+    assert same(load(str(out)).denoiser, models["sd15"].denoiser)
     unet = trained(models["sd15"])
     save_pipeline(models["sd15"], unet, out)
-    assert left(out) == before and same(load(str(out)).unet, unet)
+    assert left(out) == before and same(load(str(out)).denoiser, unet)
 
 
 @pytest.mark.parametrize("moves", [0, 1, 3])
 def test_a_half_published_folder_does_not_load_as_a_mixture(models, tmp_path, monkeypatch, moves):
     """Stopped between two moves over an earlier result: model_index.json is away until everything else is in place."""
     out = tmp_path / "out"
-    save_pipeline(models["sd15"], models["sd15"].unet, out)
+    save_pipeline(models["sd15"], models["sd15"].denoiser, out)
     done, replace = [], save.os.replace
 
     def stop(source, target):
@@ -130,7 +130,7 @@ def test_a_half_published_folder_does_not_load_as_a_mixture(models, tmp_path, mo
 
 
 def test_lora_is_published_the_same_way(models, tmp_path, monkeypatch):
-    unet = copy.deepcopy(models["sd15"].unet)
+    unet = copy.deepcopy(models["sd15"].denoiser)
     lora.add(unet, rank=2, alpha=2, target_modules=("to_q",), dropout=0.0, seed=0)
     monkeypatch.setattr(lora, "save", lambda *a: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
@@ -142,7 +142,7 @@ def test_lora_is_published_the_same_way(models, tmp_path, monkeypatch):
 
 
 def test_detached_copy(models):
-    half = copy.deepcopy(models["sd15"].unet).bfloat16()
+    half = copy.deepcopy(models["sd15"].denoiser).bfloat16()
     twin = detached(half)
     assert twin.dtype == torch.float32 and half.dtype == torch.bfloat16
     assert torch.equal(twin.conv_in.weight, half.conv_in.weight.float())
@@ -153,7 +153,7 @@ def test_detached_copy(models):
 
 
 def test_averaged_weights_take_their_place(models):
-    unet = models["sd15"].unet
+    unet = models["sd15"].denoiser
     average = {"conv_in.weight": torch.full_like(unet.conv_in.weight, 0.5)}
     twin = detached(unet, average)
     assert (twin.conv_in.weight == 0.5).all() and torch.equal(twin.conv_in.bias, unet.conv_in.bias)

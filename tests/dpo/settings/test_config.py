@@ -271,5 +271,5 @@ def test_changed_rank_of_a_lora_run_is_refused_and_named():
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys, dpo.settings.flags, dpo.settings.resolve; dpo.settings.flags.parse([]); print(*(m for m in sys.modules if m in ('torch', 'numpy')))"
+    code = "import sys; from dpo.settings import flags, resolve; flags.parse([]); print(*{'torch', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -9,6 +9,7 @@ import torch
 from datasets import load_dataset
 from diffusers import StableDiffusionPipeline
 
+from dpo.common import files
 from dpo.tiny import judge, paths, prompts, sprites
 from dpo.tiny.evaluate import compare, draw
 from dpo.tiny.making.pairs import SCHEMA
@@ -30,11 +31,11 @@ def record():
 
 def test_artefacts_are_those_the_record_names_and_small():
     sums = record()["sha256"]
-    files = {path.relative_to(paths.ASSETS).as_posix(): path for path in paths.ASSETS.rglob("*") if path.is_file()}
-    assert set(files) - {"build.json"} == set(sums)
-    assert all(files.checksum(files[name]) == expected for name, expected in sums.items())
-    assert sum(path.stat().st_size for path in files.values()) < 16 * MEGABYTE
-    assert not [name for name in files if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
+    shipped = {path.relative_to(paths.ASSETS).as_posix(): path for path in paths.ASSETS.rglob("*") if path.is_file()}
+    assert set(shipped) - {"build.json"} == set(sums)
+    assert all(files.checksum(shipped[name]) == expected for name, expected in sums.items())
+    assert sum(path.stat().st_size for path in shipped.values()) < 16 * MEGABYTE
+    assert not [name for name in shipped if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))]
 
 
 def test_the_record_holds_the_promised_figures():
