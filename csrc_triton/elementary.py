@@ -1,6 +1,6 @@
 """Elementary functions from correctly rounded fp32 steps only, so that every device returns the same bits.
 
-GPU logarithms, exponentials and cosines differ between vendors, compilers and the C library. The functions here use additions,
+GPU logarithms and cosines differ between vendors, compilers and the C library. The functions here use additions,
 multiplications, bit moves and (by their callers) the IEEE square root and division, in one fixed order, and no fused
 multiply-add: kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for torch,
 statement by statement the same. The polynomials are minimax fits made for this project (iteratively reweighted least squares on
@@ -14,7 +14,6 @@ import triton.language as tl
 
 LN2_HIGH = tl.constexpr(0.693145751953125)  # 12 significant bits: k * LN2_HIGH is exact for |k| < 2^12
 LN2_LOW = tl.constexpr(1.4286068203094173e-06)
-LOG2_E = tl.constexpr(1.4426950216293335)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)  # fp32 bits of sqrt(1/2)
 
 # log(1 + f) = f - f^2/2 + f^3 P(f) for 1 + f in [sqrt(1/2), sqrt(2)); highest power first
@@ -36,12 +35,6 @@ COS_3 = tl.constexpr(0.0009040216100402176)
 COS_2 = tl.constexpr(-0.02086028829216957)
 COS_1 = tl.constexpr(0.25366923213005066)
 COS_0 = tl.constexpr(-1.2337005138397217)
-# exp(r) = 1 + r + r^2 E(r) for |r| <= ln(2)/2
-EXP_4 = tl.constexpr(0.0013814610429108143)
-EXP_3 = tl.constexpr(0.008368710055947304)
-EXP_2 = tl.constexpr(0.04166838899254799)
-EXP_1 = tl.constexpr(0.1666652113199234)
-EXP_0 = tl.constexpr(0.4999999403953552)
 
 
 @triton.jit
@@ -123,27 +116,3 @@ def torch_cos_sin_turns(angle24: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     swap = (quarter & 1) == 1
     c, s = torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
     return torch.where(((quarter + 1) & 2) == 2, -c, c), torch.where((quarter & 2) == 2, -s, s)
-
-
-@triton.jit
-def exp_fp32(x):
-    """e^x of an fp32 `x` <= 0, accurate to about one unit in the last place; below -87 the result is e^-87 (1.6e-38)."""
-    x = tl.maximum(x, -87.0)
-    k = tl.floor(x * LOG2_E + 0.5)
-    r = (x - k * LN2_HIGH) - k * LN2_LOW
-    p = EXP_4 * r + EXP_3
-    p = p * r + EXP_2
-    p = p * r + EXP_1
-    p = p * r + EXP_0
-    mantissa = (r + (r * r) * p) + 1.0
-    return mantissa * ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def log1p_exp_fp32(x):
-    """log(1 + e^x) = softplus(x) of an fp32 `x`; exactly fp32(ln 2) at x = 0."""
-    small = exp_fp32(-tl.abs(x))  # in (0, 1]
-    rounded = 1.0 + small
-    # log(1 + e) = log(u) + (e - (u - 1)) / u to first order in what rounding u = fl(1 + e) lost
-    lost = small - (rounded - 1.0)
-    return tl.maximum(x, 0.0) + (log_fp32(rounded) + tl.div_rn(lost, rounded))

@@ -33,7 +33,7 @@ def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: floa
 def single_shot_weight(schedule: Schedule, cap: float = 250.0) -> Tensor:
     """DDE's single-shot weight [T]: (1 - abar) / abar on the epsilon error, (1 - abar) on the v error, at most `cap`."""
     abar = schedule.alphas_cumprod
-    if schedule.prediction_type == "v_prediction":
+    if schedule.velocity:
         return (1 - abar).clamp(max=cap)
     return ((1 - abar) / abar.clamp_min(1e-300)).clamp(max=cap)
 
@@ -62,7 +62,7 @@ def step_precision(schedule: Schedule, sigma2: str = "beta") -> Tensor:
         lam[0] = 0.0
     elif sigma2 != "beta":
         raise ValueError(f"sigma2 is 'beta' or 'posterior', not {sigma2!r}")
-    if schedule.prediction_type == "v_prediction":
+    if schedule.velocity:
         lam = lam * abar
     table = torch.zeros(schedule.length, dtype=torch.float64)
     table[t] = torch.where(abar > 1e-12, lam, torch.zeros_like(lam))

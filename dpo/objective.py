@@ -1,31 +1,132 @@
-"""The methods: from four per-sample errors to the loss of each pair, as pure functions.
-
-Everything here is plain torch on tensors of any float dtype and device; in float64 it is the oracle of the kernels,
-of the compiled paths and of the other precisions. To change an objective, change it here (and, for a new pairwise
-shape, in csrc_triton/preference_loss.py, whose tests compare it with this file).
+"""The methods' losses: from the errors, difference and logit of each pair to its loss. Training runs this file; change an objective here.
 
 One loss, several credit assignments (docs/method.md; Diffusion-DPO: Wallace et al., arXiv 2311.12908, eq. 14;
 DDE: Shi et al., arXiv 2411.14871; discounted: Yang et al., arXiv 2402.08265):
 
     d    = (Lw - Rw) - (Ll - Rl)                       training wants d < 0
-    z    = -(beta/2) (weight(t) d + correction(t))
-    loss = p f(z) + (1 - p) f(-z)
+    z    = -(beta/2) (weight(t) d + correction(t))     weight, correction: credit.py, correction.py
+    loss = p f(z) + (1 - p) f(-z) + sft_weight Lw      f: the shape, below
+
+d and z need every element of the predictions and come from one fused pass, csrc_triton/pair_errors.py. All that is here is plain
+torch on B numbers, differentiable in z, d and the errors, in any float dtype; a new objective needs no kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHAPES = {
-    "sigmoid": lambda z: -F.logsigmoid(z),
-    "hinge": lambda z: F.relu(1 - z),
-    "ipo": lambda z: (z - 0.5) ** 2,
-}
+from csrc_triton.pair_errors import PairErrors
+
+
+class Shape(NamedTuple):
+    """The shape of a pairwise loss, p f(z) + (1 - p) f(-z), as a function of the logit z [B] and the label p [B] in [1/2, 1].
+
+    `slope` is its derivative by z where autograd's own would lose digits; None leaves it to autograd.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    slope: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+def sigmoid(z: Tensor, p: Tensor) -> Tensor:
+    """f(z) = log(1 + e^-z), so that p f(z) + (1 - p) f(-z) = (1 - p) z + f(z): exactly ln 2 at z = 0 whatever p."""
+    return (1 - p) * z - F.logsigmoid(z)
+
+
+def sigmoid_slope(z: Tensor, p: Tensor) -> Tensor:
+    """sigmoid(z) - p; for z >= 0 as (1 - p) - sigmoid(-z), which keeps its digits where sigmoid(z) rounds to 1."""
+    small = torch.sigmoid(-z.abs())
+    return torch.where(z >= 0, (1 - p) - small, small - p)
+
+
+def hinge(z: Tensor, p: Tensor) -> Tensor:
+    """f(z) = max(0, 1 - z)."""
+    return p * F.relu(1 - z) + (1 - p) * F.relu(1 + z)
+
+
+def ipo(z: Tensor, p: Tensor) -> Tensor:
+    """f(z) = (z - 1/2)^2, Azar et al. 2023 (arXiv 2310.12036); TRL's (h - 1/(2 beta))^2 times beta^2, z = beta h."""
+    return p * (z - 0.5) ** 2 + (1 - p) * (z + 0.5) ** 2
+
+
+def ipo_slope(z: Tensor, p: Tensor) -> Tensor:
+    return 2 * z + (1 - 2 * p)
+
+
+SHAPES = {"sigmoid": Shape(sigmoid, sigmoid_slope), "hinge": Shape(hinge), "ipo": Shape(ipo, ipo_slope)}
+
+
+class PairTerms(NamedTuple):
+    """B pairs of a micro-batch; fp32, or float64 for a float64 policy. Holes are 0 everywhere. Only `loss` is differentiated."""
+
+    loss: Tensor  # [B]
+    logit: Tensor  # [B] z: positive when the policy prefers the winner
+    difference: Tensor  # [B] d: negative when the policy prefers the winner
+    errors: Tensor  # [4, B]: policy win, policy lose, reference win, reference lose
+    accuracy: Tensor  # [B]: 1 where d < 0, 0.5 where d == 0, else 0
+    timesteps: Tensor  # [B] int64
+    table_sum: Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep, for DDE's table
+    table_count: Tensor  # [T]: their number
+
+
+def pair_loss(
+    found: PairErrors, prob: Tensor, usable: Tensor, timesteps: Tensor, *, shape: str | None, sft_weight: float = 0.0
+) -> PairTerms:
+    """The loss of each pair, and what is read off it.
+
+    prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing); usable [B]: 0
+    marks a hole; timesteps [B]. `shape` names one of SHAPES; None is supervised: the preferred image's own error, no pair.
+    """
+    live = usable > 0
+    win = found.errors[0]
+    if shape is None:
+        loss = win
+    else:
+        loss = shaped(found.logit, prob.to(found.logit.dtype), SHAPES[shape])
+        if sft_weight:
+            loss = loss + sft_weight * win
+    accuracy = torch.where(live, implicit_accuracy(found.difference.detach()), 0.0)
+    return PairTerms(
+        torch.where(live, loss, 0.0),
+        found.logit.detach(),
+        found.difference.detach(),
+        found.errors.detach(),
+        accuracy,
+        timesteps,
+        found.table_sum,
+        found.table_count,
+    )
+
+
+def shaped(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
+    """The loss [B] of `shape`, with its own slope where it names one."""
+    return shape.loss(z, p) if shape.slope is None else _WithSlope.apply(z, p, shape)
+
+
+class _WithSlope(torch.autograd.Function):
+    """A shape's loss whose derivative by z is the shape's slope."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, p: Tensor, shape: Shape) -> Tensor:
+        assert shape.slope is not None
+        ctx.save_for_backward(shape.slope(z, p))
+        return shape.loss(z, p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
+
+
+def implicit_accuracy(d: Tensor) -> Tensor:
+    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: d alone, no correction."""
+    return (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype)
 
 
 @dataclass(frozen=True)
@@ -45,71 +146,3 @@ METHODS = {
     "dde": Method("single-shot", correction=True),
     "sft": Method("uniform", correction=False, pairwise=False),
 }
-
-
-class PairTerms(NamedTuple):
-    """Per pair: loss, logit z, difference d [B]; errors [4, B] (policy win, lose, reference win, lose); accuracy [B]."""
-
-    loss: Tensor
-    logit: Tensor
-    difference: Tensor
-    errors: Tensor
-    accuracy: Tensor
-
-
-def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample over C, H, W: [N, C, H, W] twice -> [N], in at least float32.
-
-    The mean, not the sum: the published betas belong to the mean.
-    """
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
-
-
-def pair_difference(policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """d [B] from predictions [2B, C, H, W] (wins, then losers), exactly 0 where policy equals reference.
-
-    (p - y)^2 - (r - y)^2 = (p - r)(p + r - 2 y): the right side neither cancels nor rounds two large errors. The sums of
-    win and lose may cancel each other, so they are taken in float64 and rounded once.
-    """
-    wide = torch.promote_types(policy.dtype, torch.float32)
-    p, r, y = policy.to(wide), reference.to(wide), target.to(wide)
-    win, lose = ((p - r) * (p + r - 2 * y)).flatten(1).mean(1, dtype=torch.float64).chunk(2)
-    return (win - lose).to(wide)
-
-
-def logits(d: Tensor, t: Tensor, weight: Tensor, correction: Tensor, beta: float | Tensor, prob: Tensor) -> Tensor:
-    """z [B] = -(beta/2) (weight[t] d + correction[t]); ties (p = 0.5) do not receive the correction."""
-    corrected = torch.where(prob > 0.5, correction[t].to(d.dtype), torch.zeros_like(d))
-    return -(beta / 2) * (weight[t].to(d.dtype) * d + corrected)
-
-
-def pair_terms(
-    errors: Tensor,
-    t: Tensor,
-    prob: Tensor,
-    weight: Tensor,
-    correction: Tensor,
-    beta: float | Tensor,
-    shape: str = "sigmoid",
-    *,
-    sft_weight: float = 0.0,
-    difference: Tensor | None = None,
-) -> PairTerms:
-    """Loss of each pair from its four errors.
-
-    errors [4, B]: policy win, policy lose, reference win, reference lose; t [B] int64; prob [B] in [0.5, 1], the
-    probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing); weight, correction [T];
-    `difference` [B] replaces (Lw - Rw) - (Ll - Rl) where it was accumulated without cancellation.
-    """
-    policy_win, policy_lose, reference_win, reference_lose = errors
-    d = (policy_win - reference_win) - (policy_lose - reference_lose) if difference is None else difference
-    z = logits(d, t, weight, correction, beta, prob)
-    f = SHAPES[shape]
-    loss = torch.lerp(f(-z), f(z), prob.to(z.dtype)) + sft_weight * policy_win  # p f(z) + (1 - p) f(-z), f(0) at z = 0
-    return PairTerms(loss, z, d, errors, implicit_accuracy(d))
-
-
-def implicit_accuracy(d: Tensor) -> Tensor:
-    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: d alone, no correction."""
-    return (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
@@ -30,9 +31,45 @@ class Schedule:
     def length(self) -> int:
         return self.alphas_cumprod.numel()
 
+    @property
+    def velocity(self) -> bool:
+        """Whether the target is v, a mixture of noise and data, and not the noise itself."""
+        return self.prediction_type == "v_prediction"
+
     def timesteps(self) -> Tensor:
         """The chain's timesteps, ascending [K] int64."""
         return torch.arange(self.length) if self.chain is None else torch.tensor(self.chain)
+
+
+@dataclass(frozen=True)
+class NoisePath:
+    """The path from data to noise as a training step needs it, on its device: four tables by timestep and what may be drawn.
+
+        x_t    = signal(t) x_0 + spread(t) eps
+        target = of_noise(t) eps + of_data(t) x_0
+
+    Epsilon prediction is (1, 0), v-prediction (signal, -spread) (Salimans and Ho 2022, appendix D), rectified flow (1, -1).
+    """
+
+    signal: Tensor  # [T]
+    spread: Tensor  # [T]
+    of_noise: Tensor  # [T]
+    of_data: Tensor  # [T]
+    timesteps: Tensor  # [K] int64, those that may be drawn
+    needs_data: bool  # whether of_data is anything but 0: else the target is made without x_0
+
+    def draw(self, keys: Tensor, draws: Tensor, seed: Tensor) -> Tensor:
+        """t [B], uniform over `timesteps`: a function of seed, pair keys [B] and draws [B]."""
+        return self.timesteps[integers(keys, draws, Stream.TIMESTEP, seed, 0, self.timesteps.numel())]
+
+
+def noise_path(schedule: Schedule, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> NoisePath:
+    """The path of a diffusion schedule, in fp32 or float64. Square roots are rounded once, so that every device has one table."""
+    abar = schedule.alphas_cumprod.to(dtype)
+    signal, spread = (x.double().sqrt().to(dtype) for x in (abar, 1 - abar))
+    of_noise, of_data = (signal, -spread) if schedule.velocity else (torch.ones_like(signal), torch.zeros_like(signal))
+    tables = [table.to(device) for table in (signal, spread, of_noise, of_data)]
+    return NoisePath(*tables, timesteps.to(device), needs_data=schedule.velocity)
 
 
 def from_scheduler(

@@ -31,10 +31,10 @@ def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
     usable = 0
     for batch in micro_batches:
         inputs = run.encoder.inputs(batch)
-        terms, timesteps = run.step(inputs, correction, recorded=batch.recorded)
+        terms = run.step(inputs, correction, recorded=batch.recorded)
         run.updater.scaled(terms.loss.sum() / run.nominal).backward()
         run.table.gather(terms.table_sum, terms.table_count)
-        run.metrics.add(terms, timesteps, inputs.prob, inputs.usable)
+        run.metrics.add(terms, inputs.prob, inputs.usable)
         usable += int(batch.usable.sum())  # on the host: no synchronisation
     norm = run.updater.grad_norm(usable / run.nominal)
     figures = run.metrics.read({"grad_norm": norm}, run.tables(correction))

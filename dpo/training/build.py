@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def build(config: Config, notes: list[str]) -> Run:
         recorded=errors,
     )
     if errors is not None:
-        step.timesteps = errors.timesteps.to(device)  # a window chooses among the recorded draws
+        step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # a window chooses among the recorded draws
     if saved is not None:
         restore(run, saved)
         if run.done >= run.total:
@@ -174,20 +175,19 @@ def pair_step(
     method, precision = config.method, config.runtime.precision
     tables = credit.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
     real = torch.float64 if precision == "fp64" else torch.float32
+    timesteps = schedule.usable_timesteps(plan, method.window_low, method.window_high)
     step = PairStep(
         model=model,
         policy=policy,
         reference=predict,
-        alphas_cumprod=plan.alphas_cumprod.to(device, real),
-        timesteps=schedule.usable_timesteps(plan, method.window_low, method.window_high).to(device),
+        path=schedule.noise_path(plan, timesteps, real, device),
         weight=tables.weight.to(device, real),
         beta=torch.tensor(method.beta, dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
-        shape=method.loss,
+        shape=method.loss if objective.METHODS[method.method].pairwise else None,
         sft_weight=method.sft_weight,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
-        wins_only=not objective.METHODS[method.method].pairwise,
     )
     return step, tables
 

@@ -12,37 +12,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dpo.objective import PairTerms
 from dpo.pages.figures import DECILES
 
 ROWS = (
     "loss", "logit", "difference", "policy_win", "policy_lose", "reference_win", "reference_lose",
     "accuracy", "timestep", "prob", "usable",
 )  # fmt: skip
-
-
-class PairTerms(Protocol):
-    """What the objective hands over for each pair of a micro-batch."""
-
-    @property
-    def loss(self) -> Tensor: ...  # [B]
-
-    @property
-    def logit(self) -> Tensor: ...  # [B], z: positive when the policy prefers the winner
-
-    @property
-    def difference(self) -> Tensor: ...  # [B], d: negative when the policy prefers the winner
-
-    @property
-    def errors(self) -> Tensor: ...  # [4, B]: policy win, policy lose, reference win, reference lose
-
-    @property
-    def accuracy(self) -> Tensor: ...  # [B]: 1 where d < 0, 0.5 where d == 0
 
 
 class StepMetrics:
@@ -52,10 +33,10 @@ class StepMetrics:
         self.timestep_count = timestep_count
         self._rows: list[Tensor] = []
 
-    def add(self, terms: PairTerms, timesteps: Tensor, prob: Tensor, usable: Tensor) -> None:
-        """Keep one micro-batch: timesteps, prob and usable are [B]. Nothing here waits for the device."""
+    def add(self, terms: PairTerms, prob: Tensor, usable: Tensor) -> None:
+        """Keep one micro-batch: prob and usable are [B]. Nothing here waits for the device."""
         values = (
-            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, timesteps, prob, usable,
+            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.timesteps, prob, usable,
         )  # fmt: skip
         dtype = torch.promote_types(terms.loss.dtype, torch.float32)
         self._rows.append(torch.stack([value.detach().to(dtype) for value in values]))

@@ -150,7 +150,7 @@ def record_reference(
 
     def errors(batch: Any) -> torch.Tensor:
         with torch.no_grad():
-            return step(encoder.inputs(batch), zero)[0].errors[:2]
+            return step.errors(encoder.inputs(batch), zero)[0].errors[:2]
 
     timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
     made_with = {"device": str(device), "torch": torch.__version__, "kernels": config.runtime.kernels, "model": model.source}

@@ -50,8 +50,8 @@ def noise(step: PairStep, encoder: Encoder, stream: Iterator[Any]) -> str:
     zero = torch.zeros_like(step.weight)
     logits = []
     for batch in islice(stream, MEASURED):
-        terms, _ = step(encoder.inputs(batch), zero, recorded=batch.recorded)
-        logits.append(terms.logit[batch.usable.to(zero.device) > 0])
+        found, _ = step.errors(encoder.inputs(batch), zero, recorded=batch.recorded)
+        logits.append(found.logit[batch.usable.to(zero.device) > 0])
     stream.close()
     z = torch.cat(logits).double()
     if not z.numel() or not bool(z.any()):

@@ -39,17 +39,16 @@ def _on(x: Any, device: torch.device | str) -> Any:
 
 @torch.no_grad()
 def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
-    """Errors of the UNet in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
-    device = step.alphas_cumprod.device
-    alone = replace(step, reference=None, sft_weight=0.0, wins_only=False)
+    """Errors of the policy in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
+    alone = replace(step, reference=None)
     zero = torch.zeros_like(step.weight)
     rows = []
     for draw in range(draws):
         found = []
         for batch in batches:
-            x = _on(batch, device)
-            terms, _ = alone(x._replace(draws=torch.full_like(x.draws, draw)), zero)
-            found.append(terms.errors[:2])
+            x = _on(batch, zero.device)
+            errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
+            found.append(errors[:2])
         rows.append(torch.cat(found, dim=1))
     return torch.stack(rows)
 
@@ -64,12 +63,13 @@ def prepare(step: PairStep, encoder: Encoder, batches: Iterable[Any], draws: int
         return None
     if predict is not None:
         step = replace(step, policy=predict)
-    return HeldOut(encoded, _errors(step, encoded, draws), draws, step.timesteps)
+    return HeldOut(encoded, _errors(step, encoded, draws), draws, step.path.timesteps)
 
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d and number of pairs."""
-    errors = _errors(replace(step, timesteps=held_out.timesteps), held_out.batches, held_out.draws) - held_out.reference_errors
+    there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
+    errors = _errors(there, held_out.batches, held_out.draws) - held_out.reference_errors
     d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
     usable = torch.cat([x.usable for x in held_out.batches]).bool() & (torch.cat([x.prob for x in held_out.batches]) > 0.5)
     right = implicit_accuracy(d[usable])

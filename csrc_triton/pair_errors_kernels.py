@@ -1,4 +1,4 @@
-"""The kernels of `preference_loss.py`, where the equations are.
+"""The kernels of `pair_errors.py`, where the equations are.
 
 How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the program
 that draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair in a fixed
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from csrc_triton.aot import Specimen
-from csrc_triton.elementary import exp_fp32, log1p_exp_fp32
 from csrc_triton.latents import element_offsets
 from csrc_triton.philox import Stream, normal_span
 
@@ -22,21 +21,19 @@ REGISTERS = {
     2: 80,
     4: 96,
 }  # of the forward, by bytes of an element: left to itself the compiler aims at 64 or 40 and spills a few
-SIGMOID, HINGE = tl.constexpr(0), tl.constexpr(1)  # positions in preference_loss.SHAPES
-GIVEN, V_PREDICTION = tl.constexpr(0), tl.constexpr(2)  # where the target comes from; 1: it is the noise
 NOISE = tl.constexpr(int(Stream.NOISE))
 
 
 @triton.jit
 def _targets(
-    target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
+    target_ptr, latents_ptr, of_noise_ptr, of_data_ptr, keys_ptr, draws_ptr, seed_ptr,
     pair, batch, timestep, first, mask, channels, pixels, elements,
-    SOURCE: tl.constexpr, SHARED: tl.constexpr, TARGET_LAST: tl.constexpr, LATENTS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+    SHARED: tl.constexpr, TARGET_LAST: tl.constexpr, LATENTS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The targets fp32 [BLOCK] of the win and the lose half: read, or made from the regenerated noise of the pair."""
     element = first + tl.arange(0, BLOCK)
     win_start, lose_start = pair.to(tl.int64) * elements, (pair + batch).to(tl.int64) * elements
-    if SOURCE == GIVEN:
+    if target_ptr is not None:
         offset = element_offsets(element, channels, pixels, TARGET_LAST)
         win = tl.load(target_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
         lose = win
@@ -45,13 +42,12 @@ def _targets(
     else:
         win = normal_span(first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK)
         lose = win
-        if SOURCE == V_PREDICTION:
-            abar = tl.load(alphas_ptr + timestep)
-            spread = tl.sqrt_rn((1.0 - abar).to(tl.float32))
-            noise = tl.sqrt_rn(abar.to(tl.float32)) * win
+        if latents_ptr is not None:
+            noise = tl.load(of_noise_ptr + timestep) * win
+            of_data = tl.load(of_data_ptr + timestep)
             offset = element_offsets(element, channels, pixels, LATENTS_LAST)
-            win = noise - spread * tl.load(latents_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
-            lose = noise - spread * tl.load(latents_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
+            win = noise + of_data * tl.load(latents_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
+            lose = noise + of_data * tl.load(latents_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
     return win, lose
 
 
@@ -71,10 +67,10 @@ def _mean_of_partials(address, mask, share):
 @triton.jit
 def _finish_pairs(
     partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
-    loss_ptr, terms_ptr, pair, batch, splits, count, sft_weight,
-    SHAPE: tl.constexpr, REFERENCE: tl.constexpr, PAIRS: tl.constexpr, SPLITS: tl.constexpr,
+    logit_ptr, difference_ptr, errors_ptr, gain_ptr, pair, batch, splits, count,
+    REFERENCE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Errors, logit, loss and slopes of the pairs `pair` [PAIRS] from their partial sums, added in a fixed order."""
+    """Errors, difference, logit and gain of the pairs `pair` [PAIRS] from their partial sums, added in a fixed order."""
     inside = pair < batch
     split = tl.arange(0, SPLITS)[None, :]
     address = partials_ptr + pair[:, None] * splits + split
@@ -83,7 +79,8 @@ def _finish_pairs(
     share = 1.0 / tl.full((1,), count, tl.float64)
     policy_win = _mean_of_partials(address, partial, share)
     policy_lose = _mean_of_partials(address + stride, partial, share)
-    reference_win, reference_lose, d = policy_win * 0.0, policy_win * 0.0, policy_win * 0.0
+    zero = policy_win * 0.0
+    reference_win, reference_lose, d, z, gain = zero, zero, zero, zero, zero
     if REFERENCE:
         reference_win = _mean_of_partials(address + 2 * stride, partial, share)
         reference_lose = _mean_of_partials(address + 3 * stride, partial, share)
@@ -101,28 +98,14 @@ def _finish_pairs(
         correction = tl.where(p == 0.5, 0.0, tl.load(correction_ptr + timestep))
         half_beta = 0.5 * tl.load(beta_ptr)
         z = -half_beta * (weight * d + correction)
-        if SHAPE == SIGMOID:
-            small = exp_fp32(-tl.abs(z))
-            loss = log1p_exp_fp32(-z) + (1.0 - p) * z
-            small = tl.div_rn(small, 1.0 + small)  # sigmoid(-|z|)
-            derivative = tl.where(z >= 0.0, (1.0 - p) - small, small - p)
-        elif SHAPE == HINGE:
-            loss = p * tl.maximum(1.0 - z, 0.0) + (1.0 - p) * tl.maximum(1.0 + z, 0.0)
-            derivative = tl.where(z > -1.0, 1.0 - p, 0.0) - tl.where(z < 1.0, p, 0.0)
-        else:
-            loss = p * ((z - 0.5) * (z - 0.5)) + (1.0 - p) * ((z + 0.5) * (z + 0.5))
-            derivative = 2.0 * z + (1.0 - 2.0 * p)
-        loss += sft_weight * policy_win
-        slope_win = derivative * (-half_beta * weight) + sft_weight
-        slope_lose = derivative * (half_beta * weight)
-    else:  # supervised: no reference, no pair
-        z, loss, slope_win, slope_lose = d, policy_win, d + 1.0, d
-    accuracy = tl.where(d < 0.0, 1.0, tl.where(d == 0.0, 0.5, 0.0))
+        gain = -half_beta * weight
 
-    tl.store(loss_ptr + pair, tl.where(live, loss, 0.0), mask=inside)
-    rows = (z, d, policy_win, policy_lose, reference_win, reference_lose, accuracy, slope_win, slope_lose)
-    for row in tl.static_range(9):
-        tl.store(terms_ptr + row * batch + pair, tl.where(live, rows[row], 0.0), mask=inside)
+    tl.store(logit_ptr + pair, tl.where(live, z, 0.0), mask=inside)
+    tl.store(difference_ptr + pair, tl.where(live, d, 0.0), mask=inside)
+    tl.store(gain_ptr + pair, tl.where(live, gain, 0.0), mask=inside)
+    rows = (policy_win, policy_lose, reference_win, reference_lose)
+    for row in tl.static_range(4):
+        tl.store(errors_ptr + row * batch + pair, tl.where(live, rows[row], 0.0), mask=inside)
 
 
 @triton.jit
@@ -159,13 +142,14 @@ def _write_tables(timesteps_ptr, prob_ptr, usable_ptr, difference_ptr, tables_pt
 
 
 @triton.jit
-def preference_loss_kernel(
+def pair_errors_kernel(
     policy_ptr,  # [2B, C, H, W]
     reference_ptr,  # [2B, C, H, W] or None
     recorded_ptr,  # [2, B] fp32 or None
     target_ptr,  # [B or 2B, C, H, W] or None
     latents_ptr,  # [2B, C, H, W] or None
-    alphas_ptr,  # [T] fp32 or fp64, or None
+    of_noise_ptr,  # [T] fp32 or None
+    of_data_ptr,  # [T] fp32 or None
     keys_ptr,  # [B] int64 or None
     draws_ptr,  # [B] int64 or None
     seed_ptr,  # [] int64 or None
@@ -177,8 +161,10 @@ def preference_loss_kernel(
     beta_ptr,  # [] fp32
     partials_ptr,  # [5, B, splits] fp64 workspace
     ticket_ptr,  # [1] int32, zero
-    loss_ptr,  # [B] fp32
-    terms_ptr,  # [9, B] fp32: logit, difference, four errors, accuracy, slope win, slope lose
+    logit_ptr,  # [B] fp32
+    difference_ptr,  # [B] fp32
+    errors_ptr,  # [4, B] fp32: policy win, policy lose, reference win, reference lose
+    gain_ptr,  # [B] fp32: d logit / d difference
     tables_ptr,  # [2, T] fp32: sum of d, count
     batch,  # B
     channels,
@@ -186,9 +172,6 @@ def preference_loss_kernel(
     elements,  # C H W
     count,  # C H W as fp32
     length,  # T
-    sft_weight,  # fp32
-    SHAPE: tl.constexpr,
-    SOURCE: tl.constexpr,
     SHARED: tl.constexpr,
     POLICY_LAST: tl.constexpr,
     REFERENCE_LAST: tl.constexpr,
@@ -207,8 +190,8 @@ def preference_loss_kernel(
     mask = element < tl.where(live, elements, 0)  # of a hole nothing is read: whatever it holds cannot spread
     timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
     target_win, target_lose = _targets(
-        target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
-        pair, batch, timestep, first, mask, channels, pixels, elements, SOURCE, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
+        target_ptr, latents_ptr, of_noise_ptr, of_data_ptr, keys_ptr, draws_ptr, seed_ptr,
+        pair, batch, timestep, first, mask, channels, pixels, elements, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
     )  # fmt: skip
     win_start, lose_start = pair.to(tl.int64) * elements, (pair + batch).to(tl.int64) * elements
     offset = element_offsets(element, channels, pixels, POLICY_LAST)
@@ -236,20 +219,20 @@ def preference_loss_kernel(
         for first_pair in range(0, batch, PAIRS):
             _finish_pairs(
                 partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
-                loss_ptr, terms_ptr, first_pair + tl.arange(0, PAIRS), batch, splits, count, sft_weight,
-                SHAPE, REFERENCE, PAIRS, SPLITS,
+                logit_ptr, difference_ptr, errors_ptr, gain_ptr, first_pair + tl.arange(0, PAIRS), batch, splits, count,
+                REFERENCE, SPLITS,
             )  # fmt: skip
-        _write_tables(timesteps_ptr, prob_ptr, usable_ptr, terms_ptr + batch, tables_ptr, batch, length, 32)
+        _write_tables(timesteps_ptr, prob_ptr, usable_ptr, difference_ptr, tables_ptr, batch, length, 32)
 
 
 @triton.jit
-def preference_loss_backward_kernel(
-    grad_ptr,  # [B] fp32: gradient of the loss of each pair
-    slopes_ptr,  # [2, B] fp32: dloss/d(policy win error), dloss/d(policy lose error)
+def pair_errors_backward_kernel(
+    slopes_ptr,  # [2, B] fp32: d loss / d (policy win error), d loss / d (policy lose error)
     policy_ptr,  # [2B, C, H, W]
     target_ptr,  # the rest as in the forward
     latents_ptr,
-    alphas_ptr,
+    of_noise_ptr,
+    of_data_ptr,
     keys_ptr,
     draws_ptr,
     seed_ptr,
@@ -261,7 +244,6 @@ def preference_loss_backward_kernel(
     pixels,
     elements,
     count,
-    SOURCE: tl.constexpr,
     SHARED: tl.constexpr,
     POLICY_LAST: tl.constexpr,
     TARGET_LAST: tl.constexpr,
@@ -275,12 +257,11 @@ def preference_loss_backward_kernel(
     mask = element < tl.where(live, elements, 0)
     timestep = tl.load(timesteps_ptr + pair, mask=live, other=0)
     target_win, target_lose = _targets(
-        target_ptr, latents_ptr, alphas_ptr, keys_ptr, draws_ptr, seed_ptr,
-        pair, batch, timestep, first, mask, channels, pixels, elements, SOURCE, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
+        target_ptr, latents_ptr, of_noise_ptr, of_data_ptr, keys_ptr, draws_ptr, seed_ptr,
+        pair, batch, timestep, first, mask, channels, pixels, elements, SHARED, TARGET_LAST, LATENTS_LAST, BLOCK,
     )  # fmt: skip
-    grad = tl.load(grad_ptr + pair) * 2.0
-    scale_win = tl.where(live, tl.div_rn(grad * tl.load(slopes_ptr + pair), count), 0.0)
-    scale_lose = tl.where(live, tl.div_rn(grad * tl.load(slopes_ptr + batch + pair), count), 0.0)
+    scale_win = tl.where(live, tl.div_rn(2.0 * tl.load(slopes_ptr + pair), count), 0.0)
+    scale_lose = tl.where(live, tl.div_rn(2.0 * tl.load(slopes_ptr + batch + pair), count), 0.0)
     offset = element_offsets(element, channels, pixels, POLICY_LAST)
     win_offset = pair.to(tl.int64) * elements + offset
     lose_offset = (pair + batch).to(tl.int64) * elements + offset
@@ -293,31 +274,21 @@ def preference_loss_backward_kernel(
 def _specimens() -> list[Specimen]:
     """Forward and backward for each way to get the target, the forward with live and with recorded references, per dtype."""
     absent = {
-        "target": ("latents_ptr", "alphas_ptr", "keys_ptr", "draws_ptr", "seed_ptr"),
-        "epsilon": ("target_ptr", "latents_ptr", "alphas_ptr"),
-        "v": ("target_ptr",),
+        "target": ("latents_ptr", "of_noise_ptr", "of_data_ptr", "keys_ptr", "draws_ptr", "seed_ptr"),
+        "noise": ("target_ptr", "latents_ptr", "of_noise_ptr", "of_data_ptr"),
+        "noise_and_data": ("target_ptr",),
     }
-    common = dict.fromkeys(("target_ptr", "latents_ptr", "alphas_ptr", "usable_ptr"), "*fp32")
+    common = dict.fromkeys(("target_ptr", "latents_ptr", "of_noise_ptr", "of_data_ptr", "usable_ptr"), "*fp32")
     common |= dict.fromkeys(("keys_ptr", "draws_ptr", "seed_ptr", "timesteps_ptr"), "*i64")
     common |= dict.fromkeys(("batch", "channels", "pixels", "elements"), "i32") | {"count": "fp32"}
-    tables = (
-        "recorded_ptr",
-        "prob_ptr",
-        "weight_ptr",
-        "correction_ptr",
-        "beta_ptr",
-        "loss_ptr",
-        "terms_ptr",
-        "tables_ptr",
-    )
-    forward = (
-        common
-        | dict.fromkeys(tables, "*fp32")
-        | {"partials_ptr": "*fp64", "ticket_ptr": "*i32", "length": "i32", "sft_weight": "fp32"}
-    )
-    backward = common | {"grad_ptr": "*fp32", "slopes_ptr": "*fp32"}
+    floats = (
+        "recorded_ptr", "prob_ptr", "weight_ptr", "correction_ptr", "beta_ptr",
+        "logit_ptr", "difference_ptr", "errors_ptr", "gain_ptr", "tables_ptr",
+    )  # fmt: skip
+    forward = common | dict.fromkeys(floats, "*fp32") | {"partials_ptr": "*fp64", "ticket_ptr": "*i32", "length": "i32"}
+    backward = common | {"slopes_ptr": "*fp32"}
     flags = dict.fromkeys(("SHARED", "POLICY_LAST", "TARGET_LAST", "LATENTS_LAST"), False) | {"BLOCK": BLOCK}
-    finish = {"SHAPE": 0, "REFERENCE_LAST": False, "PAIRS": PAIR_TILE // 32, "SPLITS": 32}
+    finish = {"REFERENCE_LAST": False, "PAIRS": PAIR_TILE // 32, "SPLITS": 32}
 
     def specimen(name: str, kernel, dtype: str, arguments: dict, constants: dict, missing: tuple[str, ...]) -> Specimen:
         signature = {key: kind for key, kind in arguments.items() if key not in missing}
@@ -326,15 +297,13 @@ def _specimens() -> list[Specimen]:
     found = []
     for dtype in ("fp32", "bf16", "fp16"):
         predictions = {"policy_ptr": f"*{dtype}", "reference_ptr": f"*{dtype}"}
-        for code, (source, missing) in enumerate(absent.items()):
+        for source, missing in absent.items():
             for kind, other in (("live", "recorded_ptr"), ("recorded", "reference_ptr")):
-                name = f"preference_loss/{source}/{kind}"
-                arguments, constants = forward | predictions, flags | finish | {"SOURCE": code}
-                one = specimen(name, preference_loss_kernel, dtype, arguments, constants, (*missing, other))
+                name, missed = f"pair_errors/{source}/{kind}", (*missing, other)
+                one = specimen(name, pair_errors_kernel, dtype, forward | predictions, flags | finish, missed)
                 found.append(replace(one, vector_store=False, maxnreg=REGISTERS[4 if dtype == "fp32" else 2]))
-            name = f"preference_loss_backward/{source}"
-            arguments, constants = backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}, flags | {"SOURCE": code}
-            found.append(specimen(name, preference_loss_backward_kernel, dtype, arguments, constants, missing))
+            name, arguments = f"pair_errors_backward/{source}", backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+            found.append(specimen(name, pair_errors_backward_kernel, dtype, arguments, flags, missing))
     return found
 
 
