@@ -16,7 +16,8 @@ from csrc_triton.group_norm_silu import add_group_norm_silu as fused_add_group_n
 from csrc_triton.group_norm_silu import group_norm_silu as fused_group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
-from csrc_triton.preference_loss import preference_loss
+from csrc_triton.pair_errors import pair_errors
+from dpo.objective import pair_loss
 
 BATCHES = (1, 4, 16, 32, 64)  # pairs
 LATENTS = {"SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
@@ -56,7 +57,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, budget: float) -
 
 def cases(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
     """All cases, made one at a time so that memory is freed between them."""
-    for make in (noising, preference, geglu, group_norm_silu, layer_norm):
+    for make in (noising, pair_errors_and_loss, geglu, group_norm_silu, layer_norm):
         for case in make(device, dtype, smoke):
             if smoke:
                 del case.variants["compiled"]  # minutes of compilation on a CPU, for nothing that is reported
@@ -101,6 +102,7 @@ def noising(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[C
         for pairs in _pairs(smoke):
             latents = torch.randn(2 * pairs, *shape, device=device).to(dtype)
             t, keys, draws, seed = _keyed(pairs, device)
+            path = (abar.sqrt(), (1 - abar).sqrt())
 
             def eager(latents: Tensor, t: Tensor = t) -> Tensor:
                 noise = torch.randn_like(latents[: t.numel()]).repeat(2, 1, 1, 1)
@@ -109,14 +111,14 @@ def noising(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[C
 
             compiled = torch.compile(eager)
             variants = {
-                "fused": lambda x=latents, a=(t, abar, keys, draws, seed): noise_pairs(x, *a),
+                "fused": lambda x=latents, a=(t, *path, keys, draws, seed): noise_pairs(x, *a),
                 "eager": lambda x=latents, f=eager: f(x),
                 "compiled": lambda x=latents, f=compiled: f(x),
             }
             yield Case("noise_pairs", model, f"B={pairs}", "forward", 2 * latents.nbytes, variants)
 
 
-def preference(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
+def pair_errors_and_loss(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
     """Eager is the peers' way: the noise was stored when x_t was made, and is read as the target."""
     weight, correction = torch.ones(1000, device=device), torch.zeros(1000, device=device)
     beta = torch.tensor(2000.0, device=device)
@@ -129,9 +131,8 @@ def preference(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
             prob = usable = torch.ones(pairs, device=device)
 
             def fused(policy: Tensor, t=t, prob=prob, usable=usable, reference=reference, key=(keys, draws, seed)) -> Tensor:
-                return preference_loss(
-                    policy, t, prob, usable, weight, correction, beta, shape="sigmoid", reference=reference, noise=key
-                ).loss
+                found = pair_errors(policy, t, prob, usable, weight, correction, beta, reference=reference, noise=key)
+                return pair_loss(found, prob, usable, t, shape="sigmoid").loss
 
             def eager(policy: Tensor, reference: Tensor = reference, noise: Tensor = noise) -> Tensor:
                 p = (policy.float() - noise).square().mean((1, 2, 3))
@@ -139,7 +140,7 @@ def preference(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
                 win, lose = (p - r).chunk(2)
                 return -F.logsigmoid(-1000.0 * (win - lose))
 
-            yield from _both("preference_loss", model, f"B={pairs}", (2 * policy.nbytes, 2 * policy.nbytes), fused, eager, policy)
+            yield from _both("pair_errors", model, f"B={pairs}", (2 * policy.nbytes, 2 * policy.nbytes), fused, eager, policy)
 
 
 def geglu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:

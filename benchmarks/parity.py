@@ -19,7 +19,8 @@ from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
 from csrc_triton.noising import noise_pairs
-from csrc_triton.preference_loss import preference_loss, preference_loss_reference
+from csrc_triton.pair_errors import pair_errors, pair_errors_reference
+from dpo.objective import pair_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +31,7 @@ def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES:
         for name, fused, plain, inputs in _functions(device, dtype, smoke):
             yield from compare(name, dtype, fused, plain, inputs)
-        yield from preference(device, dtype)
+        yield from pairs_of(device, dtype)
     for precision in ("fp32",) if smoke else ("fp32", "bf16", "fp16"):
         yield step_zero(device, precision)
     if device.type == "cuda":
@@ -42,8 +43,8 @@ def random_numbers(device: torch.device) -> dict[str, Any]:
     keys, draws = torch.arange(5) * 7919 - 3, torch.arange(5)
     expected = philox.normal(keys, draws, philox.Stream.NOISE, 1, (4, 33, 17))
     latents = torch.zeros(10, 4, 33, 17, device=device)
-    abar = torch.zeros(1000, device=device)  # abar = 0: x_t is the noise itself
-    on = [x.to(device) for x in (torch.zeros(5, dtype=torch.int64), abar, keys, draws, torch.tensor(1))]
+    path = (torch.zeros(1000), torch.ones(1000))  # signal 0, spread 1: x_t is the noise itself
+    on = [x.to(device) for x in (torch.zeros(5, dtype=torch.int64), *path, keys, draws, torch.tensor(1))]
     found = noise_pairs(latents, *on)[:5].cpu()
     error = (found - expected).abs().max().item()
     return {"op": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
@@ -105,8 +106,8 @@ def compare(name: str, dtype: torch.dtype, fused: Callable, plain: Callable, inp
         yield {"op": f"{name} {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
 
 
-def preference(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Logit, loss and gradient of the preference loss against its own reference in float64."""
+def pairs_of(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Logit, loss and gradient of pair_errors and the objective behind it against their own plain form in float64."""
     torch.manual_seed(1)
     pairs = 5
     index = torch.arange(pairs, device=device)
@@ -122,20 +123,21 @@ def preference(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, A
         move = (lambda x: x.cpu()) if wide else (lambda x: x)
         leaf = cast(policy).requires_grad_()
         keys = (move(index * 11), move(index), move(seed))
-        out = f(
-            leaf, move(index * 13), cast(prob) if not wide else move(prob), move(usable), cast(weight), cast(correction),
-            cast(torch.tensor(500.0, device=device)), shape="sigmoid", reference=cast(reference), noise=keys,
+        found = f(
+            leaf, move(index * 13), move(prob), move(usable), cast(weight), cast(correction),
+            cast(torch.tensor(500.0, device=device)), reference=cast(reference), noise=keys,
         )  # fmt: skip
+        out = pair_loss(found, move(prob), move(usable), move(index * 13), shape="sigmoid")
         (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
         return [out.logit, out.loss, grad]
 
-    found, exact = run(preference_loss, False), run(preference_loss_reference, True)
-    usual = run(preference_loss_reference, False)
+    found, exact = run(pair_errors, False), run(pair_errors_reference, True)
+    usual = run(pair_errors_reference, False)
     for label, a, b, truth in zip(("logit", "loss", "gradient"), found, usual, exact):
         errors = [(x.double().cpu() - truth.double()).abs().max().item() for x in (a, b)]
         floor = 4 * torch.finfo(a.dtype).eps * truth.abs().max().item()
         ok = errors[0] <= max(2 * errors[1], floor)
-        yield {"op": f"preference_loss {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
+        yield {"op": f"pair_errors {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
 
 
 def step_zero(device: torch.device, precision: str) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def step_zero(device: torch.device, precision: str) -> dict[str, Any]:
 
     setting = Setting("step 0", pairs=3, precision=precision, channels_last=True, kernels=True)
     step, inputs, correction = step_of(small_model(), setting, device)
-    terms, _ = step(inputs, correction)
+    terms = step(inputs, correction)
     worst = terms.logit.abs().max().item()
     return {"op": "logit at step 0", "dtype": precision, "kernel": worst, "plain": 0.0, "ok": worst == 0.0}
 
@@ -166,11 +168,12 @@ def ops_of_a_step(device: torch.device) -> tuple[Callable[[], list[Tensor]], Ten
 
     def run() -> list[Tensor]:
         keys = (index + 5, draws, seed)
-        noisy = noise_pairs(latents.detach(), index * 13, ones / 2, *keys)
-        terms = preference_loss(
+        noisy = noise_pairs(latents.detach(), index * 13, ones / 2, ones / 2, *keys)
+        errors = pair_errors(
             policy + noisy, index * 13, ones[:pairs], ones[:pairs], ones, 0 * ones, beta,
-            shape="sigmoid", reference=policy.detach() * 0.9 + noisy, noise=keys,
+            reference=policy.detach() * 0.9 + noisy, noise=keys,
         )  # fmt: skip
+        terms = pair_loss(errors, ones[:pairs], ones[:pairs], index * 13, shape="sigmoid")
         total, normed = add_layer_norm(geglu(projection), tokens, weight, bias)
         blend, active = add_group_norm_silu(image, image.sin(), weight, bias, 32)
         embedding = tokens[:3, 0]

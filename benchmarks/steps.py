@@ -18,6 +18,7 @@ from dpo.encode import Inputs
 from dpo.models import lora
 from dpo.models.denoiser import halve, use_checkpointing
 from dpo.models.family import Model, TextEncoding, families
+from dpo.schedule import Schedule, noise_path
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
 
@@ -156,8 +157,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
         model=parts,
         policy=used[0],
         reference=predict,
-        alphas_cumprod=torch.linspace(0.999, 0.005, 1000, device=device),
-        timesteps=torch.arange(1000, device=device),
+        path=noise_path(Schedule(torch.linspace(0.999, 0.005, 1000), "epsilon"), torch.arange(1000), torch.float32, device),
         weight=torch.ones(1000, device=device),
         beta=torch.tensor(2000.0, device=device),
         seed=torch.tensor(0, device=device),
@@ -255,7 +255,7 @@ def our_step(model: Size, setting: Setting, device: torch.device) -> tuple[Calla
     parameters = [p for p in step.model.denoiser.parameters() if p.requires_grad]
 
     def run() -> None:
-        terms, _ = step(inputs, correction, recorded=recorded)
+        terms = step(inputs, correction, recorded=recorded)
         (terms.loss.sum() / EFFECTIVE).backward()
 
     if not setting.graph:

@@ -207,7 +207,7 @@ def _(
 
 @torch.library.custom_op("csrc_triton::pair_errors_backward", mutates_args=())
 def _pair_errors_backward(
-    slopes: torch.Tensor,
+    slopes: torch.Tensor,  # [2, B]
     policy: torch.Tensor,
     given: torch.Tensor | None,
     latents: torch.Tensor | None,
@@ -234,11 +234,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[3], policy, *target, timesteps, usable)
 
 
+def slopes(gain, grad_logit, grad_difference, grad_errors) -> torch.Tensor:
+    """[2, B]: the gradient by the policy's win and lose error, from those by logit, difference [B] and errors [4, B]."""
+    through_difference = grad_logit * gain + grad_difference
+    return torch.stack((through_difference + grad_errors[0], grad_errors[1] - through_difference))
+
+
 def _backward(ctx, grad_logit, grad_difference, grad_errors, grad_gain, grad_tables):
     gain, *saved = ctx.saved_tensors
-    through_d = grad_logit * gain + grad_difference
-    slopes = torch.stack((through_d + grad_errors[0], grad_errors[1] - through_d))
-    return _pair_errors_backward(slopes, *saved), *[None] * 15
+    return _pair_errors_backward(slopes(gain, grad_logit, grad_difference, grad_errors), *saved), *[None] * 15
 
 
 _pair_errors.register_autograd(_backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ def test_smoke(tmp_path, capsys):
     assert all(row["ok"] for row in found["parity"]) and len(found["parity"]) > 20
     assert {row["op"] for row in found["kernels"]} == {
         "noise_pairs",
-        "preference_loss",
+        "pair_errors",
         "geglu",
         "group_norm_silu",
         "add_group_norm_silu",

@@ -7,18 +7,20 @@ from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
-from csrc_triton.preference_loss import preference_loss
+from csrc_triton.pair_errors import pair_errors
+from dpo.objective import pair_loss
 
 
-def everything(projection, image, weight, bias, policy, reference, latents, timesteps, alphas, keys, draws, seed):
+def everything(projection, image, weight, bias, policy, reference, latents, timesteps, signal, keys, draws, seed):
     gated = geglu(projection)
     total, normed = add_layer_norm(gated, 2 * gated, torch.ones_like(gated[0]), torch.zeros_like(gated[0]), 1e-5)
-    x_t = noise_pairs(latents, timesteps, alphas, keys, draws, seed, out_dtype=torch.float32)
-    ones = torch.ones_like(alphas)
-    terms = preference_loss(
-        1.5 * policy + x_t, timesteps, ones[:2], ones[:2], ones, 0 * alphas, torch.tensor(5.0),
-        shape="sigmoid", reference=reference + x_t, noise=(keys, draws, seed),
+    x_t = noise_pairs(latents, timesteps, signal, signal, keys, draws, seed, out_dtype=torch.float32)
+    ones = torch.ones_like(signal)
+    found = pair_errors(
+        1.5 * policy + x_t, timesteps, ones[:2], ones[:2], ones, 0 * signal, torch.tensor(5.0),
+        reference=reference + x_t, noise=(keys, draws, seed),
     )  # fmt: skip
+    terms = pair_loss(found, ones[:2], ones[:2], timesteps, shape="sigmoid", sft_weight=0.1)
     blend, activated = add_group_norm_silu(image, image.sin(), weight, bias, 2)
     images = group_norm_silu(image, weight, bias, 4, 1e-5).square().sum() + (blend * activated).sum()
     return terms.loss.sum() + normed.sum() + total.square().mean() + images

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from csrc_triton.noising import (
-    noise_and_target,
-    noise_and_target_reference,
     noise_pairs,
     noise_pairs_reference,
     pair_noise,
@@ -18,6 +16,7 @@ B, SHAPE = 3, (4, 5, 7)
 KEYS, DRAWS, SEED = torch.tensor([3, -9, 2**60]), torch.tensor([0, 5, 1]), torch.tensor(17)
 TIMESTEPS = torch.tensor([0, 500, 999])
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+PATH = (ALPHAS.sqrt(), (1 - ALPHAS).sqrt())  # signal, spread
 
 
 def latents(dtype=torch.float32):
@@ -27,49 +26,53 @@ def latents(dtype=torch.float32):
 def test_equations_in_float64():
     x, noise = latents(torch.float64), pair_noise(KEYS, DRAWS, SEED, SHAPE, torch.float64).repeat(2, 1, 1, 1)
     signal, spread = (a[TIMESTEPS].repeat(2).view(-1, 1, 1, 1) for a in (ALPHAS.sqrt(), (1 - ALPHAS).sqrt()))
-    noisy, epsilon = noise_and_target(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, prediction_type="epsilon")
+    noisy = noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     torch.testing.assert_close(noisy, signal * x + spread * noise, rtol=1e-14, atol=1e-14)
-    assert torch.equal(epsilon, noise)
-    again, v = noise_and_target(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, prediction_type="v_prediction")
-    torch.testing.assert_close(v, signal * noise - spread * x, rtol=1e-14, atol=1e-14)
-    assert torch.equal(again, noisy) and torch.equal(noise_pairs(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED), noisy)
+
+
+def test_rectified_flow_is_another_pair_of_tables():
+    """x_s = (1 - s) x_0 + s eps."""
+    x, noise = latents(torch.float64), pair_noise(KEYS, DRAWS, SEED, SHAPE, torch.float64).repeat(2, 1, 1, 1)
+    s = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    level = s[TIMESTEPS].repeat(2).view(-1, 1, 1, 1)
+    noisy = noise_pairs(x, TIMESTEPS, 1 - s, s, KEYS, DRAWS, SEED)
+    torch.testing.assert_close(noisy, (1 - level) * x + level * noise, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_precision_and_dtypes(dtype, no_worse):
     x = latents(dtype)
-    exact = noise_pairs(x.double(), TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
-    noisy, target = noise_and_target(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, prediction_type="epsilon")
+    exact = noise_pairs(x.double(), TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
+    noisy = noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     no_worse(noisy, exact.to(dtype), exact)
-    assert target.dtype == torch.float32
-    wide = noise_pairs(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, out_dtype=torch.float32)
+    wide = noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED, out_dtype=torch.float32)
     assert torch.equal(wide.to(dtype), noisy) and (wide - exact).abs().max() < 1e-6
 
 
 def test_small_timesteps_keep_the_precision_of_the_table():
-    """1 - abar is formed in the table's dtype: with a float64 table nothing cancels at t = 0."""
+    """Where 1 - abar was formed in float64 nothing cancels at t = 0."""
     zeros = torch.zeros(2 * B, *SHAPE)
-    noisy = noise_pairs(zeros, torch.zeros(B, dtype=torch.int64), ALPHAS, KEYS, DRAWS, SEED)
+    noisy = noise_pairs(zeros, torch.zeros(B, dtype=torch.int64), *PATH, KEYS, DRAWS, SEED)
     exact = (1 - ALPHAS[0]).sqrt() * pair_noise(KEYS, DRAWS, SEED, SHAPE, torch.float64).repeat(2, 1, 1, 1)
     torch.testing.assert_close(noisy.double(), exact, rtol=1e-6, atol=1e-8)
 
 
 def test_halves_share_the_noise_and_layout_is_kept():
     x = latents()
-    noisy = noise_pairs(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
-    same = noise_pairs(torch.cat([x[:B], x[:B]]), TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
+    noisy = noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
+    same = noise_pairs(torch.cat([x[:B], x[:B]]), TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     assert torch.equal(same[:B], same[B:]) and torch.equal(same[:B], noisy[:B])
-    last = noise_pairs(x.to(memory_format=torch.channels_last), TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
+    last = noise_pairs(x.to(memory_format=torch.channels_last), TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     assert torch.equal(last, noisy) and last.is_contiguous(memory_format=torch.channels_last)
-    odd = noise_pairs(x.transpose(2, 3).contiguous().transpose(2, 3), TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
+    odd = noise_pairs(x.transpose(2, 3).contiguous().transpose(2, 3), TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     assert torch.equal(odd, noisy) and odd.is_contiguous()
 
 
 def test_permutation_of_pairs():
     x, order = latents(), torch.tensor([2, 0, 1])
     both = torch.cat([order, order + B])
-    noisy = noise_pairs(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
-    permuted = noise_pairs(x[both], TIMESTEPS[order], ALPHAS, KEYS[order], DRAWS[order], SEED)
+    noisy = noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
+    permuted = noise_pairs(x[both], TIMESTEPS[order], *PATH, KEYS[order], DRAWS[order], SEED)
     assert torch.equal(permuted, noisy[both])
 
 
@@ -84,10 +87,9 @@ def test_posterior_sample():
 
 
 CALLS = {
-    "noise_pairs": (torch.ops.csrc_triton.noise_pairs, lambda x: (x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, torch.bfloat16)),
-    "noise_and_target": (
-        torch.ops.csrc_triton.noise_and_target,
-        lambda x: (x, TIMESTEPS, ALPHAS.float(), KEYS, DRAWS, SEED, "v_prediction", torch.float32),
+    "noise_pairs": (
+        torch.ops.csrc_triton.noise_pairs,
+        lambda x: (x, TIMESTEPS, *(table.float() for table in PATH), KEYS, DRAWS, SEED, torch.bfloat16),
     ),
     "sample_posterior": (torch.ops.csrc_triton.sample_posterior, lambda x: (x, x.abs(), KEYS, DRAWS, SEED, 0.13, 0.0)),
 }
@@ -103,8 +105,7 @@ def test_opcheck(name, memory_format):
 def test_compiles_into_one_graph():
     def function(mean, std):
         x = sample_posterior(mean, std, KEYS, DRAWS, SEED, 0.18)
-        noisy, target = noise_and_target(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, prediction_type="v_prediction")
-        return noise_pairs(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED) + noisy, target
+        return noise_pairs(x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED), x
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     x = latents()
@@ -114,10 +115,8 @@ def test_compiles_into_one_graph():
 
 def test_references_are_the_ops_on_the_cpu():
     x = latents()
-    arguments = (x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
+    arguments = (x, TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     assert torch.equal(noise_pairs(*arguments), noise_pairs_reference(*arguments))
-    ours, plain = (f(*arguments, prediction_type="v_prediction") for f in (noise_and_target, noise_and_target_reference))
-    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[1], plain[1])
     arguments = (x, x.abs(), KEYS, DRAWS, SEED, 0.18)
     assert torch.equal(sample_posterior(*arguments), sample_posterior_reference(*arguments))
 
@@ -125,10 +124,10 @@ def test_references_are_the_ops_on_the_cpu():
 def test_refusals():
     x = latents()
     with pytest.raises(AssertionError, match=r"latents must be \[2B, C, H, W\]"):
-        noise_pairs(x[:5], TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED)
+        noise_pairs(x[:5], TIMESTEPS, *PATH, KEYS, DRAWS, SEED)
     with pytest.raises(AssertionError, match="timesteps must be int64"):
-        noise_pairs(x, TIMESTEPS.int(), ALPHAS, KEYS, DRAWS, SEED)
-    with pytest.raises(AssertionError, match="prediction_type 'sample'"):
-        noise_and_target(x, TIMESTEPS, ALPHAS, KEYS, DRAWS, SEED, prediction_type="sample")
+        noise_pairs(x, TIMESTEPS.int(), *PATH, KEYS, DRAWS, SEED)
+    with pytest.raises(AssertionError, match="signal and spread must both be"):
+        noise_pairs(x, TIMESTEPS, ALPHAS, ALPHAS[:5], KEYS, DRAWS, SEED)
     with pytest.raises(AssertionError, match="std"):
         sample_posterior(x, x[:2], KEYS, DRAWS, SEED, 1.0)

@@ -1,6 +1,6 @@
-"""The preference loss on the CPU implementation against dpo/objective.py in float64; the op contract; exactness facts.
+"""pair_errors on the CPU, with the objective behind it, against an independent float64 form; the op contract; exactness facts.
 
-The kernels: interpreted/check_preference_loss.py.
+The kernels: interpreted/check_pair_errors.py.
 """
 
 import math
@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from csrc_triton.noising import noise_and_target, pair_noise
-from csrc_triton.preference_loss import SHAPES, preference_loss, preference_loss_reference
-from dpo.objective import pair_difference, pair_terms, sample_errors
+from csrc_triton.noising import pair_noise
+from csrc_triton.pair_errors import pair_errors, pair_errors_reference
+from dpo.objective import SHAPES
+from tests.help.oracle import pair_difference, pair_terms, sample_errors, terms_of
 
 B, T, SHAPE = 5, 12, (3, 4, 5)
 TIMESTEPS = torch.tensor([0, 3, 3, 11, 3])
@@ -18,6 +19,11 @@ PROB = torch.tensor([1.0, 0.9, 0.5, 1.0, 0.7])
 ALL = torch.ones(B)
 NOISE = (torch.tensor([3, -9, 2**60, 7, 0]), torch.tensor([0, 5, 1, 1, 2]), torch.tensor(17))
 ALPHAS = torch.linspace(0.999, 0.01, T, dtype=torch.float64)
+ONES = torch.ones(T, dtype=torch.float64)
+PATHS = {  # target = of_noise eps + of_data x_0
+    "v": {"of_noise": ALPHAS.sqrt(), "of_data": -(1 - ALPHAS).sqrt()},
+    "flow": {"of_noise": ONES, "of_data": -ONES},
+}
 BETA = torch.tensor(3.0)
 
 
@@ -38,9 +44,9 @@ def oracle(policy, reference, target, weight, correction, shape, sft_weight=0.0,
     return pair_terms(errors, timesteps, prob, weight, correction, BETA, shape, sft_weight=sft_weight, difference=d)
 
 
-@pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
+@pytest.mark.parametrize("function", [pair_errors, pair_errors_reference])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("source", ["target", "shared", "epsilon", "v"])
+@pytest.mark.parametrize("source", ["target", "shared", "epsilon", "v", "flow"])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_against_the_objective(function, shape, source, recorded):
     policy, reference, target, latents, weight, correction = world()
@@ -53,14 +59,16 @@ def test_against_the_objective(function, shape, source, recorded):
     elif source == "epsilon":
         keywords["noise"], target = NOISE, pair_noise(*NOISE, SHAPE, torch.float64).repeat(2, 1, 1, 1)
     else:
-        keywords |= {"noise": NOISE, "latents": latents, "alphas_cumprod": ALPHAS}
-        _, target = noise_and_target(latents, TIMESTEPS, ALPHAS, *NOISE, prediction_type="v_prediction")
+        keywords |= {"noise": NOISE, "latents": latents, **PATHS[source]}
+        noise = pair_noise(*NOISE, SHAPE, torch.float64).repeat(2, 1, 1, 1)
+        of_noise, of_data = (table[TIMESTEPS].repeat(2).view(-1, 1, 1, 1) for table in PATHS[source].values())
+        target = of_noise * noise + of_data * latents
     expected = oracle(policy, reference, target, weight, correction, shape, 0.25)
     if recorded:
         keywords["recorded"] = expected.errors[2:].detach()
     else:
         keywords["reference"] = reference
-    actual = function(policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape=shape, **keywords)
+    actual = terms_of(function, policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape=shape, **keywords)
     for name in ("loss", "logit", "difference", "errors", "accuracy"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
     upstream = torch.linspace(0.5, 2, B, dtype=torch.float64)
@@ -75,34 +83,43 @@ def test_against_the_objective(function, shape, source, recorded):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
+@pytest.mark.parametrize("function", [pair_errors, pair_errors_reference])
 def test_policy_equal_to_reference_is_exact(function, dtype):
     policy, _, target, _, weight, _ = world(dtype)
     policy.requires_grad_()
     zero = torch.zeros(T)
-    terms = function(
-        policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", reference=policy.detach(), target=target
+    terms = terms_of(
+        function, policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", reference=policy.detach(), target=target
     )
     assert (terms.logit == 0).all() and (terms.accuracy == 0.5).all()
     assert terms.loss.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(terms.loss, torch.full_like(terms.loss, 2.0).log())
-    again = function(
-        policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", recorded=terms.errors[:2], target=target
+    again = terms_of(
+        function, policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", recorded=terms.errors[:2], target=target
     )
     assert (again.logit == 0).all() and torch.equal(again.loss, terms.loss)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), policy)
     assert gradient.dtype == dtype and (gradient[PROB.repeat(2) > 0.5] != 0).any()
 
 
-@pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
+@pytest.mark.parametrize("function", [pair_errors, pair_errors_reference])
 def test_a_large_logit_leaves_the_small_gradient_its_digits(function):
     def gradient(dtype):
         policy, _, target, _, _, _ = world(torch.float32)
         policy = policy.to(dtype).requires_grad_()
-        terms = function(
-            policy, torch.arange(B), ALL, ALL, torch.ones(T), -torch.linspace(18.0, 60.0, T), 2.0, shape="sigmoid",
-            reference=policy.detach(), target=target.to(dtype),
-        )  # fmt: skip
+        terms = terms_of(
+            function,
+            policy,
+            torch.arange(B),
+            ALL,
+            ALL,
+            torch.ones(T),
+            -torch.linspace(18.0, 60.0, T),
+            2.0,
+            shape="sigmoid",
+            reference=policy.detach(),
+            target=target.to(dtype),
+        )
         assert (terms.logit >= 18).all()
         return torch.autograd.grad(terms.loss.sum(), policy)[0].double()
 
@@ -110,7 +127,7 @@ def test_a_large_logit_leaves_the_small_gradient_its_digits(function):
     torch.testing.assert_close(gradient(torch.float32), exact, rtol=1e-4, atol=1e-6 * exact[B - 1].abs().max().item())
 
 
-@pytest.mark.parametrize("function", [preference_loss, preference_loss_reference])
+@pytest.mark.parametrize("function", [pair_errors, pair_errors_reference])
 def test_holes_contribute_nothing_anywhere(function):
     policy, reference, target, _, weight, correction = world()
     usable = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
@@ -119,7 +136,8 @@ def test_holes_contribute_nothing_anywhere(function):
     timesteps = torch.where(keep, TIMESTEPS, 10**6)  # nor is a hole's timestep looked up
     policy[hole], reference[hole], target[hole] = math.nan, math.inf, math.nan
     policy.requires_grad_()
-    terms = function(
+    terms = terms_of(
+        function,
         policy,
         timesteps,
         PROB,
@@ -133,10 +151,20 @@ def test_holes_contribute_nothing_anywhere(function):
         sft_weight=1.0,
     )
     both = keep.repeat(2)
-    alone = function(
-        policy[both], TIMESTEPS[keep], PROB[keep], ALL[keep], weight, correction, BETA,
-        shape="sigmoid", reference=reference[both], target=target[both], sft_weight=1.0,
-    )  # fmt: skip
+    alone = terms_of(
+        function,
+        policy[both],
+        TIMESTEPS[keep],
+        PROB[keep],
+        ALL[keep],
+        weight,
+        correction,
+        BETA,
+        shape="sigmoid",
+        reference=reference[both],
+        target=target[both],
+        sft_weight=1.0,
+    )
     for name in ("loss", "logit", "difference", "errors", "accuracy"):
         value = getattr(terms, name)
         assert torch.equal(value[..., keep], getattr(alone, name)) and (value[..., ~keep] == 0).all(), name
@@ -147,7 +175,8 @@ def test_holes_contribute_nothing_anywhere(function):
 
 def test_ties_take_no_correction_and_stay_out_of_the_table():
     policy, reference, target, _, weight, correction = world()
-    terms = preference_loss(
+    terms = terms_of(
+        pair_errors,
         policy,
         TIMESTEPS,
         torch.full((B,), 0.5),
@@ -166,7 +195,7 @@ def test_ties_take_no_correction_and_stay_out_of_the_table():
 def test_supervised():
     policy, _, target, _, weight, correction = world()
     policy.requires_grad_()
-    terms = preference_loss(policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape="sigmoid", target=target)
+    terms = terms_of(pair_errors, policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape="sigmoid", target=target)
     torch.testing.assert_close(terms.loss, sample_errors(policy, target)[:B])
     assert torch.equal(terms.loss, terms.errors[0]) and (terms.logit == 0).all() and (terms.difference == 0).all()
     (gradient,) = torch.autograd.grad(terms.loss.sum(), policy)
@@ -179,8 +208,18 @@ def test_swapping_the_halves_flips_the_label():
     swap = torch.cat([torch.arange(B, 2 * B), torch.arange(B)])
     for shape in SHAPES:
         one, other = (
-            preference_loss(
-                policy[i], TIMESTEPS, p, ALL, weight, torch.zeros(T), BETA, shape=shape, reference=reference[i], target=target[i]
+            terms_of(
+                pair_errors,
+                policy[i],
+                TIMESTEPS,
+                p,
+                ALL,
+                weight,
+                torch.zeros(T),
+                BETA,
+                shape=shape,
+                reference=reference[i],
+                target=target[i],
             )
             for i, p in ((torch.arange(2 * B), PROB), (swap, 1 - PROB))
         )
@@ -194,8 +233,16 @@ def test_determinism_permutation_and_layout():
     def run(order, memory_format=torch.contiguous_format):
         both = torch.cat([order, order + B])
         leaf = policy[both].to(memory_format=memory_format).requires_grad_()
-        terms = preference_loss(
-            leaf, TIMESTEPS[order], PROB[order], ALL, *arguments, shape="sigmoid", reference=reference[both], target=target[both]
+        terms = terms_of(
+            pair_errors,
+            leaf,
+            TIMESTEPS[order],
+            PROB[order],
+            ALL,
+            *arguments,
+            shape="sigmoid",
+            reference=reference[both],
+            target=target[both],
         )
         return terms, torch.autograd.grad(terms.loss.sum(), leaf)[0]
 
@@ -216,32 +263,32 @@ def test_determinism_permutation_and_layout():
 def arguments_of_the_op(dtype, source, recorded=False):
     policy, reference, target, latents, weight, correction = world(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    keyed = {"target": (target, None, None, None, None, None), "v": (None, latents, ALPHAS, *NOISE)}[source]
+    mixture = tuple(table.to(wide) for table in PATHS["v"].values())
+    keyed = {"target": (target, *[None] * 6), "v": (None, latents, *mixture, *NOISE)}[source]
     pair = (None, torch.rand(2, B, dtype=wide)) if recorded else (reference, None)
     tables = (x.to(wide) for x in (PROB, ALL, weight, correction, BETA))
-    return (policy.requires_grad_(), *pair, *keyed, TIMESTEPS, *tables, "sigmoid", 0.1)
+    return (policy.requires_grad_(), *pair, *keyed, TIMESTEPS, *tables)
 
 
 @pytest.mark.parametrize("source, recorded, dtype", [("target", False, torch.float32), ("v", True, torch.bfloat16)])
 def test_opcheck(source, recorded, dtype):
-    torch.library.opcheck(torch.ops.csrc_triton.preference_loss, arguments_of_the_op(dtype, source, recorded))
+    torch.library.opcheck(torch.ops.csrc_triton.pair_errors, arguments_of_the_op(dtype, source, recorded))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck_of_the_backward(memory_format):
     policy, _, _, latents, _, _ = world(torch.bfloat16)
     arguments = (
-        torch.rand(B),
         torch.rand(2, B),
         policy.to(memory_format=memory_format),
         None,
         latents,
-        ALPHAS,
+        *(table.float() for table in PATHS["v"].values()),
         *NOISE,
         TIMESTEPS,
         ALL,
     )
-    torch.library.opcheck(torch.ops.csrc_triton.preference_loss_backward, arguments)
+    torch.library.opcheck(torch.ops.csrc_triton.pair_errors_backward, arguments)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -254,10 +301,12 @@ def test_gradcheck(shape, source):
         keywords["target"] = target[small][:, :1]
     else:
         noise = (NOISE[0][:2], NOISE[1][:2], NOISE[2])
-        keywords |= {"noise": noise, "latents": latents[small][:, :1], "alphas_cumprod": ALPHAS}
+        keywords |= {"noise": noise, "latents": latents[small][:, :1], **PATHS["v"]}
     torch.autograd.gradcheck(
         lambda p: (
-            preference_loss(p, TIMESTEPS[:2], PROB[:2].double(), ALL[:2], weight, correction, BETA.double(), **keywords).loss
+            terms_of(
+                pair_errors, p, TIMESTEPS[:2], PROB[:2].double(), ALL[:2], weight, correction, BETA.double(), **keywords
+            ).loss
         ),
         policy[small][:, :1].clone().requires_grad_(),
     )
@@ -267,10 +316,21 @@ def test_compiles_into_one_graph():
     policy, reference, _, latents, weight, correction = world(torch.float32)
 
     def function(p, beta):
-        terms = preference_loss(
-            p * 1.5, TIMESTEPS, PROB, ALL, weight, correction, beta,
-            shape="sigmoid", reference=reference, noise=NOISE, latents=latents, alphas_cumprod=ALPHAS,
-        )  # fmt: skip
+        terms = terms_of(
+            pair_errors,
+            p * 1.5,
+            TIMESTEPS,
+            PROB,
+            ALL,
+            weight,
+            correction,
+            beta,
+            shape="sigmoid",
+            reference=reference,
+            noise=NOISE,
+            latents=latents,
+            **PATHS["v"],
+        )
         return terms.loss.sum(), terms.table_sum, terms.accuracy
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -287,12 +347,10 @@ def test_refusals():
     policy, reference, target, latents, weight, correction = world(torch.float32)
     arguments = (policy, TIMESTEPS, PROB, ALL, weight, correction, 1.0)
     for message, keywords in {
-        "shape 'exp'": {"shape": "exp", "target": target},
-        "give either": {"shape": "ipo"},
-        "exclude each other": {"shape": "ipo", "target": target, "reference": reference, "recorded": torch.zeros(2, B)},
-        "belong together": {"shape": "ipo", "noise": NOISE, "latents": latents},
-        "recorded errors must be": {"shape": "ipo", "noise": NOISE, "recorded": torch.zeros(B, 2)},
-        "without a reference": {"shape": "ipo", "noise": NOISE, "sft_weight": 0.5},
+        "give either": {},
+        "exclude each other": {"target": target, "reference": reference, "recorded": torch.zeros(2, B)},
+        "belong together": {"noise": NOISE, "latents": latents},
+        "recorded errors must be": {"noise": NOISE, "recorded": torch.zeros(B, 2)},
     }.items():
         with pytest.raises(AssertionError, match=message):
-            preference_loss(*arguments, **keywords)
+            pair_errors(*arguments, **keywords)

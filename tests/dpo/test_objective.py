@@ -15,9 +15,10 @@ from dpo import objective
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.credit import tables
-from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors
+from dpo.objective import METHODS, SHAPES
 from dpo.schedule import Schedule, from_scheduler
 from dpo.settings.config import from_mapping, validate
+from tests.help.oracle import logits, pair_difference, pair_terms, sample_errors
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "golden_loss.npz")
 CASES = json.loads(str(GOLDEN["manifest"]))
@@ -234,7 +235,9 @@ def test_policy_equal_to_reference(method, dtype):
     assert abs(ln2.item() - LN2) <= torch.finfo(dtype).eps / 2
     assert torch.equal(terms.loss, ln2.expand(64)) and torch.equal(soft.loss, ln2.expand(64))
     assert torch.equal(terms.accuracy, torch.full((64,), 0.5, dtype=dtype))
-    (slope,) = torch.autograd.grad(terms.logit.sum(), errors, retain_graph=True)
+    d = (errors[0] - errors[2]) - (errors[1] - errors[3])
+    z = logits(d, t, table.weight.to(dtype), NOTHING.to(dtype), beta, prob)
+    (slope,) = torch.autograd.grad(z.sum(), errors)
     expected = -(beta / 2) * table.weight[t].to(dtype)
     torch.testing.assert_close(slope, torch.stack([expected, -expected, -expected, expected]))
     (gradient,) = torch.autograd.grad(terms.loss.sum(), errors)
@@ -348,18 +351,37 @@ def test_sft_weight_adds_the_win_images_own_error():
     torch.testing.assert_close(extra, 0.5 * errors[0])
 
 
-def test_shapes_are_their_formulas():
-    z = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    torch.testing.assert_close(SHAPES["sigmoid"](z), torch.log1p(torch.exp(-z)))
-    torch.testing.assert_close(SHAPES["hinge"](z), torch.clamp(1 - z, min=0))
-    torch.testing.assert_close(SHAPES["ipo"](z), (z - 0.5) * (z - 0.5))
-    assert SHAPES["sigmoid"](torch.tensor(-1e4, dtype=torch.float32)).item() == 1e4  # no overflow
+FORMULAS = {
+    "sigmoid": lambda z: torch.log1p(torch.exp(-z)),
+    "hinge": lambda z: torch.clamp(1 - z, min=0),
+    "ipo": lambda z: (z - 0.5) * (z - 0.5),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_their_formulas(shape):
+    z, f = torch.linspace(-5, 5, 101, dtype=torch.float64), FORMULAS[shape]
+    for p in (1.0, 0.8, 0.5):
+        torch.testing.assert_close(SHAPES[shape].loss(z, torch.tensor(p, dtype=torch.float64)), p * f(z) + (1 - p) * f(-z))
+
+
+@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.slope is not None])
+def test_slopes_are_the_derivatives_of_their_shapes(shape):
+    z = torch.linspace(-5, 5, 101, dtype=torch.float64, requires_grad=True)
+    p = torch.linspace(0.5, 1, 101, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(SHAPES[shape].loss(z, p).sum(), z)
+    torch.testing.assert_close(SHAPES[shape].slope(z.detach(), p), expected)
+    assert torch.autograd.gradcheck(lambda z: objective.shaped(z, p, SHAPES[shape]), z)
+
+
+def test_a_large_logit_does_not_overflow():
+    assert SHAPES["sigmoid"].loss(torch.tensor(-1e4), torch.tensor(1.0)).item() == 1e4
 
 
 def test_ipo_is_trls():
     """TRL: (h - 1/(2 beta))^2 on the log-ratio difference h; here times beta^2, which does not move the minimum."""
     beta, h = 7.0, torch.linspace(-1, 1, 41, dtype=torch.float64)
-    torch.testing.assert_close(SHAPES["ipo"](beta * h), beta**2 * (h - 1 / (2 * beta)) ** 2)
+    torch.testing.assert_close(SHAPES["ipo"].loss(beta * h, torch.ones(())), beta**2 * (h - 1 / (2 * beta)) ** 2)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""csrc_triton.preference_loss says what dpo.objective says: the same fields, the same gradient, in float64 and float32."""
+"""The fused op and the objective behind it say what an independent form says: the same fields, the same gradient, in float64 and float32."""
 
 import pytest
 import torch
 
-from csrc_triton.preference_loss import preference_loss
+from csrc_triton.pair_errors import pair_errors
 from dpo.credit import tables
-from dpo.objective import METHODS, SHAPES, pair_difference, pair_terms, sample_errors
+from dpo.objective import METHODS, SHAPES
 from dpo.schedule import from_scheduler
 from tests.dpo.test_objective import CASES, GOLDEN, SD15, array, ours, target_of
+from tests.help.oracle import pair_difference, pair_terms, sample_errors, terms_of
 
 PAIRS, SHAPE = 5, (4, 6, 7)
 
@@ -42,7 +43,18 @@ def by_objective(x: dict, method: str, shape: str, beta: float, sft_weight: floa
 def by_kernel(x: dict, weight: torch.Tensor, correction: torch.Tensor, beta: float, **options):
     policy = x["policy"].clone().requires_grad_()
     usable = torch.ones(PAIRS, dtype=torch.float32)
-    terms = preference_loss(policy, x["t"], x["prob"], usable, weight, correction, beta, target=x["target"], **options)
+    terms = terms_of(
+        pair_errors,
+        policy,
+        x["t"],
+        x["prob"],
+        usable,
+        weight,
+        correction,
+        beta,
+        target=x["target"],
+        **{"shape": "sigmoid"} | options,
+    )
     return terms, torch.autograd.grad(terms.loss.sum(), policy)[0]
 
 
@@ -98,10 +110,19 @@ def test_equal_predictions_are_exactly_ln2():
         x = inputs(torch.float64)
         policy, target = x["policy"].to(dtype), x["target"].to(dtype)
         real = torch.promote_types(dtype, torch.float32)
-        terms = preference_loss(
-            policy, x["t"], x["prob"], torch.ones(PAIRS), torch.ones(1000), torch.zeros(1000), 5000.0,
-            shape="sigmoid", reference=policy.clone(), target=target,
-        )  # fmt: skip
+        terms = terms_of(
+            pair_errors,
+            policy,
+            x["t"],
+            x["prob"],
+            torch.ones(PAIRS),
+            torch.ones(1000),
+            torch.zeros(1000),
+            5000.0,
+            shape="sigmoid",
+            reference=policy.clone(),
+            target=target,
+        )
         assert terms.logit.count_nonzero() == 0 and terms.loss.dtype == real
         assert torch.equal(terms.loss, torch.full((PAIRS,), 2.0, dtype=torch.float64).log().to(real))
 
@@ -114,11 +135,19 @@ def test_recorded_cases_in_single_precision(case):
     exact = ours(case)
     policy = array(case, "policy").float().requires_grad_()
     pairs = policy.shape[0] // 2
-    terms = preference_loss(
-        policy, torch.zeros(pairs, dtype=torch.int64), torch.ones(pairs), torch.ones(pairs), torch.ones(1000), torch.zeros(1000),
-        float(CASES[case]["beta"]), shape=CASES[case]["loss_type"], reference=array(case, "reference").float(),
+    terms = terms_of(
+        pair_errors,
+        policy,
+        torch.zeros(pairs, dtype=torch.int64),
+        torch.ones(pairs),
+        torch.ones(pairs),
+        torch.ones(1000),
+        torch.zeros(1000),
+        float(CASES[case]["beta"]),
+        shape=CASES[case]["loss_type"],
+        reference=array(case, "reference").float(),
         target=target_of(case, torch.float32),
-    )  # fmt: skip
+    )
     assert (terms.logit.double() - exact.terms.logit).abs().max() < 1e-3
     assert torch.equal(terms.accuracy.double(), exact.terms.accuracy)
     torch.testing.assert_close(terms.loss.mean().double(), exact.loss, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from torch.distributions import Normal
 
 from dpo.common.errors import UserError
 from dpo.credit import discounted_weight, single_shot_weight, step_precision
-from dpo.schedule import TURBO_TIMESTEPS, Schedule, from_scheduler, usable_timesteps
+from dpo.schedule import TURBO_TIMESTEPS, Schedule, from_scheduler, noise_path, usable_timesteps
 from tests.help.worlds import KINDS, make_pipeline
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -212,3 +212,36 @@ def test_posterior_variance_weighs_more():
 def test_unknown_variance():
     with pytest.raises(ValueError, match="'beta' or 'posterior', not 'gamma'"):
         step_precision(sd15(), "gamma")
+
+
+# --- the path as a step uses it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_path_is_the_schedule_s(kind, dtype):
+    """x_t and target of diffusers' own scheduler, to the rounding of `dtype`."""
+    scheduler = DDPMScheduler(**SD15, prediction_type=kind)
+    path = noise_path(from_scheduler(scheduler.config), torch.arange(1000), dtype)
+    x, eps = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    signal, spread, of_noise, of_data = (
+        table[t].double().view(-1, 1, 1, 1) for table in (path.signal, path.spread, path.of_noise, path.of_data)
+    )
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    close = {"rtol": 0, "atol": 20 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(signal * x + spread * eps, scheduler.add_noise(x, eps, t), **close)
+    target = eps if kind == "epsilon" else scheduler.get_velocity(x, eps, t)
+    torch.testing.assert_close(of_noise * eps + of_data * x, target, **close)
+    assert path.needs_data is (kind == "v_prediction") and path.signal.dtype == dtype
+
+
+def test_drawing_is_keyed_and_stays_among_the_timesteps():
+    allowed = torch.tensor([249, 499, 749])
+    path = noise_path(sd15(), allowed, torch.float32)
+    keys, draws, seed = torch.arange(600), torch.zeros(600, dtype=torch.int64), torch.tensor(3)
+    t = path.draw(keys, draws, seed)
+    assert set(t.tolist()) == set(allowed.tolist())
+    order = torch.randperm(600)
+    assert torch.equal(path.draw(keys[order], draws, seed), t[order])
+    assert not torch.equal(path.draw(keys, draws + 1, seed), t)

@@ -65,10 +65,10 @@ def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, k
     inputs = run.encoder.inputs(batch)
     calls.clear()  # tokenizers build Python lists: that is host work before the device has any
     with Synchronisations() as watch:
-        terms, timesteps = run.step(inputs, run.correction())
+        terms = run.step(inputs, run.correction())
         run.updater.scaled(terms.loss.sum() / run.nominal).backward()
         run.table.gather(terms.table_sum, terms.table_count)
-        run.metrics.add(terms, timesteps, inputs.prob, inputs.usable)
+        run.metrics.add(terms, inputs.prob, inputs.usable)
     assert watch.seen == [] and calls == []
     monkeypatch.undo()
     with Synchronisations() as watch:
@@ -106,14 +106,14 @@ def test_sft_sees_the_winners_only(world, tmp_path):
     rows = []
     unet = run.step.policy
     run.step.policy = lambda x_t, *args, **kwargs: (rows.append(len(x_t)), unet(x_t, *args, **kwargs))[1]
-    terms, _ = run.step(inputs, run.correction())
+    terms = run.step(inputs, run.correction())
     assert rows == [3]
     assert torch.equal(terms.loss, terms.errors[0]) and terms.loss.isfinite().all()
     terms.loss.sum().backward()
     assert all(p.grad.isfinite().all() for p in run.updater.parameters)
-    run.step.wins_only = False
     run.step.policy = unet
-    assert torch.allclose(run.step(inputs, run.correction())[0].loss, terms.loss, rtol=1e-12)
+    both, _ = run.step.errors(inputs, run.correction())
+    assert torch.allclose(both.errors[0], terms.loss, rtol=1e-12) and both.errors[1].isfinite().all()
 
 
 def test_several_processes_are_refused_in_one_line(world, tmp_path, monkeypatch):

@@ -47,14 +47,14 @@ class TwoErrors:
 
     def __init__(self, step) -> None:
         self.step = dataclasses.replace(step, reference=None)
-        self.alone = dataclasses.replace(step, policy=step.reference, reference=None, sft_weight=0.0)
+        self.alone = dataclasses.replace(step, policy=step.reference, reference=None)
 
     def __getattr__(self, name):
         return getattr(self.step, name)
 
     def __call__(self, x, correction, recorded=None):
         with torch.no_grad():
-            errors = self.alone(x, torch.zeros_like(correction))[0].errors[:2]
+            errors = self.alone.errors(x, torch.zeros_like(correction))[0].errors[:2]
         return self.step(x, correction, recorded=errors)
 
 
@@ -98,7 +98,7 @@ def test_other_batches_show_their_noise(world, stores, tmp_path):
     """Bits may differ with another batch size; what is said of it is a bound, and small beside a margin of 0.1."""
     run = recorded_run(world, stores("sd15"), tmp_path, "--batch-size", "7")
     for batch in (next(run.batches()),):
-        terms, _ = run.step(run.encoder.inputs(batch), torch.zeros_like(run.step.weight), recorded=batch.recorded)
+        terms = run.step(run.encoder.inputs(batch), torch.zeros_like(run.step.weight), recorded=batch.recorded)
         assert terms.logit.abs().max() < 1e-3
     shifted = dataclasses.replace(
         run.recorded, pieces=tuple((piece, errors + torch.tensor([1e-5, 0])) for piece, errors in run.recorded.pieces)

@@ -28,15 +28,15 @@ LOSS = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25}
 
 def first_terms(run):
     batches = run.batches()
-    terms, timesteps = run.step(run.encoder.inputs(next(batches)), run.correction())
+    terms = run.step(run.encoder.inputs(next(batches)), run.correction())
     batches.close()
-    return terms, timesteps
+    return terms
 
 
 @pytest.mark.parametrize("flags", PATHS.values(), ids=PATHS)
 def test_logits_are_exactly_zero_and_the_gradient_is_not(world, tmp_path, flags):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "4", *flags)
-    terms, _ = first_terms(run)
+    terms = first_terms(run)
     assert torch.equal(terms.logit, torch.zeros_like(terms.logit))
     assert torch.equal(terms.difference, torch.zeros_like(terms.difference))
     assert torch.equal(terms.loss, torch.full_like(terms.loss, math.log(2)))
@@ -51,10 +51,10 @@ def test_logits_are_exactly_zero_and_the_gradient_is_not(world, tmp_path, flags)
 )
 def test_families(world, tmp_path, kind, flags):
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "3", *flags)
-    terms, timesteps = first_terms(run)
+    terms = first_terms(run)
     assert not terms.logit.any()
     if kind == "sdxl-turbo":
-        assert set(timesteps.tolist()) <= {249, 499, 749}
+        assert set(terms.timesteps.tolist()) <= {249, 499, 749}
 
 
 def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, m
 @pytest.mark.parametrize("shape", LOSS)
 def test_shapes(world, tmp_path, shape):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--loss", shape)
-    terms, _ = first_terms(run)
+    terms = first_terms(run)
     assert torch.equal(terms.loss, torch.full_like(terms.loss, LOSS[shape]))
 
 
@@ -79,4 +79,4 @@ def test_another_policy_moves_the_logit(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2")
     with torch.no_grad():
         run.updater.parameters[0].add_(0.01)
-    assert first_terms(run)[0].logit.abs().min() > 0
+    assert first_terms(run).logit.abs().min() > 0

@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from csrc_triton.noising import (
-    PREDICTION_TYPES,
-    _launch_noise,
-    _launch_posterior,
-    noise_and_target_reference,
-    sample_posterior_reference,
-)
+from csrc_triton.noising import _launch_noise, _launch_posterior, noise_pairs_reference, sample_posterior_reference
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+PATH = (ALPHAS.sqrt().float(), (1 - ALPHAS).sqrt().float())  # signal, spread
 QUICK = [
     (1, (4, 8, 8), torch.float32, torch.bfloat16, "contiguous"),
     (2, (3, 5, 7), torch.bfloat16, torch.bfloat16, "channels_last"),
@@ -40,15 +35,9 @@ def run(batch, shape, dtype, out_dtype, layout):
     keys = torch.randint(-(2**62), 2**62, (batch,), generator=generator)
     draws, seed = torch.arange(batch), torch.tensor(99)
     timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-    for alphas in (ALPHAS, ALPHAS.float()):
-        arguments = (x, timesteps, alphas, keys, draws, seed)
-        plain, _ = _launch_noise(*arguments, None, out_dtype)
-        for prediction_type in PREDICTION_TYPES:
-            noisy, target = _launch_noise(*arguments, prediction_type, out_dtype)
-            expected = noise_and_target_reference(*arguments, prediction_type=prediction_type, out_dtype=out_dtype)
-            for actual, wanted in zip((noisy, target), expected):
-                assert torch.equal(actual, wanted) and actual.dtype == wanted.dtype and actual.stride() == wanted.stride()
-            assert torch.equal(plain, noisy)
+    arguments = (x, timesteps, *PATH, keys, draws, seed)
+    noisy, expected = _launch_noise(*arguments, out_dtype), noise_pairs_reference(*arguments, out_dtype=out_dtype)
+    assert torch.equal(noisy, expected) and noisy.dtype == expected.dtype and noisy.stride() == expected.stride()
     std = x.abs().contiguous()
     sample = _launch_posterior(x, std, keys, draws, seed, 0.13025, 0.25)
     expected = sample_posterior_reference(x, std, keys, draws, seed, 0.13025, 0.25)

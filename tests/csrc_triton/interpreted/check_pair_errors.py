@@ -1,16 +1,22 @@
-"""The preference loss kernels in the interpreter against float64: at most twice the error of plain torch as peers write it."""
+"""The kernels of pair_errors in the interpreter, the objective behind them, against float64: at most twice the error of plain torch as
+peers write it."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from csrc_triton.noising import noise_and_target_reference, pair_noise
-from csrc_triton.preference_loss import SHAPES, _forward_reference, _launch_backward, _launch_forward, _prepare
+from csrc_triton.noising import pair_noise
+from csrc_triton.pair_errors import PairErrors, _checked, _forward_reference, _launch_backward, _launch_forward, slopes
+from dpo.objective import PairTerms, pair_loss
 
 T, BETA = 50, 20.0
 ALPHAS = torch.linspace(0.999, 0.005, T)
+V = {"of_noise": ALPHAS.sqrt(), "of_data": -(1 - ALPHAS).sqrt()}
+SHAPES = ("sigmoid", "hinge", "ipo")
 QUICK = [
     # pairs, shape, dtype, loss, source, reference, layout
     (1, (4, 9, 9), torch.bfloat16, "sigmoid", "epsilon", "live", "contiguous"),
@@ -50,15 +56,16 @@ def world(batch, shape, dtype, source, layout):
     timesteps[-1] = timesteps[0]
     noise = (torch.randint(-(2**62), 2**62, (batch,), generator=generator), torch.arange(batch), torch.tensor(3))
     latents = draw(2 * batch, *shape)
-    keywords = {"target": None, "noise": None, "latents": None, "alphas": None}
+    keywords = dict.fromkeys(("target", "noise", "latents", "of_noise", "of_data"))
     if source in ("target", "shared"):
         keywords["target"] = draw(2 * batch if source == "target" else batch, *shape) + offset
         target = keywords["target"].repeat(2 if source == "shared" else 1, 1, 1, 1)
     elif source == "epsilon":
         keywords["noise"], target = noise, pair_noise(*noise, shape).repeat(2, 1, 1, 1)
     else:
-        keywords |= {"noise": noise, "latents": latents, "alphas": ALPHAS}
-        _, target = noise_and_target_reference(latents, timesteps, ALPHAS, *noise, prediction_type="v_prediction")
+        keywords |= {"noise": noise, "latents": latents, **V}
+        of_noise, of_data = (table[timesteps].repeat(2).view(-1, 1, 1, 1) for table in V.values())
+        target = of_noise * pair_noise(*noise, shape).repeat(2, 1, 1, 1) + of_data * latents
     prob = torch.tensor([1.0, 0.9, 0.5, 0.75, 1.0]).repeat(batch)[:batch]
     return policy, reference, target, keywords, timesteps, prob, draw(T).abs(), 0.1 * draw(T)
 
@@ -80,19 +87,30 @@ def usual(policy, reference, recorded, target, timesteps, prob, weight, correcti
     return errors.detach(), loss.detach(), leaf.grad
 
 
+class Launched(NamedTuple):
+    """What training would see of one launch, and how to go backwards from the sum of the losses."""
+
+    terms: PairTerms
+    slopes: torch.Tensor  # [2, B]
+    tables: torch.Tensor  # [2, T]
+    backward: Callable[[], torch.Tensor]
+
+    def values(self) -> list[torch.Tensor]:
+        return [self.terms.loss, self.terms.logit, self.terms.difference, self.terms.errors, self.terms.accuracy, self.tables]
+
+
 def launch(policy, reference, recorded, keywords, timesteps, prob, weight, correction, shape, usable=None, run=_launch_forward):
     usable = torch.ones(len(prob)) if usable is None else usable
-    reference, recorded, source, rest = _prepare(
-        policy, timesteps, prob, usable, weight, correction, BETA, shape, reference, recorded,
-        keywords["target"], keywords["noise"], keywords["latents"], keywords["alphas"], 0.0,
-    )  # fmt: skip
-    loss, terms, tables = run(policy, reference, recorded, source, *rest)
-    return (
-        loss,
-        terms,
-        tables,
-        lambda: _launch_backward(torch.ones_like(loss), terms[7:].contiguous(), policy, source, timesteps, usable),
+    policy, reference, recorded, aim, rest = _checked(
+        policy, timesteps, prob, usable, weight, correction, BETA, reference, recorded, **keywords
     )
+    logit, difference, errors, gain, tables = run(policy, reference, recorded, aim, *rest)
+    leaves = [x.detach().requires_grad_() for x in (logit, difference, errors)]
+    supervised = reference is None and recorded is None
+    terms = pair_loss(PairErrors(*leaves, *tables), prob, usable, timesteps, shape=None if supervised else shape)
+    gradients = torch.autograd.grad(terms.loss.sum(), leaves, allow_unused=True)
+    by_side = slopes(gain, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)))
+    return Launched(terms, by_side, tables, lambda: _launch_backward(by_side, policy, aim, timesteps, usable))
 
 
 def compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
@@ -101,23 +119,26 @@ def compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
     if kind == "recorded":
         recorded, reference = (reference.float() - target).square().flatten(1).mean(1).view(2, batch), None
     rest = (timesteps, prob, weight, correction, loss_shape)
-    loss, terms, tables, backward = launch(policy, reference, recorded, keywords, *rest)
+    found = launch(policy, reference, recorded, keywords, *rest)
+    terms = found.terms
     exact_errors, exact_loss, exact_gradient = usual(policy.double(), reference, recorded, target, *rest, torch.float64)
     plain_errors, plain_loss, plain_gradient = usual(policy, reference, recorded, target, *rest, torch.float32)
-    no_worse(terms[2:4].flatten(), plain_errors, exact_errors)
+    no_worse(terms.errors[:2].flatten(), plain_errors, exact_errors)
     # Recorded errors are subtracted from errors rounded to fp32: one unit in their last place, carried to loss and slope (f'' <= 2).
     last_place = torch.finfo(torch.float32).eps
     lost = last_place * exact_errors.max().item() if recorded is not None else 0.0
     slope_lost = 4 * lost * (BETA / 2 * weight[timesteps].max().item()) ** 2
-    no_worse(loss, plain_loss, exact_loss, floor=2 * lost * terms[7:].abs().max().item())
-    gradient = backward()
+    no_worse(terms.loss.detach(), plain_loss, exact_loss, floor=2 * lost * found.slopes.abs().max().item())
+    gradient = found.backward()
     assert gradient.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
     largest = 2 * (policy.double() - target).abs().max().item() / math.prod(shape)
     floor = slope_lost * largest + 2 * last_place * exact_gradient.abs().max().item()  # five fp32 roundings on the way
     no_worse(gradient, plain_gradient, exact_gradient, floor=floor)
-    _, reference_terms, reference_tables, _ = launch(policy, reference, recorded, keywords, *rest, run=_forward_reference)
-    torch.testing.assert_close(terms, reference_terms, rtol=2e-5, atol=2e-5 + slope_lost)
-    torch.testing.assert_close(tables, reference_tables, rtol=2e-5, atol=2e-6)
+    expected = launch(policy, reference, recorded, keywords, *rest, run=_forward_reference)
+    for actual, wanted in zip(found.values()[:-1], expected.values()[:-1]):
+        torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-5 + slope_lost)
+    torch.testing.assert_close(found.slopes, expected.slopes, rtol=2e-5, atol=2e-5 + slope_lost)
+    torch.testing.assert_close(found.tables, expected.tables, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("batch, shape, dtype, loss_shape, source, kind, layout", QUICK)
@@ -137,21 +158,25 @@ def test_large_logits_leave_small_slopes_their_digits(sign):
     timesteps, prob = torch.tensor([0, 1, 2]), torch.tensor([1.0, 1.0, 0.75])
     correction = torch.zeros(T)
     correction[:3] = torch.tensor([18.0, 40.0, 25.0]) * (-2 * sign / BETA)
-    _, terms, _, _ = launch(policy, policy, None, keywords, timesteps, prob, torch.ones(T), correction, "sigmoid")
-    z = terms[0].double()
+    found = launch(policy, policy, None, keywords, timesteps, prob, torch.ones(T), correction, "sigmoid")
+    z = found.terms.logit.double()
     assert (z * sign >= 17.9).all()
     exact = ((1 - prob.double()) * torch.sigmoid(z) - prob.double() * torch.sigmoid(-z)) * (-BETA / 2)
-    torch.testing.assert_close(terms[7].double(), exact, rtol=1e-5, atol=0)
-    torch.testing.assert_close(terms[8], -terms[7])
+    torch.testing.assert_close(found.slopes[0].double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.slopes[1], -found.slopes[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_policy_equal_to_reference_is_exact(dtype):
     policy, _, _, keywords, timesteps, prob, weight, _ = world(4, (3, 5, 7), dtype, "v", "contiguous")
-    loss, terms, _, backward = launch(policy, policy.clone(), None, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
-    assert (terms[:2] == 0).all() and torch.equal(loss, torch.full_like(loss, 2.0).log())
-    again, _, _, _ = launch(policy, None, terms[2:4].clone(), keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
-    assert torch.equal(again, loss) and backward().count_nonzero() > 0
+    found = launch(policy, policy.clone(), None, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
+    loss = found.terms.loss
+    assert (
+        not found.terms.logit.any() and not found.terms.difference.any() and torch.equal(loss, torch.full_like(loss, 2.0).log())
+    )
+    errors = found.terms.errors[:2].clone()
+    again = launch(policy, None, errors, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
+    assert torch.equal(again.terms.loss, loss) and found.backward().count_nonzero() > 0
 
 
 def test_determinism_and_permutation():
@@ -161,17 +186,17 @@ def test_determinism_and_permutation():
 
     def run(order):
         both = torch.cat([order, order + 5])
-        keywords = {"target": target[both], "noise": None, "latents": None, "alphas": None}
-        loss, terms, tables, backward = launch(
+        keywords = dict.fromkeys(("noise", "latents", "of_noise", "of_data")) | {"target": target[both]}
+        found = launch(
             policy[both], reference[both], None, keywords, timesteps[order], prob[order], weight, correction, "sigmoid"
         )
-        return loss, terms, tables, backward()
+        return [*found.values(), found.backward()]
 
     identity, order = torch.arange(5), torch.tensor([3, 0, 4, 1, 2])
     first, second, permuted = run(identity), run(identity), run(order)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    assert torch.equal(permuted[0], first[0][order]) and torch.equal(permuted[1], first[1][:, order])
-    assert torch.equal(permuted[2], first[2]) and torch.equal(permuted[3], first[3][torch.cat([order, order + 5])])
+    assert all(torch.equal(a, b[..., order]) for a, b in zip(permuted[:5], first[:5]))
+    assert torch.equal(permuted[5], first[5]) and torch.equal(permuted[6], first[6][torch.cat([order, order + 5])])
 
 
 def test_holes_and_supervised():
@@ -184,12 +209,13 @@ def test_holes_and_supervised():
     keywords["target"], usable = target, torch.tensor([1.0, 0.0, 1.0])
     rest = (timesteps, prob, weight, correction, "sigmoid", usable)
     for frozen in (reference, None):
-        loss, terms, tables, backward = launch(policy, frozen, None, keywords, *rest)
+        found = launch(policy, frozen, None, keywords, *rest)
         expected = launch(policy, frozen, None, keywords, *rest, run=_forward_reference)
-        for actual, wanted in zip((loss, terms, tables), expected):
+        for actual, wanted in zip(found.values(), expected.values()):
             torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
-        gradient = backward()
-        assert loss[1] == 0 and (terms[:, 1] == 0).all() and (gradient[[1, 4]] == 0).all() and gradient.isfinite().all()
+        gradient = found.backward()
+        assert all(not value[..., 1].any() for value in found.values()[:5])
+        assert (gradient[[1, 4]] == 0).all() and gradient.isfinite().all()
 
 
 def test_more_pairs_than_one_tile_of_the_finish():
@@ -197,8 +223,7 @@ def test_more_pairs_than_one_tile_of_the_finish():
     policy, reference, _, keywords, _, _, weight, correction = world(70, (1, 3, 3), torch.float32, "epsilon", "contiguous")
     timesteps, prob = torch.arange(70) % 7, torch.ones(70)
     rest = (policy, reference, None, keywords, timesteps, prob, weight, correction, "sigmoid")
-    loss, _, tables, _ = launch(*rest)
-    expected = launch(*rest, run=_forward_reference)
-    torch.testing.assert_close(loss, expected[0], rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(tables, expected[2], rtol=1e-5, atol=1e-5)
-    assert tables[1, :7].tolist() == [10] * 7
+    found, expected = launch(*rest), launch(*rest, run=_forward_reference)
+    torch.testing.assert_close(found.terms.loss, expected.terms.loss, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found.tables, expected.tables, rtol=1e-5, atol=1e-5)
+    assert found.tables[1, :7].tolist() == [10] * 7

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.elementary import exp_fp32, log1p_exp_fp32, log_fp32, torch_log_fp32
+from csrc_triton.elementary import log_fp32, torch_log_fp32
 from csrc_triton.philox import Stream, normal, normal_span, random_bits, random_words
 
 KEYS = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF], dtype=torch.int64)
@@ -28,12 +28,10 @@ def normal_kernel(key_ptr, draw_ptr, seed_ptr, out_ptr, first, STREAM: tl.conste
 
 
 @triton.jit
-def elementary_kernel(x_ptr, log_ptr, exp_ptr, softplus_ptr, N: tl.constexpr):
+def log_kernel(x_ptr, log_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     x = tl.load(x_ptr + i)
     tl.store(log_ptr + i, log_fp32(tl.abs(x)))
-    tl.store(exp_ptr + i, exp_fp32(-tl.abs(x)))
-    tl.store(softplus_ptr + i, log1p_exp_fp32(x))
 
 
 @pytest.mark.parametrize("seed", [0, 42, -1, 2**40 + 3])
@@ -56,15 +54,9 @@ def test_normals_are_the_bits_of_plain_torch(first):
     assert out.std().sub(1).abs() < 0.05
 
 
-def test_elementary_functions():
+def test_the_logarithm():
     x = torch.cat([torch.linspace(-80, 80, 1021), torch.tensor([1e-9, -1e-9, 0.25])])
-    log, exp, softplus = torch.empty(3, 1024)
-    elementary_kernel[(1,)](x, log, exp, softplus, N=1024)
-    exact = x.double()
+    log = torch.empty(1024)
+    log_kernel[(1,)](x, log, N=1024)
     assert torch.equal(log, torch_log_fp32(x.abs()))
-    torch.testing.assert_close(log.double(), exact.abs().log(), rtol=2e-7, atol=2e-7)
-    torch.testing.assert_close(exp.double(), (-exact.abs()).exp(), rtol=4e-7, atol=0)
-    torch.testing.assert_close(softplus.double(), torch.nn.functional.softplus(exact, threshold=200), rtol=3e-7, atol=0)
-    zero = torch.zeros(1024)
-    elementary_kernel[(1,)](zero + 0.0, log, exp, softplus, N=1024)
-    assert torch.equal(softplus, torch.full((1024,), 2.0).log())
+    torch.testing.assert_close(log.double(), x.double().abs().log(), rtol=2e-7, atol=2e-7)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dpo.common.stats import share_interval
-from dpo.objective import pair_terms
 from dpo.pages.figures import DECILES
 from dpo.training.metrics import StepMetrics, summarise, table_by_decile
+from tests.help.oracle import pair_terms
 
 
 def step(count=64, seed=0, dtype=torch.float32):
@@ -30,7 +30,7 @@ def terms_of(errors, timesteps, prob, beta=2000.0):
 def figures_of(errors, timesteps, prob, usable, split):
     metrics = StepMetrics()
     for e, t, p, u in zip(errors.split(split, 1), timesteps.split(split), prob.split(split), usable.split(split)):
-        metrics.add(terms_of(e, t, p), t, p, u)
+        metrics.add(terms_of(e, t, p), p, u)
     return metrics.read()
 
 
@@ -101,7 +101,7 @@ def test_method_without_reference_has_no_margin():
 def test_extreme_margins_do_not_overflow():
     errors, t, prob, usable = step()
     metrics = StepMetrics()
-    metrics.add(terms_of(errors, t, prob, beta=1e12), t, prob, usable)
+    metrics.add(terms_of(errors, t, prob, beta=1e12), prob, usable)
     with np.errstate(over="raise", invalid="raise"):
         assert 0 < metrics.read()["gradient_factor"] < 1
 
@@ -115,7 +115,7 @@ def test_ties_are_counted():
 def test_scalars_and_tables_travel_along():
     errors, t, prob, usable = step()
     metrics = StepMetrics()
-    metrics.add(terms_of(errors, t, prob), t, prob, usable)
+    metrics.add(terms_of(errors, t, prob), prob, usable)
     figures = metrics.read({"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)})
     assert figures["grad_norm"] == 2.5
     assert figures["table_by_decile"] == pytest.approx([49.5 + 100 * i for i in range(10)])
@@ -136,8 +136,8 @@ def test_one_transfer_a_step_and_none_in_a_micro_batch(monkeypatch):
     terms = terms_of(errors, t, prob)
     metrics = StepMetrics()
     calls.clear()
-    metrics.add(terms, t, prob, usable)
-    metrics.add(terms, t, prob, usable)
+    metrics.add(terms, prob, usable)
+    metrics.add(terms, prob, usable)
     assert calls == []
     metrics.read({"grad_norm": torch.tensor(1.0)})
     assert calls.count("cpu") == 1
@@ -148,7 +148,7 @@ def test_rows_of_two_processes_concatenate():
     halves = []
     for part in (slice(0, 32), slice(32, 64)):
         metrics = StepMetrics()
-        metrics.add(terms_of(errors[:, part], t[part], prob[part]), t[part], prob[part], usable[part])
+        metrics.add(terms_of(errors[:, part], t[part], prob[part]), prob[part], usable[part])
         halves.append(metrics.take())
     assert summarise(torch.cat(halves, 1)) == figures_of(errors, t, prob, usable, 64)
 
@@ -156,7 +156,7 @@ def test_rows_of_two_processes_concatenate():
 def test_no_gradient_graph_is_kept():
     errors, t, prob, usable = step()
     metrics = StepMetrics()
-    metrics.add(terms_of(errors.requires_grad_(), t, prob), t, prob, usable)
+    metrics.add(terms_of(errors.requires_grad_(), t, prob), prob, usable)
     assert not metrics.take().requires_grad
 
 
