@@ -3,8 +3,8 @@
 Import each op from its module; a module shares its name with its op, so that nothing is re-exported here.
 
     philox           random_bits, uniform, normal, integers; Stream        keyed random numbers
-    noising          noise_pairs, noise_and_target, sample_posterior       noisy latents of pairs, VAE posterior
-    preference_loss  preference_loss                                       errors, logit, loss and table sums of pairs
+    noising          noise_pairs, sample_posterior                         noisy latents of pairs, VAE posterior
+    pair_errors      pair_errors                                           errors, difference and logit of pairs, sums by timestep
     geglu            geglu
     group_norm_silu  group_norm_silu, add_group_norm_silu
     layer_norm       layer_norm, add_layer_norm

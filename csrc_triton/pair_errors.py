@@ -231,13 +231,17 @@ def _(slopes, policy, *_):
 
 def _setup_context(ctx, inputs, output):
     policy, _, _, *target, timesteps, _, usable, _, _, _ = inputs
+    ctx.set_materialize_grads(False)  # an objective seldom uses every result
     ctx.save_for_backward(output[3], policy, *target, timesteps, usable)
 
 
 def slopes(gain, grad_logit, grad_difference, grad_errors) -> torch.Tensor:
-    """[2, B]: the gradient by the policy's win and lose error, from those by logit, difference [B] and errors [4, B]."""
-    through_difference = grad_logit * gain + grad_difference
-    return torch.stack((through_difference + grad_errors[0], grad_errors[1] - through_difference))
+    """[2, B]: the gradient by the policy's win and lose error, from those by logit, difference [B] and errors [4, B] (None: zero)."""
+    through_difference = torch.zeros_like(gain) if grad_logit is None else grad_logit * gain
+    if grad_difference is not None:
+        through_difference = through_difference + grad_difference
+    both = torch.stack((through_difference, -through_difference))
+    return both if grad_errors is None else both + grad_errors[:2]
 
 
 def _backward(ctx, grad_logit, grad_difference, grad_errors, grad_gain, grad_tables):

@@ -128,7 +128,7 @@ def test_a_window_filters_the_recorded_draws(world, stores, tmp_path):
     batches, seen = run.batches(), 0
     for _ in range(40):
         batch = next(batches)
-        t = run.step.draw_timesteps(batch.keys, batch.draws)
+        t = run.step.path.draw(batch.keys, batch.draws, run.step.seed)
         assert ((t >= 200) & (t < 700)).all()
         for i, (key, draw) in enumerate(zip(batch.keys.tolist(), batch.draws.tolist(), strict=True)):
             epoch = (batch.position + i) // len(run.source)

@@ -109,7 +109,7 @@ def launch(policy, reference, recorded, keywords, timesteps, prob, weight, corre
     supervised = reference is None and recorded is None
     terms = pair_loss(PairErrors(*leaves, *tables), prob, usable, timesteps, shape=None if supervised else shape)
     gradients = torch.autograd.grad(terms.loss.sum(), leaves, allow_unused=True)
-    by_side = slopes(gain, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)))
+    by_side = slopes(gain, *gradients)
     return Launched(terms, by_side, tables, lambda: _launch_backward(by_side, policy, aim, timesteps, usable))
 
 
