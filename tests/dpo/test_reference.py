@@ -9,8 +9,8 @@ from torch import nn
 from dpo import reference
 from dpo.models import lora
 from dpo.models.denoiser import halve, use_checkpointing
-from dpo.objective import pair_difference
 from tests.dpo.models.test_denoiser import arguments, unets  # noqa: F401
+from tests.help.oracle import pair_difference
 
 KINDS = ("sd15", "sd2v", "sdxl")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -20,12 +20,13 @@ from dpo.common.stats import share_interval
 from dpo.correction import correction
 from dpo.credit import tables
 from dpo.drawing.grid import write_grid
-from dpo.objective import METHODS, pair_terms
+from dpo.objective import METHODS
 from dpo.pages.folder import RunRecord, read_run
 from dpo.schedule import from_scheduler
 from dpo.settings.config import Config, change, to_toml
 from dpo.training.metrics import StepMetrics
 from dpo.training.trackers import open_trackers
+from tests.help.oracle import pair_terms
 
 KINDS = ("good", "dde", "lora-gpu", "early", "failed", "sft", "over", "flat")
 
@@ -103,7 +104,7 @@ def _metrics(folder: Path, kind: str, config: Config, last: int, updates: int) -
         if not METHODS[config.method.method].pairwise:
             terms = terms._replace(loss=errors[0], logit=errors[0] * math.nan, difference=errors[0] * math.nan)
         metrics = StepMetrics()
-        metrics.add(terms, t, prob, usable)
+        metrics.add(terms, prob, usable)
         norm = torch.tensor(0.02 * rng.lognormal(0, 0.3))
         shown = {"table": table, "correction": now} if METHODS[config.method.method].correction else {}
         figures = metrics.read({"grad_norm": norm}, shown)
