@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo.objective import METHODS
+from dpo.methods import METHODS
 from dpo.schedule import Schedule
 
 

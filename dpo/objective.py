@@ -14,7 +14,6 @@ torch on B numbers, differentiable in z, d and the errors, in any float dtype; a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -127,22 +126,3 @@ class _WithSlope(torch.autograd.Function):
 def implicit_accuracy(d: Tensor) -> Tensor:
     """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: d alone, no correction."""
     return (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype)
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a method assigns credit over timesteps."""
-
-    weight: str  # "uniform" | "discounted" | "single-shot"
-    correction: bool  # whether the stepwise correction C(t) is added
-    pairwise: bool = True  # False: supervised, no reference, no pair
-
-
-METHODS = {
-    "dpo": Method("uniform", correction=False),
-    "discounted": Method("discounted", correction=False),
-    "dde-single": Method("single-shot", correction=False),
-    "dde-step": Method("uniform", correction=True),
-    "dde": Method("single-shot", correction=True),
-    "sft": Method("uniform", correction=False, pairwise=False),
-}

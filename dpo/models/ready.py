@@ -12,8 +12,8 @@ from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Model
 from dpo.models.load import load
-from dpo.settings import resolve
 from dpo.settings.config import Config, change
+from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,18 +47,17 @@ def load_named(config: Config) -> Model:
 def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Schedule, list[str]]:
     """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
     model = load_named(config)
-    config, decided = resolve.resolve(
-        config,
+    facts = ModelFacts(
         family=model.family.name,
+        prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
         beta=model.family.beta,
         guidance=model.family.guidance,
-        prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
-        device=str(device),
-        turbo=model.turbo,
         native_resolution=model.native_resolution,
+        turbo=model.turbo,
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
-        bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(),
     )
+    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported())
+    config, decided = resolve(config, facts, has)
     config = change(config, attention=available_attention(config.runtime.attention))  # said once, not for each UNet
     plan = schedule.from_scheduler(
         model.scheduler_config,

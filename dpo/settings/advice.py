@@ -2,63 +2,66 @@
 
 from __future__ import annotations
 
+from dpo.methods import METHODS
 from dpo.settings.config import Config
-from dpo.settings.resolve import _single_shot, _text, learning_rate
+from dpo.settings.fields import brief
+from dpo.settings.resolve import large_weight, learning_rate
 
 LOWEST_RATE = 1e-7  # nothing published trains below this
-
-
 HIGHEST_SINGLE_SHOT_BETA = 1000.0
-
-
 FEWEST_PAIRS = 16  # in a full fine-tuning update
-
-
 HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
 
 
-def headline(cfg: Config, processes: int = 1) -> str:
+def headline(config: Config, processes: int = 1) -> str:
     """The line that a run starts with: what is trained, effective batch, learning rate, beta."""
-    optim, method = cfg.optim, cfg.method
-    what = f"LoRA of rank {cfg.lora.rank}" if cfg.lora.lora else "full UNet"
+    optim, method = config.optim, config.method
+    what = f"LoRA of rank {config.lora.rank}" if config.lora.lora else "full UNet"
     split = f"{optim.batch_size} x {optim.accumulation}" + (f" x {processes} processes" if processes > 1 else "")
-    rate = f"learning rate {learning_rate(cfg, processes):.4g}" + (
+    rate = f"learning rate {learning_rate(config, processes):.4g}" + (
         f" ({optim.learning_rate:g} x batch)" if optim.scale_lr else ""
     )
     warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
-    beta = "" if method.method == "sft" else f", beta {_text(method.beta)}"
+    beta = f", beta {brief(method.beta)}" if "beta" in METHODS[method.method].settings else ""
     return f"{method.method}, {what}: {optim.effective_batch * processes} pairs an update ({split}), {rate}{warm}{beta}"
 
 
-def warnings(cfg: Config, processes: int = 1) -> list[str]:
+def warnings(config: Config, processes: int = 1) -> list[str]:
     """What is allowed but probably not meant."""
     found = []
-    rate, batch = learning_rate(cfg, processes), cfg.optim.effective_batch * processes
-    highest = HIGHEST_RATE["lora" if cfg.lora.lora else "full"]
+    rate, batch = learning_rate(config, processes), config.optim.effective_batch * processes
+    highest = HIGHEST_RATE["lora" if config.lora.lora else "full"]
     if rate < LOWEST_RATE:
-        scaled = "it is multiplied by the batch, but the published one has 2048 pairs" if cfg.optim.scale_lr else "no --scale-lr"
+        scaled = (
+            "it is multiplied by the batch, but the published one has 2048 pairs" if config.optim.scale_lr else "no --scale-lr"
+        )
         found.append(
             f"learning rate {rate:g} hardly trains ({scaled}): the paper prints 2.048e-8, a thousandth of the 2.048e-5 of the "
             "published code (1e-8 x 2048 pairs)"
         )
     elif rate > highest:
-        what = "LoRA" if cfg.lora.lora else "full fine-tuning"
+        what = "LoRA" if config.lora.lora else "full fine-tuning"
         found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
-    if _single_shot(cfg.method.method, cfg.model.prediction_type) and (cfg.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
+    if large_weight(config.method.method, config.model.prediction_type) and (config.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
         found.append(
-            f"beta {cfg.method.beta:g} is high for {cfg.method.method}, whose weight averages about 20: "
+            f"beta {config.method.beta:g} is high for {config.method.method}, whose weight averages about 20: "
             "the default is a tenth of dpo's"
         )
-    if cfg.model.model and not cfg.lora.lora and batch < FEWEST_PAIRS:
+    if config.model.model and not config.lora.lora and batch < FEWEST_PAIRS:
         found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
-    if cfg.runtime.precision == "bf16-pure" and cfg.optim.accumulation > 16:
+    if config.runtime.precision == "bf16-pure" and config.optim.accumulation > 16:
         found.append(
-            f"bf16-pure sums the gradients of {cfg.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
+            f"bf16-pure sums the gradients of {config.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
         )
-    if cfg.optim.steps is not None and cfg.optim.warmup >= cfg.optim.steps:
+    if config.optim.steps is not None and config.optim.warmup >= config.optim.steps:
         found.append(
-            f"the warm-up of {cfg.optim.warmup} updates does not end within {cfg.optim.steps}: the rate stays below its peak"
+            f"the warm-up of {config.optim.warmup} updates does not end within {config.optim.steps}: the rate stays below its peak"
         )
-    if cfg.model.model and not cfg.data.validation_data and not cfg.data.validation_fraction and cfg.output.validate_every:
+    if (
+        config.model.model
+        and not config.data.validation_data
+        and not config.data.validation_fraction
+        and config.output.validate_every
+    ):
         found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.02")
     return found

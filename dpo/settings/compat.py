@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
 from dpo.settings.config import specs
-from dpo.settings.fields import coerce
+from dpo.settings.fields import brief, coerce
 
 PEERS = ("hf-sd15", "hf-sdxl", "sf")
 
@@ -309,9 +309,7 @@ def _meaning(name: str, flag: Foreign) -> str:
 
 
 def _shown(value: Any) -> str:
-    return (
-        {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
-    )
+    return ("yes" if value else "no") if isinstance(value, bool) else brief(value)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
 
 from dpo.common.errors import UserError
+from dpo.methods import METHODS, SHAPES, readers
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
-from dpo.settings.rules import combinations
+from dpo.settings.rules import contradictions
 
 
 @dataclass(frozen=True)
@@ -114,23 +114,25 @@ class Method:
     method: str = option(
         "dpo",
         "how credit is spread over the timesteps (docs/method.md)",
-        choices=("dpo", "discounted", "dde-single", "dde-step", "dde", "sft"),
+        choices=tuple(METHODS),
     )
     beta: float | None = option(
         None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said"
     )
-    loss: str = option(
-        "sigmoid", "shape of the pairwise loss", choices=("sigmoid", "hinge", "ipo"), aliases=("loss_type",), resume="said"
+    loss: str = option("sigmoid", "shape of the pairwise loss", choices=SHAPES, aliases=("loss_type",), resume="said")
+    gamma: float = option(
+        0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )
-    gamma: float = option(0.99475, "discount per timestep away from noise (discounted)", above=0.0, high=1.0, resume="said")
     sft_weight: float = option(0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said")
     window_low: int = option(0, "first timestep trained on", unit="timestep", low=0, high=999)
     window_high: int | None = option(
         None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000
     )
-    weight_cap: float = option(250.0, "upper bound of the single-shot weight (dde, dde-single)", above=0.0, resume="said")
-    rho: float = option(0.95, "memory of the stepwise table (dde, dde-step)", low=0.0, high=1.0, resume="said")
-    sigma2: str = option("beta", "variance in the stepwise correction (dde, dde-step)", choices=("beta", "posterior"))
+    weight_cap: float = option(
+        250.0, f"upper bound of the single-shot weight ({readers('weight_cap')})", above=0.0, resume="said"
+    )
+    rho: float = option(0.95, f"memory of the stepwise table ({readers('rho')})", low=0.0, high=1.0, resume="said")
+    sigma2: str = option("beta", f"variance in the stepwise correction ({readers('sigma2')})", choices=("beta", "posterior"))
 
 
 @dataclass(frozen=True)
@@ -306,27 +308,27 @@ def specs() -> dict[str, Spec]:
     return {spec.name: spec for group, cls in groups().items() for spec in specs_of(group, cls)}
 
 
-def flatten(cfg: Config) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """Every setting's value, by name."""
-    return {name: getattr(getattr(cfg, spec.group), name) for name, spec in specs().items()}
+    return {name: getattr(getattr(config, spec.group), name) for name, spec in specs().items()}
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Config:
     """A checked Config from flat or grouped settings; those left out keep `base`'s value (or the default)."""
     values = flatten(base or Config()) | {name: coerce(specs()[name], value) for name, value in flat_settings(mapping).items()}
-    cfg = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
-    validate(cfg)
-    return cfg
+    config = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
+    validate(config)
+    return config
 
 
-def change(cfg: Config, **values: Any) -> Config:
-    """`cfg` with some settings changed, by their flat names."""
-    return from_mapping(values, cfg)
+def change(config: Config, **values: Any) -> Config:
+    """`config` with some settings changed, by their flat names."""
+    return from_mapping(values, config)
 
 
-def to_toml(cfg: Config, comments: bool = True) -> str:
-    """`cfg` as TOML that `from_mapping` reads back; a setting that is None is written as a comment."""
-    return "\n".join(_group_toml(group, cfg, comments) for group in groups())
+def to_toml(config: Config, comments: bool = True) -> str:
+    """`config` as TOML that `from_mapping` reads back; a setting that is None is written as a comment."""
+    return "\n".join(_group_toml(group, config, comments) for group in groups())
 
 
 def _of_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -358,9 +360,9 @@ def unknown_setting(name: str) -> str:
     return f"unknown setting {name}: " + (f"did you mean {like}?" if like else "python -m dpo.train --help lists them all")
 
 
-def _group_toml(group: str, cfg: Config, comments: bool) -> str:
+def _group_toml(group: str, config: Config, comments: bool) -> str:
     lines = [f"[{group}]" + (f"  # {groups()[group].__doc__}" if comments else "")]
-    for name, value in _of_group(group, flatten(cfg)).items():
+    for name, value in _of_group(group, flatten(config)).items():
         comment = f"  # {describe(specs()[name])}" if comments else ""
         if value is not None:
             lines.append(tomli_w.dumps({name: value}).rstrip() + comment)
@@ -375,12 +377,11 @@ def describe(spec: Spec) -> str:
     return "; ".join(filter(None, [spec.meta["help"], *extras]))
 
 
-def validate(cfg: Config) -> None:
+def validate(config: Config) -> None:
     """UserError on the first bad value or combination; what needs the model or the device is checked by `resolve`."""
-    values = flatten(cfg)
+    values = flatten(config)
     for name, value in values.items():
         if coerce(specs()[name], value) != value:
             raise UserError(f"{name} = {value!r}: expected a {specs()[name].kind.__name__}")
-    for bad, message in combinations(SimpleNamespace(**values)):
-        if bad:
-            raise UserError(message)
+    if found := contradictions(values):
+        raise UserError(found[0])

@@ -124,6 +124,11 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (int, float, str)) and value != "" else repr(value)
 
 
+def brief(value: Any) -> str:
+    """A setting's value inside a message: a float in at most six digits."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _to_bool(value: Any) -> bool | None:
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     return value if isinstance(value, bool) else words.get(value.lower()) if isinstance(value, str) else None

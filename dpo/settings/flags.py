@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from dpo.common.errors import UserError
 from dpo.settings import compat
-from dpo.settings.config import Config, flat_settings, from_mapping, groups, specs, to_toml
-from dpo.settings.fields import NOTHING, Spec, coerce, nearest
+from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, specs, to_toml
+from dpo.settings.fields import NOTHING, Spec, brief, coerce, nearest
+from dpo.settings.rules import without_effect
 
 USAGE = "python -m dpo.train [--preset NAME | --config FILE.toml] [flags]"
 
@@ -44,16 +45,16 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # a preset or a file may replace what is in its own folder, in no other
-    cfg = from_mapping(base | changes)
-    if cfg.model.model and not cfg.data.data:
+    config = from_mapping(base | changes)
+    if config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
-    if cfg.data.data and not cfg.model.model:
+    if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
-    notes += _without_effect(cfg, changes)
+    notes += without_effect(flatten(config), changes, specs())
     if start["print_config"]:
-        sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(cfg))
+        sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(config))
         raise SystemExit(0)
-    return cfg, notes
+    return config, notes
 
 
 def presets() -> dict[str, str]:
@@ -222,27 +223,10 @@ def shown(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(str(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return brief(value)
 
 
 def _metavar(spec: Spec) -> str:
     if spec.meta["choices"]:
         return "|".join(spec.meta["choices"])
     return {int: "N", float: "X", str: "TEXT"}[spec.kind]
-
-
-def _without_effect(cfg: Config, changes: Mapping[str, Any]) -> list[str]:
-    """Flags that were given and mean nothing in this run."""
-    stepwise = cfg.method.method in ("dde", "dde-step")
-    single = cfg.method.method in ("dde", "dde-single")
-    idle = {
-        "without --lora": ([] if cfg.lora.lora else ["rank", "alpha", "target_modules", "lora_dropout", "lora_format"]),
-        f"with method {cfg.method.method}": ["rho", "sigma2"] * (not stepwise)
-        + ["weight_cap"] * (not single)
-        + ["gamma"] * (cfg.method.method != "discounted")
-        + ["beta", "loss"] * (cfg.method.method == "sft"),
-        "with --optimizer adafactor": ["adam_beta1", "adam_beta2", "eps"] * (cfg.optim.optimizer == "adafactor"),
-        "because --steps is given": ["epochs"] * (cfg.optim.steps is not None),
-        "without --push-to-hub": ["hub_id"] * (not cfg.output.push_to_hub),
-    }
-    return [f"--{name.replace('_', '-')} has no effect {why}" for why, names in idle.items() for name in names if name in changes]

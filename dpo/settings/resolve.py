@@ -1,107 +1,121 @@
-"""What a Config leaves open is decided here, once the model and the device are known; and what a person should be told of it."""
+"""What a Config leaves open is decided here, once the model and the device are known."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from dpo.common.errors import UserError
-from dpo.settings.config import Config, change, flatten, specs
+from dpo.methods import METHODS
+from dpo.settings.config import Config, change, flatten
+from dpo.settings.fields import brief
 
 STEPS = 2000  # updates when neither steps nor epochs is given
 
 
-def resolve(
-    cfg: Config,
-    *,
-    family: str,
-    prediction_type: str,
-    device: str,
-    beta: float = 2000.0,
-    guidance: float = 7.5,
-    native_resolution: int = 512,
-    turbo: bool = False,
-    num_timesteps: int = 1000,
-    bf16: bool = True,
-) -> tuple[Config, list[str]]:
-    """`cfg` with every "auto" and None decided (unless None is the decision), and a line for the log on each choice made.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What decides of a model: its own numbers, and its family's defaults."""
 
-    `prediction_type` is what the model's scheduler says, `beta` and `guidance` are the family's defaults, `native_resolution` is
-    the side the model was trained at in pixels, `turbo` says that it is distilled to four steps, `bf16` that the device has it.
+    family: str
+    prediction_type: str  # what its scheduler says
+    beta: float = 2000.0  # the family's default
+    guidance: float = 7.5  # the family's default
+    native_resolution: int = 512  # side that it was trained at, in pixels
+    turbo: bool = False  # distilled to four steps
+    num_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What decides of a device."""
+
+    name: str  # as torch writes it: cpu, cuda, cuda:1
+    bf16: bool = True  # whether it computes in bf16
+
+    @property
+    def gpu(self) -> bool:
+        return self.name.startswith("cuda")
+
+
+def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Config, list[str]]:
+    """`config` with every "auto" and None decided (unless None is the decision), and a line for the log on each choice made.
+
+    Raises UserError for what this model or device cannot do.
     """
-    if cfg.model.family not in ("auto", family):
-        raise UserError(f"--family {cfg.model.family}: the model is of family {family}; leave --family out")
-    if cfg.model.prediction_type != "auto":
-        prediction_type = cfg.model.prediction_type
-    values = {"family": family, "prediction_type": prediction_type, "device": device}
-    values |= _of_model(cfg, native_resolution, turbo, num_timesteps, guidance)
-    values |= _of_method(cfg, beta, prediction_type)
-    values |= _of_device(cfg, device, bf16)
-    values |= _of_length(cfg)
-    decided = change(cfg, **values)
-    return decided, _notes(cfg, decided, device)
+    asked = config.model
+    if asked.family not in ("auto", model.family):
+        raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
+    prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
+    values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
+    values |= _of_model(config, model)
+    values |= _of_method(config, model.beta, prediction_type)
+    values |= _of_device(config, device)
+    values |= _of_length(config)
+    decided = change(config, **values)
+    return decided, _notes(config, decided)
 
 
-def _of_model(cfg: Config, native: int, turbo: bool, num_timesteps: int, guidance: float) -> dict[str, Any]:
-    model, method, out = cfg.model, cfg.method, cfg.output
-    timesteps = model.timesteps if model.timesteps != "auto" else "turbo" if turbo else "all"
+def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
+    asked, method, out = config.model, config.method, config.output
+    timesteps = asked.timesteps if asked.timesteps != "auto" else "turbo" if model.turbo else "all"
     few = timesteps == "turbo"
-    high = num_timesteps if method.window_high is None else method.window_high
-    if high > num_timesteps:
-        raise UserError(f"window_high = {high}: the model has {num_timesteps} timesteps")
+    high = model.num_timesteps if method.window_high is None else method.window_high
+    if high > model.num_timesteps:
+        raise UserError(f"window_high = {high}: the model has {model.num_timesteps} timesteps")
     return {
         "timesteps": timesteps,
-        "resolution": cfg.data.resolution or native,
+        "resolution": config.data.resolution or model.native_resolution,
         "window_high": high,
         "sample_steps": out.sample_steps or (4 if few else 50),
-        "sample_guidance": (0.0 if few else guidance) if out.sample_guidance is None else out.sample_guidance,
+        "sample_guidance": (0.0 if few else model.guidance) if out.sample_guidance is None else out.sample_guidance,
     }
 
 
-def _of_method(cfg: Config, beta: float, prediction_type: str) -> dict[str, Any]:
-    single = _single_shot(cfg.method.method, prediction_type)
-    own_reference = cfg.model.unet_init is not None and cfg.model.reference_model == "base"
-    reference = "adapter" if cfg.lora.lora and not own_reference else "copy"
+def _of_method(config: Config, beta: float, prediction_type: str) -> dict[str, Any]:
+    own_reference = config.model.unet_init is not None and config.model.reference_model == "base"
+    reference = "adapter" if config.lora.lora and not own_reference else "copy"
     return {
-        "beta": cfg.method.beta or (beta / 10 if single else beta),
-        "alpha": cfg.lora.alpha or float(cfg.lora.rank),
-        "reference": reference if cfg.runtime.reference == "auto" else cfg.runtime.reference,
+        "beta": config.method.beta or (beta / 10 if large_weight(config.method.method, prediction_type) else beta),
+        "alpha": config.lora.alpha or float(config.lora.rank),
+        "reference": reference if config.runtime.reference == "auto" else config.runtime.reference,
     }
 
 
-def _single_shot(method: str, prediction_type: str) -> bool:
+def large_weight(method: str, prediction_type: str) -> bool:
     """Whether errors carry the weight that averages about twenty, so that beta is a tenth; on the v error it is below one."""
-    return method in ("dde", "dde-single") and prediction_type == "epsilon"
+    return METHODS[method].weight == "single-shot" and prediction_type == "epsilon"
 
 
-def _of_device(cfg: Config, device: str, bf16: bool) -> dict[str, Any]:
-    run = cfg.runtime
-    gpu = device.startswith("cuda")
-    precision = run.precision if run.precision != "auto" else ("bf16" if bf16 else "fp16") if gpu else "fp32"
+def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
+    runtime, gpu = config.runtime, device.gpu
+    precision = runtime.precision if runtime.precision != "auto" else ("bf16" if device.bf16 else "fp16") if gpu else "fp32"
     if precision == "fp16" and not gpu:
         precision = "fp32"
-    if run.kernels == "triton" and not gpu:
+    if runtime.kernels == "triton" and not gpu:
         raise UserError("kernels = triton needs a GPU: use --kernels torch or auto")
     optimizer = "adamw8bit" if precision == "bf16-pure" or (gpu and precision != "fp64") else "adamw"
+    encoded = config.data.data_format == "store"
     return {
         "precision": precision,
-        "optimizer": optimizer if cfg.optim.optimizer == "auto" else cfg.optim.optimizer,
-        "channels_last": ("on" if gpu else "off") if run.channels_last == "auto" else run.channels_last,
-        "kernels": ("triton" if gpu and find_spec("triton") else "torch") if run.kernels == "auto" else run.kernels,
-        "offload": ("on" if gpu and cfg.data.data_format == "store" else "off") if run.offload == "auto" else run.offload,
+        "optimizer": optimizer if config.optim.optimizer == "auto" else config.optim.optimizer,
+        "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
+        "kernels": ("triton" if gpu and find_spec("triton") else "torch") if runtime.kernels == "auto" else runtime.kernels,
+        "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }
 
 
-def _of_length(cfg: Config) -> dict[str, Any]:
-    steps = STEPS if cfg.optim.steps is None and cfg.optim.epochs is None else cfg.optim.steps
-    return {"steps": steps, "epochs": cfg.optim.epochs if steps is None else None}
+def _of_length(config: Config) -> dict[str, Any]:
+    steps = STEPS if config.optim.steps is None and config.optim.epochs is None else config.optim.steps
+    return {"steps": steps, "epochs": config.optim.epochs if steps is None else None}
 
 
-def _notes(asked: Config, decided: Config, device: str) -> list[str]:
+def _notes(asked: Config, decided: Config) -> list[str]:
     before, after = flatten(asked), flatten(decided)
     told = ("precision", "optimizer", "beta", "resolution", "timesteps", "reference", "kernels")
-    chosen = [f"{name} {_text(after[name])}" for name in told if before[name] != after[name]]
+    chosen = [f"{name} {brief(after[name])}" for name in told if before[name] != after[name]]
     notes = [f"decided: {', '.join(chosen)}"] if chosen else []
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
@@ -110,52 +124,15 @@ def _notes(asked: Config, decided: Config, device: str) -> list[str]:
     return notes
 
 
-def learning_rate(cfg: Config, processes: int = 1) -> float:
+def learning_rate(config: Config, processes: int = 1) -> float:
     """The peak learning rate that the optimizer sees."""
-    return cfg.optim.learning_rate * (cfg.optim.effective_batch * processes if cfg.optim.scale_lr else 1)
+    return config.optim.learning_rate * (config.optim.effective_batch * processes if config.optim.scale_lr else 1)
 
 
-def total_steps(cfg: Config, pairs: int, processes: int = 1) -> int:
+def total_steps(config: Config, pairs: int, processes: int = 1) -> int:
     """Updates of the whole run, for a training set of so many usable pairs."""
-    if cfg.optim.steps is not None:
-        return cfg.optim.steps
-    if cfg.optim.epochs is None:
+    if config.optim.steps is not None:
+        return config.optim.steps
+    if config.optim.epochs is None:
         return STEPS
-    return max(1, math.ceil(cfg.optim.epochs * pairs / (cfg.optim.effective_batch * processes)))
-
-
-def resume_changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Settings that differ between a checkpoint and the run that resumes it: (allowed and worth saying, refused).
-
-    Both are resolved. Changes that alter nothing but convenience are in neither list.
-    """
-    allowed, refused = [], []
-    before, after = flatten(old), flatten(new)
-    for name, spec in specs().items():
-        if before[name] == after[name]:
-            continue
-        rule = _rule(name, spec.meta["resume"], old, new)
-        text = f"{name} {_text(before[name])} -> {_text(after[name])}"
-        if rule == "said":
-            allowed.append(text)
-        elif rule == "refused":
-            refused.append(text)
-    return allowed, refused
-
-
-def _rule(name: str, rule: str, old: Config, new: Config) -> str:
-    """A field's rule for changes on resume, for the few whose rule depends on their values."""
-    if name == "precision":
-        kinds = {old.runtime.precision, new.runtime.precision}
-        return "said" if kinds <= {"fp32", "bf16", "fp16"} else "refused"  # all of these keep fp32 weights
-    if name == "ema":
-        return "said" if old.optim.ema and new.optim.ema else "refused"
-    if name in ("steps", "epochs"):
-        return rule if new.optim.scheduler == "constant" else "said"  # the other schedules end with the run
-    if name in ("rank", "alpha", "target_modules", "lora_dropout", "lora_format") and not (old.lora.lora or new.lora.lora):
-        return "free"
-    return rule
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return max(1, math.ceil(config.optim.epochs * pairs / (config.optim.effective_batch * processes)))

@@ -1,20 +1,35 @@
-"""Settings that do not go together."""
+"""What does not go together, what has no effect, and what may change on resume.
+
+Settings come as flat mappings (`dpo.settings.config.flatten`): config.py asks this file, not the other way round.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from dpo.methods import METHODS, own_settings
+from dpo.settings.fields import Spec, brief
+
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
-
-
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # what --lora alone reads
+ADAM = ("adam_beta1", "adam_beta2", "eps")
+AUTOCAST = {"fp32", "bf16", "fp16"}  # precisions that keep fp32 weights
+REFUSED = {"label_smoothing", "sft_weight"}  # a method that does not read these refuses them, which says more than a note
 
 
-def combinations(v: Any) -> list[tuple[Any, str]]:
-    """Each rule as (it is broken, what to say); `v` has every setting by its flat name."""
+def contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What to say of settings that do not go together; `values` has every setting by its flat name."""
+    return [message for broken, message in _combinations(SimpleNamespace(**values)) if broken]
+
+
+def _combinations(v: SimpleNamespace) -> list[tuple[Any, str]]:
+    """Each rule as (it is broken, what to say)."""
     high = 1000 if v.window_high is None else v.window_high
-    sft = v.method == "sft"
+    method = METHODS[v.method]
     blocks = v.checkpointing.split(",")
     return [
         (v.window_low >= high, f"window_low = {v.window_low} must be below window_high = {high}"),
@@ -24,10 +39,22 @@ def combinations(v: Any) -> list[tuple[Any, str]]:
             "validation_data and validation_fraction are two ways to say the same: give one",
         ),
         ((v.resolution or 8) % 8, f"resolution = {v.resolution}: expected a multiple of 8"),
-        (sft and v.loss != "sigmoid", f"loss = {v.loss} compares pairs: it means nothing with method sft"),
-        (sft and v.sft_weight, "sft_weight adds to a preference loss: with method sft leave it at 0"),
-        (sft and v.label_smoothing, "label_smoothing needs preferences: with method sft leave it at 0"),
-        (sft and v.reference == "recorded", "method sft has no reference: leave --reference at auto"),
+        (
+            "loss" not in method.settings and v.loss != "sigmoid",
+            f"loss = {v.loss} compares pairs: it means nothing with method {v.method}",
+        ),
+        (
+            "sft_weight" not in method.settings and v.sft_weight,
+            f"sft_weight adds to a preference loss: with method {v.method} leave it at 0",
+        ),
+        (
+            "label_smoothing" not in method.settings and v.label_smoothing,
+            f"label_smoothing needs preferences: with method {v.method} leave it at 0",
+        ),
+        (
+            not method.reference and v.reference == "recorded",
+            f"method {v.method} has no reference: leave --reference at auto",
+        ),
         (v.reference == "adapter" and not v.lora, "reference = adapter needs --lora: without it use copy or auto"),
         (
             v.reference == "adapter" and v.unet_init and v.reference_model == "base",
@@ -49,3 +76,49 @@ def combinations(v: Any) -> list[tuple[Any, str]]:
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
     ]
+
+
+def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Mapping[str, Spec]) -> list[str]:
+    """What to say of the settings in `given` that mean nothing in the run of `values`."""
+    v = SimpleNamespace(**values)
+    unread = own_settings() - METHODS[v.method].settings - REFUSED
+    rules: list[tuple[Any, Collection[str], str]] = [  # (it holds, what then has no effect, why)
+        (not v.lora, ADAPTER, "without --lora"),
+        (unread, unread, f"with method {v.method}"),
+        (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),
+        (v.steps is not None, ("epochs",), "because --steps is given"),
+        (not v.push_to_hub, ("hub_id",), "without --push-to-hub"),
+    ]
+    return [
+        f"{spec.flag} has no effect {why}"
+        for holds, names, why in rules
+        if holds
+        for name, spec in specs.items()
+        if name in names and name in given
+    ]
+
+
+def resume_changes(old: Mapping[str, Any], new: Mapping[str, Any], specs: Mapping[str, Spec]) -> tuple[list[str], list[str]]:
+    """Settings that differ between a checkpoint and the run that resumes it: (allowed and worth saying, refused).
+
+    Both are resolved. Changes that alter nothing but convenience are in neither list.
+    """
+    found: dict[str, list[str]] = {"free": [], "said": [], "refused": []}
+    for name, spec in specs.items():
+        if old[name] != new[name]:
+            rule = _on_resume(spec, SimpleNamespace(**old), SimpleNamespace(**new))
+            found[rule].append(f"{name} {brief(old[name])} -> {brief(new[name])}")
+    return found["said"], found["refused"]
+
+
+def _on_resume(spec: Spec, old: SimpleNamespace, new: SimpleNamespace) -> str:
+    """A setting's rule for changes on resume: its own, except for the few whose rule depends on values."""
+    if spec.name == "precision":
+        return "said" if {old.precision, new.precision} <= AUTOCAST else "refused"
+    if spec.name == "ema":
+        return "said" if old.ema and new.ema else "refused"
+    if spec.name in ("steps", "epochs") and new.scheduler != "constant":
+        return "said"  # the other schedules end with the run
+    if spec.name in ADAPTER and not (old.lora or new.lora):
+        return "free"
+    return spec.meta["resume"]

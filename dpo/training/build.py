@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo import credit, objective, reference, schedule
+from dpo import credit, reference, schedule
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
@@ -23,6 +23,7 @@ from dpo.data.sources import describe, open_sources
 from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
+from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.denoiser import halve
 from dpo.models.family import Model
@@ -79,11 +80,10 @@ def build(config: Config, notes: list[str]) -> Run:
         source = errors.covered(source)
     layers = _make_policy(config, model.denoiser)
     policy = settle(config, model.denoiser, device)
-    pairwise = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     if twin is not None:
         predict = reference.from_copy(settle(config, twin, device))
     else:
-        predict = reference.from_adapters(policy, layers) if pairwise else None
+        predict = reference.from_adapters(policy, layers) if _live_reference(config) else None
     step, tables = pair_step(config, model, plan, policy, None if errors else predict, device)
     encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
     run = Run(
@@ -135,13 +135,18 @@ def _make_reference(config: Config, model: Model) -> tuple[nn.Module | None, str
     apart = named.unet_init is not None and named.reference_model == "base"
     if named.unet_init and not apart:
         load_unet_into(model.denoiser, named.unet_init)
-    pairwise = objective.METHODS[config.method.method].pairwise
-    own = pairwise and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
+    compared = METHODS[config.method.method].reference
+    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
     twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
     identity = fingerprint(model.denoiser)
     if apart:
         load_unet_into(model.denoiser, named.unet_init)
     return twin, identity
+
+
+def _live_reference(config: Config) -> bool:
+    """Whether the reference's errors are computed in every step."""
+    return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
 
 
 def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
@@ -184,7 +189,7 @@ def pair_step(
         weight=tables.weight.to(device, real),
         beta=torch.tensor(method.beta, dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
-        shape=method.loss if objective.METHODS[method.method].pairwise else None,
+        shape=method.loss if METHODS[method.method].images == "pair" else None,
         sft_weight=method.sft_weight,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
@@ -231,12 +236,11 @@ def _speed(config: Config, model: Model, device: torch.device, encoded: bool) ->
     text = model.text_encoders[0].config.max_position_embeddings
     forward = flops.unet_flops(dict(model.denoiser.config), side, side, text)
     encode = flops.vae_encode_flops(dict(model.vae.config), config.data.resolution, config.data.resolution)
-    live = objective.METHODS[config.method.method].pairwise and config.runtime.reference != "recorded"
     per_pair = flops.pair_flops(
         forward,
         trainable="lora" if config.lora.lora else "full",
-        reference="live" if live else None,
-        halves=2 if objective.METHODS[config.method.method].pairwise else 1,
+        reference="live" if _live_reference(config) else None,
+        halves=2 if METHODS[config.method.method].images == "pair" else 1,
         encode=0.0 if encoded else encode,
     )
     peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo import objective, schedule
+from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batches import batches
 from dpo.data.pairs import Source
 from dpo.data.store import recorded
 from dpo.encode import Encoder
+from dpo.methods import METHODS
 from dpo.models.family import Model
 from dpo.settings import resolve
 from dpo.settings.config import Config
@@ -91,7 +92,7 @@ class Run:
 
     def tables(self, correction: Tensor) -> dict[str, Tensor]:
         """M and C [T] for the figures, where the method has them."""
-        stepwise = objective.METHODS[self.config.method.method].correction
+        stepwise = METHODS[self.config.method.method].correction
         return {"table": self.table.table, "correction": correction} if stepwise else {}
 
     def drop(self) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from dpo.common.errors import UserError
-from dpo.settings import resolve
-from dpo.settings.config import Config, flatten, from_mapping
+from dpo.settings import rules
+from dpo.settings.config import Config, flatten, from_mapping, specs
 from dpo.training import checkpoint
 from dpo.training.run import Run
 
@@ -42,7 +42,8 @@ def snapshot(run: Run) -> Path:
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
     """Say what changed since the checkpoint; refuse what would silently make another run of it."""
-    allowed, refused = resolve.resume_changes(from_mapping(saved.state["config"]), config)
+    before = from_mapping(saved.state["config"])
+    allowed, refused = rules.resume_changes(flatten(before), flatten(config), specs())
     if refused:
         raise UserError(f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew")
     for line in allowed:

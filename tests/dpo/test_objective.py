@@ -15,7 +15,8 @@ from dpo import objective
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.credit import tables
-from dpo.objective import METHODS, SHAPES
+from dpo.methods import METHODS
+from dpo.objective import SHAPES
 from dpo.schedule import Schedule, from_scheduler
 from dpo.settings.config import from_mapping, validate
 from tests.help.oracle import logits, pair_difference, pair_terms, sample_errors
@@ -219,7 +220,7 @@ NOTHING = torch.zeros(1000, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.pairwise])
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.images == "pair"])
 def test_policy_equal_to_reference(method, dtype):
     t = timesteps()
     table = tables(method, sd_schedule())
@@ -403,7 +404,7 @@ def test_gradcheck(method, shape, direct):
 
     def losses(prediction):
         errors = torch.stack([*sample_errors(prediction, target).chunk(2), *sample_errors(reference, target).chunk(2)])
-        if not spec.pairwise:
+        if spec.images == "winner":
             return errors[0]
         d = pair_difference(prediction, reference, target) if direct else None
         terms = pair_terms(errors, t, prob, table.weight, correction, 1.5, shape, sft_weight=0.25, difference=d)

@@ -5,7 +5,8 @@ import torch
 
 from csrc_triton.pair_errors import pair_errors
 from dpo.credit import tables
-from dpo.objective import METHODS, SHAPES
+from dpo.methods import METHODS
+from dpo.objective import SHAPES
 from dpo.schedule import from_scheduler
 from tests.dpo.test_objective import CASES, GOLDEN, SD15, array, ours, target_of
 from tests.help.oracle import pair_difference, pair_terms, sample_errors, terms_of
@@ -61,7 +62,7 @@ def by_kernel(x: dict, weight: torch.Tensor, correction: torch.Tensor, beta: flo
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("sft_weight", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.pairwise])
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.images == "pair"])
 def test_float64_agreement(method, shape, sft_weight, recorded):
     x = inputs()
     expected, gradient, (weight, correction) = by_objective(x, method, shape, 2000.0, sft_weight, recorded)

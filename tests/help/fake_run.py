@@ -20,7 +20,7 @@ from dpo.common.stats import share_interval
 from dpo.correction import correction
 from dpo.credit import tables
 from dpo.drawing.grid import write_grid
-from dpo.objective import METHODS
+from dpo.methods import METHODS
 from dpo.pages.folder import RunRecord, read_run
 from dpo.schedule import from_scheduler
 from dpo.settings.config import Config, change, to_toml
@@ -101,7 +101,7 @@ def _metrics(folder: Path, kind: str, config: Config, last: int, updates: int) -
         now = correction(table, tabled.precision)
         prob, usable = torch.ones(batch, dtype=torch.float64), torch.ones(batch, dtype=torch.float64)
         terms = pair_terms(errors, t, prob, tabled.weight, now, float(config.method.beta or 1.0))
-        if not METHODS[config.method.method].pairwise:
+        if METHODS[config.method.method].images == "winner":
             terms = terms._replace(loss=errors[0], logit=errors[0] * math.nan, difference=errors[0] * math.nan)
         metrics = StepMetrics()
         metrics.add(terms, prob, usable)

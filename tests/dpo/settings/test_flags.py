@@ -10,7 +10,7 @@ from dpo.settings.advice import headline, warnings
 from dpo.settings.compat import FOREIGN
 from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
 from dpo.settings.flags import help_of, help_text, load_preset, parse, presets, shown
-from dpo.settings.resolve import resolve
+from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 from tests.dpo.settings.test_config import PAIRED, altered
 
 BASE = ["--model", "m", "--data", "d"]
@@ -119,9 +119,8 @@ def test_every_preset_parses_resolves_and_trains():
         cfg, notes = parse(["--preset", name])
         assert notes == [] and warnings(cfg) == [] and title.endswith("?" if name == "smoke" else ".")
         assert (cfg.model.model is None) == (name in ("smoke", "tiny"))
-        decided, _ = resolve(
-            cfg, family="sdxl" if "sdxl" in name else "sd", prediction_type="epsilon", device="cpu", turbo="turbo" in name
-        )
+        facts = ModelFacts("sdxl" if "sdxl" in name else "sd", "epsilon", turbo="turbo" in name)
+        decided, _ = resolve(cfg, facts, DeviceFacts("cpu"))
         assert "pairs an update" in headline(decided) and warnings(decided) == []
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
         assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)

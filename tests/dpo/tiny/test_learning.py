@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo import objective
+from dpo.methods import METHODS
 from dpo.tiny import paths
 from dpo.training import validation
 from tests.help.running import advance, make_run
@@ -12,7 +12,7 @@ from tests.help.running import advance, make_run
 FLAGS = {"sft": ["--window-low", "700"]}
 
 
-@pytest.mark.parametrize("method", list(objective.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_learning(method, tmp_path):
     run = make_run(
         str(paths.pipeline_path()), str(paths.train_pairs_path()), tmp_path / "run",

@@ -1,0 +1,39 @@
+"""dpo.settings.advice: the line that a run starts with, and what is allowed but probably not meant."""
+
+import pytest
+
+from dpo.settings.advice import headline, warnings
+from dpo.settings.config import change, from_mapping
+from tests.dpo.settings.test_config import PAIRED
+
+
+def test_headline():
+    cfg = from_mapping(
+        {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
+    )
+    line = headline(change(cfg, warmup=10), processes=2)
+    for part in ("dpo, full UNet", "64 pairs", "4 x 8 x 2", "6.4e-07", "10 updates of warm-up", "beta 2000"):
+        assert part in line
+    assert "beta" not in headline(change(cfg, method="sft")) and "LoRA of rank 8" in headline(change(cfg, lora=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"learning_rate": 2.048e-8}, "a thousandth"),
+        ({"learning_rate": 1e-8, "scale_lr": True}, "a thousandth"),
+        ({"learning_rate": 1e-3}, "noise"),
+        ({"method": "dde", "beta": 5000.0, "prediction_type": "epsilon"}, "a tenth"),
+        ({"learning_rate": 5e-3, "lora": True}, "noise"),
+        ({"batch_size": 2} | PAIRED, "--accumulation"),
+        (PAIRED, "--validation-fraction"),
+        ({"steps": 10, "warmup": 10}, "warm-up"),
+    ],
+)
+def test_warnings(values, words):
+    assert any(words in warning for warning in warnings(from_mapping(values)))
+
+
+def test_published_settings_raise_no_warning():
+    for values in ({}, {"learning_rate": 1e-8, "scale_lr": True, "accumulation": 512}, {"lora": True, "learning_rate": 5e-4}):
+        assert warnings(from_mapping(values)) == []

@@ -1,0 +1,82 @@
+"""dpo.settings.resolve: every "auto" decided from the model and the device."""
+
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.methods import METHODS
+from dpo.settings.config import Config, change, flatten, from_mapping
+from dpo.settings.resolve import DeviceFacts, ModelFacts, large_weight, learning_rate, resolve, total_steps
+
+SDXL = {"family": "sdxl", "beta": 5000.0, "guidance": 5.0, "native_resolution": 1024}
+
+
+def decide(values=(), *, device="cpu", bf16=True, **facts):
+    """What is decided of these settings for a model of these facts (of Stable Diffusion 1.5 where none is given)."""
+    model = ModelFacts(**{"family": "sd", "prediction_type": "epsilon"} | facts)
+    return resolve(from_mapping(dict(values)), model, DeviceFacts(device, bf16))
+
+
+def test_resolve_leaves_nothing_open_and_is_stable():
+    cfg, notes = decide()
+    open_ones = {name for name, value in flatten(cfg).items() if value == "auto"}
+    assert open_ones == {"data_format", "zero_snr"}, "these two are read from the data and from the model's schedule"
+    assert (cfg.data.resolution, cfg.runtime.precision, cfg.optim.optimizer, cfg.optim.steps) == (512, "fp32", "adamw", 2000)
+    assert (cfg.lora.alpha, cfg.method.window_high, cfg.output.sample_steps, cfg.output.sample_guidance) == (8.0, 1000, 50, 7.5)
+    assert len(notes) == 1 and "beta 2000" in notes[0]
+    assert decide(flatten(cfg)) == (cfg, [])
+
+
+@pytest.mark.parametrize(
+    ("values", "facts", "beta"),
+    [
+        ({}, {}, 2000),
+        ({"method": "discounted"}, {}, 2000),
+        ({"method": "dde-step"}, {}, 2000),
+        ({"method": "dde"}, {}, 200),
+        ({"method": "dde-single"}, SDXL, 500),
+        ({"method": "dde"}, {"prediction_type": "v_prediction"}, 2000),
+        ({}, SDXL, 5000),
+        ({"beta": 17.0}, SDXL, 17),
+    ],
+)
+def test_default_beta(values, facts, beta):
+    assert decide(values, **facts)[0].method.beta == beta
+
+
+def test_resolve_on_a_gpu_for_turbo_and_for_lora():
+    cfg, _ = decide({"lora": True, "rank": 4}, device="cuda", turbo=True, **(SDXL | {"native_resolution": 512}))
+    assert (cfg.model.timesteps, cfg.output.sample_steps, cfg.output.sample_guidance) == ("turbo", 4, 0.0)
+    assert (cfg.runtime.precision, cfg.runtime.reference, cfg.lora.alpha) == ("bf16", "adapter", 4.0)
+    assert cfg.runtime.channels_last == "on" and cfg.optim.optimizer in ("adamw8bit", "adamw")
+    assert decide(device="cuda", bf16=False)[0].runtime.precision == "fp16"
+    both = {"lora": True, "unet_init": "u", "reference_model": "base"}
+    assert decide(both)[0].runtime.reference == "copy"
+    fallback, notes = decide({"precision": "fp16"})
+    assert fallback.runtime.precision == "fp32" and any("fp16" in note for note in notes)
+
+
+def test_a_prediction_type_that_is_asked_for_beats_the_models():
+    cfg, _ = decide({"prediction_type": "v_prediction", "method": "dde"})
+    assert (cfg.model.prediction_type, cfg.method.beta) == ("v_prediction", 2000.0)
+
+
+def test_resolve_refuses_what_the_model_or_device_cannot_do():
+    for values, words in (({"family": "sdxl"}, "family sd"), ({"kernels": "triton"}, "GPU")):
+        with pytest.raises(UserError, match=words):
+            decide(values)
+    with pytest.raises(UserError, match="100 timesteps"):
+        decide({"window_high": 200}, num_timesteps=100)
+
+
+def test_length_and_rate():
+    cfg = from_mapping(
+        {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
+    )
+    assert total_steps(cfg, pairs=100) == 7 and total_steps(cfg, pairs=100, processes=2) == 4
+    assert total_steps(change(cfg, steps=5), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
+    assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(cfg, processes=2) == pytest.approx(6.4e-7)
+
+
+def test_the_weight_of_single_shot_estimation_is_large_on_the_epsilon_error_alone():
+    assert {name for name in METHODS if large_weight(name, "epsilon")} == {"dde", "dde-single"}
+    assert not any(large_weight(name, "v_prediction") for name in METHODS)
