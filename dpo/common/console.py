@@ -15,12 +15,8 @@ from rich.text import Text
 
 log = logging.getLogger("dpo")
 
-
 BAR_WIDTH = 16
-
-
 PLAIN_LINES = 100
-
 
 _console = Console(stderr=True)
 
@@ -47,18 +43,19 @@ class Progress:
     """The progress of a run, used as a context manager around the training loop.
 
     On a terminal one line is redrawn in place; elsewhere (CI, nohup) every `log_every` updates and the last one give a log line,
-    but no more than a hundred lines a run.
+    but no more than a hundred lines a run. `fields` says an update's figures in words.
     """
 
     def __init__(
         self,
         total: int,
+        fields: Callable[[Mapping[str, Any]], list[str]],
         start: int = 0,
         log_every: int = 10,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.start = total, start
+        self.total, self.start, self._fields = total, start, fields
         self._line_every = max(1, log_every, -(-total // PLAIN_LINES))
         self._last_line = start
         self._clock = clock
@@ -82,14 +79,14 @@ class Progress:
             self._live.update(self._styled(step, metrics), refresh=True)
         elif step // self._line_every > self._last_line // self._line_every or step == self.total:
             self._last_line = step
-            log.info("%s", "  ".join([f"step {step}/{self.total}", *progress_fields(metrics), self._time_left(step)]))
+            log.info("%s", "  ".join([f"step {step}/{self.total}", *self._fields(metrics), self._time_left(step)]))
 
     def _styled(self, step: int, metrics: Mapping[str, Any]) -> Text:
         done = BAR_WIDTH * step // max(1, self.total)
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append("━" * done, style="green").append("━" * (BAR_WIDTH - done), style="bright_black")
         line.append(f" {step}/{self.total}", style="bold")
-        for field in (*progress_fields(metrics), self._time_left(step)):
+        for field in (*self._fields(metrics), self._time_left(step)):
             line.append("  ").append(field)
         return line
 
@@ -98,20 +95,6 @@ class Progress:
         if done <= 0:
             return "ETA ?"
         return "ETA " + duration((self._clock() - self._begun) / done * (self.total - step))
-
-
-def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures of the line, those that are known: loss, accuracy, margin, speed, MFU, memory."""
-    shapes = (
-        ("loss", "loss {:.4f}"),
-        ("implicit_accuracy", "acc {:.3f}"),
-        ("margin_mean", "margin {:+.3f}"),
-        ("heldout_accuracy", "held-out {:.3f}"),
-        ("pairs_per_s", "{:.3g} pairs/s"),
-        ("mfu", "MFU {:.1%}"),
-        ("peak_memory_gib", "{:.1f} GiB"),
-    )
-    return [shape.format(metrics[key]) for key, shape in shapes if metrics.get(key) is not None]
 
 
 def duration(seconds: float) -> str:

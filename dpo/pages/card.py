@@ -8,28 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo.pages.folder import RunRecord, read_run
+from dpo.methods import own_settings
+from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
+from dpo.pages.folder import CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.verdict import verdict, warnings
 
-CARD_FILE = "README.md"
-
-
-REPEAT = "python -m dpo.train --config config.toml --output ANOTHER_FOLDER"
+REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-PAPERS = {
-    "dpo": [("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908")],
-    "discounted": [("A Dense Reward View on Aligning Text-to-Image Diffusion with Preference", "2402.08265")],
-    "dde": [
-        (
-            "Prioritize Denoising Steps on Diffusion Model Preference Alignment via Explicit Denoised Distribution Estimation",
-            "2411.14871",
-        )
-    ],
-}
 
 
 SETTINGS = (
@@ -49,7 +36,7 @@ def write_model_card(run_folder: Path | str) -> Path:
     return path
 
 
-def model_card(run: RunRecord) -> str:
+def model_card(run: RunFolder) -> str:
     """The card: front matter, what it is, how to use it, training, figures and how far to trust them."""
     sections = [
         _front_matter(run),
@@ -64,7 +51,7 @@ def model_card(run: RunRecord) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(run: RunRecord) -> str:
+def _front_matter(run: RunFolder) -> str:
     """YAML; every text is written as a JSON string, which YAML reads as it is."""
     base = run.setting("model")
     data = run.setting("data")
@@ -78,25 +65,25 @@ def _front_matter(run: RunRecord) -> str:
     return "---\n" + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()) + "\n---"
 
 
-def _title(run: RunRecord) -> str:
+def _title(run: RunFolder) -> str:
     return f"{Path(run.model_name).name} aligned by {run.method_name}"
 
 
-def _introduction(run: RunRecord) -> str:
+def _introduction(run: RunFolder) -> str:
     what = f"A LoRA adapter of rank {run.setting('rank')} for" if run.lora else "A fine-tuned copy of"
     data = run.setting("data") or "the pairs of the embedded world"
-    how = "trained on the preferred images of" if not run.pairwise else "aligned with the preferences in"
+    how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
     state = "" if run.status == "finished" else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
     return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{state}"
 
 
-def _pictures(run: RunRecord) -> str:
+def _pictures(run: RunFolder) -> str:
     if not run.grids:
         return ""
     return f"![The same prompts and seeds before and after the training](samples/{run.grids[-1].name})"
 
 
-def _usage(run: RunRecord) -> str:
+def _usage(run: RunFolder) -> str:
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
@@ -109,45 +96,41 @@ def _usage(run: RunRecord) -> str:
     )
 
 
-def _training(run: RunRecord) -> list[tuple[str, Any]]:
-    unused = {"sft": {"beta", "gamma", "loss"}, "discounted": set()}.get(run.method, {"gamma"})
+def _training(run: RunFolder) -> list[tuple[str, Any]]:
+    unused = own_settings() - run.row.settings
     rows = [(name.replace("_", " "), run.setting(name)) for name in SETTINGS if name not in unused and run.setting(name) != 0]
     rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
     return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
 
 
-def _figures(run: RunRecord) -> list[tuple[str, Any]]:
+def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for event in run.validations[-1:]:
         low, high = event.get("heldout_interval") or (None, None)
         interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
-        rows.append(("held-out preference accuracy", f"{event.get('heldout_accuracy', 0.5):.3f}{interval}"))
-    if run.pairwise:
-        rows.append(("implicit accuracy, training pairs", run.late("implicit_accuracy")))
-        rows.append(("margin", run.late("margin_mean")))
-        rows.append(("error on preferred images against the start", run.late("win_error_vs_reference")))
-        rows.append(("error on other images against the start", run.late("lose_error_vs_reference")))
-    rows.append(("loss", run.late("loss")))
+        share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
+        rows.append((FIGURES["heldout_accuracy"].card, share + interval))
+    names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
+    rows += [(FIGURES[name].card, run.late(name)) for name in names]
     rows += [(name.replace("_", " "), value) for name, value in run.evaluation.items()]
     return rows
 
 
-def _reading(run: RunRecord) -> str:
+def _reading(run: RunFolder) -> str:
     found = verdict(run)
     caveats = [f"- {_inline(warning.title)}. {_inline(warning.text)}" for warning in warnings(run)]
     return "\n\n".join(filter(None, [f"**{_inline(found.headline)}** {_inline(' '.join(found.sentences))}", "\n".join(caveats)]))
 
 
-def _versions(run: RunRecord) -> str:
+def _versions(run: RunFolder) -> str:
     versions = run.summary.get("versions") or {}
     parts = [str(run.summary["device"])] if run.summary.get("device") else []
     return _inline(", ".join(parts + [f"{name} {version}" for name, version in versions.items()]))
 
 
-def _papers(run: RunRecord) -> str:
-    chosen = PAPERS["dpo"] if run.pairwise else []
-    chosen = chosen + [paper for key, papers in PAPERS.items() if key != "dpo" and run.method.startswith(key) for paper in papers]
-    return "\n".join(f"- {title}, [arXiv:{number}](https://arxiv.org/abs/{number})" for title, number in chosen) or "None."
+def _papers(run: RunFolder) -> str:
+    lines = [f"- {paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" for paper in run.row.papers]
+    return "\n".join(lines) or "None."
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dpo.pages.figures import DECILES
-from dpo.pages.folder import RunRecord
+from dpo.pages.folder import RunFolder
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.plots.svg).
 LIGHT = {"ink": "#1d1d22", "quiet": "#6a6a74", "grid": "#e3e3e8", "policy": "#2563c9", "other": "#c2570c", "third": "#0f8a6d"}
@@ -26,11 +26,11 @@ class Chart(NamedTuple):
     group: str  # "learning", "timesteps", "dde" or "machine"
     title: str
     meaning: str
-    has_data: Callable[[RunRecord], bool]
-    draw: Callable[[Axes, RunRecord], None]
+    has_data: Callable[[RunFolder], bool]
+    draw: Callable[[Axes, RunFolder], None]
 
 
-def charts(run: RunRecord) -> list[Chart]:
+def charts(run: RunFolder) -> list[Chart]:
     """The charts that this run has data for."""
     return [chart for chart in CATALOGUE if chart.has_data(run)]
 
@@ -55,7 +55,7 @@ def _thinned(*arrays: np.ndarray) -> list[np.ndarray]:
     return [np.add.reduceat(array, edges[:-1]) / np.diff(edges) for array in arrays]
 
 
-def _curve(axes: Axes, run: RunRecord, name: str, colour: str, label: str | None = None, noisy: bool = True) -> None:
+def _curve(axes: Axes, run: RunFolder, name: str, colour: str, label: str | None = None, noisy: bool = True) -> None:
     """A figure over the updates; of a noisy one every value faintly, their moving mean on top."""
     steps, values = run.series(name)
     if not len(steps):
@@ -107,14 +107,14 @@ def _short(value: float) -> str:
 # --- the charts
 
 
-def _loss(axes: Axes, run: RunRecord) -> None:
+def _loss(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "loss", "policy")
     if run.pairwise and run.setting("loss", "sigmoid") == "sigmoid":
         _level(axes, float(np.log(2)))
     _over_updates(axes)
 
 
-def _accuracy(axes: Axes, run: RunRecord) -> None:
+def _accuracy(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "implicit_accuracy", "policy", "training pairs")
     measured = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
     if measured:
@@ -132,7 +132,7 @@ def _accuracy(axes: Axes, run: RunRecord) -> None:
     _over_updates(axes)
 
 
-def _margin(axes: Axes, run: RunRecord) -> None:
+def _margin(axes: Axes, run: RunFolder) -> None:
     steps, low = run.series("margin_p10")
     _, high = run.series("margin_p90")
     if len(low) == len(high) > 1:
@@ -145,7 +145,7 @@ def _margin(axes: Axes, run: RunRecord) -> None:
     _over_updates(axes)
 
 
-def _errors(axes: Axes, run: RunRecord) -> None:
+def _errors(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "win_error_vs_reference", "policy", "preferred image")
     _curve(axes, run, "lose_error_vs_reference", "other", "other image")
     _level(axes, 0.0)
@@ -153,16 +153,16 @@ def _errors(axes: Axes, run: RunRecord) -> None:
     _over_updates(axes)
 
 
-def _factor(axes: Axes, run: RunRecord) -> None:
+def _factor(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "gradient_factor", "policy")
     _level(axes, 0.5)
     _over_updates(axes)
 
 
-def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, RunRecord], None]:
+def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, RunFolder], None]:
     """A chart of one figure over the updates whose axis begins at 0."""
 
-    def draw(axes: Axes, run: RunRecord) -> None:
+    def draw(axes: Axes, run: RunFolder) -> None:
         _curve(axes, run, name, colour, noisy=noisy)
         axes.set_ylim(0, 1.15 * run.series(name)[1].max() or None)
         _over_updates(axes)
@@ -170,10 +170,10 @@ def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, Ru
     return draw
 
 
-def _bars(name: str, level: float) -> Callable[[Axes, RunRecord], None]:
+def _bars(name: str, level: float) -> Callable[[Axes, RunFolder], None]:
     """A chart of one figure by timestep decile at the end of the run, as bars from the level of no change."""
 
-    def draw(axes: Axes, run: RunRecord) -> None:
+    def draw(axes: Axes, run: RunFolder) -> None:
         values = run.late_deciles(name)
         known = np.isfinite(values)
         axes.bar(np.arange(DECILES)[known] + 0.5, values[known] - level, bottom=level, width=0.74, color=LIGHT["policy"])
@@ -186,7 +186,7 @@ def _bars(name: str, level: float) -> Callable[[Axes, RunRecord], None]:
     return draw
 
 
-def _weight(axes: Axes, run: RunRecord) -> None:
+def _weight(axes: Axes, run: RunFolder) -> None:
     weight = run.tables["weight"]
     axes.plot(*_thinned(np.arange(len(weight), dtype=float), weight), color=LIGHT["policy"])
     axes.set_yscale("log")
@@ -194,11 +194,11 @@ def _weight(axes: Axes, run: RunRecord) -> None:
     _over_timesteps(axes)
 
 
-def _table(axes: Axes, run: RunRecord) -> None:
+def _table(axes: Axes, run: RunFolder) -> None:
     _noisy_table(axes, run.tables["table"], "policy")
 
 
-def _weighted_table(axes: Axes, run: RunRecord) -> None:
+def _weighted_table(axes: Axes, run: RunFolder) -> None:
     _noisy_table(axes, run.tables["table"] * run.tables["precision"], "third")
 
 
@@ -214,14 +214,14 @@ def _noisy_table(axes: Axes, values: np.ndarray, colour: str) -> None:
     _over_timesteps(axes)
 
 
-def _correction(axes: Axes, run: RunRecord) -> None:
+def _correction(axes: Axes, run: RunFolder) -> None:
     values = run.tables["correction"]
     axes.plot(*_thinned(np.arange(len(values), dtype=float), values), color=LIGHT["other"])
     _level(axes, 0.0)
     _over_timesteps(axes)
 
 
-def _convergence(axes: Axes, run: RunRecord) -> None:
+def _convergence(axes: Axes, run: RunFolder) -> None:
     rows = [(update["step"], update["correction_by_decile"]) for update in run.updates if update.get("correction_by_decile")]
     steps, values = np.array([row[0] for row in rows], dtype=float), np.array([row[1] for row in rows], dtype=float)  # [N, 10]
     thin = _thinned(steps, *values.T)
@@ -239,29 +239,29 @@ def _convergence(axes: Axes, run: RunRecord) -> None:
     _over_updates(axes)
 
 
-def _has(name: str) -> Callable[[RunRecord], bool]:
+def _has(name: str) -> Callable[[RunFolder], bool]:
     return lambda run: len(run.series(name)[0]) > 0
 
 
-def _has_pairs(name: str) -> Callable[[RunRecord], bool]:
+def _has_pairs(name: str) -> Callable[[RunFolder], bool]:
     return lambda run: run.pairwise and len(run.series(name)[0]) > 0
 
 
-def _has_deciles(name: str) -> Callable[[RunRecord], bool]:
+def _has_deciles(name: str) -> Callable[[RunFolder], bool]:
     return lambda run: run.pairwise and bool(np.isfinite(run.late_deciles(name)).any())
 
 
-def _has_weight(run: RunRecord) -> bool:
+def _has_weight(run: RunFolder) -> bool:
     weight = run.tables.get("weight", np.ones(1))
     return bool((weight > 0).any() and np.ptp(weight) > 0)
 
 
-def _has_tables(run: RunRecord) -> bool:
+def _has_tables(run: RunFolder) -> bool:
     """A method without the stepwise correction has a precision of 0 everywhere."""
     return all(name in run.tables for name in ("table", "precision", "correction")) and bool(run.tables["precision"].any())
 
 
-def _has_correction(run: RunRecord) -> bool:
+def _has_correction(run: RunFolder) -> bool:
     return any(update.get("correction_by_decile") for update in run.updates)
 
 

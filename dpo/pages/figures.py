@@ -1,5 +1,61 @@
-"""The figures of a run."""
+"""The figures of a run: what each is called, how its number is written, and which page shows it.
+
+training/metrics.py and training/loop.py compute them; their names are the keys of metrics.jsonl.
+"""
 
 from __future__ import annotations
 
-DECILES = 10
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+DECILES = 10  # parts of the clock that figures `<name>_by_decile` are given for
+
+
+class Figure(NamedTuple):
+    """How a figure is said. Only what a page shows needs words there."""
+
+    format: str  # of its number in the report
+    words: str = ""  # in the table of a sweep
+    line: str = ""  # words and number in the progress line
+    card: str = ""  # words in the model card
+
+
+FIGURES = {
+    "step": Figure("{}"),
+    "loss": Figure("{:.4f}", words="loss", line="loss {:.4f}", card="loss"),
+    "implicit_accuracy": Figure("{:.3f}", words="implicit accuracy", line="acc {:.3f}", card="implicit accuracy, training pairs"),
+    "margin_mean": Figure("{:+.4f}", words="margin", line="margin {:+.3f}", card="margin"),
+    "win_error_vs_reference": Figure(
+        "{:+.2e}", words="win error vs reference", card="error on preferred images against the start"
+    ),
+    "lose_error_vs_reference": Figure("{:+.2e}", words="lose error vs reference", card="error on other images against the start"),
+    "gradient_factor": Figure("{:.3f}", words="gradient factor"),
+    "grad_norm": Figure("{:.3g}"),
+    "learning_rate": Figure("{:.2e}"),
+    "heldout_accuracy": Figure("{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"),
+    "pairs_per_s": Figure("{:.3g}", words="pairs/s", line="{:.3g} pairs/s"),
+    "mfu": Figure("{:.0%}", line="MFU {:.1%}"),
+    "peak_memory_gib": Figure("{:.1f}", line="{:.1f} GiB"),
+}
+
+# Which page shows which figure, in its order.
+REPORT = (
+    "step", "loss", "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "gradient_factor",
+    "grad_norm", "learning_rate", "pairs_per_s",
+)  # fmt: skip
+SWEEP = (
+    "loss", "implicit_accuracy", "margin_mean", "gradient_factor", "win_error_vs_reference", "lose_error_vs_reference",
+    "pairs_per_s",
+)  # fmt: skip
+CARD_OF_PAIRS = ("implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference")
+LINE = ("loss", "implicit_accuracy", "margin_mean", "heldout_accuracy", "pairs_per_s", "mfu", "peak_memory_gib")
+
+
+def shown(name: str, value: float | int) -> str:
+    """A figure's number as the report writes it."""
+    return FIGURES[name].format.format(value)
+
+
+def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
+    """The figures of the progress line, those that are known: loss, accuracy, margin, held-out accuracy, speed, MFU, memory."""
+    return [FIGURES[name].line.format(metrics[name]) for name in LINE if metrics.get(name) is not None]

@@ -1,4 +1,4 @@
-"""A run folder as data: what the report, the plots and the model card are made from.
+"""A run folder: the list of its files (ENTRIES), and the folder as data, from which report, plots and model card are made.
 
     config.toml       every setting, by group (dpo.settings.config.to_toml)
     metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" events hold the held-out accuracy
@@ -21,29 +21,73 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo.common.errors import UserError
+from dpo.methods import METHODS, Method
 from dpo.pages.figures import DECILES
 
-METHOD_NAMES = {
-    "dpo": "Diffusion-DPO",
-    "discounted": "Diffusion-DPO with discounted credit",
-    "dde-single": "DDE, single-shot estimation only",
-    "dde-step": "DDE, stepwise estimation only",
-    "dde": "DDE (single-shot and stepwise estimation)",
-    "sft": "supervised fine-tuning on the preferred images",
-}
+CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+TABLES_FILE = "tables.json"
+REPORT_FILE = "report.html"
+CARD_FILE = "README.md"
+CURVES_FILE, DECILES_FILE, DDE_FILE = "curves.png", "deciles.png", "dde.png"
+FAILED_FILE = "failed.txt"
+WANDB_ID_FILE = "wandb_id.txt"
+CHECKPOINTS, SAMPLES, TENSORBOARD = "checkpoints", "samples", "tensorboard"
+
+
+class Entry(NamedTuple):
+    """A file or a folder that a run leaves in its output folder."""
+
+    name: str
+    what: str
+    writer: str  # the file of this package that writes it
+    folder: bool = False
+    marks_run: bool = False  # a folder that has it holds a run
+    guarded: bool = False  # a folder that has it and holds no run is somebody's, and is not written into
+    cleared: bool = False  # --overwrite deletes it before the first update; the others are written over
+    uploaded: bool = True  # --push-to-hub takes it along
+
+
+ENTRIES = (
+    Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", marks_run=True, cleared=True),
+    Entry(METRICS_FILE, "one line per update, and events", "training/trackers.py"),
+    Entry(CHECKPOINTS, "to resume from", "training/checkpoint.py", folder=True, marks_run=True, cleared=True, uploaded=False),
+    Entry(SAMPLES, "images before, during and after", "training/samples.py", folder=True, cleared=True),
+    Entry(SUMMARY_FILE, "how the run went", "training/summary.py", cleared=True),
+    Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py", cleared=True),
+    Entry(CARD_FILE, "the model card", "pages/card.py", guarded=True, cleared=True),
+    Entry(REPORT_FILE, "the page for a person", "pages/report.py", guarded=True, cleared=True),
+    Entry(CURVES_FILE, "curves over the updates", "pages/plots.py"),
+    Entry(DECILES_FILE, "figures by tenth of the clock", "pages/plots.py"),
+    Entry(DDE_FILE, "credit by timestep", "pages/plots.py"),
+    Entry("model_index.json", "the parts of the pipeline", "models/save.py", marks_run=True, cleared=True),
+    Entry("pytorch_lora_weights.safetensors", "the adapter, instead of a pipeline", "models/lora.py", cleared=True),
+    Entry("unet", "the aligned UNet", "models/save.py", folder=True, guarded=True),
+    Entry("vae", "as in the model", "models/save.py", folder=True, guarded=True),
+    Entry("text_encoder", "as in the model", "models/save.py", folder=True, guarded=True),
+    Entry("text_encoder_2", "as in the model (SDXL)", "models/save.py", folder=True),
+    Entry("tokenizer", "as in the model", "models/save.py", folder=True),
+    Entry("tokenizer_2", "as in the model (SDXL)", "models/save.py", folder=True),
+    Entry("scheduler", "as in the model", "models/save.py", folder=True),
+    Entry(TENSORBOARD, "its events", "training/trackers.py", folder=True, uploaded=False),
+    Entry("wandb", "its own files", "training/trackers.py", folder=True, uploaded=False),
+    Entry(WANDB_ID_FILE, "the W&B run that a resumed run goes on with", "training/trackers.py"),
+    Entry(FAILED_FILE, "why a run of a sweep failed", "sweep.py"),
+)
 
 
 LATE = 0.2  # "at the end of the run" means the last fifth of its updates
 
 
-class RunRecord(NamedTuple):
+class RunFolder(NamedTuple):
     """A run as its folder tells it."""
 
     folder: Path
@@ -72,13 +116,19 @@ class RunRecord(NamedTuple):
         return str(self.setting("method", "dpo"))
 
     @property
+    def row(self) -> Method:
+        """The method's row in METHODS; a method that this version does not know reads as dpo under its own name."""
+        unknown = replace(METHODS["dpo"], name=self.method, title=self.method)
+        return METHODS.get(self.method, unknown)
+
+    @property
     def method_name(self) -> str:
-        return METHOD_NAMES.get(self.method, self.method)
+        return self.row.title
 
     @property
     def pairwise(self) -> bool:
         """Whether there are a reference and a margin to show."""
-        return self.method != "sft"
+        return self.row.images == "pair"
 
     @property
     def lora(self) -> bool:
@@ -138,24 +188,24 @@ class RunRecord(NamedTuple):
         return np.where(total > 0, sums / np.where(total > 0, total, 1.0), np.nan)
 
 
-def read_run(folder: Path | str) -> RunRecord:
+def read_run(folder: Path | str) -> RunFolder:
     """Read a run folder; UserError when there is no run in it."""
     folder = Path(folder)
-    if not (folder / METRICS_FILE).is_file() and not (folder / "config.toml").is_file():
-        raise UserError(f"{folder} holds no run: it has neither config.toml nor {METRICS_FILE}; name a run's output folder")
+    if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder")
     records = read_records(folder / METRICS_FILE)
     by_step = {record["step"]: record for record in records if "event" not in record and isinstance(record.get("step"), int)}
     tables = {
-        name: np.array(values, dtype=float) for name, values in _json(folder / "tables.json").items() if isinstance(values, list)
+        name: np.array(values, dtype=float) for name, values in _json(folder / TABLES_FILE).items() if isinstance(values, list)
     }
-    return RunRecord(
+    return RunFolder(
         folder=folder,
-        settings=_settings(folder / "config.toml"),
-        summary=_json(folder / "summary.json"),
+        settings=_settings(folder / CONFIG_FILE),
+        summary=_json(folder / SUMMARY_FILE),
         updates=[by_step[step] for step in sorted(by_step)],
         events=[record for record in records if "event" in record],
         tables=tables,
-        grids=sorted((folder / "samples").glob("*.png")),
+        grids=sorted((folder / SAMPLES).glob("*.png")),
     )
 
 
@@ -175,17 +225,12 @@ def _settings(path: Path) -> dict[str, dict[str, Any]]:
     return {group: values for group, values in found.items() if isinstance(values, dict)}
 
 
-METRICS_FILE = "metrics.jsonl"
-
-
 def read_records(path: Path | str) -> list[dict[str, Any]]:
     """Every whole line of a metrics file, in order; a line torn by a kill is left out. A missing file is empty."""
-    return list(_records(Path(path)))
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+    path = Path(path)
+    records: list[dict[str, Any]] = []
     if not path.exists():
-        return
+        return records
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -193,4 +238,5 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(record, dict):
-                yield record
+                records.append(record)
+    return records

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dpo.pages.charts import LIGHT, Chart, charts
-from dpo.pages.folder import RunRecord, read_run
+from dpo.pages.folder import CURVES_FILE, DDE_FILE, DECILES_FILE, RunFolder, read_run
 
 # The same names as in LIGHT, for dark ground.
 DARK = {"ink": "#ececf1", "quiet": "#a0a0ac", "grid": "#34343d", "policy": "#7aa7ff", "other": "#ff9a57", "third": "#4fd0ac"}
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def svg(chart: Chart, run: RunRecord) -> str:
+def svg(chart: Chart, run: RunFolder) -> str:
     """The chart as an <svg> element whose colours are CSS variables and whose ids begin with the chart's key."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.key}):
         figure = Figure(figsize=SIZE)
@@ -59,7 +59,7 @@ def svg(chart: Chart, run: RunRecord) -> str:
 def write_plots(run_folder: Path | str) -> list[Path]:
     """curves.png, deciles.png and, where there are tables, dde.png in the run folder; those without data are left out."""
     run = read_run(run_folder)
-    plan = {"curves.png": ("learning", "machine"), "deciles.png": ("timesteps",), "dde.png": ("dde",)}
+    plan = {CURVES_FILE: ("learning", "machine"), DECILES_FILE: ("timesteps",), DDE_FILE: ("dde",)}
     found = charts(run)
     saved = []
     for name, groups in plan.items():
@@ -69,7 +69,7 @@ def write_plots(run_folder: Path | str) -> list[Path]:
     return saved
 
 
-def _save_png(path: Path, chosen: Sequence[Chart], run: RunRecord) -> Path:
+def _save_png(path: Path, chosen: Sequence[Chart], run: RunFolder) -> Path:
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
     with matplotlib.rc_context(STYLE):

@@ -22,13 +22,11 @@ from PIL import Image
 from dpo.common.console import duration
 from dpo.drawing.grid import read_grid
 from dpo.pages.charts import LIGHT, charts
-from dpo.pages.folder import RunRecord, read_run
+from dpo.pages.figures import REPORT, shown
+from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
 from dpo.pages.plots import DARK, svg
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
-
-REPORT_FILE = "report.html"
-
 
 MOST_CELLS = 16
 
@@ -56,13 +54,6 @@ SECTIONS = (
 )
 
 
-FIGURES = {
-    "step": "{}", "loss": "{:.4f}", "implicit_accuracy": "{:.3f}", "margin_mean": "{:+.4f}", "win_error_vs_reference": "{:+.2e}",
-    "lose_error_vs_reference": "{:+.2e}", "gradient_factor": "{:.3f}", "grad_norm": "{:.3g}", "learning_rate": "{:.2e}",
-    "pairs_per_s": "{:.3g}",
-}  # fmt: skip
-
-
 ROWS_SHOWN = 12
 
 
@@ -84,7 +75,7 @@ def write_report(run_folder: Path | str) -> Path:
     return path
 
 
-def render(run: RunRecord) -> str:
+def render(run: RunFolder) -> str:
     """The page of a run."""
     environment = Environment(
         loader=PackageLoader("dpo.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -115,7 +106,7 @@ def _variables(colours: dict[str, str]) -> str:
     return " ".join(f"--{name}: {value};" for name, value in colours.items())
 
 
-def _subtitle(run: RunRecord) -> str:
+def _subtitle(run: RunFolder) -> str:
     kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
     parts = [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
     seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
@@ -125,12 +116,12 @@ def _subtitle(run: RunRecord) -> str:
     return " · ".join(parts)
 
 
-def _tiles(run: RunRecord) -> list[Tile]:
+def _tiles(run: RunFolder) -> list[Tile]:
     tiles = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
         hint = f"of {learned.cases:,} pairs, {learned.low:.2f} to {learned.high:.2f}; guessing: 0.50"
-        tiles.append(Tile("Held-out accuracy", f"{learned.share:.3f}", hint))
+        tiles.append(Tile("Held-out accuracy", shown("heldout_accuracy", learned.share), hint))
     if judged is not None:
         tiles.append(
             Tile("Win rate over the start", f"{judged.share:.0%}", f"{judged.low:.0%} to {judged.high:.0%}; no change: 50%")
@@ -139,17 +130,18 @@ def _tiles(run: RunRecord) -> list[Tile]:
         before, after = run.evaluation["faithfulness_before"], run.evaluation["faithfulness_after"]
         tiles.append(Tile("Faithful to the prompt", f"{after:.0%}", f"{before:.0%} before the training"))
     if accuracy is not None and run.pairwise:
-        tiles.append(Tile("Training accuracy", f"{accuracy:.3f}", "last fifth of the run"))
+        tiles.append(Tile("Training accuracy", shown("implicit_accuracy", accuracy), "last fifth of the run"))
     loss, speed, memory, mfu = (run.late(name) for name in ("loss", "pairs_per_s", "peak_memory_gib", "mfu"))
     if loss is not None:
-        tiles.append(Tile("Loss", f"{loss:.4f}", "0.6931 at the start" if run.pairwise else "mean squared error"))
+        tiles.append(Tile("Loss", shown("loss", loss), "0.6931 at the start" if run.pairwise else "mean squared error"))
     if speed is not None:
-        parts = ["pairs per second", f"{mfu:.0%} of the GPU's peak" if mfu else "", f"{memory:.1f} GiB at most" if memory else ""]
-        tiles.append(Tile("Speed", f"{speed:.3g}", ", ".join(filter(None, parts))))
+        parts = ["pairs per second", f"{shown('mfu', mfu)} of the GPU's peak" if mfu else ""]
+        parts += [f"{shown('peak_memory_gib', memory)} GiB at most" if memory else ""]
+        tiles.append(Tile("Speed", shown("pairs_per_s", speed), ", ".join(filter(None, parts))))
     return tiles
 
 
-def _sections(run: RunRecord) -> list[dict[str, Any]]:
+def _sections(run: RunFolder) -> list[dict[str, Any]]:
     found = charts(run)
     sections = []
     for group, title, text in SECTIONS:
@@ -163,7 +155,7 @@ def _sections(run: RunRecord) -> list[dict[str, Any]]:
     return sections
 
 
-def _pictures(run: RunRecord) -> tuple[list[dict[str, Any]], int, str | None, str]:
+def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, str]:
     """Cells of the last grid with their images as data URIs, how many more there are, a foreign picture as a whole, its step."""
     if not run.grids:
         return [], 0, None, "after it"
@@ -191,19 +183,16 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _figures(run: RunRecord) -> dict[str, Any]:
+def _figures(run: RunFolder) -> dict[str, Any]:
     """A dozen updates spread over the run, as a table of texts."""
-    names = [name for name in FIGURES if any(update.get(name) is not None for update in run.updates)]
+    names = [name for name in REPORT if any(update.get(name) is not None for update in run.updates)]
     count = len(run.updates)
     places = sorted({round(index * (count - 1) / max(1, ROWS_SHOWN - 1)) for index in range(ROWS_SHOWN)}) if count else []
-    rows = [
-        ["" if run.updates[at].get(name) is None else FIGURES[name].format(run.updates[at][name]) for name in names]
-        for at in places
-    ]
+    rows = [["" if run.updates[at].get(name) is None else shown(name, run.updates[at][name]) for name in names] for at in places]
     return {"names": [name.replace("_", " ") for name in names], "rows": rows}
 
 
-def _facts(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """What ran, by topic; topics and rows without content are left out."""
     summary = run.summary
     what = f"LoRA of rank {run.setting('rank')}" if run.lora else "whole UNet"
@@ -232,7 +221,7 @@ def _facts(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(title, rows) for title, rows in shown if rows]
 
 
-def _settings(run: RunRecord) -> list[tuple[str, list[dict[str, Any]]]]:
+def _settings(run: RunFolder) -> list[tuple[str, list[dict[str, Any]]]]:
     """Every setting by group, with its one-line doc and whether it differs from the default."""
     known = specs()
     groups = []

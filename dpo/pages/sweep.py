@@ -8,25 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FIGURES = {  # column of the table -> figure of metrics.jsonl, its mean over the last fifth of the run
-    "loss": "loss",
-    "implicit accuracy": "implicit_accuracy",
-    "margin": "margin_mean",
-    "gradient factor": "gradient_factor",
-    "win error vs reference": "win_error_vs_reference",
-    "lose error vs reference": "lose_error_vs_reference",
-    "pairs/s": "pairs_per_s",
-}
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dpo.common.files import write_text
+from dpo.pages.figures import FIGURES, SWEEP
+from dpo.pages.folder import FAILED_FILE, METRICS_FILE, read_run
+from dpo.pages.plots import STYLE
 
 
 def name_of(cell: dict[str, str]) -> str:
+    """The folder of a run of the sweep: its settings by name."""
     return "_".join(f"{axis}-{value}" for axis, value in cell.items()).replace("/", "-")
 
 
 def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """Writes sweep.csv, sweep.md and sweep.png; the rows of the table, one a run."""
-    from dpo.common.files import write_text
-
     rows = [row(out / name_of(cell), cell) for cell in runs]
     columns = list(rows[0])
     table = io.StringIO()
@@ -42,21 +41,19 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
     """One run in figures; empty where it has none."""
-    from dpo.pages.folder import read_run
-
-    found: dict[str, Any] = {**cell, "status": "failed" if (folder / "failed.txt").is_file() else "not started", "updates": 0}
-    figures: dict[str, Any] = dict.fromkeys(
-        [*FIGURES, "held-out accuracy", "held-out low", "held-out high", "win rate", "seconds"]
-    )
-    if (folder / "metrics.jsonl").is_file():
+    found: dict[str, Any] = {**cell, "status": "failed" if (folder / FAILED_FILE).is_file() else "not started", "updates": 0}
+    held_out = FIGURES["heldout_accuracy"].words
+    columns = [*(FIGURES[name].words for name in SWEEP), held_out, "held-out low", "held-out high", "win rate", "seconds"]
+    figures: dict[str, Any] = dict.fromkeys(columns)
+    if (folder / METRICS_FILE).is_file():
         run = read_run(folder)
         found |= {"status": run.status, "updates": run.done}
-        figures |= {column: run.late(name) for column, name in FIGURES.items()}
+        figures |= {FIGURES[name].words: run.late(name) for name in SWEEP}
         figures["seconds"] = run.summary.get("seconds")
         figures["win rate"] = run.evaluation.get("win_rate")
         if run.validations:
             last = run.validations[-1]
-            figures["held-out accuracy"] = last["heldout_accuracy"]
+            figures[held_out] = last["heldout_accuracy"]
             figures["held-out low"], figures["held-out high"] = last["heldout_interval"]
     return {**found, **figures, "folder": folder.name}
 
@@ -67,15 +64,7 @@ def _shown(value: Any) -> str:
 
 def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
     """Implicit and held-out accuracy of every run over its updates, and the last values side by side."""
-    import matplotlib
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from dpo.pages.folder import read_run
-    from dpo.pages.plots import STYLE
-
-    read = [read_run(out / name_of(cell)) for cell in runs if (out / name_of(cell) / "metrics.jsonl").is_file()]
+    read = [read_run(out / name_of(cell)) for cell in runs if (out / name_of(cell) / METRICS_FILE).is_file()]
     if not read:
         return
     with matplotlib.rc_context(STYLE):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.stats import share_interval
-from dpo.pages.folder import RunRecord
+from dpo.pages.folder import RunFolder
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
@@ -35,7 +35,7 @@ RISING = 0.02
 OVERFIT = 0.15
 
 
-class Warning(NamedTuple):
+class Caution(NamedTuple):
     """A reason to be wary: what was seen, and what it means and what to do."""
 
     title: str
@@ -68,7 +68,7 @@ class Evidence(NamedTuple):
         return self.high < 0.5
 
 
-def held_out(run: RunRecord) -> Evidence | None:
+def held_out(run: RunFolder) -> Evidence | None:
     """The last held-out preference accuracy."""
     found = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
     if not found:
@@ -78,7 +78,7 @@ def held_out(run: RunRecord) -> Evidence | None:
     return Evidence(share, low, high, count)
 
 
-def win_rate(run: RunRecord) -> Evidence | None:
+def win_rate(run: RunFolder) -> Evidence | None:
     """Share of judged images that the judge prefers to those from before the training."""
     found = run.evaluation
     share = found.get("win_rate")
@@ -89,13 +89,13 @@ def win_rate(run: RunRecord) -> Evidence | None:
     return Evidence(float(share), low, high, count)
 
 
-def faithfulness_loss(run: RunRecord) -> float | None:
+def faithfulness_loss(run: RunFolder) -> float | None:
     """How much of the share of images that show what the prompt says was lost; negative for a gain."""
     before, after = (run.evaluation.get(f"faithfulness_{when}") for when in ("before", "after"))
     return before - after if isinstance(before, (int, float)) and isinstance(after, (int, float)) else None
 
 
-def verdict(run: RunRecord) -> Verdict:
+def verdict(run: RunFolder) -> Verdict:
     """The paragraph at the top of the report."""
     sentences = [*_progress(run), *_findings(run)]
     learned, judged = held_out(run), win_rate(run)
@@ -122,7 +122,7 @@ def verdict(run: RunRecord) -> Verdict:
     return Verdict("good", "It worked: the model learned the preference.", sentences)
 
 
-def _verdict_without_evidence(run: RunRecord, sentences: list[str], costs: list[Warning]) -> Verdict:
+def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[Caution]) -> Verdict:
     missing = (
         "No held-out pairs were measured, so nothing here shows that it holds beyond the training pairs: set --validation-data."
     )
@@ -138,7 +138,7 @@ def _verdict_without_evidence(run: RunRecord, sentences: list[str], costs: list[
     return Verdict("poor", "It has learned little, even on the training pairs.", [*sentences, missing])
 
 
-def _progress(run: RunRecord) -> list[str]:
+def _progress(run: RunFolder) -> list[str]:
     pairs = run.pairs_seen()
     seen = f" on {pairs:,} pairs" if pairs else ""
     if run.status == "finished":
@@ -148,7 +148,7 @@ def _progress(run: RunRecord) -> list[str]:
     return [f"The run ended after {run.done:,} of {run.wanted:,} updates{seen}; `--resume latest` goes on from there."]
 
 
-def _findings(run: RunRecord) -> list[str]:
+def _findings(run: RunFolder) -> list[str]:
     found = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
@@ -173,7 +173,7 @@ def _findings(run: RunRecord) -> list[str]:
     return found
 
 
-def warnings(run: RunRecord) -> list[Warning]:
+def warnings(run: RunFolder) -> list[Caution]:
     """Everything that should make one wary, the grave ones first."""
     checks = (
         _collapsed, _faithfulness, _both_errors_rise, _saturated, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
@@ -183,27 +183,27 @@ def warnings(run: RunRecord) -> list[Warning]:
     said = [text for text in run.summary.get("warnings", []) if not text.startswith("learning rate")]  # judged by _rate
     if said:
         found.append(
-            Warning("Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said))
+            Caution("Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said))
         )
     return sorted(found, key=lambda warning: not warning.grave)
 
 
-def _collapsed(run: RunRecord) -> Warning | None:
+def _collapsed(run: RunFolder) -> Caution | None:
     bad = [update["step"] for update in run.updates if update.get("pairs") and update.get("loss") is None]
     if not bad:
         return None
-    return Warning(
+    return Caution(
         f"The loss was not a number at update {bad[0]}",
         "The weights are spoiled from there on. Go back to an earlier checkpoint and lower the learning rate.",
         True,
     )
 
 
-def _faithfulness(run: RunRecord) -> Warning | None:
+def _faithfulness(run: RunFolder) -> Caution | None:
     lost = faithfulness_loss(run)
     if lost is None or lost < FAITHFULNESS_LOSS:
         return None
-    return Warning(
+    return Caution(
         f"Faithfulness fell from {run.evaluation['faithfulness_before']:.0%} to {run.evaluation['faithfulness_after']:.0%}",
         "More images no longer show what the prompt says: the model pleases the judge at the cost of its task. Train for fewer "
         "updates, lower the learning rate, or raise beta, which pulls it back to where it started.",
@@ -211,11 +211,11 @@ def _faithfulness(run: RunRecord) -> Warning | None:
     )
 
 
-def _both_errors_rise(run: RunRecord) -> Warning | None:
+def _both_errors_rise(run: RunFolder) -> Caution | None:
     win, lose, scale = (run.late(name) for name in ("win_error_vs_reference", "lose_error_vs_reference", "reference_win_error"))
     if win is None or lose is None or not scale or win <= RISING * scale or lose <= 0:
         return None
-    return Warning(
+    return Caution(
         "Both errors rise",
         f"The model has become worse at both images of a pair, {win / scale:.1%} on the preferred one; the "
         "preference is met only because the other one suffers more. This is over-optimisation, and images degrade next. Stop "
@@ -224,28 +224,28 @@ def _both_errors_rise(run: RunRecord) -> Warning | None:
     )
 
 
-def _saturated(run: RunRecord) -> Warning | None:
+def _saturated(run: RunFolder) -> Caution | None:
     factor = run.late("gradient_factor")
     if factor is None or factor > SATURATED or not run.pairwise:
         return None
-    return Warning(
+    return Caution(
         "The loss is saturated",
         f"Nearly every pair is already decided, so only {factor:.1%} of the full gradient is left and further updates change "
         "little. Beta is large for this data, or the same pairs were seen too often.",
     )
 
 
-def _overfit(run: RunRecord) -> Warning | None:
+def _overfit(run: RunFolder) -> Caution | None:
     learned, accuracy = held_out(run), run.late("implicit_accuracy")
     if learned is None or accuracy is None or not run.pairwise or accuracy - learned.share < OVERFIT or accuracy < learned.high:
         return None
-    return Warning(
+    return Caution(
         "It remembers rather than learns",
         f"On training pairs it is right in {accuracy:.0%}, on others in {learned.share:.0%}. More pairs or fewer updates help.",
     )
 
 
-def _rate(run: RunRecord) -> Warning | None:
+def _rate(run: RunFolder) -> Caution | None:
     rate, trained = run.learning_rate(), "lora" if run.lora else "full"
     if rate is None or LOWEST_RATE <= rate <= HIGHEST_RATE[trained]:
         return None
@@ -255,14 +255,14 @@ def _rate(run: RunRecord) -> Warning | None:
             "The papers print 2.048e-8, but the published code trains at 1e-8 times 2048 pairs = 2.048e-5, a thousand times "
             "more. At this rate nothing will change."
         )
-        return Warning(f"The learning rate {rate:.3g} is far too small", f"{usual} {text}")
-    return Warning(
+        return Caution(f"The learning rate {rate:.3g} is far too small", f"{usual} {text}")
+    return Caution(
         f"The learning rate {rate:.3g} is far too large",
         f"{usual} Images are likely to fall apart even where accuracy looks good.",
     )
 
 
-def _still(run: RunRecord) -> Warning | None:
+def _still(run: RunFolder) -> Caution | None:
     _, margins = run.series("margin_p90")
     if (
         run.done < FEW_UPDATES
@@ -271,14 +271,14 @@ def _still(run: RunRecord) -> Warning | None:
         or np.abs(margins[-max(1, len(margins) // 5) :]).max() > 0.01
     ):
         return None
-    return Warning(
+    return Caution(
         "The model has hardly moved",
         "The loss is still ln 2 = 0.693, its value before the first update. The learning rate is too small, or the "
         "warm-up is not over.",
     )
 
 
-def _spikes(run: RunRecord) -> Warning | None:
+def _spikes(run: RunFolder) -> Caution | None:
     steps, norms = run.series("grad_norm")
     if len(norms) < FEW_UPDATES:
         return None
@@ -287,37 +287,37 @@ def _spikes(run: RunRecord) -> Warning | None:
     if not (math.isfinite(usual) and usual > 0 and worst > 20 * usual):
         return None
     at = int(steps[half:][norms[half:].argmax()])
-    return Warning(
+    return Caution(
         f"The gradient jumped to {worst / usual:.0f} times its usual size at update {at:,}",
         "A jump late in a run often comes before images turn to noise. Look at the pictures; a lower learning rate helps.",
     )
 
 
-def _few_pairs(run: RunRecord) -> Warning | None:
+def _few_pairs(run: RunFolder) -> Caution | None:
     usable = run.summary.get("data", {}).get("usable")
     if not isinstance(usable, int) or usable >= FEW_PAIRS:
         return None
-    return Warning(
+    return Caution(
         f"Only {usable:,} training pairs",
         "So few pairs are soon known by heart; what is learned may be their accidents. Some thousands are better.",
     )
 
 
-def _few_held_out(run: RunRecord) -> Warning | None:
+def _few_held_out(run: RunFolder) -> Caution | None:
     learned = held_out(run)
     if learned is None or learned.cases >= FEW_HELD_OUT:
         return None
-    return Warning(
+    return Caution(
         f"Only {learned.cases} held-out pairs",
         f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; raise --validation-pairs.",
     )
 
 
-def _ties(run: RunRecord) -> Warning | None:
+def _ties(run: RunFolder) -> Caution | None:
     tied, seen = sum(update.get("tied_pairs") or 0 for update in run.updates), run.pairs_seen()
     if not seen or tied / seen < 0.3:
         return None
-    return Warning(
+    return Caution(
         f"{tied / seen:.0%} of the pairs were ties",
         "A tie teaches the model to stay where it is, and its accuracy is a coin's: read the training accuracy with "
         "that in mind.",

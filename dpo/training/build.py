@@ -31,6 +31,7 @@ from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
 from dpo.models.load import load_unet_into
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
+from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
@@ -117,7 +118,7 @@ def build(config: Config, notes: list[str]) -> Run:
 
 def _saved(config: Config, output: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from. "latest" of a folder that has none yet is a fresh start, said in the log."""
-    which, root = config.output.resume, output / "checkpoints"
+    which, root = config.output.resume, output / CHECKPOINTS
     if which is None:
         return None
     if which == "latest" and not checkpoint.listing(root):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import _seal, _sync_folder, checksum, disk_error, write_text
+from dpo.pages.folder import CHECKPOINTS
 
 log = logging.getLogger("dpo")
 
@@ -140,7 +141,7 @@ def find(root: Path, which: str) -> Checkpoint:
         named = Path(which).expanduser()
         if not named.is_dir():
             raise UserError(f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500")
-        inside = listing(named) or listing(named / "checkpoints")  # the folder of a run, or of its checkpoints
+        inside = listing(named) or listing(named / CHECKPOINTS)  # the folder of a run, or of its checkpoints
         older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
         candidates = inside[::-1] or [named, *older]
     reasons = []

@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.settings.config import Config
-from dpo.training.run import Run
-
-WRITTEN = ("README.md", "report.html", "unet", "vae", "text_encoder")  # by a run's end: what a stranger's folder might have too
+from dpo.pages.folder import ENTRIES
+from dpo.settings.config import Config, Output
 
 
 def check_output(config: Config) -> Path:
@@ -23,30 +21,29 @@ def check_output(config: Config) -> Path:
         raise UserError(f"--output {output}: {there} is not writable; choose another folder")
     if config.model.model and output.resolve() == Path(config.model.model).expanduser().resolve():
         raise UserError(f"--output {output} is the folder of the model itself, which would be replaced; name another folder")
-    occupied = (output / "config.toml").exists() or (output / "checkpoints").exists() or (output / "model_index.json").exists()
+    found = [entry for entry in ENTRIES if (output / entry.name).exists()]
+    occupied = any(entry.marks_run for entry in found)
     if occupied and not config.output.resume and not config.output.overwrite:
         raise UserError(
             f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output"
         )
-    foreign = [] if occupied or config.output.overwrite else [name for name in WRITTEN if (output / name).exists()]
-    if foreign:
+    foreign = [entry.name for entry in found if entry.guarded]
+    if foreign and not occupied and not config.output.overwrite:
         raise UserError(
             f"{output} is no run and has {', '.join(foreign)}, which would be replaced: name another --output, or add --overwrite"
         )
     return output
 
 
-RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")  # a folder without them loads nowhere
-
-
-def clear_output(run: Run) -> None:
+def clear_output(output: Path, asked: Output) -> None:
     """Make the output folder; with --overwrite, drop what an earlier run left that could be taken for this one's."""
-    if run.config.output.overwrite and not run.config.output.resume:
-        for name in ("checkpoints", "samples"):
-            shutil.rmtree(run.output / name, ignore_errors=True)
-        for name in ("config.toml", "summary.json", "tables.json", "report.html", "README.md", *RESULTS):
-            (run.output / name).unlink(missing_ok=True)
+    if asked.overwrite and not asked.resume:
+        for entry in ENTRIES:
+            if entry.cleared and entry.folder:
+                shutil.rmtree(output / entry.name, ignore_errors=True)
+            elif entry.cleared:
+                (output / entry.name).unlink(missing_ok=True)
     try:
-        run.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {run.output}: {error.strerror}; choose another --output") from error
+        raise UserError(f"cannot make {output}: {error.strerror}; choose another --output") from error

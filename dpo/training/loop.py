@@ -20,6 +20,8 @@ from dpo.common import files
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
 from dpo.data.loader import of_dead_worker, worker_died
+from dpo.pages.figures import progress_fields
+from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import Config, flatten, to_toml
 from dpo.training import build, results, samples, summary, validation
 from dpo.training.folder import clear_output
@@ -108,14 +110,14 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
 def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
     samples.asked_prompts(config)  # a file that is missing is noticed before anything is loaded
     run = build.build(config, notes)
-    clear_output(run)
+    clear_output(run.output, config.output)
     out = run.config.output
     trackers = open_trackers(
         run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
     )
     try:
         results.begin(run, trackers)
-        files.write_text(run.output / "config.toml", to_toml(run.config))  # from here on the folder holds a run
+        files.write_text(run.output / CONFIG_FILE, to_toml(run.config))  # from here on the folder holds a run
         with stop_on_signals() as stop:
             updates(run, trackers, train_step, stop)
         results.end(run, trackers)
@@ -129,7 +131,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     batches = run.batches()
     held_out: dict[str, Any] = {}
     used, first = 0, run.done
-    with Progress(run.total, run.done, out.log_every) as progress:
+    with Progress(run.total, progress_fields, run.done, out.log_every) as progress:
         while run.done < run.total:
             began = time.monotonic()
             try:

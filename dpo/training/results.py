@@ -12,6 +12,7 @@ from dpo.common.errors import Stopped
 from dpo.common.words import first_line
 from dpo.models.ready import load_named
 from dpo.models.save import detached, save_lora, save_pipeline
+from dpo.pages.folder import ENTRIES
 from dpo.tiny import outcome
 from dpo.training.run import Run
 from dpo.training.samples import _before_paths, _sample, sample_images
@@ -21,7 +22,7 @@ from dpo.training.trackers import Trackers
 log = logging.getLogger("dpo")
 
 
-NOT_UPLOADED = ["checkpoints/**", "tensorboard/**", "wandb/**", ".*"]
+NOT_UPLOADED = [*(f"{entry.name}/**" for entry in ENTRIES if not entry.uploaded), ".*"]
 
 
 def begin(run: Run, trackers: Trackers) -> None:

@@ -20,6 +20,7 @@ from dpo.data.store import recorded
 from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models.family import Model
+from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
@@ -78,7 +79,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.output / "checkpoints"
+        return self.output / CHECKPOINTS
 
     def learning_rate(self) -> float:
         optim = self.config.optim

@@ -9,6 +9,7 @@ from PIL import Image
 from dpo.common.errors import UserError
 from dpo.drawing import draw, grid
 from dpo.models import pipeline
+from dpo.pages.folder import SAMPLES
 from dpo.settings.config import Config
 from dpo.training.run import Run
 
@@ -41,7 +42,7 @@ def prompts(run: Run) -> list[str]:
 
 def _before_paths(run: Run) -> list[Path]:
     count = len(prompts(run)) * len(run.config.output.sample_seeds)
-    return [run.output / "samples" / "before" / f"{index:03d}.png" for index in range(count)]
+    return [run.output / SAMPLES / "before" / f"{index:03d}.png" for index in range(count)]
 
 
 def _sample(run: Run) -> list[Image.Image]:
@@ -58,5 +59,5 @@ def sample_images(run: Run) -> Path:
     if all(path.exists() for path in _before_paths(run)):
         columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}
     return grid.write_grid(
-        run.output / "samples" / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
+        run.output / SAMPLES / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
     )

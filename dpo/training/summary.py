@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from dpo.common import files
+from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE
 from dpo.settings import advice, resolve
 from dpo.training.run import Run
 
@@ -71,8 +72,8 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "table": run.table.table,
         "correction": run.table.correction(),
     }
-    files.write_text(run.output / "summary.json", json.dumps(summary, indent=1))
-    files.write_text(run.output / "tables.json", json.dumps({name: value.tolist() for name, value in tables.items()}))
+    files.write_text(run.output / SUMMARY_FILE, json.dumps(summary, indent=1))
+    files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
     plots.write_plots(run.output)
     if run.config.output.model_card and status == "finished":
         card.write_model_card(run.output)

@@ -15,10 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from dpo.pages.folder import METRICS_FILE, _records
-
-WANDB_ID_FILE = "wandb_id.txt"
-
+from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
 
 log = logging.getLogger("dpo")
 
@@ -96,7 +93,7 @@ def rewind(path: Path, step: int) -> None:
     """Drop the lines of a metrics file that lie after `step`, and torn ones; the file is replaced in one move."""
     if not path.exists():
         return
-    kept = [record for record in _records(path) if record.get("step", 0) <= step]
+    kept = [record for record in read_records(path) if record.get("step", 0) <= step]
     replacement = path.with_name(path.name + ".partial")
     with replacement.open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
@@ -134,7 +131,7 @@ def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
         log.warning("TensorBoard is not available (%s): install tensorboard; the run goes on with %s.", error, METRICS_FILE)
         return None
     purge = None if resume_step is None else resume_step + 1
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
 
     def scalars(step: int, numbers: dict[str, float]) -> None:
         for name, value in numbers.items():

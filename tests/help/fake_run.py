@@ -21,7 +21,7 @@ from dpo.correction import correction
 from dpo.credit import tables
 from dpo.drawing.grid import write_grid
 from dpo.methods import METHODS
-from dpo.pages.folder import RunRecord, read_run
+from dpo.pages.folder import RunFolder, read_run
 from dpo.schedule import from_scheduler
 from dpo.settings.config import Config, change, to_toml
 from dpo.training.metrics import StepMetrics
@@ -57,7 +57,7 @@ def _root() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def run_of(kind: str) -> RunRecord:
+def run_of(kind: str) -> RunFolder:
     """A run of 60 updates of this kind, made once per process: read it, do not write into its folder."""
     return read_run(write_run(Path(_root().name) / kind, kind, updates=60))
 

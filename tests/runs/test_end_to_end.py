@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dpo.data.images import decode
+from dpo.pages.folder import ENTRIES
 from dpo.settings.flags import parse
 from tests.help.commands import command
 from tests.help.running import make_run
@@ -65,6 +66,7 @@ def check_files(out):
     again, _ = parse(["--config", str(out / "config.toml"), "--output", "elsewhere"])
     assert again.optim.steps == 24 and again.method.beta is not None, "the settings as they were decided"
     assert [path.name for path in out.rglob("*.part*")] == []
+    assert {path.name for path in out.iterdir()} <= {entry.name for entry in ENTRIES}, "dpo/pages/folder.py lists them all"
 
 
 def check_result(kind, model, out, lora):

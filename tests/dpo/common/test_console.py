@@ -6,7 +6,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from dpo.common.console import Progress, duration, progress_fields, setup
+from dpo.common.console import Progress, duration, setup
+from dpo.pages.figures import progress_fields
 
 METRICS = {
     "loss": 0.65432,
@@ -34,7 +35,7 @@ def play(total, terminal, start=0, log_every=1, width=160):
     console = Console(file=out, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
     setup("info", console)
     ticks = iter(range(0, 100000, 2))
-    with Progress(total, start, log_every, console, clock=lambda: next(ticks)) as progress:
+    with Progress(total, progress_fields, start, log_every, console, clock=lambda: next(ticks)) as progress:
         for step in range(start + 1, total + 1):
             progress.update(step, METRICS)
     return out.getvalue()
@@ -66,10 +67,6 @@ def test_time_left_counts_this_process_only(library_log):
     # Two seconds an update, resumed at 90: ten more updates are twenty seconds, however many went before.
     line = play(100, terminal=False, start=90, log_every=1).splitlines()[0]
     assert "step 91/100" in line and "ETA 18s" in line
-
-
-def test_missing_figures_are_left_out():
-    assert progress_fields({"loss": 0.5, "mfu": None, "margin_mean": None}) == ["loss 0.5000"]
 
 
 def test_messages_pass_markup_untouched(library_log):
