@@ -41,6 +41,8 @@ setup(
     entry_points={
         "console_scripts": [
             "dpo-train = dpo.train:main",
+            "dpo-prepare = dpo.prepare:main",
+            "dpo-sweep = dpo.sweep:main",
             "dpo-report = dpo.report:main",
         ]
     },

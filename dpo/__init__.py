@@ -1,3 +1,32 @@
-"""Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU."""
+"""Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU.
+
+Doors: the commands dpo.train, dpo.prepare, dpo.sweep and dpo.report; the names of PUBLIC, each loaded when it is asked for.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+PUBLIC = {  # name -> the module that has it
+    "Config": "dpo.settings.config",
+    "METHODS": "dpo.methods",
+    "RunFolder": "dpo.pages.folder",
+    "UserError": "dpo.common.errors",
+    "change": "dpo.settings.config",
+    "from_mapping": "dpo.settings.config",
+    "parse": "dpo.settings.flags",
+    "read_run": "dpo.pages.folder",
+    "train_step": "dpo.train",
+    "write_report": "dpo.pages.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'dpo' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *PUBLIC])

@@ -17,9 +17,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from dpo.common import command
 from dpo.common.errors import UserError
+from dpo.settings.config import Config
 from dpo.training.preparing import PART, TEXT_BATCH, prepare, record_reference
 
 DTYPES = ("fp16", "bf16", "fp32")
@@ -30,18 +31,15 @@ log = logging.getLogger("dpo")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when all is done, 1 when --verify found damage, 2 after a mistake of the user's, 130 when interrupted."""
+    return command.run("dpo.prepare", lambda: _command(sys.argv[1:] if argv is None else argv), command.GOES_ON)
+
+
+def _command(argv: Sequence[str]) -> int:
     from dpo.common import console
 
-    try:
-        own, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
-        console.setup()
-        return run(own, rest)
-    except UserError as error:
-        print(f"dpo.prepare: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    except KeyboardInterrupt:
-        log.warning("stopped; the same command goes on from here")
-        return 130
+    own, rest = make_parser().parse_known_args(list(argv))
+    console.setup()
+    return run(own, rest)
 
 
 def run(own: argparse.Namespace, rest: list[str]) -> int:
@@ -77,12 +75,9 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
 # ------------------------------------------------------------------------------------------------------------ command line
 
 
-def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(message)
-
-    parser = Parser(
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of this command alone; the others are those of dpo.train."""
+    parser = command.Parser(
         prog="dpo.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -120,7 +115,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _config(folder: Path, rest: list[str]) -> Any:
+def _config(folder: Path, rest: list[str]) -> Config:
     """The settings of the flags of dpo.train; without --data, a store that is there is what is recorded on."""
     from dpo.data.store.store import is_store
     from dpo.settings.flags import parse
@@ -131,7 +126,7 @@ def _config(folder: Path, rest: list[str]) -> Any:
         if not names & {"--model", "--pretrained-model-name-or-path"}:
             raise UserError(f"{folder} is a store: give the --model that it was prepared with")
         rest = [*rest, "--data", str(folder)]
-    config, notes = parse(rest, also=[flag for action in _parser()._actions for flag in action.option_strings])
+    config, notes = parse(rest, also=[flag for action in make_parser()._actions for flag in action.option_strings])
     for note in notes:
         log.info("%s", note)
     return config

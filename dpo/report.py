@@ -12,20 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.common.errors import UserError
-from dpo.pages.report import write_report
+from dpo.common import command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: write the report and say where it is."""
+    """The command: write the report and say where it is; 2 after a mistake of the user's, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="python -m dpo.report", description="Write report.html of a run folder.")
     parser.add_argument("folder", type=Path, help="output folder of a run")
-    try:
-        path = write_report(parser.parse_args(arguments).folder)
-    except UserError as error:
-        sys.stderr.write(f"dpo.report: {error}\n")
-        return 2
-    sys.stdout.write(f"{path}\n")
+    return command.run("dpo.report", lambda: report(parser.parse_args(arguments).folder))
+
+
+def report(folder: Path) -> int:
+    """Write report.html of `folder` and say on stdout where it is. Raises UserError."""
+    from dpo.pages.report import write_report
+
+    sys.stdout.write(f"{write_report(folder)}\n")
     return 0
 
 

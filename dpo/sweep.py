@@ -16,32 +16,28 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from dpo.common import command
 from dpo.common.errors import UserError
-from dpo.pages.sweep import compare, name_of
-from dpo.settings.config import specs
+from dpo.settings.config import Config, specs
 
 GROUPS = ("method", "optim", "lora")
-
-
 AXES = ("seed", "precision", "caption_dropout", "label_smoothing")
-
 
 log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when every run finished, 1 when some failed, 2 after a mistake of the user's, 130 when interrupted."""
-    try:
-        out, grid, rest = read(sys.argv[1:] if argv is None else list(argv))
-        from dpo.common import console
+    return command.run("dpo.sweep", lambda: _command(sys.argv[1:] if argv is None else argv), command.GOES_ON)
 
-        console.setup()
-        return sweep(out, grid, rest)
-    except UserError as error:
-        print(f"dpo.sweep: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+
+def _command(argv: Sequence[str]) -> int:
+    from dpo.common import console
+
+    out, grid, rest = read(argv)
+    console.setup()
+    return sweep(out, grid, rest)
 
 
 def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
@@ -87,6 +83,7 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     """Runs what is not finished, one after another, and writes the comparison after each."""
+    from dpo.pages.sweep import compare, name_of
     from dpo.settings.flags import parse
 
     runs = cells(grid)
@@ -100,9 +97,9 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         log.info("run %d of %d: %s", number, len(runs), name_of(cell))
         codes.append(_run(Path(config.output.output), config, notes))
         compare(out, runs)
-        if codes[-1] == 130:
-            log.warning("stopped; the same command goes on from here")
-            return 130
+        if codes[-1] == command.INTERRUPTED:
+            log.warning("%s", command.GOES_ON)
+            return codes[-1]
     log.info("%s", "\n" + (out / "sweep.md").read_text(encoding="utf-8"))
     return 1 if any(codes) else 0
 
@@ -118,23 +115,24 @@ def _same_flags(out: Path, rest: list[str]) -> None:
     write_text(note, flags + "\n")
 
 
-def _run(folder: Path, config: Any, notes: list[str]) -> int:
+def _run(folder: Path, config: Config, notes: list[str]) -> int:
     """One run to its end, unless it is there; a failure is noted and the sweep goes on."""
     import torch
 
+    from dpo.pages.folder import FAILED_FILE
     from dpo.train import train_step
     from dpo.training import loop
 
     if _finished(folder, config):
         log.info("finished before: %s", folder)
         return 0
-    (folder / "failed.txt").unlink(missing_ok=True)
+    (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
         return loop.train(config, notes, train_step)
     except UserError as error:
         log.error("%s: %s", folder.name, error)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "failed.txt").write_text(f"{error}\n", encoding="utf-8")
+        (folder / FAILED_FILE).write_text(f"{error}\n", encoding="utf-8")
         return 1
     finally:
         gc.collect()
@@ -142,11 +140,11 @@ def _run(folder: Path, config: Any, notes: list[str]) -> int:
             torch.cuda.empty_cache()
 
 
-def _finished(folder: Path, config: Any) -> bool:
+def _finished(folder: Path, config: Config) -> bool:
     """Whether the run in `folder` ended well after at least the updates that are wanted now."""
-    from dpo.pages.folder import read_run
+    from dpo.pages.folder import SUMMARY_FILE, read_run
 
-    if not (folder / "summary.json").is_file():
+    if not (folder / SUMMARY_FILE).is_file():
         return False
     run = read_run(folder)
     return run.status == "finished" and run.done >= (config.optim.steps or run.wanted)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dpo.common.errors import UserError
+from dpo.common import command
 
 
 def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
@@ -47,27 +47,26 @@ def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the run ended, 2 after a mistake of the user's (one line on stderr), 130 when interrupted."""
-    try:
-        from dpo.settings.flags import parse
+    return command.run("dpo.train", lambda: train(sys.argv[1:] if argv is None else argv))
 
-        config, notes = parse(sys.argv[1:] if argv is None else argv)
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
-        from dpo.common import console
-        from dpo.training import loop  # torch is imported only once the command line is known to be good
 
-        console.setup()
-        return loop.train(config, notes, train_step)
-    except UserError as error:
-        print(f"dpo.train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dpo.train: interrupted", file=sys.stderr)
-        return 130
+def train(argv: Sequence[str]) -> int:
+    """What the command line asks for; torch is imported only once the line is known to be good."""
+    from dpo.settings.flags import parse
+
+    config, notes = parse(argv)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
+    from dpo.common import console
+    from dpo.training import loop
+
+    console.setup()
+    return loop.train(config, notes, train_step)
 
 
 if __name__ == "__main__":
     code = main()
-    if code == 130:  # everything is written; threads that still draw or decode would abort the interpreter's own end
+    if code == command.INTERRUPTED:
+        # Everything is written; threads that still draw or decode would abort the interpreter's own end.
         logging.shutdown()
         os._exit(code)
     sys.exit(code)

@@ -1,15 +1,19 @@
-"""Intervals."""
+"""Intervals of what was counted."""
 
 from __future__ import annotations
 
 import math
 
+Z95 = 1.959964  # standard deviations of a normal distribution on either side that hold 95 %
 
-def share_interval(successes: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; successes may be fractional (ties count one half)."""
+
+def share_interval(successes: float, count: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 % unless `z` says otherwise (E. B. Wilson, 1927).
+
+    `successes` of `count` may be fractional: a tie counts one half. Nothing counted says nothing: 0 to 1.
+    """
     if count == 0:
         return 0.0, 1.0
-    z = 1.959964
     share = successes / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -10,8 +10,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.settings import compat
 from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, specs, to_toml
@@ -119,12 +120,12 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
 
 def help_text() -> str:
     """What `--help` shows."""
-    return _parser().format_help()
+    return make_parser().format_help()
 
 
 def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
     """Every flag given, by its name as spelled (snake case); values are still text. UserError for one that is unknown."""
-    parser = _parser()
+    parser = make_parser()
     namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
     for word in unknown:
         if not word.startswith("--"):
@@ -151,15 +152,9 @@ def _by_spelling() -> dict[str, Spec]:
     return {spelling: spec for spec in specs().values() for spelling in (spec.name, *spec.meta["aliases"])}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line for the caller to show."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> argparse.ArgumentParser:
+    """All flags of the command, with their help."""
+    parser = Parser(
         prog="dpo.train",
         usage=USAGE,
         description="Align a text-to-image diffusion model with preference pairs.",

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from dpo.common import files
+from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
 from dpo.data.loader import of_dead_worker, worker_died
@@ -30,9 +31,6 @@ from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
-
-
-INTERRUPTED = 130
 
 
 TrainStep = Callable[[Run, Iterator[Any]], dict[str, Any]]

@@ -1,19 +1,27 @@
-"""The command line: every setting as a flag, starting points, help, and mistakes told in one line."""
+"""The command line: every setting as a flag, starting points, help, and mistakes told in one line.
 
+The list of flags is frozen in flags.txt, so that a change of it is seen in review. Write it anew with
+`python -m tests.dpo.settings.test_flags > tests/dpo/settings/flags.txt`.
+"""
+
+import argparse
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.settings.advice import headline, warnings
 from dpo.settings.compat import FOREIGN
 from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
-from dpo.settings.flags import help_of, help_text, load_preset, parse, presets, shown
+from dpo.settings.flags import help_of, help_text, load_preset, make_parser, parse, presets, shown
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 from tests.dpo.settings.test_config import PAIRED, altered
 
 BASE = ["--model", "m", "--data", "d"]
+FROZEN = Path(__file__).with_name("flags.txt")
 
 
 def as_flags(name, value, spelling=None):
@@ -230,3 +238,33 @@ def test_flags_with_effect_are_not_remarked_upon():
 def test_presets_name_only_settings_that_differ_or_matter():
     for entry in Path(__file__).parents[3].joinpath("dpo", "settings", "presets").glob("*.toml"):
         assert set(flatten(from_mapping(tomllib.loads(entry.read_text())))) == set(specs())
+
+
+def flag_list() -> str:
+    """Every flag of train and of prepare: its spellings, what it takes, and its default."""
+    settings = {spec.flag: spec for spec in specs().values()}
+    lines = ["# python -m dpo.train"]
+    for words, takes, action in _shown_flags(make_parser()):
+        spec = settings.get(action.option_strings[0])
+        aliases = [f"--{alias}" for alias in spec.meta["aliases"]] if spec else []
+        lines.append(f"{' '.join([*words, *aliases])}  {takes}  default: {shown(spec.default) if spec else 'none'}")
+    lines.append("# python -m dpo.prepare")
+    for words, takes, action in _shown_flags(prepare.make_parser()):
+        lines.append(f"{' '.join(words)}  {takes}  default: {shown(action.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _shown_flags(parser):
+    """(spellings, what it takes, action) of the flags that --help shows."""
+    for action in parser._actions:
+        if action.help != argparse.SUPPRESS and action.option_strings != ["-h", "--help"]:
+            takes = "switch" if action.nargs == 0 else "|".join(action.choices) if action.choices else action.metavar
+            yield action.option_strings, takes + (" ..." if action.nargs in ("+", "*") else ""), action
+
+
+def test_no_flag_and_no_default_has_changed():
+    assert flag_list() == FROZEN.read_text("utf-8"), "a flag changed: see the top of this file for how to write the list anew"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(flag_list())

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.common.stats import share_interval
 from dpo.pages.figures import DECILES
 from dpo.training.metrics import StepMetrics, summarise, table_by_decile
 from tests.help.oracle import pair_terms
@@ -162,14 +161,3 @@ def test_no_gradient_graph_is_kept():
 
 def test_table_of_a_short_chain():
     assert table_by_decile(torch.arange(4.0))[-1] == 3.0
-
-
-@pytest.mark.parametrize(
-    ("successes", "count", "low", "high"), [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
-)
-def test_share_interval_is_wilsons(successes, count, low, high):
-    assert share_interval(successes, count) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_share_interval_of_nothing_says_nothing():
-    assert share_interval(0, 0) == (0.0, 1.0)

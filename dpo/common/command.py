@@ -1,0 +1,42 @@
+"""The main of every command: what a mistake and an interruption look like, and the exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from dpo.common.errors import UserError
+
+MISTAKE = 2
+INTERRUPTED = 130  # as a shell says of a process that Ctrl-C ended
+GOES_ON = "stopped; the same command goes on from here"
+
+log = logging.getLogger("dpo")
+
+
+def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
+    """The exit code of a command: `work`'s own, 2 after a user's mistake (one line on stderr), 130 when interrupted.
+
+    `stopped` is what the log then says; without it stderr says that the command was interrupted.
+    """
+    try:
+        return work()
+    except UserError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return MISTAKE
+    except KeyboardInterrupt:
+        if stopped is None:
+            sys.stderr.write(f"{name}: interrupted\n")
+        else:
+            log.warning("%s", stopped)
+        return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, which `run` shows."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)

@@ -1,0 +1,67 @@
+"""dpo.common.command: one line for a mistake, exit codes, and no heavy import before the command line is known to be good."""
+
+import argparse
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run
+from dpo.common.errors import UserError
+
+COMMANDS = {"train": "dpo.train", "prepare": "dpo.prepare", "sweep": "dpo.sweep", "report": "dpo.report"}
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_the_exit_code_is_the_works_own(capsys):
+    assert [run("dpo.x", lambda code=code: code) for code in (0, 1, 130)] == [0, 1, 130]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_mistake_is_one_line_on_stderr(capsys):
+    assert run("dpo.x", raising(UserError("no such folder: name another"))) == MISTAKE == 2
+    assert capsys.readouterr() == ("", "dpo.x: no such folder: name another\n")
+
+
+def test_an_interruption_is_said_in_the_commands_words(capsys, caplog):
+    assert run("dpo.x", raising(KeyboardInterrupt())) == INTERRUPTED == 130
+    assert capsys.readouterr().err == "dpo.x: interrupted\n"
+    logging.getLogger("dpo").propagate = True
+    assert run("dpo.x", raising(KeyboardInterrupt()), GOES_ON) == 130
+    assert caplog.messages == [GOES_ON] and "interrupted" not in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run("dpo.x", lambda: 1 // 0)
+
+
+def test_argparse_raises_instead_of_exiting():
+    parser = Parser(prog="x")
+    parser.add_argument("--number", type=int)
+    with pytest.raises(UserError, match="invalid int value"):
+        parser.parse_args(["--number", "many"])
+    assert isinstance(parser, argparse.ArgumentParser)
+
+
+@pytest.mark.parametrize("module", COMMANDS.values())
+def test_help_of_every_command_starts_without_torch(module):
+    code = f"import sys\nfrom {module} import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+    code += "heavy = {'torch', 'numpy', 'matplotlib', 'diffusers'} & set(sys.modules)\nassert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout or "python -m" in done.stdout
+
+
+def test_every_command_is_a_console_script():
+    text = (Path(__file__).parents[3] / "setup.py").read_text("utf-8")
+    assert re.findall(r'"dpo-(\w+) = (dpo\.\w+):main"', text) == list(COMMANDS.items())

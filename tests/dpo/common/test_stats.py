@@ -1,0 +1,31 @@
+"""dpo.common.stats: Wilson's interval against textbook values and its own definition."""
+
+import math
+
+import pytest
+
+from dpo.common.stats import share_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "count", "low", "high"), [(50, 100, 0.4038, 0.5962), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
+)
+def test_share_interval_is_wilsons(successes, count, low, high):
+    assert share_interval(successes, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_share_interval_of_nothing_says_nothing():
+    assert share_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("z", [1.0, 1.96, 2.575829])
+def test_the_ends_are_z_deviations_from_the_share(z):
+    """Wilson's definition: an end p is where |share - p| = z sqrt(p (1 - p) / n)."""
+    for end in share_interval(37.5, 120, z):
+        assert abs(37.5 / 120 - end) == pytest.approx(z * math.sqrt(end * (1 - end) / 120))
+
+
+def test_the_embedded_worlds_printed_figures_do_not_depend_on_the_digits_of_z():
+    """Its record says 0.887 (0.829 to 0.928) of 160 prompts, once computed with z = 1.96."""
+    for z in (1.96, 1.959964):
+        assert [f"{end:.3f}" for end in share_interval(142, 160, z)] == ["0.829", "0.928"]
