@@ -26,7 +26,7 @@ def contradictions(values: Mapping[str, Any]) -> list[str]:
     return [message for broken, message in _combinations(SimpleNamespace(**values)) if broken]
 
 
-def _combinations(v: SimpleNamespace) -> list[tuple[Any, str]]:
+def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
     """Each rule as (it is broken, what to say)."""
     high = 1000 if v.window_high is None else v.window_high
     method = METHODS[v.method]
@@ -82,7 +82,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
     """What to say of the settings in `given` that mean nothing in the run of `values`."""
     v = SimpleNamespace(**values)
     unread = own_settings() - METHODS[v.method].settings - REFUSED
-    rules: list[tuple[Any, Collection[str], str]] = [  # (it holds, what then has no effect, why)
+    rules: list[tuple[object, Collection[str], str]] = [  # (it holds, what then has no effect, why)
         (not v.lora, ADAPTER, "without --lora"),
         (unread, unread, f"with method {v.method}"),
         (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),

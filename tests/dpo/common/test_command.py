@@ -32,10 +32,10 @@ def test_a_mistake_is_one_line_on_stderr(capsys):
     assert capsys.readouterr() == ("", "dpo.x: no such folder: name another\n")
 
 
-def test_an_interruption_is_said_in_the_commands_words(capsys, caplog):
+def test_an_interruption_is_said_in_the_commands_words(capsys, caplog, monkeypatch):
     assert run("dpo.x", raising(KeyboardInterrupt())) == INTERRUPTED == 130
     assert capsys.readouterr().err == "dpo.x: interrupted\n"
-    logging.getLogger("dpo").propagate = True
+    monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
     assert run("dpo.x", raising(KeyboardInterrupt()), GOES_ON) == 130
     assert caplog.messages == [GOES_ON] and "interrupted" not in capsys.readouterr().err
 
