@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from dpo.common import files
+from dpo.common import command, files
 from dpo.tiny import evaluate, judge, sprites
 from dpo.tiny.making import judges, loop, pairs, pipeline, text, vae
 from dpo.tiny.paths import ASSETS
@@ -289,7 +289,14 @@ def run_stage(name: str, job: Job) -> dict:
     return figures
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0 when all is built, 2 after a mistake of the user's, 130 when interrupted."""
+    chosen = sys.argv[1:] if arguments is None else arguments
+    return command.run("dpo.tiny.build", lambda: build(chosen), command.GOES_ON)
+
+
+def build(arguments: list[str]) -> int:
+    """What the command line asks for."""
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m dpo.tiny.build", description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, help="artefacts (default: the package's assets; WORK/out for --miniature)")
@@ -316,14 +323,15 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("%s: %s", name, json.dumps({key: value for key, value in figures[name].items() if key != "sha256"}))
     if not options.stage:
         record = {
-            "command": shlex.join(["python", "-m", "dpo.tiny.build", *(sys.argv[1:] if arguments is None else arguments)]),
+            "command": shlex.join(["python", "-m", "dpo.tiny.build", *arguments]),
             "seed": options.seed,
             "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
             "sha256": figures["publish"].pop("sha256"),
             "stages": figures,
         }
         files.write_text(job.out / "build.json", json.dumps(record, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
