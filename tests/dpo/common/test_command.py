@@ -35,7 +35,9 @@ def test_a_mistake_is_one_line_on_stderr(capsys):
 def test_an_interruption_is_said_in_the_commands_words(capsys, caplog, monkeypatch):
     assert run("dpo.x", raising(KeyboardInterrupt())) == INTERRUPTED == 130
     assert capsys.readouterr().err == "dpo.x: interrupted\n"
-    monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
+    log = logging.getLogger("dpo")
+    monkeypatch.setattr(log, "handlers", [])  # whatever other tests have put there
+    monkeypatch.setattr(log, "propagate", True)
     assert run("dpo.x", raising(KeyboardInterrupt()), GOES_ON) == 130
     assert caplog.messages == [GOES_ON] and "interrupted" not in capsys.readouterr().err
 
