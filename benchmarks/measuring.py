@@ -6,7 +6,6 @@ import csv
 import datetime
 import io
 import json
-import os
 import platform
 import statistics
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dpo.common.files import write_text
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft")
 
@@ -94,9 +95,7 @@ class Results:
         self.write("results.json", json.dumps({"about": self.header, **self.rows}, indent=1))
 
     def write(self, name: str, text: str) -> None:
-        part = self.folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.folder / name)
+        write_text(self.folder / name, text)
 
 
 def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -17,6 +17,7 @@ from csrc_triton.group_norm_silu import group_norm_silu as fused_group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.pair_errors import pair_errors
+from dpo.common.words import first_line
 from dpo.objective import pair_loss
 
 BATCHES = (1, 4, 16, 32, 64)  # pairs
@@ -45,7 +46,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, budget: float) -
         try:
             row[f"{name}_us"] = median_seconds(work, device, budget) * 1e6
         except Exception as error:
-            row["failed"] = f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            row["failed"] = f"{name}: {type(error).__name__}: {first_line(error)[:120]}"
     if "fused_us" in row:
         row["GB/s"] = case.bytes / row["fused_us"] / 1e3
         row["of copy"] = case.bytes / row["fused_us"] * 1e6 / bandwidth

@@ -20,6 +20,7 @@ from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.pair_errors import pair_errors, pair_errors_reference
+from dpo.common.words import first_line
 from dpo.objective import pair_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,6 +198,5 @@ def graph_replay(device: torch.device) -> dict[str, Any]:
         worst = max((a.float() - b.float()).abs().max().item() for a, b in both)
         same = all(torch.equal(a, b) for a, b in both)  # not so for a NaN
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:100]
-        return row | {"op": f"{row['op']}: {type(error).__name__}: {reason}", "kernel": None, "ok": False}
+        return row | {"op": f"{row['op']}: {type(error).__name__}: {first_line(error)[:100]}", "kernel": None, "ok": False}
     return row | {"kernel": worst, "ok": same}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import captured, median_seconds, peak_memory_gib
 from dpo import reference
+from dpo.common.words import first_line
 from dpo.encode import Inputs
 from dpo.models import lora
 from dpo.models.denoiser import halve, use_checkpointing
@@ -308,6 +309,6 @@ def rows(model: Size, device: torch.device, budget: float) -> Iterator[dict[str,
                 "GiB": peak_memory_gib(device),
             }
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            row["failed"] = f"{type(error).__name__}: {first_line(error)[:160]}"
         step = parameters = None
         yield row

@@ -59,9 +59,7 @@ def soft_pairs(path: Path) -> Path:
         index = table.schema.get_field_index(name)
         table = table.set_column(index, table.schema.field(index), pa.array(values, type=table.schema.field(index).type))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(table, part)
-    os.replace(part, path)
+    files.write_whole(path, lambda part: pq.write_table(table, part))
     return path
 
 

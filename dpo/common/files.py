@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,56 @@ from dpo.common.errors import UserError
 CHUNK = 1 << 24
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: a reader sees the old file or the new one, never half of it."""
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace `path` by what `write` puts at the path it is given: a reader sees the old or the new, never half.
+
+    The new file lies hidden beside its place until it is on disk, and is removed when anything fails. Errors pass
+    through as they are; `disk_error` turns them into words.
+    """
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        write(part)
+        with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) in one step. Raises what `disk_error` makes of an error of the system."""
+    try:
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    except OSError as error:
         raise disk_error(error, path) from error
 
 
+def disk_full(error: Exception, path: Path, remedy: str) -> UserError | None:
+    """The line for a full disk under `path`, which ends in what to do; None when `error` is about something else."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+        return None
+    free = shutil.disk_usage(path.parent).free / 2**30
+    return UserError(f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then {remedy}")
+
+
 def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
-    """What to raise when `path` cannot be written: a UserError where a person can mend it, else the error itself."""
+    """What to raise when a run cannot write `path`: a UserError where a person can mend it, else the system's error."""
+    if full := disk_full(error, path, "go on with --resume latest"):
+        return full
     if isinstance(error, SafetensorError):  # it wraps the system's error as text
-        error = OSError(errno.ENOSPC if "No space left" in str(error) else errno.EIO, str(error))
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free / 2**30
-        return UserError(
-            f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then go on with --resume latest"
-        )
+        return OSError(errno.EIO, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
     return error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a rename inside it then outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checksum(path: Path) -> str:
@@ -55,14 +79,20 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _seal(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what state.json says, so that an altered number is noticed like an altered tensor."""
+def sealed(content: Mapping[str, Any], key: str) -> str:
+    """`content` as JSON with the SHA-256 of all of it under `key`, so that an altered number is noticed."""
+    plain = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are text
+    return json.dumps({**plain, key: _content_digest(plain)}, indent=1)
+
+
+def unseal(text: str, key: str) -> tuple[dict[str, Any], bool]:
+    """What was given to `sealed`, and whether it is unaltered. Raises ValueError for text that `sealed` never made."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"not a JSON object with {key!r}")
+    found = content.pop(key)
+    return content, found == _content_digest(content)
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,12 +13,13 @@ touched. A grid carries its prompts, seeds and layout in a PNG text chunk; `read
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from dpo.common.files import write_whole
 
 CHUNK = "dpo-grid"
 
@@ -67,9 +68,7 @@ def write_grid(path: Path, prompts: Sequence[str], seeds: Sequence[int], columns
     info.add_itxt(CHUNK, json.dumps({"prompts": list(prompts), "boxes": boxes}))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    grid.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    write_whole(path, lambda part: grid.save(part, format="PNG", pnginfo=info))
     return path
 
 

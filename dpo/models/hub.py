@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from dpo.common.errors import UserError
+from dpo.common.hub import is_hub_id
 from dpo.common.words import first_line
-
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def locate(model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None) -> Path:
@@ -22,7 +20,7 @@ def locate(model: str, *, revision: str | None = None, variant: str | None = Non
         if not (path / "model_index.json").is_file():
             raise UserError(f"{model} has no model_index.json: name the folder of a whole diffusers pipeline")
         return path
-    if not HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise UserError(f"no such model: {model} is neither a folder, a .safetensors file nor a hub id (owner/name)")
     from diffusers import DiffusionPipeline
 
@@ -38,5 +36,5 @@ def locate(model: str, *, revision: str | None = None, variant: str | None = Non
 
 def check_part(flag: str, source: str | None) -> None:
     """UserError when a part of a model that `flag` names is neither on disk nor like a hub id."""
-    if source and not Path(source).expanduser().exists() and not HUB_ID.fullmatch(source):
+    if source and not Path(source).expanduser().exists() and not is_hub_id(source):
         raise UserError(f"{flag} {source}: no such folder or file, and not a hub id (owner/name)")

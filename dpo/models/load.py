@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from dpo.common.errors import UserError
+from dpo.common.hub import is_hub_id
 from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
-from dpo.models.hub import HUB_ID, locate
+from dpo.models.hub import locate
 from dpo.models.parts import _vae_subfolder, component, is_turbo
 from dpo.models.single_file import load_single_file
 
@@ -125,7 +126,7 @@ def load_unet_into(unet: nn.Module, source: str, *, cache_dir: str | None = None
         except Exception as error:
             raise UserError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
     else:
-        folder = path if (path / "config.json").is_file() or not HUB_ID.fullmatch(source) else source
+        folder = path if (path / "config.json").is_file() or not is_hub_id(source) else source
         if isinstance(folder, Path) and not folder.is_dir():
             raise UserError(f"--unet-init {source}: no such folder or file")
         nested = isinstance(folder, str) or (folder / "unet").is_dir()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
+from dpo.common.files import write_text
+from dpo.common.hub import is_hub_id
 from dpo.methods import own_settings
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.verdict import verdict, warnings
 
 REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
-
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 SETTINGS = (
@@ -30,9 +27,7 @@ def write_model_card(run_folder: Path | str) -> Path:
     """Write README.md into a run folder, replaced in one move; UserError when there is no run in it."""
     run = read_run(run_folder)
     path = run.folder / CARD_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(model_card(run), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, model_card(run))
     return path
 
 
@@ -58,9 +53,9 @@ def _front_matter(run: RunFolder) -> str:
     tags = ["text-to-image", "diffusers", "preference-alignment", "diffusion-dpo" if run.method == "dpo" else run.method]
     tags += ["lora"] if run.lora else []
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
-    if base and HUB_ID.fullmatch(str(base)) and not Path(str(base)).exists():
+    if base and is_hub_id(str(base)) and not Path(str(base)).exists():
         fields |= {"base_model": str(base), "base_model_relation": "adapter" if run.lora else "finetune"}
-    if data and HUB_ID.fullmatch(str(data)) and not Path(str(data)).exists():
+    if data and is_hub_id(str(data)) and not Path(str(data)).exists():
         fields["datasets"] = [str(data)]
     return "---\n" + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()) + "\n---"
 

@@ -6,7 +6,6 @@ As SVG the colours become CSS variables (`var(--policy)`), so that a page can be
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dpo.common.files import write_whole
 from dpo.pages.charts import LIGHT, Chart, charts
 from dpo.pages.folder import CURVES_FILE, DDE_FILE, DECILES_FILE, RunFolder, read_run
 
@@ -81,7 +81,5 @@ def _save_png(path: Path, chosen: Sequence[Chart], run: RunFolder) -> Path:
             axes = figure.add_subplot(rows, columns, place + 1)
             chart.draw(axes, run)
             axes.set_title(chart.title, pad=24 if axes.get_legend() else 8, fontweight="bold")
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png", dpi=130, facecolor="white")
-    os.replace(partial, path)
+        write_whole(path, lambda part: figure.savefig(part, format="png", dpi=130, facecolor="white"))
     return path

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from dpo.common.console import duration
+from dpo.common.files import write_text
 from dpo.drawing.grid import read_grid
 from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
@@ -69,9 +69,7 @@ def write_report(run_folder: Path | str) -> Path:
     """Make report.html of a run folder, replaced in one move; UserError when there is no run in it."""
     run = read_run(run_folder)
     path = run.folder / REPORT_FILE
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(run), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, render(run))
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dpo.common.files import write_text
+from dpo.common.files import write_text, write_whole
 from dpo.pages.figures import FIGURES, SWEEP
 from dpo.pages.folder import FAILED_FILE, METRICS_FILE, read_run
 from dpo.pages.plots import STYLE
@@ -97,4 +97,4 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
         bars.set_yticks(range(len(read)), [run.folder.name.replace("_", " ") for run in read])
         bars.invert_yaxis()
         figure.tight_layout()
-        figure.savefig(out / "sweep.png", dpi=120, facecolor="white")
+        write_whole(out / "sweep.png", lambda part: figure.savefig(part, format="png", dpi=120, facecolor="white"))

@@ -9,7 +9,6 @@ A folder appears under its name only when all of it is on disk, so a kill at any
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.files import _seal, _sync_folder, checksum, disk_error, write_text
+from dpo.common.files import checksum, disk_error, sealed, sync_folder, unseal, write_text
 from dpo.pages.folder import CHECKPOINTS
 
 log = logging.getLogger("dpo")
@@ -79,13 +78,12 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
-        content = json.loads(json.dumps({"format": FORMAT, **state, "checksums": sums}))
-        write_text(part / "state.json", json.dumps({**content, "seal": _seal(content)}, indent=1))
+        write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
         if folder.exists():  # moved aside, not deleted first: the gap without either is two renames wide
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
         os.replace(part, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, folder) from error
@@ -99,13 +97,14 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
 def load(folder: Path) -> Checkpoint:
     """Read and verify a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise Damaged(f"{folder} has checkpoint format {state['format']}, this version reads {FORMAT}")
-        if state.pop("seal") != _seal(state):
-            raise Damaged(f"{folder / 'state.json'} was altered")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state, unaltered = unseal((folder / "state.json").read_text(encoding="utf-8"), "seal")
+        form = state["format"]
+    except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{folder} has no readable state.json") from error
+    if form != FORMAT:
+        raise Damaged(f"{folder} has checkpoint format {form}, this version reads {FORMAT}")
+    if not unaltered:
+        raise Damaged(f"{folder / 'state.json'} was altered")
     tensors = {}
     for group, expected in state["checksums"].items():
         path = folder / f"{group}.safetensors"

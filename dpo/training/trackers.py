@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from dpo.common.files import write_text
 from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
 
 log = logging.getLogger("dpo")
@@ -94,12 +94,7 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read_records(path) if record.get("step", 0) <= step]
-    replacement = path.with_name(path.name + ".partial")
-    with replacement.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        lines.flush()
-        os.fsync(lines.fileno())
-    os.replace(replacement, path)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
 def flat_numbers(record: Mapping[str, Any]) -> dict[str, float]:

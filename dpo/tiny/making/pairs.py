@@ -8,7 +8,6 @@ validation pairs, tuning prompts and reporting prompts never meet, nor do their 
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from dpo.common.files import write_whole
 from dpo.tiny.judge import Judge, score
 from dpo.tiny.prompts import Prompts
 from dpo.tiny.world import COLOURS, PHRASES, World, caption, prefer
@@ -126,6 +126,4 @@ def table(
 
 def write(rows: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    pq.write_table(rows, part, row_group_size=100, compression="snappy")
-    os.replace(part, path)
+    write_whole(path, lambda part: pq.write_table(rows, part, row_group_size=100, compression="snappy"))

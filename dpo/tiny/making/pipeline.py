@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpo.common.files import write_whole
 from dpo.tiny.evaluate import token_ids
 from dpo.tiny.making import loop, text, vae
 from dpo.tiny.world import COLOURS, PHRASES, Renderer, Scenes, World, caption
@@ -65,10 +66,9 @@ def encode_chunk(world: World, render: Renderer, autoencoder: AutoencoderKL, see
         return
     folder.mkdir(parents=True, exist_ok=True)
     scenes = chunk_scenes(world, seed, index)
-    part = path.with_suffix(".part")
     names = {"object": torch.from_numpy(scenes.object), "colour": torch.from_numpy(scenes.colour)}
-    save_file({"latents": vae.encode(autoencoder, render(scenes)).half().contiguous(), **names}, part)
-    os.replace(part, path)
+    latents = vae.encode(autoencoder, render(scenes)).half().contiguous()
+    write_whole(path, lambda part: save_file({"latents": latents, **names}, part))
 
 
 def chunk_scenes(world: World, seed: int, index: int) -> Scenes:

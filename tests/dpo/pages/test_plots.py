@@ -93,7 +93,7 @@ def test_pngs_of_a_run(runs, tmp_path):
     for name in ("curves.png", "deciles.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert image.width > 600 and len(set(np.asarray(image.convert("L")).ravel().tolist())) > 20
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").glob("*.part*"))
 
 
 def test_plots_leave_the_callers_matplotlib_alone(runs):

@@ -1,0 +1,144 @@
+"""dpo.common.files: a file is there whole or not at all, a seal notices what was altered, a full disk is one line."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from dpo.common import files
+from dpo.common.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_new_file_lies_hidden_beside_its_place_until_it_is_whole(tmp_path):
+    path = tmp_path / "grid.png"
+    path.write_text("old")
+
+    def write(part):
+        assert part.parent == tmp_path and part.name.startswith(".grid.png.part-")
+        part.write_text("new")
+        assert path.read_text() == "old"
+
+    files.write_whole(path, write)
+    assert path.read_text() == "new" and names(tmp_path) == ["grid.png"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flushed"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append("renamed"), replace(source, target)))
+    files.write_text(tmp_path / "config.toml", "new")
+    assert done == ["flushed", "renamed"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no such format"), OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_write_that_fails_leaves_what_was_there_and_passes_the_error_on(tmp_path, error, old):
+    path = tmp_path / "grid.png"
+    if old is not None:
+        path.write_text(old)
+
+    def half(part):
+        part.write_text("half of it")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        files.write_whole(path, half)
+    assert caught.value is error
+    assert names(tmp_path) == ([] if old is None else ["grid.png"])
+    assert old is None or path.read_text() == old
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_text_on_a_full_disk_is_one_line(tmp_path, monkeypatch, call):
+    path = tmp_path / "config.toml"
+    files.write_text(path, "old ä")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, no_space)
+        with pytest.raises(UserError) as caught:
+            files.write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "old ä" and names(tmp_path) == ["config.toml"]
+    begin, end = f"GiB left at {tmp_path}): ", "free some space, then go on with --resume latest"
+    assert str(caught.value).startswith("the disk is full (") and str(caught.value).endswith(begin + end)
+
+
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+)
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_the_line_for_a_full_disk_ends_in_what_to_do(tmp_path, error):
+    said = files.disk_full(error, tmp_path / "000000.safetensors", "run it again")
+    assert str(said).endswith(f"GiB left at {tmp_path}): free some space, then run it again") and "\n" not in str(said)
+    assert "--resume latest" in str(files.disk_error(error, tmp_path / "x"))
+
+
+def test_other_errors_of_the_disk(tmp_path):
+    assert files.disk_full(OSError(errno.EIO, "I/O error"), tmp_path / "x", "run it again") is None
+    said = files.disk_error(PermissionError(errno.EACCES, "Permission denied"), tmp_path / "x")
+    assert str(said) == f"cannot write {tmp_path / 'x'}: Permission denied; choose another --output"
+    unknown = OSError(errno.EIO, "I/O error")
+    assert files.disk_error(unknown, tmp_path / "x") is unknown
+    wrapped = files.disk_error(SafetensorError("header too large"), tmp_path / "x")
+    assert isinstance(wrapped, OSError) and "header too large" in str(wrapped)
+
+
+def test_a_checksum_is_that_of_the_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 2)  # several blocks, the last one short
+    (tmp_path / "x").write_bytes(b"abc")
+    assert files.checksum(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# --- seals ----------------------------------------------------------------------------------------------------------------
+
+CONTENT = {"format": 1, "step": 3, "x": [0.1, 1e-300, 2**63, None, True, "ä"], "by": {"3": {"a": 1}, "b": 2.5}}
+
+
+@pytest.mark.parametrize("key", ["seal", "checksum"])
+def test_what_is_sealed_comes_back(key):
+    text = files.sealed(CONTENT, key)
+    assert list(json.loads(text)) == [*CONTENT, key]
+    assert files.unseal(text, key) == (CONTENT, True)
+
+
+def test_what_json_writes_differently_passes_its_own_seal():
+    found, unaltered = files.unseal(files.sealed({"betas": (0.9, 0.999), "by": {"3": 1, 4: 2}}, "seal"), "seal")
+    assert unaltered and found == {"betas": [0.9, 0.999], "by": {"3": 1, "4": 2}}
+
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "v0.1"
+
+
+@pytest.mark.parametrize("name, key", [("state.json", "seal"), ("store.json", "checksum"), ("record.json", "checksum")])
+def test_files_of_version_0_1_are_read_and_would_be_written_again_to_the_byte(name, key):
+    (path,) = GOLDEN.rglob(name)
+    text = path.read_text(encoding="utf-8")
+    content, unaltered = files.unseal(text, key)
+    assert unaltered and files.sealed(content, key) == text
+
+
+@pytest.mark.parametrize("old, new", [('"step": 3', '"step": 4'), ("2.5", "2.50001"), ("true", "false"), ('"b"', '"c"')])
+def test_an_altered_value_is_noticed(old, new):
+    text = files.sealed(CONTENT, "seal")
+    assert old in text
+    content, unaltered = files.unseal(text.replace(old, new), "seal")
+    assert not unaltered and "seal" not in content
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"checksum": 1}'])
+def test_what_has_no_seal_is_refused(text):
+    with pytest.raises(ValueError):
+        files.unseal(text, "seal")
