@@ -5,18 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
+def read_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; closing ends the thread."""
-    ready: queue.Queue = queue.Queue(depth)
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # (item,), what ended it, or None at its end
     closed = threading.Event()
 
-    def put(item: Any, error: BaseException | None = None, last: bool = False) -> bool:
+    def put(message: tuple[T] | BaseException | None) -> bool:
         while not closed.is_set():
             try:
-                ready.put((item, error, last), timeout=0.1)
+                ready.put(message, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -25,22 +27,19 @@ def read_ahead(items: Iterable[Any], depth: int) -> Generator[Any, None, None]:
     def run() -> None:
         try:
             for item in items:
-                if not put(item):
+                if not put((item,)):
                     return
-            put(None, last=True)
+            put(None)
         except BaseException as error:
-            put(None, error)
+            put(error)
 
     thread = threading.Thread(target=run, name="dpo-read-ahead", daemon=True)
     thread.start()
     try:
-        while True:
-            item, error, last = ready.get()
-            if error is not None:
-                raise error
-            if last:
-                return
-            yield item
+        while (message := ready.get()) is not None:
+            if isinstance(message, BaseException):
+                raise message
+            yield message[0]
     finally:
         closed.set()
         thread.join()

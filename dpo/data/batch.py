@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
-from dpo.data.images import prepare
+from dpo.data.images import square
 from dpo.data.pairs import BadImage, Pair
+from dpo.settings.config import Data
 
-SMALL = 1 << 14  # bytes
+BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
 
 
 @dataclass
@@ -45,7 +46,7 @@ class PairBatch:
 
     def __getstate__(self) -> dict[str, Any]:
         """Small tensors travel between processes as arrays: each shared one costs a file handle and a handshake."""
-        small = {k: v.numpy() for k, v in vars(self).items() if isinstance(v, Tensor) and v.nbytes <= SMALL}
+        small = {k: v.numpy() for k, v in vars(self).items() if isinstance(v, Tensor) and v.nbytes <= BY_VALUE}
         return vars(self) | small
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -72,19 +73,25 @@ class Decoding:
     flip: bool = False
     caption_dropout: float = 0.0
 
+    @classmethod
+    def of(cls, data: Data, seed: int) -> Decoding:
+        """As the settings say, once the resolution is known."""
+        assert data.resolution is not None, "the resolution is decided before a batch is read"
+        return cls(data.resolution, seed, data.crop, data.flip, data.caption_dropout)
 
-def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how: Decoding) -> PairBatch:
+
+def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, decoding: Decoding) -> PairBatch:
     """Reads and decodes the images of B pairs. An image that cannot be used leaves a hole, never an exception."""
     keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
     draw = torch.tensor(draws, dtype=torch.int64)
 
     def keyed(stream: Stream, count: int, wanted: bool) -> list[list[float]]:
-        return uniform(keys, draw, stream, how.seed, count).tolist() if wanted else [[0.5] * count] * len(pairs)
+        return uniform(keys, draw, stream, decoding.seed, count).tolist() if wanted else [[0.5] * count] * len(pairs)
 
-    flips = keyed(Stream.FLIP, 1, how.flip)
-    crops = keyed(Stream.CROP, 4, how.crop == "random")
-    drops = keyed(Stream.DROPOUT, 1, how.caption_dropout > 0)
-    size = how.resolution
+    flips = keyed(Stream.FLIP, 1, decoding.flip)
+    crops = keyed(Stream.CROP, 4, decoding.crop == "random")
+    drops = keyed(Stream.DROPOUT, 1, decoding.caption_dropout > 0)
+    size = decoding.resolution
     pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
     micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
     usable = torch.ones(len(pairs))
@@ -93,7 +100,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how
         places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
         for place, image, uniforms in places:
             try:
-                pixels[place], numbers = prepare(image.load(), size, how.crop, uniforms, flip < 0.5)
+                pixels[place], numbers = square(image.load(), size, decoding.crop, uniforms, flip < 0.5)
             except BadImage as error:
                 usable[i] = 0.0
                 bad.append((pair.key, f"image {image.uid or '(none)'} of {pair.caption!r}: {error}"))
@@ -109,7 +116,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, how
         draws=draw,
         prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
         usable=usable,
-        captions=["" if drop < how.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)],
+        captions=["" if drop < decoding.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)],
         micro=micro,
         position=position,
         epoch=int(draws[0]),

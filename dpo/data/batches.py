@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
 
 from dpo.data import loader
-from dpo.data.batch import PairBatch
-from dpo.data.order import run_order
+from dpo.data.batch import Decoding, PairBatch
+from dpo.data.loader import Reading
+from dpo.data.order import Order, run_order, stored_order
 from dpo.data.pairs import Source
-from dpo.data.store.reader import Recorded, _ahead, _Reader, plain_batches
+from dpo.data.store import reader
+from dpo.data.store.recorded import RecordedErrors
 from dpo.data.store.store import of_store
 
 
-def batches(source: Source, cfg: Any, *, recorded: Recorded | None = None, **how: Any) -> Generator[PairBatch, None, None]:
-    """`loader.batches` for every kind of source; from a store with latents, encoded text and recorded errors."""
+def batches(
+    source: Source, order: Order, decoding: Decoding, reading: Reading, recorded: RecordedErrors | None = None
+) -> Generator[PairBatch, None, None]:
+    """The micro-batches of `order`; close the generator to end the workers or the thread that read ahead.
+
+    Images are decoded by worker processes. From a prepared store come latents, encoded text and, where `recorded` is given,
+    the reference's errors. Raises UserError for unreadable images, by `reading`, and when a worker dies.
+    """
     store = of_store(source)
-    if store is None:
-        assert recorded is None, "recorded reference errors belong to a prepared store"
-        yield from loader.batches(source, cfg, **how)
-        return
-    read = _Reader(store, how["seed"], cfg.flip, cfg.caption_dropout, recorded)
-    places = run_order(
-        store, how["seed"], how["start"], how.get("stop"), how["micro_batch"], how.get("rank", 0), how.get("world", 1)
-    )
-    yield from _ahead(read.batch(*place) for place in places)
+    if store is not None:
+        return reader.read(store, run_order(store, order), decoding, recorded)
+    assert recorded is None, "recorded reference errors belong to a prepared store"
+    return loader.load(source, run_order(source, order), decoding, reading, order.micro_batch)
 
 
-def held_out_batches(source: Source, cfg: Any, *, micro_batch: int, **how: Any) -> Generator[PairBatch, None, None]:
-    """`loader.held_out_batches` for every kind of source."""
-    store = of_store(source)
-    if store is None:
-        yield from loader.held_out_batches(source, cfg, micro_batch=micro_batch, **how)
-        return
-    yield from _ahead(plain_batches(store, micro_batch))
+def held_out_batches(source: Source, micro_batch: int, resolution: int, reading: Reading) -> Generator[PairBatch, None, None]:
+    """One pass over held-out pairs as they are stored: draw 0, centre crop, no mirror, all captions; the last may be short."""
+    plain, store = Decoding(resolution, seed=0), of_store(source)
+    if store is not None:
+        return reader.read(store, stored_order(store, micro_batch), plain)
+    return loader.load(source, stored_order(source, micro_batch), plain, reading, micro_batch)

@@ -10,10 +10,15 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.data.parquet import Files
+from dpo.settings.config import Data
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 CONVERTED = "refs/convert/parquet"
 TIMEOUT = 30  # seconds for the hub to answer
@@ -50,8 +55,8 @@ def files_of_split(names: list[str], split: str, where: str) -> list[str]:
     return chosen
 
 
-def hub_files(repo: str, cfg: Any, split: str) -> Files:
-    """The parquet files of one split of a hub data set, downloaded or (cfg.streaming) to be streamed. Raises UserError."""
+def hub_files(repo: str, data: Data, split: str) -> Files:
+    """The parquet files of one split of a hub data set, downloaded or (data.streaming) to be streamed. Raises UserError."""
     import huggingface_hub
 
     where = f"data set {repo} on the hub"
@@ -59,22 +64,22 @@ def hub_files(repo: str, cfg: Any, split: str) -> Files:
         names, revision = _parquet_names(huggingface_hub.HfApi(), repo)
     except Exception as error:  # network, permission and offline errors of several libraries
         raise _unreachable(repo, error) from error
-    if cfg.config_name is not None:
-        names = [name for name in names if cfg.config_name in PurePosixPath(name).parts[:-1]]
+    if data.config_name is not None:
+        names = [name for name in names if data.config_name in PurePosixPath(name).parts[:-1]]
     if not names:
-        chosen = "" if cfg.config_name is None else f" of configuration {cfg.config_name!r}"
+        chosen = "" if data.config_name is None else f" of configuration {data.config_name!r}"
         raise UserError(f"{where}: has no parquet files{chosen}; download it and give the folder")
     configs = {PurePosixPath(name).parts[0] for name in names} if revision == CONVERTED else set()
     if len(configs) > 1:
         raise UserError(f"{where}: has several configurations ({', '.join(sorted(configs))}); choose one with --config-name")
     names = files_of_split(names, split, where)
-    if cfg.streaming:
+    if data.streaming:
         fs = huggingface_hub.HfFileSystem()
         return Files(names, lambda name: fs.open(f"datasets/{repo}/{name}", "rb", revision=revision))
     return Files(names, functools.cache(lambda name: _download(repo, name, revision)))
 
 
-def _parquet_names(api: Any, repo: str) -> tuple[list[str], str | None]:
+def _parquet_names(api: HfApi, repo: str) -> tuple[list[str], str | None]:
     """Parquet files of the repository, or of the hub's own conversion of it, and the revision they are in."""
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -100,8 +105,7 @@ def _download(repo: str, name: str, revision: str | None) -> str:
 
 
 def _unreachable(repo: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
-        f"data {repo!r} is no file or folder here and cannot be had from the hub ({reason}): "
+        f"data {repo!r} is no file or folder here and cannot be had from the hub ({first_line(error)}): "
         "check the name and the connection, or give a local folder"
     )

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dpo.data.pairs import BadImage
 
+FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
 MAX_PIXELS = 89_478_485  # Pillow's own line between large and a decompression bomb
-TURNS = {
+TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,15 +30,18 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# SDXL's numbers of an image: original height and width, crop top and left, target height and width.
+Micro = tuple[int, int, int, int, int, int]
 
-def prepare(
+
+def square(
     data: bytes,
     resolution: int,
     crop: str = "center",
     crop_uniforms: Sequence[float] = (0.5, 0.5),
     flip: bool = False,
     max_pixels: int = MAX_PIXELS,
-) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
+) -> tuple[Tensor, Micro]:
     """File bytes -> pixels uint8 [3, resolution, resolution] and SDXL's size and crop of the image.
 
     The short side becomes `resolution`, the other is cut: in the middle, or for crop "random" by `crop_uniforms` (down,

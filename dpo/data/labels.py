@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from dpo.common.errors import UserError
+from dpo.settings.config import Data
 
 CAPTION = ("caption", "prompt", "text")
 CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win")
@@ -35,7 +35,7 @@ class Columns:
     uid_1: str | None = None
 
     @property
-    def judged_by(self) -> list[str]:
+    def decided_by(self) -> list[str]:
         """The small columns that decide about a row."""
         names = (self.label_0, self.label_1, self.has_label, self.are_different, self.uid_0, self.uid_1)
         return [name for name in names if name]
@@ -46,7 +46,7 @@ class Columns:
         return [name for name in (self.caption, self.first, self.second, self.uid_0, self.uid_1) if name]
 
 
-def find_columns(names: Iterable[str], cfg: Any, where: str, kind: str = "auto") -> Columns:
+def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto") -> Columns:
     """Chooses the columns of a table among `names`; `kind` "pickapic" or "chosen-rejected" admits that layout only.
 
     Raises UserError that names the columns found.
@@ -58,10 +58,10 @@ def find_columns(names: Iterable[str], cfg: Any, where: str, kind: str = "auto")
             return chosen if chosen in names else None
         return next((name for name in usual if name in names), None)
 
-    caption = pick(cfg.caption_column, CAPTION)
-    chosen, rejected = pick(cfg.chosen_column, CHOSEN), pick(cfg.rejected_column, REJECTED)
+    caption = pick(data.caption_column, CAPTION)
+    chosen, rejected = pick(data.chosen_column, CHOSEN), pick(data.rejected_column, REJECTED)
     images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
-    by_name = cfg.chosen_column is not None or cfg.rejected_column is not None
+    by_name = data.chosen_column is not None or data.rejected_column is not None
     if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:
         optional = [n if n in names else None for n in ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid")]
         return Columns(caption, *images, "label_0", *optional)
@@ -79,7 +79,7 @@ def find_columns(names: Iterable[str], cfg: Any, where: str, kind: str = "auto")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RowLabels:
     """For n rows: which to keep, which have the second image preferred, and the preference's probability in [0.5, 1]."""
 
     keep: np.ndarray  # [n] bool
@@ -88,15 +88,15 @@ class Verdict:
     counts: dict[str, int]
 
 
-def judge(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> Verdict:
-    """What the labels of `rows` rows say; table maps the names of `columns.judged_by` to arrays (NaN or None where null).
+def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> RowLabels:
+    """What the labels of `rows` rows say; table maps the names of `columns.decided_by` to arrays (NaN or None where null).
 
     Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of one image with itself,
     and, unless ties is "keep", ties.
     """
     if columns.label_0 is None:
         ones = np.ones(rows, dtype=bool)
-        return Verdict(ones, ~ones, np.ones(rows, dtype=np.float32), {"rows": rows})
+        return RowLabels(ones, ~ones, np.ones(rows, dtype=np.float32), {"rows": rows})
     p = table[columns.label_0].astype(np.float64)
     other = 1.0 - p if columns.label_1 is None else table[columns.label_1].astype(np.float64)
     unlabelled = np.isnan(p) | np.isnan(other)
@@ -120,4 +120,4 @@ def judge(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) 
         keep &= ~tie
     prob = np.where(tie, 0.5, np.maximum(p, 1.0 - p)).astype(np.float32)
     counts = {"rows": rows, "ties": tie, "unlabelled": unlabelled, "invalid labels": invalid, "one image twice": identical}
-    return Verdict(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})
+    return RowLabels(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})

@@ -1,4 +1,4 @@
-"""Micro-batches in the order of the run, from any position, decoded ahead by worker processes.
+"""Micro-batches of image files, decoded ahead by worker processes.
 
 The main process decides the order and reads parquet (a thread keeps ahead of it); workers get pairs with their file bytes
 or paths and decode them. So the batches do not depend on the number of workers, and starting at position g costs the
@@ -12,60 +12,42 @@ import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
-from dpo.data.order import run_order
+from dpo.data.images import FEW_BAD
+from dpo.data.order import Place
 from dpo.data.pairs import Pair, Source
+from dpo.settings.config import Data
 
 READ_AHEAD = 2  # batches read before a worker asks for them
-
-
-FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
-
-
 GRACE = 20  # seconds that a worker lives on after SIGTERM, while the main process writes its checkpoint
 
+T = TypeVar("T")
 
 logger = logging.getLogger("dpo")
 
 
-def batches(
-    source: Source,
-    cfg: Any,
-    *,
-    seed: int,
-    start: int,
-    micro_batch: int,
-    resolution: int,
-    workers: int | None = None,
-    stop: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-) -> Generator[PairBatch, None, None]:
-    """Batches of `micro_batch` pairs from global position `start` (pairs consumed so far), endless unless `stop` is given.
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read: by whom, how far ahead, and what happens when one cannot be used."""
 
-    Position g is pair epoch_order(seed, g // n)[g % n] in draw g // n; a batch may span the end of an epoch. With `world`
-    processes, process `rank` gets every world-th batch. Close the generator to end its workers.
-    Raises UserError for unreadable images by cfg.on_bad_image and cfg.bad_image_limit, and when a worker dies.
-    """
-    how = Decoding(resolution, seed, cfg.crop, cfg.flip, cfg.caption_dropout)
-    work = _in_order(source, seed, start, stop, micro_batch, rank, world)
-    yield from _run(work, how, source, cfg, micro_batch, workers)
+    workers: int = 0  # processes; -1: half of the cores, at most 8
+    prefetch: int = 4  # batches decoded ahead by each
+    on_bad_image: str = "skip"  # or "stop"
+    bad_image_limit: float = 0.01  # share of the pairs
 
-
-def held_out_batches(
-    source: Source, cfg: Any, *, micro_batch: int, resolution: int, workers: int | None = None
-) -> Generator[PairBatch, None, None]:
-    """One pass over held-out pairs as they are stored: draw 0, centre crop, no mirror, all captions; the last may be short."""
-    spans = (range(begin, min(begin + micro_batch, len(source))) for begin in range(0, len(source), micro_batch))
-    work = (_Work(span.start, [source[i] for i in span], [0] * len(span)) for span in spans)
-    yield from _run(work, Decoding(resolution, seed=0), source, cfg, micro_batch, workers)
+    @classmethod
+    def of(cls, data: Data) -> Reading:
+        """As the settings say."""
+        return cls(data.workers, data.prefetch, data.on_bad_image, data.bad_image_limit)
 
 
 @dataclass(frozen=True)
@@ -77,23 +59,20 @@ class _Work:
     draws: list[int]
 
 
-def _in_order(
-    source: Source, seed: int, start: int, stop: int | None, micro_batch: int, rank: int, world: int
-) -> Iterator[_Work]:
-    for position, indices, epochs in run_order(source, seed, start, stop, micro_batch, rank, world):
-        yield _Work(position, [source[i] for i in indices], epochs)
-
-
-def _run(
-    work: Iterable[_Work], how: Decoding, source: Source, cfg: Any, micro_batch: int, workers: int | None
+def load(
+    source: Source, places: Iterable[Place], decoding: Decoding, reading: Reading, micro_batch: int
 ) -> Generator[PairBatch, None, None]:
-    """Decodes the work, in order, and looks after images that cannot be used."""
-    workers = worker_count(cfg.workers if workers is None else workers)
-    prefetch = _fit_shared_memory(cfg.prefetch, workers, 2 * micro_batch * 3 * how.resolution**2)
+    """The micro-batches at `places`, in order, of at most `micro_batch` pairs. Close the generator to end its workers.
+
+    Raises UserError for unreadable images, by reading.on_bad_image and bad_image_limit, and when a worker dies.
+    """
+    workers = worker_count(reading.workers)
+    prefetch = _fit_shared_memory(reading.prefetch, workers, 2 * micro_batch * 3 * decoding.resolution**2)
     bad: dict[int, str] = {}
-    ahead = read_ahead(work, READ_AHEAD) if workers and source.groups is not None else iter(work)
+    work = (_Work(position, [source[i] for i in indices], epochs) for position, indices, epochs in places)
+    ahead = read_ahead(work, READ_AHEAD) if workers and source.groups is not None else work
     loader = DataLoader(
-        _Decoder(how),
+        _Decoder(decoding),
         sampler=ahead,
         batch_size=None,
         num_workers=workers,
@@ -104,17 +83,16 @@ def _run(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader seeds its workers from it: the global one stays untouched
     )
-    iterator: Any = None
+    iterator: Iterator[PairBatch] | None = None
     try:
         iterator = iter(loader)
         while (batch := _next(iterator, workers)) is not None:
-            _look_after(batch, bad, source, cfg)
+            _look_after(batch, bad, source, reading)
             yield batch
     finally:
-        if workers and iterator is not None:  # now, not when the last traceback that knows the iterator is forgotten
-            iterator._shutdown_workers()
-        if isinstance(ahead, Generator):
-            ahead.close()
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # now, not when the last traceback that knows the iterator is forgotten
+        ahead.close()
 
 
 def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
@@ -135,35 +113,36 @@ def of_dead_worker(error: Exception) -> bool:
 
 
 def worker_died(error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"a data worker died ({reason}): memory or /dev/shm may be full; try fewer --workers or 0")
+    return UserError(f"a data worker died ({first_line(error)}): memory or /dev/shm may be full; try fewer --workers or 0")
 
 
-def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, cfg: Any) -> None:
+def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: Reading) -> None:
     """Logs each unreadable pair once, and stops when there are too many in this run of the program."""
     for key, reason in batch.bad:
-        if cfg.on_bad_image == "stop":
+        if reading.on_bad_image == "stop":
             raise UserError(f"{reason}; leave such pairs out with --on-bad-image skip")
         if key not in bad:
             bad[key] = reason
             logger.warning("pair left out: %s", reason)
-    allowed = cfg.bad_image_limit * len(source)
-    if cfg.bad_image_limit > 0:
+    allowed = reading.bad_image_limit * len(source)
+    if reading.bad_image_limit > 0:
         allowed = max(allowed, min(FEW_BAD, len(source) // 2))
     if len(bad) > allowed:
         last = next(reversed(bad.values()))
         raise UserError(f"{len(bad)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit")
 
 
-class _Decoder(Dataset):
-    def __init__(self, how: Decoding):
-        self.how = how
+class _Decoder(Dataset[PairBatch]):
+    """The "data set" of the loader: what it is indexed by is the work itself."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
 
     def __getitem__(self, work: _Work) -> PairBatch:
-        return decode_batch(work.pairs, work.draws, work.position, self.how)
+        return decode_batch(work.pairs, work.draws, work.position, self.decoding)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _as_it_is(batch: T) -> T:
     return batch
 
 

@@ -14,6 +14,8 @@ The price: pairs of one row group stay within `window` row groups of each other.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import torch
 from csrc_triton.philox import Stream, random_bits
 from dpo.data.pairs import Source
 
-CHUNK = 1 << 16
+CHUNK = 1 << 16  # keys
 
 
 def _uniform(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -45,23 +47,54 @@ def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None,
     return np.argsort(time, kind="stable")
 
 
-def run_order(
-    source: Source, seed: int, start: int, stop: int | None, micro_batch: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[int, list[int], list[int]]]:
-    """(position, indices, epochs) of each micro-batch of a process, from global position `start` on; endless without `stop`."""
-    n, epoch, order = len(source), -1, np.empty(0, dtype=np.int64)
-    position = start + rank * micro_batch
-    while stop is None or position < stop:
-        end = position + micro_batch if stop is None else min(position + micro_batch, stop)
+@dataclass(frozen=True)
+class Order:
+    """Which pairs of a run come in which micro-batch. A position counts the pairs of the whole run, from 0.
+
+    Position g is pair epoch_order(seed, g // n)[g % n] in epoch g // n; a batch may span the end of an epoch. Of `world`
+    processes, process `rank` gets every world-th batch.
+    """
+
+    seed: int
+    start: int  # the first position: pairs consumed so far
+    micro_batch: int  # pairs
+    stop: int | None = None  # the position after the last; None: endless
+    rank: int = 0
+    world: int = 1
+
+
+class Place(NamedTuple):
+    """Where a micro-batch stands in a run, and its pairs."""
+
+    position: int  # of its first pair
+    indices: list[int]  # [B] in the source
+    epochs: list[int]  # [B]
+
+
+def run_order(source: Source, order: Order) -> Iterator[Place]:
+    """The micro-batches of a process, one after another."""
+    n, epoch, permutation = len(source), -1, np.empty(0, dtype=np.int64)
+    position = order.start + order.rank * order.micro_batch
+    while order.stop is None or position < order.stop:
+        end = position + order.micro_batch
+        if order.stop is not None:
+            end = min(end, order.stop)
         indices, epochs = [], []
         for g in range(position, end):
             if g // n != epoch:
                 epoch = g // n
-                order = epoch_order(n, seed, epoch, source.groups, source.window)
-            indices.append(int(order[g % n]))
+                permutation = epoch_order(n, order.seed, epoch, source.groups, source.window)
+            indices.append(int(permutation[g % n]))
             epochs.append(epoch)
-        yield position, indices, epochs
-        position += world * micro_batch
+        yield Place(position, indices, epochs)
+        position += order.world * order.micro_batch
+
+
+def stored_order(source: Source, micro_batch: int) -> Iterator[Place]:
+    """One pass over the pairs as they are stored, all in epoch 0; the last micro-batch may be short."""
+    for begin in range(0, len(source), micro_batch):
+        indices = list(range(begin, min(begin + micro_batch, len(source))))
+        yield Place(begin, indices, [0] * len(indices))
 
 
 def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class Held:
+class InMemory:
     """A few pairs kept in memory with their image files, so that every validation pass reads nothing."""
 
     pairs: list[Pair]
@@ -136,11 +136,11 @@ class Held:
         return np.array([caption_key(pair.caption) for pair in self.pairs], dtype=np.int64)
 
 
-def hold(source: Source, indices: np.ndarray) -> Held:
+def read_into_memory(source: Source, indices: np.ndarray) -> InMemory:
     """Reads the pairs at `indices` once, in the order in which they are stored."""
     indices = np.sort(indices)
     subset = Subset(source, indices)
-    return Held([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
+    return InMemory([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
 
 
 def digest(*parts: str) -> str:
@@ -167,7 +167,7 @@ def caption_key(caption: str) -> int:
     return _key("caption", caption)
 
 
-def image_ref(value: Any, uid: str | None, root: str | None) -> ImageRef:
+def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
     """The image in a cell: file bytes, {"bytes", "path"}, or a path relative to `root`.
 
     Without a uid, embedded bytes are identified by their content and paths by what is written in the cell.

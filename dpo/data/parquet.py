@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.common.errors import UserError
-from dpo.data.labels import Columns, Verdict, find_columns, judge
+from dpo.common.words import first_line
+from dpo.data.labels import Columns, RowLabels, find_columns, read_labels
 from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
+from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; part of what defines the order
 SCANNERS = 8  # files opened side by side
@@ -43,25 +46,25 @@ class Files:
 class _Scan:
     """What one file says without its images."""
 
-    verdict: Verdict
+    labels: RowLabels
     group_rows: list[int]
     group_bytes: list[int]
 
 
 def _scan(files: Files, name: str, columns: Columns, ties: str) -> _Scan:
     with _opened(files, name) as file:
-        missing = [c for c in columns.read + columns.judged_by if c not in file.schema_arrow.names]
+        missing = [c for c in columns.read + columns.decided_by if c not in file.schema_arrow.names]
         if missing:
             raise UserError(f"{name}: column {missing[0]} is missing, found {', '.join(file.schema_arrow.names)}")
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        small = file.read(columns=columns.judged_by) if columns.judged_by else None
-    table = {c: small.column(c).to_numpy(zero_copy_only=False) for c in columns.judged_by} if small is not None else {}
+        small = file.read(columns=columns.decided_by) if columns.decided_by else None
+    table = {c: small.column(c).to_numpy(zero_copy_only=False) for c in columns.decided_by} if small is not None else {}
     rows = sum(group.num_rows for group in groups)
     try:
-        verdict = judge(table, columns, rows, ties)
+        labels = read_labels(table, columns, rows, ties)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: the labels are not numbers ({error})") from error
-    return _Scan(verdict, [group.num_rows for group in groups], [_bytes_of(group, columns.read) for group in groups])
+    return _Scan(labels, [group.num_rows for group in groups], [_bytes_of(group, columns.read) for group in groups])
 
 
 def _bytes_of(group: pq.RowGroupMetaData, names: list[str]) -> int:
@@ -83,14 +86,13 @@ class _opened:
             raise self._unreadable(error) from error
         return self.file
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.file.close(force=True)
         if isinstance(error, (pa.ArrowException, OSError)):
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> UserError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(f"{self.name}: cannot be read as parquet ({reason}); fetch it again or leave it out")
+        return UserError(f"{self.name}: cannot be read as parquet ({first_line(error)}); fetch it again or leave it out")
 
 
 @dataclass
@@ -152,11 +154,11 @@ class ParquetSource:
         return keys
 
 
-def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
-    """Scans the files and indexes their usable pairs (the first cfg.max_pairs of them). Raises UserError."""
+def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
+    """Scans the files and indexes their usable pairs (the first data.max_pairs of them). Raises UserError."""
     with _opened(files, files.names[0]) as file:
         schema = file.schema_arrow
-    columns = find_columns(schema.names, cfg, files.names[0], kind)
+    columns = find_columns(schema.names, data, files.names[0], kind)
     text = schema.field(columns.caption).type
     text = text.value_type if pa.types.is_dictionary(text) else text
     if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
@@ -166,27 +168,27 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
     sizes: list[int] = []
     scanned: list[str] = []
     total = 0
-    for number, (name, scan) in enumerate(_scans(files, columns, cfg.ties)):
-        keep = np.flatnonzero(scan.verdict.keep)
-        if cfg.max_pairs is not None:
-            keep = keep[: cfg.max_pairs - total]
+    for number, (name, scan) in enumerate(_scans(files, columns, data.ties)):
+        keep = np.flatnonzero(scan.labels.keep)
+        if data.max_pairs is not None:
+            keep = keep[: data.max_pairs - total]
         rows = np.array(scan.group_rows, dtype=np.int64)
         group = np.repeat(np.arange(len(rows)), rows)[keep]
         row = keep - (np.cumsum(rows) - rows)[group]
-        verdict = scan.verdict
-        parts.append((np.full(len(keep), number), group, row, verdict.swap[keep], verdict.prob[keep], len(sizes) + group))
+        labels = scan.labels
+        parts.append((np.full(len(keep), number), group, row, labels.swap[keep], labels.prob[keep], len(sizes) + group))
         sizes += scan.group_bytes
-        counts = {key: counts.get(key, 0) + value for key, value in verdict.counts.items()}
+        counts = {key: counts.get(key, 0) + value for key, value in labels.counts.items()}
         scanned.append(f"{name}:{scan.group_rows}:{scan.group_bytes}")
         total += len(keep)
-        if total == cfg.max_pairs:
+        if total == data.max_pairs:
             break
     file, group, row, swap, prob, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
     window, kept = _window([sizes[number] for number in np.unique(groups)])
     return ParquetSource(
         files=files,
         columns=columns,
-        smoothing=cfg.label_smoothing,
+        smoothing=data.label_smoothing,
         file=file.astype(np.int32),
         group=group.astype(np.int32),
         row=row.astype(np.int32),
@@ -196,7 +198,7 @@ def open_parquet(files: Files, cfg: Any, kind: str = "auto") -> ParquetSource:
         window=window,
         kept=kept,
         summary=counts | {"pairs": total},
-        fingerprint=digest(*scanned, repr(columns), cfg.ties, str(cfg.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()),
+        fingerprint=digest(*scanned, repr(columns), data.ties, str(data.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()),
     )
 
 

@@ -4,68 +4,69 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpo.common.errors import UserError
+from dpo.common.hub import is_hub_id
 from dpo.data.hub import files_of_split, hub_files
 from dpo.data.order import epoch_order, keyed_share
-from dpo.data.pairs import Held, Source, Subset, hold
+from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
 from dpo.data.tables import open_folders, open_table
+from dpo.settings.config import Data
 
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 NOT_PAIRS = {"metadata.jsonl", "dataset_info.json", "dataset_infos.json", "state.json"}
 
 
-def open_source(cfg: Any, split: str | None = None) -> Source:
-    """The pairs that cfg.data names, usable ones only; `split` defaults to cfg.split.
+def open_source(data: Data, split: str | None = None) -> Source:
+    """The pairs that data.data names, usable ones only; `split` defaults to data.split.
 
-    cfg.data is a parquet, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, a glob, or a hub id.
+    data.data is a parquet, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, a glob, or a hub id.
     A split chooses among the files of a folder or hub data set; files named one by one or by a glob are all read.
     Raises UserError when there is no such set, it cannot be read, columns are missing or no pair is usable.
     """
     try:
-        source = _find(cfg, split or cfg.split)
+        source = _find(data, split or data.split)
     except UnicodeDecodeError as error:
-        raise UserError(f"{cfg.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise UserError(f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     if not len(source):
         hint = "; ties can be kept with --ties keep" if source.summary.get("ties") else ""
-        raise UserError(f"{cfg.data}: no usable pairs ({describe(source)}){hint}")
+        raise UserError(f"{data.data}: no usable pairs ({describe(source)}){hint}")
     return source
 
 
-def open_sources(cfg: Any) -> tuple[Source, Source | None]:
+def open_sources(data: Data) -> tuple[Source, Source | None]:
     """(training pairs, held-out pairs or None; in memory unless they are in a prepared store).
 
-    Held out are pairs of cfg.validation_data, or else the share cfg.validation_fraction of the training set, chosen by their
+    Held out are pairs of data.validation_data, or else the share data.validation_fraction of the training set, chosen by their
     captions: keyed by the caption alone, whatever the seed, and no caption stands on both sides. At most
-    cfg.validation_pairs of them are kept, chosen by key; ties are left out, labels are not smoothed.
+    data.validation_pairs of them are kept, chosen by key; ties are left out, labels are not smoothed.
     """
-    train = open_source(cfg)
-    if cfg.validation_data is not None:
-        settings = {"data": cfg.validation_data, "ties": "drop", "label_smoothing": 0.0, "max_pairs": None}
-        return train, _held_out(open_source(replace(cfg, **settings), cfg.validation_split), cfg)
-    if cfg.validation_fraction <= 0:
+    train = open_source(data)
+    if data.validation_data is not None:
+        unsmoothed = replace(data, data=data.validation_data, ties="drop", label_smoothing=0.0, max_pairs=None)
+        return train, _held_out(open_source(unsmoothed, data.validation_split), data)
+    if data.validation_fraction <= 0:
         return train, None
-    out = keyed_share(train.caption_keys(), cfg.validation_fraction)
+    out = keyed_share(train.caption_keys(), data.validation_fraction)
     if out.all() or not out.any():
         side = "training" if out.all() else "validation"
-        raise UserError(f"{cfg.data}: --validation-fraction {cfg.validation_fraction} of {len(out)} pairs leaves none for {side}")
-    return Subset(train, np.flatnonzero(~out)), _held_out(Subset(train, np.flatnonzero(out & (train.prob > 0.5))), cfg)
+        raise UserError(
+            f"{data.data}: --validation-fraction {data.validation_fraction} of {len(out)} pairs leaves none for {side}"
+        )
+    return Subset(train, np.flatnonzero(~out)), _held_out(Subset(train, np.flatnonzero(out & (train.prob > 0.5))), data)
 
 
-def _held_out(source: Source, cfg: Any) -> Held | Subset:
+def _held_out(source: Source, data: Data) -> InMemory | Subset:
     if not len(source):
-        raise UserError(f"{cfg.validation_data or cfg.data}: all held-out pairs are ties; hold out more")
-    chosen = epoch_order(len(source), seed=0, epoch=0)[: cfg.validation_pairs]
-    return Subset(source, np.sort(chosen)) if of_store(source) else hold(source, chosen)
+        raise UserError(f"{data.validation_data or data.data}: all held-out pairs are ties; hold out more")
+    chosen = epoch_order(len(source), seed=0, epoch=0)[: data.validation_pairs]
+    return Subset(source, np.sort(chosen)) if of_store(source) else read_into_memory(source, chosen)
 
 
 def describe(source: Source) -> str:
@@ -86,53 +87,53 @@ def describe(source: Source) -> str:
     return text + (f"; left out: {', '.join(notes)}" if notes else "")
 
 
-def _find(cfg: Any, split: str) -> Source:
-    """Opens what cfg.data names. Raises UserError when it is nothing that can be read."""
-    name, kind = str(cfg.data), cfg.data_format
+def _find(data: Data, split: str) -> Source:
+    """Opens what data.data names. Raises UserError when it is nothing that can be read."""
+    name, kind = str(data.data), data.data_format
     path = Path(name).expanduser()
     if path.is_file():
-        return _of_files([path], path.parent, cfg)
+        return _of_files([path], path.parent, data)
     if path.is_dir():
-        return open_store(path, cfg) if kind == "store" or is_store(path) else _of_folder(path, cfg, split)
+        return open_store(path, data) if kind == "store" or is_store(path) else _of_folder(path, data, split)
     if glob.has_magic(name):
         paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not paths:
             raise UserError(f"{name}: matches no file")
-        return _of_files(paths, Path(os.path.commonpath([p.parent for p in paths])), cfg)
-    if HUB_ID.fullmatch(name) and kind in ("auto", "pickapic", "chosen-rejected"):
-        return open_parquet(hub_files(name, cfg, split), cfg, kind)
+        return _of_files(paths, Path(os.path.commonpath([p.parent for p in paths])), data)
+    if is_hub_id(name) and kind in ("auto", "pickapic", "chosen-rejected"):
+        return open_parquet(hub_files(name, data, split), data, kind)
     raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name)")
 
 
-def _of_files(paths: list[Path], root: Path, cfg: Any) -> Source:
+def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
     """Opens files of one kind: any number of parquet files, or one table."""
     kinds = {path.suffix.lower() for path in paths}
-    layout = cfg.data_format if cfg.data_format in ("pickapic", "chosen-rejected") else "auto"
-    if kinds == {".parquet"} and cfg.data_format in ("auto", "pickapic", "chosen-rejected"):
+    layout = data.data_format if data.data_format in ("pickapic", "chosen-rejected") else "auto"
+    if kinds == {".parquet"} and data.data_format in ("auto", "pickapic", "chosen-rejected"):
         names = [path.relative_to(root).as_posix() for path in paths]
-        return open_parquet(Files(names, lambda name: str(root / name), str(root)), cfg, layout)
-    tables = {"jsonl": (".jsonl", ".json"), "csv": (".csv", ".tsv"), "auto": TABLES}.get(cfg.data_format, TABLES)
+        return open_parquet(Files(names, lambda name: str(root / name), str(root)), data, layout)
+    tables = {"jsonl": (".jsonl", ".json"), "csv": (".csv", ".tsv"), "auto": TABLES}.get(data.data_format, TABLES)
     if len(paths) == 1 and kinds <= set(tables):
-        return open_table(paths[0], cfg, layout)
+        return open_table(paths[0], data, layout)
     found = ", ".join(sorted(path.name for path in paths)[:5])
     if len(kinds) == 1 and kinds <= set(TABLES):
         raise UserError(f"{root}: several tables ({found}); name one of them with --data")
-    raise UserError(f"{root}: cannot read {found} as {cfg.data_format} pairs; known are parquet, JSONL, JSON and CSV files")
+    raise UserError(f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, JSONL, JSON and CSV files")
 
 
-def _of_folder(folder: Path, cfg: Any, split: str) -> Source:
+def _of_folder(folder: Path, data: Data, split: str) -> Source:
     """Opens a folder: `w/` and `l/`, parquet files at any depth, or one table."""
-    kind = cfg.data_format
+    kind = data.data_format
     for root in (folder / split, folder):
         if kind in ("auto", "folders") and (root / "w").is_dir() and (root / "l").is_dir():
-            return open_folders(root, cfg)
+            return open_folders(root, data)
     parquet = [p.relative_to(folder).as_posix() for p in folder.rglob("*.parquet")]
     if parquet and kind in ("auto", "pickapic", "chosen-rejected"):
-        return _of_files([folder / name for name in files_of_split(parquet, split, str(folder))], folder, cfg)
+        return _of_files([folder / name for name in files_of_split(parquet, split, str(folder))], folder, data)
     tables = {p.name: p for p in folder.iterdir() if p.suffix.lower() in TABLES and p.name not in NOT_PAIRS}
     if tables and kind in ("auto", "jsonl", "csv"):
         names = files_of_split(list(tables), split, str(folder)) if len(tables) > 1 else list(tables)
-        return _of_files([tables[name] for name in names], folder, cfg)
+        return _of_files([tables[name] for name in names], folder, data)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     wanted = "parquet, JSONL or CSV files, or folders w/ and l/" if kind == "auto" else f"pairs of format {kind}"
     raise UserError(f"{folder}: needs {wanted}, found {found}")

@@ -16,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
-from dpo.data.labels import CAPTION, Columns, find_columns, judge
+from dpo.data.labels import CAPTION, Columns, find_columns, read_labels
 from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
+from dpo.settings.config import Data
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-CHUNK = 8192
+CHUNK = 8192  # rows
 PROBED = 16  # rows whose image files are looked for at once
+
+Row = dict[str, Any]  # a row of a table by column, as JSON or CSV gave it
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,33 @@ class TableSource:
         return np.array([caption_key(caption.as_py()) for caption in self.captions], dtype=np.int64)
 
 
-def open_table(path: Path, cfg: Any, kind: str = "auto") -> TableSource:
+def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
     """Pairs of a .jsonl, .json (a list of objects), .csv or .tsv file; image paths are relative to its folder."""
     rows = _csv_rows(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
     start = list(islice(rows, 1))
     if not start:
         raise UserError(f"{path}: has no rows")
-    columns = find_columns(start[0][1], cfg, str(path), kind)
+    columns = find_columns(start[0][1], data, str(path), kind)
     table = _columns(path, chain(start, rows), columns)
-    numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in columns.judged_by}
+    numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in columns.decided_by}
     try:
-        verdict = judge(numbers, columns, len(table[columns.caption]), cfg.ties)
+        labels = read_labels(numbers, columns, len(table[columns.caption]), data.ties)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: the labels are not numbers ({error})") from error
-    keep = np.flatnonzero(verdict.keep)[: cfg.max_pairs]
+    keep = np.flatnonzero(labels.keep)[: data.max_pairs]
     kept = {name: column.take(keep) for name, column in table.items()}
     _probe(path, kept, columns)
     first, second = kept[columns.first], kept[columns.second]
     return TableSource(
         kept[columns.caption], first, second,
         uids=(kept[columns.uid_0], kept[columns.uid_1]) if columns.uid_0 and columns.uid_1 else None,
-        root=str(path.parent), swap=verdict.swap[keep], prob=verdict.prob[keep], smoothing=cfg.label_smoothing,
-        summary=verdict.counts | {"without a caption": kept[columns.caption].to_pylist().count(""), "pairs": len(keep)},
-        fingerprint=_fingerprint(kept[columns.caption], first, second, verdict.swap[keep], verdict.prob[keep]),
+        root=str(path.parent), swap=labels.swap[keep], prob=labels.prob[keep], smoothing=data.label_smoothing,
+        summary=labels.counts | {"without a caption": kept[columns.caption].to_pylist().count(""), "pairs": len(keep)},
+        fingerprint=_fingerprint(kept[columns.caption], first, second, labels.swap[keep], labels.prob[keep]),
     )  # fmt: skip
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(line number, object) of a JSONL file, or of a JSON file that holds one list."""
     with path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
@@ -105,7 +108,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         for row in reader:
@@ -116,9 +119,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield reader.line_num, row
 
 
-def _columns(path: Path, rows: Iterable[tuple[int, dict]], columns: Columns) -> dict[str, pa.ChunkedArray]:
+def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> dict[str, pa.ChunkedArray]:
     """The needed columns of a table of text rows, as Arrow arrays built a few thousand rows at a time."""
-    names = dict.fromkeys(columns.read + columns.judged_by)
+    names = dict.fromkeys(columns.read + columns.decided_by)
     chunks: dict[str, list[pa.Array]] = {name: [] for name in names}
     rows = iter(rows)
     while part := list(islice(rows, CHUNK)):
@@ -130,7 +133,8 @@ def _columns(path: Path, rows: Iterable[tuple[int, dict]], columns: Columns) -> 
     return {name: pa.chunked_array(arrays) for name, arrays in chunks.items()}
 
 
-def _cell(path: Path, number: int, row: dict, name: str, columns: Columns) -> Any:
+def _cell(path: Path, number: int, row: Row, name: str, columns: Columns) -> str | float | bool | None:
+    """A cell as its column holds it. Raises UserError, naming the line."""
     value = row.get(name)
     if name in (columns.first, columns.second):
         value = value.get("path") if isinstance(value, dict) else value
@@ -170,7 +174,7 @@ def _fingerprint(captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.C
 # --- folders --------------------------------------------------------------------------------------------------------
 
 
-def open_folders(root: Path, cfg: Any) -> TableSource:
+def open_folders(root: Path, data: Data) -> TableSource:
     """Same-named images in root/w (preferred) and root/l.
 
     Captions come from metadata.jsonl (file_name, caption) or captions.txt (name, tab, caption) in root or root/w, or from a
@@ -182,7 +186,7 @@ def open_folders(root: Path, cfg: Any) -> TableSource:
     captions = _captions(root)
     texts = [_caption(root, name, wins[name], captions) for name in names]
     missing = sum(text is None for text in texts)
-    names, texts = names[: cfg.max_pairs], [text or "" for text in texts[: cfg.max_pairs]]
+    names, texts = names[: data.max_pairs], [text or "" for text in texts[: data.max_pairs]]
     first = pa.chunked_array([pa.array([f"w/{wins[name]}" for name in names], pa.string())])
     second = pa.chunked_array([pa.array([f"l/{losses[name]}" for name in names], pa.string())])
     column = pa.chunked_array([pa.array(texts, pa.string())])
@@ -190,7 +194,7 @@ def open_folders(root: Path, cfg: Any) -> TableSource:
     counts = {"rows": len(wins.keys() | losses.keys()), "without a partner": len(wins.keys() ^ losses.keys())}
     return TableSource(
         column, first, second, uids=None, root=str(root), swap=np.zeros(n, dtype=bool), prob=np.ones(n, dtype=np.float32),
-        smoothing=cfg.label_smoothing, summary=counts | {"without a caption": missing, "pairs": n},
+        smoothing=data.label_smoothing, summary=counts | {"without a caption": missing, "pairs": n},
         fingerprint=_fingerprint(column, first, second),
     )  # fmt: skip
 

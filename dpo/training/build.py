@@ -18,6 +18,7 @@ from dpo import credit, reference, schedule
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
+from dpo.data.loader import Reading
 from dpo.data.pairs import Source
 from dpo.data.sources import describe, open_sources
 from dpo.data.store import recorded
@@ -76,7 +77,7 @@ def build(config: Config, notes: list[str]) -> Run:
     prints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
     cast(config, model)
     twin, prints["reference"] = _make_reference(config, model)
-    errors = recorded.find(config, model, plan, source, prints["reference"]) if config.runtime.reference == "recorded" else None
+    errors = _recorded(config, plan, source, prints["reference"])
     if errors is not None:
         source = errors.covered(source)
     layers = _make_policy(config, model.denoiser)
@@ -125,6 +126,14 @@ def _saved(config: Config, output: Path) -> checkpoint.Checkpoint | None:
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
     return checkpoint.find(root, which)
+
+
+def _recorded(config: Config, plan: schedule.Schedule, source: Source, reference: str) -> recorded.RecordedErrors | None:
+    """The record of the reference's errors that suits the run, where it takes one in place of a reference model."""
+    if config.runtime.reference != "recorded":
+        return None
+    timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
+    return recorded.find(source, recorded.identity(config.data, config.runtime, plan, reference), timesteps)
 
 
 def _make_reference(config: Config, model: Model) -> tuple[nn.Module | None, str]:
@@ -228,7 +237,8 @@ def _held_out(
         return None
     data = config.data
     log.info("held-out accuracy: %d pairs, %d draws each", len(source), data.validation_draws)
-    stream = held_out_batches(source, data, micro_batch=config.optim.batch_size, resolution=data.resolution, workers=0)
+    assert data.resolution is not None  # decided when the model was loaded
+    stream = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
     return validation.prepare(step, encoder, stream, data.validation_draws, predict)
 
 

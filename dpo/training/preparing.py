@@ -65,7 +65,7 @@ def prepare(
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     fresh = fill.fill(
-        fill.Task(
+        fill.Filling(
             folder=place,
             name=str(config.data.data),
             source=source,
@@ -119,6 +119,7 @@ def record_reference(
     """Records the reference's errors on every pair of a finished store in `draws` draws; the record's folder. Raises UserError."""
     import torch
 
+    from dpo.data.batch import Decoding, PairBatch
     from dpo.data.sources import open_source
     from dpo.data.store import recorded, recording
     from dpo.encode import Encoder
@@ -140,7 +141,7 @@ def record_reference(
     ready.cast(config, model)
     if config.model.unet_init and config.model.reference_model == "init":
         load_unet_into(model.denoiser, config.model.unet_init)
-    identity = recorded.identity(config, plan, fingerprint(model.denoiser))
+    identity = recorded.identity(config.data, config.runtime, plan, fingerprint(model.denoiser))
     precision = config.runtime.precision
     if precision in ready.HALF:
         halve(model.denoiser, ready.HALF[precision])
@@ -148,13 +149,13 @@ def record_reference(
     step, _ = build.pair_step(config, model, plan, unet, None, device)
     encoder, zero = Encoder(model, device, config.runtime.vae_batch), torch.zeros_like(step.weight)
 
-    def errors(batch: Any) -> torch.Tensor:
+    def errors(batch: PairBatch) -> torch.Tensor:
         with torch.no_grad():
             return step.errors(encoder.inputs(batch), zero)[0].errors[:2]
 
     timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
     made_with = {"device": str(device), "torch": torch.__version__, "kernels": config.runtime.kernels, "model": model.source}
-    task = recording.Task(
+    task = recording.Recording(
         contents=source.contents,
         identity=identity,
         timesteps=tuple(timesteps.tolist()),
@@ -162,9 +163,9 @@ def record_reference(
         draws=draws,
         batch_size=batch_size or (LARGEST_BATCH if device.type == "cuda" else config.optim.batch_size),
         errors=errors,
-        config=config,
+        decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
-        block=block or recording.BLOCK,
+        block=block or recording.BLOCK_PAIRS,
         progress=Progress("recorded"),
     )
     place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)

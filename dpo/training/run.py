@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from torch import Tensor
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
+from dpo.data.batch import Decoding, PairBatch
 from dpo.data.batches import batches
+from dpo.data.loader import Reading
+from dpo.data.order import Order
 from dpo.data.pairs import Source
 from dpo.data.store import recorded
 from dpo.encode import Encoder
@@ -114,16 +117,8 @@ class Run:
                 "or start anew with --overwrite"
             )
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Generator[PairBatch, None, None]:
         """Micro-batches from the run's position on, without end."""
-        data, optim = self.config.data, self.config.optim
-        return batches(
-            self.source,
-            data,
-            seed=self.config.runtime.seed,
-            start=self.position,
-            micro_batch=optim.batch_size,
-            resolution=data.resolution,
-            workers=data.workers,
-            recorded=self.recorded,
-        )
+        data, seed = self.config.data, self.config.runtime.seed
+        order = Order(seed, self.position, self.config.optim.batch_size)
+        return batches(self.source, order, Decoding.of(data, seed), Reading.of(data), self.recorded)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from itertools import islice
-from typing import Any
 
 import torch
 
 from dpo.common.errors import UserError
+from dpo.data.batch import PairBatch
 from dpo.data.pairs import Source
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
@@ -45,7 +45,7 @@ MEASURED = 4  # batches that the noise on the logit is measured on
 
 
 @torch.no_grad()
-def noise(step: PairStep, encoder: Encoder, stream: Iterator[Any]) -> str:
+def noise(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None]) -> str:
     """Before the first update, where every logit should be 0: how far the recorded errors move it, in words for the log."""
     zero = torch.zeros_like(step.weight)
     logits = []

@@ -8,7 +8,7 @@ import torch
 
 from dpo import prepare
 from dpo.common.errors import UserError
-from dpo.data.store.files import file_digest
+from dpo.common.files import checksum
 from dpo.data.store.store import read_contents, verify
 from dpo.settings.flags import parse
 from dpo.training.build import build
@@ -29,7 +29,7 @@ def prepared(world, kind: str, store: Path, *flags: str, pairs: str | None = Non
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def same(first, second) -> bool:

@@ -81,6 +81,6 @@ class Encoders:
         return (hidden, hidden[:, 0]) if self.pooled else (hidden,)
 
 
-def task(folder: Path, source: Synthetic, encode: Encoders | None = None, **changes) -> fill.Task:
-    made = fill.Task(folder, "synthetic", source, SETTINGS, encode or Encoders(), pairs_per_shard=8)
+def task(folder: Path, source: Synthetic, encode: Encoders | None = None, **changes) -> fill.Filling:
+    made = fill.Filling(folder, "synthetic", source, SETTINGS, encode or Encoders(), pairs_per_shard=8)
     return replace(made, **changes)

@@ -10,8 +10,9 @@ import torch
 from csrc_triton.philox import Stream, integers
 from dpo import prepare
 from dpo.common.errors import UserError
+from dpo.common.files import checksum
 from dpo.data.store import recorded, recording
-from dpo.data.store.files import Damaged, file_digest
+from dpo.data.store.files import DamagedStore
 from dpo.data.store.store import read_contents
 from dpo.settings.flags import parse
 from dpo.training import preparing, stored
@@ -221,7 +222,7 @@ def small(world, tmp_path):
 
 
 def sums(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def errors_of(folder: Path, store: Path, world, tmp_path) -> torch.Tensor:
@@ -285,17 +286,17 @@ def test_damage_is_found_and_named(world, small, tmp_path):
     path = next(folder.glob("*.safetensors"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
-    with pytest.raises(Damaged, match=f"{path.name} was altered"):
+    with pytest.raises(DamagedStore, match=f"{path.name} was altered"):
         recorded_run(world, store, tmp_path)
     assert f"{path.name} was altered" in recorded.verify(store)[0]
     assert prepare.main(["--store", str(store), "--verify"]) == 1
     path.unlink()
-    with pytest.raises(Damaged, match="is missing"):
+    with pytest.raises(DamagedStore, match="is missing"):
         recorded_run(world, store, tmp_path)
     path.write_bytes(whole)
     index = folder / "record.json"
     index.write_text(index.read_text()[:200])
-    with pytest.raises(Damaged, match="record.json was truncated or altered"):
+    with pytest.raises(DamagedStore, match="record.json was truncated or altered"):
         recorded_run(world, store, tmp_path)
 
 

@@ -6,11 +6,8 @@ only once the index names it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,13 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.files import checksum, disk_full, sealed, unseal, write_whole
+from dpo.common.words import first_line
 
 FORMAT = 1
-
-
 INDEX = "store.json"
-
-
+SEAL = "checksum"  # the key under which a JSON file of a store carries the digest of its rest
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
@@ -38,27 +34,18 @@ DTYPES = {
 CHUNK = 1 << 24
 
 
-class Damaged(UserError):
+class DamagedStore(UserError):
     """A file of a store that is missing, truncated or altered; the message names it."""
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a path beside `path` and moves the result into place. Raises UserError when the disk is full."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """`write_whole` into a folder that is made if need be. Raises UserError when the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_whole(path, write)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            free = shutil.disk_usage(path.parent).free / 2**30
-            raise UserError(
-                f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then run it again"
-            ) from error
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]})") from error
+        full = disk_full(error, path, "run it again")
+        raise full or UserError(f"cannot write {path} ({first_line(error)})") from error
 
 
 def sweep_away(folder: Path) -> None:
@@ -69,8 +56,8 @@ def sweep_away(folder: Path) -> None:
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Writes one safetensors file; its entry in an index: {"file", "bytes", "header", "sha256"}."""
-    write_whole(path, lambda part: save_file({name: value.contiguous() for name, value in tensors.items()}, part))
-    return {"file": path.name, "bytes": path.stat().st_size, "header": header_digest(path), "sha256": file_digest(path)}
+    _write(path, lambda part: save_file({name: value.contiguous() for name, value in tensors.items()}, part))
+    return {"file": path.name, "bytes": path.stat().st_size, "header": header_digest(path), "sha256": checksum(path)}
 
 
 def header_digest(path: Path) -> str:
@@ -80,29 +67,20 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), CHUNK))).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(CHUNK):
-            total.update(block)
-    return total.hexdigest()
-
-
 def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> None:
-    """Raises Damaged when the file is missing, or its size, header or (`whole`) checksum is not what its entry says."""
+    """Raises DamagedStore when the file is missing, or its size, header or (`whole`) checksum is not what its entry says."""
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise Damaged(
+        raise DamagedStore(
             f"{path} is missing: delete the store's folder and prepare it again, or copy that file from where it came from"
         ) from error
     if size != entry["bytes"]:
-        raise Damaged(
+        raise DamagedStore(
             f"{path} has {size} bytes instead of {entry['bytes']}: it was truncated or replaced; delete the store's folder and prepare it again"
         )
-    if header_digest(path) != entry["header"] or (whole and file_digest(path) != entry["sha256"]):
-        raise Damaged(
+    if header_digest(path) != entry["header"] or (whole and checksum(path) != entry["sha256"]):
+        raise DamagedStore(
             f"{path} was altered: its checksum is not the one in {INDEX}; delete the store's folder and prepare it again"
         )
 
@@ -110,7 +88,7 @@ def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> No
 def open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views on a private memory map: nothing is read before it is used.
 
-    Raises Damaged. (safetensors' own reader copies whole tensors, and Python's mmap keeps a file descriptor per file.)
+    Raises DamagedStore. (safetensors' own reader copies whole tensors, and Python's mmap keeps a file descriptor per file.)
     """
     try:
         raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -120,8 +98,8 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         data = raw[8 + length :]
         return {name: _view(data, entry) for name, entry in header.items()}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"{path} is not safetensors ({str(error).splitlines()[0]}); delete the store's folder and prepare it again"
+        raise DamagedStore(
+            f"{path} is not safetensors ({first_line(error)}); delete the store's folder and prepare it again"
         ) from error
 
 
@@ -136,7 +114,7 @@ def crc(*tensors: Tensor) -> int:
     total = 0
     for value in tensors:
         if value.numel():
-            total = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy(), total)
+            total = zlib.crc32(value.contiguous().flatten().view(torch.uint8).numpy().data, total)
     return total
 
 
@@ -152,46 +130,41 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a store, None where there is none. Raises Damaged when it was truncated or altered, or is of another version."""
+    """The index of a store, None where there is none. Raises DamagedStore when it was truncated or altered, or is of another version."""
     return read_sealed(folder / INDEX, "delete the store's folder and prepare it again")
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a JSON file that names its format and carries a checksum of itself."""
-    body = {"format": FORMAT, **{name: value for name, value in content.items() if name not in ("format", "checksum")}}
-    text = json.dumps(body | {"checksum": _digest(body)}, indent=1)
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    rest = {name: value for name, value in content.items() if name != "format"}
+    text = sealed({"format": FORMAT, **rest}, SEAL)
+    _write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
-    """What `write_sealed` wrote, None where there is no such file. Raises Damaged, UserError for another format."""
+    """What `write_sealed` wrote, None where there is no such file. Raises DamagedStore, UserError for another format."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.pop("checksum")
+        content, unaltered = unseal(path.read_text(encoding="utf-8"), SEAL)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Damaged(f"{path} was truncated or altered; {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise DamagedStore(f"{path} was truncated or altered; {remedy}") from error
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has format {content.get('format')}, this version reads {FORMAT}: {remedy}")
-    if found != _digest(content):
-        raise Damaged(f"{path} was altered: its checksum is wrong; {remedy}")
+    if not unaltered:
+        raise DamagedStore(f"{path} was altered: its checksum is wrong; {remedy}")
     return content
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-SMALL = ("pair_", "bad_", "image_key", "image_crc", "image_micro", "caption_key", "caption_crc", "caption_end", "caption_text")
+TABLE_PREFIXES = (
+    "pair_", "bad_", "image_key", "image_crc", "image_micro", "caption_key", "caption_crc", "caption_end", "caption_text",
+)  # fmt: skip
 
 
 LATENTS = ("image_mean", "image_std", "image_mean_flip", "image_std_flip")
-
-
 TEXT = ("caption_hidden", "caption_pooled")
 
 
-def small_crc(tensors: Mapping[str, Tensor]) -> int:
+def tables_crc(tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 over the tables of a shard (everything but latents and encoded text), which are read as a whole."""
-    return crc(*(tensors[name] for name in sorted(tensors) if name.startswith(SMALL)))
+    return crc(*(tensors[name] for name in sorted(tensors) if name.startswith(TABLE_PREFIXES)))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.data.ahead import read_ahead
-from dpo.data.images import prepare
+from dpo.data.images import FEW_BAD, Micro, square
 from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key
 from dpo.data.store.files import (
     LATENTS,
@@ -30,29 +30,29 @@ from dpo.data.store.files import (
     open_shard,
     read_index,
     row_crcs,
-    small_crc,
     sweep_away,
+    tables_crc,
     write_index,
     write_shard,
 )
 
 READ_AHEAD = 64  # pairs read before their turn
-
-
-FEW_BAD = 10  # unreadable images that any set may have
-
-
 NOWHERE = -1  # the row of an image that cannot be used
-
-
 log = logging.getLogger("dpo")
 
 
 class Encode(Protocol):
     """What turns pixels and captions into what is stored, on the CPU and in the store's dtype."""
 
-    image_batch: int
-    text_batch: int
+    @property
+    def image_batch(self) -> int:
+        """Images encoded at once."""
+        ...
+
+    @property
+    def text_batch(self) -> int:
+        """Captions encoded at once."""
+        ...
 
     def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w]."""
@@ -64,7 +64,7 @@ class Encode(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class Filling:
     """What to fill a store with, and how."""
 
     folder: Path
@@ -78,6 +78,10 @@ class Task:
     first: int = 0  # the stretch of the source that this process has
     last: int | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
+
+
+# Key, win, lose, caption, prob, group. Win and lose are hashes of the images until these have their rows.
+PairRow = tuple[int, int, int, int, float, int]
 
 
 class Known:
@@ -94,6 +98,12 @@ class Known:
         at = int(np.searchsorted(self.keys, key))
         return int(self.rows[at]) if at < len(self.keys) and self.keys[at] == key else None
 
+    def row(self, key: int) -> int:
+        """The row of a hash that is known."""
+        found = self.get(key)
+        assert found is not None
+        return found
+
     def settle(self) -> None:
         """Moves what was added since the last call to the sorted arrays."""
         keys = np.array(sorted(self.recent), dtype=np.int64)
@@ -106,10 +116,10 @@ class Known:
 class Shard:
     """What a shard holds, while it is being made."""
 
-    pairs: list[tuple[int, int, int, int, float, int]] = field(default_factory=list)  # key, win, lose, caption, prob, group
+    pairs: list[PairRow] = field(default_factory=list)
     image_keys: list[int] = field(default_factory=list)
     latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both of the mirrored image)
-    micro: list[tuple[int, ...]] = field(default_factory=list)
+    micro: list[Micro] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)  # image key -> what is wrong
     captions: list[str] = field(default_factory=list)
 
@@ -120,7 +130,7 @@ def image_key(image: ImageRef) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
 
 
-def fill(task: Task) -> bool:
+def fill(task: Filling) -> bool:
     """Brings the store in task.folder to hold every pair of the source. False when it already did.
 
     Goes on where a killed process was; a source that the store does not know yet is appended, pairs that it holds already left
@@ -130,10 +140,10 @@ def fill(task: Task) -> bool:
     sweep_away(task.folder)
     index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
     _check(task, index)
-    prints = [source["fingerprint"] for source in index["sources"]]
-    if index["finished"] and _print(task) in prints:
+    fingerprints = [source["fingerprint"] for source in index["sources"]]
+    if index["finished"] and _fingerprint(task) in fingerprints:
         return False
-    if _print(task) not in prints:
+    if _fingerprint(task) not in fingerprints:
         if index["sources"] and not index["finished"]:
             raise UserError(f"{task.folder} is not finished: go on with {index['sources'][-1]['name']} before adding {task.name}")
         index["sources"].append(_about(task))
@@ -148,22 +158,22 @@ def fill(task: Task) -> bool:
     return True
 
 
-def _print(task: Task) -> str:
+def _fingerprint(task: Filling) -> str:
     last = len(task.source) if task.last is None else task.last
     return f"{task.source.fingerprint}:{task.first}:{last}"
 
 
-def _about(task: Task) -> dict[str, Any]:
+def _about(task: Filling) -> dict[str, Any]:
     return {
         "name": task.name,
-        "fingerprint": _print(task),
+        "fingerprint": _fingerprint(task),
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
     }
 
 
-def _check(task: Task, index: Mapping[str, Any]) -> None:
+def _check(task: Filling, index: Mapping[str, Any]) -> None:
     if "parts" in index:
         raise UserError(f"{task.folder} was merged from parts: add data to a part of its own, then merge again")
     for name, value in task.settings.items():
@@ -175,14 +185,14 @@ def _check(task: Task, index: Mapping[str, Any]) -> None:
 
 
 def _shards(
-    task: Task, index: dict[str, Any], images: Known, captions: Known, held: np.ndarray, next_image: int
+    task: Filling, index: dict[str, Any], images: Known, captions: Known, stored: np.ndarray, next_image: int
 ) -> Iterator[dict[str, Any]]:
     """Makes the shards that are missing, one after another; their entries in the index."""
     source_number = len(index["sources"]) - 1
     bad = sum(shard["bad"] for shard in index["shards"])
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
     first, last = mine[-1]["upto"] if mine else task.first, len(task.source) if task.last is None else task.last
-    skip = _Held(held if source_number else np.empty(0, dtype=np.int64))
+    skip = _AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
         skip.pass_over(int(task.source[i].key) for i in range(task.first, first))
     stream = read_ahead(((i, task.source[i]) for i in range(first, last)), READ_AHEAD)
@@ -200,7 +210,7 @@ def _shards(
                 entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
                 bad += len(shard.bad)
                 entry |= {"source": source_number, "upto": stop, "pairs": len(shard.pairs), "bad": len(shard.bad)}
-                entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": small_crc(tensors)}
+                entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": tables_crc(tensors)}
                 images.settle()
                 captions.settle()
                 first = stop
@@ -211,14 +221,14 @@ def _shards(
         stream.close()
 
 
-def _stop_at(bad: int, good: int, task: Task, shard: Shard) -> None:
+def _stop_at(bad: int, good: int, task: Filling, shard: Shard) -> None:
     if bad > max(FEW_BAD if task.bad_image_limit else 0, task.bad_image_limit * (bad + good)):
         last = next(reversed(shard.bad.values()), "see the log")
         raise UserError(f"{bad} of {bad + good} images are unreadable, the last: {last}; see --bad-image-limit")
 
 
 def _collect(
-    task: Task,
+    task: Filling,
     pool: ThreadPoolExecutor,
     pairs: Iterator[tuple[int, Pair]],
     shard: Shard,
@@ -227,9 +237,9 @@ def _collect(
     next_image: int,
 ) -> int:
     """Gives every pair of a shard its rows and encodes what is new; the number of images in the store afterwards."""
-    waiting: deque[tuple[int, str, Future]] = deque()
+    waiting: deque[tuple[int, str, Future[Decoded]]] = deque()
     decoded: list[Tensor] = []
-    refs: list[tuple[Pair, int, int, int, float, int]] = []
+    rows: list[PairRow] = []
     begin, text_rows = next_image, len(captions.keys)
 
     def finish(count: int) -> None:
@@ -237,7 +247,7 @@ def _collect(
         while len(waiting) > count:
             key, caption, future = waiting.popleft()
             try:
-                *pixels, micro = future.result()
+                pixels, micro = future.result()
             except BadImage as error:
                 images.recent[key] = NOWHERE
                 shard.bad[key] = str(error)
@@ -254,8 +264,8 @@ def _collect(
 
     pending: set[int] = set()
     for i, pair in pairs:
-        keys = [image_key(image) for image in (pair.win, pair.lose)]
-        for key, image in zip(keys, (pair.win, pair.lose), strict=True):
+        win, lose = image_key(pair.win), image_key(pair.lose)
+        for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
                 pending.add(key)
                 waiting.append((key, pair.caption, pool.submit(_decode, image, task.settings)))
@@ -264,22 +274,25 @@ def _collect(
             captions.recent[text] = text_rows + len(shard.captions)
             shard.captions.append(pair.caption)
         group = int(task.source.groups[i]) if task.source.groups is not None else 0
-        refs.append((pair.key, *keys, captions.get(text), float(task.source.prob[i]), group))
+        rows.append((pair.key, win, lose, captions.row(text), float(task.source.prob[i]), group))
         finish(2 * (task.encode.image_batch + task.workers))
     finish(0)
     if decoded:
         shard.latents.append(_encode(task.encode, decoded))
     assert next_image - begin == len(shard.image_keys)
-    shard.pairs += [(key, images.get(win), images.get(lose), *rest) for key, win, lose, *rest in refs]
+    shard.pairs += [(key, images.row(win), images.row(lose), text, prob, group) for key, win, lose, text, prob, group in rows]
     return next_image
 
 
-def _decode(image: ImageRef, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+Decoded = tuple[list[Tensor], Micro]
+
+
+def _decode(image: ImageRef, settings: Mapping[str, Any]) -> Decoded:
     """Pixels (and those of the mirrored image, where wanted) and the six numbers of an image. Raises BadImage."""
     data = image.load()
-    pixels, micro = prepare(data, settings["resolution"])
-    mirrored = [prepare(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
-    return pixels, *mirrored, micro
+    pixels, micro = square(data, settings["resolution"])
+    mirrored = [square(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
+    return [pixels, *mirrored], micro
 
 
 def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
@@ -328,7 +341,7 @@ def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
     return found
 
 
-class _Held:
+class _AlreadyStored:
     """Pairs that a store holds already, counted by key: a set that grew is added to without repeating its old pairs."""
 
     def __init__(self, keys: np.ndarray) -> None:

@@ -1,50 +1,36 @@
-"""Micro-batches of a prepared store, in the order of the run, read by one thread ahead of the training loop."""
+"""Micro-batches of a prepared store, read by one thread ahead of the training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
-from dpo.data import ahead
-from dpo.data.batch import PairBatch
+from dpo.data.ahead import read_ahead
+from dpo.data.batch import Decoding, PairBatch
+from dpo.data.order import Place
 from dpo.data.pairs import caption_key
 from dpo.data.store.files import LATENTS, TEXT
+from dpo.data.store.recorded import RecordedErrors
 from dpo.data.store.store import StoreSource
 
 READ_AHEAD = 4  # batches
+EMPTY = caption_key("")  # the caption that stands for a dropped one
 
 
-EMPTY = caption_key("")
+def read(
+    store: StoreSource, places: Iterable[Place], decoding: Decoding, recorded: RecordedErrors | None = None
+) -> Generator[PairBatch, None, None]:
+    """The micro-batches at `places`, in order; closing the generator ends the thread that reads ahead. Raises DamagedStore.
 
-
-class Recorded(Protocol):
-    """Reference errors recorded beforehand (dpo/record.py)."""
-
-    def draws(self, keys: Tensor, epochs: Tensor) -> Tensor:
-        """The draw of each pair in each epoch: keys, epochs [B] -> [B] int64."""
-        ...
-
-    def errors(self, pairs: np.ndarray, draws: Tensor) -> Tensor:
-        """[2, B] fp32, win and lose, for pairs [B] of the store and their draws [B]."""
-        ...
-
-
-def plain_batches(store: StoreSource, micro_batch: int) -> Iterator[PairBatch]:
-    """One pass in the order of the store: draw 0, no mirror, all captions; the last batch may be short."""
-    read = _Reader(store, 0, False, 0.0, None)
-    for begin in range(0, len(store), micro_batch):
-        indices = list(range(begin, min(begin + micro_batch, len(store))))
-        yield read.batch(begin, indices, [0] * len(indices))
-
-
-def _ahead(made: Iterable[PairBatch]) -> Generator[PairBatch, None, None]:
-    pin = torch.cuda.is_available()
-    stream = ahead.read_ahead((batch.pin_memory() if pin else batch for batch in made), READ_AHEAD)
+    Resolution and crop were decided when the store was filled: of `decoding`, seed, flip and caption dropout are used.
+    """
+    reader, pin = _Reader(store, decoding, recorded), torch.cuda.is_available()
+    made = (reader.batch(*place) for place in places)
+    stream = read_ahead((batch.pin_memory() if pin else batch for batch in made), READ_AHEAD)
     try:
         yield from stream
     finally:
@@ -54,8 +40,8 @@ def _ahead(made: Iterable[PairBatch]) -> Generator[PairBatch, None, None]:
 class _Reader:
     """Reads batches of a store; everything random is a function of (seed, pair key, draw), as when images are read."""
 
-    def __init__(self, store: StoreSource, seed: int, flip: bool, caption_dropout: float, recorded: Recorded | None) -> None:
-        self.store, self.seed, self.flip, self.dropout, self.recorded = store, seed, flip, caption_dropout, recorded
+    def __init__(self, store: StoreSource, decoding: Decoding, recorded: RecordedErrors | None) -> None:
+        self.store, self.decoding, self.recorded = store, decoding, recorded
         self.empty = int(np.flatnonzero(store.contents.caption_hash == EMPTY)[0])
 
     def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
@@ -70,8 +56,8 @@ class _Reader:
         images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]])]
         images = [row if usable[i % len(pairs)] else -1 for i, row in enumerate(images)]
         captions = [int(row) for row in inside.caption[pairs]]
-        if self.dropout > 0:
-            dropped = uniform(keys, draws, Stream.DROPOUT, self.seed, 1)[:, 0] < self.dropout
+        if self.decoding.caption_dropout > 0:
+            dropped = uniform(keys, draws, Stream.DROPOUT, self.decoding.seed, 1)[:, 0] < self.decoding.caption_dropout
             captions = [self.empty if drop else row for row, drop in zip(captions, dropped.tolist(), strict=True)]
         mean, std = self._latents(images, keys, draws)
         names = TEXT[: 2 if inside.has_pooled else 1]
@@ -93,9 +79,9 @@ class _Reader:
     def _latents(self, images: list[int], keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and std [2B, C, h, w] of the images, or of their mirror images where the pair's coin says so."""
         inside = self.store.contents
-        if not self.flip:
+        if not self.decoding.flip:
             mean, std = inside.rows("image", LATENTS[:2], images)
             return mean, std
         found = inside.rows("image", LATENTS, images)
-        mirrored = (uniform(keys, draws, Stream.FLIP, self.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
+        mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
         return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

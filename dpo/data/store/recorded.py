@@ -25,31 +25,27 @@ from torch import Tensor
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
 from dpo.data.pairs import Source, Subset, digest
-from dpo.data.store.files import Damaged, check_shard, open_shard, read_sealed
+from dpo.data.store.files import DamagedStore, check_shard, open_shard, read_sealed
 from dpo.data.store.store import Contents, of_store
-from dpo.models.family import Model
-from dpo.schedule import Schedule, usable_timesteps
-from dpo.settings.config import Config
+from dpo.schedule import Schedule
+from dpo.settings.config import Data, Runtime
 
 log = logging.getLogger("dpo")
 
-
 FOLDER = "reference"
+FLAGS = {"flip": "--flip", "caption_dropout": "--caption-dropout", "seed": "--seed", "precision": "--precision"}
 
 
-NAMES = {"flip": "--flip", "caption_dropout": "--caption-dropout", "seed": "--seed", "precision": "--precision"}
-
-
-def identity(config: Config, plan: Schedule, reference: str) -> dict[str, Any]:
+def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> dict[str, Any]:
     """What recorded errors depend on, beside the timesteps; `reference` is the fingerprint of its weights."""
     return {
         "reference": reference,
         "prediction_type": plan.prediction_type,
         "schedule": digest(plan.alphas_cumprod.numpy().tobytes().hex()),
-        "seed": config.runtime.seed,
-        "precision": config.runtime.precision,
-        "flip": config.data.flip,
-        "caption_dropout": config.data.caption_dropout,
+        "seed": runtime.seed,
+        "precision": runtime.precision,
+        "flip": data.flip,
+        "caption_dropout": data.caption_dropout,
     }
 
 
@@ -124,25 +120,25 @@ def _chunks(keys: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
     return (keys[begin : begin + size] for begin in range(0, len(keys), size))
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading
+def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> RecordedErrors:
+    """The record in the store of `source` that suits a run: made with the `identity` that is wanted, at the run's `timesteps`.
 
-
-def find(config: Config, model: Model, plan: Schedule, source: Source, reference: str) -> RecordedErrors:
-    """The record in the store that suits a run. Raises UserError, naming the difference, when there is none."""
+    timesteps [K] int64: those that the run draws from; the record may have more. Raises UserError, naming the difference, when
+    there is none, or it was recorded from other pairs than the store holds.
+    """
     store = of_store(source)
     if store is None:
         raise UserError("--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference")
-    wanted = identity(config, plan, reference)
-    timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    found, reasons = [], []
+    found: list[tuple[int, Path, dict[str, Any]]] = []
+    reasons: list[tuple[int, int, str]] = []
     for folder in sorted((store.contents.folder / FOLDER).glob("*")):
-        about = _about(folder)
+        about = about_record(folder)
         if about is None:
             continue
         differs = list(filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items())))
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
         if differs or missing:
-            lacks = differs + [f"its timesteps lack {missing} of the run's"] * bool(missing)
+            lacks = [*differs, *([f"its timesteps lack {missing} of the run's"] if missing else [])]
             reasons.append((len(differs), missing, "; ".join(lacks)))
         else:
             found.append((len(about["timesteps"]), folder, about))
@@ -157,12 +153,13 @@ def find(config: Config, model: Model, plan: Schedule, source: Source, reference
 def _differs(name: str, recorded: Any, wanted: Any) -> str:
     if recorded == wanted:
         return ""
-    if name in NAMES:
-        return f"it was recorded with {NAMES[name]} {recorded}, the run has {wanted}"
+    if name in FLAGS:
+        return f"it was recorded with {FLAGS[name]} {recorded}, the run has {wanted}"
     return f"it was recorded with another {name.replace('_', ' ')}" + (f", {recorded}" if name == "prediction_type" else "")
 
 
-def _about(folder: Path) -> dict[str, Any] | None:
+def about_record(folder: Path) -> dict[str, Any] | None:
+    """What record.json says, None where there is none. Raises DamagedStore."""
     return read_sealed(folder / "record.json", "record it again")
 
 
@@ -174,7 +171,7 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
         check_shard(folder / entry["file"], entry, whole=True)
         piece = Piece(*entry["piece"])
         pieces.append((piece, open_shard(folder / entry["file"])["errors"]))
-    draws = _bands([piece for piece, _ in pieces])
+    draws = bands([piece for piece, _ in pieces])
     if not draws or max(end for _, end in draws) < len(contents.key):
         missing = len(contents.key) - max((end for _, end in draws), default=0)
         raise UserError(f"{folder} lacks {missing} pairs of the store: run python -m dpo.prepare --reference again")
@@ -184,7 +181,7 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
     return RecordedErrors(tuple(pieces), distinct, seed, recorded, None if bool(inside.all()) else inside)
 
 
-def _bands(pieces: list[Piece]) -> dict[tuple[int, int], int]:
+def bands(pieces: list[Piece]) -> dict[tuple[int, int], int]:
     """Stretches of pairs (begin, end) and how many draws of each are recorded."""
     found: dict[tuple[int, int], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.begin, piece.first)):
@@ -197,9 +194,9 @@ def verify(folder: Path) -> list[str]:
     wrong = []
     for record in sorted((folder / FOLDER).glob("*")):
         try:
-            about = _about(record)
+            about = about_record(record)
             for entry in about["pieces"] if about else []:
                 check_shard(record / entry["file"], entry, whole=True)
-        except Damaged as error:
+        except DamagedStore as error:
             wrong.append(str(error))
     return wrong

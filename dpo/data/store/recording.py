@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,21 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.data.batches import batches
-from dpo.data.order import run_order
+from dpo.data.batch import Decoding, PairBatch
+from dpo.data.order import Order, run_order
 from dpo.data.pairs import digest
 from dpo.data.store.files import check_shard, open_shard, write_sealed, write_shard
-from dpo.data.store.recorded import FOLDER, Piece, _about, _bands
+from dpo.data.store.reader import read
+from dpo.data.store.recorded import FOLDER, Piece, about_record, bands
 from dpo.data.store.store import Contents, StoreSource
-from dpo.settings.config import Config
 
 log = logging.getLogger("dpo")
 
-
-BLOCK = 2048  # pairs whose errors are written at once
-
-
-# ---------------------------------------------------------------------------------------------------------------- recording
+BLOCK_PAIRS = 2048  # whose errors are written at once
 
 
 @dataclass(frozen=True)
-class Task:
+class Recording:
     """Errors to be recorded: `errors(batch) -> [2, B]`, in batches of `batch_size` pairs, for every pair in `draws` draws."""
 
     contents: Contents
@@ -42,14 +38,14 @@ class Task:
     made_with: Mapping[str, Any]  # for people to read
     draws: int
     batch_size: int
-    errors: Callable[[Any], Tensor]
-    config: Config
+    errors: Callable[[PairBatch], Tensor]
+    decoding: Decoding  # its seed decides the order of the pairs too
     shard: tuple[int, int] = (0, 1)  # this process and the number of processes
-    block: int = BLOCK
+    block: int = BLOCK_PAIRS
     progress: Callable[[int, int], None] = lambda done, total: None
 
 
-def record(task: Task) -> tuple[Path, bool]:
+def record(task: Recording) -> tuple[Path, bool]:
     """Records what is missing; the record's folder, and whether it is complete (another process may still be at work).
 
     Raises UserError when an error is not finite.
@@ -57,7 +53,7 @@ def record(task: Task) -> tuple[Path, bool]:
     named = json.dumps([dict(task.identity), list(task.timesteps)], sort_keys=True)
     folder = task.contents.folder / FOLDER / digest(named)[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    about = _about(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
+    about = about_record(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
     for entry in about["pieces"]:
         check_shard(folder / entry["file"], entry)
     complete = True
@@ -72,14 +68,14 @@ def record(task: Task) -> tuple[Path, bool]:
     return folder, complete
 
 
-def _missing(about: Mapping[str, Any], task: Task) -> list[Piece]:
-    bands = _bands([Piece(*entry["piece"]) for entry in about["pieces"]])
-    pieces = [Piece(begin, end, have, task.draws) for (begin, end), have in bands.items() if have < task.draws]
-    first, last = max((end for _, end in bands), default=0), len(task.contents.key)
+def _missing(about: Mapping[str, Any], task: Recording) -> list[Piece]:
+    have = bands([Piece(*entry["piece"]) for entry in about["pieces"]])
+    pieces = [Piece(begin, end, draws, task.draws) for (begin, end), draws in have.items() if draws < task.draws]
+    first, last = max((end for _, end in have), default=0), len(task.contents.key)
     return [*pieces, *([Piece(first, last, 0, task.draws)] if first < last else [])]
 
 
-def _piece(task: Task, folder: Path, piece: Piece) -> dict[str, Any] | None:
+def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None:
     """The entry of a piece, recorded block by block; None while blocks of other processes are missing.
 
     Batches are those that a training run over these pairs has, from its start on, so that a run of the same batch size sees
@@ -113,13 +109,12 @@ def _piece(task: Task, folder: Path, piece: Piece) -> dict[str, Any] | None:
     return entry | {"piece": place, "shards": number, "store": digest(*contents.sums[:number])}
 
 
-def _block(task: Task, pairs: StoreSource, start: int, stop: int) -> dict[str, Tensor]:
-    seed = task.config.runtime.seed
-    places = run_order(pairs, seed, start, stop, task.batch_size)
-    data = replace(task.config.data, label_smoothing=0.0)
-    stream = batches(pairs, data, seed=seed, start=start, stop=stop, micro_batch=task.batch_size)
+def _block(task: Recording, pairs: StoreSource, start: int, stop: int) -> dict[str, Tensor]:
+    """Errors [2, N] of the N pairs at positions start..stop-1 of a run over `pairs`, and which pair and draw each is of [N]."""
+    order = Order(task.decoding.seed, start, task.batch_size, stop)
+    stream = read(pairs, run_order(pairs, order), task.decoding)
     found: dict[str, list[Tensor]] = {"pair": [], "draw": [], "errors": []}
-    for (_, indices, epochs), batch in zip(places, stream, strict=True):
+    for (_, indices, epochs), batch in zip(run_order(pairs, order), stream, strict=True):
         found["pair"].append(torch.tensor(indices))
         found["draw"].append(torch.tensor(epochs))
         found["errors"].append(task.errors(batch).float().cpu())

@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.data.pairs import ImageRef, Pair, Subset, digest
+from dpo.common.files import checksum
+from dpo.data.pairs import ImageRef, Pair, Source, Subset, digest
 from dpo.data.store.files import (
     INDEX,
     LATENTS,
     TEXT,
-    Damaged,
+    DamagedStore,
     check_shard,
     crc,
-    file_digest,
     open_shard,
     read_index,
-    small_crc,
+    tables_crc,
     write_index,
 )
+from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # maps kept; they cost address space, not memory
 
@@ -79,7 +80,7 @@ class Contents:
         return self is other
 
     def rows(self, kind: str, names: Sequence[str], rows: Sequence[int]) -> list[Tensor]:
-        """Tensors [N, ...] of images or captions (`kind` "image" or "caption"), zero where the row is -1. Raises Damaged."""
+        """Tensors [N, ...] of images or captions (`kind` "image" or "caption"), zero where the row is -1. Raises DamagedStore."""
         where = self.images if kind == "image" else self.captions
         all_names = [name for name in (LATENTS if kind == "image" else TEXT) if name in self._names(kind)]
         found: list[list[Tensor]] = [[] for _ in names]
@@ -91,7 +92,7 @@ class Contents:
             number, at = where.find(row)
             shard = self.shard(number)
             if crc(*(shard[name][at] for name in all_names)) != int(shard[f"{kind}_crc"][at]):
-                raise Damaged(
+                raise DamagedStore(
                     f"{self.shards[number]} was altered: {kind} {at} has another checksum; delete the store's folder and prepare it again"
                 )
             for values, name in zip(found, names, strict=True):
@@ -182,7 +183,7 @@ def is_store(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def of_store(source: Any) -> StoreSource | None:
+def of_store(source: Source) -> StoreSource | None:
     """The source as pairs of a store, None when it is of another kind."""
     if isinstance(source, StoreSource):
         return source
@@ -192,30 +193,30 @@ def of_store(source: Any) -> StoreSource | None:
     return None
 
 
-def open_store(folder: Path, cfg: Any) -> StoreSource:
-    """The pairs of a finished store. Raises UserError when it is unfinished, damaged or does not suit `cfg`."""
+def open_store(folder: Path, data: Data) -> StoreSource:
+    """The pairs of a finished store. Raises UserError when it is unfinished, damaged or does not suit `data`."""
     contents = read_contents(folder)
-    _suit(contents, cfg)
+    _suit(contents, data)
     pairs = np.arange(len(contents.key))
-    if cfg.ties == "drop":
+    if data.ties == "drop":
         pairs = pairs[contents.prob > 0.5]
-    return StoreSource(contents, pairs[: cfg.max_pairs], cfg.label_smoothing)
+    return StoreSource(contents, pairs[: data.max_pairs], data.label_smoothing)
 
 
-def _suit(contents: Contents, cfg: Any) -> None:
+def _suit(contents: Contents, data: Data) -> None:
     where, settings = contents.folder, contents.settings
-    if cfg.crop == "random":
+    if data.crop == "random":
         raise UserError(f"{where} holds centre crops: --crop random needs the images themselves")
-    if cfg.flip and not settings["flip"]:
+    if data.flip and not settings["flip"]:
         raise UserError(f"{where} has no mirrored images: leave out --flip, or prepare with --flip")
-    if cfg.resolution not in (None, settings["resolution"]):
+    if data.resolution not in (None, settings["resolution"]):
         raise UserError(
-            f"{where} holds images of {settings['resolution']} pixels: --resolution {cfg.resolution} needs another store"
+            f"{where} holds images of {settings['resolution']} pixels: --resolution {data.resolution} needs another store"
         )
 
 
 def read_contents(folder: Path) -> Contents:
-    """Reads the index and the tables of a finished store. Raises UserError, Damaged where a file is not what it should be."""
+    """Reads the index and the tables of a finished store. Raises UserError, DamagedStore where a file is not what it should be."""
     index = _finished(folder)
     parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
     for where, part in parts:
@@ -267,8 +268,10 @@ def _starts(counts: list[int]) -> Rows:
 def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     check_shard(path, entry)
     shard = open_shard(path)
-    if small_crc(shard) != entry["crc"]:
-        raise Damaged(f"{path} was altered: its tables have another checksum; delete the store's folder and prepare it again")
+    if tables_crc(shard) != entry["crc"]:
+        raise DamagedStore(
+            f"{path} was altered: its tables have another checksum; delete the store's folder and prepare it again"
+        )
     return shard
 
 
@@ -302,11 +305,11 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
     for part in index["parts"]:
         where = folder / part["path"]
         try:
-            found = file_digest(where / INDEX)
+            found = checksum(where / INDEX)
         except OSError as error:
-            raise Damaged(f"{where / INDEX} is missing: copy that part back, or merge again") from error
+            raise DamagedStore(f"{where / INDEX} is missing: copy that part back, or merge again") from error
         if found != part["sha256"]:
-            raise Damaged(f"{where / INDEX} changed since the parts were merged: merge again with --merge")
+            raise DamagedStore(f"{where / INDEX} changed since the parts were merged: merge again with --merge")
         yield where
 
 
@@ -318,7 +321,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
             raise UserError(f"{part} is itself merged: name its parts instead")
         inside = part.resolve().is_relative_to(folder.resolve())
         path = part.resolve().relative_to(folder.resolve()) if inside else part.resolve()
-        entries.append({"path": path.as_posix(), "sha256": file_digest(part / INDEX)})
+        entries.append({"path": path.as_posix(), "sha256": checksum(part / INDEX)})
     write_index(folder, {"parts": entries, "finished": True})
     try:
         read_contents(folder)
@@ -333,7 +336,7 @@ def verify(folder: Path) -> list[str]:
     try:
         index = _finished(folder)
         parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
-    except Damaged as error:
+    except DamagedStore as error:
         return [str(error)]
     except UserError as error:
         wrong.append(str(error))
@@ -342,6 +345,6 @@ def verify(folder: Path) -> list[str]:
         for entry in part.get("shards", ()):
             try:
                 check_shard(where / entry["file"], entry, whole=True)
-            except Damaged as error:
+            except DamagedStore as error:
                 wrong.append(str(error))
     return wrong

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.data.labels import Columns, find_columns, judge
+from dpo.data.labels import Columns, find_columns, read_labels
 from dpo.settings.config import Data
 from tests.help import worlds
 
@@ -14,7 +14,7 @@ def test_published_columns_are_found():
     assert (found.caption, found.first, found.second, found.label_0, found.uid_0) == (
         "caption", "jpg_0", "jpg_1", "label_0", "image_0_uid",
     )  # fmt: skip
-    assert "jpg_0" not in found.judged_by
+    assert "jpg_0" not in found.decided_by
     assert find_columns(["prompt", "chosen", "rejected"], Data(), "here") == Columns("prompt", "chosen", "rejected")
 
 
@@ -45,20 +45,20 @@ def test_missing_columns_are_named_with_those_found(names, kind):
     assert "\n" not in text
 
 
-def verdict(label_0, label_1=None, ties="drop", **others):
+def labels(label_0, label_1=None, ties="drop", **others):
     optional = [name if name in others else None for name in ("has_label", "are_different", "uid_0", "uid_1")]
     columns = Columns("caption", "a", "b", "label_0", None if label_1 is None else "label_1", *optional)
     table = {"label_0": np.array(label_0, dtype=float)} | {k: np.array(v, dtype=object) for k, v in others.items()}
     if label_1 is not None:
         table["label_1"] = np.array(label_1, dtype=float)
-    return judge(table, columns, len(label_0), ties)
+    return read_labels(table, columns, len(label_0), ties)
 
 
 NAN = float("nan")
 
 
 def test_labels():
-    out = verdict([1, 0, 0.5, NAN, 0.75, 0.2, 2, 0], [0, 1, 0.5, NAN, 0.25, 0.8, -1, 0])
+    out = labels([1, 0, 0.5, NAN, 0.75, 0.2, 2, 0], [0, 1, 0.5, NAN, 0.25, 0.8, -1, 0])
     assert out.keep.tolist() == [True, True, False, False, True, True, False, False]
     assert out.swap[out.keep].tolist() == [False, True, False, True]
     assert np.allclose(out.prob[out.keep], [1, 1, 0.75, 0.8])
@@ -66,23 +66,23 @@ def test_labels():
 
 
 def test_ties_kept_have_probability_one_half():
-    out = verdict([1, 0.5, 0.5], ties="keep")
+    out = labels([1, 0.5, 0.5], ties="keep")
     assert out.keep.all() and out.prob.tolist() == [1, 0.5, 0.5] and not out.swap[1:].any()
     assert out.counts["ties"] == 2
 
 
 def test_rows_marked_unlabelled_are_left_out_whatever_their_label():
-    out = verdict([1, 1, 1], has_label=[True, False, None])
+    out = labels([1, 1, 1], has_label=[True, False, None])
     assert out.keep.tolist() == [True, False, True] and out.counts["unlabelled"] == 1
 
 
 def test_a_pair_of_one_image_is_left_out():
-    out = verdict([1, 1, 1], uid_0=["a", "b", None], uid_1=["a", "c", None])
+    out = labels([1, 1, 1], uid_0=["a", "b", None], uid_1=["a", "c", None])
     assert out.keep.tolist() == [False, True, True] and out.counts["one image twice"] == 1
-    assert verdict([1, 0], are_different=[False, True]).keep.tolist() == [False, True]
+    assert labels([1, 0], are_different=[False, True]).keep.tolist() == [False, True]
 
 
 def test_probability_is_never_below_one_half():
     p = np.linspace(0, 1, 101)
-    out = verdict(p, 1 - p, ties="keep")
+    out = labels(p, 1 - p, ties="keep")
     assert (out.prob >= 0.5).all() and np.array_equal(out.swap, p < 0.499)

@@ -12,21 +12,20 @@ import pytest
 import torch
 
 from dpo.common.errors import UserError
-from dpo.data.ahead import read_ahead
 from dpo.data.batch import PairBatch
-from dpo.data.batches import batches, held_out_batches
 from dpo.data.loader import _fit_shared_memory, worker_count
-from dpo.data.order import epoch_order
+from dpo.data.order import Order, epoch_order
 from dpo.data.sources import open_source, open_sources
 from tests.help import worlds
+from tests.help.reading import held_out_stream, stream
 
 ALL = {"flip": True, "crop": "random", "caption_dropout": 0.3}
 
 
 def take(source, cfg, count, start=0, micro_batch=4, workers=0, seed=1, **options):
-    stream = batches(source, cfg, seed=seed, start=start, micro_batch=micro_batch, resolution=32, workers=workers, **options)
-    out = list(islice(stream, count))
-    stream.close()
+    made = stream(source, cfg, Order(seed, start, micro_batch, **options), workers=workers)
+    out = list(islice(made, count))
+    made.close()
     return out
 
 
@@ -156,7 +155,7 @@ def test_no_global_generator_is_consumed(odd, settings):
 def test_held_out_pass(odd, settings):
     cfg = settings(odd, **ALL, validation_fraction=0.4)
     held = open_sources(cfg)[1]
-    passes = [joined(list(held_out_batches(held, cfg, micro_batch=4, resolution=32, workers=w))) for w in (0, 1)]
+    passes = [joined(list(held_out_stream(held, cfg, 4, workers=w))) for w in (0, 1)]
     assert same(*passes)
     assert passes[0][7] == [held[i].caption for i in range(len(held))]  # in order, no caption dropped
     assert (passes[0][1] == 0).all()
@@ -222,21 +221,21 @@ def children():
 def test_closing_ends_the_workers(odd, settings):
     cfg = settings(odd)
     before = set(children())
-    stream = batches(open_source(cfg), cfg, seed=0, start=0, micro_batch=2, resolution=32, workers=2)
-    next(stream)
+    made = stream(open_source(cfg), cfg, Order(0, 0, 2), workers=2)
+    next(made)
     assert len(set(children()) - before) == 2
-    stream.close()
+    made.close()
     assert not set(children()) - before
 
 
 def test_a_killed_worker_is_one_line(odd, settings):
     cfg = settings(odd)
     before = set(children())
-    stream = batches(open_source(cfg), cfg, seed=0, start=0, micro_batch=2, resolution=32, workers=1)
-    next(stream)
+    made = stream(open_source(cfg), cfg, Order(0, 0, 2), workers=1)
+    next(made)
     os.kill((set(children()) - before).pop(), signal.SIGKILL)
     with pytest.raises(UserError, match=r"a data worker died .*fewer --workers"):
-        list(islice(stream, 50))
+        list(islice(made, 50))
 
 
 def test_an_error_in_the_reading_thread_reaches_the_caller(odd, settings):
@@ -251,20 +250,21 @@ def test_an_error_in_the_reading_thread_reaches_the_caller(odd, settings):
 SIGNALS = """
     import logging, os, signal, sys, time
     from dpo.settings.config import Data
-    from dpo.data.batches import batches
+    from dpo.data.order import Order
     from dpo.data.sources import open_source
+    from tests.help.reading import stream
     heard = []
     signal.signal(signal.SIGINT, lambda *_: heard.append("INT"))
     signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
     cfg = Data(data=sys.argv[1], prefetch=1)
-    stream = batches(open_source(cfg), cfg, seed=0, start=0, micro_batch=1, resolution=32, workers=2)
-    next(stream)
+    made = stream(open_source(cfg), cfg, Order(0, 0, 1), workers=2)
+    next(made)
     for name in ("SIGINT", "SIGTERM"):
         os.killpg(0, getattr(signal, name))
         time.sleep(0.3)
         for _ in range(10):
-            next(stream)
-    stream.close()
+            next(made)
+    made.close()
     print(heard)
 """
 
@@ -276,15 +276,6 @@ def test_workers_outlive_signals_to_the_group(odd):
         command, capture_output=True, text=True, timeout=300, start_new_session=True, cwd=Path(__file__).parents[3]
     )
     assert (done.returncode, done.stdout.strip()) == (0, "['INT', 'TERM']"), done.stderr
-
-
-def test_ahead_gives_all_in_order_and_stops_when_closed():
-    assert list(read_ahead(iter(range(20)), 2)) == list(range(20))
-    made = []
-    stream = read_ahead((made.append(i) or i for i in range(1000)), 2)
-    assert [next(stream) for _ in range(3)] == [0, 1, 2]
-    stream.close()
-    assert len(made) < 10
 
 
 def test_worker_count():

@@ -11,10 +11,11 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.data import parquet
-from dpo.data.batches import batches
-from dpo.data.pairs import Held, pair_key
+from dpo.data.order import Order
+from dpo.data.pairs import InMemory, pair_key
 from dpo.data.sources import describe, open_source
 from tests.help import worlds
+from tests.help.reading import stream
 
 
 def is_bright(data):
@@ -42,7 +43,7 @@ def test_ties_kept_and_labels_smoothed(tmp_path, settings):
     assert sorted(source[i].prob for i in range(9)) == pytest.approx([0.5] * 2 + [0.75] + [0.9] * 6)
     assert describe(source) == "9 rows: 9 pairs, 2 of them ties"
     few = open_source(settings(tmp_path, max_pairs=4))
-    holes = Held([source[0]] * 90, np.ones(90), {"rows": 100, "pairs": 90, "with an unreadable image": 3}, "")
+    holes = InMemory([source[0]] * 90, np.ones(90), {"rows": 100, "pairs": 90, "with an unreadable image": 3}, "")
     assert describe(holes) == "100 rows: 90 pairs; left out: 3 with an unreadable image, 10 by --max-pairs or as held out"
     assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs or as held out"
 
@@ -172,8 +173,8 @@ def test_large_sets_get_a_window_and_few_row_groups_in_memory(tmp_path, settings
     reads = []
     original = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or original(self, i, **k))
-    stream = batches(source, settings(tmp_path), seed=0, start=0, stop=60, micro_batch=4, resolution=32, workers=0)
-    keys = [int(k) for batch in stream for k in batch.keys]
+    made = stream(source, settings(tmp_path), Order(0, 0, 4, stop=60))
+    keys = [int(k) for batch in made for k in batch.keys]
     assert sorted(keys) == wanted
     assert len(reads) == 20 and len(source.cache) <= source.window + 1  # each row group is read once an epoch
     assert not np.array_equal(reads, sorted(reads))
@@ -211,7 +212,7 @@ def test_many_pairs_keep_memory_flat(pairs, tmp_path, settings, monkeypatch):
     assert len(source) == pairs and source.window < 8
     process = psutil.Process()
     seen, memory = set(), []
-    for batch in batches(source, cfg, seed=0, start=0, stop=pairs, micro_batch=20, resolution=8, workers=0):
+    for batch in stream(source, cfg, Order(0, 0, 20, stop=pairs), resolution=8):
         seen.update(batch.keys.tolist())
         memory.append(process.memory_info().rss)
     assert len(seen) == pairs

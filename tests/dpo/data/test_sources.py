@@ -9,10 +9,11 @@ import pytest
 from huggingface_hub.errors import RevisionNotFoundError
 
 from dpo.common.errors import UserError
-from dpo.data.batches import batches
 from dpo.data.hub import split_of
+from dpo.data.order import Order
 from dpo.data.sources import open_source, open_sources
 from tests.help import worlds
+from tests.help.reading import stream
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,7 @@ def test_hub_stream_gives_the_same_batches(hub, settings):
     seen = []
     for streaming in (False, True):
         cfg = settings("someone/pairs", streaming=streaming)
-        stream = batches(open_source(cfg), cfg, seed=1, start=5, stop=20, micro_batch=4, resolution=32, workers=0)
-        seen.append(np.concatenate([batch.keys for batch in stream]))
+        seen.append(np.concatenate([batch.keys for batch in stream(open_source(cfg), cfg, Order(1, 5, 4, stop=20))]))
     assert np.array_equal(*seen) and len(hub.downloads) == 2
 
 

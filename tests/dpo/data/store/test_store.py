@@ -12,24 +12,23 @@ import torch
 
 from csrc_triton.philox import Stream, uniform
 from dpo.common.errors import UserError
-from dpo.data import batches
-from dpo.data.order import epoch_order
+from dpo.common.files import checksum
+from dpo.data.order import Order, epoch_order
 from dpo.data.sources import open_source, open_sources
 from dpo.data.store import fill
-from dpo.data.store.files import Damaged, file_digest, open_shard, read_index
+from dpo.data.store.files import DamagedStore, open_shard, read_index
 from dpo.data.store.store import merge, open_store, read_contents, verify
 from tests.help.children import in_child, kill_until_done
+from tests.help.reading import held_out_stream, stream
 from tests.help.stores import CFG, Encoders, Synthetic, task
 
 
-def store_batches(source, cfg=CFG, seed=0, start=0, stop=None, micro_batch=4, **more):
-    return batches.batches(
-        source, cfg, seed=seed, start=start, stop=stop, micro_batch=micro_batch, resolution=8, workers=0, **more
-    )
+def store_batches(source, cfg=CFG, seed=0, start=0, stop=None, micro_batch=4):
+    return stream(source, cfg, Order(seed, start, micro_batch, stop), resolution=8)
 
 
 def sums(folder):
-    return {path.name: file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.name: checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_pairs_come_back_and_everything_is_encoded_once(tmp_path):
@@ -120,11 +119,7 @@ def test_held_out_pairs_are_the_same_as_from_the_images(tmp_path):
     cfg = replace(CFG, data=str(tmp_path), validation_fraction=0.3, caption_dropout=0.9)
     train, held = open_sources(cfg)
     assert 0 < len(held) < 40 and len(train) + len(held) == 40
-    captions = {
-        batch_caption
-        for batch in batches.held_out_batches(held, cfg, micro_batch=3, resolution=8)
-        for batch_caption in batch.captions
-    }
+    captions = {batch_caption for batch in held_out_stream(held, cfg, 3, resolution=8) for batch_caption in batch.captions}
     assert captions == {held[i].caption for i in range(len(held))}  # never dropped
     assert not captions & {train[i].caption for i in range(len(train))}
 
@@ -133,9 +128,9 @@ def test_closing_a_stream_ends_its_thread(tmp_path):
     import threading
 
     fill.fill(task(tmp_path, Synthetic(10)))
-    stream = store_batches(open_store(tmp_path, CFG))
-    next(stream)
-    stream.close()
+    made = store_batches(open_store(tmp_path, CFG))
+    next(made)
+    made.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "dpo-read-ahead"]
 
 
@@ -172,7 +167,7 @@ def test_parts_are_merged_without_rewriting(tmp_path):
             assert torch.equal(getattr(ours, name), getattr(other, name))
         assert torch.equal(ours.text[0], other.text[0]) and ours.captions == other.captions
     fill.fill(task(parts[1], Synthetic(5, start=100)))  # the part grew: the merged index no longer tells the truth
-    with pytest.raises(Damaged, match="merge again"):
+    with pytest.raises(DamagedStore, match="merge again"):
         read_contents(folder)
 
 
@@ -252,7 +247,7 @@ def test_a_flipped_byte_anywhere_is_found_by_verify_and_never_used(tmp_path):
         assert any("000001.safetensors was altered" in line for line in verify(tmp_path)), at
         try:
             found = read_all(tmp_path)
-        except Damaged as error:
+        except DamagedStore as error:
             assert "000001.safetensors" in str(error)
         else:  # a byte that nothing reads: the values are the right ones
             for ours, other in zip(found, clean, strict=True):
@@ -268,12 +263,12 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     path = tmp_path / "000002.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
-    with pytest.raises(Damaged, match=r"000002.safetensors has \d+ bytes instead of"):
+    with pytest.raises(DamagedStore, match=r"000002.safetensors has \d+ bytes instead of"):
         open_store(tmp_path, CFG)
     path.unlink()
-    with pytest.raises(Damaged, match="000002.safetensors is missing"):
+    with pytest.raises(DamagedStore, match="000002.safetensors is missing"):
         open_store(tmp_path, CFG)
-    with pytest.raises(Damaged, match="000002.safetensors is missing"):
+    with pytest.raises(DamagedStore, match="000002.safetensors is missing"):
         fill.fill(task(tmp_path, Synthetic(25)))
     assert any("000002.safetensors is missing" in line for line in verify(tmp_path))
 
@@ -286,7 +281,7 @@ def test_a_truncated_or_altered_index_is_named(tmp_path, damage):
     index = tmp_path / "store.json"
     index.write_text(damage(index.read_text()))
     for use in (lambda: open_store(tmp_path, CFG), lambda: fill.fill(task(tmp_path, Synthetic(20)))):
-        with pytest.raises(Damaged, match="store.json was"):
+        with pytest.raises(DamagedStore, match="store.json was"):
             use()
     assert "store.json was" in verify(tmp_path)[0]
 
@@ -380,4 +375,4 @@ def test_the_shards_are_plain_safetensors(tmp_path):
     path = tmp_path / "000000.safetensors"
     mapped, read = open_shard(path), load_file(path)
     assert mapped.keys() == read.keys() and all(torch.equal(mapped[name], read[name]) for name in read)
-    assert read_index(tmp_path)["shards"][0]["sha256"] == file_digest(path)
+    assert read_index(tmp_path)["shards"][0]["sha256"] == checksum(path)
