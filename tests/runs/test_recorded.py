@@ -280,6 +280,18 @@ def test_killed_at_random_moments_the_record_is_the_same(small, tmp_path, kills)
     assert whole.is_dir() and recorded.verify(killed) == []
 
 
+def test_what_a_kill_left_behind_is_cleared(small):
+    _, make = small
+    folder = make(2)
+    before = sums(folder)
+    (piece,) = folder.glob("pairs-*.safetensors")
+    (folder / piece.stem).mkdir()
+    for name in (".record.json.part-7", f".{piece.name}.part-7", f"{piece.stem}/batch-00004-000000000000.safetensors"):
+        (folder / name).write_bytes(b"half")
+    make(2)
+    assert sums(folder) == before and not (folder / piece.stem).exists()
+
+
 def test_damage_is_found_and_named(world, small, tmp_path):
     store, make = small
     folder = make(1)

@@ -18,7 +18,7 @@ from dpo.common.errors import UserError
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.order import Order, run_order
 from dpo.data.pairs import digest
-from dpo.data.store.files import check_shard, open_shard, write_sealed, write_shard
+from dpo.data.store.files import check_shard, open_shard, sweep_away, write_sealed, write_shard
 from dpo.data.store.reader import read
 from dpo.data.store.recorded import FOLDER, Piece, about_record, bands
 from dpo.data.store.store import Contents, StoreSource
@@ -56,6 +56,9 @@ def record(task: Recording) -> tuple[Path, bool]:
     about = about_record(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
     for entry in about["pieces"]:
         check_shard(folder / entry["file"], entry)
+        shutil.rmtree(folder / Piece(*entry["piece"]).name, ignore_errors=True)  # left by a kill just before its removal
+    if task.shard[1] == 1:  # else another process may be writing there
+        sweep_away(folder)
     complete = True
     for piece in _missing(about, task):
         entry = _piece(task, folder, piece)
