@@ -21,10 +21,11 @@ from pathlib import Path
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.settings.config import Config
-from dpo.training.preparing import PART, TEXT_BATCH, prepare, record_reference
 
 DTYPES = ("fp16", "bf16", "fp32")
 
+
+TEXT_BATCH = 32
 
 log = logging.getLogger("dpo")
 
@@ -45,6 +46,7 @@ def _command(argv: Sequence[str]) -> int:
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """What the command line asks for; `rest` are flags of dpo.train."""
     from dpo.data.store import recorded, store
+    from dpo.training import preparing
 
     folder = Path(own.store).expanduser()
     if own.verify:
@@ -57,18 +59,20 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         log.info("%s: %s", folder, count if wrong else "every checksum is right")
         return 1 if wrong else 0
     if own.merge is not None:
-        parts = [Path(part).expanduser() for part in own.merge] or parts_in(folder)
+        parts = [Path(part).expanduser() for part in own.merge] or preparing.parts_in(folder)
         store.merge(folder, parts)
         log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).key):,}")
         return 0
     shard = shard_of(own.shard)
     config = _config(folder, rest)
     if config.data.data != str(folder):
-        prepare(config, folder, own.dtype, shard=shard, pairs_per_shard=own.pairs_per_shard, text_batch=own.text_batch)
-        if shard[1] > 1 and not _merge_when_complete(folder, shard[1]):
+        preparing.encode_pairs(
+            config, folder, own.dtype, shard=shard, pairs_per_shard=own.pairs_per_shard, text_batch=own.text_batch
+        )
+        if shard[1] > 1 and not preparing.merge_when_complete(folder, shard[1]):
             return 0
     if own.reference:
-        record_reference(config, folder, own.draws, shard=shard, batch_size=own.record_batch)
+        preparing.record_reference(config, folder, own.draws, shard=shard, batch_size=own.record_batch)
     return 0
 
 
@@ -140,35 +144,6 @@ def shard_of(text: str | None) -> tuple[int, int]:
     if not found or not int(found[1]) < int(found[2]):
         raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4")
     return int(found[1]), int(found[2])
-
-
-def parts_in(folder: Path) -> list[Path]:
-    """The parts that sharded processes made below `folder`. Raises UserError when some are missing."""
-    found = sorted(folder.glob("part-*-of-*"))
-    if not found:
-        raise UserError(f"{folder} has no parts: name the stores to merge after --merge")
-    count = int(found[0].name.rsplit("-", 1)[1])
-    wanted = [folder / PART.format(i, count) for i in range(count)]
-    missing = [part.name for part in wanted if part not in found]
-    if missing or len(found) != count:
-        raise UserError(
-            f"{folder}: {', '.join(missing) or 'parts of several numberings'}: prepare the missing shards, then --merge"
-        )
-    return wanted
-
-
-def _merge_when_complete(folder: Path, count: int) -> bool:
-    """Merges once every process is done; False while some are not."""
-    from dpo.data.store import store
-    from dpo.data.store.files import read_index
-
-    parts = [folder / PART.format(i, count) for i in range(count)]
-    if not all((index := read_index(part)) is not None and index["finished"] for part in parts):
-        log.info("this part is done; %s becomes a store when the others are", folder)
-        return False
-    store.merge(folder, parts)
-    log.info("%s: %d parts merged", folder, count)
-    return True
 
 
 if __name__ == "__main__":

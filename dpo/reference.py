@@ -1,4 +1,4 @@
-"""The reference model: a frozen copy of the UNet, or the policy with its adapters off.
+"""The reference model: a frozen copy of the denoiser, or the policy with its adapters off.
 
 Both must see exactly the numerics of the policy: same precision, kernels and batch shape, so that at step 0 every logit
 is exactly 0.
@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo.models.denoiser import halve
+from dpo.models.family import Denoiser
 from dpo.models.lora import adapters_off
 
-Predict = Callable[..., tuple[Tensor, ...]]  # called as a UNet is, without gradient: (prediction [2B, C, H, W],)
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+Predict = Callable[..., tuple[Tensor, ...]]  # called as the denoiser is, without gradient: (prediction [2B, C, H, W],)
 
 
-def frozen(unet: nn.Module, compute: torch.dtype | None) -> nn.Module:
-    """A frozen copy of `unet`; under autocast its Linear and Conv2d weights are kept in the `compute` dtype."""
-    twin = copy.deepcopy(unet).requires_grad_(False)
-    return halve(twin, compute) if compute is not None else twin
+def frozen(denoiser: Denoiser, compute: torch.dtype | None) -> Denoiser:
+    """A frozen copy of `denoiser`; under autocast its Linear and Conv2d weights are kept in the `compute` dtype."""
+    twin = copy.deepcopy(denoiser).requires_grad_(False)
+    if compute is not None:
+        halve(twin, compute)
+    return twin
 
 
-def from_copy(twin: Any) -> Predict:
+def from_copy(twin: nn.Module) -> Predict:
     """Predict with a frozen module (compiled or not)."""
 
     def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -35,11 +41,11 @@ def from_copy(twin: Any) -> Predict:
     return predict
 
 
-def from_adapters(unet: Any, layers: list[nn.Module]) -> Predict:
+def from_adapters(policy: nn.Module, layers: list[BaseTunerLayer]) -> Predict:
     """Predict with the policy itself, its adapter `layers` switched off."""
 
     def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with torch.no_grad(), adapters_off(layers):
-            return unet(*args, **kwargs)
+            return policy(*args, **kwargs)
 
     return predict

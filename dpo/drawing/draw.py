@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from PIL import Image
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
+
 
 @torch.no_grad()
 def sample(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
+    device: torch.device | str,
     steps: int,
     guidance: float,
     size: int | None = None,
@@ -28,11 +35,12 @@ def sample(
 ) -> list[Image.Image]:
     """One image for every prompt and seed, prompt by prompt.
 
-    size: pixels of a side, None for the model's own; batch: images at a time; autocast: the precision the UNet is trained under.
-    The modules' devices and modes and the scheduler come back as they were.
+    device: where all modules lie while they draw; size: pixels of a side, None for the model's own; batch: images at a time;
+    autocast: the precision that the policy is trained under. The modules' devices and modes and the scheduler come back as
+    they were.
     """
     tasks = [(prompt, seed) for prompt in prompts for seed in seeds]
-    device = next(pipe.unet.parameters()).device
+    device = torch.device(device)
     context = torch.autocast(device.type, autocast) if autocast is not None else nullcontext()
     images: list[Image.Image] = []
     with _borrowed(pipe, device), context:
@@ -51,7 +59,7 @@ def sample(
 
 
 @contextmanager
-def _borrowed(pipe: Any, device: torch.device) -> Iterator[None]:
+def _borrowed(pipe: Pipeline, device: torch.device) -> Iterator[None]:
     """All modules on `device` in eval mode, a fresh scheduler, no progress bar; everything as before afterwards."""
     modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
     places = [(module, next(module.parameters()).device) for module in modules]

@@ -1,9 +1,7 @@
 """Sample images for fixed prompts and seeds, policy beside reference, and the PNG grid that shows them.
 
-    pipe = pipeline(components)
-    before = sample(pipe, prompts, seeds, steps=50, guidance=7.5)          # pipe.unet is the reference
-    pipe.unet = policy
-    after = sample(pipe, prompts, seeds, steps=50, guidance=7.5)
+    before = sample(pipeline_of(model), prompts, seeds, device="cuda", steps=50, guidance=7.5)
+    after = sample(pipeline_of(model, policy), prompts, seeds, device="cuda", steps=50, guidance=7.5)
     write_grid(folder / "samples/step_000500.png", prompts, seeds, {"before": before, "after": after})
 
 Every image has its own CPU generator, so an image depends on its prompt and seed alone, on any device, and no global generator is

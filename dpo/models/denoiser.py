@@ -1,4 +1,4 @@
-"""Choices made on a UNet before training: dtypes, memory layout, attention, gradient checkpointing."""
+"""Choices made on a denoiser before training: dtypes, memory layout, attention, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpo.common.errors import UserError
+from dpo.models.family import Denoiser
 
 log = logging.getLogger("dpo")
 
@@ -16,21 +17,21 @@ log = logging.getLogger("dpo")
 HALVED = (nn.Linear, nn.Conv2d)
 
 
-def halve(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
+def halve(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Frozen Linear and Conv2d weights in `dtype`, all else (norms, adapters) as it is: what autocast would compute.
 
     Autocast casts the policy's fp32 weights of exactly these layers to `dtype` for every call, so a reference stored this
     way gives the same bits; norms run in fp32 under autocast, and rounding their weights would shift the logit.
     """
-    for module in unet.modules():
+    for module in denoiser.modules():
         if isinstance(module, HALVED):
             for parameter in module.parameters(recurse=False):
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)
-    return unet
+    return denoiser
 
 
-def fix_projections(unet: nn.Module) -> None:
+def fix_projections(denoiser: nn.Module) -> None:
     """Hands spatial transformers' linear input projections (SD 2.x, SDXL) a contiguous input, so that grad mode changes no bit.
 
     In NCHW their input is a strided view. torch multiplies such a view as one matrix where a gradient is wanted and sample by
@@ -38,7 +39,7 @@ def fix_projections(unet: nn.Module) -> None:
     """
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    for block in unet.modules():
+    for block in denoiser.modules():
         if isinstance(block, Transformer2DModel) and block.use_linear_projection:
             block.proj_in.register_forward_pre_hook(_contiguous)
 
@@ -61,23 +62,23 @@ def available_attention(kind: str) -> str:
     return "sdpa"
 
 
-def use_attention(unet: nn.Module, kind: str) -> None:
+def use_attention(denoiser: Denoiser, kind: str) -> None:
     """sdpa is diffusers' default. xformers where it is installed; otherwise one warning and sdpa."""
     if available_attention(kind) == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
 
 
-def use_checkpointing(unet: nn.Module, setting: str) -> None:
+def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     """Recompute activations in the backward pass: "off", "on", or a comma list of blocks such as down_blocks.0,mid_block."""
     if setting == "off":
-        unet.disable_gradient_checkpointing()
+        denoiser.disable_gradient_checkpointing()
         return
-    unet.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing()
     if setting == "on":
         return
     blocks = {
         name: module
-        for name, module in unet.named_modules()
+        for name, module in denoiser.named_modules()
         if name == "mid_block" or (name.count("_blocks.") == 1 and name.count(".") == 1)
     }
     chosen = [name.strip() for name in setting.split(",") if name.strip()]

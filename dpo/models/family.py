@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-NAMES = ("sd", "sdxl")
+if TYPE_CHECKING:  # diffusers' public names are its stand-ins for a missing torch to a checker: its files have the classes
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    class Denoiser(UNet2DConditionModel):
+        """The network that is aligned. A family with one of another class widens this."""
+
+        to = nn.Module.to  # type: ignore[assignment]  # diffusers' own is wrapped so that its type is lost
+
+    class Vae(AutoencoderKL):
+        to = nn.Module.to  # type: ignore[assignment]  # as above
+
+    class TextEncoder(nn.Module):
+        """What is used of a transformers text model."""
+
+        config: CLIPTextConfig
+else:
+    Denoiser = Vae = TextEncoder = nn.Module
+
+
+NAMES = ("sd", "sdxl")  # one that is more special than another stands after it
 
 
 class TextEncoding(NamedTuple):
@@ -22,10 +44,23 @@ class TextEncoding(NamedTuple):
 
     def twice(self) -> TextEncoding:
         """For both halves of a micro-batch, [2B, ...]: the captions of a pair are encoded once."""
-        return TextEncoding(*(None if x is None else x.repeat(2, *[1] * (x.dim() - 1)) for x in self))
+        return self._each(lambda x: x.repeat(2, *[1] * (x.dim() - 1)))
 
-    def to(self, device: Any, dtype: Any = None) -> TextEncoding:
-        return TextEncoding(*(None if x is None else x.to(device, dtype, non_blocking=True) for x in self))
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEncoding:
+        return self._each(lambda x: x.to(device, dtype, non_blocking=True))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TextEncoding:
+        return TextEncoding(function(self.hidden), None if self.pooled is None else function(self.pooled))
+
+
+class Denoise(Protocol):
+    """Policy or reference: the prediction [N, C, h, w] for noisy latents x_t [N, C, h, w] at timesteps t [N].
+
+    sizes [N, 6]: original height, width, crop top, left, target height, width of each image in pixels; None where
+    the family does not ask for them.
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor: ...
 
 
 @dataclass
@@ -33,38 +68,49 @@ class Model:
     """A loaded model: modules, tokenizers and where they came from."""
 
     family: Family
-    denoiser: nn.Module
-    vae: nn.Module
-    text_encoders: list[nn.Module]
-    tokenizers: list[Any]
-    scheduler_config: dict
+    denoiser: Denoiser
+    vae: Vae
+    text_encoders: list[TextEncoder]
+    tokenizers: list[CLIPTokenizer]
+    scheduler_config: dict[str, Any]  # diffusers' own; "prediction_type" is final, after any override
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
-    prediction_type: str = "epsilon"  # final, after any override
+
+    @property
+    def prediction_type(self) -> str:
+        """What the denoiser predicts: "epsilon" or "v_prediction"."""
+        return self.scheduler_config.get("prediction_type", "epsilon")
 
     @property
     def vae_scale(self) -> int:
         """Pixels per latent, 8 for every published SD model."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def native_resolution(self) -> int:
-        return int(self.denoiser.config.sample_size) * self.vae_scale
+        """Pixels of a side that the model was trained at."""
+        return int(self.denoiser.config["sample_size"]) * self.vae_scale
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture. `encode(components, captions)` and `condition(text, micro)` hold all that differs in a step."""
+    """One architecture: all that differs between the models that the trainer knows."""
 
     name: str
     pipeline: str  # the diffusers pipeline class, as in model_index.json's `_class_name`
+    denoiser: str  # the component's name in that pipeline and its folder: "unet"
     beta: float  # default of dpo (docs/method.md)
     guidance: float  # default guidance scale of sample images
     tokenizers: tuple[str, ...]
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
     encode: Callable[[Model, list[str]], TextEncoding]
-    condition: Callable[[TextEncoding, Tensor | None], dict]  # keyword arguments of the UNet beyond x_t and t
+    condition: Callable[[TextEncoding, Tensor | None], dict]  # keyword arguments of the denoiser beyond x_t and t
+    predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, *those of `Denoise`)
+    pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
+    single_file_key: str  # how keys begin in a checkpoint of the original layout that no family before this one has
+    single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
+    vae_overflows_in_fp16: bool = False
 
 
 @cache

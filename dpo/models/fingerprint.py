@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dpo.data.pairs import digest
 from dpo.models.family import Model
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -36,10 +39,10 @@ def identity(model: Model) -> dict[str, Any]:
         "family": model.family.name,
         "vae": fingerprint(model.vae),
         "text_encoders": [fingerprint(encoder) for encoder in model.text_encoders],
-        "tokenizers": [_tokenizer_print(tokenizer) for tokenizer in model.tokenizers],
+        "tokenizers": [_tokenizer_fingerprint(tokenizer) for tokenizer in model.tokenizers],
     }
 
 
-def _tokenizer_print(tokenizer: Any) -> str:
+def _tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
     ids = tokenizer(list(PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
     return digest(json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(ids))

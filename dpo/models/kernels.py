@@ -1,6 +1,6 @@
 """Runs a diffusers UNet on the fused kernels: one small forward function per kind of block, swapped in on instances and undone.
 
-    with patch(unet): ...            or            patched = patch(unet); ...; patched.undo()
+    with patch(denoiser): ...            or            patched = patch(denoiser); ...; patched.undo()
 
 The functions compute what diffusers' own forwards compute, with the same modules and parameters: state-dict keys do not change,
 peft layers inside the blocks are called as before, and gradient checkpointing and torch.compile see ordinary modules. Patch
@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from types import MethodType
+from typing import Any, TypeGuard
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -34,6 +35,10 @@ log = logging.getLogger("dpo")
 
 def _group_norm(norm: nn.GroupNorm, x: torch.Tensor, temb: torch.Tensor | None = None, silu: bool = True) -> torch.Tensor:
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, temb, silu)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def _add_layer_norm(norm: nn.LayerNorm, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +93,12 @@ def transformer_block_forward(
             cross_attention_kwargs, class_labels, added_cond_kwargs,
         )  # fmt: skip
     kwargs.pop("gligen", None)
-    normal = layer_norm(hidden_states, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+    normal = _layer_norm(self.norm1, hidden_states)  # type: ignore[arg-type]  # _is_known_transformer_block has looked
     first_context = encoder_hidden_states if self.only_cross_attention else None
     attended = self.attn1(normal, encoder_hidden_states=first_context, attention_mask=attention_mask, **kwargs)
-    hidden_states, normal = _add_layer_norm(self.norm2, attended, hidden_states)
+    hidden_states, normal = _add_layer_norm(self.norm2, attended, hidden_states)  # type: ignore[arg-type]  # as above
     attended = self.attn2(normal, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **kwargs)
-    hidden_states, normal = _add_layer_norm(self.norm3, attended, hidden_states)
+    hidden_states, normal = _add_layer_norm(self.norm3, attended, hidden_states)  # type: ignore[arg-type]  # as above
     return self.ff(normal) + hidden_states
 
 
@@ -107,7 +112,7 @@ def spatial_output_forward(self: Transformer2DModel, hidden_states, residual, ba
     return hidden_states + residual
 
 
-def _is_group_norm(norm: nn.Module | None) -> bool:
+def _is_group_norm(norm: nn.Module | None) -> TypeGuard[nn.GroupNorm]:
     return type(norm) is nn.GroupNorm and norm.affine
 
 
@@ -194,7 +199,7 @@ def _patch_spatial_transformer(patched: Patched, module: Transformer2DModel) -> 
     return True
 
 
-PATCHES = {
+PATCHES: dict[type[nn.Module], Callable[[Patched, Any], bool]] = {
     GEGLU: _patch_geglu,
     ResnetBlock2D: _patch_resnet,
     BasicTransformerBlock: _patch_transformer_block,
@@ -202,8 +207,8 @@ PATCHES = {
 }
 
 
-def _patch_output_norm(patched: Patched, unet: nn.Module) -> None:
-    norm, activation = getattr(unet, "conv_norm_out", None), getattr(unet, "conv_act", None)
+def _patch_output_norm(patched: Patched, denoiser: nn.Module) -> None:
+    norm, activation = getattr(denoiser, "conv_norm_out", None), getattr(denoiser, "conv_act", None)
     if not (_is_group_norm(norm) and type(activation) is nn.SiLU):
         patched.skipped.append("conv_norm_out")
         return
@@ -212,10 +217,10 @@ def _patch_output_norm(patched: Patched, unet: nn.Module) -> None:
     patched.counts["output norm"] += 1
 
 
-def patch(unet: nn.Module) -> Patched:
-    """Swaps the fused forwards into `unet` (a UNet2DConditionModel, with or without peft layers) and logs what it did."""
+def patch(denoiser: nn.Module) -> Patched:
+    """Swaps the fused forwards into `denoiser` (a UNet2DConditionModel, with or without peft layers) and logs what it did."""
     patched = Patched()
-    for name, module in unet.named_modules():
+    for name, module in denoiser.named_modules():
         swap = PATCHES.get(type(module))
         if swap is None:
             continue
@@ -223,6 +228,6 @@ def patch(unet: nn.Module) -> Patched:
             patched.counts[type(module).__name__] += 1
         else:
             patched.skipped.append(name)
-    _patch_output_norm(patched, unet)
+    _patch_output_norm(patched, denoiser)
     log.info("%s", patched)
     return patched

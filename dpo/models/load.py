@@ -18,7 +18,7 @@ from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import _vae_subfolder, component, is_turbo
+from dpo.models.parts import component, is_turbo, vae_subfolder
 from dpo.models.single_file import load_single_file
 
 log = logging.getLogger("dpo")
@@ -67,7 +67,8 @@ def load(
 ) -> Model:
     """Every component on the CPU in fp32, frozen, in eval mode. UserError for whatever cannot be found, read or recognised."""
     import transformers
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
@@ -78,10 +79,10 @@ def load(
     scheduler_config = _scheduler_config(place)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     encoders = [component(getattr(transformers, cls), place, name, variant) for name, cls in kind.text_encoders]
-    vae_folder, vae_sub = (vae, _vae_subfolder(vae)) if vae else (place, "vae")
+    vae_folder, vae_sub = (vae, vae_subfolder(vae)) if vae else (place, "vae")
     return Model(
         family=kind,
-        denoiser=component(UNet2DConditionModel, place, "unet", variant),
+        denoiser=component(UNet2DConditionModel, place, kind.denoiser, variant),
         vae=component(AutoencoderKL, vae_folder, vae_sub, None if vae else variant),
         text_encoders=encoders,
         tokenizers=tokenizers,
@@ -111,12 +112,12 @@ def _tokenizer(folder: Path, name: str) -> Any:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
 
 
-def load_unet_into(unet: nn.Module, source: str, *, cache_dir: str | None = None) -> None:
-    """Put the weights of `source` (UNet folder, pipeline folder, UNet .safetensors or hub id) into `unet`, in place.
+def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None = None) -> None:
+    """Put the weights of `source` (UNet folder, pipeline folder, UNet .safetensors or hub id) into `denoiser`, in place.
 
     Raises UserError when they do not fit.
     """
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from safetensors.torch import load_file
 
     path = Path(source).expanduser()
@@ -131,9 +132,9 @@ def load_unet_into(unet: nn.Module, source: str, *, cache_dir: str | None = None
             raise UserError(f"--unet-init {source}: no such folder or file")
         nested = isinstance(folder, str) or (folder / "unet").is_dir()
         state = component(UNet2DConditionModel, folder, "unet" if nested else None).state_dict()
-    own = unet.state_dict()
+    own = denoiser.state_dict()
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
     if wrong or len(state) != len(own):
         example = wrong[0] if wrong else next(name for name in state if name not in own)
         raise UserError(f"--unet-init {source} is of another architecture than the model's UNet (first mismatch: {example})")
-    unet.load_state_dict(state)
+    denoiser.load_state_dict(state)

@@ -5,51 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dpo.common.errors import UserError
+from dpo.models.family import Denoiser, Family
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def add(
-    unet: nn.Module, *, rank: int, alpha: float, target_modules: tuple[str, ...], dropout: float, seed: int
-) -> list[nn.Module]:
-    """Put a fresh adapter on `unet` (weights in fp32, the second factor zero) and return its layers.
+    denoiser: Denoiser, *, rank: int, alpha: float, target_modules: tuple[str, ...], dropout: float, seed: int
+) -> list[BaseTunerLayer]:
+    """Put a fresh adapter on `denoiser` (weights in fp32, the second factor zero) and return its layers.
 
     The initial weights are a pure function of `seed`. Raises UserError when no layer matches `target_modules`.
     """
     from peft import LoraConfig
 
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(target_modules), lora_dropout=dropout, init_lora_weights="gaussian"
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number: it is multiplied with
+        target_modules=list(target_modules),
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            unet.add_adapter(config)
+            denoiser.add_adapter(config)
         except ValueError as error:
             raise UserError(f"--target-modules {','.join(target_modules)} matches no layer of the UNet") from error
-    layers = adapter_layers(unet)
-    wide = torch.float64 if next(iter(unet.parameters())).dtype == torch.float64 else torch.float32
-    for parameter in unet.parameters():
+    layers = adapter_layers(denoiser)
+    wide = torch.float64 if next(iter(denoiser.parameters())).dtype == torch.float64 else torch.float32
+    for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(wide)
     return layers
 
 
-def adapter_layers(unet: nn.Module) -> list[nn.Module]:
+def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     """The layers that carry an adapter; found once, so that switching does not walk all modules in every step."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager
-def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
-    """The plain UNet within the block. (peft's own switch also flips requires_grad, which would drop a graph's leaves.)"""
+def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
+    """The plain denoiser within the block. (peft's own switch also flips requires_grad, which would drop a graph's leaves.)"""
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -59,11 +68,11 @@ def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def state(unet: nn.Module) -> dict[str, Tensor]:
+def state(denoiser: Denoiser) -> dict[str, Tensor]:
     """The adapter's weights under peft's names (`MODULE.lora_A.weight`, `MODULE.lora_B.weight`), on the CPU."""
     from peft.utils import get_peft_model_state_dict
 
-    return {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+    return {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
 
 
 def kohya(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -77,14 +86,14 @@ def kohya(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     return renamed
 
 
-def save(unet: nn.Module, pipeline: type, folder: Path, layout: str = "diffusers") -> None:
+def save(denoiser: Denoiser, family: Family, folder: Path, layout: str = "diffusers") -> None:
     """Write the adapter so that a pipeline's `load_lora_weights(folder)` takes it; "kohya": other tools' key names."""
+    import diffusers
     from safetensors.torch import save_file
 
-    config = unet.peft_config["default"]
+    config = denoiser.peft_config["default"]
     if layout == "kohya":
-        save_file(kohya(state(unet), config.lora_alpha), folder / "pytorch_lora_weights.safetensors")
-    else:
-        pipeline.save_lora_weights(
-            folder, unet_lora_layers=state(unet), safe_serialization=True, unet_lora_adapter_metadata=config.to_dict()
-        )
+        save_file(kohya(state(denoiser), config.lora_alpha), folder / "pytorch_lora_weights.safetensors")
+        return
+    named = {f"{family.denoiser}_lora_layers": state(denoiser), f"{family.denoiser}_lora_adapter_metadata": config.to_dict()}
+    getattr(diffusers, family.pipeline).save_lora_weights(folder, safe_serialization=True, **named)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
@@ -30,8 +29,8 @@ def _advice(place: Path, variant: str | None) -> str:
     return "; only safetensors are read: convert the weights" if place.is_dir() else ""
 
 
-def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> nn.Module:
-    """One module from safetensors in fp32, in eval mode without gradients."""
+def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> Any:
+    """One module of a diffusers or transformers class from safetensors in fp32, in eval mode without gradients."""
     options: dict[str, Any] = {"use_safetensors": True, "variant": variant, "local_files_only": Path(folder).is_dir()}
     if subfolder:
         options["subfolder"] = subfolder
@@ -46,6 +45,6 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     return module.requires_grad_(False).eval()
 
 
-def _vae_subfolder(vae: str) -> str | None:
+def vae_subfolder(vae: str) -> str | None:
     """`vae/` when the named folder is a whole pipeline, None when it is the VAE itself."""
     return "vae" if (Path(vae) / "vae").is_dir() else None

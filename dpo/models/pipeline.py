@@ -1,47 +1,33 @@
-"""A diffusers pipeline around the loaded modules, for sampling and saving."""
+"""A diffusers pipeline around the loaded modules: the same one that draws samples and that is saved."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import nn
+from dpo.models.family import Denoiser, Model
 
-from dpo.models.family import Model
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 
-def scheduler_of(model: Model) -> Any:
-    """The scheduler the model came with, for sampling."""
+def scheduler_of(model: Model) -> DDIMScheduler:
+    """A fresh scheduler of the class and settings that the model came with (DDIM, or another of the same interface)."""
     import diffusers
 
-    name = model.scheduler_config.get("_class_name", "PNDMScheduler")
-    return getattr(diffusers, name).from_config(model.scheduler_config)
+    kind = getattr(diffusers, model.scheduler_config.get("_class_name", "DDIMScheduler"))
+    return kind.from_config(model.scheduler_config)
 
 
-def pipeline_of(model: Model, unet: nn.Module | None = None) -> Any:
-    """A diffusers pipeline around the loaded modules (shared, not copied), with `unet` in place of the model's own."""
+def pipeline_of(model: Model, denoiser: Denoiser | None = None) -> Pipeline:
+    """A pipeline over the loaded modules (shared, not copied), with `denoiser` in place of the model's own."""
     import diffusers
 
-    kind = model.family
-    parts = dict(zip(kind.tokenizers, model.tokenizers, strict=True))
-    parts |= {name: module for (name, _), module in zip(kind.text_encoders, model.text_encoders, strict=True)}
-    parts |= {"unet": unet if unet is not None else model.denoiser, "vae": model.vae, "scheduler": scheduler_of(model)}
-    if kind.name == "sd":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return getattr(diffusers, kind.pipeline)(**parts)
-
-
-def pipeline(components: Model, unet: torch.nn.Module | None = None) -> Any:
-    """A diffusers pipeline over the loaded modules (no copies), sampling with the model's own scheduler."""
-    import diffusers
-
-    family = components.family
-    scheduler_class = getattr(diffusers, components.scheduler_config.get("_class_name", "DDIMScheduler"))
-    modules = {"unet": components.denoiser if unet is None else unet, "vae": components.vae}
-    modules |= dict(zip(family.tokenizers, components.tokenizers, strict=True))
-    modules |= dict(zip((name for name, _ in family.text_encoders), components.text_encoders, strict=True))
-    scheduler = scheduler_class.from_config(components.scheduler_config, prediction_type=components.prediction_type)
-    extras: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if family.name == "sdxl":
-        extras = {"add_watermarker": False, "force_zeros_for_empty_prompt": not components.turbo}
-    return getattr(diffusers, family.pipeline)(scheduler=scheduler, **modules, **extras)
+    family = model.family
+    parts: dict[str, Any] = {family.denoiser: denoiser if denoiser is not None else model.denoiser, "vae": model.vae}
+    parts |= dict(zip(family.tokenizers, model.tokenizers, strict=True))
+    parts |= {name: encoder for (name, _), encoder in zip(family.text_encoders, model.text_encoders, strict=True)}
+    return getattr(diffusers, family.pipeline)(**parts, scheduler=scheduler_of(model), **family.pipeline_options(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import typing
 
 import torch
 from torch import nn
@@ -10,9 +10,9 @@ from torch import nn
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
-from dpo.models.family import Model
+from dpo.models.family import Denoiser, Model
 from dpo.models.load import load
-from dpo.settings.config import Config, change
+from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +33,7 @@ def pick_device(name: str) -> torch.device:
 def load_named(config: Config) -> Model:
     """The model that the settings name, as it is stored: fp32, on the CPU."""
     named = config.model
+    assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
         named.model,
         family=named.family,
@@ -65,35 +66,33 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         turbo=config.model.timesteps == "turbo",
         zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
     )
-    model.prediction_type = plan.prediction_type
+    model.scheduler_config["prediction_type"] = plan.prediction_type  # for images and for what is saved, too
     return config, model, plan, decided
 
 
-def cast(config: Config, model: Model) -> None:
-    """Every module in the run's dtype: fp32 master weights for the UNet under autocast, half precision for what is only read.
+def cast(model: Model, precision: str) -> None:
+    """Every module in the run's dtype: fp32 master weights for the denoiser under autocast, half precision for what is only read.
 
-    SDXL's VAE overflows in fp16 and stays in fp32 there.
+    A VAE that overflows in fp16 (SDXL's) stays in fp32 there.
     """
-    precision = config.runtime.precision
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
     model.denoiser.to(own)
-    model.vae.to(torch.float32 if precision == "fp16" and model.family.name == "sdxl" else read_only)
+    model.vae.to(torch.float32 if precision == "fp16" and model.family.vae_overflows_in_fp16 else read_only)
     for encoder in model.text_encoders:
         encoder.to(read_only)
 
 
-def settle(config: Config, unet: nn.Module, device: torch.device) -> Any:
+def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Module:
     """The same choices for policy and reference: device, layout, attention, checkpointing, kernels, compilation."""
-    run = config.runtime
-    unet.to(device)
-    if run.channels_last == "on":
-        unet.to(memory_format=torch.channels_last)
-    fix_projections(unet)
-    use_attention(unet, run.attention)
-    use_checkpointing(unet, run.checkpointing)
-    if run.kernels == "triton":
+    denoiser.to(device)
+    if runtime.channels_last == "on":
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it
+    fix_projections(denoiser)
+    use_attention(denoiser, runtime.attention)
+    use_checkpointing(denoiser, runtime.checkpointing)
+    if runtime.kernels == "triton":
         from dpo.models import kernels
 
-        kernels.patch(unet)
-    return torch.compile(unet) if run.compile else unet
+        kernels.patch(denoiser)
+    return typing.cast(nn.Module, torch.compile(denoiser)) if runtime.compile else denoiser

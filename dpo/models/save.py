@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo.models import lora as lora_layers
-from dpo.models.family import Model
+from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
 
 
@@ -43,23 +43,21 @@ def _staged(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def save_pipeline(model: Model, unet: nn.Module, folder: Path) -> None:
-    """Write the whole pipeline with the trained UNet (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
+def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
+    """Write the whole pipeline with the trained denoiser (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
     with _staged(folder) as part:
-        pipeline_of(model, unet).save_pretrained(part, safe_serialization=True)
+        pipeline_of(model, denoiser).save_pretrained(part, safe_serialization=True)
 
 
-def save_lora(model: Model, unet: nn.Module, folder: Path, *, layout: str) -> None:
+def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> None:
     """Write the adapter so that `load_lora_weights(folder)` takes it."""
-    import diffusers
-
     with _staged(folder) as part:
-        lora_layers.save(unet, getattr(diffusers, model.family.pipeline), part, layout)
+        lora_layers.save(denoiser, model.family, part, layout)
 
 
-def detached(unet: nn.Module, weights: dict[str, Tensor] | None = None) -> nn.Module:
-    """A CPU copy of `unet` in fp32 (or wider), with `weights` (the averaged ones, say) in place of its own where given."""
-    twin = copy.deepcopy(unet).to("cpu")
+def detached(denoiser: Denoiser, weights: dict[str, Tensor] | None = None) -> Denoiser:
+    """A CPU copy of `denoiser` in fp32 (or wider), with `weights` (the averaged ones, say) in place of its own where given."""
+    twin = copy.deepcopy(denoiser).to("cpu")
     twin = twin if twin.dtype == torch.float64 else twin.float()
     parameters = dict(twin.named_parameters())
     with torch.no_grad():

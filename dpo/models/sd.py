@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
@@ -13,17 +15,30 @@ def encode(model: Model, captions: list[str]) -> TextEncoding:
     return TextEncoding(run_encoder(model.tokenizers[0], model.text_encoders[0], captions)[0])
 
 
-def condition(text: TextEncoding, micro: Tensor | None) -> dict:
+def condition(text: TextEncoding, sizes: Tensor | None) -> dict[str, Any]:
     return {"encoder_hidden_states": text.hidden}
+
+
+def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+    return module(x_t, t, **condition(text, sizes), return_dict=False)[0]
+
+
+def pipeline_options(model: Model) -> dict[str, Any]:
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 FAMILY = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
+    denoiser="unet",
     beta=2000.0,
     guidance=7.5,
     tokenizers=("tokenizer",),
     text_encoders=(("text_encoder", "CLIPTextModel"),),
     encode=encode,
     condition=condition,
+    predict=predict,
+    pipeline_options=pipeline_options,
+    single_file_key="model.diffusion_model.",
+    single_file_options={"safety_checker": None},
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
@@ -18,29 +20,43 @@ def encode(model: Model, captions: list[str]) -> TextEncoding:
     return TextEncoding(torch.cat([out.hidden_states[-2] for out in outputs], dim=-1), outputs[-1][0])
 
 
-def condition(text: TextEncoding, micro: Tensor | None) -> dict:
-    """micro [N, 6]: original height, width, crop top, left, target height, width of each image, in pixels.
+def condition(text: TextEncoding, sizes: Tensor | None) -> dict[str, Any]:
+    """sizes [N, 6]: original height, width, crop top, left, target height, width of each image, in pixels.
 
-    The sizes stay in fp32: bf16 has 8 bits, and would make 764 of 765.
+    They stay in fp32: bf16 has 8 bits, and would make 764 of 765.
     """
-    if micro is None:
+    if sizes is None:
         raise ValueError("SDXL needs each image's micro-conditioning")
     return {
         "encoder_hidden_states": text.hidden,
         "added_cond_kwargs": {
             "text_embeds": text.pooled,
-            "time_ids": micro.to(torch.promote_types(text.hidden.dtype, torch.float32)),
+            "time_ids": sizes.to(torch.promote_types(text.hidden.dtype, torch.float32)),
         },
     }
+
+
+def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+    return module(x_t, t, **condition(text, sizes), return_dict=False)[0]
+
+
+def pipeline_options(model: Model) -> dict[str, Any]:
+    """SDXL takes zeros for an empty prompt; Turbo, which is drawn without guidance, has its encoding."""
+    return {"add_watermarker": False, "force_zeros_for_empty_prompt": not model.turbo}
 
 
 FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
     beta=5000.0,
     guidance=5.0,
     tokenizers=("tokenizer", "tokenizer_2"),
     text_encoders=(("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection")),
     encode=encode,
     condition=condition,
+    predict=predict,
+    pipeline_options=pipeline_options,
+    single_file_key="conditioner.embedders.1.",
+    vae_overflows_in_fp16=True,
 )

@@ -9,13 +9,21 @@ import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
-from dpo.models.family import Model, families
-from dpo.models.parts import _vae_subfolder, component, is_turbo
+from dpo.models.family import Family, Model, families
+from dpo.models.parts import component, is_turbo, vae_subfolder
+
+
+def family_of(names: set[str]) -> Family:
+    """The most special family whose keys are among the `names` of a checkpoint in the original layout."""
+    return next(
+        family for family in reversed(families().values()) if any(name.startswith(family.single_file_key) for name in names)
+    )
 
 
 def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Model:
     """One .safetensors checkpoint in the original layout; `config` names a diffusers folder that describes it."""
     import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -25,11 +33,8 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init")
-    guess = "sdxl" if any(name.startswith("conditioner.embedders.1.") for name in names) else "sd"
-    kind = families()[guess if family == "auto" else family]
-    options: dict[str, Any] = {"config": config} if config else {}
-    if kind.name == "sd":
-        options["safety_checker"] = None
+    kind = family_of(names) if family == "auto" else families()[family]
+    options: dict[str, Any] = {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     try:
         pipe = getattr(diffusers, kind.pipeline).from_single_file(str(path), torch_dtype=torch.float32, **options)
     except Exception as error:
@@ -38,11 +43,11 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
             "--single-file-config names a diffusers folder of the same architecture"
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
-    own_vae = component(diffusers.AutoencoderKL, vae, _vae_subfolder(vae)) if vae else pipe.vae
+    own_vae = component(AutoencoderKL, vae, vae_subfolder(vae)) if vae else pipe.vae
     scheduler_config = dict(pipe.scheduler.config)
     return Model(
         family=kind,
-        denoiser=pipe.unet.requires_grad_(False).eval(),
+        denoiser=getattr(pipe, kind.denoiser).requires_grad_(False).eval(),
         vae=own_vae.requires_grad_(False).eval(),
         text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
         tokenizers=[getattr(pipe, name) for name in kind.tokenizers],

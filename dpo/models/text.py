@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dpo.models.family import TextEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 
-def token_ids(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str]) -> Tensor:
     """Captions, padded and cut to the encoder's length: [B, S] int64 on the encoder's device."""
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -16,5 +21,5 @@ def token_ids(tokenizer: Any, encoder: nn.Module, captions: list[str]) -> Tensor
 
 
 @torch.no_grad()
-def run_encoder(tokenizer: Any, encoder: nn.Module, captions: list[str], **options: Any) -> Any:
+def run_encoder(tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], **options: Any) -> Any:
     return encoder(token_ids(tokenizer, encoder, captions), **options)

@@ -9,10 +9,10 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo import credit, reference, schedule
 from dpo.common.errors import UserError
@@ -27,14 +27,15 @@ from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.denoiser import halve
-from dpo.models.family import Model
+from dpo.models.family import Denoiser, Model
 from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
-from dpo.models.load import load_unet_into
+from dpo.models.load import load_weights_into
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
 from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import advice, resolve
-from dpo.settings.config import Config
+from dpo.settings.config import Config, Output, Runtime
+from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
 from dpo.training import checkpoint, flops, optimizer, stored, validation
 from dpo.training.embedded import embedded
@@ -42,52 +43,47 @@ from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.state import check_resume, restore
 
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 log = logging.getLogger("dpo")
 
 
 def build(config: Config, notes: list[str]) -> Run:
     """Make the run of `config`; `notes` are what reading the command line had to say."""
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
-        )
-    torch.manual_seed(config.runtime.seed)  # for libraries that initialise weights; no update consumes it
-    if config.runtime.threads:
-        torch.set_num_threads(config.runtime.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.runtime.tf32
+    _start(config.runtime)
     device = pick_device(config.runtime.device)
     output = check_output(config)
     config = embedded(config)
-    named = config.model
-    locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
-    for flag, part in (("--vae", named.vae), ("--unet-init", named.unet_init)):
-        check_part(flag, part)
+    _check_named(config.model)
+
     source, held_out_source = open_sources(config.data)
     log.info("pairs: %s", describe(source))
-    saved = _saved(config, output)
+    saved = _saved(config.output, output)
+
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
-    for line in [*notes, *decided]:
-        log.info("%s", line)
-    for line in advice.warnings(config):
-        log.warning("%s", line)
-    log.info("%s", advice.headline(config))
+    _tell(config, [*notes, *decided])
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
-    prints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
-    cast(config, model)
-    twin, prints["reference"] = _make_reference(config, model)
-    errors = _recorded(config, plan, source, prints["reference"])
+    fingerprints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
+    cast(model, config.runtime.precision)
+
+    twin, fingerprints["reference"] = _make_reference(config, model)
+    errors = _recorded(config, plan, source, fingerprints["reference"])
     if errors is not None:
         source = errors.covered(source)
+
     layers = _make_policy(config, model.denoiser)
-    policy = settle(config, model.denoiser, device)
+    policy = settle(config.runtime, model.denoiser, device)
+    predict = None
     if twin is not None:
-        predict = reference.from_copy(settle(config, twin, device))
-    else:
-        predict = reference.from_adapters(policy, layers) if _live_reference(config) else None
+        predict = reference.from_copy(settle(config.runtime, twin, device))
+    elif _live_reference(config):
+        predict = reference.from_adapters(policy, layers)
     step, tables = pair_step(config, model, plan, policy, None if errors else predict, device)
     encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
+
     run = Run(
         config=config,
         model=model,
@@ -98,8 +94,7 @@ def build(config: Config, notes: list[str]) -> Run:
         table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho),
         held_out=_held_out(config, held_out_source, step, encoder, predict),
         output=output,
-        fingerprints=prints,
-        schedule=plan,
+        fingerprints=fingerprints,
         speed=_speed(config, model, device, encoded=of_store(source) is not None),
         device=device,
         held_out_source=held_out_source,
@@ -117,9 +112,29 @@ def build(config: Config, notes: list[str]) -> Run:
     return run
 
 
-def _saved(config: Config, output: Path) -> checkpoint.Checkpoint | None:
+def _start(runtime: Runtime) -> None:
+    """Settings of the whole process. Raises UserError in one of several: they would train the same model side by side."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
+        )
+    torch.manual_seed(runtime.seed)  # for libraries that initialise weights; no update consumes it
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
+
+
+def _check_named(named: NamedModel) -> None:
+    """Raises UserError for a model, or a part of one, that is not there; a hub model is downloaded."""
+    assert named.model is not None, "the embedded one where none is named"
+    locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
+    check_part("--vae", named.vae)
+    check_part("--unet-init", named.unet_init)
+
+
+def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from. "latest" of a folder that has none yet is a fresh start, said in the log."""
-    which, root = config.output.resume, output / CHECKPOINTS
+    which, root = output.resume, folder / CHECKPOINTS
     if which is None:
         return None
     if which == "latest" and not checkpoint.listing(root):
@@ -136,22 +151,13 @@ def _recorded(config: Config, plan: schedule.Schedule, source: Source, reference
     return recorded.find(source, recorded.identity(config.data, config.runtime, plan, reference), timesteps)
 
 
-def _make_reference(config: Config, model: Model) -> tuple[nn.Module | None, str]:
-    """A frozen copy of the UNet where the reference needs one of its own, and its fingerprint; the policy's start, if it is another UNet.
-
-    With recorded errors a policy that starts apart from the reference needs the copy for the held-out pairs alone.
-    """
-    named = config.model
-    apart = named.unet_init is not None and named.reference_model == "base"
-    if named.unet_init and not apart:
-        load_unet_into(model.denoiser, named.unet_init)
-    compared = METHODS[config.method.method].reference
-    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
-    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
-    identity = fingerprint(model.denoiser)
-    if apart:
-        load_unet_into(model.denoiser, named.unet_init)
-    return twin, identity
+def _tell(config: Config, lines: list[str]) -> None:
+    """What was decided, what a person should know of it, and the run in one line."""
+    for line in lines:
+        log.info("%s", line)
+    for line in advice.warnings(config):
+        log.warning("%s", line)
+    log.info("%s", advice.headline(config))
 
 
 def _live_reference(config: Config) -> bool:
@@ -159,15 +165,34 @@ def _live_reference(config: Config) -> bool:
     return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
 
 
-def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
+def _make_reference(config: Config, model: Model) -> tuple[Denoiser | None, str]:
+    """A frozen copy where the reference needs weights of its own, and their fingerprint; the policy's start, where another is named.
+
+    With recorded errors a policy that starts apart from the reference needs the copy for the held-out pairs alone.
+    """
+    start = config.model.unet_init
+    apart = start is not None and config.model.reference_model == "base"
+    if start and not apart:
+        load_weights_into(model.denoiser, start)
+    compared = METHODS[config.method.method].reference
+    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
+    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
+    weights = fingerprint(model.denoiser)
+    if start and apart:
+        load_weights_into(model.denoiser, start)
+    return twin, weights
+
+
+def _make_policy(config: Config, denoiser: Denoiser) -> list[BaseTunerLayer]:
     """Adapters (their layers are returned), or all weights trainable."""
     low_rank = config.lora
-    unet.train(low_rank.lora_dropout > 0)
+    denoiser.train(low_rank.lora_dropout > 0)
     if not low_rank.lora:
-        unet.requires_grad_(True)
+        denoiser.requires_grad_(True)
         return []
+    assert low_rank.alpha is not None, "decided when the model was loaded"
     layers = lora.add(
-        unet,
+        denoiser,
         rank=low_rank.rank,
         alpha=low_rank.alpha,
         target_modules=low_rank.target_modules,
@@ -175,7 +200,7 @@ def _make_policy(config: Config, unet: nn.Module) -> list[nn.Module]:
         seed=config.runtime.seed,
     )
     if config.runtime.precision in HALF:
-        halve(unet, HALF[config.runtime.precision])
+        halve(denoiser, HALF[config.runtime.precision])
     return layers
 
 
@@ -183,10 +208,11 @@ def pair_step(
     config: Config,
     model: Model,
     plan: schedule.Schedule,
-    policy: Any,
+    policy: nn.Module,
     predict: reference.Predict | None,
     device: torch.device,
 ) -> tuple[PairStep, credit.Tables]:
+    """The forward of a micro-batch, and the method's tables by timestep."""
     method, precision = config.method, config.runtime.precision
     tables = credit.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
     real = torch.float64 if precision == "fp64" else torch.float32
@@ -207,9 +233,9 @@ def pair_step(
     return step, tables
 
 
-def _updater(config: Config, unet: nn.Module) -> optimizer.Updater:
+def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
     optim = config.optim
-    trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     made = optimizer.build(
         optim.optimizer,
@@ -224,7 +250,7 @@ def _updater(config: Config, unet: nn.Module) -> optimizer.Updater:
     log.info(
         "training %s of %.1f M parameters",
         f"{sum(p.numel() for p in parameters):,}",
-        sum(p.numel() for p in unet.parameters()) / 1e6,
+        sum(p.numel() for p in denoiser.parameters()) / 1e6,
     )
     return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
 
@@ -243,10 +269,13 @@ def _held_out(
 
 
 def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:
-    side = config.data.resolution // model.vae_scale
+    """Counted work of a pair; `encoded`: its latents and text come from a store."""
+    resolution = config.data.resolution
+    assert resolution is not None, "decided when the model was loaded"
+    side = resolution // model.vae_scale
     text = model.text_encoders[0].config.max_position_embeddings
-    forward = flops.unet_flops(dict(model.denoiser.config), side, side, text)
-    encode = flops.vae_encode_flops(dict(model.vae.config), config.data.resolution, config.data.resolution)
+    forward = flops.unet_flops(model.denoiser.config, side, side, text)
+    encode = flops.vae_encode_flops(model.vae.config, resolution, resolution)
     per_pair = flops.pair_flops(
         forward,
         trainable="lora" if config.lora.lora else "full",

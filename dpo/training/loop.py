@@ -20,20 +20,23 @@ from dpo.common import files
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
+from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
+from dpo.models.family import Denoiser
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import Config, flatten, to_toml
+from dpo.tiny import outcome
 from dpo.training import build, results, samples, summary, validation
 from dpo.training.folder import clear_output
-from dpo.training.run import Run
+from dpo.training.run import Figures, Run
 from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
 
 
-TrainStep = Callable[[Run, Iterator[Any]], dict[str, Any]]
+TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
         yield stop
 
 
-def until(stop: threading.Event, batches: Iterator[Any], count: int) -> Iterator[Any]:
+def until(stop: threading.Event, batches: Iterator[PairBatch], count: int) -> Iterator[PairBatch]:
     """The next `count` micro-batches; raises Stopped between two of them once `stop` is set."""
     for batch in itertools.islice(batches, count):
         if stop.is_set():
@@ -114,20 +117,50 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
         run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
     )
     try:
-        results.begin(run, trackers)
+        _begin(run, trackers)
         files.write_text(run.output / CONFIG_FILE, to_toml(run.config))  # from here on the folder holds a run
         with stop_on_signals() as stop:
             updates(run, trackers, train_step, stop)
-        results.end(run, trackers)
+        _finish(run, trackers)
     finally:
         trackers.close()
+
+
+def _begin(run: Run, trackers: Trackers) -> None:
+    trackers.event({"event": "started", "step": run.done, "total": run.total, "device": summary.device_name(run.device)})
+    run.started = time.time()
+    samples.before(run)
+
+
+def _finish(run: Run, trackers: Trackers) -> None:
+    """The result, the last images, what the embedded world's judge says, and the pages made from them."""
+    policy = results.write(run)
+    samples.write(run)
+    if run.config.output.judge and outcome.is_embedded(run.model):
+        _judge(run, policy, trackers)
+    summary.report(run, "finished")
+    if run.config.output.push_to_hub:
+        results.upload(run)
+    log.info("done: %s", run.output)
+
+
+def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
+    """Raises Stopped when interrupted: by then the result is whole, and a run that goes on judges it again."""
+    try:
+        run.evaluation = outcome.judged(policy, run.device)
+        trackers.event({"event": "judged", "step": run.done, **run.evaluation})
+    except KeyboardInterrupt:
+        summary.report(run, "interrupted", "stopped while judging")
+        log.warning("judging was cut short; the aligned model in %s is whole", run.output)
+        log.warning("judge it with: python -m dpo.train --output %s --resume latest", run.output)
+        raise Stopped from None
 
 
 def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
     """All updates that are left. Raises Stopped when asked to stop, after a checkpoint."""
     out, optim = run.config.output, run.config.optim
     batches = run.batches()
-    held_out: dict[str, Any] = {}
+    held_out: Figures = {}
     used, first = 0, run.done
     with Progress(run.total, progress_fields, run.done, out.log_every) as progress:
         while run.done < run.total:
@@ -160,7 +193,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 trackers.event({"event": "validation", "step": run.done, **held_out})
             progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
-                samples.sample_images(run)
+                samples.write(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 snapshot(run)
     if run.done > first and not used:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def build(
     kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0
 ) -> torch.optim.Optimizer:
     """An optimizer by its flag name; what a fallback changes is said in the log. `seed` keys AdamW8bit's stochastic rounding."""
-    adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     on_gpu = parameters[0].is_cuda
     if kind == "adamw":
         return torch.optim.AdamW(parameters, **adam, fused=True)

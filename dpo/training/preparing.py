@@ -7,9 +7,30 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.data.batch import Decoding, PairBatch
+from dpo.data.loader import worker_count
+from dpo.data.sources import describe, open_source
+from dpo.data.store import fill, recorded, recording
+from dpo.data.store.files import read_index
+from dpo.data.store.store import merge, of_store
+from dpo.encode import Encoder
+from dpo.models.denoiser import halve
+from dpo.models.family import Model
+from dpo.models.fingerprint import fingerprint, identity
+from dpo.models.load import load_weights_into
+from dpo.models.ready import HALF, cast, load_model, pick_device, settle
+from dpo.schedule import Schedule, usable_timesteps
+from dpo.settings.config import Config, change
+from dpo.step import PairStep
+from dpo.training import stored
+from dpo.training.build import pair_step
+from dpo.training.embedded import embedded
 
 log = logging.getLogger("dpo")
 
@@ -20,95 +41,125 @@ PART = "part-{:05d}-of-{:05d}"
 SHARD_BYTES = 256 * 2**20  # what a shard should hold
 
 
-TEXT_BATCH = 32
-
-
 LARGEST_BATCH = 256  # pairs, the first that is tried for recording on a GPU
 
 
-def prepare(
-    config: Any,
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+Result = TypeVar("Result")
+
+
+# ----------------------------------------------------------------------------------------------------------------- encoding
+
+
+def encode_pairs(
+    config: Config,
     folder: Path,
     dtype: str = "fp16",
     *,
     shard: tuple[int, int] = (0, 1),
     pairs_per_shard: int | None = None,
-    text_batch: int = TEXT_BATCH,
+    text_batch: int,
 ) -> bool:
     """Encodes the pairs that `config` names into `folder`, or process `shard`'s share into a part below it. False: it was done.
 
     Latents and text are stored in `dtype`; VAE and text encoders compute in the precision that training has. Raises UserError.
     """
-    import torch
-
-    from dpo.data.loader import worker_count
-    from dpo.data.sources import describe, open_source
-    from dpo.data.store import fill
-    from dpo.encode import Encoder
-    from dpo.models import ready
-    from dpo.models.fingerprint import identity
-    from dpo.training import embedded
-
-    device = ready.pick_device(config.runtime.device)
-    config = embedded.embedded(config)
+    device = pick_device(config.runtime.device)
+    config = embedded(config)
     if config.data.crop == "random":
         raise UserError("a store holds one crop of each image: --crop random needs the images themselves in every epoch")
     source = open_source(config.data)
     log.info("pairs: %s", describe(source))
-    config, model, _, _ = ready.load_model(config, device)
-    settings = identity(model) | {
-        "resolution": config.data.resolution, "flip": config.data.flip, "dtype": dtype, "precision": config.runtime.precision,
-    }  # fmt: skip
-    ready.cast(config, model)
-    encoder = Encoder(model, device, config.runtime.vae_batch)
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    config, model, _, _ = load_model(config, device)
+    settings = identity(model) | {  # of the weights as they are stored: before they are cast
+        "resolution": config.data.resolution,
+        "flip": config.data.flip,
+        "dtype": dtype,
+        "precision": config.runtime.precision,
+    }
+    cast(model, config.runtime.precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
+    images = config.runtime.vae_batch
     fresh = fill.fill(
         fill.Filling(
             folder=place,
             name=str(config.data.data),
             source=source,
             settings=settings,
-            encode=Encodings(encoder, kind, config.runtime.vae_batch, text_batch),
-            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config, kind.itemsize),
+            encode=Encodings(Encoder(model, device, images), DTYPES[dtype], images, text_batch),
+            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config, DTYPES[dtype].itemsize),
             workers=worker_count(config.data.workers),
             bad_image_limit=0.0 if config.data.on_bad_image == "stop" else config.data.bad_image_limit,
             first=first,
             last=last,
-            progress=Progress("prepared"),
+            progress=progress_line("prepared"),
         )
     )
     log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")
     return fresh
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encodings:
     """An Encoder's results on the CPU, in the store's dtype."""
 
-    encoder: Any
-    dtype: Any
+    encoder: Encoder
+    dtype: torch.dtype
     image_batch: int
     text_batch: int
 
-    def images(self, pixels: Any) -> tuple[Any, Any]:
+    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w]."""
         mean, std = self.encoder.posterior(pixels)
         return mean.to(self.dtype).cpu(), std.to(self.dtype).cpu()
 
-    def captions(self, captions: list[str]) -> tuple[Any, ...]:
+    def captions(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """N captions -> hidden [N, S, D], and for SDXL pooled [N, P]."""
         return tuple(value.to(self.dtype).cpu() for value in self.encoder.text(captions) if value is not None)
 
 
-def _pairs_per_shard(model: Any, config: Any, itemsize: int) -> int:
+def _pairs_per_shard(model: Model, config: Config, itemsize: int) -> int:
     """A power of two that makes shards of about SHARD_BYTES."""
+    assert config.data.resolution is not None, "decided when the model was loaded"
     side = config.data.resolution // model.vae_scale
-    pair_bytes = 2 * 2 * model.vae.config.latent_channels * side**2 * itemsize * (2 if config.data.flip else 1)
+    pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if config.data.flip else 1)
     return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
 
 
+def parts_in(folder: Path) -> list[Path]:
+    """The parts that sharded processes made below `folder`. Raises UserError when some are missing."""
+    found = sorted(folder.glob("part-*-of-*"))
+    if not found:
+        raise UserError(f"{folder} has no parts: name the stores to merge after --merge")
+    count = int(found[0].name.rsplit("-", 1)[1])
+    wanted = [folder / PART.format(i, count) for i in range(count)]
+    missing = [part.name for part in wanted if part not in found]
+    if missing or len(found) != count:
+        raise UserError(
+            f"{folder}: {', '.join(missing) or 'parts of several numberings'}: prepare the missing shards, then --merge"
+        )
+    return wanted
+
+
+def merge_when_complete(folder: Path, count: int) -> bool:
+    """Merges once every process is done; False while some are not."""
+    parts = [folder / PART.format(i, count) for i in range(count)]
+    if not all((index := read_index(part)) is not None and index["finished"] for part in parts):
+        log.info("this part is done; %s becomes a store when the others are", folder)
+        return False
+    merge(folder, parts)
+    log.info("%s: %d parts merged", folder, count)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------- recording
+
+
 def record_reference(
-    config: Any,
+    config: Config,
     folder: Path,
     draws: int,
     *,
@@ -117,56 +168,29 @@ def record_reference(
     block: int | None = None,
 ) -> Path:
     """Records the reference's errors on every pair of a finished store in `draws` draws; the record's folder. Raises UserError."""
-    import torch
-
-    from dpo.data.batch import Decoding, PairBatch
-    from dpo.data.sources import open_source
-    from dpo.data.store import recorded, recording
-    from dpo.encode import Encoder
-    from dpo.models import ready
-    from dpo.models.denoiser import halve
-    from dpo.models.fingerprint import fingerprint
-    from dpo.models.load import load_unet_into
-    from dpo.schedule import usable_timesteps
-    from dpo.settings.config import change
-    from dpo.training import build, embedded, stored
-
-    device = ready.pick_device(config.runtime.device)
+    device = pick_device(config.runtime.device)
     config = change(
-        embedded.embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
+        embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
     )
     source = open_source(config.data)
-    config, model, plan, _ = ready.load_model(stored.adopt(config, source), device)
+    config, model, plan, _ = load_model(stored.adopt(config, source), device)
     stored.check(model, source)
-    ready.cast(config, model)
-    if config.model.unet_init and config.model.reference_model == "init":
-        load_unet_into(model.denoiser, config.model.unet_init)
-    identity = recorded.identity(config.data, config.runtime, plan, fingerprint(model.denoiser))
-    precision = config.runtime.precision
-    if precision in ready.HALF:
-        halve(model.denoiser, ready.HALF[precision])
-    unet = ready.settle(change(config, checkpointing="off"), model.denoiser, device)
-    step, _ = build.pair_step(config, model, plan, unet, None, device)
-    encoder, zero = Encoder(model, device, config.runtime.vae_batch), torch.zeros_like(step.weight)
-
-    def errors(batch: PairBatch) -> torch.Tensor:
-        with torch.no_grad():
-            return step.errors(encoder.inputs(batch), zero)[0].errors[:2]
-
+    store = of_store(source)
+    assert store is not None, "opened as one"
+    weights, step = _reference_step(config, model, plan, device)
     timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    made_with = {"device": str(device), "torch": torch.__version__, "kernels": config.runtime.kernels, "model": model.source}
     task = recording.Recording(
-        contents=source.contents,
-        identity=identity,
+        contents=store.contents,
+        identity=recorded.identity(config.data, config.runtime, plan, weights),
         timesteps=tuple(timesteps.tolist()),
-        made_with=made_with | {"channels_last": config.runtime.channels_last, "compile": config.runtime.compile},
+        made_with=_made_with(config, model, device),
         draws=draws,
         batch_size=batch_size or (LARGEST_BATCH if device.type == "cuda" else config.optim.batch_size),
-        errors=errors,
+        errors=_errors_of(step, Encoder(model, device, config.runtime.vae_batch)),
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
-        progress=Progress("recorded"),
+        progress=progress_line("recorded"),
     )
     place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = f"{draws} draws of each of {len(source):,} pairs" if complete else "this process is done, others are still at work"
@@ -174,10 +198,46 @@ def record_reference(
     return place
 
 
-def _record_smaller(record: Callable[[Any], Any], task: Any, halve_it: bool) -> Any:
-    """Records, with half the batch for as long as the GPU's memory does not hold it."""
-    import torch
+def _reference_step(config: Config, model: Model, plan: Schedule, device: torch.device) -> tuple[str, PairStep]:
+    """The reference's fingerprint, and its forward in the precision and layout that training would give it."""
+    precision, named = config.runtime.precision, config.model
+    cast(model, precision)
+    if named.unet_init and named.reference_model == "init":
+        load_weights_into(model.denoiser, named.unet_init)
+    weights = fingerprint(model.denoiser)
+    if precision in HALF:
+        halve(model.denoiser, HALF[precision])
+    reference = settle(replace(config.runtime, checkpointing="off"), model.denoiser, device)
+    step, _ = pair_step(config, model, plan, reference, None, device)
+    return weights, step
 
+
+def _errors_of(step: PairStep, encoder: Encoder) -> Callable[[PairBatch], Tensor]:
+    """Errors [2, B] of a batch, win and lose."""
+    zero = torch.zeros_like(step.weight)
+
+    @torch.no_grad()
+    def errors(batch: PairBatch) -> Tensor:
+        return step.errors(encoder.inputs(batch), zero)[0].errors[:2]
+
+    return errors
+
+
+def _made_with(config: Config, model: Model, device: torch.device) -> dict[str, Any]:
+    """For people to read."""
+    runtime = config.runtime
+    return {
+        "device": str(device),
+        "torch": torch.__version__,
+        "kernels": runtime.kernels,
+        "model": model.source,
+        "channels_last": runtime.channels_last,
+        "compile": runtime.compile,
+    }
+
+
+def _record_smaller(record: Callable[[recording.Recording], Result], task: recording.Recording, halve_it: bool) -> Result:
+    """Records, with half the batch for as long as the GPU's memory does not hold it."""
     while True:
         try:
             return record(task)
@@ -191,21 +251,21 @@ def _record_smaller(record: Callable[[Any], Any], task: Any, halve_it: bool) -> 
         log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
 
 
-class Progress:
-    """A line in the log now and then: pairs done, pairs per second, time left."""
+def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
+    """What says in the log now and then: pairs done, pairs per second, time left. Call it with pairs done and pairs in all."""
+    began = said = time.monotonic()
+    first: int | None = None
 
-    def __init__(self, verb: str, every: float = 10.0) -> None:
-        self.verb, self.every = verb, every
-        self.began = self.said = time.monotonic()
-        self.first: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
+    def say(done: int, total: int) -> None:
+        nonlocal said, first
         now = time.monotonic()
-        if self.first is None:
-            self.first = done  # what was there, or was done before the clock could tell
-        if now - self.said < self.every and done < total:
+        if first is None:
+            first = done  # what was there, or was done before the clock could tell
+        if now - said < every and done < total:
             return
-        self.said = now
-        rate = (done - self.first or done) / max(now - self.began, 1e-9)
+        said = now
+        rate = (done - first or done) / max(now - began, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9))) if total > done else "0"
-        log.info("%s %s of %s pairs, %.1f pairs/s, %s left", self.verb, f"{done:,}", f"{total:,}", rate, left)
+        log.info("%s %s of %s pairs, %.1f pairs/s, %s left", verb, f"{done:,}", f"{total:,}", rate, left)
+
+    return say

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batch import Decoding, PairBatch
@@ -33,6 +32,9 @@ from dpo.training.metrics import StepMetrics
 log = logging.getLogger("dpo")
 
 
+Figures: TypeAlias = dict[str, Any]  # what metrics.jsonl has of an update: numbers and lists of numbers by name
+
+
 class Diverged(UserError):
     """The loss or the gradient is no longer a number; the weights are still those before this update."""
 
@@ -44,7 +46,7 @@ class Speed:
     pair_flops: float
     peak_tflops: float | None
 
-    def figures(self, pairs_per_second: float) -> dict[str, float | None]:
+    def figures(self, pairs_per_second: float) -> Figures:
         tflops = self.pair_flops * pairs_per_second / 1e12
         return {"tflops": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
 
@@ -63,7 +65,6 @@ class Run:
     held_out: validation.HeldOut | None
     output: Path
     fingerprints: dict[str, str]
-    schedule: schedule.Schedule
     total: int  # updates wanted
     speed: Speed
     device: torch.device
@@ -73,7 +74,7 @@ class Run:
     position: int = 0  # pairs consumed, holes included
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where no reference model is held
-    evaluation: dict[str, Any] = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
+    evaluation: Figures = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
 
     @property
     def nominal(self) -> int:
@@ -105,7 +106,7 @@ class Run:
         self.table.discard()
         self.metrics = StepMetrics()
 
-    def check_finite(self, figures: dict[str, Any]) -> None:
+    def check_finite(self, figures: Figures) -> None:
         """Raise Diverged, with the step and timesteps, before a loss or gradient that is not a number reaches the weights."""
         scaled = self.updater.scaler is not None  # an infinite gradient is how the loss scale finds its level
         if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):

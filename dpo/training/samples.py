@@ -8,7 +8,7 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.drawing import draw, grid
-from dpo.models import pipeline
+from dpo.models.pipeline import pipeline_of
 from dpo.pages.folder import SAMPLES
 from dpo.settings.config import Config
 from dpo.training.run import Run
@@ -45,17 +45,33 @@ def _before_paths(run: Run) -> list[Path]:
     return [run.output / SAMPLES / "before" / f"{index:03d}.png" for index in range(count)]
 
 
-def _sample(run: Run) -> list[Image.Image]:
+def _drawn(run: Run) -> list[Image.Image]:
+    """The fixed prompts and seeds with the policy as it is."""
     out = run.config.output
-    pipe = pipeline.pipeline(run.model)
+    assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
     return draw.sample(
-        pipe, prompts(run), out.sample_seeds, steps=out.sample_steps, guidance=out.sample_guidance, autocast=run.step.autocast
+        pipeline_of(run.model),
+        prompts(run),
+        out.sample_seeds,
+        device=run.device,
+        steps=out.sample_steps,
+        guidance=out.sample_guidance,
+        autocast=run.step.autocast,
     )
 
 
-def sample_images(run: Run) -> Path:
+def before(run: Run) -> None:
+    """Draw the images of the unchanged model, once per run folder: before the first update, while it is the policy."""
+    if run.done:
+        return
+    for path, image in zip(_before_paths(run), _drawn(run), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+def write(run: Run) -> Path:
     """Draw the fixed prompts with the policy as it is, beside the unchanged model's images, as a PNG grid."""
-    columns = {"after": _sample(run)}
+    columns = {"after": _drawn(run)}
     if all(path.exists() for path in _before_paths(run)):
         columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}
     return grid.write_grid(

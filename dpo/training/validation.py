@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.stats import share_interval
+from dpo.data.batch import PairBatch
 from dpo.encode import Encoder, Inputs
 from dpo.objective import implicit_accuracy
 from dpo.reference import Predict
@@ -53,7 +54,9 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
     return torch.stack(rows)
 
 
-def prepare(step: PairStep, encoder: Encoder, batches: Iterable[Any], draws: int, predict: Predict | None) -> HeldOut | None:
+def prepare(
+    step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, predict: Predict | None
+) -> HeldOut | None:
     """Encode the held-out pairs and record their reference errors; None when there is no usable pair.
 
     `predict` is the reference's forward; without one (sft) the policy as it is now is the reference.

@@ -8,7 +8,7 @@ from PIL import Image
 from dpo.drawing.draw import sample
 from dpo.drawing.grid import read_grid, write_grid
 from dpo.models.load import load
-from dpo.models.pipeline import pipeline
+from dpo.models.pipeline import pipeline_of
 from tests.help.worlds import make_pipeline
 
 PROMPTS = ["a red thing", "a blue thing"]
@@ -28,8 +28,8 @@ def differ(images, others):
 
 
 def test_an_image_depends_on_prompt_and_seed_alone(model):
-    pipe = pipeline(model)
-    settings = {"steps": 2, "guidance": 2.0}
+    pipe = pipeline_of(model)
+    settings = {"device": "cpu", "steps": 2, "guidance": 2.0}
     together = sample(pipe, PROMPTS, [3, 4], **settings, batch=4)
     torch.rand(7)
     alone = sample(pipe, PROMPTS[1:], [4], **settings, batch=1)
@@ -39,12 +39,12 @@ def test_an_image_depends_on_prompt_and_seed_alone(model):
 
 
 def test_nothing_else_is_disturbed(model):
-    pipe = pipeline(model)
+    pipe = pipeline_of(model)
     model.denoiser.train()
     model.denoiser.conv_out.eval()
     state, scheduler, weights = torch.get_rng_state(), pipe.scheduler, model.denoiser.conv_in.weight.clone()
     before = dict(scheduler.__dict__)
-    sample(pipe, PROMPTS[:1], [0], steps=2, guidance=2.0)
+    sample(pipe, PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.denoiser.training and model.denoiser.mid_block.training and not model.denoiser.conv_out.training
     assert pipe.scheduler is scheduler and {k: v is before[k] for k, v in scheduler.__dict__.items()} == dict.fromkeys(
@@ -55,30 +55,30 @@ def test_nothing_else_is_disturbed(model):
 
 
 def test_policy_beside_reference(model, tmp_path):
-    pipe = pipeline(model)
-    before = sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
+    pipe = pipeline_of(model)
+    before = sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)
     policy = type(model.denoiser).from_config(model.denoiser.config)
     policy.load_state_dict(model.denoiser.state_dict())
     pipe.unet = policy
-    assert not any(differ(before, sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)))
+    assert not any(differ(before, sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)))
     with torch.no_grad():
         policy.conv_out.bias += 0.5
-    assert all(differ(before, sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)))
+    assert all(differ(before, sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)))
 
 
 def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
-    pipe = pipeline(model)
+    pipe = pipeline_of(model)
     model.denoiser.train()
     scheduler = pipe.scheduler
     monkeypatch.setattr(model.denoiser, "forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sample(pipe, PROMPTS, [0], steps=2, guidance=1.0)
+        sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)
     assert model.denoiser.training and pipe.scheduler is scheduler
     model.denoiser.eval()
 
 
 def test_autocast_draws(model):
-    (image,) = sample(pipeline(model), PROMPTS[:1], [0], steps=2, guidance=2.0, autocast=torch.bfloat16)
+    (image,) = sample(pipeline_of(model), PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16)
     assert np.asarray(image).std() > 0
 
 

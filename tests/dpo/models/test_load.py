@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.models.fingerprint import fingerprint
-from dpo.models.load import load, load_unet_into
+from dpo.models.load import load, load_weights_into
 from tests.help.ldm import weights_of, write_single_file
 from tests.help.worlds import KINDS, make_pipeline
 
@@ -75,13 +75,11 @@ def test_captions_become_conditioning(pipelines, kind):
     micro = torch.tensor([[32, 32, 0, 0, 32, 32]] * 6)
     with torch.no_grad():
         both = text.twice()
-        out = model.denoiser(
-            torch.zeros(6, 4, 8, 8), torch.tensor([7] * 6), **model.family.condition(both, micro), return_dict=False
-        )[0]
+        out = model.family.predict(model.denoiser, torch.zeros(6, 4, 8, 8), torch.tensor([7] * 6), both, micro)
     assert out.shape == (6, 4, 8, 8) and torch.equal(both.hidden[:3], both.hidden[3:])
     if kind.startswith("sdxl"):
         with pytest.raises(ValueError, match="micro-conditioning"):
-            model.family.condition(text, None)
+            model.family.predict(model.denoiser, torch.zeros(3, 4, 8, 8), torch.tensor([7] * 3), text, None)
 
 
 def test_captions_encode_as_diffusers_does(pipelines):
@@ -263,7 +261,7 @@ def test_start_from_another_unet(pipelines, tmp_path, form):
     (file,) = (other / "unet").glob("*.safetensors")
     unet = load(str(pipelines["sd15"])).denoiser
     before = unet.conv_in.weight.clone()
-    load_unet_into(unet, str({"pipeline": other, "unet folder": other / "unet", "file": file}[form]))
+    load_weights_into(unet, str({"pipeline": other, "unet folder": other / "unet", "file": file}[form]))
     wanted = load_file(file)
     assert all(torch.equal(value, wanted[name]) for name, value in unet.state_dict().items())
     assert not torch.equal(unet.conv_in.weight, before)
@@ -286,7 +284,7 @@ def test_start_from_a_unet_that_does_not_fit(pipelines, tmp_path):
     }
     for source, message in wrong.items():
         with pytest.raises(UserError, match=message) as caught:
-            load_unet_into(unet, source)
+            load_weights_into(unet, source)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
