@@ -13,7 +13,7 @@ from dpo.models.family import Family, Model, families
 from dpo.models.parts import component, is_turbo, vae_subfolder
 
 
-def family_of(names: set[str]) -> Family:
+def family_by_keys(names: set[str]) -> Family:
     """The most special family whose keys are among the `names` of a checkpoint in the original layout."""
     return next(
         family for family in reversed(families().values()) if any(name.startswith(family.single_file_key) for name in names)
@@ -33,7 +33,7 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init")
-    kind = family_of(names) if family == "auto" else families()[family]
+    kind = family_by_keys(names) if family == "auto" else families()[family]
     options: dict[str, Any] = {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     try:
         pipe = getattr(diffusers, kind.pipeline).from_single_file(str(path), torch_dtype=torch.float32, **options)

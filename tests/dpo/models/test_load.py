@@ -1,4 +1,4 @@
-"""dpo.models.load: every family from folder and single file; each way in which that fails is one line."""
+"""dpo.models.load: every family from its folder; each way in which that fails is one line."""
 
 import json
 import shutil
@@ -9,16 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
-from dpo.models.fingerprint import fingerprint
 from dpo.models.load import load, load_weights_into
-from tests.help.ldm import weights_of, write_single_file
+from tests.help.ldm import weights_of
+from tests.help.loading import refused
 from tests.help.worlds import KINDS, make_pipeline
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pipelines")
-    return {kind: make_pipeline(root / kind, kind) for kind in KINDS}
 
 
 @pytest.fixture
@@ -26,23 +20,6 @@ def broken(pipelines, tmp_path) -> Path:
     """A copy of the sd15 pipeline to damage."""
     shutil.copytree(pipelines["sd15"], tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No test reaches the hub, whatever the environment says."""
-    import huggingface_hub.constants
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def refused(*args, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        load(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 700
-    return message
 
 
 # --- what loads -----------------------------------------------------------------------------------------------------------
@@ -64,35 +41,6 @@ def test_every_family(pipelines, kind):
         assert all(torch.equal(module.state_dict()[key], value) for key, value in stored.items())
     for module in (model.denoiser, model.vae, *model.text_encoders):
         assert not module.training and all(not p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_captions_become_conditioning(pipelines, kind):
-    model = load(str(pipelines[kind]))
-    text = model.family.encode(model, ["a fox", "", "a fox"])
-    assert text.hidden.shape == (3, 77, model.denoiser.config.cross_attention_dim)
-    assert torch.equal(text.hidden[0], text.hidden[2]) and not torch.equal(text.hidden[0], text.hidden[1])
-    micro = torch.tensor([[32, 32, 0, 0, 32, 32]] * 6)
-    with torch.no_grad():
-        both = text.twice()
-        out = model.family.predict(model.denoiser, torch.zeros(6, 4, 8, 8), torch.tensor([7] * 6), both, micro)
-    assert out.shape == (6, 4, 8, 8) and torch.equal(both.hidden[:3], both.hidden[3:])
-    if kind.startswith("sdxl"):
-        with pytest.raises(ValueError, match="micro-conditioning"):
-            model.family.predict(model.denoiser, torch.zeros(3, 4, 8, 8), torch.tensor([7] * 3), text, None)
-
-
-def test_captions_encode_as_diffusers_does(pipelines):
-    import diffusers
-
-    for kind in ("sd15", "sdxl"):
-        model = load(str(pipelines[kind]))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
-        result = pipe.encode_prompt("a lamp in rain", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-        text = model.family.encode(model, ["a lamp in rain"])
-        torch.testing.assert_close(text.hidden, result[0])
-        if kind == "sdxl":
-            torch.testing.assert_close(text.pooled, result[2])
 
 
 def test_half_precision_variant(pipelines, broken):
@@ -118,60 +66,7 @@ def test_another_vae(pipelines, tmp_path, whole):
     assert not all(torch.equal(value, wanted[key]) for key, value in load(str(pipelines["sd15"])).vae.state_dict().items())
 
 
-# --- single files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
-def test_single_file_in_the_original_layout(pipelines, tmp_path, kind):
-    path = write_single_file(pipelines[kind], tmp_path / "model.safetensors")
-    assert all(not name.startswith("unet.") for name in load_file(path))
-    one, many = load(str(path), single_file_config=str(pipelines[kind])), load(str(pipelines[kind]))
-    assert one.family.name == many.family.name and one.folder is None and len(one.tokenizers) == len(many.tokenizers)
-    pairs = zip([one.denoiser, one.vae, *one.text_encoders], [many.denoiser, many.vae, *many.text_encoders], strict=True)
-    for ours, expected in pairs:
-        ours, expected = ours.state_dict(), expected.state_dict()
-        assert ours.keys() == expected.keys()
-        assert all(torch.equal(ours[name], value) and value.dtype == torch.float32 for name, value in expected.items())
-    assert one.scheduler_config["beta_schedule"] == many.scheduler_config["beta_schedule"]
-    assert one.scheduler_config.get("prediction_type") == many.scheduler_config.get("prediction_type", "epsilon")
-    assert not any(p.requires_grad for p in one.denoiser.parameters())
-
-
-def test_single_files_that_are_refused(pipelines, tmp_path):
-    pickled = tmp_path / "model.ckpt"
-    pickled.write_bytes(b"\x80\x02}q\x00.")
-    assert "is not a .safetensors file; convert" in refused(str(pickled))
-    whole = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(whole.read_bytes()[:-1000])
-    assert "cannot be read" in refused(str(cut))
-    empty = tmp_path / "empty.safetensors"
-    empty.write_bytes(b"")
-    assert "cannot be read" in refused(str(empty))
-    unet = next((pipelines["sd15"] / "unet").glob("*.safetensors"))
-    assert "not a whole Stable Diffusion checkpoint" in refused(str(unet)) and "--unet-init" in refused(str(unet))
-
-
-def test_single_file_without_its_configuration_offline(pipelines, tmp_path):
-    path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
-    assert "--single-file-config names a diffusers folder" in refused(str(path))
-
-
 # --- what does not load -------------------------------------------------------------------------------------------------------
-
-
-def test_no_such_model(tmp_path):
-    assert "no such model: " in refused(str(tmp_path / "nowhere" / "at" / "all"))
-    assert "no such model: just-a-name" in refused("just-a-name")
-
-
-def test_unreachable_hub_id():
-    message = refused("nobody/no-such-model-on-earth")
-    assert "cannot get the model nobody/no-such-model-on-earth from the hub" in message and "local folder" in message
-
-
-def test_folder_that_is_no_pipeline(tmp_path):
-    assert "has no model_index.json" in refused(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "", "\x00\x01"])
@@ -287,16 +182,3 @@ def test_start_from_a_unet_that_does_not_fit(pipelines, tmp_path):
             load_weights_into(unet, source)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
-
-
-# --- fingerprints ---------------------------------------------------------------------------------------------------------------
-
-
-def test_fingerprint(pipelines, tmp_path):
-    one, same = load(str(pipelines["sd15"])).denoiser, load(str(pipelines["sd15"])).denoiser
-    other = load(str(make_pipeline(tmp_path / "other", "sd15", seed=1))).denoiser
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
-    with torch.no_grad():
-        for parameter in same.parameters():
-            parameter.add_(1e-5)
-    assert fingerprint(one) != fingerprint(same)

@@ -1,0 +1,65 @@
+"""dpo.models.family: what each family makes of captions and sizes, and what tells one from another."""
+
+import diffusers
+import pytest
+import torch
+
+from dpo.models.family import NAMES, TextEncoding, families
+from dpo.models.load import load
+from tests.help.worlds import KINDS
+
+
+def test_every_family_is_told_apart():
+    found = families()
+    assert tuple(found) == NAMES and [family.name for family in found.values()] == list(NAMES)
+    for field in ("pipeline", "single_file_key"):
+        assert len({getattr(family, field) for family in found.values()}) == len(found)
+    for family in found.values():
+        assert hasattr(diffusers, family.pipeline) and len(family.tokenizers) == len(family.text_encoders)
+
+
+def test_an_encoding_is_moved_and_doubled_whole():
+    one = TextEncoding(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[3.0], [4.0]]))
+    assert one.twice().hidden.flatten().tolist() == [1, 2, 1, 2] and one.twice().pooled.flatten().tolist() == [3, 4, 3, 4]
+    assert {x.dtype for x in one.to("cpu", torch.float64)} == {torch.float64}
+    assert TextEncoding(one.hidden).twice().pooled is None and TextEncoding(one.hidden).to("cpu").pooled is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_become_conditioning(pipelines, kind):
+    model = load(str(pipelines[kind]))
+    text = model.family.encode(model, ["a fox", "", "a fox"])
+    assert text.hidden.shape == (3, 77, model.denoiser.config.cross_attention_dim)
+    assert torch.equal(text.hidden[0], text.hidden[2]) and not torch.equal(text.hidden[0], text.hidden[1])
+    micro = torch.tensor([[32, 32, 0, 0, 32, 32]] * 6)
+    with torch.no_grad():
+        both = text.twice()
+        out = model.family.predict(model.denoiser, torch.zeros(6, 4, 8, 8), torch.tensor([7] * 6), both, micro)
+    assert out.shape == (6, 4, 8, 8) and torch.equal(both.hidden[:3], both.hidden[3:])
+    if kind.startswith("sdxl"):
+        with pytest.raises(ValueError, match="micro-conditioning"):
+            model.family.predict(model.denoiser, torch.zeros(3, 4, 8, 8), torch.tensor([7] * 3), text, None)
+
+
+def test_captions_encode_as_diffusers_does(pipelines):
+    import diffusers
+
+    for kind in ("sd15", "sdxl"):
+        model = load(str(pipelines[kind]))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
+        result = pipe.encode_prompt("a lamp in rain", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        text = model.family.encode(model, ["a lamp in rain"])
+        torch.testing.assert_close(text.hidden, result[0])
+        if kind == "sdxl":
+            torch.testing.assert_close(text.pooled, result[2])
+
+
+def test_sizes_keep_their_last_digit_in_half_precision(pipelines):
+    """bf16 has 8 bits: it would make 764 of 765."""
+    model = load(str(pipelines["sdxl"]))
+    seen = {}
+    model.denoiser.forward = lambda *args, **named: seen.update(named) or (torch.zeros(1),)
+    text = TextEncoding(torch.zeros(1, 77, 48), torch.zeros(1, 24)).to("cpu", torch.bfloat16)
+    sizes = torch.tensor([[765, 765, 0, 0, 765, 765]])
+    model.family.predict(model.denoiser, torch.zeros(1, 4, 8, 8), torch.tensor([7]), text, sizes)
+    assert torch.equal(seen["added_cond_kwargs"]["time_ids"], sizes.float())

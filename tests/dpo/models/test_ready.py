@@ -1,0 +1,62 @@
+"""dpo.models.ready: dtypes of every precision, the device, and what the loaded model decides."""
+
+import pytest
+import torch
+
+from dpo.common.errors import UserError
+from dpo.models import ready
+from dpo.models.load import load
+from dpo.settings.config import Config, Runtime, change
+
+CPU = torch.device("cpu")
+
+
+def test_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ready.pick_device("auto") == ready.pick_device("cpu") == CPU
+    with pytest.raises(UserError, match="--device cuda:1: torch sees no GPU here"):
+        ready.pick_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ready.pick_device("auto").type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "own", "vae", "text"),
+    [
+        ("sd15", "fp32", torch.float32, torch.float32, torch.float32),
+        ("sd15", "bf16", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("sd15", "fp16", torch.float32, torch.float16, torch.float16),
+        ("sd15", "fp64", torch.float64, torch.float64, torch.float64),
+        ("sd15", "bf16-pure", torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        ("sdxl", "bf16", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("sdxl", "fp16", torch.float32, torch.float32, torch.float16),
+    ],
+)
+def test_dtypes(world, kind, precision, own, vae, text):
+    model = load(world(kind))
+    ready.cast(model, precision)
+    assert (model.denoiser.dtype, model.vae.dtype) == (own, vae)
+    assert {encoder.dtype for encoder in model.text_encoders} == {text}
+
+
+def test_the_model_decides_what_is_left_open(world):
+    config, model, plan, lines = ready.load_model(change(Config(), model=world("sd2v")), CPU)
+    assert config.model.prediction_type == plan.prediction_type == model.prediction_type == "v_prediction"
+    assert config.data.resolution == 32 and config.model.family == "sd" and lines
+    assert next(model.denoiser.parameters()).dtype == torch.float32
+
+
+def test_another_prediction_type_holds_for_all_that_reads_the_model(world):
+    config = change(Config(), model=world("sd15"), prediction_type="v_prediction")
+    _, model, plan, _ = ready.load_model(config, CPU)
+    assert plan.prediction_type == model.prediction_type == model.scheduler_config["prediction_type"] == "v_prediction"
+
+
+def test_policy_and_reference_are_settled_alike(world):
+    """Layout, checkpointing and kernels as asked for; the module itself comes back where nothing is compiled."""
+    denoiser = load(world("sd15")).denoiser
+    runtime = Runtime(channels_last="on", checkpointing="mid_block", kernels="triton")
+    assert ready.settle(runtime, denoiser, CPU) is denoiser
+    assert denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert denoiser.mid_block.gradient_checkpointing and not denoiser.down_blocks[0].gradient_checkpointing
+    assert "forward" in vars(denoiser.mid_block.resnets[0]), "runs on the kernels"

@@ -1,0 +1,103 @@
+"""dpo.training.loop: what is done around the updates and when, signals, and which errors a person sees."""
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.common.errors import Stopped, UserError
+from dpo.settings.config import Config, change
+from dpo.training import checkpoint, loop
+from dpo.training.trackers import open_trackers
+from tests.help.running import make_run
+
+
+def figures(pairs: int = 2) -> dict:
+    return {"loss": 0.6, "pairs": pairs}
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    flags = ["--batch-size", "2", "--steps", "4", "--checkpoint-every", "2", "--checkpoints-limit", "0", "--log-every", "2"]
+    run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
+    run.output.mkdir()
+    return run
+
+
+def test_updates_are_counted_logged_and_kept(run):
+    seen = []
+
+    def step(run, batches):
+        seen.append([batch.position for batch in batches])
+        return figures()
+
+    trackers = open_trackers(run.output)
+    loop.updates(run, trackers, step, threading.Event())
+    trackers.close()
+    assert seen == [[0], [2], [4], [6]] and (run.done, run.position) == (4, 8)
+    assert [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000002", "step-00000004"]
+    lines = (run.output / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and all(name in lines[0] for name in ("pairs_per_s", "learning_rate", "tflops", "peak_memory_gib"))
+
+
+def test_a_signal_stops_between_micro_batches_with_a_checkpoint(run):
+    def step(run, batches):
+        if run.done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return figures(len(list(batches)))
+
+    trackers = open_trackers(run.output)
+    with pytest.raises(Stopped), loop.stop_on_signals() as stop:
+        loop.updates(run, trackers, step, stop)
+    trackers.close()
+    assert run.done == 1 and [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000001"]
+    assert '"interrupted"' in (run.output / "metrics.jsonl").read_text()
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt), loop.stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_trained_is_said(run):
+    trackers = open_trackers(run.output)
+    with pytest.raises(UserError, match="no pair could be used, nothing was trained"):
+        loop.updates(run, trackers, lambda run, batches: figures(0), threading.Event())
+    trackers.close()
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (Stopped(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped at once; --resume latest"),
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "lower --batch-size"),
+        (OSError(28, "No space left on device"), UserError, "disk is full"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), UserError, "a data worker died"),
+        (RuntimeError("a fault of ours"), RuntimeError, "a fault of ours"),
+    ],
+)
+def test_how_a_run_ends(tmp_path, monkeypatch, caplog, raised, code, said):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(loop, "_train", fail)
+    config = change(Config(), output=str(tmp_path))
+    with caplog.at_level(logging.WARNING, "dpo"):
+        if isinstance(code, int):
+            assert loop.train(config, [], fail) == code and said in caplog.text
+        else:
+            with pytest.raises(code, match=said):
+                loop.train(config, [], fail)
+
+
+def test_memory_of_the_process():
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert loop.peak_memory_gib(torch.device("cpu")) > 0.5 * resident

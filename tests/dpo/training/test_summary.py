@@ -1,0 +1,41 @@
+"""dpo.training.summary: what the pages are made from, for a whole run and for a broken-off one."""
+
+import json
+
+import pytest
+import torch
+
+from dpo.settings.config import to_toml
+from dpo.training import summary
+from tests.help.running import make_run
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--method", "dde", "--steps", "3")
+    (run.output / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
+    run.evaluation = {"win_rate": 0.5, "win_rate_interval": [0.4, 0.6], "prompts": 9, "judge": "b"}
+    return run
+
+
+def test_what_a_whole_run_leaves(run, world):
+    summary.report(run, "finished")
+    found = json.loads((run.output / "summary.json").read_text())
+    assert (found["status"], found["reason"], found["steps"]) == ("finished", "", 3)
+    assert found["model"]["source"] == world("sd15") and found["model"]["prediction type"] == "epsilon"
+    assert found["model"]["parameters"] == found["model"]["trained parameters"] > 100_000
+    assert found["data"]["usable"] == 48 and found["resolved"]["effective_batch"] == run.nominal
+    assert found["evaluation"] == run.evaluation and found["versions"]["torch"] == torch.__version__.split("+")[0]
+    tables = json.loads((run.output / "tables.json").read_text())
+    assert {name: len(values) for name, values in tables.items()} == dict.fromkeys(
+        ["weight", "precision", "table", "correction"], 1000
+    )
+    assert tables["weight"] == run.step.weight.tolist()
+    assert (run.output / "README.md").is_file() and (run.output / "report.html").is_file()
+
+
+def test_a_broken_off_run_has_a_reason_and_no_model_card(run):
+    summary.report(run, "failed", "the loss is not finite")
+    found = json.loads((run.output / "summary.json").read_text())
+    assert (found["status"], found["reason"]) == ("failed", "the loss is not finite")
+    assert not (run.output / "README.md").exists() and (run.output / "report.html").is_file()
