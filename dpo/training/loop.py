@@ -109,7 +109,7 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
 
 
 def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
-    samples.asked_prompts(config)  # a file that is missing is noticed before anything is loaded
+    samples.asked_prompts(config.output)  # a file that is missing is noticed before anything is loaded
     run = build.build(config, notes)
     clear_output(run.output, config.output)
     out = run.config.output

@@ -26,7 +26,7 @@ from dpo.models.fingerprint import fingerprint, identity
 from dpo.models.load import load_weights_into
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
 from dpo.schedule import Schedule, usable_timesteps
-from dpo.settings.config import Config, change
+from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import stored
 from dpo.training.build import pair_step
@@ -90,7 +90,7 @@ def encode_pairs(
             source=source,
             settings=settings,
             encode=Encodings(Encoder(model, device, images), DTYPES[dtype], images, text_batch),
-            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config, DTYPES[dtype].itemsize),
+            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config.data, DTYPES[dtype].itemsize),
             workers=worker_count(config.data.workers),
             bad_image_limit=0.0 if config.data.on_bad_image == "stop" else config.data.bad_image_limit,
             first=first,
@@ -121,11 +121,11 @@ class Encodings:
         return tuple(value.to(self.dtype).cpu() for value in self.encoder.text(captions) if value is not None)
 
 
-def _pairs_per_shard(model: Model, config: Config, itemsize: int) -> int:
+def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
     """A power of two that makes shards of about SHARD_BYTES."""
-    assert config.data.resolution is not None, "decided when the model was loaded"
-    side = config.data.resolution // model.vae_scale
-    pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if config.data.flip else 1)
+    assert data.resolution is not None, "decided when the model was loaded"
+    side = data.resolution // model.vae_scale
+    pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if data.flip else 1)
     return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
 
 
@@ -183,7 +183,7 @@ def record_reference(
         contents=store.contents,
         identity=recorded.identity(config.data, config.runtime, plan, weights),
         timesteps=tuple(timesteps.tolist()),
-        made_with=_made_with(config, model, device),
+        made_with=_made_with(config.runtime, model, device),
         draws=draws,
         batch_size=batch_size or (LARGEST_BATCH if device.type == "cuda" else config.optim.batch_size),
         errors=_errors_of(step, Encoder(model, device, config.runtime.vae_batch)),
@@ -223,9 +223,8 @@ def _errors_of(step: PairStep, encoder: Encoder) -> Callable[[PairBatch], Tensor
     return errors
 
 
-def _made_with(config: Config, model: Model, device: torch.device) -> dict[str, Any]:
+def _made_with(runtime: Runtime, model: Model, device: torch.device) -> dict[str, Any]:
     """For people to read."""
-    runtime = config.runtime
     return {
         "device": str(device),
         "torch": torch.__version__,

@@ -10,15 +10,15 @@ from dpo.common.errors import UserError
 from dpo.drawing import draw, grid
 from dpo.models.pipeline import pipeline_of
 from dpo.pages.folder import SAMPLES
-from dpo.settings.config import Config
+from dpo.settings.config import Output
 from dpo.training.run import Run
 
 DEFAULT_PROMPTS = 4
 
 
-def asked_prompts(config: Config) -> list[str]:
+def asked_prompts(out: Output) -> list[str]:
     """The prompts that --sample-prompts names, one by one or in a .txt file. UserError when the file gives none."""
-    asked = config.output.sample_prompts
+    asked = out.sample_prompts
     if len(asked) != 1 or not asked[0].endswith(".txt"):
         return list(asked)
     try:
@@ -33,7 +33,7 @@ def asked_prompts(config: Config) -> list[str]:
 
 def prompts(run: Run) -> list[str]:
     """The prompts of the sample grid: as asked for, else the first captions of the held-out pairs, else of the training pairs."""
-    if asked := asked_prompts(run.config):
+    if asked := asked_prompts(run.config.output):
         return asked
     source = run.held_out_source or run.source
     captions = (source[index].caption for index in range(min(len(source), 8 * DEFAULT_PROMPTS)))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 import dpo.models.load
 import dpo.train
-from dpo.training import checkpoint, results
+from dpo.training import checkpoint, samples
 from tests.help.commands import check_refused, command, tree
 from tests.help.worlds import make_pickapic
 
@@ -165,7 +165,7 @@ def foreground():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_start_does_not_occupy_the_folder(start, tmp_path, capsys, monkeypatch, brief, foreground, number):
     with monkeypatch.context() as patch:
-        patch.setattr(results, "begin", lambda run, trackers: os.kill(os.getpid(), number))
+        patch.setattr(samples, "before", lambda run: os.kill(os.getpid(), number))
         said = command(capsys, *start, "--steps", "1")
     assert said.code == 130 and said.errors == []
     assert [name for name in tree(tmp_path / "out") if name != "metrics.jsonl"] == []

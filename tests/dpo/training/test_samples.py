@@ -9,7 +9,7 @@ from PIL import Image
 from dpo.common.errors import UserError
 from dpo.drawing.draw import sample
 from dpo.drawing.grid import read_grid
-from dpo.settings.config import Config, change
+from dpo.settings.config import Output
 from dpo.training import results, samples
 from tests.help.running import make_run
 from tests.help.worlds import KINDS
@@ -24,12 +24,12 @@ def start(world, folder, *flags, kind="sd15"):
 def test_prompts_of_a_file(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red fox\n\n  a blue lamp \n", encoding="utf-8")
-    assert samples.asked_prompts(change(Config(), sample_prompts=(str(file),))) == ["a red fox", "a blue lamp"]
-    assert samples.asked_prompts(change(Config(), sample_prompts=("one", "two"))) == ["one", "two"]
+    assert samples.asked_prompts(Output(sample_prompts=(str(file),))) == ["a red fox", "a blue lamp"]
+    assert samples.asked_prompts(Output(sample_prompts=("one", "two"))) == ["one", "two"]
     file.write_text(" \n")
     for path, message in ((file, "has no prompt"), (tmp_path / "nowhere.txt", "cannot be read")):
         with pytest.raises(UserError, match=f"--sample-prompts .*{path.name}: {message}"):
-            samples.asked_prompts(change(Config(), sample_prompts=(str(path),)))
+            samples.asked_prompts(Output(sample_prompts=(str(path),)))
 
 
 def test_without_prompts_the_first_captions_are_drawn(world, tmp_path):

@@ -1,9 +1,9 @@
 """dpo.training.summary: what the pages are made from, for a whole run and for a broken-off one."""
 
 import json
+from importlib.metadata import version
 
 import pytest
-import torch
 
 from dpo.settings.config import to_toml
 from dpo.training import summary
@@ -25,7 +25,7 @@ def test_what_a_whole_run_leaves(run, world):
     assert found["model"]["source"] == world("sd15") and found["model"]["prediction type"] == "epsilon"
     assert found["model"]["parameters"] == found["model"]["trained parameters"] > 100_000
     assert found["data"]["usable"] == 48 and found["resolved"]["effective_batch"] == run.nominal
-    assert found["evaluation"] == run.evaluation and found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["evaluation"] == run.evaluation and found["versions"]["torch"] == version("torch")
     tables = json.loads((run.output / "tables.json").read_text())
     assert {name: len(values) for name, values in tables.items()} == dict.fromkeys(
         ["weight", "precision", "table", "correction"], 1000
