@@ -148,16 +148,17 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     else:
         unet.requires_grad_(True)
     twin = None if setting.recorded or setting.low_rank else reference.frozen(unet, half)
-    used = [_settled(module, setting, device) for module in (unet, twin) if module is not None]
-    predict = reference.from_copy(used[1]) if twin is not None else None
+    family = families()[model.family]
+    used = [family.denoise(_settled(module, setting, device)) for module in (unet, twin) if module is not None]
+    compared = reference.from_copy(used[1]) if twin is not None else None
     if setting.low_rank and not setting.recorded:
-        predict = reference.from_adapters(used[0], layers)
-    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.18215))
-    parts = Model(families()[model.family], unet, vae, [], [], {}, model.name, None)
+        compared = reference.from_adapters(used[0], layers)
+    vae = SimpleNamespace(config={"scaling_factor": 0.18215})
+    parts = Model(family, unet, vae, [], [], {}, model.name, None)
     step = PairStep(
         model=parts,
         policy=used[0],
-        reference=predict,
+        reference=compared,
         path=noise_path(Schedule(torch.linspace(0.999, 0.005, 1000), "epsilon"), torch.arange(1000), torch.float32, device),
         weight=torch.ones(1000, device=device),
         beta=torch.tensor(2000.0, device=device),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
 
 
@@ -33,7 +35,7 @@ class Encoder:
     vae_batch: int
     offload: bool = False
 
-    def _place(self, modules: list[nn.Module], busy: bool) -> None:
+    def _place(self, modules: Sequence[nn.Module], busy: bool) -> None:
         for module in modules:
             module.to(self.device if busy or not self.offload else "cpu")
 
@@ -62,14 +64,25 @@ class Encoder:
         self._place(self.model.text_encoders, busy=False)
         return encoding
 
-    def inputs(self, batch: Any) -> Inputs:
+    def inputs(self, batch: PairBatch) -> Inputs:
         """A PairBatch from the loader -> tensors on the device."""
-        move = {"device": self.device, "non_blocking": True}
         if batch.latent_mean is not None:
-            mean, std, text = batch.latent_mean.to(**move), batch.latent_std.to(**move), TextEncoding(*batch.text).to(self.device)
+            assert batch.latent_std is not None and batch.text is not None, "a store has them all"
+            mean, std = self._moved(batch.latent_mean), self._moved(batch.latent_std)
+            text = TextEncoding(*batch.text).to(self.device)
         else:
+            assert batch.pixels is not None, "images, or what a store has of them"
             (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
-        micro = batch.micro.to(**move) if batch.micro is not None else None
         return Inputs(
-            batch.keys.to(**move), batch.draws.to(**move), batch.prob.to(**move), batch.usable.to(**move), mean, std, text, micro
+            keys=self._moved(batch.keys),
+            draws=self._moved(batch.draws),
+            prob=self._moved(batch.prob),
+            usable=self._moved(batch.usable),
+            latent_mean=mean,
+            latent_std=std,
+            text=text,
+            micro=self._moved(batch.micro),
         )
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)

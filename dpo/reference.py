@@ -7,20 +7,17 @@ is exactly 0.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo.models.denoiser import halve
-from dpo.models.family import Denoiser
+from dpo.models.family import Denoise, Denoiser, TextEncoding
 from dpo.models.lora import adapters_off
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-Predict = Callable[..., tuple[Tensor, ...]]  # called as the denoiser is, without gradient: (prediction [2B, C, H, W],)
 
 
 def frozen(denoiser: Denoiser, compute: torch.dtype | None) -> Denoiser:
@@ -31,21 +28,21 @@ def frozen(denoiser: Denoiser, compute: torch.dtype | None) -> Denoiser:
     return twin
 
 
-def from_copy(twin: nn.Module) -> Predict:
-    """Predict with a frozen module (compiled or not)."""
+def from_copy(twin: Denoise) -> Denoise:
+    """What the frozen `twin` predicts, without gradient."""
 
-    def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return twin(*args, **kwargs)
+            return twin(x_t, t, text, sizes)
 
-    return predict
+    return denoise
 
 
-def from_adapters(policy: nn.Module, layers: list[BaseTunerLayer]) -> Predict:
-    """Predict with the policy itself, its adapter `layers` switched off."""
+def from_adapters(policy: Denoise, layers: list[BaseTunerLayer]) -> Denoise:
+    """What the policy predicts with its adapter `layers` switched off, without gradient."""
 
-    def predict(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         with torch.no_grad(), adapters_off(layers):
-            return policy(*args, **kwargs)
+            return policy(x_t, t, text, sizes)
 
-    return predict
+    return denoise

@@ -68,8 +68,14 @@ def noise_path(schedule: Schedule, timesteps: Tensor, dtype: torch.dtype, device
     abar = schedule.alphas_cumprod.to(dtype)
     signal, spread = (x.double().sqrt().to(dtype) for x in (abar, 1 - abar))
     of_noise, of_data = (signal, -spread) if schedule.velocity else (torch.ones_like(signal), torch.zeros_like(signal))
-    tables = [table.to(device) for table in (signal, spread, of_noise, of_data)]
-    return NoisePath(*tables, timesteps.to(device), needs_data=schedule.velocity)
+    return NoisePath(
+        signal=signal.to(device),
+        spread=spread.to(device),
+        of_noise=of_noise.to(device),
+        of_data=of_data.to(device),
+        timesteps=timesteps.to(device),
+        needs_data=schedule.velocity,
+    )
 
 
 def from_scheduler(
@@ -81,7 +87,7 @@ def from_scheduler(
     schedule to zero terminal SNR (Lin et al. 2023), as the model was distilled. Raises UserError for an unknown
     prediction type.
     """
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     rescale = bool(config.get("rescale_betas_zero_snr", False)) or turbo if zero_snr is None else zero_snr
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")

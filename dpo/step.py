@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from torch import Tensor
 from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.pair_errors import PairErrors, pair_errors
 from dpo.encode import Inputs
-from dpo.models.family import Model, TextEncoding
+from dpo.models.family import Denoise, Model, TextEncoding
 from dpo.objective import PairTerms, pair_loss
-from dpo.reference import Predict
 from dpo.schedule import NoisePath
 
 
@@ -28,8 +26,8 @@ class PairStep:
     """The forward of a micro-batch. Tables and scalars are device tensors, so that nothing freezes in a captured graph."""
 
     model: Model
-    policy: Any  # the denoiser, compiled or not
-    reference: Predict | None
+    policy: Denoise
+    reference: Denoise | None
     path: NoisePath
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
@@ -57,8 +55,9 @@ class PairStep:
             policy = torch.cat([wins, torch.full_like(wins, torch.nan)])
         else:
             policy = self.predict(self.policy, x_t, t.repeat(2), x.text.twice(), x.micro)
-        live = self.reference is not None and recorded is None
-        reference = self.predict(self.reference, x_t, t.repeat(2), x.text.twice(), x.micro) if live else None
+        reference = None
+        if self.reference is not None and recorded is None:
+            reference = self.predict(self.reference, x_t, t.repeat(2), x.text.twice(), x.micro)
         mixed = self.path.needs_data
         found = pair_errors(
             policy,
@@ -80,17 +79,17 @@ class PairStep:
     def latents(self, x: Inputs) -> Tensor:
         """Keyed samples of the VAE's posterior, scaled as the denoiser expects them: [2B, 4, h, w]."""
         config = self.model.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
+        shift = config.get("shift_factor") or 0.0
         wide = torch.promote_types(self.dtype, torch.float32)
         mean, std = x.latent_mean.to(wide), x.latent_std.to(wide)
-        return sample_posterior(mean, std, x.keys, x.draws, self.seed, config.scaling_factor, shift)
+        return sample_posterior(mean, std, x.keys, x.draws, self.seed, config["scaling_factor"], shift)
 
-    def predict(self, denoiser: Any, x_t: Tensor, t: Tensor, text: TextEncoding, micro: Tensor | None) -> Tensor:
+    def predict(self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         """The prediction for N noisy latents [N, 4, h, w] at timesteps t [N]."""
         if self.autocast is None:
             text = text.to(x_t.device, x_t.dtype)
         with self._autocast():
-            return denoiser(x_t, t, **self.model.family.condition(text, micro), return_dict=False)[0]
+            return denoise(x_t, t, text, sizes)
 
     def _autocast(self) -> AbstractContextManager:
         if self.autocast is None:

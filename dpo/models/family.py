@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -105,12 +105,15 @@ class Family:
     tokenizers: tuple[str, ...]
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
     encode: Callable[[Model, list[str]], TextEncoding]
-    condition: Callable[[TextEncoding, Tensor | None], dict]  # keyword arguments of the denoiser beyond x_t and t
-    predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, *those of `Denoise`)
+    predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, x_t, t, text, sizes)
     pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
     single_file_key: str  # how keys begin in a checkpoint of the original layout that no family before this one has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     vae_overflows_in_fp16: bool = False
+
+    def denoise(self, module: nn.Module) -> Denoise:
+        """`module`, the denoiser as it is or compiled, behind the call that is the same for every family."""
+        return partial(self.predict, module)
 
 
 @cache

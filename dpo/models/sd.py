@@ -15,12 +15,8 @@ def encode(model: Model, captions: list[str]) -> TextEncoding:
     return TextEncoding(run_encoder(model.tokenizers[0], model.text_encoders[0], captions)[0])
 
 
-def condition(text: TextEncoding, sizes: Tensor | None) -> dict[str, Any]:
-    return {"encoder_hidden_states": text.hidden}
-
-
 def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-    return module(x_t, t, **condition(text, sizes), return_dict=False)[0]
+    return module(x_t, t, encoder_hidden_states=text.hidden, return_dict=False)[0]
 
 
 def pipeline_options(model: Model) -> dict[str, Any]:
@@ -36,7 +32,6 @@ FAMILY = Family(
     tokenizers=("tokenizer",),
     text_encoders=(("text_encoder", "CLIPTextModel"),),
     encode=encode,
-    condition=condition,
     predict=predict,
     pipeline_options=pipeline_options,
     single_file_key="model.diffusion_model.",

@@ -20,24 +20,13 @@ def encode(model: Model, captions: list[str]) -> TextEncoding:
     return TextEncoding(torch.cat([out.hidden_states[-2] for out in outputs], dim=-1), outputs[-1][0])
 
 
-def condition(text: TextEncoding, sizes: Tensor | None) -> dict[str, Any]:
-    """sizes [N, 6]: original height, width, crop top, left, target height, width of each image, in pixels.
-
-    They stay in fp32: bf16 has 8 bits, and would make 764 of 765.
-    """
+def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+    """The sizes stay in fp32: bf16 has 8 bits, and would make 764 of 765."""
     if sizes is None:
         raise ValueError("SDXL needs each image's micro-conditioning")
-    return {
-        "encoder_hidden_states": text.hidden,
-        "added_cond_kwargs": {
-            "text_embeds": text.pooled,
-            "time_ids": sizes.to(torch.promote_types(text.hidden.dtype, torch.float32)),
-        },
-    }
-
-
-def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-    return module(x_t, t, **condition(text, sizes), return_dict=False)[0]
+    wide = torch.promote_types(text.hidden.dtype, torch.float32)
+    added = {"text_embeds": text.pooled, "time_ids": sizes.to(wide)}
+    return module(x_t, t, encoder_hidden_states=text.hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def pipeline_options(model: Model) -> dict[str, Any]:
@@ -54,7 +43,6 @@ FAMILY = Family(
     tokenizers=("tokenizer", "tokenizer_2"),
     text_encoders=(("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection")),
     encode=encode,
-    condition=condition,
     predict=predict,
     pipeline_options=pipeline_options,
     single_file_key="conditioner.embedders.1.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo import credit, reference, schedule
 from dpo.common.errors import UserError
@@ -27,7 +27,7 @@ from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.denoiser import halve
-from dpo.models.family import Denoiser, Model
+from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
 from dpo.models.load import load_weights_into
@@ -75,13 +75,13 @@ def build(config: Config, notes: list[str]) -> Run:
         source = errors.covered(source)
 
     layers = _make_policy(config, model.denoiser)
-    policy = settle(config.runtime, model.denoiser, device)
-    predict = None
+    policy = model.family.denoise(settle(config.runtime, model.denoiser, device))
+    compared = None
     if twin is not None:
-        predict = reference.from_copy(settle(config.runtime, twin, device))
+        compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
     elif _live_reference(config):
-        predict = reference.from_adapters(policy, layers)
-    step, tables = pair_step(config, model, plan, policy, None if errors else predict, device)
+        compared = reference.from_adapters(policy, layers)
+    step, tables = pair_step(config, model, plan, policy, None if errors else compared, device)
     encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
 
     run = Run(
@@ -92,7 +92,7 @@ def build(config: Config, notes: list[str]) -> Run:
         step=step,
         updater=_updater(config, model.denoiser),
         table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho),
-        held_out=_held_out(config, held_out_source, step, encoder, predict),
+        held_out=_held_out(config, held_out_source, step, encoder, compared),
         output=output,
         fingerprints=fingerprints,
         speed=_speed(config, model, device, encoded=of_store(source) is not None),
@@ -208,8 +208,8 @@ def pair_step(
     config: Config,
     model: Model,
     plan: schedule.Schedule,
-    policy: nn.Module,
-    predict: reference.Predict | None,
+    policy: Denoise,
+    compared: Denoise | None,
     device: torch.device,
 ) -> tuple[PairStep, credit.Tables]:
     """The forward of a micro-batch, and the method's tables by timestep."""
@@ -220,7 +220,7 @@ def pair_step(
     step = PairStep(
         model=model,
         policy=policy,
-        reference=predict,
+        reference=compared,
         path=schedule.noise_path(plan, timesteps, real, device),
         weight=tables.weight.to(device, real),
         beta=torch.tensor(method.beta, dtype=real, device=device),
@@ -256,7 +256,7 @@ def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
 
 
 def _held_out(
-    config: Config, source: Source | None, step: PairStep, encoder: Encoder, predict: reference.Predict | None
+    config: Config, source: Source | None, step: PairStep, encoder: Encoder, compared: Denoise | None
 ) -> validation.HeldOut | None:
     """The held-out pairs, encoded, with their reference errors."""
     if source is None or not config.output.validate_every:
@@ -265,7 +265,7 @@ def _held_out(
     log.info("held-out accuracy: %d pairs, %d draws each", len(source), data.validation_draws)
     assert data.resolution is not None  # decided when the model was loaded
     stream = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
-    return validation.prepare(step, encoder, stream, data.validation_draws, predict)
+    return validation.prepare(step, encoder, stream, data.validation_draws, compared)
 
 
 def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:

@@ -207,7 +207,7 @@ def _reference_step(config: Config, model: Model, plan: Schedule, device: torch.
     weights = fingerprint(model.denoiser)
     if precision in HALF:
         halve(model.denoiser, HALF[precision])
-    reference = settle(replace(config.runtime, checkpointing="off"), model.denoiser, device)
+    reference = model.family.denoise(settle(replace(config.runtime, checkpointing="off"), model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
     return weights, step
 

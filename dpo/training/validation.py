@@ -16,8 +16,8 @@ from torch import Tensor
 from dpo.common.stats import share_interval
 from dpo.data.batch import PairBatch
 from dpo.encode import Encoder, Inputs
+from dpo.models.family import Denoise
 from dpo.objective import implicit_accuracy
-from dpo.reference import Predict
 from dpo.step import PairStep
 
 
@@ -55,17 +55,17 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
 
 
 def prepare(
-    step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, predict: Predict | None
+    step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, reference: Denoise | None
 ) -> HeldOut | None:
     """Encode the held-out pairs and record their reference errors; None when there is no usable pair.
 
-    `predict` is the reference's forward; without one (sft) the policy as it is now is the reference.
+    Without a `reference` (sft) the policy as it is now is the reference.
     """
     encoded = [_on(encoder.inputs(batch), "cpu") for batch in batches]
     if not encoded or not any(x.usable.any() for x in encoded):
         return None
-    if predict is not None:
-        step = replace(step, policy=predict)
+    if reference is not None:
+        step = replace(step, policy=reference)
     return HeldOut(encoded, _errors(step, encoded, draws), draws, step.path.timesteps)
 
 

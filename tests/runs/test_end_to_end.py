@@ -94,9 +94,9 @@ def test_sdxl_is_told_the_size_and_crop_of_each_image(world, messy, tmp_path):
     told = []
     policy = run.step.policy
 
-    def listening(*args, **kwargs):
-        told.append(kwargs["added_cond_kwargs"]["time_ids"])
-        return policy(*args, **kwargs)
+    def listening(x_t, t, text, sizes):
+        told.append(sizes)
+        return policy(x_t, t, text, sizes)
 
     run.step.policy = listening
     batches = run.batches()
