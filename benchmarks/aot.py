@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from csrc_triton.aot import COLUMNS, TARGETS, Compiled, check, compile_specimen, specimens
+from benchmarks.machine_code import COLUMNS, TARGETS, Compiled, check, compile_specimen
+from csrc_triton.specimen import specimens
 
 
 def write_table(rows: list[Compiled], path: Path) -> None:

@@ -21,11 +21,11 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.adamw_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
-from csrc_triton.aot import Specimen
+from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
 from csrc_triton.dynamic_map import LEVELS, MIDPOINTS
 from csrc_triton.philox import Stream, random_bits
 from csrc_triton.runtime import PINNED
+from csrc_triton.specimen import Specimen
 
 BLOCK = 256
 MIN_8BIT_ELEMENTS = 4096

@@ -15,8 +15,7 @@ Legend: N samples, P = H * W pixels, C channels, G groups, D = C / G channels pe
 import torch
 import triton
 
-from csrc_triton.aot import Specimen
-from csrc_triton.group_norm_kernels import (
+from csrc_triton.group_norm_silu_kernels import (
     channel_gradients_kernel,
     channel_statistics_kernel,
     group_gradients_kernel,
@@ -26,6 +25,7 @@ from csrc_triton.group_norm_kernels import (
 )
 from csrc_triton.layer_norm import sum_partials
 from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.specimen import Specimen
 
 WARPS = 8
 BLOCK_C = 64  # 128 bytes of a half dtype; the channel counts of SD1.x and SDXL are multiples of it

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import Specimen
 from csrc_triton.runtime import PINNED, registers, runs_triton, wide
+from csrc_triton.specimen import Specimen
 
 TILE = 2048  # elements per step of a program: one row when C > 1024, else several
 WARPS = 4

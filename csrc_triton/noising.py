@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import Specimen
 from csrc_triton.latents import addressable, element_offsets, empty_like
 from csrc_triton.philox import Stream, normal, normal_span, seed_tensor
 from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.specimen import Specimen
 
 BLOCK = 1024  # elements of one sample per program: one 16-byte vector of a half dtype per thread
 WARPS = 4

@@ -10,9 +10,9 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from csrc_triton.aot import Specimen
 from csrc_triton.latents import element_offsets
 from csrc_triton.philox import Stream, normal_span
+from csrc_triton.specimen import Specimen
 
 BLOCK = 2048  # elements of one sample per program: one 16-byte vector of a half dtype per thread and tensor
 PAIR_TILE = 256  # partial sums per row of sums that the last program adds at a time

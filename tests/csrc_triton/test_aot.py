@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from benchmarks import aot as command
-from csrc_triton.aot import COLUMNS, TARGETS, Compiled, Specimen, check, compile_specimen, specimens
+from benchmarks.machine_code import COLUMNS, TARGETS, Compiled, check, compile_specimen, source
+from csrc_triton.specimen import Specimen, specimens
 
 SPECIMENS = specimens()
 
@@ -66,7 +67,7 @@ def test_spills_and_shared_memory_are_judged():
 
 def test_specimen_must_match_its_kernel():
     with pytest.raises(AssertionError, match="differ in"):
-        Specimen("unordered_sum", unordered_sum_kernel, "fp32", {"x_ptr": "*fp32"}, {"BLOCK": 512}).source()
+        source(Specimen("unordered_sum", unordered_sum_kernel, "fp32", {"x_ptr": "*fp32"}, {"BLOCK": 512}))
 
 
 def test_command_writes_the_table(tmp_path, monkeypatch, capsys):

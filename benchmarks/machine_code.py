@@ -1,29 +1,22 @@
-"""Ahead-of-time compilation of every kernel for every supported GPU, without a GPU, and what the machine code says.
+"""Kernels compiled ahead of time for every supported GPU, without a GPU, and what their machine code says.
 
-`python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` and tabulates registers, spills, shared memory and vector
-accesses per kernel and target. Spills are read from the machine code: on NVIDIA the local-memory loads and stores (LDL, STL) in
-the disassembly of the cubin, on AMD the spill counts in the metadata of the code object.
-
-A kernel module lists what it launches, once per dtype, with the flags of its launcher:
-
-    AOT_SPECIMENS = [Specimen("scale", scale_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
+`python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` (csrc_triton/specimen.py) and tabulates registers, spills, shared
+memory and vector accesses per kernel and target. Spills are read from the machine code: on NVIDIA the local-memory loads and
+stores (LDL, STL) in the disassembly of the cubin, on AMD the spill counts in the metadata of the code object.
 """
 
-import importlib
-import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from csrc_triton.runtime import PINNED
+from csrc_triton.specimen import Specimen
 
 # name -> (target, shared memory in bytes that one program may use)
 TARGETS = {
@@ -36,38 +29,18 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Specimen:
-    """One kernel as its launcher would compile it.
-
-    signature: argument name -> Triton type ("*bf16", "*fp32", "*i64", "i32", "fp32"), constexpr arguments left out.
-    aligned: names of the integer arguments that are divisible by 16 in the usual shapes; pointers are always taken to be.
-    vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
-    """
-
-    name: str
-    kernel: Any  # a triton.jit function
-    dtype: str
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, object]
-    num_warps: int = 4
-    maxnreg: int | None = None  # on NVIDIA
-    aligned: tuple[str, ...] = ()
-    vector_load: bool = True
-    vector_store: bool = True
-
-    def source(self) -> ASTSource:
-        arguments = self.kernel.arg_names
-        assert set(arguments) == set(self.signature) | set(self.constexprs), (
-            f"{self.name}: specimen and kernel differ in {set(arguments) ^ (set(self.signature) | set(self.constexprs))}"
-        )
-        aligned = [name for name, kind in self.signature.items() if kind.startswith("*") or name in self.aligned]
-        return ASTSource(
-            fn=self.kernel,
-            signature={name: self.signature.get(name, "constexpr") for name in arguments},
-            constexprs=dict(self.constexprs),
-            attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
-        )
+def source(specimen: Specimen) -> ASTSource:
+    """What the compiler is given. AssertionError where the specimen does not list the kernel's arguments exactly."""
+    arguments = specimen.kernel.arg_names
+    listed = set(specimen.signature) | set(specimen.constexprs)
+    assert set(arguments) == listed, f"{specimen.name}: specimen and kernel differ in {set(arguments) ^ listed}"
+    aligned = [name for name, kind in specimen.signature.items() if kind.startswith("*") or name in specimen.aligned]
+    return ASTSource(
+        fn=specimen.kernel,
+        signature={name: specimen.signature.get(name, "constexpr") for name in arguments},
+        constexprs=dict(specimen.constexprs),
+        attrs={(arguments.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +87,8 @@ def _nvidia_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
 
 
 def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
+    """(vector registers, spilled registers, 16-byte loads, 16-byte stores) of AMD assembly."""
+
     def count(key: str) -> int:
         return sum(int(n) for n in re.findall(rf"\.{key}:\s*(\d+)", assembly))
 
@@ -128,7 +103,7 @@ def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     options = {"num_warps": specimen.num_warps, **PINNED}
     if specimen.maxnreg and gpu.backend == "cuda":
         options["maxnreg"] = specimen.maxnreg
-    kernel = triton.compile(specimen.source(), target=gpu, options=options)
+    kernel = triton.compile(source(specimen), target=gpu, options=options)
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]
         code = _nvidia_machine_code(kernel.asm["cubin"])
@@ -137,13 +112,6 @@ def compile_specimen(specimen: Specimen, target: str) -> Compiled:
         code = _amd_machine_code(assembly)
     registers, spills, loads, stores = code
     return Compiled(specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, assembly)
-
-
-def specimens() -> list[Specimen]:
-    """Every specimen of every module of this package, modules in alphabetical order."""
-    names = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "aot")
-    modules = [importlib.import_module(f"csrc_triton.{name}") for name in names]
-    return [specimen for module in modules for specimen in getattr(module, "AOT_SPECIMENS", [])]
 
 
 def check(specimen: Specimen, compiled: Compiled) -> list[str]:
