@@ -123,8 +123,10 @@ class AdamW8bit(torch.optim.Optimizer):
         }
         self._factors, self._one, self._zero = zeros(len(self.param_groups), 8), zeros(1) + 1.0, zeros(1)
         self._maps = [LEVELS[signed].to(self._device) for signed in (True, False)]
-        self._hyper_values = self._addresses = None
-        self._launches, self._sources = [], {}
+        self._hyper_values: list[tuple[float, ...]] = []  # as last uploaded
+        self._addresses: list[tuple[int, int]] = []  # of weights and gradients, as in the table
+        self._launches: list[tuple[bool, torch.dtype, bool, torch.Tensor]] = []  # 8-bit moments, weights' dtype, aligned, chunks
+        self._sources: dict[str, torch.Tensor] = {}
         self._built = True
 
     def add_param_group(self, param_group: dict) -> None:
@@ -183,7 +185,8 @@ class AdamW8bit(torch.optim.Optimizer):
         addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
         if addresses == self._addresses:
             return
-        rows, chunks = [], {}
+        rows: list[tuple[int, ...]] = []
+        chunks: dict[tuple[bool, torch.dtype, bool], list[tuple[int, int]]] = {}
         for key, ((p, group), start, (weight, grad)) in enumerate(zip(self._parameters, self._starts, addresses, strict=True)):
             assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
             quantised, tiles = p.numel() >= MIN_8BIT_ELEMENTS, -(-p.numel() // (ROWS * BLOCK))
@@ -233,12 +236,13 @@ class AdamW8bit(torch.optim.Optimizer):
         """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
         blocks = -(-w.numel() // BLOCK)
         block, element = slice(start // BLOCK, start // BLOCK + blocks), slice(start, start + blocks * BLOCK)
-        rows = [torch.nn.functional.pad(x, (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK) for x in (w, g)]
+        w_rows, g_rows = (torch.nn.functional.pad(x, (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK) for x in (w, g))
         moments = []
         for name, signed in (("m", True), ("v", False)):
             codes, maxima = self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK), self._tensors[f"{name}_max"][block]
             moments.append((codes, maxima, signed))
-        new_w, *new = adamw_reference(*rows, *(dequantise(*moment) for moment in moments), factors)
+        m, v = (dequantise(*moment) for moment in moments)
+        new_w, *new = adamw_reference(w_rows, g_rows, m, v, factors)
         for values, (codes, maxima, signed) in zip(new, moments, strict=True):
             new_codes, new_maxima = quantise(values, signed)
             codes.copy_(new_codes), maxima.copy_(new_maxima)

@@ -1,6 +1,14 @@
-"""The embedded world: a small Stable-Diffusion-shaped pipeline, preference pairs it drew, and judges that ship with the package.
+"""The embedded world: a small Stable Diffusion pipeline, preference pairs that it drew, and judges.
 
-paths.py where it lies | prompts.py captions and seeds to draw: "tuning" to choose settings with, "report" for figures that are shown
-world.py what a picture can show; sprites.py its drawings | judge.py judges: "a" labelled the pairs, "b" is for reported figures
-evaluate.py draws and compares; outcome.py what the second judge says of a run | build.py makes all of it again; making/ the work of that
+What a run uses:
+    paths.py     where pipeline and pairs lie
+    prompts.py   captions and seeds to draw: "tuning" to choose settings with, "report" for figures that are shown
+    world.py     what a picture can show, what its caption names, what the hidden taste prefers
+    judge.py     networks that read pictures: "a" labelled the pairs, "b" is kept for reported figures
+    evaluate.py  draws pictures and compares two sets of them
+    outcome.py   what judge "b" says of a finished run
+
+What makes the world again, which nothing else imports:
+    build.py     the command, python -m dpo.tiny.build
+    making/      its work
 """

@@ -4,10 +4,12 @@
     python -m dpo.tiny.build --stage vae              # one stage; `--stage judges` can run beside it in another terminal
     python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline, minutes on one core: for tests, draws poorly
 
-Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the seed; the
-base stage also depends on its number of processes (their draws differ). build.json says what was built, how, and how well it
-does.
+Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the
+seed; the base stage also depends on its number of processes (their draws differ). build.json says what was built,
+how, and how well it does.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib.metadata
@@ -21,22 +23,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
 from dpo.common import command, files
-from dpo.tiny import evaluate, judge, sprites
-from dpo.tiny.making import judges, loop, pairs, pipeline, text, vae
+from dpo.tiny import evaluate, judge
+from dpo.tiny.making import judges, loop, pairs, pipeline, sprites, text, vae
+from dpo.tiny.making.scenes import CANVAS, PHRASES, Renderer, Scenes, World, caption, world
 from dpo.tiny.paths import ASSETS
-from dpo.tiny.world import CANVAS, COLOURS, PHRASES, Renderer, Scenes, World, caption, world
+from dpo.tiny.world import COLOURS
 
 log = logging.getLogger("dpo.tiny")
 NOTICES = ("NOTICE", "LICENSE-fluent-emoji")
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "numpy")
 BANK_SEED = 20
+CHECK_SEED = 50_000_000  # first of those that figures are drawn with
 KL_START, KL_FINISH = 1e-4, 1e-6  # weight of the KL term, summed over a latent
+Figures = dict[str, Any]  # what a stage says of itself, as JSON
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,12 @@ class Recipe:
     vae: loop.Plan
     vae_finish: loop.Plan
     judges: dict[str, loop.Plan]
-    bank: int  # chunks of base.CHUNK renders
+    bank: int  # chunks of pipeline.CHUNK pictures
     decoder: loop.Plan
     base: loop.Plan
     pairs: dict[str, int]  # kind -> number
     prompts: dict[str, int]
-    check: int  # drawings judged per figure
+    check: int  # pictures that a figure is measured on
 
 
 FULL = Recipe(
@@ -86,6 +94,8 @@ MINIATURE = Recipe(
 
 @dataclass(frozen=True)
 class Job:
+    """One build: a recipe, and where everything lies. The methods read what an earlier stage left in `work`."""
+
     recipe: Recipe
     seed: int
     work: Path
@@ -99,16 +109,18 @@ class Job:
         return Renderer(np.load(self.work / "sprites.npz")["sprites"])
 
     def plan(self, plan: loop.Plan) -> loop.Plan:
+        """With a seed of its own for every seed of the build."""
         return replace(plan, seed=plan.seed + 1000 * self.seed)
 
-    def tokenizer(self):
+    def tokenizer(self) -> CLIPTokenizer:
         return text.tokenizer(self.work / "tokenizer")
 
     def vae(self) -> AutoencoderKL:
-        folder = self.work / "decoder" / "final"  # the refined one, once there
-        return (
-            AutoencoderKL.from_pretrained(folder if folder.exists() else self.work / "vae" / "final").eval().requires_grad_(False)
-        )
+        """The one with the refined decoder, as soon as there is one."""
+        refined = self.work / "decoder" / "final"
+        folder = refined if refined.exists() else self.work / "vae" / "final"
+        found: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
+        return found.eval().requires_grad_(False)
 
     def pipeline(self) -> StableDiffusionPipeline:
         return StableDiffusionPipeline.from_pretrained(self.work / "base" / "pipeline")
@@ -117,7 +129,7 @@ class Job:
         return judge.load_judge_file(self.work / "judges" / f"{name}.safetensors")
 
 
-def build_sprites(job: Job) -> dict:
+def build_sprites(job: Job) -> Figures:
     objects = list(job.world.objects)
     made = sprites.stand_ins(objects) if job.recipe.offline else sprites.fluent(job.work / "packages", objects)
     np.savez_compressed(job.work / "sprites.npz", sprites=made)
@@ -133,19 +145,20 @@ def finish_vae(rank: int, job: Job) -> None:
     vae.train(rank, job.world, job.render(), job.plan(job.recipe.vae_finish), KL_FINISH, job.work / "vae", start)
 
 
-def build_vae(job: Job) -> dict:
-    """A strong KL term first, so that the latents are smooth; then next to none, so that they are precise."""
+def build_vae(job: Job) -> Figures:
+    """A strong KL term first, which makes the latents smooth; then next to none, which makes them precise."""
     if not (job.work / "vae" / "start" / "final").exists():
         run(job.recipe.vae.processes, start_vae, job)
     run(job.recipe.vae_finish.processes, finish_vae, job)
     trained, render, plans = job.vae(), job.render(), (job.recipe.vae, job.recipe.vae_finish)
     check = render(job.world.sample(np.random.default_rng((job.seed, 9)), job.recipe.check, combinations="all"))
-    figures = {"psnr_db": round(vae.psnr(trained, check), 2), "scaling_factor": trained.config.scaling_factor}
+    figures = {"psnr_db": round(vae.psnr(trained, check), 2), "scaling_factor": trained.config["scaling_factor"]}
     return {"plans": [asdict(job.plan(plan)) for plan in plans], "kl": [KL_START, KL_FINISH], **figures}
 
 
-def build_judges(job: Job) -> dict:
-    render, figures = job.render(), {}
+def build_judges(job: Job) -> Figures:
+    render = job.render()
+    figures: Figures = {}
     scenes = job.world.sample(np.random.default_rng((job.seed, 10)), 4 * job.recipe.check, combinations="all")
     for name, plan in job.recipe.judges.items():
         path = job.work / "judges" / f"{name}.safetensors"
@@ -162,7 +175,7 @@ def encode_share(rank: int, job: Job) -> None:
         pipeline.encode_chunk(job.world, render, autoencoder, job.seed + BANK_SEED, index, job.work / "bank")
 
 
-def build_bank(job: Job) -> dict:
+def build_bank(job: Job) -> Figures:
     run(job.recipe.base.processes, encode_share, job)
     return {"renders": job.recipe.bank * pipeline.CHUNK}
 
@@ -175,7 +188,7 @@ def refine_share(rank: int, job: Job) -> None:
     vae.refine(rank, autoencoder, latents, scenes, job.render(), job.plan(job.recipe.decoder), job.work / "decoder")
 
 
-def refine_decoder(job: Job) -> dict:
+def refine_decoder(job: Job) -> Figures:
     plan = job.plan(job.recipe.decoder)
     run(plan.processes, refine_share, job)
     check = job.render()(job.world.sample(np.random.default_rng((job.seed, 9)), job.recipe.check, combinations="all"))
@@ -183,50 +196,49 @@ def refine_decoder(job: Job) -> dict:
 
 
 def train_share(rank: int, job: Job) -> None:
-    pipeline.train(rank, job.world, job.tokenizer(), job.vae(), job.plan(job.recipe.base), job.work / "bank", job.work / "base")
+    plan, work = job.plan(job.recipe.base), job.work
+    pipeline.train(rank, job.world, job.tokenizer(), job.vae(), plan, work / "bank", work / "base")
 
 
-def build_base(job: Job) -> dict:
+def build_base(job: Job) -> Figures:
     run(job.recipe.base.processes, train_share, job)
     pipeline.assemble(job.tokenizer(), job.vae(), job.work / "base")
     return {"plan": asdict(job.plan(job.recipe.base)), **fidelity(job)}
 
 
-def fidelity(job: Job) -> dict:
-    """Share of drawings whose object and colour are the caption's, by each judge, on combinations trained on and held out."""
-    pipeline, world, figures = job.pipeline(), job.world, {}
+def fidelity(job: Job) -> Figures:
+    """Share of drawings with the caption's object and colour, by judge, on combinations trained on and held out."""
+    pipe, scenery = job.pipeline(), job.world
+    figures: Figures = {}
     rng = np.random.default_rng((job.seed, 11))
-    for kind, allowed in {"seen": ~world.held_out, "held_out": world.held_out}.items():
+    for kind, allowed in {"seen": ~scenery.held_out, "held_out": scenery.held_out}.items():
         chosen = np.argwhere(allowed)[rng.integers(allowed.sum(), size=job.recipe.check)]
-        captions = [caption(world.objects[o], list(COLOURS)[c], int(rng.integers(len(PHRASES)))) for o, c in chosen]
-        images = draw(pipeline, captions, list(range(50_000_000, 50_000_000 + len(captions))))
+        captions = [caption(scenery.objects[o], list(COLOURS)[c], int(rng.integers(len(PHRASES)))) for o, c in chosen]
+        images = evaluate.draw(pipe, captions, list(range(CHECK_SEED, CHECK_SEED + len(captions))))
         for name in job.recipe.judges:
             found = job.judge(name)
             reading = found.read(images)
             figures[f"{kind}_faithful_{name}"] = round(float(found.faithful(reading, captions).mean()), 4)
             if kind == "seen":
                 traits = {"three_d": reading.three_d > 0.5, "plain": reading.plain > 0.5, "size": reading.size}
-                figures[f"drawn_traits_{name}"] = {trait: round(float(values.mean()), 3) for trait, values in traits.items()}
+                means = {trait: round(float(values.mean()), 3) for trait, values in traits.items()}
+                figures[f"drawn_traits_{name}"] = means
     return figures
 
 
-def draw(pipeline: StableDiffusionPipeline, captions: list[str], seeds: list[int]) -> np.ndarray:
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
-    return evaluate.draw(*parts, captions, seeds)
-
-
 def draw_share(rank: int, job: Job) -> None:
-    """Draw one share of the pairs: for n of them 2n pictures, the second half being the second of each pair."""
-    pipeline = job.pipeline()
+    """Draw one share of the pictures: 2n for n pairs, first the first of each pair, then the second of each."""
+    pipe = job.pipeline()
     for kind, n in job.recipe.pairs.items():
         prompts = pairs.prompts_of(job.world, kind, 2 * n)
         share = slice(rank, None, job.recipe.base.processes)
-        images = draw(pipeline, (prompts.captions[:n] * 2)[share], prompts.seeds[share])
+        images = evaluate.draw(pipe, (prompts.captions[:n] * 2)[share], prompts.seeds[share])
         np.save(job.work / "drawn" / f"{kind}-{rank}.npy", images)
 
 
-def build_pairs(job: Job) -> dict:
-    labeller, processes, figures = job.judge("a"), job.recipe.base.processes, {}
+def build_pairs(job: Job) -> Figures:
+    labeller, processes = job.judge("a"), job.recipe.base.processes
+    figures: Figures = {}
     (job.work / "drawn").mkdir(exist_ok=True)
     run(processes, draw_share, job)
     for number, (kind, n) in enumerate(job.recipe.pairs.items()):
@@ -240,7 +252,7 @@ def build_pairs(job: Job) -> dict:
     return figures
 
 
-def publish(job: Job) -> dict:
+def publish(job: Job) -> Figures:
     """Copy what ships to --out and write build.json beside it."""
     job.out.mkdir(parents=True, exist_ok=True)
     for kind in ("pipeline", "pairs", "judges"):
@@ -258,7 +270,7 @@ def publish(job: Job) -> dict:
     return {"sha256": {path.relative_to(job.out).as_posix(): files.checksum(path) for path in written}}
 
 
-STAGES: dict[str, Callable[[Job], dict]] = {
+STAGES: dict[str, Callable[[Job], Figures]] = {
     "sprites": build_sprites,
     "vae": build_vae,
     "judges": build_judges,
@@ -270,15 +282,16 @@ STAGES: dict[str, Callable[[Job], dict]] = {
 }
 
 
-def run(processes: int, work: Callable, job: Job) -> None:
+def run(processes: int, work: Callable[[int, Job], None], job: Job) -> None:
+    """`work(rank, job)` in so many processes, or here where it is one."""
     if processes > 1:
         loop.spawn(work, processes, job)
     else:
         work(0, job)
 
 
-def run_stage(name: str, job: Job) -> dict:
-    """Run a stage unless its figures are already there; the last one always runs, being a copy."""
+def run_stage(name: str, job: Job) -> Figures:
+    """The figures of a stage, which runs unless they are there already. `publish` always runs: it only copies."""
     path = job.work / "figures" / f"{name}.json"
     if path.exists() and name != "publish":
         return json.loads(path.read_text())
@@ -322,10 +335,11 @@ def build(arguments: list[str]) -> int:
         figures[name] = run_stage(name, job)
         log.info("%s: %s", name, json.dumps({key: value for key, value in figures[name].items() if key != "sha256"}))
     if not options.stage:
+        libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {
             "command": shlex.join(["python", "-m", "dpo.tiny.build", *arguments]),
             "seed": options.seed,
-            "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "versions": {"python": platform.python_version()} | libraries,
             "sha256": figures["publish"].pop("sha256"),
             "stages": figures,
         }

@@ -1,8 +1,8 @@
-"""Judges: small networks that read a picture's traits back, so that a drawing can be scored and compared with its caption.
+"""Judges: small networks that read the traits of a picture, so that it can be scored and compared with its caption.
 
-Two judges of different architecture and seed ship: "a" labels pairs and serves tuning, "b" is kept for reported figures.
-Faithfulness (object and colour as captioned) stands beside every win rate: a model can please the taste and forget the caption.
-`flatness` is independent of both: it measures the border of the picture directly.
+Two judges of different architecture and seed ship: "a" labels pairs and serves tuning, "b" is kept for reported
+figures. Faithfulness (object and colour as captioned) stands beside every win rate: a model can please the taste and
+forget the caption.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Reading:
 
     @property
     def plain(self) -> np.ndarray:
+        """[N] probability of a plain backdrop."""
         return self.backdrop[:, PLAIN]
 
 
@@ -43,12 +44,14 @@ def score(reading: Reading) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Judge:
-    network: nn.Module
+    """A trained network and the objects that it tells apart, in the order of its classes."""
+
+    network: nn.Module  # float [N, 3, 64, 64] in -1..1 -> {head: [N, outputs]}
     objects: tuple[str, ...]
 
     @torch.no_grad()
     def read(self, images_NHWC: np.ndarray, batch: int = 128) -> Reading:
-        """uint8 [N, 64, 64, 3] -> Reading"""
+        """The traits of pictures, uint8 [N, 64, 64, 3]."""
         parts = [self.network(pixels(images_NHWC[i : i + batch])) for i in range(0, len(images_NHWC), batch)]
         heads = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return Reading(
@@ -67,14 +70,6 @@ class Judge:
         return (reading.object.argmax(-1) == objects) & (reading.colour.argmax(-1) == colours)
 
 
-def flatness(images_NHWC: np.ndarray, ring: int = 3, tolerance: float = 12.0) -> np.ndarray:
-    """[N] share of the border ring within `tolerance` (mean over channels) of its median colour: near 1 on a plain backdrop."""
-    inside = np.zeros(images_NHWC.shape[1:3], bool)
-    inside[ring:-ring, ring:-ring] = True
-    border = images_NHWC[:, ~inside].astype(np.float32)  # [N, P, 3]
-    return (np.abs(border - np.median(border, axis=1, keepdims=True)).mean(-1) < tolerance).mean(-1)
-
-
 class Heads(nn.Module):
     """One linear layer per trait over pooled features [N, width]."""
 
@@ -88,6 +83,8 @@ class Heads(nn.Module):
 
 
 class Residual(nn.Module):
+    """x + layers(x)"""
+
     def __init__(self, *layers: nn.Module):
         super().__init__()
         self.layers = nn.Sequential(*layers)
@@ -97,9 +94,9 @@ class Residual(nn.Module):
 
 
 def norm_conv(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.GroupNorm(8, inside), nn.SiLU(), nn.Conv2d(inside, outside, kernel, stride, padding=(kernel - stride + 1) // 2)
-    )
+    """GroupNorm, SiLU and a convolution that divides height and width by `stride`."""
+    convolution = nn.Conv2d(inside, outside, kernel, stride, padding=(kernel - stride + 1) // 2)
+    return nn.Sequential(nn.GroupNorm(8, inside), nn.SiLU(), convolution)
 
 
 def plain_pyramid(objects: int) -> nn.Module:
@@ -152,7 +149,13 @@ def patch_mixer(objects: int) -> nn.Module:
 ARCHITECTURES = {"a": plain_pyramid, "b": patch_mixer}
 
 
+def load_judge(name: str) -> Judge:
+    """Judge "a" or "b" of the package."""
+    return load_judge_file(ASSETS / "judges" / f"{name}.safetensors")
+
+
 def load_judge_file(path: Path) -> Judge:
+    """A judge as making/judges.py saved it: half-precision weights, and a note of its architecture and objects."""
     with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["judge"])
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -160,13 +163,6 @@ def load_judge_file(path: Path) -> Judge:
     network = ARCHITECTURES[note["architecture"]](len(objects))
     network.load_state_dict(weights)
     return Judge(network.eval().requires_grad_(False), objects)
-
-
-def load_judge(name: str) -> Judge:
-    """Judge "a" or "b"."""
-    from dpo.tiny.judge import load_judge_file
-
-    return load_judge_file(ASSETS / "judges" / f"{name}.safetensors")
 
 
 def pixels(images_NHWC: np.ndarray) -> torch.Tensor:

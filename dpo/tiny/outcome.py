@@ -1,16 +1,16 @@
-"""What the embedded world's second judge says of a result: the share of prompts it wins, and whether captions are still obeyed.
+"""What the embedded world's second judge says of a run: the prompts that it wins, and captions still obeyed.
 
-The judge that is asked here neither labelled the training pairs nor chose the settings, and the prompts and seeds were used
-for neither.
+This judge neither labelled the training pairs nor chose the settings, and its prompts and seeds were used for neither.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,14 +18,16 @@ from torch import nn
 
 from dpo.models.family import Model
 from dpo.models.load import load
+from dpo.models.pipeline import pipeline_of
 from dpo.tiny import judge, paths, prompts
+from dpo.tiny.evaluate import compare, draw
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 log = logging.getLogger("dpo")
 
-
-PAIRS = 160
-
-
+PAIRS = 160  # prompts drawn, at most
 JUDGE = "b"
 
 
@@ -35,37 +37,27 @@ def is_embedded(model: Model) -> bool:
 
 
 @cache
-def _unchanged(device: torch.device) -> tuple[Any, np.ndarray]:
-    """(what draws the report prompts with a UNet, the pictures of the unchanged one), kept for the next run of the process."""
-    from dpo.models.pipeline import scheduler_of
-    from dpo.tiny.evaluate import draw
-
-    model = load(str(paths.pipeline_path()))
+def _unchanged(device: torch.device) -> tuple[Callable[[UNet2DConditionModel], np.ndarray], np.ndarray]:
+    """(what draws the report prompts with a UNet, pictures of the unchanged one), kept for the process."""
+    pipe = pipeline_of(load(str(paths.pipeline_path())))
+    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+        module.to(device)
     listed = prompts.prompts("report")
-    pictures = partial(
-        draw,
-        text_encoder=model.text_encoders[0].to(device),
-        tokenizer=model.tokenizers[0],
-        vae=model.vae.to(device),
-        scheduler=scheduler_of(model),
-        prompts=listed.captions[:PAIRS],
-        seeds=listed.seeds[:PAIRS],
-    )
-    return pictures, pictures(model.denoiser.to(device))
+    pictures = partial(draw, pipe, listed.captions[:PAIRS], listed.seeds[:PAIRS])
+    return pictures, pictures(pipe.unet)
 
 
 def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Draw the report prompts with the unchanged UNet and with `policy` from the same noise, and compare.
+    """Draw the report prompts with the unchanged UNet and with `policy`, a UNet of the same shape, and compare.
 
-    Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object and
-    colour), and how many prompts that was.
+    Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object
+    and colour), and how many prompts that was.
     """
-    from dpo.tiny.evaluate import compare
-
     began = time.monotonic()
     log.info("judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores", PAIRS)
     pictures, before = _unchanged(device)
-    found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, pictures(policy.eval()))
+    after = pictures(cast("UNet2DConditionModel", policy.eval()))
+    found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, after)
     log.info(
         "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",
         time.monotonic() - began, found.win_rate, found.low, found.high, found.pairs, found.faithful_base, found.faithful_policy,

@@ -1,4 +1,6 @@
-"""Training the judges."""
+"""Training the judges, and what they read rightly."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 
 from dpo.tiny.judge import ARCHITECTURES, Judge, pixels
 from dpo.tiny.making import loop
-from dpo.tiny.world import CANVAS, Renderer, Scenes, World
+from dpo.tiny.making.scenes import CANVAS, Renderer, Scenes, World
 
 PLANS = {  # judge -> how it is trained
     "a": loop.Plan(steps=1500, batch=64, lr=2e-3, seed=101, ema=0.99, weight_decay=0.02),
@@ -20,14 +22,19 @@ PLANS = {  # judge -> how it is trained
 
 
 def blur(images: torch.Tensor, draw: loop.Draw) -> torch.Tensor:
-    """Soften and grain some pictures, as decoders do: a judge of drawings must not live on a renderer's pixels."""
+    """Blur pictures [N, 3, H, W] by random amounts and add a little noise.
+
+    A judge is trained on rendered pictures and reads decoded ones, which are softer and grainier.
+    """
     softer = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     share = torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.9
-    grain = torch.randn(images.shape, generator=draw.torch) * torch.rand(len(images), 1, 1, 1, generator=draw.torch) * 0.08
-    return (images + share * (softer - images) + grain).clamp(-1, 1)
+    noise = torch.randn(images.shape, generator=draw.torch)
+    amount = torch.rand(len(images), 1, 1, 1, generator=draw.torch)
+    return (images + share * (softer - images) + noise * amount * 0.08).clamp(-1, 1)
 
 
 def loss_of(network: nn.Module, images: torch.Tensor, scenes: Scenes) -> torch.Tensor:
+    """The sum of a loss for each trait: cross entropy for classes, squared error for size (weight 10) and position."""
     heads = network(images)
     classes = {"object": scenes.object, "colour": scenes.colour, "backdrop": scenes.backdrop}
     loss = sum(F.cross_entropy(heads[name], torch.from_numpy(labels)) for name, labels in classes.items())
@@ -37,6 +44,7 @@ def loss_of(network: nn.Module, images: torch.Tensor, scenes: Scenes) -> torch.T
 
 
 def train(name: str, world: World, render: Renderer, plan: loop.Plan, folder: Path) -> Judge:
+    """Judge `name`, trained on scenes of every combination; its checkpoints lie in `folder`."""
     torch.manual_seed(plan.seed)
     network = ARCHITECTURES[name](len(world.objects))
 
@@ -49,7 +57,7 @@ def train(name: str, world: World, render: Renderer, plan: loop.Plan, folder: Pa
 
 
 def accuracy(judge: Judge, images_NHWC: np.ndarray, scenes: Scenes) -> dict[str, float]:
-    """Share of pictures read rightly, trait by trait, and the mean error of the size (share of the canvas)."""
+    """Share of pictures [N, H, W, 3] read rightly, trait by trait; and the size's mean error (share of the canvas)."""
     reading = judge.read(images_NHWC)
     return {
         "object": float((reading.object.argmax(-1) == scenes.object).mean()),
@@ -61,7 +69,10 @@ def accuracy(judge: Judge, images_NHWC: np.ndarray, scenes: Scenes) -> dict[str,
 
 
 def save_judge(judge: Judge, name: str, path: Path) -> None:
+    """Write weights in half precision, and a note with which `load_judge_file` builds the network again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in judge.network.state_dict().items()}
     note = {"architecture": name, "objects": judge.objects, "canvas": CANVAS}
-    save_file(weights, path, metadata={"judge": json.dumps(note)})  # one entry: several are written in an order that changes
+    save_file(
+        weights, path, metadata={"judge": json.dumps(note)}
+    )  # one entry: the order of several differs from process to process

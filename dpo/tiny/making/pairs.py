@@ -1,9 +1,11 @@
-"""Preference pairs that the base model draws, labelled by the hidden taste, as a Pick-a-Pic v2 table; and the prompt lists.
+"""Preference pairs drawn by the base model and labelled by the hidden taste, as a Pick-a-Pic v2 table; prompt lists.
 
-Both pictures of a pair come from one caption and two seeds. A judge reads their traits, the taste scores them, and a noisy rater
-(Bradley-Terry) picks one; scores that are nearly equal are left as ties. Captions are split once: those of training pairs,
-validation pairs, tuning prompts and reporting prompts never meet, nor do their seeds.
+Both pictures of a pair come from one caption and two seeds. A judge reads their traits, the taste scores them, and a
+noisy rater (Bradley-Terry) picks one; scores that are nearly equal are left as ties. Training pairs, validation
+pairs, tuning prompts and report prompts share no caption and no seed.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -17,18 +19,13 @@ from PIL import Image
 
 from dpo.common.files import write_whole
 from dpo.tiny.judge import Judge, score
+from dpo.tiny.making.scenes import PHRASES, World, caption, prefer
 from dpo.tiny.prompts import Prompts
-from dpo.tiny.world import COLOURS, PHRASES, World, caption, prefer
+from dpo.tiny.world import COLOURS
 
 TIE = 0.04  # scores closer than this are called a tie
-
-
 SHARES = {"train": 0.40, "validation": 0.10, "tuning": 0.20, "report": 0.30}  # of all captions
-
-
-SEED_BLOCK = {"train": 10_000_000, "validation": 20_000_000, "tuning": 30_000_000, "report": 40_000_000}
-
-
+FIRST_SEED = {"train": 10_000_000, "validation": 20_000_000, "tuning": 30_000_000, "report": 40_000_000}
 SCHEMA = pa.schema(  # Pick-a-Pic v2, in its order
     [
         ("are_different", pa.bool_()),
@@ -63,14 +60,18 @@ def split_captions(world: World) -> dict[str, list[str]]:
 
 
 def prompts_of(world: World, kind: str, n: int) -> Prompts:
-    """N captions of one list, repeated in order if it is shorter, each time with another seed."""
+    """N captions of one list, repeated in order if it is shorter, each with a seed of its own."""
     captions = split_captions(world)[kind]
-    return Prompts([captions[i % len(captions)] for i in range(n)], [SEED_BLOCK[kind] + i for i in range(n)])
+    return Prompts([captions[i % len(captions)] for i in range(n)], [FIRST_SEED[kind] + i for i in range(n)])
 
 
 def write_prompts(world: World, counts: dict[str, int], path: Path) -> None:
+    """prompts.json, as dpo/tiny/prompts.py reads it: kind -> that many prompts and seeds."""
     lists = {kind: prompts_of(world, kind, n) for kind, n in counts.items()}
-    rows = {kind: [{"prompt": text, "seed": seed} for text, seed in zip(p.captions, p.seeds)] for kind, p in lists.items()}
+    rows = {
+        kind: [{"prompt": text, "seed": seed} for text, seed in zip(listed.captions, listed.seeds)]
+        for kind, listed in lists.items()
+    }
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
@@ -81,6 +82,7 @@ def jpeg(image_HWC: np.ndarray) -> bytes:
 
 
 def uid(text: str) -> str:
+    """A name in the form of a UUID, the same for the same text."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
@@ -88,7 +90,7 @@ def uid(text: str) -> str:
 def table(
     kind: str, captions: list[str], images_0: np.ndarray, images_1: np.ndarray, judge: Judge, rng: np.random.Generator
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Label N pairs of pictures [N, H, W, 3]; also the figures that describe the labels."""
+    """(rows of N labelled pairs, figures that describe the labels); the pictures are uint8 [N, H, W, 3] each."""
     score_0, score_1 = score(judge.read(images_0)), score(judge.read(images_1))
     tie = np.abs(score_0 - score_1) < TIE
     label_0 = np.where(tie, 0.5, prefer(rng, score_0, score_1).astype(float))
@@ -125,5 +127,6 @@ def table(
 
 
 def write(rows: pa.Table, path: Path) -> None:
+    """A parquet file, put in place whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda part: pq.write_table(rows, part, row_group_size=100, compression="snappy"))

@@ -1,37 +1,43 @@
-"""Base training: UNet and text encoder together, from captioned renders, into a plain diffusers pipeline.
+"""Training of the base model: UNet and text encoder together, from captioned pictures, into a plain diffusers pipeline.
 
-Latents of a bank of renders are encoded once, so that a step is nothing but the two networks. Epsilon prediction on SD1.5's
-schedule; min-SNR weighting with gamma 5 (Hang et al. 2023, arXiv 2303.09556); timesteps stratified over the batch.
+The latents of all pictures are encoded once, into the files of a bank, so that a step is nothing but the two
+networks. Epsilon prediction on Stable Diffusion 1.5's noise schedule; min-SNR weighting with gamma 5 (Hang et al.
+2023, arXiv 2303.09556); timesteps stratified over the batch.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn as nn
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo.common.files import write_whole
-from dpo.tiny.evaluate import token_ids
+from dpo.models.text import token_ids
 from dpo.tiny.making import loop, text, vae
-from dpo.tiny.world import COLOURS, PHRASES, Renderer, Scenes, World, caption
+from dpo.tiny.making.scenes import PHRASES, Renderer, Scenes, World, caption
+from dpo.tiny.world import COLOURS
 from dpo.training import checkpoint
 
 DROPOUT = 0.1  # share of captions left empty, for classifier-free guidance
-
-
-GAMMA = 5.0
-
-
-CHUNK = 4000  # renders encoded per file of the bank
+GAMMA = 5.0  # of min-SNR
+CHUNK = 4000  # pictures encoded per file of the bank
 
 
 def unet() -> UNet2DConditionModel:
+    """A new UNet of 1.4 million parameters for latents [N, 4, 16, 16]."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -59,7 +65,14 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def encode_chunk(world: World, render: Renderer, autoencoder: AutoencoderKL, seed: int, index: int, folder: Path) -> None:
+def encode_chunk(
+    world: World,
+    render: Renderer,
+    autoencoder: AutoencoderKL,
+    seed: int,
+    index: int,
+    folder: Path,
+) -> None:
     """Write one file of the bank: latents [CHUNK, 4, 16, 16] and what their captions name."""
     path = folder / f"{index:03}.safetensors"
     if path.exists():
@@ -82,10 +95,11 @@ def bank(folder: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def caption_ids(world: World, tokenizer: CLIPTokenizer) -> torch.Tensor:
-    """Token ids of every caption [O, C, PHRASES, LENGTH]; the caller indexes instead of tokenizing in the step."""
+def caption_ids(world: World, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> torch.Tensor:
+    """Token ids of every caption, int64 [objects, colours, phrases, text.LENGTH], so that no step has to tokenize."""
     captions = [caption(o, c, p) for o in world.objects for c in COLOURS for p in range(len(PHRASES))]
-    return token_ids(captions, tokenizer).view(len(world.objects), len(COLOURS), len(PHRASES), text.LENGTH)
+    ids = token_ids(tokenizer, encoder, captions)
+    return ids.view(len(world.objects), len(COLOURS), len(PHRASES), text.LENGTH)
 
 
 def train(
@@ -97,12 +111,12 @@ def train(
     bank_folder: Path,
     folder: Path,
 ) -> None:
-    """One process of the base training; after each save a pipeline with the averaged weights stands in folder/pipeline."""
+    """One process of the training; after each save folder/pipeline holds a pipeline with the averaged weights."""
     torch.manual_seed(plan.seed)
-    model = nn.ModuleDict({"unet": unet(), "text": text.text_encoder(tokenizer)})
-    model["unet"].to(memory_format=torch.channels_last)
+    denoiser, encoder = unet(), text.text_encoder(tokenizer)
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers hides the signature
     data, noises = bank(bank_folder), scheduler()
-    ids, empty = caption_ids(world, tokenizer), token_ids([""], tokenizer)
+    ids, empty = caption_ids(world, tokenizer, encoder), token_ids(tokenizer, encoder, [""])
     snr = noises.alphas_cumprod / (1 - noises.alphas_cumprod)
     weight = snr.clamp(max=GAMMA) / snr
 
@@ -115,49 +129,77 @@ def train(
         noise = torch.randn(x0.shape, generator=draw.torch)
         strata = (torch.arange(batch) + torch.rand(batch, generator=draw.torch)) / batch
         t = (strata * len(snr)).long()
-        states = model["text"](torch.where(dropped, empty, tokens_BL)).last_hidden_state
-        predicted = model["unet"](noises.add_noise(x0, noise, t), t, states).sample
+        states = encoder(torch.where(dropped, empty, tokens_BL)).last_hidden_state
+        predicted = denoiser(noises.add_noise(x0, noise, t), t, states).sample  # type: ignore[arg-type]  # any integers
         return (weight[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
 
-    def publish(averaged: nn.ModuleDict, step: int) -> None:
-        save_pipeline(averaged["unet"], averaged["text"], tokenizer, autoencoder, folder / "pipeline")
+    def publish() -> None:
+        save_pipeline(denoiser, encoder, tokenizer, autoencoder, folder / "pipeline")
 
-    loop.train(model, loss_of, plan, folder, rank=rank, on_save=publish)
+    loop.train(both(denoiser, encoder), loss_of, plan, folder, rank=rank, on_save=publish)
+
+
+def both(denoiser: UNet2DConditionModel, encoder: CLIPTextModel) -> nn.ModuleDict:
+    """What is trained together, under the names that its checkpoints use."""
+    return nn.ModuleDict({"unet": denoiser, "text": encoder})
 
 
 def assemble(tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, folder: Path) -> None:
     """folder/pipeline from the averaged weights of folder/checkpoint and this autoencoder."""
-    model = nn.ModuleDict({"unet": unet(), "text": text.text_encoder(tokenizer)})
-    model.load_state_dict(checkpoint.load(folder / "checkpoint").tensors["average"], strict=False)
-    save_pipeline(model["unet"], model["text"], tokenizer, autoencoder, folder / "pipeline")
+    denoiser, encoder = unet(), text.text_encoder(tokenizer)
+    averages = checkpoint.load(folder / "checkpoint").tensors["average"]
+    both(denoiser, encoder).load_state_dict(averages, strict=False)
+    save_pipeline(denoiser, encoder, tokenizer, autoencoder, folder / "pipeline")
 
 
-def save_pipeline(unet, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, folder: Path) -> None:
+def pipeline(
+    denoiser: UNet2DConditionModel, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL
+) -> StableDiffusionPipeline:
+    """The diffusers pipeline of these parts, shared, not copied."""
+    unchecked: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    noises: Any = scheduler()  # its class is missing in the pipeline's annotation
+    return StableDiffusionPipeline(
+        unet=denoiser, text_encoder=encoder, vae=autoencoder, tokenizer=tokenizer, scheduler=noises, **unchecked
+    )
+
+
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def halved(module: Part) -> Part:
+    """A copy in half precision of a module of diffusers or transformers.
+
+    A module of diffusers that was read from a folder notes that place in its config. The copy leaves it out, so that
+    the same build gives the same files wherever it runs.
+    """
+    config, kind = module.config, type(module)
+    if isinstance(module, ConfigMixin):
+        copy = kind.from_config({name: value for name, value in config.items() if name != "_name_or_path"})
+    else:
+        copy = kind(config)
+    copy.load_state_dict(module.state_dict())
+    return copy.half()
+
+
+def save_pipeline(
+    denoiser: UNet2DConditionModel,
+    encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    autoencoder: AutoencoderKL,
+    folder: Path,
+) -> None:
     """A half-precision StableDiffusionPipeline folder, put in place whole."""
-
-    def halved(module):
-        own = hasattr(module, "from_config")  # a module of diffusers; where its weights once lay is nobody's business
-        kept = {name: value for name, value in module.config.items() if name != "_name_or_path"} if own else module.config
-        copy = type(module).from_config(kept) if own else type(module)(kept)
-        copy.load_state_dict(module.state_dict())
-        return copy.half()
-
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    StableDiffusionPipeline(
-        unet=halved(unet),
-        text_encoder=halved(text_encoder),
-        vae=halved(autoencoder),
-        tokenizer=tokenizer,
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(part, safe_serialization=True)
+    halves = pipeline(halved(denoiser), halved(encoder), tokenizer, halved(autoencoder))
+    halves.save_pretrained(part, safe_serialization=True)
     learnt = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     text.write_vocabulary(learnt["vocab"], learnt["merges"], part / "tokenizer")
-    config = part / "text_encoder" / "config.json"  # transformers would load in the file's dtype, diffusers in float32
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    # The weights are stored in half precision and loaded in float32: by diffusers always, by transformers where the
+    # config says so.
+    config = part / "text_encoder" / "config.json"
+    settings = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     for path in part.rglob("*.safetensors"):
         path.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)

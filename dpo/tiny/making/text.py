@@ -1,5 +1,7 @@
 """The captions' side: a CLIP tokenizer with a vocabulary of its own, and a small CLIP text encoder."""
 
+from __future__ import annotations
+
 import json
 from itertools import product
 from pathlib import Path
@@ -7,17 +9,19 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dpo.tiny.sprites import ICONS
-from dpo.tiny.world import COLOURS, PHRASES, caption
+from dpo.tiny.making.scenes import PHRASES, caption
+from dpo.tiny.making.sprites import ICONS
+from dpo.tiny.world import COLOURS
 
-LENGTH = 16
-
-
+LENGTH = 16  # tokens of a caption
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-pair encoding learnt from every caption the world can have (of all 40 objects), whole words its last merges."""
+    """Byte-pair encoding learnt from every caption that a world can have (of all 40 objects), written to `folder`.
+
+    There are so few words that the last merges make each of them one token.
+    """
     captions = [caption(*parts) for parts in product(ICONS, COLOURS, range(len(PHRASES)))]
     learnt = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -25,7 +29,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     ends = [byte + "</w>" for byte in bytes_]
     words = [text.replace(",", " ,") for text in captions]
-    # Equally frequent pairs are merged in the order of their ids: fixed ones, or each build would learn another vocabulary.
+    # Pairs of equal frequency are merged in the order of their ids. All bytes get fixed ids first, so that every
+    # build learns the same vocabulary.
     trainer = trainers.BpeTrainer(
         vocab_size=4000, end_of_word_suffix="</w>", special_tokens=ends, initial_alphabet=bytes_, show_progress=False
     )
@@ -44,6 +49,7 @@ def write_vocabulary(vocabulary: dict[str, int], merges: list[tuple[str, str]], 
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A new encoder of two layers for this vocabulary."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

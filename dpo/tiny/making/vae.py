@@ -1,4 +1,6 @@
-"""The autoencoder: 64x64 pictures to 16x16x4 latents, small enough to decode hundreds of pictures in seconds on a CPU."""
+"""The autoencoder: 64x64 pictures to 16x16x4 latents; decodes hundreds of pictures in seconds on a CPU."""
+
+from __future__ import annotations
 
 import math
 from pathlib import Path
@@ -7,19 +9,20 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+
+# From its own module: at the top of diffusers mypy finds only a stand-in without methods.
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from dpo.tiny.judge import pixels
 from dpo.tiny.making import loop
-from dpo.tiny.world import CANVAS, Renderer, Scenes, World
+from dpo.tiny.making.scenes import CANVAS, Renderer, Scenes, World
 
-NARROWER = 0.1  # factor on the posterior's deviation once the encoder is done
-
-
-NOISE = 0.1  # of the unit deviation of latents, when the decoder is refined
+NARROWER = 0.1  # factor on the posterior's standard deviation once the encoder is trained
+NOISE = 0.1  # standard deviation of the noise on latents (theirs is 1) when the decoder is refined
 
 
 def build() -> AutoencoderKL:
+    """A new autoencoder."""
     return AutoencoderKL(
         sample_size=CANVAS,
         block_out_channels=(16, 32, 64),
@@ -33,16 +36,27 @@ def build() -> AutoencoderKL:
 
 
 def reconstruction(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1, squared error, and L1 between neighbouring differences, so that outlines stay sharp."""
+    """Loss of pictures [N, 3, H, W]: L1, squared error, and L1 of neighbours' differences, for sharp outlines."""
     error = output - target
     edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
 
 
-def train(rank: int, world: World, render: Renderer, plan: loop.Plan, kl: float, folder: Path, start: Path | None = None) -> None:
-    """One process of the training, from new weights or those in `start`; at the end folder/final holds the autoencoder."""
+def train(
+    rank: int,
+    world: World,
+    render: Renderer,
+    plan: loop.Plan,
+    kl: float,
+    folder: Path,
+    start: Path | None = None,
+) -> None:
+    """One process of the training, from new weights or those in `start`; at the end folder/final holds the autoencoder.
+
+    kl: weight of the KL term, summed over a latent.
+    """
     torch.manual_seed(plan.seed)
-    vae = AutoencoderKL.from_pretrained(start) if start else build()
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(start) if start else build()
 
     def loss_of(draw: loop.Draw, batch: int) -> torch.Tensor:
         target = pixels(render(world.sample(draw.numpy, batch, combinations="all")))
@@ -55,34 +69,44 @@ def train(rank: int, world: World, render: Renderer, plan: loop.Plan, kl: float,
     if rank == 0:
         check = render(world.sample(np.random.default_rng((plan.seed, 1)), 256, combinations="all"))
         vae.register_to_config(scaling_factor=1.0)
-        vae.register_to_config(scaling_factor=round(1 / encode(vae, check).std().item(), 4))  # latents of unit deviation
+        deviation = encode(vae, check).std().item()
+        vae.register_to_config(scaling_factor=round(1 / deviation, 4))  # latents of unit deviation
         vae.save_pretrained(folder / "final")
 
 
-def refine(rank: int, vae: AutoencoderKL, latents: torch.Tensor, scenes: Scenes, render: Renderer, plan: loop.Plan, folder: Path):
-    """One process that trains the decoder alone on latents [N, 4, 16, 16] of `scenes`, so that the latents stay what they are.
+def refine(
+    rank: int,
+    vae: AutoencoderKL,
+    latents: torch.Tensor,
+    scenes: Scenes,
+    render: Renderer,
+    plan: loop.Plan,
+    folder: Path,
+) -> None:
+    """One process that trains the decoder alone, on latents [N, 4, 16, 16] of `scenes`, so that those stay as they are.
 
-    A little noise on them, for a diffusion model's latents are not exact either.
+    The latents get a little noise, for those that a diffusion model draws are not exact either.
     """
+    assert vae.quant_conv is not None and vae.post_quant_conv is not None and vae.quant_conv.bias is not None
     decoder = nn.ModuleDict({"conv": vae.post_quant_conv, "net": vae.decoder}).requires_grad_(True)
 
     def loss_of(draw: loop.Draw, batch: int) -> torch.Tensor:
         rows = draw.numpy.integers(len(scenes), size=batch)
         inputs = latents[torch.from_numpy(rows)].float()
         inputs = inputs + NOISE * torch.randn(inputs.shape, generator=draw.torch)
-        output = decoder["net"](decoder["conv"](inputs / vae.config.scaling_factor))
+        output = decoder["net"](decoder["conv"](inputs / vae.config["scaling_factor"]))
         return reconstruction(output, pixels(render(scenes.take(rows))))
 
     loop.train(decoder, loss_of, plan, folder, rank=rank)
     if rank == 0:
-        with torch.no_grad():  # the KL term kept the posterior wide; nothing needs that any more, and trainers sample from it
-            vae.quant_conv.bias[vae.config.latent_channels :] += 2 * math.log(NARROWER)
+        with torch.no_grad():  # trainers sample from the posterior, which the KL term kept wider than the decoder needs
+            vae.quant_conv.bias[vae.config["latent_channels"] :] += 2 * math.log(NARROWER)
         vae.save_pretrained(folder / "final")
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images_NHWC: np.ndarray) -> float:
-    """Mean over pictures, in dB, of encoding and decoding."""
+    """Peak signal-to-noise ratio of encoding and decoding, in dB, mean over pictures uint8 [N, H, W, 3]."""
     target = pixels(images_NHWC)
     output = vae.decode(vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
     return (10 * torch.log10(4 / F.mse_loss(output, target, reduction="none").mean((1, 2, 3)))).mean().item()
@@ -90,6 +114,6 @@ def psnr(vae: AutoencoderKL, images_NHWC: np.ndarray) -> float:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images_NHWC: np.ndarray, batch: int = 64) -> torch.Tensor:
-    """Scaled latents, float32 [N, 4, 16, 16] (the posterior's mean)."""
+    """Scaled latents (the posterior's mean), float32 [N, 4, 16, 16], of pictures uint8 [N, H, W, 3]."""
     parts = [vae.encode(pixels(images_NHWC[i : i + batch])).latent_dist.mean for i in range(0, len(images_NHWC), batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return torch.cat(parts) * vae.config["scaling_factor"]

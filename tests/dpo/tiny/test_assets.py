@@ -10,10 +10,12 @@ from datasets import load_dataset
 from diffusers import StableDiffusionPipeline
 
 from dpo.common import files
-from dpo.tiny import judge, paths, prompts, sprites
+from dpo.tiny import judge, paths, prompts
 from dpo.tiny.evaluate import compare, draw
+from dpo.tiny.making import sprites
 from dpo.tiny.making.pairs import SCHEMA
-from dpo.tiny.world import COLOURS, PLAIN, Renderer, world
+from dpo.tiny.making.scenes import Renderer, world
+from dpo.tiny.world import COLOURS, PLAIN
 
 MEGABYTE = 1_000_000
 
@@ -56,8 +58,7 @@ def test_the_pipeline_draws_in_plain_diffusers(pipeline):
 def test_drawings_obey_their_captions_and_no_change_is_no_win(pipeline):
     tuning = prompts.prompts("tuning")
     captions, seeds = tuning.captions[:12], tuning.seeds[:12]
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
-    images = draw(*parts, captions, seeds)
+    images = draw(pipeline, captions, seeds)
     found = compare(judge.load_judge("b"), captions, images, images.copy())
     assert found.faithful_base >= 10 / 12
     assert found.win_rate == 0.5
@@ -66,8 +67,7 @@ def test_drawings_obey_their_captions_and_no_change_is_no_win(pipeline):
 def test_own_sampler_is_the_pipelines(pipeline):
     """The same noise through StableDiffusionPipeline gives the same picture."""
     caption, seed = "an owl on a green background", 7
-    parts = (pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae, pipeline.scheduler)
-    own = draw(*parts, [caption], [seed], steps=5)[0]
+    own = draw(pipeline, [caption], [seed], steps=5)[0]
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed))
     theirs = pipeline(caption, latents=latents, num_inference_steps=5, guidance_scale=3.0, output_type="np").images[0]
     assert np.abs(own / 255 - theirs).max() < 0.01

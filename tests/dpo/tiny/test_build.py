@@ -1,18 +1,15 @@
-"""A miniature of the world comes out of the build command, and a training loop resumes exactly."""
+"""A miniature of the world comes out of the build command."""
 
 import json
 from dataclasses import replace
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 
 from dpo.common import files
-from dpo.tiny import build, evaluate, judge, sprites
-from dpo.tiny.making import judges, loop, pipeline
-from dpo.tiny.world import Renderer, world
+from dpo.tiny import build
+from dpo.tiny.making import loop, pipeline
 
 
 def shorter(recipe: build.Recipe, steps: int, pictures: int) -> build.Recipe:
@@ -62,44 +59,3 @@ def test_a_miniature_learns_something(tmp_path):
     record = rebuild(tmp_path)
     assert record["stages"]["judges"]["a"]["object"] > 0.8
     assert record["stages"]["vae"]["psnr_db"] > 12
-
-
-class Killed(Exception):
-    pass
-
-
-def test_training_resumes_exactly(tmp_path):
-    small = world(3)
-    render = Renderer(sprites.stand_ins(list(small.objects)))
-    plan = loop.Plan(steps=4, batch=4, lr=1e-3, ema=0.9, warmup=2, save_every=2)
-
-    def run(folder, on_save=None):
-        torch.manual_seed(0)
-        network = judge.ARCHITECTURES["b"](3)
-
-        def loss_of(draw, batch):
-            scenes = small.sample(draw.numpy, batch)
-            return judges.loss_of(network, judges.blur(judge.pixels(render(scenes)), draw), scenes)
-
-        loop.train(network, loss_of, plan, folder, on_save=on_save)
-        return network.state_dict()
-
-    def kill(module, step):
-        raise Killed
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(Killed):
-        run(tmp_path / "halves", kill)
-    halves = run(tmp_path / "halves")
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-
-
-def test_a_picture_depends_on_its_prompt_and_seed_alone(tmp_path):
-    torch.manual_seed(0)
-    tokenizer = build.text.tokenizer(tmp_path)
-    parts = (pipeline.unet(), build.text.text_encoder(tokenizer), tokenizer, build.vae.build(), pipeline.scheduler())
-    prompts, seeds = ["a frog on a red background", "an owl on a blue background", ""], [1, 2, 1]
-    together = evaluate.draw(*parts, prompts, seeds, steps=2)
-    alone = evaluate.draw(*parts, prompts[1:2], seeds[1:2], steps=2)
-    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
-    assert not np.array_equal(together[0], together[2])

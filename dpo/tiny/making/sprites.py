@@ -1,10 +1,13 @@
-"""Sprites of the world: every object in two styles of one drawing, flat and 3D.
+"""Sprites: a drawing of every object in two styles, flat and 3D.
 
-The drawings are Microsoft's Fluent emoji (MIT licence, see assets/NOTICE): the flat ones from the npm package
-`@iconify-json/fluent-emoji-flat` (SVG, rasterised here), the 3D ones from `@lobehub/fluent-emoji-3d` (webp). Both are
-fetched when the world is built and never shipped; only renders and weights that came from them are.
-`stand_ins` draws simple shapes instead, without network: the miniature world of the tests is made of those.
+The drawings are Microsoft's Fluent emoji (MIT licence, see dpo/tiny/assets/NOTICE): the flat ones from the npm
+package `@iconify-json/fluent-emoji-flat` (SVG, rasterised here), the 3D ones from `@lobehub/fluent-emoji-3d` (webp).
+Both are fetched when the world is made. The package ships pictures and weights made from them, not the drawings
+themselves. `stand_ins` draws simple shapes instead, without network: the miniature world of the tests is made of
+those.
 """
+
+from __future__ import annotations
 
 import hashlib
 import io
@@ -12,20 +15,21 @@ import json
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 FLAT, THREE_D = 0, 1  # index of the style axis
-SIDE = 128  # sprites are kept at twice the canvas
+SIDE = 128  # pixels of a sprite's side, twice the canvas
 
 PACKAGES = {  # name@version -> sha256 of the tarball that the npm registry serves
     "@iconify-json/fluent-emoji-flat@1.2.6": "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
     "@lobehub/fluent-emoji-3d@1.1.0": "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
 }
 
-# Caption word -> icon name in the flat set (the 3D set is keyed by code point, found through the flat set's chars.json).
-# The world takes the first N, so the most distinct ones come first.
+# Caption word -> icon name in the flat set (the 3D set is keyed by code point, found through the flat set's
+# chars.json). The world takes the first N, so the most distinct ones come first.
 ICONS = {
     "frog": "frog", "burger": "hamburger", "rocket": "rocket", "pizza": "pizza", "banana": "banana", "cactus": "cactus",
     "mushroom": "mushroom", "crab": "crab", "whale": "whale", "butterfly": "butterfly", "penguin": "penguin", "owl": "owl",
@@ -39,7 +43,7 @@ ICONS = {
 
 
 def fetch(folder: Path) -> dict[str, Path]:
-    """Download the sprite packages with `npm pack` into `folder` (once) and check their hashes."""
+    """name -> tarball of the sprite packages, downloaded into `folder` once. ValueError where a hash differs."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     for spec, sha256 in PACKAGES.items():
@@ -55,15 +59,15 @@ def fetch(folder: Path) -> dict[str, Path]:
 
 def fluent(folder: Path, objects: list[str]) -> np.ndarray:
     """Sprites [O, 2, SIDE, SIDE, 4] uint8 RGBA of the named objects, from the packages fetched into `folder`."""
-    import resvg_py  # needed by the build alone
+    import resvg_py  # only these drawings need it: tests make do with `stand_ins`
 
     packages = fetch(folder)
     with (
         tarfile.open(packages["iconify-json/fluent-emoji-flat"]) as flat,
         tarfile.open(packages["lobehub/fluent-emoji-3d"]) as solid,
     ):
-        icons = json.load(flat.extractfile("package/icons.json"))["icons"]
-        code_points = {icon: code for code, icon in json.load(flat.extractfile("package/chars.json")).items()}
+        icons = json.load(_member(flat, "package/icons.json"))["icons"]
+        code_points = {icon: code for code, icon in json.load(_member(flat, "package/chars.json")).items()}
         members = set(solid.getnames())
         sprites = []
         for word in objects:
@@ -73,12 +77,18 @@ def fluent(folder: Path, objects: list[str]) -> np.ndarray:
             png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))
             stem = f"package/assets/{code_points[icon]}"
             webp = next(name for name in (f"{stem}.webp", f"{stem}-fe0f.webp") if name in members)
-            sprites.append([fit(Image.open(io.BytesIO(png))), fit(Image.open(solid.extractfile(webp)))])
+            sprites.append([fit(Image.open(io.BytesIO(png))), fit(Image.open(_member(solid, webp)))])
     return np.asarray(sprites)
 
 
+def _member(package: tarfile.TarFile, name: str) -> IO[bytes]:
+    file = package.extractfile(name)
+    assert file is not None, f"{name} is no file of the package"
+    return file
+
+
 def fit(image: Image.Image) -> np.ndarray:
-    """Crop to what is visible, centre in a square, scale to SIDE: a sprite's size is then the size of what one sees."""
+    """Crop to what is visible, centre in a square, scale to SIDE: a sprite's size is then the size of what is seen."""
     image = image.convert("RGBA")
     visible = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
     side = max(visible.size)
@@ -89,7 +99,7 @@ def fit(image: Image.Image) -> np.ndarray:
 
 def resize(image: Image.Image, side: int) -> Image.Image:
     """Scale with premultiplied alpha, so that transparent pixels lend no colour to the rim."""
-    return image.convert("RGBa").resize((side, side), Image.LANCZOS).convert("RGBA")
+    return image.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
 
 
 def stand_ins(objects: list[str]) -> np.ndarray:
