@@ -18,6 +18,7 @@ from dpo.tiny.making import loop
 from dpo.tiny.making.scenes import CANVAS, Renderer, Scenes, World
 
 NARROWER = 0.1  # factor on the posterior's standard deviation once the encoder is trained
+CHECK = 256  # pictures that the deviation of latents is measured on
 NOISE = 0.1  # standard deviation of the noise on latents (theirs is 1) when the decoder is refined
 
 
@@ -67,7 +68,7 @@ def train(
 
     loop.train(vae, loss_of, plan, folder, rank=rank)
     if rank == 0:
-        check = render(world.sample(np.random.default_rng((plan.seed, 1)), 256, combinations="all"))
+        check = render(world.sample(np.random.default_rng((plan.seed, 1)), CHECK, combinations="all"))
         vae.register_to_config(scaling_factor=1.0)
         deviation = encode(vae, check).std().item()
         vae.register_to_config(scaling_factor=round(1 / deviation, 4))  # latents of unit deviation

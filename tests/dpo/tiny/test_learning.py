@@ -2,14 +2,43 @@
 
 import pytest
 
+from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.tiny import paths
 from dpo.training import validation
 from tests.help.running import advance, make_run
 
-# Supervised fine-tuning never looks at the losers, and over the whole clock its held-out errors fall alike for both pictures of a
-# pair. What this taste likes (style, backdrop, size) is decided at late timesteps, and there it comes to tell them apart.
+# Supervised fine-tuning never looks at the losers, and over the whole clock its held-out errors fall alike for both
+# pictures of a pair. What this taste likes (style, backdrop, size) is decided at late timesteps, and there it comes to
+# tell them apart.
 FLAGS = {"sft": ["--window-low", "700"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _encoded_once():
+    """All runs here have one model, seed and data, so the inputs of a batch and the held-out errors are computed once.
+
+    The inputs depend on the pairs of the batch and their draws, the unchanged model's errors on the timesteps drawn from.
+    """
+    encode, prepare = Encoder.inputs, validation.prepare
+    encoded, held_out = {}, {}
+
+    def inputs(encoder, batch):
+        key = (*batch.keys.tolist(), *batch.draws.tolist())
+        if key not in encoded:
+            encoded[key] = encode(encoder, batch)
+        return encoded[key]
+
+    def prepared(step, encoder, batches, draws, predict):
+        key = (draws, *step.timesteps.tolist())
+        if key not in held_out:
+            held_out[key] = prepare(step, encoder, batches, draws, predict)
+        return held_out[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "inputs", inputs)
+        patch.setattr(validation, "prepare", prepared)
+        yield
 
 
 @pytest.mark.parametrize("method", list(METHODS))
