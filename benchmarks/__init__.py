@@ -1,4 +1,11 @@
-"""One file per claim; each prints a table and writes it with device, versions and date.
+"""Measurements: each command prints a table and writes it with device, versions and date.
 
-python -m benchmarks.gpu --out DIR        everything a GPU has to show, in one call (parity, kernels, training steps)
+python -m benchmarks.gpu --out DIR   everything a GPU has to show, in one call: parity.py, ops.py (kernels), steps.py (training steps)
+python -m benchmarks.flops           FLOPs of training on one pair, counted
+python -m benchmarks.prepare         what a prepared store and recorded reference errors save, on the CPU
+python -m benchmarks.study           do the methods do what the papers say: study_rows.py the runs, evidence.py the page
+python -m benchmarks.aot             registers, spills and vector accesses of every kernel: machine_code.py, no GPU needed
+python -m benchmarks.losses A B      do two commits train alike, bit for bit
+
+measuring.py holds what they share: timing, result files, Markdown tables.
 """

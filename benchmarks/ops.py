@@ -201,11 +201,8 @@ def layer_norm(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
 
 def _layers(table: dict, smoke: bool) -> Iterator[tuple[str, int, int, int]]:
     """(model, pairs, first size, second size) of a table of layer shapes."""
+    small = [(32, 16 if table is GEGLU else 8)]
     for model, shapes in table.items():
-        for first, second in shapes[:1] if smoke else shapes:
+        for first, second in small if smoke else shapes:
             for pairs in (1,) if smoke else LAYER_BATCHES:
-                yield (
-                    (model, pairs, 32, 16)
-                    if smoke and table is GEGLU
-                    else (model, pairs, 32 if smoke else first, 8 if smoke else second)
-                )
+                yield model, pairs, first, second

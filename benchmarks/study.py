@@ -94,8 +94,10 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
 
 
 def table_history(folder: Path) -> dict[str, Any]:
-    """M and C by tenth of the clock at the end of each quarter of the run [4, 10]; `measured` [10]: what M estimates, the mean of
-    d over the last quarter, where z = -(beta/2) (d + C) tells it (`dde-step`; ties, which have no C, are not in the stores of this study).
+    """`table` and `correction` [4, 10]: M and C by tenth of the timesteps, at the end of each quarter of the run.
+
+    For `dde-step` also `measured` [10]: what M estimates, the mean of d over the last quarter. It follows from the recorded
+    margins z = -(beta/2) (d + C). (A tie has no C, but the stores of this study hold none.)
     """
     run = read_run(folder)
     ends = [run.updates[round(len(run.updates) * (quarter + 1) / QUARTERS) - 1] for quarter in range(QUARTERS)]

@@ -1,4 +1,4 @@
-"""What the embedded world's second judge says of a run: the prompts that it wins, and captions still obeyed.
+"""What the embedded world's second judge says of a run: prompts won, and captions still obeyed.
 
 This judge neither labelled the training pairs nor chose the settings, and its prompts and seeds were used for neither.
 """

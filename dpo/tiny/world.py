@@ -2,8 +2,9 @@
 
 A picture is one object on a coloured backdrop. Its caption names the object and the colour. Four traits no caption
 names: the style (flat or 3D), the backdrop's pattern, the object's size and its position. The taste likes 3D, plain
-and large; a model that learnt from captioned pictures alone draws each trait as often as the world does. Both a run
-(through judge.py) and the making of the world read this; pictures are drawn by making/scenes.py.
+and large; a model that learnt from captioned pictures alone draws each trait as often as the world does.
+
+A run reads this through judge.py, and so does the making of the world; making/scenes.py draws the pictures.
 """
 
 from __future__ import annotations

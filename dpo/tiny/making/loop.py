@@ -1,7 +1,9 @@
 """The training loop of all stages: cosine rate, averaged weights (EMA), checkpoints, processes of one thread.
 
 Every draw of a step comes from generators keyed by (seed, step, rank), so a resumed run repeats nothing and skips
-nothing. On a CPU, two processes of one thread with averaged gradients are nearly twice as fast as two threads in one
+nothing.
+
+On a CPU, two processes of one thread with averaged gradients are nearly twice as fast as two threads in one
 process.
 """
 

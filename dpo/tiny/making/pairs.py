@@ -1,8 +1,9 @@
 """Preference pairs drawn by the base model and labelled by the hidden taste, as a Pick-a-Pic v2 table; prompt lists.
 
 Both pictures of a pair come from one caption and two seeds. A judge reads their traits, the taste scores them, and a
-noisy rater (Bradley-Terry) picks one; scores that are nearly equal are left as ties. Training pairs, validation
-pairs, tuning prompts and report prompts share no caption and no seed.
+noisy rater (Bradley-Terry) picks one; scores that are nearly equal are left as ties.
+
+Training pairs, validation pairs, tuning prompts and report prompts share no caption and no seed.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The drawings are Microsoft's Fluent emoji (MIT licence, see dpo/tiny/assets/NOTICE): the flat ones from the npm
 package `@iconify-json/fluent-emoji-flat` (SVG, rasterised here), the 3D ones from `@lobehub/fluent-emoji-3d` (webp).
-Both are fetched when the world is made. The package ships pictures and weights made from them, not the drawings
-themselves. `stand_ins` draws simple shapes instead, without network: the miniature world of the tests is made of
-those.
+Both are fetched when the world is made. The package ships pictures and weights made from them, not the drawings.
+
+`stand_ins` draws simple shapes instead, without network: the miniature world of the tests is made of those.
 """
 
 from __future__ import annotations
