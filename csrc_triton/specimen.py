@@ -1,8 +1,9 @@
-"""Specimens: each kernel as its launcher would compile it, listed beside the kernel so that it can be compiled without a GPU.
+"""Specimens: each kernel as its launcher would compile it, so that it can be compiled without a GPU.
 
 A kernel module lists what it launches, once per dtype, with the flags of its launcher:
 
-    AOT_SPECIMENS = [Specimen("scale", scale_kernel, "bf16", {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}, num_warps=4)]
+    arguments, constants = {"x_ptr": "*bf16", "n": "i32"}, {"BLOCK": 1024}
+    AOT_SPECIMENS = [Specimen("scale", scale_kernel, "bf16", arguments, constants, num_warps=4)]
 
 `benchmarks/machine_code.py` compiles them. Nothing here needs a compiler.
 """
@@ -20,7 +21,7 @@ class Specimen:
     """One kernel as its launcher would compile it.
 
     signature: argument name -> Triton type ("*bf16", "*fp32", "*i64", "i32", "fp32"), constexpr arguments left out.
-    aligned: names of the integer arguments that are divisible by 16 in the usual shapes; pointers are always taken to be.
+    aligned: names of the integer arguments that 16 divides in the usual shapes; pointers are always taken to be aligned.
     vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
     """
 

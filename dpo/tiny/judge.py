@@ -75,7 +75,8 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, objects: int):
         super().__init__()
-        sizes = {"object": objects, "colour": len(COLOURS), "style": 1, "backdrop": len(BACKDROPS), "size": 1, "offset": 2}
+        classes = {"object": objects, "colour": len(COLOURS), "style": 1, "backdrop": len(BACKDROPS)}
+        sizes = classes | {"size": 1, "offset": 2}
         self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in sizes.items()})
 
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -30,7 +30,7 @@ def _encoded_once():
         return encoded[key]
 
     def prepared(step, encoder, batches, draws, predict):
-        key = (draws, *step.timesteps.tolist())
+        key = (draws, *step.path.timesteps.tolist())
         if key not in held_out:
             held_out[key] = prepare(step, encoder, batches, draws, predict)
         return held_out[key]
