@@ -10,10 +10,10 @@ from torch import Tensor
 from dpo.models.family import TextEncoder
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str]) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, captions: list[str]) -> Tensor:
     """Captions, padded and cut to the encoder's length: [B, S] int64 on the encoder's device."""
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

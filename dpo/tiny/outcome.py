@@ -24,6 +24,7 @@ from dpo.tiny.evaluate import compare, draw
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 log = logging.getLogger("dpo")
 
@@ -39,7 +40,7 @@ def is_embedded(model: Model) -> bool:
 @cache
 def _unchanged(device: torch.device) -> tuple[Callable[[UNet2DConditionModel], np.ndarray], np.ndarray]:
     """(what draws the report prompts with a UNet, pictures of the unchanged one), kept for the process."""
-    pipe = pipeline_of(load(str(paths.pipeline_path())))
+    pipe = cast("StableDiffusionPipeline", pipeline_of(load(str(paths.pipeline_path()))))
     for module in (pipe.unet, pipe.text_encoder, pipe.vae):
         module.to(device)
     listed = prompts.prompts("report")
