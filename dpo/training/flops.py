@@ -6,6 +6,8 @@ attention is seen.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -35,10 +37,20 @@ def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: 
 
     height and width are those of the latent. Adapters are not counted (rank 8 adds under one per cent).
     """
+    return _unet_flops(_architecture(config), height, width, text_length)
+
+
+def vae_encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
+    """FLOPs of encoding one image of height x width pixels by an `AutoencoderKL` of this config."""
+    return _vae_encode_flops(_architecture(config), height, width)
+
+
+@functools.cache
+def _unet_flops(architecture: str, height: int, width: int, text_length: int) -> int:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(dict(config))
+        unet = UNet2DConditionModel.from_config(json.loads(architecture))
         sample = torch.empty(1, unet.config.in_channels, height, width)
         text = torch.empty(1, text_length, unet.config.cross_attention_dim)
         timestep = torch.empty(1, dtype=torch.long)
@@ -46,13 +58,18 @@ def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: 
         return _count(lambda: unet(sample, timestep, text, added_cond_kwargs=conditions))
 
 
-def vae_encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
-    """FLOPs of encoding one image of height x width pixels by an `AutoencoderKL` of this config."""
+@functools.cache
+def _vae_encode_flops(architecture: str, height: int, width: int) -> int:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
+        vae = AutoencoderKL.from_config(json.loads(architecture))
         return _count(lambda: vae.encode(torch.empty(1, vae.config.in_channels, height, width)))
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    """A config as JSON, so that a count is kept for as long as the process lives; not the place where the weights lie."""
+    return json.dumps({name: value for name, value in config.items() if name != "_name_or_path"}, sort_keys=True, default=str)
 
 
 def pair_flops(
