@@ -87,7 +87,9 @@ def test_rooms_call_only_what_the_table_allows():
     between = [arrow for arrow in ARROWS if room(arrow.of) != room(arrow.target)]
     wrong = [arrow for arrow in between if not allowed(arrow) and (arrow.of, arrow.target) not in EXCEPTIONS]
     lines = [f"{place(arrow)}: {room(arrow.of)} may call: {MAY_CALL.get(room(arrow.of)) or 'common alone'}" for arrow in wrong]
-    assert lines == [], "\n".join(["move the function to a room that both may call, or hand its result in as an argument:", *lines])
+    assert lines == [], "\n".join(
+        ["move the function to a room that both may call, or hand its result in as an argument:", *lines]
+    )
 
 
 def test_no_exception_is_out_of_date():
@@ -130,7 +132,9 @@ def test_a_package_lists_its_files_and_no_others(package):
 
 def test_the_top_of_the_package_holds_commands_and_the_method_only():
     files = sorted(path.name for path in (ROOT / "dpo").glob("*.py"))
-    assert len(files) <= 18, f"a new file belongs in a room; dpo/ holds commands and the method, and has {len(files)} files: {files}"
+    assert len(files) <= 18, (
+        f"a new file belongs in a room; dpo/ holds commands and the method, and has {len(files)} files: {files}"
+    )
 
 
 LONG: dict[str, str] = {}  # files of more than 400 lines, and why
