@@ -18,8 +18,7 @@ from dpo.settings.flags import parse
 from dpo.training import preparing, stored
 from tests.help.children import kill_until_done
 from tests.help.running import advance, everything, make_run
-from tests.help.worlds import make_pickapic
-from tests.help.worlds import make_pipeline
+from tests.help.worlds import make_pickapic, make_pipeline
 
 FLAGS = ["--batch-size", "4", "--seed", "3"]
 
