@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from dpo.train import main
 
 
 def start(work: Callable[[], Any], write: int | None = None) -> int:
@@ -23,6 +29,27 @@ def start(work: Callable[[], Any], write: int | None = None) -> int:
             os.write(write, json.dumps(result).encode())
         code = 0
     finally:
+        os._exit(code)
+
+
+def start_command(words: list[str], said: Path) -> int:
+    """Forks a child that is `python -m dpo.train words...` from there on; its process id. `said` gets what it writes."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        with open(said, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        logging.getLogger("dpo").handlers.clear()
+        code = main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo.training.state import snapshot
+from tests.help.children import start_command
 from tests.help.running import advance, everything, make_run
 
 RUNS = {
@@ -43,22 +44,22 @@ def test_resume_is_exact(world, tmp_path, flags):
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def command(world, output, *flags):
+def words(world, output, *flags):
+    """The command line of a small run, without the command."""
     base = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(output), "--batch-size", "2", "--workers", "0"]
     more = ["--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "red"]
-    return [sys.executable, "-m", "dpo.train", *base, *more, *flags]
+    return [*base, *more, *flags]
+
+
+def going_on(output):
+    """--resume latest where there is a checkpoint, else a new start."""
+    return ["--resume", "latest"] if any((output / "checkpoints").glob("step-*")) else ["--overwrite"]
 
 
 def killed_at(world, output, seconds, *flags):
-    """Start or continue a run and kill -9 it after so many seconds; the exit status."""
-    resume = (
-        ["--resume", "latest"]
-        if (output / "checkpoints").exists() and any((output / "checkpoints").glob("step-*"))
-        else ["--overwrite"]
-    )
-    process = subprocess.Popen(
-        command(world, output, *flags, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    """Start or continue a run in a process of its own and kill -9 it after so many seconds; the exit status."""
+    line = [sys.executable, "-m", "dpo.train", *words(world, output, *flags), *going_on(output)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -94,11 +95,13 @@ def test_killed_at_20_random_moments_it_always_resumes(world, tmp_path):
 def test_kill_9_then_resume_equals_the_straight_run(world, tmp_path):
     flags = ["--steps", "8", "--checkpoint-every", "1"]
     output = tmp_path / "killed"
-    process = subprocess.Popen(command(world, output, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list((output / "checkpoints").glob("step-*"))) >= 2, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    run_to_the_end(world, output, *flags)
+    child = start_command(words(world, output, *flags), tmp_path / "log.txt")
+    wait_for(lambda: len(list((output / "checkpoints").glob("step-*"))) >= 2, child)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert not (output / "model_index.json").exists(), "it was killed before its end"
+    child = start_command(words(world, output, *flags, "--resume", "latest"), tmp_path / "log.txt")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, (tmp_path / "log.txt").read_text()
     straight = make_run(world("sd15"), world("pairs"), tmp_path / "straight", "--batch-size", "2", "--steps", "8")
     advance(straight, 8)
     expected = dict(zip(straight.updater.names, straight.updater.parameters))
@@ -106,22 +109,45 @@ def test_kill_9_then_resume_equals_the_straight_run(world, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(world, tmp_path, number):
-    output = tmp_path / "stopped"
-    process = subprocess.Popen(command(world, output, "--steps", "100000"), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (output / "metrics.jsonl").exists() and (output / "metrics.jsonl").read_text().count('"loss"') > 2, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
+def figures_of_three_updates(output):
+    """Whether three updates are in the figures of a run."""
+    path = output / "metrics.jsonl"
+    return path.exists() and path.read_text().count('"loss"') > 2
+
+
+def check_stopped(output, code, errors):
+    assert code == 130
     assert "--resume latest" in errors and "Traceback" not in errors
     assert len(list((output / "checkpoints").glob("step-*"))) == 1
     assert (output / "report.html").exists()
 
 
-def wait_for(condition, process, seconds=300):
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(world, tmp_path):
+    output = tmp_path / "stopped"
+    child = start_command(words(world, output, "--steps", "100000"), tmp_path / "log.txt")
+    wait_for(lambda: figures_of_three_updates(output), child)
+    os.kill(child, signal.SIGTERM)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    check_stopped(output, code, (tmp_path / "log.txt").read_text())
+
+
+def test_ctrl_c_ends_the_program_itself_in_order(world, tmp_path):
+    """As a person starts it: what `python -m dpo.train` does after `main` counts too."""
+    output = tmp_path / "stopped"
+    line = [sys.executable, "-m", "dpo.train", *words(world, output, "--steps", "100000")]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: figures_of_three_updates(output), process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    check_stopped(output, process.returncode, errors)
+
+
+def wait_for(condition, child, seconds=300):
+    """Until `condition` holds, while the child (its process id) is at work."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, "the run ended before it could be stopped"
+        assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, (
+            "the run ended before it could be stopped"
+        )
         assert time.monotonic() < end
         time.sleep(0.02)
