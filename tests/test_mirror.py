@@ -81,7 +81,6 @@ TESTED_BY = {
     "csrc_triton/elementary.py": "tests/csrc_triton/test_philox.py",
     "csrc_triton/group_norm_kernels.py": "tests/csrc_triton/test_interpreted.py",
     "csrc_triton/latents.py": "tests/csrc_triton/test_noising.py",
-    "csrc_triton/preference_kernels.py": "tests/csrc_triton/test_interpreted.py",
     "csrc_triton/runtime.py": "tests/csrc_triton/test_adamw8bit.py",
 }
 
