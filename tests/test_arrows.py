@@ -47,9 +47,6 @@ SHARED = ("common", "methods")
 
 # Arrows against the table that stand for now: (file, file) and why. Take a line out once the arrow is gone.
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("dpo.credit", "dpo.objective"): "the list of methods; moves to methods.py",
-    ("dpo.data.store.recorded", "dpo.models.family"): "the type of an argument; goes with it",
-    ("dpo.models.fingerprint", "dpo.data.pairs"): "digest, which belongs in common",
     ("dpo.sweep", "dpo.train"): "a sweep runs the train command's step, one run after another",
 }
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from dpo.common.words import digest
+
 
 class BadImage(Exception):
     """An image that cannot be used (missing, unreadable, truncated, too large); the message says which of these."""
@@ -141,11 +143,6 @@ def read_into_memory(source: Source, indices: np.ndarray) -> InMemory:
     indices = np.sort(indices)
     subset = Subset(source, indices)
     return InMemory([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
-
-
-def digest(*parts: str) -> str:
-    """A short stable hash of some strings, as hex."""
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _key(*parts: str) -> int:

@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import digest, first_line
 from dpo.data.labels import Columns, RowLabels, find_columns, read_labels
-from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
+from dpo.data.pairs import Pair, caption_key, image_ref, make_pair
 from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; part of what defines the order

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
+from dpo.common.words import digest
 from dpo.data.labels import CAPTION, Columns, find_columns, read_labels
-from dpo.data.pairs import Pair, caption_key, digest, image_ref, make_pair
+from dpo.data.pairs import Pair, caption_key, image_ref, make_pair
 from dpo.settings.config import Data
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dpo.data.pairs import digest
+from dpo.common.words import digest
 from dpo.models.family import Model
 
 if TYPE_CHECKING:

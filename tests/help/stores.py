@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dpo.data.pairs import ImageRef, Pair, digest, pair_key
+from dpo.common.words import digest
+from dpo.data.pairs import ImageRef, Pair, pair_key
 from dpo.data.store import fill
 from dpo.settings.config import Data
 

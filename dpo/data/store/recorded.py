@@ -24,7 +24,8 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
-from dpo.data.pairs import Source, Subset, digest
+from dpo.common.words import digest
+from dpo.data.pairs import Source, Subset
 from dpo.data.store.files import DamagedStore, check_shard, open_shard, read_sealed
 from dpo.data.store.store import Contents, of_store
 from dpo.schedule import Schedule

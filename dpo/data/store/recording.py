@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.words import digest
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.order import Order, run_order
-from dpo.data.pairs import digest
 from dpo.data.store.files import check_shard, open_shard, sweep_away, write_sealed, write_shard
 from dpo.data.store.reader import read
 from dpo.data.store.recorded import FOLDER, Piece, about_record, bands

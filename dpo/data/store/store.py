@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
-from dpo.data.pairs import ImageRef, Pair, Source, Subset, digest
+from dpo.common.words import digest
+from dpo.data.pairs import ImageRef, Pair, Source, Subset
 from dpo.data.store.files import (
     INDEX,
     LATENTS,
