@@ -50,10 +50,8 @@ TESTED_BY = {
     "dpo/training/state.py": "tests/runs/test_resume.py",
     "dpo/training/stored.py": "tests/runs/test_recorded.py",
     "dpo/training/validation.py": "tests/runs/test_recorded.py",
-    "csrc_triton/adamw8bit_kernels.py": "tests/csrc_triton/test_interpreted.py",
     "csrc_triton/dynamic_map.py": "tests/csrc_triton/test_adamw8bit.py",
     "csrc_triton/elementary.py": "tests/csrc_triton/test_philox.py",
-    "csrc_triton/group_norm_silu_kernels.py": "tests/csrc_triton/test_interpreted.py",
     "csrc_triton/latents.py": "tests/csrc_triton/test_noising.py",
     "csrc_triton/runtime.py": "tests/csrc_triton/test_adamw8bit.py",
 }
