@@ -49,9 +49,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sweep_away(folder: Path) -> None:
-    """Removes what killed writers left behind in `folder`."""
-    for path in folder.glob(".*.part-*"):
-        path.unlink(missing_ok=True)
+    """Removes what killed writers left behind in `folder`: files of `write_whole`, and those of safetensors beneath them."""
+    for pattern in (".*.part-*", ".tmp??????"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -315,6 +315,15 @@ def test_killed_at_random_moments_the_store_is_the_same(tmp_path, kills):
     assert verify(tmp_path / "killed") == []
 
 
+def test_what_a_kill_left_behind_is_cleared(tmp_path):
+    fill.fill(task(tmp_path, Synthetic(5)))
+    before = sums(tmp_path)
+    for name in (".store.json.part-7", ".000001.safetensors.part-7", ".tmpUmJTBN"):  # the last is a name of safetensors' own
+        (tmp_path / name).write_bytes(b"half")
+    fill.fill(task(tmp_path, Synthetic(5)))
+    assert sums(tmp_path) == before
+
+
 def test_every_step_of_a_write_can_be_the_last(tmp_path, monkeypatch):
     """The same with the process stopped, one after another, before each rename: nothing else changes what is there."""
 
