@@ -25,6 +25,11 @@ class Inputs(NamedTuple):
     text: TextEncoding  # [B, ...]
     micro: Tensor | None  # [2B, 6] int64, SDXL's size and crop of each image
 
+    def to(self, device: torch.device | str) -> Inputs:
+        """The same pairs on another device."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**moved, text=self.text.to(device))
+
 
 @dataclass
 class Encoder:

@@ -15,12 +15,16 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dpo.common import command
 
+if TYPE_CHECKING:  # torch is imported only once the command line is known to be good
+    from dpo.data.batch import PairBatch
+    from dpo.training.run import Figures, Run
 
-def train_step(run: Any, micro_batches: Iterable[Any]) -> dict[str, Any]:
+
+def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     """One update from an effective batch: accumulate gradients over its micro-batches, clip, step. Returns the step's figures.
 
     The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however it is cut into

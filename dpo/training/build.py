@@ -143,14 +143,6 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
     return checkpoint.find(root, which)
 
 
-def _recorded(config: Config, plan: schedule.Schedule, source: Source, reference: str) -> recorded.RecordedErrors | None:
-    """The record of the reference's errors that suits the run, where it takes one in place of a reference model."""
-    if config.runtime.reference != "recorded":
-        return None
-    timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    return recorded.find(source, recorded.identity(config.data, config.runtime, plan, reference), timesteps)
-
-
 def _tell(config: Config, lines: list[str]) -> None:
     """What was decided, what a person should know of it, and the run in one line."""
     for line in lines:
@@ -158,6 +150,14 @@ def _tell(config: Config, lines: list[str]) -> None:
     for line in advice.warnings(config):
         log.warning("%s", line)
     log.info("%s", advice.headline(config))
+
+
+def _recorded(config: Config, plan: schedule.Schedule, source: Source, weights: str) -> recorded.RecordedErrors | None:
+    """The record of the reference's errors that suits the run, where it takes one in place of a reference model."""
+    if config.runtime.reference != "recorded":
+        return None
+    timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
+    return recorded.find(source, recorded.identity(config.data, config.runtime, plan, weights), timesteps)
 
 
 def _live_reference(config: Config) -> bool:
@@ -263,9 +263,9 @@ def _held_out(
         return None
     data = config.data
     log.info("held-out accuracy: %d pairs, %d draws each", len(source), data.validation_draws)
-    assert data.resolution is not None  # decided when the model was loaded
+    assert data.resolution is not None, "decided when the model was loaded"
     stream = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
-    return validation.prepare(step, encoder, stream, data.validation_draws, compared)
+    return validation.encode_held_out(step, encoder, stream, data.validation_draws, compared)
 
 
 def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +30,6 @@ class HeldOut:
     timesteps: Tensor  # [K] int64, those drawn from
 
 
-def _on(x: Any, device: torch.device | str) -> Any:
-    """An Inputs (or a part of one) on another device."""
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    return x if x is None else type(x)(*(_on(part, device) for part in x))
-
-
 @torch.no_grad()
 def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
     """Errors of the policy in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
@@ -47,21 +39,21 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
     for draw in range(draws):
         found = []
         for batch in batches:
-            x = _on(batch, zero.device)
+            x = batch.to(zero.device)
             errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
             found.append(errors[:2])
         rows.append(torch.cat(found, dim=1))
     return torch.stack(rows)
 
 
-def prepare(
+def encode_held_out(
     step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, reference: Denoise | None
 ) -> HeldOut | None:
     """Encode the held-out pairs and record their reference errors; None when there is no usable pair.
 
     Without a `reference` (sft) the policy as it is now is the reference.
     """
-    encoded = [_on(encoder.inputs(batch), "cpu") for batch in batches]
+    encoded = [encoder.inputs(batch).to("cpu") for batch in batches]
     if not encoded or not any(x.usable.any() for x in encoded):
         return None
     if reference is not None:

@@ -285,7 +285,12 @@ def test_what_a_kill_left_behind_is_cleared(small):
     before = sums(folder)
     (piece,) = folder.glob("pairs-*.safetensors")
     (folder / piece.stem).mkdir()
-    for name in (".record.json.part-7", ".tmpUmJTBN", f".{piece.name}.part-7", f"{piece.stem}/batch-00004-000000000000.safetensors"):
+    for name in (
+        ".record.json.part-7",
+        ".tmpUmJTBN",
+        f".{piece.name}.part-7",
+        f"{piece.stem}/batch-00004-000000000000.safetensors",
+    ):
         (folder / name).write_bytes(b"half")
     make(2)
     assert sums(folder) == before and not (folder / piece.stem).exists()

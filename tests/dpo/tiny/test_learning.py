@@ -20,7 +20,7 @@ def _encoded_once():
 
     The inputs depend on the pairs of the batch and their draws, the unchanged model's errors on the timesteps drawn from.
     """
-    encode, prepare = Encoder.inputs, validation.prepare
+    encode, prepare = Encoder.inputs, validation.encode_held_out
     encoded, held_out = {}, {}
 
     def inputs(encoder, batch):
@@ -37,7 +37,7 @@ def _encoded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Encoder, "inputs", inputs)
-        patch.setattr(validation, "prepare", prepared)
+        patch.setattr(validation, "encode_held_out", prepared)
         yield
 
 
