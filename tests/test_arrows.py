@@ -134,6 +134,12 @@ def test_the_top_of_the_package_holds_commands_and_the_method_only():
     )
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_installed(command):
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f'"dpo-{command} = dpo.{command}:main"' in text, "name it under console_scripts in setup.py"
+
+
 LONG: dict[str, str] = {}  # files of more than 400 lines, and why
 
 

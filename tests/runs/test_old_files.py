@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dpo import prepare
+from dpo.common.files import checksum
 from dpo.data.store import recorded, store
-from dpo.data.store.files import file_digest
 from dpo.settings.flags import parse
 from dpo.training.build import build
 from tests.help.commands import command
@@ -89,9 +89,9 @@ def test_an_old_store_and_its_record_are_whole_and_serve(old, capsys):
 
 
 def test_more_draws_are_added_to_an_old_record(old):
-    pieces = {path: file_digest(path) for path in (old / "store" / "reference").rglob("*.safetensors")}
+    pieces = {path: checksum(path) for path in (old / "store" / "reference").rglob("*.safetensors")}
     assert prepare.main([*RECORD, "--draws", "3"]) == 0
-    after = {path: file_digest(path) for path in (old / "store" / "reference").rglob("*.safetensors")}
+    after = {path: checksum(path) for path in (old / "store" / "reference").rglob("*.safetensors")}
     assert len(after) > len(pieces) and pieces.items() <= after.items(), "what was recorded is kept, in the same record"
     assert recorded.verify(old / "store") == []
     assert build(*parse(RECORDED)).recorded.distinct == 3
