@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.measuring import median_seconds
 from csrc_triton.geglu import geglu as fused_geglu
-from csrc_triton.group_norm_silu import add_group_norm_silu as fused_add_group_norm_silu
 from csrc_triton.group_norm_silu import group_norm_silu as fused_group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
@@ -156,9 +155,7 @@ def geglu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Cas
 
 
 def group_norm_silu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
-    """The input is read twice (statistics, then values): three passes forward, five backward. With a residual add in front the sum is
-    needed again: five passes forward (x, residual, sum written, sum read, values), six backward.
-    """
+    """The input is read twice (statistics, then values): three passes forward, five backward."""
     for model, pairs, channels, side in _layers(GROUP_NORM, smoke):
         x = torch.randn(2 * pairs, channels, side, side, device=device).to(dtype).to(memory_format=torch.channels_last)
         weight, bias = torch.ones(channels, device=device, dtype=dtype), torch.zeros(channels, device=device, dtype=dtype)
@@ -169,17 +166,8 @@ def group_norm_silu(device: torch.device, dtype: torch.dtype, smoke: bool) -> It
         def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return F.silu(F.group_norm(x, 32, weight, bias))
 
-        def fused_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            return fused_add_group_norm_silu(x, residual, weight, bias, 32)
-
-        def eager_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            total = x + residual
-            return total, eager(total, weight, bias)
-
         label, size = f"{2 * pairs}x{channels}x{side}x{side}", x.nbytes
         yield from _both("group_norm_silu", model, label, (3 * size, 5 * size), fused, eager, x, weight, bias)
-        more = (x, torch.randn_like(x), weight, bias)
-        yield from _both("add_group_norm_silu", model, label, (5 * size, 6 * size), fused_add, eager_add, *more)
 
 
 def layer_norm(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:

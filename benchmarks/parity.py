@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.measuring import captured
 from csrc_triton import philox
 from csrc_triton.geglu import geglu
-from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
+from csrc_triton.group_norm_silu import group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.pair_errors import pair_errors, pair_errors_reference
@@ -73,12 +73,6 @@ def _functions(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
         lambda x, w, b: group_norm_silu(x, w, b, 32),
         lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)),
         [image, weight, bias],
-    )
-    yield (
-        "add_group_norm_silu",
-        lambda x, r, w, b: add_group_norm_silu(x, r, w, b, 32)[1],
-        lambda x, r, w, b: F.silu(F.group_norm(x + r, 32, w, b)),
-        [image, make(3, channels, 19, 13).to(memory_format=torch.channels_last), weight, bias],
     )
     yield "layer_norm", layer_norm, lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), [tokens, weight, bias]
     yield (
@@ -176,9 +170,8 @@ def ops_of_a_step(device: torch.device) -> tuple[Callable[[], list[Tensor]], Ten
         )  # fmt: skip
         terms = pair_loss(errors, ones[:pairs], ones[:pairs], index * 13, shape="sigmoid")
         total, normed = add_layer_norm(geglu(projection), tokens, weight, bias)
-        blend, active = add_group_norm_silu(image, image.sin(), weight, bias, 32)
         embedding = tokens[:3, 0]
-        images = group_norm_silu(blend, weight, bias, 32, temb=embedding) * active
+        images = group_norm_silu(image, weight, bias, 32, temb=embedding)
         normed = layer_norm(normed, weight, bias)
         found = [terms.loss, noisy, total, normed, images]
         return [*found, *torch.autograd.grad(sum(x.float().square().sum() for x in found), leaves)]

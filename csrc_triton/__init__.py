@@ -6,7 +6,7 @@ Import each op from its module; a module shares its name with its op, so that no
     noising          noise_pairs, sample_posterior                         noisy latents of pairs, VAE posterior
     pair_errors      pair_errors                                           errors, difference and logit of pairs, sums by timestep
     geglu            geglu
-    group_norm_silu  group_norm_silu, add_group_norm_silu
+    group_norm_silu  group_norm_silu
     layer_norm       layer_norm, add_layer_norm
     adamw8bit        AdamW8bit
 

@@ -1,6 +1,6 @@
-"""GroupNorm on channels_last activations, with an optional add before it and an optional SiLU after it.
+"""GroupNorm on channels_last activations, with an optional time embedding added before it and an optional SiLU after it.
 
-    u = x, x + temb[:, :, None, None] or s = x + residual (rounded to the dtype, as eager does, and returned too),
+    u = x or x + temb[:, :, None, None],
     n = (u - mean) rstd by sample and group,    z = n * weight + bias,    y = silu(z) = z sigmoid(z)
 
 Sources: Wu and He, "Group Normalization" (arXiv 1803.08494); the order of operations is that of the residual blocks of Stable
@@ -32,7 +32,7 @@ BLOCK_C = 64  # 128 bytes of a half dtype; the channel counts of SD1.x and SDXL 
 TILE_STATISTICS = 8192  # elements per program: one operand, 32 values per thread
 TILE = 4096  # elements per program where several operands are live
 TILE_COMBINE = 1024  # elements per step of the second stages
-FULL_SIZE = ("x_ptr", "residual_ptr", "sum_ptr", "y_ptr", "dy_ptr", "dsum_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")  # in x's dtype
+FULL_SIZE = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")  # in x's dtype
 
 
 def _blocks(P: int, C: int, tile: int) -> dict[str, int]:
@@ -52,8 +52,8 @@ def _grid(N: int, P: int, C: int, blocks: dict[str, int]) -> tuple[tuple[int], i
     return (N * runs * triton.cdiv(C, blocks["BLOCK_C"]),), runs
 
 
-def _launch_forward(x, temb, residual, weight, bias, groups, eps, silu):
-    """(s or None, y, mean, rstd, centre) of a channels_last x and residual; centre is empty without temb."""
+def _launch_forward(x, temb, weight, bias, groups, eps, silu):
+    """(y, mean, rstd, centre) of a channels_last x; centre is empty without temb."""
     N, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     mean, rstd = x.new_empty((N, groups), dtype=torch.float32), x.new_empty((N, groups), dtype=torch.float32)
     centre = x.new_empty((N, C) if temb is not None else (0,), dtype=torch.float32)
@@ -64,11 +64,7 @@ def _launch_forward(x, temb, residual, weight, bias, groups, eps, silu):
     blocks = _blocks(P, C, TILE_STATISTICS)
     grid, runs = _grid(N, P, C, blocks)
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
-    s = None if residual is None else torch.empty_like(x, memory_format=torch.channels_last)
-    added = (x, x) if s is None else (residual, s)
-    channel_statistics_kernel[grid](
-        x, *added, partial, P, runs, C=C, HAS_RESIDUAL=s is not None, **blocks, num_warps=WARPS, **PINNED
-    )
+    channel_statistics_kernel[grid](x, partial, P, runs, C=C, **blocks, num_warps=WARPS, **PINNED)
     group_statistics_kernel[(N * groups,)](
         partial, embedding, mean, rstd, centre, P, runs, eps,
         **shape, RUN_P=blocks["BLOCK_P"], **_combine_blocks(C, groups), num_warps=4, **PINNED,
@@ -76,13 +72,13 @@ def _launch_forward(x, temb, residual, weight, bias, groups, eps, silu):
     blocks = _blocks(P, C, TILE)
     grid, runs = _grid(N, P, C, blocks)
     group_norm_forward_kernel[grid](
-        x if s is None else s, embedding, weight, bias, mean, rstd, y, P, runs,
+        x, embedding, weight, bias, mean, rstd, y, P, runs,
         **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
     )  # fmt: skip
-    return s, y, mean, rstd, centre
+    return y, mean, rstd, centre
 
 
-def _launch_backward(dy, dsum, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
+def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
     """(dx, dtemb, dweight, dbias); x is what was normalised. dtemb is empty without temb, the last two unless `weight_grads`."""
     N, C, P, groups = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
     embedding = x if temb is None else temb
@@ -101,8 +97,8 @@ def _launch_backward(dy, dsum, x, temb, weight, bias, mean, rstd, centre, silu, 
         partial, weight, rstd, centre, sums, means, dtemb, P, runs, **shape, **_combine_blocks(C, groups), num_warps=4, **PINNED
     )
     group_norm_backward_kernel[grid](
-        dy, dy if dsum is None else dsum, x, embedding, weight, bias, mean, rstd, means, dx, P, runs,
-        **shape, HAS_DSUM=dsum is not None, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
+        dy, x, embedding, weight, bias, mean, rstd, means, dx, P, runs,
+        **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
     )  # fmt: skip
     return dx, dtemb, *(sum_partials(sums, weight) if weight_grads else (weight.new_empty(0), weight.new_empty(0)))
 
@@ -116,21 +112,19 @@ def _channels_last(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last).copy_(x)
 
 
-def group_norm_silu_reference(x, temb, residual, weight, bias, groups, eps, silu):
-    """Plain torch form of the forward: (s or None, y, mean, rstd, centre), arithmetic in at least float32."""
+def group_norm_silu_reference(x, temb, weight, bias, groups, eps, silu):
+    """Plain torch form of the forward: (y, mean, rstd, centre), arithmetic in at least float32."""
     C = x.shape[1]
-    s = None if residual is None else _channels_last(x + residual, x.dtype)
-    x = x if s is None else s
     u = wide(x) if temb is None else wide(x) + wide(temb)[:, :, None, None]
     var, mean = torch.var_mean(u.reshape(x.shape[0], groups, -1), dim=-1, correction=0)
     rstd = torch.rsqrt(var + eps)
     centred = u - _per_channel(mean, C)
     z = centred * _per_channel(rstd, C) * wide(weight)[:, None, None] + wide(bias)[:, None, None]
     centre = u.new_empty(0) if temb is None else centred.mean((2, 3))
-    return s, _channels_last(z * torch.sigmoid(z) if silu else z, x.dtype), mean, rstd, centre
+    return _channels_last(z * torch.sigmoid(z) if silu else z, x.dtype), mean, rstd, centre
 
 
-def group_norm_silu_backward_reference(dy, dsum, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
+def group_norm_silu_backward_reference(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
     """Plain torch form of the backward: (dx, dtemb, dweight, dbias)."""
     C = x.shape[1]
     u = wide(x) if temb is None else wide(x) + wide(temb)[:, :, None, None]
@@ -145,37 +139,25 @@ def group_norm_silu_backward_reference(dy, dsum, x, temb, weight, bias, mean, rs
     a, b = (g * n).reshape(grouped).mean(-1), g.reshape(grouped).mean(-1)
     dx = _per_channel(rstd, C) * (g - _per_channel(b, C) - n * _per_channel(a, C))
     dtemb = x.new_empty(0) if temb is None else dx.sum((2, 3)).to(temb.dtype)
-    dx = _channels_last(dx if dsum is None else dx + wide(dsum), x.dtype)
+    dx = _channels_last(dx, x.dtype)
     if not weight_grads:
         return dx, dtemb, weight.new_empty(0), weight.new_empty(0)
     return dx, dtemb, (dz * n).sum((0, 2, 3)).to(weight.dtype), dz.sum((0, 2, 3)).to(weight.dtype)
-
-
-def _forward(x, temb, residual, weight, bias, groups, eps, silu):
-    x, residual = (a if a is None else a.contiguous(memory_format=torch.channels_last) for a in (x, residual))
-    temb = None if temb is None else temb.contiguous()
-    forward = _launch_forward if runs_triton(x) else group_norm_silu_reference
-    return forward(x, temb, residual, weight.contiguous(), bias.contiguous(), groups, eps, silu)
 
 
 @torch.library.custom_op("csrc_triton::group_norm_silu", mutates_args=())
 def _group_norm_silu(
     x: torch.Tensor, temb: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(x, temb, None, weight, bias, groups, eps, silu)[1:]
-
-
-@torch.library.custom_op("csrc_triton::add_group_norm_silu", mutates_args=())
-def _add_group_norm_silu(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _forward(x, None, residual, weight, bias, groups, eps, silu)[:4]
+    x = x.contiguous(memory_format=torch.channels_last)
+    temb = None if temb is None else temb.contiguous()
+    forward = _launch_forward if runs_triton(x) else group_norm_silu_reference
+    return forward(x, temb, weight.contiguous(), bias.contiguous(), groups, eps, silu)
 
 
 @torch.library.custom_op("csrc_triton::group_norm_silu_backward", mutates_args=())
 def _group_norm_silu_backward(
     dy: torch.Tensor,
-    dsum: torch.Tensor | None,
     x: torch.Tensor,
     temb: torch.Tensor | None,
     weight: torch.Tensor,
@@ -189,66 +171,38 @@ def _group_norm_silu_backward(
     temb = None if temb is None else temb.contiguous()
     backward = _launch_backward if runs_triton(x) else group_norm_silu_backward_reference
     dy, x = dy.contiguous(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    dsum = None if dsum is None else dsum.contiguous(memory_format=torch.channels_last)
-    return backward(dy, dsum, x, temb, weight.contiguous(), bias.contiguous(), mean, rstd, centre, silu, weight_grads)
-
-
-def _statistics(x, groups):
-    return [x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)]
+    return backward(dy, x, temb, weight.contiguous(), bias.contiguous(), mean, rstd, centre, silu, weight_grads)
 
 
 @_group_norm_silu.register_fake
 def _(x, temb, weight, bias, groups, eps, silu):
-    mean, rstd = _statistics(x, groups)
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
     centre = x.new_empty(x.shape[:2] if temb is not None else (0,), dtype=mean.dtype)
     return torch.empty_like(x, memory_format=torch.channels_last), mean, rstd, centre
 
 
-@_add_group_norm_silu.register_fake
-def _(x, residual, weight, bias, groups, eps, silu):
-    return *(torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2)), *_statistics(x, groups)
-
-
 @_group_norm_silu_backward.register_fake
-def _(dy, dsum, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
+def _(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
     dtemb = x.new_empty(0) if temb is None else temb.new_empty(temb.shape)
     shape = weight.shape if weight_grads else (0,)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     return dx, dtemb, weight.new_empty(shape), weight.new_empty(shape)
 
 
-def _setup_group_norm(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     x, temb, weight, bias, _, _, ctx.silu = inputs
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, temb, weight, bias, *output[1:])
 
 
-def _setup_add_group_norm(ctx, inputs, output):
-    _, _, weight, bias, _, _, ctx.silu = inputs
-    s, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(s, None, weight, bias, mean, rstd, mean.new_empty(0))
-
-
-def _gradients(ctx, dy, dsum, weight_grads):
-    s, temb, *rest = ctx.saved_tensors  # unpacked once: gradient checkpointing allows no more
-    dy = torch.zeros_like(s) if dy is None else dy
-    dx, dtemb, dweight, dbias = _group_norm_silu_backward(dy, dsum, s, temb, *rest, ctx.silu, weight_grads)
+def _backward(ctx, dy, dmean, drstd, dcentre):
+    x, temb, *rest = ctx.saved_tensors  # unpacked once: gradient checkpointing allows no more
+    weight_grads = any(ctx.needs_input_grad[2:4])
+    dx, dtemb, dweight, dbias = _group_norm_silu_backward(dy, x, temb, *rest, ctx.silu, weight_grads)
     dtemb = None if temb is None else dtemb
-    return (dx, dtemb, dweight, dbias) if weight_grads else (dx, dtemb, None, None)
+    return (dx, dtemb, *((dweight, dbias) if weight_grads else (None, None)), None, None, None)
 
 
-def _backward_group_norm(ctx, dy, dmean, drstd, dcentre):
-    return *_gradients(ctx, dy, None, any(ctx.needs_input_grad[2:4])), None, None, None
-
-
-def _backward_add_group_norm(ctx, dsum, dy, dmean, drstd):
-    dx, _, dweight, dbias = _gradients(ctx, dy, dsum, any(ctx.needs_input_grad[2:4]))
-    return dx, dx, dweight, dbias, None, None, None
-
-
-_group_norm_silu.register_autograd(_backward_group_norm, setup_context=_setup_group_norm)
-_add_group_norm_silu.register_autograd(_backward_add_group_norm, setup_context=_setup_add_group_norm)
+_group_norm_silu.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> None:
@@ -280,35 +234,15 @@ def group_norm_silu(
     return _group_norm_silu(x, temb, weight, bias, groups, eps, silu)[0]
 
 
-def add_group_norm_silu(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float = 1e-5,
-    silu: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, silu(group_norm(s))) with s = x + residual; both [N, C, H, W] channels_last in the dtype of x and residual, which must
-    agree. The rest is as in `group_norm_silu`; s is saved for the backward, which adds what else reaches s in its last kernel.
-    """
-    _check(x, weight, bias, groups)
-    assert x.shape == residual.shape and x.dtype == residual.dtype, (
-        f"x {x.dtype} {tuple(x.shape)} and residual {residual.dtype} {tuple(residual.shape)} must agree"
-    )
-    return _add_group_norm_silu(x, residual, weight, bias, groups, eps, silu)[:2]
-
-
-def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu: bool, residual: bool = False) -> list[Specimen]:
+def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu: bool) -> list[Specimen]:
     """All kernels of one forward and backward: full-size tensors in `dtype`, parameters in `weight`, everything else fp32."""
     tile, runs, combine = _blocks(P, C, TILE), _blocks(P, C, TILE_STATISTICS), _combine_blocks(C, G)
     kinds = dict.fromkeys(FULL_SIZE, f"*{dtype}")
     kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "P": "i32", "R": "i32", "eps": "fp32"}
     values = {"C": C, "G": G, "HAS_TEMB": temb, "SILU": silu, "RUN_P": runs["BLOCK_P"]} | tile | combine
-    values |= {"HAS_RESIDUAL": residual, "HAS_DSUM": residual}
     specimens = []
     for kernel, blocks, warps, loads, stores in (
-        (channel_statistics_kernel, runs, WARPS, True, residual),
+        (channel_statistics_kernel, runs, WARPS, True, False),
         (group_statistics_kernel, {}, 4, False, False),
         (group_norm_forward_kernel, tile, WARPS, True, True),
         (channel_gradients_kernel, tile, WARPS, True, False),
@@ -317,7 +251,7 @@ def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu
     ):
         constants = {p: v for p, v in (values | blocks).items() if p in kernel.arg_names}
         signature = {p: kinds.get(p, "*fp32") for p in kernel.arg_names if p not in constants}
-        name = f"{kernel.__name__.removesuffix('_kernel')}_{P}x{C}{'_add' if residual else ''}"
+        name = f"{kernel.__name__.removesuffix('_kernel')}_{P}x{C}"
         specimens.append(Specimen(name, kernel, dtype, signature, constants, warps, vector_load=loads, vector_store=stores))
     return specimens
 
@@ -327,10 +261,4 @@ AOT_SPECIMENS = [
     *_specimens("fp16", "fp32", 4096, 320, 32, temb=True, silu=True),
     *_specimens("fp32", "fp32", 4096, 320, 32, temb=True, silu=True),
     *_specimens("bf16", "bf16", 64, 1280, 32, temb=False, silu=False),
-    *(
-        specimen
-        for dtype in ("bf16", "fp16", "fp32")
-        for specimen in _specimens(dtype, "fp32", 4096, 320, 32, temb=False, silu=True, residual=True)
-        if specimen.kernel in (channel_statistics_kernel, group_norm_backward_kernel)  # those that know of it
-    ),
 ]

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from csrc_triton.layer_norm import add_residual
-
 
 @triton.jit
 def _tile(P, C: tl.constexpr, R, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
@@ -22,20 +20,15 @@ def _tile(P, C: tl.constexpr, R, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def channel_statistics_kernel(
     x_ptr,  # [N, P, C]
-    residual_ptr,  # [N, P, C], read when HAS_RESIDUAL
-    sum_ptr,  # [N, P, C], written when HAS_RESIDUAL: x + residual, rounded to its dtype, of which the statistics are then taken
     partial_ptr,  # [N, R, 2, C] fp32: mean and sum of squared deviations of each channel over each run
     P,
     R,
     C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x = add_residual(x, residual_ptr, sum_ptr, offsets, mask)
     count = tl.minimum(P - run * BLOCK_P, BLOCK_P).to(tl.float32)
     mean = tl.sum(x, axis=0) / count
     centred = tl.where(mask, x - mean[None, :], 0.0)
@@ -237,7 +230,6 @@ def group_gradients_kernel(
 @triton.jit
 def group_norm_backward_kernel(
     dy_ptr,  # [N, P, C]
-    dsum_ptr,  # [N, P, C], read when HAS_DSUM: gradient that reaches the sum beside the normalisation
     x_ptr,  # [N, P, C]
     temb_ptr,  # [N, C], read when HAS_TEMB
     weight_ptr,  # [C]
@@ -251,12 +243,11 @@ def group_norm_backward_kernel(
     C: tl.constexpr,
     G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
-    HAS_DSUM: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = du = rstd (weight dz - b - n a) + dsum; n, z and dz are recomputed, so that x is all the forward keeps at full size."""
+    """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full size."""
     sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
     n, z, weight, rstd = _normalised(
         x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
@@ -266,6 +257,4 @@ def group_norm_backward_kernel(
     a = tl.load(means, mask=channel < C, other=0.0)
     b = tl.load(means + 1, mask=channel < C, other=0.0)
     dx = rstd[None, :] * (weight[None, :] * dz - b[None, :] - n * a[None, :])
-    if HAS_DSUM:
-        dx += tl.load(dsum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(dx_ptr + offsets, dx, mask=mask)

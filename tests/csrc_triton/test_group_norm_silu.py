@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from csrc_triton.group_norm_silu import _add_group_norm_silu, _group_norm_silu, add_group_norm_silu, group_norm_silu
+from csrc_triton.group_norm_silu import _group_norm_silu, group_norm_silu
 
 
 def leaf(*shape, dtype=torch.float32, seed=0, shift=0.0):
@@ -34,54 +34,16 @@ def test_value_and_gradient(dtype, with_temb, no_worse):
         no_worse(actual, theirs, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_value_and_gradient_after_a_residual_add(dtype, no_worse):
-    shapes = [(3, 24, 9, 7), (3, 24, 9, 7), (24,), (24,)]
-    leaves = [leaf(*shape, dtype=dtype, seed=i, shift=5.0 * (i == 0)) for i, shape in enumerate(shapes)]
+@pytest.mark.parametrize("with_temb", [False, True])
+def test_under_gradient_checkpointing(with_temb):
+    x, temb, w, b = leaf(2, 8, 3, 5), leaf(2, 8, seed=1), leaf(8, seed=2), leaf(8, seed=3)
 
-    def run(function, inputs):
-        s, y = function(*inputs)
-        return s.detach(), y.detach(), *torch.autograd.grad(y.sin().sum() + s.cos().sum(), inputs)
+    def function(x, temb, w, b):
+        return group_norm_silu(x, w, b, 4, 1e-5, temb if with_temb else None).sin().sum()
 
-    def ours(x, residual, w, b):
-        return add_group_norm_silu(x, residual, w, b, 8, 1e-5)
-
-    def theirs(x, residual, w, b):
-        return x + residual, plain(x + residual, w, b)
-
-    results = [run(ours, leaves), run(theirs, leaves), run(theirs, [x.detach().double().requires_grad_() for x in leaves])]
-    assert torch.equal(results[0][0], results[1][0])  # the sum is eager's, bit for bit
-    for actual, eager, exact in zip(*results, strict=True):
-        no_worse(actual, eager, exact)
-
-
-def test_a_sum_or_its_normalised_form_may_go_unused():
-    x, residual, w, b = leaf(2, 8, 3, 5), leaf(2, 8, 3, 5, seed=1), leaf(8, seed=2), leaf(8, seed=3)
-    s = add_group_norm_silu(x, residual, w, b, 4)[0]
-    assert all(torch.equal(g, torch.ones_like(x)) for g in torch.autograd.grad(s.sum(), (x, residual)))
-    (alone,) = torch.autograd.grad(add_group_norm_silu(x, residual, w, b, 4)[1].sin().sum(), x)
-    (expected,) = torch.autograd.grad(group_norm_silu(x + residual, w, b, 4).sin().sum(), x)
-    torch.testing.assert_close(alone, expected)
-
-
-@pytest.mark.parametrize("added", ["nothing", "temb", "residual"])
-def test_under_gradient_checkpointing(added):
-    x, other, w, b = (
-        leaf(2, 8, 3, 5),
-        leaf(*((2, 8) if added == "temb" else (2, 8, 3, 5)), seed=1),
-        leaf(8, seed=2),
-        leaf(8, seed=3),
-    )
-
-    def function(x, other, w, b):
-        if added == "residual":
-            s, y = add_group_norm_silu(x, other, w, b, 4)
-            return (s * y).sum()
-        return group_norm_silu(x, w, b, 4, 1e-5, other if added == "temb" else None).sin().sum()
-
-    leaves = [x, w, b] if added == "nothing" else [x, other, w, b]
-    expected = torch.autograd.grad(function(x, other, w, b), leaves)
-    again = torch.utils.checkpoint.checkpoint(function, x, other, w, b, use_reentrant=False)
+    leaves = [x, temb, w, b] if with_temb else [x, w, b]
+    expected = torch.autograd.grad(function(x, temb, w, b), leaves)
+    again = torch.utils.checkpoint.checkpoint(function, x, temb, w, b, use_reentrant=False)
     assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(again, leaves), expected, strict=True))
 
 
@@ -98,13 +60,9 @@ def test_opcheck_and_gradcheck():
     torch.library.opcheck(_group_norm_silu, (leaf(2, 8, 1, 1), leaf(2, 8), w, b, 4, 1e-5, True))
     channels_last = leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(_group_norm_silu, (channels_last, None, w.detach(), b.detach(), 4, 1e-5, False))
-    torch.library.opcheck(_add_group_norm_silu, (channels_last, leaf(2, 8, 3, 5), w, b, 4, 1e-5, True))
-    torch.library.opcheck(_add_group_norm_silu, (leaf(2, 8, 3, 5), channels_last, w.detach(), b.detach(), 4, 1e-5, False))
-    shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4), (2, 4, 3, 2)]
-    x, w, b, temb, residual = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
+    shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4)]
+    x, w, b, temb = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
     for silu in (True, False):
-        added = (x, residual, w, b)
-        assert torch.autograd.gradcheck(lambda x, r, w, b: add_group_norm_silu(x, r, w, b, 2, 1e-5, silu), added)  # noqa: B023
         assert torch.autograd.gradcheck(lambda x, w, b, t: group_norm_silu(x, w, b, 2, 1e-5, t, silu), (x, w, b, temb))  # noqa: B023
         assert torch.autograd.gradcheck(lambda x, w, b: group_norm_silu(x, w, b, 2, 1e-5, None, silu), (x, w, b))  # noqa: B023
     assert torch.autograd.gradcheck(lambda x: group_norm_silu(x, w.detach(), b.detach(), 2), (x,))
@@ -114,8 +72,7 @@ def test_compiles_without_graph_break():
     inputs = [leaf(2, 8, 3, 5), leaf(8), leaf(8), leaf(2, 8)]
 
     def function(x, w, b, temb):
-        s, y = add_group_norm_silu(x, x.sin(), w, b, 4)
-        return (group_norm_silu(x * 2, w, b, 4, 1e-5, temb) * group_norm_silu(s, w, b, 2, silu=False) * y).sum()
+        return (group_norm_silu(x * 2, w, b, 4, 1e-5, temb) * group_norm_silu(x.sin(), w, b, 2, silu=False)).sum()
 
     expected = torch.autograd.grad(function(*inputs), inputs)
     actual = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs), inputs)

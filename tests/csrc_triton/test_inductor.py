@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csrc_triton.geglu import geglu
-from csrc_triton.group_norm_silu import add_group_norm_silu, group_norm_silu
+from csrc_triton.group_norm_silu import group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.pair_errors import pair_errors
@@ -21,8 +21,7 @@ def everything(projection, image, weight, bias, policy, reference, latents, time
         reference=reference + x_t, noise=(keys, draws, seed),
     )  # fmt: skip
     terms = pair_loss(found, ones[:2], ones[:2], timesteps, shape="sigmoid", sft_weight=0.1)
-    blend, activated = add_group_norm_silu(image, image.sin(), weight, bias, 2)
-    images = group_norm_silu(image, weight, bias, 4, 1e-5).square().sum() + (blend * activated).sum()
+    images = group_norm_silu(image, weight, bias, 4, 1e-5).square().sum()
     return terms.loss.sum() + normed.sum() + total.square().mean() + images
 
 
