@@ -1,6 +1,6 @@
 """Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU.
 
-Doors: the commands dpo.train, dpo.prepare, dpo.sweep and dpo.report; the names of PUBLIC, each loaded when it is asked for.
+Doors: the commands dpo.train, dpo.prepare, dpo.sweep, dpo.report; the names in PUBLIC, each imported when first used.
 """
 
 from importlib import import_module

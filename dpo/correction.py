@@ -5,7 +5,7 @@
 
 This iteration's single forward pass feeds the next iterations' corrections: no extra model call ("delay update",
 Shi et al., arXiv 2411.14871; the sign is reconstructed, see docs/method.md). M is read frozen during an optimizer step;
-sums and counts gather over the whole effective batch, so accumulation and data parallelism change nothing.
+sums and counts gather over the whole effective batch, so the cut into micro-batches changes nothing.
 """
 
 from __future__ import annotations
@@ -17,21 +17,27 @@ from torch import Tensor
 
 
 def correction(table: Tensor, precision: Tensor) -> Tensor:
-    """C [T] from M [T] and lambda [T]; C[T-1] is exactly 0."""
+    """C [T] from M [T] and lambda [T], in their dtype; C[T-1] is exactly 0."""
     terms = precision * table
     after = terms.flip(0).cumsum(0).flip(0)
     return torch.cat([after[1:], torch.zeros_like(after[:1])])
 
 
 def updated(table: Tensor, sums: Tensor, counts: Tensor, rho: float) -> Tensor:
-    """M [T] after one optimizer step: entries whose timestep was drawn move towards the step's mean of d."""
+    """M [T] after one optimizer step: entries whose timestep was drawn move towards the step's mean of d.
+
+    sums [T]: sum of d at each timestep; counts [T]: number of pairs there; rho in [0, 1]: share of the old value kept.
+    """
     mean = sums / counts.clamp_min(1)
     return torch.where(counts > 0, rho * table + (1 - rho) * mean, table)
 
 
 @dataclass
 class CorrectionTable:
-    """M with the sums of the step in progress; all [T] float64 on the training device. Part of a checkpoint."""
+    """M, lambda, and the sums of the step in progress; all [T] float64 on the training device.
+
+    M is part of a checkpoint.
+    """
 
     table: Tensor
     precision: Tensor
@@ -46,6 +52,7 @@ class CorrectionTable:
         return cls(blank.clone(), precision, rho, blank.clone(), blank.clone())
 
     def correction(self) -> Tensor:
+        """C [T] float64 from M as it was after the last optimizer step."""
         return correction(self.table, self.precision)
 
     def gather(self, sums: Tensor, counts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How much of a preference is credited to each timestep: the weight and the stepwise factor lambda of each method, [T] in float64."""
+"""How much of a preference is credited to each timestep: weight and stepwise factor lambda by method, [T] float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ class Tables(NamedTuple):
 
 
 def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta") -> Tables:
-    """The tables by timestep of `method` for a model's schedule."""
+    """The weight and lambda of `method` for a model's schedule.
+
+    gamma: discount per timestep; cap: upper bound of the single-shot weight; sigma2: "beta" or "posterior", see
+    `step_precision`.
+    """
     spec = METHODS[method]
     weights = {
         "uniform": lambda: torch.ones(schedule.length, dtype=torch.float64),
@@ -31,7 +35,10 @@ def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: floa
 
 
 def single_shot_weight(schedule: Schedule, cap: float = 250.0) -> Tensor:
-    """DDE's single-shot weight [T]: (1 - abar) / abar on the epsilon error, (1 - abar) on the v error, at most `cap`."""
+    """DDE's single-shot weight [T] in float64, at most `cap` (Shi et al., arXiv 2411.14871; docs/method.md).
+
+    (1 - abar) / abar on the epsilon error, 1 - abar on the v error.
+    """
     abar = schedule.alphas_cumprod
     if schedule.velocity:
         return (1 - abar).clamp(max=cap)
@@ -50,6 +57,7 @@ def step_precision(schedule: Schedule, sigma2: str = "beta") -> Tensor:
     lambda_k = beta_k^2 / (sigma_k^2 alpha_k (1 - abar_k)), with sigma_k^2 = beta_k ("beta") or the posterior variance
     beta_k (1 - abar_{k-1}) / (1 - abar_k) ("posterior"); times abar_k on the v error. Zero outside the chain, where
     abar_k = 0, and, for the posterior variance, at the chain's first member (it has variance 0 and is never skipped).
+    Raises ValueError for another `sigma2`.
     """
     t = schedule.timesteps()
     abar = schedule.alphas_cumprod[t]

@@ -1,4 +1,4 @@
-"""From decoded pairs to what a training step takes: the text encoders and the VAE."""
+"""From decoded pairs to the inputs of a training step: the text encoders and the VAE."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dpo.models.family import Model, TextEncoding
 
 
 class Inputs(NamedTuple):
-    """B pairs on the training device; wins are rows 0..B-1, losers B..2B-1 of everything that has 2B rows."""
+    """B pairs on the training device. Of what has 2B rows, rows 0..B-1 are the preferred images, B..2B-1 the others."""
 
     keys: Tensor  # [B] int64 pair keys
     draws: Tensor  # [B] int64, the epoch
     prob: Tensor  # [B] fp32 in [0.5, 1]
-    usable: Tensor  # [B] fp32, 0 for a hole
+    usable: Tensor  # [B] fp32, 0 for a hole: a pair with an image that cannot be used
     latent_mean: Tensor  # [2B, 4, h, w] VAE posterior, unscaled
     latent_std: Tensor  # [2B, 4, h, w]
     text: TextEncoding  # [B, ...]
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Encoder:
-    """Text encoders and VAE, under no_grad in their own dtype; with `offload` they rest on the CPU between calls."""
+    """Text encoders and VAE, without gradient, in their own dtype; with `offload` they are on the CPU between calls."""
 
     model: Model
     device: torch.device
@@ -49,7 +49,7 @@ class Encoder:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w]."""
+        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w] in its dtype, unscaled."""
         vae = self.model.vae
         self._place([vae], busy=True)
         means, stds = [], []
@@ -70,7 +70,10 @@ class Encoder:
         return encoding
 
     def inputs(self, batch: PairBatch) -> Inputs:
-        """A PairBatch from the loader -> tensors on the device."""
+        """A PairBatch -> Inputs on the device.
+
+        A batch with pixels is encoded; one from a prepared store is only moved.
+        """
         if batch.latent_mean is not None:
             assert batch.latent_std is not None and batch.text is not None, "a store has them all"
             mean, std = self._moved(batch.latent_mean), self._moved(batch.latent_std)

@@ -1,7 +1,7 @@
-"""The methods and the pairwise shapes: what each is called, comes from, needs and reads. Imports no torch.
+"""The methods and the pairwise shapes: the title, papers, needs and settings of each. Imports no torch.
 
-A method is one row of METHODS. Choices, `--help`, rules, report and model card read the row. A new weight is a function in
-credit.py, a new loss one in objective.py; docs/method.md says what each method does.
+A method is one row of METHODS. Choices, `--help`, rules, report and model card read the row. A new weight is a function
+in credit.py, a new loss one in objective.py; docs/method.md says what each method does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DDE = Paper(
 class Method:
     """How a method turns errors into a loss, and how it assigns credit over timesteps."""
 
-    name: str  # what --method is given
-    title: str  # what a person reads
+    name: str  # the value of --method
+    title: str  # in the report and the model card
     papers: tuple[Paper, ...]
     weight: str  # the weight by timestep, by its name in credit.py: "uniform", "discounted" or "single-shot"
     correction: bool  # whether the stepwise correction C(t) is added
     images: Literal["pair", "winner"]  # which images of a pair enter the loss
     reference: bool  # whether the policy is compared with a reference
-    settings: frozenset[str]  # of the settings that only some methods read, those that this one reads
+    settings: frozenset[str]  # the method-specific settings that it reads
 
 
 PREFERENCE = frozenset({"beta", "loss", "label_smoothing", "sft_weight"})
@@ -107,7 +107,7 @@ _ROWS = (
 
 METHODS = {row.name: row for row in _ROWS}
 
-SHAPES = ("sigmoid", "hinge", "ipo")  # of the pairwise loss; the functions are in objective.py
+SHAPES = ("sigmoid", "hinge", "ipo")  # shapes of the pairwise loss; objective.py has their functions
 
 
 def readers(setting: str) -> str:

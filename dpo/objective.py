@@ -1,14 +1,15 @@
-"""The methods' losses: from the errors, difference and logit of each pair to its loss. Training runs this file; change an objective here.
+"""The methods' losses: from the errors, difference and logit of each pair to its loss.
 
-One loss, several credit assignments (docs/method.md; Diffusion-DPO: Wallace et al., arXiv 2311.12908, eq. 14;
-DDE: Shi et al., arXiv 2411.14871; discounted: Yang et al., arXiv 2402.08265):
+Training runs this file; change an objective here. One loss, several credit assignments (docs/method.md; Diffusion-DPO:
+Wallace et al., arXiv 2311.12908, eq. 14; DDE: Shi et al., arXiv 2411.14871; discounted: Yang et al., arXiv 2402.08265):
 
     d    = (Lw - Rw) - (Ll - Rl)                       training wants d < 0
     z    = -(beta/2) (weight(t) d + correction(t))     weight, correction: credit.py, correction.py
     loss = p f(z) + (1 - p) f(-z) + sft_weight Lw      f: the shape, below
 
-d and z need every element of the predictions and come from one fused pass, csrc_triton/pair_errors.py. All that is here is plain
-torch on B numbers, differentiable in z, d and the errors, in any float dtype; a new objective needs no kernel.
+L and R are the mean squared errors of policy and reference, w and l the win and lose image. d and z need every element
+of the predictions and come from one fused pass, csrc_triton/pair_errors.py. This file is plain torch on B numbers,
+differentiable in z, d and the errors, in any float dtype; a new objective needs no kernel.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from csrc_triton.pair_errors import PairErrors
 
 
 class Shape(NamedTuple):
-    """The shape of a pairwise loss, p f(z) + (1 - p) f(-z), as a function of the logit z [B] and the label p [B] in [1/2, 1].
+    """The shape of a pairwise loss: p f(z) + (1 - p) f(-z) [B] from the logit z [B] and the label p [B] in [1/2, 1].
 
-    `slope` is its derivative by z where autograd's own would lose digits; None leaves it to autograd.
+    `slope` is the derivative by z, given where autograd's own would lose digits; None leaves it to autograd.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +40,10 @@ def sigmoid(z: Tensor, p: Tensor) -> Tensor:
 
 
 def sigmoid_slope(z: Tensor, p: Tensor) -> Tensor:
-    """sigmoid(z) - p; for z >= 0 as (1 - p) - sigmoid(-z), which keeps its digits where sigmoid(z) rounds to 1."""
+    """The derivative of `sigmoid` by z: s(z) - p, with s the logistic function.
+
+    For z >= 0 it is computed as (1 - p) - s(-z), which keeps its digits where s(z) rounds to 1.
+    """
     small = torch.sigmoid(-z.abs())
     return torch.where(z >= 0, (1 - p) - small, small - p)
 
@@ -50,11 +54,15 @@ def hinge(z: Tensor, p: Tensor) -> Tensor:
 
 
 def ipo(z: Tensor, p: Tensor) -> Tensor:
-    """f(z) = (z - 1/2)^2, Azar et al. 2023 (arXiv 2310.12036); TRL's (h - 1/(2 beta))^2 times beta^2, z = beta h."""
+    """f(z) = (z - 1/2)^2, Azar et al. 2023 (arXiv 2310.12036).
+
+    With z = beta h this is TRL's (h - 1/(2 beta))^2 times beta^2.
+    """
     return p * (z - 0.5) ** 2 + (1 - p) * (z + 0.5) ** 2
 
 
 def ipo_slope(z: Tensor, p: Tensor) -> Tensor:
+    """The derivative of `ipo` by z."""
     return 2 * z + (1 - 2 * p)
 
 
@@ -62,7 +70,10 @@ SHAPES = {"sigmoid": Shape(sigmoid, sigmoid_slope), "hinge": Shape(hinge), "ipo"
 
 
 class PairTerms(NamedTuple):
-    """B pairs of a micro-batch; fp32, or float64 for a float64 policy. Holes are 0 everywhere. Only `loss` is differentiated."""
+    """B pairs of a micro-batch, in fp32, or float64 for a float64 policy.
+
+    A hole is 0 in all but `timesteps` and counts nowhere. Only `loss` is differentiated.
+    """
 
     loss: Tensor  # [B]
     logit: Tensor  # [B] z: positive when the policy prefers the winner
@@ -71,16 +82,17 @@ class PairTerms(NamedTuple):
     accuracy: Tensor  # [B]: 1 where d < 0, 0.5 where d == 0, else 0
     timesteps: Tensor  # [B] int64
     table_sum: Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep, for DDE's table
-    table_count: Tensor  # [T]: their number
+    table_count: Tensor  # [T]: number of those pairs
 
 
 def pair_loss(
     found: PairErrors, prob: Tensor, usable: Tensor, timesteps: Tensor, *, shape: str | None, sft_weight: float = 0.0
 ) -> PairTerms:
-    """The loss of each pair, and what is read off it.
+    """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
-    prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing); usable [B]: 0
-    marks a hole; timesteps [B]. `shape` names one of SHAPES; None is supervised: the preferred image's own error, no pair.
+    prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing);
+    usable [B]: 0 marks a hole; timesteps [B]. `shape` names one of SHAPES; None is supervised training: the loss is the
+    preferred image's own error. `sft_weight` adds that error to a pairwise loss.
     """
     live = usable > 0
     win = found.errors[0]
@@ -104,7 +116,7 @@ def pair_loss(
 
 
 def shaped(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
-    """The loss [B] of `shape`, with its own slope where it names one."""
+    """The loss [B] of `shape` from z [B] and p [B]; its backward uses the shape's slope where there is one."""
     return shape.loss(z, p) if shape.slope is None else _WithSlope.apply(z, p, shape)
 
 
@@ -124,5 +136,5 @@ class _WithSlope(torch.autograd.Function):
 
 
 def implicit_accuracy(d: Tensor) -> Tensor:
-    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: d alone, no correction."""
+    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: [B], without the correction."""
     return (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype)

@@ -31,7 +31,7 @@ log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 when all is done, 1 when --verify found damage, 2 after a mistake of the user's, 130 when interrupted."""
+    """The exit code: 0 when all is done, 1 when --verify found damage, 2 after a user's mistake, 130 on Ctrl-C."""
     return command.run("dpo.prepare", lambda: _command(sys.argv[1:] if argv is None else argv), command.GOES_ON)
 
 
@@ -44,7 +44,7 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def run(own: argparse.Namespace, rest: list[str]) -> int:
-    """What the command line asks for; `rest` are flags of dpo.train."""
+    """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
     from dpo.data.store import recorded, store
     from dpo.training import preparing
 
@@ -76,11 +76,11 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# --- command line
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags of this command alone; the others are those of dpo.train."""
+    """The parser of this command's own flags; dpo.train's parser reads the others."""
     parser = command.Parser(
         prog="dpo.prepare",
         description=__doc__,
@@ -120,7 +120,10 @@ def _positive(text: str) -> int:
 
 
 def _config(folder: Path, rest: list[str]) -> Config:
-    """The settings of the flags of dpo.train; without --data, a store that is there is what is recorded on."""
+    """The settings from dpo.train's flags.
+
+    Without --data, the pairs are those of the store in `folder`, if it is one.
+    """
     from dpo.data.store.store import is_store
     from dpo.settings.flags import parse
 
@@ -137,7 +140,7 @@ def _config(folder: Path, rest: list[str]) -> Config:
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
-    """(process, processes) from "I/N", else from torchrun's environment."""
+    """(process, number of processes) from "I/N", else from torchrun's environment. Raises UserError."""
     if text is None:
         return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     found = re.fullmatch(r"(\d+)/(\d+)", text)

@@ -1,7 +1,7 @@
 """The reference model: a frozen copy of the denoiser, or the policy with its adapters off.
 
-Both must see exactly the numerics of the policy: same precision, kernels and batch shape, so that at step 0 every logit
-is exactly 0.
+Both must have exactly the policy's numerics (precision, kernels, batch shape), so that at step 0 every logit is exactly
+0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def frozen(denoiser: Denoiser, compute: torch.dtype | None) -> Denoiser:
-    """A frozen copy of `denoiser`; under autocast its Linear and Conv2d weights are kept in the `compute` dtype."""
+    """A frozen copy of `denoiser`. Under autocast to `compute` its Linear and Conv2d weights are kept in that dtype.
+
+    `compute` None: no autocast, and the copy keeps the dtype of `denoiser`.
+    """
     twin = copy.deepcopy(denoiser).requires_grad_(False)
     if compute is not None:
         halve(twin, compute)
@@ -29,7 +32,7 @@ def frozen(denoiser: Denoiser, compute: torch.dtype | None) -> Denoiser:
 
 
 def from_copy(twin: Denoise) -> Denoise:
-    """What the frozen `twin` predicts, without gradient."""
+    """The reference that predicts with the frozen copy `twin`, without gradient."""
 
     def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         with torch.no_grad():
@@ -39,7 +42,7 @@ def from_copy(twin: Denoise) -> Denoise:
 
 
 def from_adapters(policy: Denoise, layers: list[BaseTunerLayer]) -> Denoise:
-    """What the policy predicts with its adapter `layers` switched off, without gradient."""
+    """The reference that predicts with the policy's adapter `layers` switched off, without gradient."""
 
     def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         with torch.no_grad(), adapters_off(layers):

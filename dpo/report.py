@@ -2,7 +2,7 @@
 
     python -m dpo.report FOLDER
 
-Works on any run folder (see dpo/pages/folder.py), also of a run that was interrupted or is still going on.
+Works on any run folder (see dpo/pages/folder.py), also on that of an interrupted run or of one that is still going on.
 """
 
 from __future__ import annotations

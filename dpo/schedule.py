@@ -1,8 +1,8 @@
-"""The noise schedule of a model and the per-timestep tables that the methods need, all [T] in float64.
+"""The noise schedule of a model, and the path from data to noise that follows from it.
 
 Notation: T = 1000 training timesteps, t in {0..T-1} indexes `alphas_cumprod` (abar_t). A model that was distilled to a
-few timesteps (SDXL-Turbo) trains on that sub-chain: alpha, beta and lambda are then taken between its consecutive
-members. Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DDE (Shi et al., arXiv 2411.14871), docs/method.md.
+few timesteps (SDXL-Turbo) trains on that sub-chain: its alpha and beta are those between consecutive members
+(credit.py). Sources: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), docs/method.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TURBO_TIMESTEPS = (249, 499, 749, 999)
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the model was trained with: `alphas_cumprod` [T] float64, its prediction type, and the timesteps it knows."""
+    """The noise schedule that a model was trained with, what the model predicts, and the timesteps that it knows."""
 
     alphas_cumprod: Tensor  # [T] float64
     prediction_type: str  # "epsilon" | "v_prediction"
@@ -43,28 +43,32 @@ class Schedule:
 
 @dataclass(frozen=True)
 class NoisePath:
-    """The path from data to noise as a training step needs it, on its device: four tables by timestep and what may be drawn.
+    """The path from data to noise, on the training device: four tables by timestep, and the timesteps to draw from.
 
         x_t    = signal(t) x_0 + spread(t) eps
         target = of_noise(t) eps + of_data(t) x_0
 
-    Epsilon prediction is (1, 0), v-prediction (signal, -spread) (Salimans and Ho 2022, appendix D), rectified flow (1, -1).
+    (of_noise, of_data) is (1, 0) for epsilon prediction, (signal, -spread) for v-prediction (Salimans and Ho 2022,
+    appendix D) and (1, -1) for rectified flow.
     """
 
     signal: Tensor  # [T]
     spread: Tensor  # [T]
     of_noise: Tensor  # [T]
     of_data: Tensor  # [T]
-    timesteps: Tensor  # [K] int64, those that may be drawn
-    needs_data: bool  # whether of_data is anything but 0: else the target is made without x_0
+    timesteps: Tensor  # [K] int64, the timesteps to draw from
+    needs_data: bool  # whether of_data is not 0; where it is 0 the target is made without x_0
 
     def draw(self, keys: Tensor, draws: Tensor, seed: Tensor) -> Tensor:
-        """t [B], uniform over `timesteps`: a function of seed, pair keys [B] and draws [B]."""
+        """t [B] int64, uniform over `timesteps`: a function of seed (0-d), pair keys [B] and draws [B], all int64."""
         return self.timesteps[integers(keys, draws, Stream.TIMESTEP, seed, 0, self.timesteps.numel())]
 
 
 def noise_path(schedule: Schedule, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> NoisePath:
-    """The path of a diffusion schedule, in fp32 or float64. Square roots are rounded once, so that every device has one table."""
+    """The path of a diffusion schedule in `dtype` (fp32 or float64) on `device`; timesteps [K]: those to draw from.
+
+    Square roots are taken in float64 and rounded once, so that every device has the same table.
+    """
     abar = schedule.alphas_cumprod.to(dtype)
     signal, spread = (x.double().sqrt().to(dtype) for x in (abar, 1 - abar))
     of_noise, of_data = (signal, -spread) if schedule.velocity else (torch.ones_like(signal), torch.zeros_like(signal))

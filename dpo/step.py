@@ -1,8 +1,8 @@
 """A micro-batch of pairs, from latents to the loss of each pair: the fused shared-batch forward.
 
-The win and lose halves of B pairs go through the denoiser in one call on 2B samples, winners first; both halves of a pair
-share their timestep, their noise and one encoding of their caption. Everything random is keyed by (seed, pair key, draw),
-so results do not depend on how pairs are grouped. Nothing here waits for the device.
+The win and lose halves of B pairs go through the denoiser in one call on 2B samples, winners first; both halves of a
+pair share their timestep, their noise and one encoding of their caption. Everything random is keyed by (seed, pair key,
+draw), so results do not depend on how pairs are grouped. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from dpo.schedule import NoisePath
 
 @dataclass
 class PairStep:
-    """The forward of a micro-batch. Tables and scalars are device tensors, so that nothing freezes in a captured graph."""
+    """The forward of a micro-batch.
+
+    Tables and scalars are device tensors: a captured CUDA graph would keep the value that a Python number had.
+    """
 
     model: Model
     policy: Denoise
@@ -32,20 +35,23 @@ class PairStep:
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
-    shape: str | None  # of the pairwise loss; None: supervised
+    shape: str | None  # a name in objective.SHAPES; None: supervised
     sft_weight: float
     autocast: torch.dtype | None
     dtype: torch.dtype  # of x_t: fp32, or fp64 / bf16 where the weights are
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
-        """Loss of each pair. correction [T]: DDE's C; recorded [2, B]: reference errors."""
+        """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
         found, t = self.errors(x, correction, recorded, wins_only=self.shape is None)
         return pair_loss(found, x.prob, x.usable, t, shape=self.shape, sft_weight=self.sft_weight)
 
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False
     ) -> tuple[PairErrors, Tensor]:
-        """Errors, difference and logit of each pair, and its timestep [B]. Of `wins_only` the losers' errors are nan."""
+        """Errors, difference and logit of each pair, and its timestep [B] int64.
+
+        With `wins_only` the denoiser sees the preferred images alone, and the losers' errors are nan.
+        """
         t = self.path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
         x_t = noise_pairs(latents, t, self.path.signal, self.path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype)
@@ -77,7 +83,7 @@ class PairStep:
         return found, t
 
     def latents(self, x: Inputs) -> Tensor:
-        """Keyed samples of the VAE's posterior, scaled as the denoiser expects them: [2B, 4, h, w]."""
+        """Keyed samples of the VAE's posterior, scaled as the denoiser expects them: [2B, 4, h, w], fp32 or wider."""
         config = self.model.vae.config
         shift = config.get("shift_factor") or 0.0
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -85,7 +91,7 @@ class PairStep:
         return sample_posterior(mean, std, x.keys, x.draws, self.seed, config["scaling_factor"], shift)
 
     def predict(self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-        """The prediction for N noisy latents [N, 4, h, w] at timesteps t [N]."""
+        """The prediction [N, 4, h, w] for noisy latents x_t [N, 4, h, w] at timesteps t [N], under autocast."""
         if self.autocast is None:
             text = text.to(x_t.device, x_t.dtype)
         with self._autocast():

@@ -21,6 +21,7 @@ from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.settings.config import Config, specs
 
+# What may be an axis: the settings of these groups, and these single settings.
 GROUPS = ("method", "optim", "lora")
 AXES = ("seed", "precision", "caption_dropout", "label_smoothing")
 
@@ -28,7 +29,7 @@ log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 when every run finished, 1 when some failed, 2 after a mistake of the user's, 130 when interrupted."""
+    """The exit code: 0 when every run finished, 1 when some failed, 2 after a user's mistake, 130 when interrupted."""
     return command.run("dpo.sweep", lambda: _command(sys.argv[1:] if argv is None else argv), command.GOES_ON)
 
 
@@ -41,7 +42,7 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
-    """(folder, values by axis, flags of every run) of a command line. Raises UserError."""
+    """A command line as (folder, values by axis, flags that hold for every run). Raises UserError."""
     if not argv or {"-h", "--help"} & set(argv):
         sys.stdout.write(__doc__ or "")
         raise SystemExit(0)
@@ -71,7 +72,7 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
     if not grid:
         from dpo.settings.flags import read_flags
 
-        read_flags(rest)  # a misspelt axis is the likelier mistake
+        read_flags(rest)  # refuses a misspelt axis, which is the likelier mistake
         raise UserError("nothing to compare: give a flag several values, such as --beta 1000,2000,5000")
     return Path(out).expanduser(), grid, rest
 
@@ -82,7 +83,7 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
-    """Runs what is not finished, one after another, and writes the comparison after each."""
+    """Makes the runs that are not finished, one after another, and writes the comparison after each; the exit code."""
     from dpo.pages.sweep import compare, name_of
     from dpo.settings.flags import parse
 
@@ -105,7 +106,10 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
 
 
 def _same_flags(out: Path, rest: list[str]) -> None:
-    """Notes what holds for all runs; refuses a sweep of other flags in the same folder, whose runs would not compare."""
+    """Writes the flags that hold for all runs to flags.txt.
+
+    Raises UserError when the folder has a sweep of other flags.
+    """
     from dpo.common.files import write_text
 
     note, flags = out / "flags.txt", " ".join(rest)
@@ -116,7 +120,7 @@ def _same_flags(out: Path, rest: list[str]) -> None:
 
 
 def _run(folder: Path, config: Config, notes: list[str]) -> int:
-    """One run to its end, unless it is there; a failure is noted and the sweep goes on."""
+    """Trains one run unless it is finished; its exit code. A user's mistake is written to failed.txt."""
     import torch
 
     from dpo.pages.folder import FAILED_FILE
@@ -141,7 +145,7 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
 
 
 def _finished(folder: Path, config: Config) -> bool:
-    """Whether the run in `folder` ended well after at least the updates that are wanted now."""
+    """Whether the run in `folder` ended well after at least as many updates as are wanted now."""
     from dpo.pages.folder import SUMMARY_FILE, read_run
 
     if not (folder / SUMMARY_FILE).is_file():

@@ -1,12 +1,13 @@
 """Align a text-to-image diffusion model with preference pairs.
 
-    python -m dpo.train                                                    the small world inside the package, on a CPU
-    python -m dpo.train --preset sd15 --data pairs/ --output runs/sd15      Diffusion-DPO, Stable Diffusion 1.5, all weights
-    python -m dpo.train --preset sdxl-lora --data pairs/ --method dde       DDE, SDXL, low-rank adapters
-    python -m dpo.train --output runs/sd15 --resume latest                  go on with a run
-    python -m dpo.train --compat hf-sd15 <a diffusers command line>         another trainer's flags and meanings
+    python -m dpo.train                                                 the small world inside the package, on a CPU
+    python -m dpo.train --preset sd15 --data pairs/ --output runs/sd15  Diffusion-DPO, Stable Diffusion 1.5, all weights
+    python -m dpo.train --preset sdxl-lora --data pairs/ --method dde   DDE, SDXL, low-rank adapters
+    python -m dpo.train --output runs/sd15 --resume latest              go on with a run
+    python -m dpo.train --compat hf-sd15 <a diffusers command line>     another trainer's flags and meanings
 
-Read `train_step` below, then step.py (a micro-batch), objective.py (the methods) and loop.py (what surrounds the updates).
+Read `train_step` below, then step.py (a micro-batch), objective.py (the methods) and training/loop.py (what surrounds
+the updates).
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import TYPE_CHECKING
 
 from dpo.common import command
 
-if TYPE_CHECKING:  # torch is imported only once the command line is known to be good
+if TYPE_CHECKING:  # torch is imported only once the command line is checked
     from dpo.data.batch import PairBatch
     from dpo.training.run import Figures, Run
 
 
 def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
-    """One update from an effective batch: accumulate gradients over its micro-batches, clip, step. Returns the step's figures.
+    """One update from an effective batch: accumulate gradients over its micro-batches, clip, step. Returns its figures.
 
-    The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however it is cut into
-    micro-batches. DDE's table is read frozen and updated once, at the end. Nothing waits for the device before the figures
-    are read; a loss or gradient that is not finite raises `Diverged` there, before any weight has changed.
+    The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however the batch is
+    cut into micro-batches. DDE's table does not change during the update and is updated once, at its end. Nothing waits
+    for the device before the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any
+    weight has changed.
     """
     correction = run.correction()
     usable = 0
@@ -50,16 +52,17 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 when the run ended, 2 after a mistake of the user's (one line on stderr), 130 when interrupted."""
+    """The exit code: 0 when the run ended, 2 after a user's mistake (one line on stderr), 130 when interrupted."""
     return command.run("dpo.train", lambda: train(sys.argv[1:] if argv is None else argv))
 
 
 def train(argv: Sequence[str]) -> int:
-    """What the command line asks for; torch is imported only once the line is known to be good."""
+    """Trains as the command line says; the exit code. torch is imported only once the command line is checked."""
     from dpo.settings.flags import parse
 
     config, notes = parse(argv)
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # spin briefly: not at all costs a third, long starves a busy CPU
+    # OpenMP threads wait for work by spinning. Without it a run takes a third longer; spinning long starves a busy CPU.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dpo.common import console
     from dpo.training import loop
 
@@ -70,7 +73,7 @@ def train(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
     code = main()
     if code == command.INTERRUPTED:
-        # Everything is written; threads that still draw or decode would abort the interpreter's own end.
+        # All files are written. Threads that still sample or decode would make the interpreter abort as it shuts down.
         logging.shutdown()
         os._exit(code)
     sys.exit(code)
