@@ -1,6 +1,6 @@
-"""What every room may call, and what knows none of them.
+"""What every room may call. It calls no room.
 
-errors.py UserError and Stopped | files.py files written whole, checked, sealed | console.py the log and the progress line
-command.py the main of every command | stats.py intervals | words.py words for messages | hub.py names on the hub
-libraries.py what other libraries say
+errors.py UserError and Stopped | files.py files written whole, checked, sealed
+console.py the log and the progress line | command.py the main of every command | stats.py intervals
+words.py words for messages | hub.py names on the hub | libraries.py quiets other libraries
 """

@@ -20,7 +20,7 @@ log = logging.getLogger("dpo")
 def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
     """The exit code of a command: `work`'s own, 2 after a user's mistake (one line on stderr), 130 when interrupted.
 
-    `stopped` is what the log then says; without it stderr says that the command was interrupted.
+    When interrupted, the log says `stopped`; without it stderr says that the command was interrupted.
     """
     try:
         return work()
@@ -36,7 +36,7 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, which `run` shows."""
+    """An argparse parser that raises UserError for a mistake, instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

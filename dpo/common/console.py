@@ -35,15 +35,15 @@ def setup(level: int | str = logging.INFO, console: Console | None = None) -> Co
     log.addHandler(handler)
     log.setLevel(level.upper() if isinstance(level, str) else level)
     log.propagate = False
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it gives advice on import, whoever imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs advice when any library imports it
     return console
 
 
 class Progress:
     """The progress of a run, used as a context manager around the training loop.
 
-    On a terminal one line is redrawn in place; elsewhere (CI, nohup) every `log_every` updates and the last one give a log line,
-    but no more than a hundred lines a run. `fields` says an update's figures in words.
+    On a terminal one line is redrawn in place. Elsewhere (CI, nohup) a log line comes every `log_every` updates and
+    after the last one, at most PLAIN_LINES in a run. `fields` turns an update's figures into words.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a user's mistake, and a user's wish to stop, raise."""
+"""The exceptions for a user's mistake and for a request to stop."""
 
 
 class UserError(Exception):

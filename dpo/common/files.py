@@ -19,10 +19,10 @@ CHUNK = 1 << 24
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` by what `write` puts at the path it is given: a reader sees the old or the new, never half.
+    """Replace `path` in one step by what `write` writes to the path it is given.
 
-    The new file lies hidden beside its place until it is on disk, and is removed when anything fails. Errors pass
-    through as they are; `disk_error` turns them into words.
+    A reader sees the old file or the new one, each whole. The new file lies hidden beside `path` until it is on disk,
+    and is removed when anything fails. Errors are raised unchanged; `disk_error` turns them into words.
     """
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
@@ -35,7 +35,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8) in one step. Raises what `disk_error` makes of an error of the system."""
+    """Replace `path` by `text` (UTF-8) in one step. Raises the error that `disk_error` makes of an OSError."""
     try:
         write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def disk_full(error: Exception, path: Path, remedy: str) -> UserError | None:
-    """The line for a full disk under `path`, which ends in what to do; None when `error` is about something else."""
+    """The UserError for a full disk under `path`, which ends in `remedy`; None when `error` is about something else."""
     if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
         return None
     free = shutil.disk_usage(path.parent).free / 2**30
@@ -54,7 +54,7 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
     """What to raise when a run cannot write `path`: a UserError where a person can mend it, else the system's error."""
     if full := disk_full(error, path, "go on with --resume latest"):
         return full
-    if isinstance(error, SafetensorError):  # it wraps the system's error as text
+    if isinstance(error, SafetensorError):  # safetensors gives the system's error as text only
         return OSError(errno.EIO, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
@@ -62,7 +62,7 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a rename inside it then outlives a power cut."""
+    """Flush the entries of a folder to the disk: a rename inside it then outlives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,13 +80,16 @@ def checksum(path: Path) -> str:
 
 
 def sealed(content: Mapping[str, Any], key: str) -> str:
-    """`content` as JSON with the SHA-256 of all of it under `key`, so that an altered number is noticed."""
-    plain = json.loads(json.dumps(content))  # as it will be read: tuples are lists, keys are text
+    """`content` as JSON, with the SHA-256 of all of it added under `key`, so that an altered number is noticed."""
+    plain = json.loads(json.dumps(content))  # the form that `unseal` reads: tuples are lists, keys are text
     return json.dumps({**plain, key: _content_digest(plain)}, indent=1)
 
 
 def unseal(text: str, key: str) -> tuple[dict[str, Any], bool]:
-    """What was given to `sealed`, and whether it is unaltered. Raises ValueError for text that `sealed` never made."""
+    """The content that `sealed` was given, and whether it is unaltered.
+
+    Raises ValueError for text not made by `sealed`.
+    """
     content = json.loads(text)
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"not a JSON object with {key!r}")

@@ -1,10 +1,10 @@
-"""What other libraries say, and their versions."""
+"""Quiets other libraries."""
 
 from __future__ import annotations
 
 
 def quiet() -> None:
-    """No progress bars and advice of the libraries between the lines of the run; their errors stay."""
+    """Turns off the progress bars and advice of diffusers and transformers; their errors stay."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Intervals of what was counted."""
+"""Confidence intervals of counted shares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Z95 = 1.959964  # standard deviations of a normal distribution on either side th
 def share_interval(successes: float, count: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's interval of a share, 95 % unless `z` says otherwise (E. B. Wilson, 1927).
 
-    `successes` of `count` may be fractional: a tie counts one half. Nothing counted says nothing: 0 to 1.
+    `successes` of `count` may be fractional: a tie counts one half. With a count of 0 the interval is 0 to 1.
     """
     if count == 0:
         return 0.0, 1.0

@@ -1,7 +1,7 @@
 """Sample images for fixed prompts and seeds.
 
-Every image has its own CPU generator, so an image depends on its prompt and seed alone, on any device, and no global generator is
-touched.
+Every image has its own CPU generator, so an image depends on its prompt and seed alone, on any device, and no global
+generator is touched.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def sample(
 ) -> list[Image.Image]:
     """One image for every prompt and seed, prompt by prompt.
 
-    device: where all modules lie while they draw; size: pixels of a side, None for the model's own; batch: images at a time;
-    autocast: the precision that the policy is trained under. The modules' devices and modes and the scheduler come back as
-    they were.
+    device: where all modules run; steps: sampling steps; guidance: guidance scale; size: pixels of a side, None for the
+    model's own; batch: images at a time; autocast: the precision that the policy is trained under. The modules' devices
+    and modes and the pipeline's scheduler are restored afterwards.
     """
     tasks = [(prompt, seed) for prompt in prompts for seed in seeds]
     device = torch.device(device)
@@ -60,7 +60,10 @@ def sample(
 
 @contextmanager
 def _borrowed(pipe: Pipeline, device: torch.device) -> Iterator[None]:
-    """All modules on `device` in eval mode, a fresh scheduler, no progress bar; everything as before afterwards."""
+    """Inside the block: all modules on `device` in eval mode, a fresh scheduler, no progress bar.
+
+    Restored at its end.
+    """
     modules = [module for module in pipe.components.values() if isinstance(module, torch.nn.Module)]
     places = [(module, next(module.parameters()).device) for module in modules]
     modes = [(part, part.training) for module in modules for part in module.modules()]

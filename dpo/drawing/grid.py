@@ -1,11 +1,11 @@
-"""Sample images for fixed prompts and seeds, policy beside reference, and the PNG grid that shows them.
+"""The PNG grid of sample images for fixed prompts and seeds, policy beside reference.
 
     before = sample(pipeline_of(model), prompts, seeds, device="cuda", steps=50, guidance=7.5)
     after = sample(pipeline_of(model, policy), prompts, seeds, device="cuda", steps=50, guidance=7.5)
     write_grid(folder / "samples/step_000500.png", prompts, seeds, {"before": before, "after": after})
 
-Every image has its own CPU generator, so an image depends on its prompt and seed alone, on any device, and no global generator is
-touched. A grid carries its prompts, seeds and layout in a PNG text chunk; `read_grid` cuts it into its images again.
+`sample` is that of draw.py, `pipeline_of` that of models/pipeline.py. A grid carries its prompts, seeds and layout in a
+PNG text chunk; `read_grid` cuts it into its images again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dpo.common.files import write_whole
 
-CHUNK = "dpo-grid"
+CHUNK = "dpo-grid"  # the keyword of the text chunk
 
 
-MARGIN, GAP, SMALLEST, LARGEST = 16, 8, 160, 512
+MARGIN, GAP, SMALLEST, LARGEST = 16, 8, 160, 512  # pixels; the last two bound the side of an image in the grid
 
 
 INK, QUIET, PAPER = "#1b1b1f", "#66666e", "#ffffff"
@@ -37,9 +37,9 @@ class Cell(NamedTuple):
 
 
 def write_grid(path: Path, prompts: Sequence[str], seeds: Sequence[int], columns: Mapping[str, Sequence[Image.Image]]) -> Path:
-    """A labelled PNG: one row per prompt, and for each seed the columns side by side (before, after). Replaced in one move.
+    """Writes a labelled PNG, in one step: a row per prompt, and for each seed the columns side by side (before, after).
 
-    columns: label -> images in the order of `sample`.
+    columns: label -> images, prompt by prompt and for each prompt seed by seed, as `sample` gives them. Returns `path`.
     """
     sides = {image.size for images in columns.values() for image in images}
     native = max(max(size) for size in sides)
