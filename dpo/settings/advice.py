@@ -1,4 +1,4 @@
-"""What a person should be told of the settings before the run: its first line, and what is allowed but probably not meant."""
+"""What the log says of the settings before a run: its headline, and what is allowed but probably not meant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def headline(config: Config, processes: int = 1) -> str:
 
 
 def warnings(config: Config, processes: int = 1) -> list[str]:
-    """What is allowed but probably not meant."""
+    """Messages on settings that are allowed but probably not meant."""
     found = []
     rate, batch = learning_rate(config, processes), config.optim.effective_batch * processes
     highest = HIGHEST_RATE["lora" if config.lora.lora else "full"]

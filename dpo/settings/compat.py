@@ -1,7 +1,7 @@
 """Command lines of other trainers: what their flags become here, and each script's own defaults and meanings.
 
-Known are the diffusers scripts (`--compat hf-sd15`, `--compat hf-sdxl`) and the Salesforce one (`--compat sf`). Plain renames
-are the `aliases` of `dpo.settings.config`; this file holds the flags that need more than another name.
+Known are the diffusers scripts (`--compat hf-sd15`, `--compat hf-sdxl`) and the Salesforce one (`--compat sf`). Plain
+renames are the `aliases` of `dpo.settings.config`; this file holds the flags that need more than another name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Foreign(NamedTuple):
     sets: Mapping[str, Any] = {}
     note: str = ""
     refuse: str = ""
-    harmless: tuple[str, ...] = ()  # values that ask for nothing, accepted all the same
+    harmless: tuple[str, ...] = ()  # values that ask for nothing: accepted where the flag is refused
 
 
 FOREIGN: dict[str, Foreign] = {
@@ -67,7 +67,7 @@ FOREIGN: dict[str, Foreign] = {
 }
 
 
-# what a peer calls a value: setting -> peer's word -> ours
+# Values that a peer names otherwise: setting -> the peer's word -> ours.
 WORDS = {"scheduler": {"constant_with_warmup": "constant"}, "precision": {"no": "fp32"}}
 
 
@@ -166,7 +166,10 @@ def defaults(peer: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translate(given: Mapping[str, Any], peer: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Flags as spelled (snake case) into settings, with what the log should say; our own names win over a peer's."""
+    """Settings from flags as spelled (snake case), and lines for the log; our own names win over a peer's.
+
+    Raises UserError for a peer's flag or value that is not offered.
+    """
     notes: list[str] = []
     changes = _foreign(given, notes) | _own(given)
     _words(changes)
@@ -220,7 +223,7 @@ def _words(changes: dict[str, Any]) -> None:
 
 
 def _beta(given: Mapping[str, Any], changes: dict[str, Any], peer: str | None, notes: list[str]) -> None:
-    """diffusers' SD1.5 script leaves the 1/2 out of the loss: its beta is twice as strong."""
+    """--beta_dpo as beta. diffusers' SD1.5 script leaves the 1/2 out of the loss: its beta is twice as strong."""
     if "beta_dpo" not in given or "beta" in given:
         return
     beta = coerce(specs()["beta"], given["beta_dpo"])
@@ -232,7 +235,7 @@ def _beta(given: Mapping[str, Any], changes: dict[str, Any], peer: str | None, n
 
 
 def _validation(given: Mapping[str, Any], changes: dict[str, Any]) -> None:
-    """diffusers' validation draws images; here it is also the held-out accuracy."""
+    """--run_validation draws images in the diffusers scripts, so it turns on sample images here."""
     if given.get("run_validation") and "sample_every" not in given:
         changes["sample_every"] = changes.get("validate_every", 200)
 
@@ -249,7 +252,7 @@ def _warmup(given: Mapping[str, Any], changes: dict[str, Any], peer: str, notes:
 
 
 def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
-    """Where a peer-style line without --compat means something else here."""
+    """Lines for the log on flags of a peer that mean something else here without --compat."""
     notes = []
     if {"pretrained_model_name_or_path", "dataset_name", "train_data_dir"} & set(given):
         notes.append(

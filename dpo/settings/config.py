@@ -1,7 +1,8 @@
-"""Every setting of a run, once: command line, TOML presets and the record in a checkpoint all come from these dataclasses.
+"""Every setting of a run, once: command line, TOML files and the settings in a checkpoint come from these dataclasses.
 
-A field is declared by `option(default, help, ...)`; names are unique across the groups, so that flags and TOML keys need no
-prefix. `None` means "decide for me" (see `dpo.settings.resolve`). This module imports nothing heavy: `--help` stays fast.
+A field is declared by `option(default, help, ...)`; names are unique across the groups, so that flags and TOML keys
+need no prefix. `None` means "decide for me" (see `dpo.settings.resolve`). This module imports nothing heavy: `--help`
+stays fast.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Model:
         None,
         "what to align: a diffusers folder, hub id or single .safetensors file; none: the small world inside the package",
         aliases=("pretrained_model_name_or_path",),
-        resume="said",  # the weights themselves are compared
+        resume="said",  # not refused: the fingerprint of the weights is compared instead
     )
     revision: str | None = option(None, "revision of the model on the hub", resume="said")
     variant: str | None = option(None, "variant of the weight files, for example fp16", resume="said")
@@ -314,7 +315,10 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Config:
-    """A checked Config from flat or grouped settings; those left out keep `base`'s value (or the default)."""
+    """A checked Config from flat or grouped settings; those left out keep `base`'s value (or the default).
+
+    Raises UserError for an unknown name, a bad value or a bad combination.
+    """
     values = flatten(base or Config()) | {name: coerce(specs()[name], value) for name, value in flat_settings(mapping).items()}
     config = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
     validate(config)
@@ -322,7 +326,7 @@ def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Conf
 
 
 def change(config: Config, **values: Any) -> Config:
-    """`config` with some settings changed, by their flat names."""
+    """`config` with some settings changed, by their flat names. Raises UserError as `from_mapping` does."""
     return from_mapping(values, config)
 
 
@@ -336,7 +340,10 @@ def _of_group(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat_settings(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat or grouped settings as flat ones; unknown names are refused."""
+    """Flat or grouped settings as flat ones.
+
+    Raises UserError for a name that is unknown, set twice or in another group.
+    """
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         inner = value if isinstance(value, Mapping) and key in groups() else {key: value}
@@ -352,7 +359,7 @@ def flat_settings(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_setting(name: str) -> str:
-    """What to say of a setting that does not exist."""
+    """The message on a setting that does not exist: its name here, or the nearest valid name."""
     for spec in specs().values():
         if name in spec.meta["aliases"]:
             return f"unknown setting {name}: it is called {spec.name} here"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
 
-NOTHING = ("none", "")  # what a flag says to unset a setting that may be None
+NOTHING = ("none", "")  # values of a flag that unset a setting that may be None
 
 
 def option(
@@ -28,10 +28,11 @@ def option(
     resume: str = "refused",
     separator: str = ",",
 ) -> Any:
-    """A dataclass field: its one-line doc, unit, allowed values, peers' names for it, and what a change on resume means.
+    """A dataclass field: its one-line doc, unit, allowed values, other trainers' names for it, and its rule on resume.
 
-    `low` and `high` are allowed bounds, `above` is an excluded lower one. `resume` is "free" (nothing to say), "said" (allowed,
-    said in the log) or "refused" (the run would silently be another one). `separator` splits one flag value of a tuple.
+    `low` and `high` are allowed bounds, `above` is an excluded lower one. `resume` rules a change on resume: "free" (no
+    log line), "said" (allowed, with a log line) or "refused" (the result would belong to neither setting). `separator`
+    splits one flag value of a tuple.
     """
     keys = {"help": help, "unit": unit, "choices": choices, "low": low, "high": high, "above": above}
     return field(default=default, metadata={**keys, "aliases": aliases, "resume": resume, "separator": separator})
@@ -42,7 +43,7 @@ class Spec(NamedTuple):
 
     name: str
     group: str
-    kind: type  # bool, int, float, str, or of the items when `many`
+    kind: type  # bool, int, float or str; the items' type when `many`
     many: bool
     optional: bool
     default: Any
@@ -71,7 +72,10 @@ def _spec(group: str, item: Field, hint: Any) -> Spec:
 
 
 def coerce(spec: Spec, value: Any) -> Any:
-    """`value` (text of a flag, or a TOML or Python value) as this setting's checked value; UserError says what is allowed."""
+    """`value` (text of a flag, or a TOML or Python value) as this setting's checked value.
+
+    Raises UserError that says what is allowed.
+    """
     if spec.many:
         return _coerce_many(spec, value)
     if spec.optional and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
@@ -94,7 +98,7 @@ def allowed(spec: Spec) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The valid name most like `name`, if any is like it."""
+    """The name in `names` most like `name`, None when none is like it."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return found[0] if found else None
 
@@ -151,7 +155,7 @@ def _to_int(value: Any) -> int | None:
         try:
             return int(value)
         except ValueError:
-            pass  # 1e3 is a whole number too
+            pass  # not yet a mistake: 1e3 is a whole number too
     number = _to_float(value)
     return int(number) if number is not None and number.is_integer() else None
 

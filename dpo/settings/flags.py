@@ -1,4 +1,4 @@
-"""The command line: flags generated from `dpo.settings.config`, on top of a preset, a TOML file or another trainer's defaults."""
+"""The command line: flags made from `dpo.settings.config`, over a preset, a TOML file or another trainer's defaults."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ EPILOG = (
 
 
 def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """The run that `argv` asks for, and what the log should say about how it was read.
+    """The settings that `argv` asks for, and lines for the log on how it was read.
 
-    also: flags that the caller has read before, which may be meant by one that is unknown here.
+    also: further flags that the caller knows, so that a misspelt one of them gets a suggestion too. Raises UserError,
+    and SystemExit after --help and --print-config.
     """
     given = read_flags(argv, also)
     start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
         if changes.get(asked):
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
-        base.pop("overwrite", None)  # a preset or a file may replace what is in its own folder, in no other
+        base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
     config = from_mapping(base | changes)
     if config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
@@ -69,14 +70,14 @@ def presets() -> dict[str, str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The settings of one preset."""
+    """The settings of one preset. Raises UserError for a name that is not one."""
     if name not in presets():
         raise UserError(f"--preset {name}: expected one of {', '.join(presets())}")
     return tomllib.loads(resources.files("dpo.settings").joinpath("presets", f"{name}.toml").read_text("utf-8"))
 
 
 def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
-    """The settings of a TOML file, which `flag` named."""
+    """The settings of a TOML file. Raises UserError that begins with `flag`, which named the file."""
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -86,7 +87,10 @@ def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
 
 
 def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """What the flags start from; nothing at all asked for is the run that is continued, or the embedded world."""
+    """The settings that the flags change.
+
+    Without any start, model or data: those of the resumed run, or the tiny preset.
+    """
     base = compat.defaults(start["compat"], changes) if start["compat"] else {}
     if start["config"]:
         return base | flat_settings(load_config(start["config"]))
@@ -98,7 +102,10 @@ def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]
 
 
 def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings of the run that --resume continues, from the config.toml in its folder; the device is chosen anew."""
+    """The settings of the run that --resume continues, from its config.toml, without the device, which is chosen anew.
+
+    Empty when nothing is resumed. Raises UserError when the named folder holds no run.
+    """
     resume = changes.get("resume", "none")
     if resume in NOTHING:
         return {}
@@ -119,12 +126,12 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
 
 
 def help_text() -> str:
-    """What `--help` shows."""
+    """The text of `--help`."""
     return make_parser().format_help()
 
 
 def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
-    """Every flag given, by its name as spelled (snake case); values are still text. UserError for one that is unknown."""
+    """Every flag given, by its name as spelled (snake case); values are still text. UserError for an unknown flag."""
     parser = make_parser()
     namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
     for word in unknown:
@@ -137,7 +144,7 @@ def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _normal(word: str) -> str:
-    """One word of a command line in one spelling: --kebab-case, and --x=true as --x."""
+    """A word of a command line in its usual spelling: flags in kebab case, --x=true as --x, --x=false as --no-x."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What a Config leaves open is decided here, once the model and the device are known."""
+"""Decides what a Config leaves open, once the model and the device are known."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ STEPS = 2000  # updates when neither steps nor epochs is given
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What decides of a model: its own numbers, and its family's defaults."""
+    """What the decisions need to know of the model: its own numbers and its family's defaults."""
 
     family: str
-    prediction_type: str  # what its scheduler says
+    prediction_type: str  # "epsilon" or "v_prediction", from its scheduler
     beta: float = 2000.0  # the family's default
     guidance: float = 7.5  # the family's default
-    native_resolution: int = 512  # side that it was trained at, in pixels
+    native_resolution: int = 512  # pixels of a side that it was trained at
     turbo: bool = False  # distilled to four steps
     num_timesteps: int = 1000
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What decides of a device."""
+    """What the decisions need to know of the device."""
 
     name: str  # as torch writes it: cpu, cuda, cuda:1
     bf16: bool = True  # whether it computes in bf16
@@ -41,7 +41,7 @@ class DeviceFacts:
 
 
 def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Config, list[str]]:
-    """`config` with every "auto" and None decided (unless None is the decision), and a line for the log on each choice made.
+    """`config` with every "auto" and None decided (unless None is the decision), and lines for the log on the choices.
 
     Raises UserError for what this model or device cannot do.
     """
@@ -85,7 +85,10 @@ def _of_method(config: Config, beta: float, prediction_type: str) -> dict[str, A
 
 
 def large_weight(method: str, prediction_type: str) -> bool:
-    """Whether errors carry the weight that averages about twenty, so that beta is a tenth; on the v error it is below one."""
+    """Whether the method's weight averages about 20, so that the default beta is a tenth of dpo's.
+
+    That is the single-shot weight on the epsilon error; on the v error it is below 1.
+    """
     return METHODS[method].weight == "single-shot" and prediction_type == "epsilon"
 
 
@@ -125,12 +128,12 @@ def _notes(asked: Config, decided: Config) -> list[str]:
 
 
 def learning_rate(config: Config, processes: int = 1) -> float:
-    """The peak learning rate that the optimizer sees."""
+    """The peak learning rate of the optimizer, multiplied by the effective batch where --scale-lr asks for it."""
     return config.optim.learning_rate * (config.optim.effective_batch * processes if config.optim.scale_lr else 1)
 
 
 def total_steps(config: Config, pairs: int, processes: int = 1) -> int:
-    """Updates of the whole run, for a training set of so many usable pairs."""
+    """Updates of the whole run, for a training set of `pairs` usable pairs."""
     if config.optim.steps is not None:
         return config.optim.steps
     if config.optim.epochs is None:

@@ -15,19 +15,19 @@ from dpo.settings.fields import Spec, brief
 
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # what --lora alone reads
+ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # read with --lora alone
 ADAM = ("adam_beta1", "adam_beta2", "eps")
 AUTOCAST = {"fp32", "bf16", "fp16"}  # precisions that keep fp32 weights
-REFUSED = {"label_smoothing", "sft_weight"}  # a method that does not read these refuses them, which says more than a note
+REFUSED = {"label_smoothing", "sft_weight"}  # refused, not only noted, with a method that does not read them
 
 
 def contradictions(values: Mapping[str, Any]) -> list[str]:
-    """What to say of settings that do not go together; `values` has every setting by its flat name."""
+    """Messages on settings that do not go together; `values` has every setting by its flat name."""
     return [message for broken, message in _combinations(SimpleNamespace(**values)) if broken]
 
 
 def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
-    """Each rule as (it is broken, what to say)."""
+    """Each rule as (whether it is broken, the message)."""
     high = 1000 if v.window_high is None else v.window_high
     method = METHODS[v.method]
     blocks = v.checkpointing.split(",")
@@ -79,10 +79,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
 
 
 def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Mapping[str, Spec]) -> list[str]:
-    """What to say of the settings in `given` that mean nothing in the run of `values`."""
+    """Messages on the settings in `given` that mean nothing beside the others in `values`."""
     v = SimpleNamespace(**values)
     unread = own_settings() - METHODS[v.method].settings - REFUSED
-    rules: list[tuple[object, Collection[str], str]] = [  # (it holds, what then has no effect, why)
+    rules: list[tuple[object, Collection[str], str]] = [  # (whether it holds, settings then without effect, why)
         (not v.lora, ADAPTER, "without --lora"),
         (unread, unread, f"with method {v.method}"),
         (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),
@@ -99,9 +99,9 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
 
 
 def resume_changes(old: Mapping[str, Any], new: Mapping[str, Any], specs: Mapping[str, Spec]) -> tuple[list[str], list[str]]:
-    """Settings that differ between a checkpoint and the run that resumes it: (allowed and worth saying, refused).
+    """Settings that differ between a checkpoint and the run that resumes it: (allowed with a log line, refused).
 
-    Both are resolved. Changes that alter nothing but convenience are in neither list.
+    `old` and `new` are resolved settings. Changes that cannot alter the result are in neither list.
     """
     found: dict[str, list[str]] = {"free": [], "said": [], "refused": []}
     for name, spec in specs.items():
@@ -112,13 +112,13 @@ def resume_changes(old: Mapping[str, Any], new: Mapping[str, Any], specs: Mappin
 
 
 def _on_resume(spec: Spec, old: SimpleNamespace, new: SimpleNamespace) -> str:
-    """A setting's rule for changes on resume: its own, except for the few whose rule depends on values."""
+    """A setting's rule for changes on resume: the declared one, except for the few whose rule depends on values."""
     if spec.name == "precision":
         return "said" if {old.precision, new.precision} <= AUTOCAST else "refused"
     if spec.name == "ema":
         return "said" if old.ema and new.ema else "refused"
     if spec.name in ("steps", "epochs") and new.scheduler != "constant":
-        return "said"  # the other schedules end with the run
+        return "said"  # linear and cosine schedules end with the run: its length changes their learning rates
     if spec.name in ADAPTER and not (old.lora or new.lora):
         return "free"
     return spec.meta["resume"]
