@@ -18,10 +18,10 @@ HALVED = (nn.Linear, nn.Conv2d)
 
 
 def halve(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Frozen Linear and Conv2d weights in `dtype`, all else (norms, adapters) as it is: what autocast would compute.
+    """Casts frozen Linear and Conv2d weights to `dtype` in place; norms and adapters keep their dtype.
 
-    Autocast casts the policy's fp32 weights of exactly these layers to `dtype` for every call, so a reference stored this
-    way gives the same bits; norms run in fp32 under autocast, and rounding their weights would shift the logit.
+    Autocast casts the policy's fp32 weights of exactly these layers to `dtype` in every call, so a reference stored
+    this way gives the same bits. Norms run in fp32 under autocast, and rounding their weights would shift the logit.
     """
     for module in denoiser.modules():
         if isinstance(module, HALVED):
@@ -32,10 +32,10 @@ def halve(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def fix_projections(denoiser: nn.Module) -> None:
-    """Hands spatial transformers' linear input projections (SD 2.x, SDXL) a contiguous input, so that grad mode changes no bit.
+    """Makes the input of spatial transformers' linear input projections (SD 2.x, SDXL) contiguous, by hooks.
 
-    In NCHW their input is a strided view. torch multiplies such a view as one matrix where a gradient is wanted and sample by
-    sample where none is: in half precision the policy would differ from an equal reference by rounding.
+    In NCHW that input is a strided view. torch multiplies such a view as one matrix where a gradient is wanted and
+    sample by sample where none is: in half precision the policy would differ from an equal reference by rounding.
     """
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -49,7 +49,7 @@ def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
 
 
 def available_attention(kind: str) -> str:
-    """`kind`, or "sdpa" after one warning where xformers is asked for and cannot run."""
+    """`kind`, or "sdpa" after one warning where `kind` is "xformers" and that cannot run."""
     if kind != "xformers":
         return kind
     if find_spec("xformers") is None:
@@ -63,13 +63,16 @@ def available_attention(kind: str) -> str:
 
 
 def use_attention(denoiser: Denoiser, kind: str) -> None:
-    """sdpa is diffusers' default. xformers where it is installed; otherwise one warning and sdpa."""
+    """Switches to xformers where `kind` asks for it and it can run; sdpa is diffusers' default."""
     if available_attention(kind) == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
 
 
 def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
-    """Recompute activations in the backward pass: "off", "on", or a comma list of blocks such as down_blocks.0,mid_block."""
+    """Recomputes activations in the backward pass: "off", "on", or blocks such as "down_blocks.0,mid_block".
+
+    Raises UserError for a block that the UNet does not have.
+    """
     if setting == "off":
         denoiser.disable_gradient_checkpointing()
         return

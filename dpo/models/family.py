@@ -1,4 +1,4 @@
-"""What the trainer must know of an architecture. The families it knows, one file each, are named in `NAMES`."""
+"""What the trainer must know of an architecture. `NAMES` lists the families, one file each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # diffusers' public names are its stand-ins for a missing torch to a checker: its files have the classes
+if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder classes to a type checker
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     class Denoiser(UNet2DConditionModel):
-        """The network that is aligned. A family with one of another class widens this."""
+        """The network that is trained. A family whose network is of another class widens this type."""
 
         to = nn.Module.to  # type: ignore[assignment]  # diffusers' own is wrapped so that its type is lost
 
@@ -26,27 +26,28 @@ if TYPE_CHECKING:  # diffusers' public names are its stand-ins for a missing tor
         to = nn.Module.to  # type: ignore[assignment]  # as above
 
     class TextEncoder(nn.Module):
-        """What is used of a transformers text model."""
+        """A text model of transformers, by the attributes that are used here."""
 
         config: CLIPTextConfig
 else:
     Denoiser = Vae = TextEncoder = nn.Module
 
 
-NAMES = ("sd", "sdxl")  # one that is more special than another stands after it
+NAMES = ("sd", "sdxl")  # a more special family stands after a more general one: see single_file.family_by_keys
 
 
 class TextEncoding(NamedTuple):
-    """hidden [B, S, D], and for SDXL pooled [B, P], of B captions."""
+    """B encoded captions: hidden states [B, S, D], and for SDXL a pooled vector [B, P], in the text encoder's dtype."""
 
     hidden: Tensor
     pooled: Tensor | None = None
 
     def twice(self) -> TextEncoding:
-        """For both halves of a micro-batch, [2B, ...]: the captions of a pair are encoded once."""
+        """The encoding [2B, ...] for both halves of a micro-batch: the caption of a pair is encoded once."""
         return self._each(lambda x: x.repeat(2, *[1] * (x.dim() - 1)))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEncoding:
+        """The same encoding on another device, and in another dtype where one is given."""
         return self._each(lambda x: x.to(device, dtype, non_blocking=True))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TextEncoding:
@@ -72,7 +73,7 @@ class Model:
     vae: Vae
     text_encoders: list[TextEncoder]
     tokenizers: list[CLIPTokenizer]
-    scheduler_config: dict[str, Any]  # diffusers' own; "prediction_type" is final, after any override
+    scheduler_config: dict[str, Any]  # of the diffusers scheduler; "prediction_type" is final, after any override
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
@@ -95,24 +96,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: all that differs between the models that the trainer knows."""
+    """One architecture: everything in which the models that the trainer knows differ."""
 
     name: str
     pipeline: str  # the diffusers pipeline class, as in model_index.json's `_class_name`
     denoiser: str  # the component's name in that pipeline and its folder: "unet"
     beta: float  # default of dpo (docs/method.md)
     guidance: float  # default guidance scale of sample images
-    tokenizers: tuple[str, ...]
+    tokenizers: tuple[str, ...]  # component names, beside `text_encoders`
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
     encode: Callable[[Model, list[str]], TextEncoding]
     predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, x_t, t, text, sizes)
     pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
-    single_file_key: str  # how keys begin in a checkpoint of the original layout that no family before this one has
+    single_file_key: str  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     vae_overflows_in_fp16: bool = False
 
     def denoise(self, module: nn.Module) -> Denoise:
-        """`module`, the denoiser as it is or compiled, behind the call that is the same for every family."""
+        """`module` (the denoiser, compiled or not) behind the call that all families share."""
         return partial(self.predict, module)
 
 

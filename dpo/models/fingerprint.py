@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short stable hash of a module's names, shapes and a spread sample of its values; equal for equal weights.
+    """A 64-bit hash, hexadecimal, of the names, shapes and some values of a module's weights; equal for equal weights.
 
-    Reads at most 64 values a tensor in float32: cheap enough for every start, and a fine-tuned copy differs.
+    Reads at most 64 evenly spread values of each tensor, in float32: cheap enough for every start, and a fine-tuned
+    copy differs.
     """
     total = hashlib.blake2b(digest_size=8)
     for name, value in sorted(module.state_dict().items()):
@@ -34,7 +35,7 @@ PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t t
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """What the encodings of a store depend on, of a freshly loaded model (fp32, on the CPU)."""
+    """What a store's encodings depend on in a freshly loaded model (fp32, CPU): VAE, text encoders and tokenizers."""
     return {
         "family": model.family.name,
         "vae": fingerprint(model.vae),

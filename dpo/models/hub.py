@@ -10,7 +10,10 @@ from dpo.common.words import first_line
 
 
 def locate(model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None) -> Path:
-    """The local folder or .safetensors file of `model`, downloaded from the hub if need be. UserError if there is none."""
+    """The local folder or .safetensors file of `model`, downloaded from the hub if need be.
+
+    Raises UserError when there is none.
+    """
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -35,6 +38,6 @@ def locate(model: str, *, revision: str | None = None, variant: str | None = Non
 
 
 def check_part(flag: str, source: str | None) -> None:
-    """UserError when a part of a model that `flag` names is neither on disk nor like a hub id."""
+    """Raises UserError when `source`, which `flag` named, is neither on disk nor looks like a hub id."""
     if source and not Path(source).expanduser().exists() and not is_hub_id(source):
         raise UserError(f"{flag} {source}: no such folder or file, and not a hub id (owner/name)")

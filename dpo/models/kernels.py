@@ -1,14 +1,15 @@
-"""Runs a diffusers UNet on the fused kernels: one small forward function per kind of block, swapped in on instances and undone.
+"""Runs a diffusers UNet on the fused kernels: a small forward function per kind of block, swapped in on instances.
 
     with patch(denoiser): ...            or            patched = patch(denoiser); ...; patched.undo()
 
-The functions compute what diffusers' own forwards compute, with the same modules and parameters: state-dict keys do not change,
-peft layers inside the blocks are called as before, and gradient checkpointing and torch.compile see ordinary modules. Patch
-policy and reference alike, so that both round in the same way. A block of a kind that is not known here keeps its own forward and is
-named in `Patched.skipped`.
+The functions compute what diffusers' own forwards compute, with the same modules and parameters: state-dict keys do not
+change, peft layers inside the blocks are called as before, and gradient checkpointing and torch.compile see ordinary
+modules. Patch policy and reference alike, so that both round in the same way. A block of another kind keeps its own
+forward and is named in `Patched.skipped`.
 
-Two copies that diffusers makes are left out, since they undo channels_last: the `contiguous()` after a spatial transformer's
-output projection, and the one before a residual block's shortcut convolution in training (there only to quiet a warning of DDP).
+Two copies that diffusers makes are left out, since they undo channels_last: the `contiguous()` after a spatial
+transformer's output projection, and the one before a residual block's shortcut convolution in training (which only
+quiets a warning of DistributedDataParallel).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def group_norm_forward(self: nn.GroupNorm, x):
 
 
 def group_norm_silu_forward(self: nn.GroupNorm, x):
-    """For a norm whose SiLU is a module of its own, which then becomes `identity_forward`."""
+    """For a norm that is followed by a SiLU module, whose forward becomes `identity_forward`."""
     return _group_norm(self, x)
 
 
@@ -85,7 +86,7 @@ def transformer_block_forward(
     class_labels=None,
     added_cond_kwargs=None,
 ):
-    """Self-attention, cross-attention, feed-forward; each residual add is fused with the LayerNorm that reads it."""
+    """Self-attention, cross-attention, feed-forward on [N, S, C]; residual adds are fused with the next LayerNorm."""
     kwargs = dict(cross_attention_kwargs or {})
     if self._chunk_size is not None or hidden_states.ndim != 3 or kwargs.get("gligen") is not None:
         return type(self).forward(
@@ -93,7 +94,7 @@ def transformer_block_forward(
             cross_attention_kwargs, class_labels, added_cond_kwargs,
         )  # fmt: skip
     kwargs.pop("gligen", None)
-    normal = _layer_norm(self.norm1, hidden_states)  # type: ignore[arg-type]  # _is_known_transformer_block has looked
+    normal = _layer_norm(self.norm1, hidden_states)  # type: ignore[arg-type]  # _is_known_transformer_block checked it
     first_context = encoder_hidden_states if self.only_cross_attention else None
     attended = self.attn1(normal, encoder_hidden_states=first_context, attention_mask=attention_mask, **kwargs)
     hidden_states, normal = _add_layer_norm(self.norm2, attended, hidden_states)  # type: ignore[arg-type]  # as above
@@ -218,7 +219,7 @@ def _patch_output_norm(patched: Patched, denoiser: nn.Module) -> None:
 
 
 def patch(denoiser: nn.Module) -> Patched:
-    """Swaps the fused forwards into `denoiser` (a UNet2DConditionModel, with or without peft layers) and logs what it did."""
+    """Swaps the fused forwards into `denoiser` (a UNet2DConditionModel, also with peft layers) and logs the counts."""
     patched = Patched()
     for name, module in denoiser.named_modules():
         swap = PATCHES.get(type(module))

@@ -25,7 +25,7 @@ log = logging.getLogger("dpo")
 
 
 def read_index(folder: Path) -> dict:
-    """model_index.json as a dict; UserError when it is damaged."""
+    """model_index.json of a pipeline folder as a dict. Raises UserError when it is damaged."""
     path = folder / "model_index.json"
     try:
         return _mapping(path)
@@ -42,7 +42,10 @@ def _mapping(path: Path) -> dict:
 
 
 def family_of(index: dict, chosen: str = "auto") -> Family:
-    """The family named in model_index.json (or `chosen`); UserError for one that is not known."""
+    """The family named in model_index.json (or `chosen`).
+
+    Raises UserError for an unknown one, or when the two differ.
+    """
     name = index.get("_class_name")
     for family in families().values():
         if family.pipeline == name:
@@ -65,7 +68,11 @@ def load(
     single_file_config: str | None = None,
     cache_dir: str | None = None,
 ) -> Model:
-    """Every component on the CPU in fp32, frozen, in eval mode. UserError for whatever cannot be found, read or recognised."""
+    """Loads every component on the CPU in fp32, frozen, in eval mode.
+
+    model: a diffusers folder, hub id or .safetensors file; vae: another VAE; single_file_config: a diffusers folder
+    that describes a single file. Raises UserError for what cannot be found, read or recognised.
+    """
     import transformers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -113,9 +120,10 @@ def _tokenizer(folder: Path, name: str) -> Any:
 
 
 def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None = None) -> None:
-    """Put the weights of `source` (UNet folder, pipeline folder, UNet .safetensors or hub id) into `denoiser`, in place.
+    """Puts the weights of `source` into `denoiser`, in place.
 
-    Raises UserError when they do not fit.
+    source: a UNet folder, pipeline folder, UNet .safetensors file or hub id. Raises UserError when there are no weights
+    or they do not fit.
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from safetensors.torch import load_file

@@ -22,15 +22,16 @@ FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 def add(
     denoiser: Denoiser, *, rank: int, alpha: float, target_modules: tuple[str, ...], dropout: float, seed: int
 ) -> list[BaseTunerLayer]:
-    """Put a fresh adapter on `denoiser` (weights in fp32, the second factor zero) and return its layers.
+    """Puts a fresh adapter on `denoiser` and returns its layers.
 
-    The initial weights are a pure function of `seed`. Raises UserError when no layer matches `target_modules`.
+    The adapter's weights are fp32 (float64 in a float64 denoiser) and a pure function of `seed`; the second factor is
+    0, so the adapter changes nothing yet. Raises UserError when no layer matches `target_modules`.
     """
     from peft import LoraConfig
 
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number: it is multiplied with
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too: peft only divides it by the rank
         target_modules=list(target_modules),
         lora_dropout=dropout,
         init_lora_weights="gaussian",
@@ -50,7 +51,7 @@ def add(
 
 
 def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
-    """The layers that carry an adapter; found once, so that switching does not walk all modules in every step."""
+    """The layers that carry an adapter. Find them once: switching them then walks no modules in a step."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
@@ -58,7 +59,10 @@ def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
 
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
-    """The plain denoiser within the block. (peft's own switch also flips requires_grad, which would drop a graph's leaves.)"""
+    """Inside the block the adapters are off.
+
+    peft's own switch would also flip requires_grad, and the weights would leave the autograd graph.
+    """
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -87,7 +91,10 @@ def kohya(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 
 def save(denoiser: Denoiser, family: Family, folder: Path, layout: str = "diffusers") -> None:
-    """Write the adapter so that a pipeline's `load_lora_weights(folder)` takes it; "kohya": other tools' key names."""
+    """Writes the adapter so that a pipeline's `load_lora_weights(folder)` loads it.
+
+    Layout "kohya": kohya's key names.
+    """
     import diffusers
     from safetensors.torch import save_file
 

@@ -12,14 +12,17 @@ from dpo.common.words import first_line
 
 
 def is_turbo(source: str, scheduler_config: dict) -> bool:
-    """Distilled to four steps: named so, or sampled as the published Turbo models are (trailing Euler-ancestral steps)."""
+    """Whether a model is distilled to four steps, by its name or by the published Turbo models' scheduler.
+
+    That scheduler is Euler-ancestral with trailing timesteps.
+    """
     named = "turbo" in Path(source).name.lower()
     euler = scheduler_config.get("_class_name") == "EulerAncestralDiscreteScheduler"
     return named or (euler and scheduler_config.get("timestep_spacing") == "trailing")
 
 
 def _advice(place: Path, variant: str | None) -> str:
-    """What to do about a module that cannot be loaded from `place`, by what lies there."""
+    """The end of the message on a module that cannot be loaded from `place`: what to do, by the files that it has."""
     if variant is not None:
         return f"; if it has no files of variant {variant}, leave out --variant"
     if any(place.glob("*.fp16*.safetensors")):
@@ -30,7 +33,10 @@ def _advice(place: Path, variant: str | None) -> str:
 
 
 def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> Any:
-    """One module of a diffusers or transformers class from safetensors in fp32, in eval mode without gradients."""
+    """One module of a diffusers or transformers class, from safetensors, in fp32, frozen, in eval mode.
+
+    Raises UserError when it cannot be loaded or lacks weights.
+    """
     options: dict[str, Any] = {"use_safetensors": True, "variant": variant, "local_files_only": Path(folder).is_dir()}
     if subfolder:
         options["subfolder"] = subfolder
@@ -46,5 +52,5 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
 
 
 def vae_subfolder(vae: str) -> str | None:
-    """`vae/` when the named folder is a whole pipeline, None when it is the VAE itself."""
+    """ "vae" when the named folder is a whole pipeline, None when it is the VAE itself."""
     return "vae" if (Path(vae) / "vae").is_dir() else None

@@ -1,4 +1,4 @@
-"""A diffusers pipeline around the loaded modules: the same one that draws samples and that is saved."""
+"""A diffusers pipeline around the loaded modules, made the same way for sampling and for saving."""
 
 from __future__ import annotations
 

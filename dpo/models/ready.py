@@ -22,7 +22,7 @@ WEIGHTS = {"bf16-pure": torch.bfloat16, "fp64": torch.float64}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one. Raises UserError for a GPU that is not there."""
+    """The device of that name; "auto" is the GPU when there is one. Raises UserError for a GPU that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_named(config: Config) -> Model:
-    """The model that the settings name, as it is stored: fp32, on the CPU."""
+    """The model that the settings name, in fp32 on the CPU. Raises UserError."""
     named = config.model
     assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
@@ -46,7 +46,11 @@ def load_named(config: Config) -> Model:
 
 
 def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Schedule, list[str]]:
-    """The config with everything decided, weights on the CPU in fp32, the noise schedule, and what was decided, in words."""
+    """The config with everything decided, the model in fp32 on the CPU, its noise schedule, and log lines.
+
+    The log lines say what was decided. Raises UserError for what cannot be loaded, or what this model or device cannot
+    do.
+    """
     model = load_named(config)
     facts = ModelFacts(
         family=model.family.name,
@@ -59,21 +63,22 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     )
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported())
     config, decided = resolve(config, facts, has)
-    config = change(config, attention=available_attention(config.runtime.attention))  # said once, not for each UNet
+    config = change(config, attention=available_attention(config.runtime.attention))  # warned once, not for each UNet
     plan = schedule.from_scheduler(
         model.scheduler_config,
         prediction_type=config.model.prediction_type,
         turbo=config.model.timesteps == "turbo",
         zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
     )
-    model.scheduler_config["prediction_type"] = plan.prediction_type  # for images and for what is saved, too
+    model.scheduler_config["prediction_type"] = plan.prediction_type  # for sample images and the saved pipeline too
     return config, model, plan, decided
 
 
 def cast(model: Model, precision: str) -> None:
-    """Every module in the run's dtype: fp32 master weights for the denoiser under autocast, half precision for what is only read.
+    """Casts every module, in place, to its dtype for `precision`.
 
-    A VAE that overflows in fp16 (SDXL's) stays in fp32 there.
+    Under autocast the denoiser keeps fp32 master weights, and the VAE and text encoders, which are not trained, are in
+    half precision. A VAE that overflows in fp16 (SDXL's) stays in fp32 with fp16.
     """
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
@@ -84,7 +89,10 @@ def cast(model: Model, precision: str) -> None:
 
 
 def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Module:
-    """The same choices for policy and reference: device, layout, attention, checkpointing, kernels, compilation."""
+    """The denoiser with device, layout, attention, checkpointing, kernels and compilation as `runtime` says.
+
+    Policy and reference both pass through here, so that their numerics are the same.
+    """
     denoiser.to(device)
     if runtime.channels_last == "on":
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it

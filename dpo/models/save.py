@@ -18,10 +18,10 @@ from dpo.models.pipeline import pipeline_of
 
 
 def _publish(part: Path, folder: Path) -> None:
-    """Move what `part` holds into `folder`, entry by entry; model_index.json last, so that a half-moved folder loads nowhere."""
+    """Moves the entries of `part` into `folder`, model_index.json last: a folder that was half moved does not load."""
     folder.mkdir(parents=True, exist_ok=True)
     if (part / "model_index.json").exists():
-        (folder / "model_index.json").unlink(missing_ok=True)  # that of an earlier result, over which this one goes
+        (folder / "model_index.json").unlink(missing_ok=True)  # that of an earlier result, which is replaced
     for entry in sorted(part.iterdir(), key=lambda entry: entry.name == "model_index.json"):
         target = folder / entry.name
         if target.is_dir():
@@ -32,7 +32,7 @@ def _publish(part: Path, folder: Path) -> None:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A hidden folder whose content is published when the block ends well, and deleted when it does not."""
+    """A hidden folder whose content is moved into `folder` when the block ends well, and deleted when it raises."""
     part = folder / f".result.part-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -44,19 +44,19 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
-    """Write the whole pipeline with the trained denoiser (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
+    """Writes the whole pipeline with `denoiser` (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
     with _staged(folder) as part:
         pipeline_of(model, denoiser).save_pretrained(part, safe_serialization=True)
 
 
 def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> None:
-    """Write the adapter so that `load_lora_weights(folder)` takes it."""
+    """Writes the adapter of `denoiser` so that `load_lora_weights(folder)` loads it; `layout` as in `lora.save`."""
     with _staged(folder) as part:
         lora_layers.save(denoiser, model.family, part, layout)
 
 
 def detached(denoiser: Denoiser, weights: dict[str, Tensor] | None = None) -> Denoiser:
-    """A CPU copy of `denoiser` in fp32 (or wider), with `weights` (the averaged ones, say) in place of its own where given."""
+    """A CPU copy of `denoiser` in fp32 (or wider), where `weights`, such as the averaged ones, replace its own."""
     twin = copy.deepcopy(denoiser).to("cpu")
     twin = twin if twin.dtype == torch.float64 else twin.float()
     parameters = dict(twin.named_parameters())

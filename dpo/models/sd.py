@@ -11,15 +11,17 @@ from dpo.models.text import run_encoder
 
 
 def encode(model: Model, captions: list[str]) -> TextEncoding:
-    """B captions -> the last hidden state [B, S, D]."""
+    """B captions -> the text encoder's last hidden state [B, S, D]."""
     return TextEncoding(run_encoder(model.tokenizers[0], model.text_encoders[0], captions)[0])
 
 
 def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+    """See `family.Denoise`; `sizes` is not used."""
     return module(x_t, t, encoder_hidden_states=text.hidden, return_dict=False)[0]
 
 
 def pipeline_options(model: Model) -> dict[str, Any]:
+    """A pipeline without the safety checker, which is no part of the training."""
     return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and SDXL-Turbo: two text encoders and per-image size and crop conditioning (Podell et al. 2023)."""
+"""Stable Diffusion XL and SDXL-Turbo: two text encoders, conditioned on image size and crop (Podell et al. 2023)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo.models.text import run_encoder
 
 
 def encode(model: Model, captions: list[str]) -> TextEncoding:
-    """B captions -> both encoders' penultimate states side by side [B, S, D1 + D2], the second's projection [B, P]."""
+    """B captions -> the encoders' penultimate states side by side [B, S, D1 + D2], the second's projection [B, P]."""
     outputs = [
         run_encoder(tokenizer, encoder, captions, output_hidden_states=True)
         for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True)
@@ -21,7 +21,10 @@ def encode(model: Model, captions: list[str]) -> TextEncoding:
 
 
 def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-    """The sizes stay in fp32: bf16 has 8 bits, and would make 764 of 765."""
+    """See `family.Denoise`. The sizes stay in fp32: bf16 has 8 significant bits and would round 765 to 764.
+
+    Raises ValueError without `sizes`.
+    """
     if sizes is None:
         raise ValueError("SDXL needs each image's micro-conditioning")
     wide = torch.promote_types(text.hidden.dtype, torch.float32)
@@ -30,7 +33,7 @@ def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes
 
 
 def pipeline_options(model: Model) -> dict[str, Any]:
-    """SDXL takes zeros for an empty prompt; Turbo, which is drawn without guidance, has its encoding."""
+    """SDXL encodes an empty prompt as zeros; Turbo, which samples without guidance, by its text encoders."""
     return {"add_watermarker": False, "force_zeros_for_empty_prompt": not model.turbo}
 
 

@@ -14,14 +14,18 @@ from dpo.models.parts import component, is_turbo, vae_subfolder
 
 
 def family_by_keys(names: set[str]) -> Family:
-    """The most special family whose keys are among the `names` of a checkpoint in the original layout."""
+    """The last, most special family with a key among the `names` of a checkpoint in the original layout."""
     return next(
         family for family in reversed(families().values()) if any(name.startswith(family.single_file_key) for name in names)
     )
 
 
 def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Model:
-    """One .safetensors checkpoint in the original layout; `config` names a diffusers folder that describes it."""
+    """Loads one .safetensors checkpoint in the original layout: fp32 on the CPU, frozen, in eval mode.
+
+    family: a name or "auto"; config: a diffusers folder that describes the file, else the hub's; vae: another VAE.
+    Raises UserError.
+    """
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from safetensors import SafetensorError, safe_open

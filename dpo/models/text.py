@@ -22,4 +22,5 @@ def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, ca
 
 @torch.no_grad()
 def run_encoder(tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], **options: Any) -> Any:
+    """The output of a transformers text encoder for B captions; `options` go to its forward."""
     return encoder(token_ids(tokenizer, encoder, captions), **options)
