@@ -11,8 +11,11 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Runs an iterator in a thread, `depth` items ahead. Its exceptions are raised here; closing ends the thread."""
-    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # (item,), what ended it, or None at its end
+    """The items of `items`, which a thread reads up to `depth` ahead.
+
+    An exception of `items` is raised here, in its turn; closing the generator ends the thread.
+    """
+    ready: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(depth)  # (item,), an exception, or None: the end
     closed = threading.Event()
 
     def put(message: tuple[T] | BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""A micro-batch of pairs, decoded: what the training step takes."""
+"""A micro-batch of pairs on the CPU, as the data side hands it to the encoders, and decoding one from image files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared m
 class PairBatch:
     """B pairs on the CPU; of everything with 2B rows the first B are the preferred images.
 
-    A hole (an image that cannot be used) keeps its place with usable 0, prob 0.5 and black pixels; `bad` says why.
-    Pixels, or from a prepared store latents and encoded text: the others are None.
+    A hole (a pair with an image that cannot be used) keeps its place, with usable 0, prob 0.5 and black pixels; `bad`
+    says why. A batch has either pixels or, from a prepared store, latents and encoded text; the other fields are None.
     """
 
     keys: Tensor  # [B] int64
@@ -31,7 +31,7 @@ class PairBatch:
     prob: Tensor  # [B] fp32 in [0.5, 1]
     usable: Tensor  # [B] fp32, 1 or 0
     captions: list[str]  # dropout already applied
-    micro: Tensor  # [2B, 6] int64: original height, width, crop top, left, target height, width
+    micro: Tensor  # [2B, 6] int64, pixels: original height, width, crop top, left, target height, width
     position: int  # of the first pair in the whole run
     epoch: int  # of the first pair
     pixels: Tensor | None = None  # [2B, 3, H, W] uint8
@@ -53,7 +53,7 @@ class PairBatch:
         vars(self).update((k, torch.from_numpy(v) if isinstance(v, np.ndarray) else v) for k, v in state.items())
 
     def pin_memory(self) -> PairBatch:
-        """Moves the tensors to page-locked memory (called by the loader's own thread)."""
+        """Moves the tensors to page-locked memory (called by the DataLoader's own thread); the same batch."""
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
@@ -67,7 +67,7 @@ class PairBatch:
 class Decoding:
     """How images become pixels; everything random is a function of (seed, pair key, draw)."""
 
-    resolution: int
+    resolution: int  # pixels of a side
     seed: int
     crop: str = "center"
     flip: bool = False
@@ -75,13 +75,16 @@ class Decoding:
 
     @classmethod
     def of(cls, data: Data, seed: int) -> Decoding:
-        """As the settings say, once the resolution is known."""
+        """From the settings, once the resolution is decided."""
         assert data.resolution is not None, "the resolution is decided before a batch is read"
         return cls(data.resolution, seed, data.crop, data.flip, data.caption_dropout)
 
 
 def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, decoding: Decoding) -> PairBatch:
-    """Reads and decodes the images of B pairs. An image that cannot be used leaves a hole, never an exception."""
+    """Reads and decodes the images of B pairs in these draws [B]; position: that of the first pair in the run.
+
+    An image that cannot be used leaves a hole, never an exception.
+    """
     keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
     draw = torch.tensor(draws, dtype=torch.int64)
 

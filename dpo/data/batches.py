@@ -19,8 +19,8 @@ def batches(
 ) -> Generator[PairBatch, None, None]:
     """The micro-batches of `order`; close the generator to end the workers or the thread that read ahead.
 
-    Images are decoded by worker processes. From a prepared store come latents, encoded text and, where `recorded` is given,
-    the reference's errors. Raises UserError for unreadable images, by `reading`, and when a worker dies.
+    Images are decoded by worker processes. A prepared store gives latents, encoded text and, with `recorded`, the
+    reference's errors. Raises UserError for unreadable images, as `reading` says, and when a worker dies.
     """
     store = of_store(source)
     if store is not None:
@@ -30,7 +30,10 @@ def batches(
 
 
 def held_out_batches(source: Source, micro_batch: int, resolution: int, reading: Reading) -> Generator[PairBatch, None, None]:
-    """One pass over held-out pairs as they are stored: draw 0, centre crop, no mirror, all captions; the last may be short."""
+    """One pass over held-out pairs in stored order: draw 0, centre crop, not mirrored, captions kept.
+
+    The last micro-batch may be short. Raises UserError as `batches` does.
+    """
     plain, store = Decoding(resolution, seed=0), of_store(source)
     if store is not None:
         return reader.read(store, stored_order(store, micro_batch), plain)

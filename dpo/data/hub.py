@@ -1,8 +1,8 @@
 """Preference sets on the Hugging Face hub, read as parquet: no data set script ever runs.
 
 The parquet files of the wanted split are taken from the repository, or, where it holds other files, from the copy in
-parquet that the hub keeps of every public set (revision refs/convert/parquet). They are downloaded to the hub's cache, or,
-when streaming, read over the network a row group at a time: order, random access and resume are the same both ways.
+parquet that the hub keeps of every public set (revision refs/convert/parquet). They are downloaded to the hub's cache
+or, with streaming, read over the network a row group at a time: order, random access and resume are the same both ways.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARD = re.compile(r"([-_.]\d+)?([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$")
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's path speaks of: "data/train-00000-of-00008.parquet", "validation_unique/0000.parquet"."""
+    """The split that a path names, as in "data/train-00000-of-00008.parquet" or "test/0000.parquet"; else None."""
     path = PurePosixPath(name)
     for part in (SHARD.sub("", path.stem), *reversed(path.parts[:-1])):
         first, *rest = re.split(r"[-_.]", part.lower())
@@ -45,7 +45,10 @@ def split_of(name: str) -> str | None:
 
 
 def files_of_split(names: list[str], split: str, where: str) -> list[str]:
-    """The files of a split, sorted. A set whose file names speak of no split is all "train". Raises UserError."""
+    """The files of a split, sorted; a file whose path names no split is "train".
+
+    Raises UserError when there are none.
+    """
     splits = {name: split_of(name) or "train" for name in names}
     chosen = sorted(name for name in names if splits[name] == SPLITS.get(split, split))
     if not chosen:
@@ -56,7 +59,10 @@ def files_of_split(names: list[str], split: str, where: str) -> list[str]:
 
 
 def hub_files(repo: str, data: Data, split: str) -> Files:
-    """The parquet files of one split of a hub data set, downloaded or (data.streaming) to be streamed. Raises UserError."""
+    """The parquet files of one split of a hub data set, downloaded when opened, or streamed with data.streaming.
+
+    Raises UserError when the hub cannot be reached or has no such files.
+    """
     import huggingface_hub
 
     where = f"data set {repo} on the hub"
@@ -80,13 +86,13 @@ def hub_files(repo: str, data: Data, split: str) -> Files:
 
 
 def _parquet_names(api: HfApi, repo: str) -> tuple[list[str], str | None]:
-    """Parquet files of the repository, or of the hub's own conversion of it, and the revision they are in."""
+    """The parquet files of the repository, or of the hub's conversion of it, and the revision that they are in."""
     from huggingface_hub.errors import RevisionNotFoundError
 
     for revision in (None, CONVERTED):
         try:
             files = api.dataset_info(repo, revision=revision, timeout=TIMEOUT).siblings or []
-        except RevisionNotFoundError:  # nothing was converted
+        except RevisionNotFoundError:  # the hub has no conversion
             continue
         names = [file.rfilename for file in files if file.rfilename.endswith(".parquet")]
         if names:

@@ -1,7 +1,7 @@
 """From an image file to a square of pixels: orientation, colours, mirror, resize, crop.
 
-Transparent images are laid over white. Sixteen-bit greys are scaled to eight bits. Colour profiles are ignored, as in the
-published pipelines. Of an animation the first frame counts.
+Transparent images are laid over white. Sixteen-bit greys are scaled to eight bits. Colour profiles are ignored, as in
+the published pipelines. Of an animation the first frame is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo.data.pairs import BadImage
 
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
-MAX_PIXELS = 89_478_485  # Pillow's own line between large and a decompression bomb
+MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of a decompression bomb
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,9 +44,9 @@ def square(
 ) -> tuple[Tensor, Micro]:
     """File bytes -> pixels uint8 [3, resolution, resolution] and SDXL's size and crop of the image.
 
-    The short side becomes `resolution`, the other is cut: in the middle, or for crop "random" by `crop_uniforms` (down,
-    right) in [0, 1). The numbers are (original height, original width, crop top, crop left, target height, target width),
-    the crop in pixels of the resized and mirrored image. Raises BadImage.
+    The short side becomes `resolution`, the other is cut: in the middle, or with crop "random" at `crop_uniforms`
+    (down, right) in [0, 1). `Micro` counts in pixels; crop top and left are those of the resized and mirrored image.
+    Raises BadImage.
     """
     image = decode(data, max_pixels)
     width, height = image.size
@@ -60,7 +60,7 @@ def square(
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if image.size != (resolution, resolution):
-        # Only the cut is resampled: as resizing all and cutting, but a very long image costs no more than another.
+        # Only the cut is resampled. The result is that of resizing all and cutting; a very long image costs no more.
         x, y = width / wide, height / high
         box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
         box = (box[0], box[1], min(box[2], width), min(box[3], height))
@@ -85,7 +85,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage(f"too many pixels: {error}") from error
     except Image.UnidentifiedImageError as error:
         raise BadImage("not an image" if data else "an empty file") from error
-    except Exception as error:  # decoders raise whatever their parsers raise: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         raise BadImage(f"cannot be decoded ({error or type(error).__name__})") from error
 
 
@@ -115,7 +115,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _full_scale(mode: str, largest: float) -> float:
-    """White in a single wide channel: 65535 for integers, 1 or 255 for floats by their range."""
+    """The value of white in a one-channel image: 65535 for integers (2^31 - 1 beyond it), 1 or 255 for floats."""
     if mode == "F":
         return 1.0 if largest <= 1.0 else 255.0
     return 65535.0 if mode != "I" or largest <= 65535.0 else math.pow(2.0, 31.0) - 1.0

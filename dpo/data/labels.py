@@ -1,4 +1,4 @@
-"""Which columns of a table hold what, and what its labels say."""
+"""Which columns of a table hold captions, images and labels, and what the labels say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
 class Columns:
     """Names of the columns in use; label, uid and flag columns are None where a set has none.
 
-    With `label_0` None the first image is the preferred one of every row.
+    Where `label_0` is None the first image is the preferred one in every row.
     """
 
     caption: str
@@ -36,13 +36,13 @@ class Columns:
 
     @property
     def decided_by(self) -> list[str]:
-        """The small columns that decide about a row."""
+        """The columns that decide whether a row is used and which image is preferred; none holds images."""
         names = (self.label_0, self.label_1, self.has_label, self.are_different, self.uid_0, self.uid_1)
         return [name for name in names if name]
 
     @property
     def read(self) -> list[str]:
-        """The columns a pair is made of."""
+        """The columns that a pair is made of."""
         return [name for name in (self.caption, self.first, self.second, self.uid_0, self.uid_1) if name]
 
 
@@ -80,19 +80,19 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
 
 @dataclass(frozen=True)
 class RowLabels:
-    """For n rows: which to keep, which have the second image preferred, and the preference's probability in [0.5, 1]."""
+    """For n rows: which to keep, where the second image is preferred, and the preference's probability in [0.5, 1]."""
 
     keep: np.ndarray  # [n] bool
     swap: np.ndarray  # [n] bool
     prob: np.ndarray  # [n] fp32
-    counts: dict[str, int]
+    counts: dict[str, int]  # rows, and rows of each kind that may be left out
 
 
 def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> RowLabels:
-    """What the labels of `rows` rows say; table maps the names of `columns.decided_by` to arrays (NaN or None where null).
+    """The labels of `rows` rows. table: name -> array [rows] for `columns.decided_by`, NaN or None where null.
 
-    Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of one image with itself,
-    and, unless ties is "keep", ties.
+    Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of an image with
+    itself and, unless `ties` is "keep", ties. Raises TypeError or ValueError for labels that are not numbers.
     """
     if columns.label_0 is None:
         ones = np.ones(rows, dtype=bool)

@@ -1,8 +1,8 @@
 """Micro-batches of image files, decoded ahead by worker processes.
 
-The main process decides the order and reads parquet (a thread keeps ahead of it); workers get pairs with their file bytes
-or paths and decode them. So the batches do not depend on the number of workers, and starting at position g costs the
-reading of one batch, not of g pairs.
+The main process decides the order and reads parquet, in a thread ahead of the training loop. Workers get pairs with
+their file bytes or paths and decode them. So the batches do not depend on the number of workers, and starting at
+position g reads one batch, not g pairs.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Reading:
     """How image files are read: by whom, how far ahead, and what happens when one cannot be used."""
 
     workers: int = 0  # processes; -1: half of the cores, at most 8
-    prefetch: int = 4  # batches decoded ahead by each
+    prefetch: int = 4  # batches that each worker decodes ahead
     on_bad_image: str = "skip"  # or "stop"
     bad_image_limit: float = 0.01  # share of the pairs
 
     @classmethod
     def of(cls, data: Data) -> Reading:
-        """As the settings say."""
+        """From the settings."""
         return cls(data.workers, data.prefetch, data.on_bad_image, data.bad_image_limit)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker gets: pairs to decode, and the epoch of each."""
+    """A micro-batch for a worker: the position of its first pair, the pairs to decode, and the epoch of each."""
 
     position: int
     pairs: list[Pair]
@@ -64,7 +64,7 @@ def load(
 ) -> Generator[PairBatch, None, None]:
     """The micro-batches at `places`, in order, of at most `micro_batch` pairs. Close the generator to end its workers.
 
-    Raises UserError for unreadable images, by reading.on_bad_image and bad_image_limit, and when a worker dies.
+    Raises UserError for unreadable images, as reading.on_bad_image and bad_image_limit say, and when a worker dies.
     """
     workers = worker_count(reading.workers)
     prefetch = _fit_shared_memory(reading.prefetch, workers, 2 * micro_batch * 3 * decoding.resolution**2)
@@ -91,7 +91,7 @@ def load(
             yield batch
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # now, not when the last traceback that knows the iterator is forgotten
+            iterator._shutdown_workers()  # now: a traceback may hold the iterator, and with it the workers, for long
         ahead.close()
 
 
@@ -101,23 +101,27 @@ def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
     except UserError:
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        # A dead worker is noticed by the loader, or first by the pipe or socket whose other end it held.
+        # torch reports a dead worker by a RuntimeError, unless a pipe or socket to the worker breaks first.
         if not workers or (isinstance(error, RuntimeError) and not of_dead_worker(error)):
             raise
         raise worker_died(error) from error
 
 
 def of_dead_worker(error: Exception) -> bool:
-    """Whether torch raised this for a worker that died; it does so in the main thread, wherever that is just then."""
+    """Whether torch raised this for a worker that died. Its signal handler raises at any line of the main thread."""
     return "DataLoader worker" in str(error)
 
 
 def worker_died(error: Exception) -> UserError:
+    """The message on a worker that died, for the user."""
     return UserError(f"a data worker died ({first_line(error)}): memory or /dev/shm may be full; try fewer --workers or 0")
 
 
 def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: Reading) -> None:
-    """Logs each unreadable pair once, and stops when there are too many in this run of the program."""
+    """Logs each unreadable pair of `batch` once, in `bad`.
+
+    Raises UserError where one stops the run, or too many are bad.
+    """
     for key, reason in batch.bad:
         if reading.on_bad_image == "stop":
             raise UserError(f"{reason}; leave such pairs out with --on-bad-image skip")
@@ -133,7 +137,7 @@ def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: 
 
 
 class _Decoder(Dataset[PairBatch]):
-    """The "data set" of the loader: what it is indexed by is the work itself."""
+    """The "data set" of the DataLoader: its index is the work to do."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
@@ -147,19 +151,22 @@ def _as_it_is(batch: T) -> T:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C is the main process's business; after SIGTERM a worker serves it a little longer, then ends."""
+    """Leaves Ctrl-C to the main process; after SIGTERM a worker goes on for GRACE seconds, then ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def worker_count(workers: int) -> int:
-    """-1: half of the cores that this process may use, at most 8."""
+    """Number of worker processes; -1 means half of the cores that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) // 2) if workers < 0 else workers
 
 
 def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:
-    """Batches travel through /dev/shm, which containers keep small: fewer are decoded ahead when it is."""
+    """Batches to decode ahead per worker: at most `prefetch`, fewer where /dev/shm is small, as it is in containers.
+
+    Batches travel from the workers through /dev/shm; one takes `batch_bytes`.
+    """
     if not workers or not os.path.isdir("/dev/shm"):
         return prefetch
     space = os.statvfs("/dev/shm")

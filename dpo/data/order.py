@@ -1,14 +1,14 @@
 """The order of an epoch: a pure function of (seed, epoch) and of how the pairs are stored.
 
-Every pair gets a time, and the pairs are read in the order of their times. Where pairs can be read one by one, the time is
-a keyed uniform number and the order a uniform permutation. Parquet can only be read a row group at a time (Pick-a-Pic v2:
-hundreds of megabytes), so there the row groups are permuted and a pair's time is
+Every pair gets a time, and the pairs are read in the order of their times. Where pairs can be read one by one, the time
+is a keyed uniform number and the order a uniform permutation. Parquet can only be read a row group at a time
+(Pick-a-Pic v2: hundreds of megabytes), so there the row groups are permuted and a pair's time is
 
     (place of its row group among the permuted row groups) + window * (keyed uniform number in [0, 1))
 
 At any moment only the last `window` row groups are in use, each is read once an epoch, and the reads are spread evenly.
-The price: pairs of one row group stay within `window` row groups of each other. Sets that fit in memory as a whole (see
-`parquet.WINDOW_BYTES`) are permuted uniformly.
+The price: pairs of one row group stay within `window` row groups of each other. Sets that fit in memory as a whole
+(`parquet.WINDOW_BYTES`) are permuted uniformly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ def _uniform(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None, window: int | None = None) -> np.ndarray:
-    """A permutation of 0..n-1, int64 [n]. groups: int [n], the unit of reading of each pair; window: units open at once."""
+    """A permutation of 0..n-1, int64 [n].
+
+    groups [n] int32: the unit of reading (row group) of each pair; window: how many units may be open at once. Without
+    both the permutation is uniform.
+    """
     time = _uniform(np.arange(n, dtype=np.int64), seed, epoch)
     if groups is not None and window is not None:
         present, member = np.unique(groups, return_inverse=True)
@@ -51,8 +55,8 @@ def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None,
 class Order:
     """Which pairs of a run come in which micro-batch. A position counts the pairs of the whole run, from 0.
 
-    Position g is pair epoch_order(seed, g // n)[g % n] in epoch g // n; a batch may span the end of an epoch. Of `world`
-    processes, process `rank` gets every world-th batch.
+    Position g is pair epoch_order(n, seed, g // n)[g % n] in epoch g // n; a batch may span the end of an epoch. Of
+    `world` processes, process `rank` gets every world-th batch.
     """
 
     seed: int
@@ -72,7 +76,7 @@ class Place(NamedTuple):
 
 
 def run_order(source: Source, order: Order) -> Iterator[Place]:
-    """The micro-batches of a process, one after another."""
+    """The places of this process's micro-batches, one after another."""
     n, epoch, permutation = len(source), -1, np.empty(0, dtype=np.int64)
     position = order.start + order.rank * order.micro_batch
     while order.stop is None or position < order.stop:
@@ -91,14 +95,14 @@ def run_order(source: Source, order: Order) -> Iterator[Place]:
 
 
 def stored_order(source: Source, micro_batch: int) -> Iterator[Place]:
-    """One pass over the pairs as they are stored, all in epoch 0; the last micro-batch may be short."""
+    """One pass over the pairs in stored order, all in epoch 0; the last micro-batch may be short."""
     for begin in range(0, len(source), micro_batch):
         indices = list(range(begin, min(begin + micro_batch, len(source))))
         yield Place(begin, indices, [0] * len(indices))
 
 
 def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
-    """bool [n]: a keyed choice of about `share` of the keys; equal keys are chosen alike."""
+    """bool [n]: a keyed choice of about `share` of the keys [n] int64; equal keys are chosen alike."""
     out = np.zeros(len(keys), dtype=bool)
     for begin in range(0, len(keys), CHUNK):
         part = torch.from_numpy(keys[begin : begin + CHUNK])

@@ -1,4 +1,4 @@
-"""What every data source yields: a caption, a preferred image, another one, and how sure the preference is."""
+"""What every data source yields: a caption, a preferred image, the other image, and how sure the preference is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo.common.words import digest
 
 
 class BadImage(Exception):
-    """An image that cannot be used (missing, unreadable, truncated, too large); the message says which of these."""
+    """An image that cannot be used: missing, unreadable, truncated or too large, as the message says."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ class Pair:
 
 
 class Source(Protocol):
-    """Pairs with random access. `groups` [n] int32 names the unit of reading each pair lies in, None where pairs are read
-    one by one; `window` is how many such units may be open at once, None for all."""
+    """n pairs with random access.
+
+    `groups` [n] int32 is the unit of reading (a parquet row group) that each pair lies in, None where pairs are read
+    one by one; `window` is how many such units may be open at once, None for all.
+    """
 
     @property
     def prob(self) -> np.ndarray:
@@ -64,12 +67,12 @@ class Source(Protocol):
 
     @property
     def summary(self) -> dict[str, int]:
-        """What was found and what was left out, by name; "rows" and "pairs" among them."""
+        """Counts of what was found and what was left out, by name; "rows" and "pairs" among them."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the pairs are, whatever place they are in: a run continues only on the same ones."""
+        """A hash of the set of pairs, without the folder it lies in; a resume says in the log when it differs."""
         ...
 
     def __len__(self) -> int: ...
@@ -77,12 +80,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Pair: ...
 
     def caption_keys(self) -> np.ndarray:
-        """[n] int64: a hash of each pair's caption, without reading images."""
+        """[n] int64: `caption_key` of each pair's caption, without reading images."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some pairs of another source, with its order of reading."""
+    """Some pairs of another source, with that source's units of reading."""
 
     source: Source
     indices: np.ndarray  # [m] int64
@@ -139,7 +142,7 @@ class InMemory:
 
 
 def read_into_memory(source: Source, indices: np.ndarray) -> InMemory:
-    """Reads the pairs at `indices` once, in the order in which they are stored."""
+    """Reads the pairs at `indices` [m] int64 once, in stored order."""
     indices = np.sort(indices)
     subset = Subset(source, indices)
     return InMemory([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
@@ -153,21 +156,24 @@ def _key(*parts: str) -> int:
 def pair_key(win: str, lose: str, caption: str) -> int:
     """The key of a pair from its images' uids and its caption: the same wherever the pair is stored.
 
-    The order of the images counts: a pair judged twice the same way has one key (and one noise in an epoch), a pair judged
-    both ways has two, so that nothing recorded under a key can be taken for the other half's.
+    The order of the images counts: a pair judged twice the same way has one key (and one noise in an epoch), a pair
+    judged both ways has two, so that errors recorded under one key are never used for the other.
     """
     return _key(win, lose, caption)
 
 
 def caption_key(caption: str) -> int:
-    """A hash of a caption alone, by which pairs are held out: a caption never stands on both sides of the split."""
+    """A signed 64-bit hash of a caption alone.
+
+    Pairs are held out by it, so no caption is on both sides of the split.
+    """
     return _key("caption", caption)
 
 
 def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
     """The image in a cell: file bytes, {"bytes", "path"}, or a path relative to `root`.
 
-    Without a uid, embedded bytes are identified by their content and paths by what is written in the cell.
+    Without a uid, embedded bytes are identified by a hash of them, paths by the text in the cell.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -180,6 +186,9 @@ def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
 
 
 def make_pair(caption: str, first: ImageRef, second: ImageRef, swap: bool, prob: float, smoothing: float) -> Pair:
-    """Orders a pair by its label. Smoothing applies to certain labels only; soft ones and ties keep their probability."""
+    """A pair whose preferred image comes first; `swap`: that is the second one.
+
+    Smoothing changes labels of probability 1 only; soft ones and ties keep theirs.
+    """
     win, lose = (second, first) if swap else (first, second)
     return Pair(pair_key(win.uid, lose.uid, caption), caption, win, lose, 1.0 - smoothing if prob == 1.0 else float(prob))

@@ -1,7 +1,8 @@
 """Pairs from parquet files: an index of the labels, and images read a row group at a time.
 
-Opening reads footers and the small columns (labels, uids) and never an image; about 15 bytes a pair stay in memory. A row
-group is the least that parquet can read, so a few recent ones are kept; `order.epoch_order` arranges the epoch for that.
+Opening reads footers and the small columns (labels, uids) and never an image; about 15 bytes a pair stay in memory. A
+row group is the least that parquet can read, so a few recent ones are kept in memory, and `order.epoch_order` keeps the
+pairs of a row group close together.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dpo.data.labels import Columns, RowLabels, find_columns, read_labels
 from dpo.data.pairs import Pair, caption_key, image_ref, make_pair
 from dpo.settings.config import Data
 
-WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; part of what defines the order
+WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value changes the order of an epoch
 SCANNERS = 8  # files opened side by side
 
 logger = logging.getLogger("dpo")
@@ -34,17 +35,16 @@ logger = logging.getLogger("dpo")
 
 @dataclass(frozen=True)
 class Files:
-    """Parquet files: names to show and to sort by, how to open one (a path or a file object), and the folder that the
-    names are relative to (None on the hub): paths of images in a cell are relative to the parquet file."""
+    """Parquet files by name. Paths of images in a cell are relative to the parquet file."""
 
-    names: list[str]
-    open: Callable[[str], Any]
-    root: str | None = None
+    names: list[str]  # to show and to sort by
+    open: Callable[[str], Any]  # name -> a path or a file object
+    root: str | None = None  # the folder that the names are relative to; None on the hub
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one file says without its images."""
+    """One file without its images: labels of its rows, and rows and bytes of its row groups."""
 
     labels: RowLabels
     group_rows: list[int]
@@ -74,7 +74,7 @@ def _bytes_of(group: pq.RowGroupMetaData, names: list[str]) -> int:
 
 
 class _opened:
-    """`with _opened(files, name) as ParquetFile`: closes it, and turns what is unreadable into a UserError."""
+    """`with _opened(files, name) as file`: closes the ParquetFile, and turns its read errors into a UserError."""
 
     def __init__(self, files: Files, name: str):
         self.files, self.name = files, name
@@ -109,7 +109,7 @@ class ParquetSource:
     prob: np.ndarray  # [n] fp32
     groups: np.ndarray  # [n] int32, row group within the set
     window: int | None
-    kept: int  # row groups held
+    kept: int  # row groups kept in memory
     summary: dict[str, int]
     fingerprint: str
     cache: OrderedDict[int, pa.Table] = field(default_factory=OrderedDict)
@@ -155,7 +155,11 @@ class ParquetSource:
 
 
 def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
-    """Scans the files and indexes their usable pairs (the first data.max_pairs of them). Raises UserError."""
+    """Scans the files and indexes their usable pairs (the first data.max_pairs of them).
+
+    kind: see `find_columns`. Raises UserError for unreadable files, missing columns and captions or labels of a wrong
+    type.
+    """
     with _opened(files, files.names[0]) as file:
         schema = file.schema_arrow
     columns = find_columns(schema.names, data, files.names[0], kind)
@@ -203,7 +207,7 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
 
 
 def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:
-    """The scan of every file in order, several files at a time and few ahead of the caller."""
+    """(name, scan) of every file in order; SCANNERS files are scanned at a time."""
     with ThreadPoolExecutor(SCANNERS) as pool:
         for begin in range(0, len(files.names), SCANNERS):
             names = files.names[begin : begin + SCANNERS]

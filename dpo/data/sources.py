@@ -1,4 +1,4 @@
-"""From a setting to pairs: recognises what `data` names, opens it and holds some of it out."""
+"""From a setting to pairs: recognises what --data names, opens it and holds some of its pairs out."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ NOT_PAIRS = {"metadata.jsonl", "dataset_info.json", "dataset_infos.json", "state
 def open_source(data: Data, split: str | None = None) -> Source:
     """The pairs that data.data names, usable ones only; `split` defaults to data.split.
 
-    data.data is a parquet, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, a glob, or a hub id.
-    A split chooses among the files of a folder or hub data set; files named one by one or by a glob are all read.
-    Raises UserError when there is no such set, it cannot be read, columns are missing or no pair is usable.
+    data.data is a parquet, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, a prepared
+    store, a glob, or a hub id. A split chooses among the files of a folder or hub data set; files named one by one or
+    by a glob are all read. Raises UserError when there is no such set, it cannot be read, columns are missing or no
+    pair is usable.
     """
     try:
         source = _find(data, split or data.split)
@@ -41,11 +42,12 @@ def open_source(data: Data, split: str | None = None) -> Source:
 
 
 def open_sources(data: Data) -> tuple[Source, Source | None]:
-    """(training pairs, held-out pairs or None; in memory unless they are in a prepared store).
+    """(training pairs, held-out pairs or None). Held-out pairs are in memory, unless they are in a prepared store.
 
-    Held out are pairs of data.validation_data, or else the share data.validation_fraction of the training set, chosen by their
-    captions: keyed by the caption alone, whatever the seed, and no caption stands on both sides. At most
-    data.validation_pairs of them are kept, chosen by key; ties are left out, labels are not smoothed.
+    Held out are pairs of data.validation_data, or else the share data.validation_fraction of the training set. That
+    share is keyed by the caption alone, whatever the seed, so no caption is on both sides. At most
+    data.validation_pairs held-out pairs are kept, the same ones every time; ties are left out, labels are not smoothed.
+    Raises UserError.
     """
     train = open_source(data)
     if data.validation_data is not None:
@@ -77,7 +79,7 @@ def describe(source: Source) -> str:
     without_caption = counts.pop("without a caption", 0)
     if kept_ties:
         counts.pop("ties", None)
-    unreadable = counts.get("with an unreadable image", 0)  # these keep their place among the pairs of a store
+    unreadable = counts.get("with an unreadable image", 0)  # such pairs of a store are still among its pairs
     if (rest := rows - pairs - (sum(counts.values()) - unreadable)) > 0:
         counts["by --max-pairs or as held out"] = rest
     notes = [f"{count} {name}" for name, count in counts.items() if count]
@@ -88,7 +90,7 @@ def describe(source: Source) -> str:
 
 
 def _find(data: Data, split: str) -> Source:
-    """Opens what data.data names. Raises UserError when it is nothing that can be read."""
+    """Opens what data.data names. Raises UserError when there is no such thing."""
     name, kind = str(data.data), data.data_format
     path = Path(name).expanduser()
     if path.is_file():
@@ -122,7 +124,7 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
 
 
 def _of_folder(folder: Path, data: Data, split: str) -> Source:
-    """Opens a folder: `w/` and `l/`, parquet files at any depth, or one table."""
+    """Opens a folder with `w/` and `l/`, parquet files at any depth, or one table."""
     kind = data.data_format
     for root in (folder / split, folder):
         if kind in ("auto", "folders") and (root / "w").is_dir() and (root / "l").is_dir():

@@ -30,7 +30,7 @@ Row = dict[str, Any]  # a row of a table by column, as JSON or CSV gave it
 
 @dataclass(frozen=True)
 class TableSource:
-    """Captions and image paths as Arrow strings (flat in memory); images are read where they are decoded."""
+    """Captions and image paths as Arrow strings, compact in memory; images are read where they are decoded."""
 
     captions: pa.ChunkedArray  # [n]
     first: pa.ChunkedArray  # [n] paths relative to root
@@ -61,7 +61,10 @@ class TableSource:
 
 
 def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
-    """Pairs of a .jsonl, .json (a list of objects), .csv or .tsv file; image paths are relative to its folder."""
+    """Pairs of a .jsonl, .json (a list of objects), .csv or .tsv file; image paths are relative to its folder.
+
+    kind: see `find_columns`. Raises UserError for missing columns, bad rows, or image paths that lead nowhere.
+    """
     rows = _csv_rows(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
     start = list(islice(rows, 1))
     if not start:
@@ -87,7 +90,7 @@ def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of a JSONL file, or of a JSON file that holds one list."""
+    """(line number, object) of a JSONL file; (number, object) of a JSON file that holds one list. Raises UserError."""
     with path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
             file.seek(0)
@@ -121,7 +124,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> dict[str, pa.ChunkedArray]:
-    """The needed columns of a table of text rows, as Arrow arrays built a few thousand rows at a time."""
+    """The needed columns of a table, as Arrow arrays, built CHUNK rows at a time to keep memory flat."""
     names = dict.fromkeys(columns.read + columns.decided_by)
     chunks: dict[str, list[pa.Array]] = {name: [] for name in names}
     rows = iter(rows)
@@ -135,7 +138,7 @@ def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> d
 
 
 def _cell(path: Path, number: int, row: Row, name: str, columns: Columns) -> str | float | bool | None:
-    """A cell as its column holds it. Raises UserError, naming the line."""
+    """The cell of a row, in the type of its column. Raises UserError that names the line."""
     value = row.get(name)
     if name in (columns.first, columns.second):
         value = value.get("path") if isinstance(value, dict) else value
@@ -157,7 +160,7 @@ def _cell(path: Path, number: int, row: Row, name: str, columns: Columns) -> str
 
 
 def _probe(path: Path, table: dict[str, pa.ChunkedArray], columns: Columns) -> None:
-    """Stops when none of the first few images exists: the paths are then meant relative to another folder."""
+    """Raises UserError when none of the first few images exists: the paths are then relative to another folder."""
     paths = table[columns.first][:PROBED].to_pylist() + table[columns.second][:PROBED].to_pylist()
     if paths and not any((path.parent / name).is_file() for name in paths):
         raise UserError(f"{path}: no such image file: {path.parent / paths[0]} (image paths are relative to the table's folder)")
@@ -172,15 +175,15 @@ def _fingerprint(captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.C
     return total.hexdigest()
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- folders
 
 
 def open_folders(root: Path, data: Data) -> TableSource:
     """Same-named images in root/w (preferred) and root/l.
 
-    Captions come from metadata.jsonl (file_name, caption) or captions.txt (name, tab, caption) in root or root/w, or from a
-    .txt file beside each image in w/ or l/; a pair without one has the empty caption. A name is matched without its
-    extension when that is unique in both folders.
+    Captions come from metadata.jsonl (file_name, caption) or captions.txt (name, tab, caption) in root or root/w, or
+    from a .txt file beside each image in w/ or l/; a pair without one has the empty caption. Names are compared without
+    their extension where that is unique in its folder.
     """
     wins, losses = _images(root / "w"), _images(root / "l")
     names = sorted(wins.keys() & losses.keys())
@@ -201,7 +204,7 @@ def open_folders(root: Path, data: Data) -> TableSource:
 
 
 def _images(folder: Path) -> dict[str, str]:
-    """Name without extension -> relative path of the images below a folder (with extension where two share a name)."""
+    """Name -> relative path of the images below a folder; the name is without extension unless two images share it."""
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     stems = [path.with_suffix("").as_posix() for path in paths]
     count = Counter(stems)

@@ -1,7 +1,7 @@
 """Files of a prepared store: safetensors shards that are memory-mapped, and a JSON index with a checksum of its own.
 
-Every file is written beside its place, flushed to disk and renamed, so that it is there whole or not at all; a shard counts
-only once the index names it.
+Every file is written beside its place, flushed to disk and renamed, so that it is there whole or not at all. A shard
+belongs to the store only once the index names it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DamagedStore(UserError):
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """`write_whole` into a folder that is made if need be. Raises UserError when the file cannot be written."""
+    """`write_whole`, which makes the folder first. Raises UserError when the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, write)
@@ -49,27 +49,27 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sweep_away(folder: Path) -> None:
-    """Removes what killed writers left behind in `folder`: files of `write_whole`, and those of safetensors beneath them."""
+    """Removes the unfinished files that killed writers left in `folder`: those of `write_whole` and of safetensors."""
     for pattern in (".*.part-*", ".tmp??????"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Writes one safetensors file; its entry in an index: {"file", "bytes", "header", "sha256"}."""
+    """Writes one safetensors file; returns its entry for an index: {"file", "bytes", "header", "sha256"}."""
     _write(path, lambda part: save_file({name: value.contiguous() for name, value in tensors.items()}, part))
     return {"file": path.name, "bytes": path.stat().st_size, "header": header_digest(path), "sha256": checksum(path)}
 
 
 def header_digest(path: Path) -> str:
-    """SHA-256 of the part of a safetensors file that says which tensor is where."""
+    """SHA-256, hexadecimal, of the header of a safetensors file: names, dtypes, shapes and offsets."""
     with open(path, "rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), CHUNK))).hexdigest()
 
 
 def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> None:
-    """Raises DamagedStore when the file is missing, or its size, header or (`whole`) checksum is not what its entry says."""
+    """Raises DamagedStore for a missing file, or when its size, header or (`whole`) checksum differs from its entry."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -89,7 +89,8 @@ def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> No
 def open_shard(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views on a private memory map: nothing is read before it is used.
 
-    Raises DamagedStore. (safetensors' own reader copies whole tensors, and Python's mmap keeps a file descriptor per file.)
+    safetensors' own reader copies whole tensors, and Python's mmap keeps a file descriptor per file. Raises
+    DamagedStore.
     """
     try:
         raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
@@ -120,30 +121,33 @@ def crc(*tensors: Tensor) -> int:
 
 
 def row_crcs(tensors: Iterable[Tensor], rows: int) -> Tensor:
-    """int64 [rows]: `crc` of each row of tensors [rows, ...]."""
+    """[rows] int64: `crc` of each row of tensors [rows, ...]."""
     tensors = list(tensors)
     return torch.tensor([crc(*(value[i] for value in tensors)) for i in range(rows)], dtype=torch.int64)
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Replaces the index of a store."""
+    """Replaces the index of a store. Raises UserError when it cannot be written."""
     write_sealed(folder / INDEX, index)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a store, None where there is none. Raises DamagedStore when it was truncated or altered, or is of another version."""
+    """The index of a store, None where there is none. Raises as `read_sealed` does."""
     return read_sealed(folder / INDEX, "delete the store's folder and prepare it again")
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a JSON file that names its format and carries a checksum of itself."""
+    """Replaces a JSON file by `content`, with its format and a checksum of itself. Raises UserError when it cannot."""
     rest = {name: value for name, value in content.items() if name != "format"}
     text = sealed({"format": FORMAT, **rest}, SEAL)
     _write(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
-    """What `write_sealed` wrote, None where there is no such file. Raises DamagedStore, UserError for another format."""
+    """The content that `write_sealed` wrote, None where there is no such file.
+
+    Raises DamagedStore for a truncated or altered file, UserError for another format; the message ends in `remedy`.
+    """
     try:
         content, unaltered = unseal(path.read_text(encoding="utf-8"), SEAL)
     except FileNotFoundError:
@@ -167,5 +171,5 @@ TEXT = ("caption_hidden", "caption_pooled")
 
 
 def tables_crc(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over the tables of a shard (everything but latents and encoded text), which are read as a whole."""
+    """CRC-32 over the tables of a shard: all but latents and encoded text, which have a checksum for each row."""
     return crc(*(tensors[name] for name in sorted(tensors) if name.startswith(TABLE_PREFIXES)))

@@ -1,7 +1,8 @@
-"""Filling a prepared store: every image of a source encoded once, every caption once, in shards of so many pairs.
+"""Filling a prepared store: every image of a source encoded once, every caption once, in shards of so many pairs each.
 
-A shard holds its pairs and those images and captions that no earlier shard has. It is one file, so that a kill costs the
-work on one shard; what is known of earlier ones is read back from them (16 bytes an image, the most that memory grows by).
+A shard holds its pairs and those images and captions that no earlier shard has. It is one file, so that a kill costs
+the work on one shard. The rows of images and captions in earlier shards are read back from them and kept in memory, 16
+bytes each.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ log = logging.getLogger("dpo")
 
 
 class Encode(Protocol):
-    """What turns pixels and captions into what is stored, on the CPU and in the store's dtype."""
+    """The encoders: pixels and captions to what is stored, on the CPU and in the store's dtype."""
 
     @property
     def image_batch(self) -> int:
@@ -75,17 +76,17 @@ class Filling:
     pairs_per_shard: int
     workers: int = 0
     bad_image_limit: float = 0.01
-    first: int = 0  # the stretch of the source that this process has
-    last: int | None = None
+    first: int = 0  # this process encodes the pairs first..last-1 of the source
+    last: int | None = None  # None: to the source's end
     progress: Callable[[int, int], None] = lambda done, total: None
 
 
-# Key, win, lose, caption, prob, group. Win and lose are hashes of the images until these have their rows.
+# Key, win, lose, caption, prob, group. Win and lose are the images' hashes until the images have rows.
 PairRow = tuple[int, int, int, int, float, int]
 
 
 class Known:
-    """Hash -> row, compactly: 16 bytes an entry."""
+    """A map from hash to row, in sorted arrays of 16 bytes an entry; new entries go to `recent`."""
 
     def __init__(self) -> None:
         self.keys = np.empty(0, dtype=np.int64)
@@ -99,7 +100,7 @@ class Known:
         return int(self.rows[at]) if at < len(self.keys) and self.keys[at] == key else None
 
     def row(self, key: int) -> int:
-        """The row of a hash that is known."""
+        """The row of a hash that is in the map."""
         found = self.get(key)
         assert found is not None
         return found
@@ -118,23 +119,24 @@ class Shard:
 
     pairs: list[PairRow] = field(default_factory=list)
     image_keys: list[int] = field(default_factory=list)
-    latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both of the mirrored image)
+    latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both when mirrored)
     micro: list[Micro] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)  # image key -> what is wrong
     captions: list[str] = field(default_factory=list)
 
 
 def image_key(image: ImageRef) -> int:
-    """A 64-bit hash of what identifies an image: its path, else its uid (which is its content's hash where it has none)."""
+    """A signed 64-bit hash of an image's path, or of its uid where it has no path."""
     name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
 
 
 def fill(task: Filling) -> bool:
-    """Brings the store in task.folder to hold every pair of the source. False when it already did.
+    """Encodes every pair of the source into the store in task.folder. False when the store already holds them all.
 
-    Goes on where a killed process was; a source that the store does not know yet is appended, pairs that it holds already left
-    out. Raises UserError when the store was made with other settings, or too many images are unreadable.
+    Goes on where a killed process stopped. A source that is new to the store is appended, without the pairs that the
+    store already holds. Raises UserError when the store was made with other settings, or too many images are
+    unreadable.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     sweep_away(task.folder)
@@ -187,7 +189,7 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
 def _shards(
     task: Filling, index: dict[str, Any], images: Known, captions: Known, stored: np.ndarray, next_image: int
 ) -> Iterator[dict[str, Any]]:
-    """Makes the shards that are missing, one after another; their entries in the index."""
+    """Makes the missing shards, one after another, and yields their entries for the index."""
     source_number = len(index["sources"]) - 1
     bad = sum(shard["bad"] for shard in index["shards"])
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
@@ -236,7 +238,7 @@ def _collect(
     captions: Known,
     next_image: int,
 ) -> int:
-    """Gives every pair of a shard its rows and encodes what is new; the number of images in the store afterwards."""
+    """Gives every pair of a shard its rows and encodes new images; the number of images in the store afterwards."""
     waiting: deque[tuple[int, str, Future[Decoded]]] = deque()
     decoded: list[Tensor] = []
     rows: list[PairRow] = []
@@ -288,7 +290,7 @@ Decoded = tuple[list[Tensor], Micro]
 
 
 def _decode(image: ImageRef, settings: Mapping[str, Any]) -> Decoded:
-    """Pixels (and those of the mirrored image, where wanted) and the six numbers of an image. Raises BadImage."""
+    """An image's pixels (and those of its mirror image, where the store has them) and its `Micro`. Raises BadImage."""
     data = image.load()
     pixels, micro = square(data, settings["resolution"])
     mirrored = [square(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
@@ -296,7 +298,7 @@ def _decode(image: ImageRef, settings: Mapping[str, Any]) -> Decoded:
 
 
 def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
-    """[1 or 2, 3, H, W] of each image -> mean, std (and both of the mirrored images) [N, C, h, w]."""
+    """N images [1 or 2, 3, H, W], the second mirrored -> mean, std (and both of the mirrored images) [N, C, h, w]."""
     found: list[Tensor] = []
     for pixels in torch.stack(decoded, dim=1):
         found += encode.images(pixels)
@@ -304,7 +306,7 @@ def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
-    """The content of a shard's file. Raises UserError for latents that are not finite in the store's dtype."""
+    """The content of a shard's file. Raises UserError for encodings that are not finite in the store's dtype."""
     columns = list(zip(*shard.pairs, strict=True)) or [()] * 6
     found = {
         name: torch.tensor(values, dtype=dtype)
@@ -342,12 +344,13 @@ def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
 
 
 class _AlreadyStored:
-    """Pairs that a store holds already, counted by key: a set that grew is added to without repeating its old pairs."""
+    """Pairs that a store already holds, counted by key, so that a set that grew adds only its new pairs."""
 
     def __init__(self, keys: np.ndarray) -> None:
         self.keys, self.left = np.unique(keys, return_counts=True)
 
     def has(self, key: int) -> bool:
+        """Whether the store holds one more pair of this key; each pair is counted off once."""
         at = int(np.searchsorted(self.keys, key))
         if at == len(self.keys) or self.keys[at] != key or not self.left[at]:
             return False
@@ -360,7 +363,7 @@ class _AlreadyStored:
 
 
 def _known(folder: Path, index: Mapping[str, Any]) -> tuple[Known, Known, np.ndarray, int]:
-    """Rows of the images and captions in the shards so far, the keys of the pairs of earlier sources, and the number of images."""
+    """From the shards so far: rows of images, rows of captions, keys of earlier sources' pairs, number of images."""
     images, captions, pairs, next_image, next_caption = Known(), Known(), [np.empty(0, dtype=np.int64)], 0, 0
     for entry in index["shards"]:
         check_shard(folder / entry["file"], entry)

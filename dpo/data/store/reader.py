@@ -24,9 +24,10 @@ EMPTY = caption_key("")  # the caption that stands for a dropped one
 def read(
     store: StoreSource, places: Iterable[Place], decoding: Decoding, recorded: RecordedErrors | None = None
 ) -> Generator[PairBatch, None, None]:
-    """The micro-batches at `places`, in order; closing the generator ends the thread that reads ahead. Raises DamagedStore.
+    """The micro-batches at `places`, in order; closing the generator ends the thread that reads ahead.
 
     Resolution and crop were decided when the store was filled: of `decoding`, seed, flip and caption dropout are used.
+    Raises DamagedStore.
     """
     reader, pin = _Reader(store, decoding, recorded), torch.cuda.is_available()
     made = (reader.batch(*place) for place in places)
@@ -45,7 +46,7 @@ class _Reader:
         self.empty = int(np.flatnonzero(store.contents.caption_hash == EMPTY)[0])
 
     def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
-        """The pairs at `indices` of the store, in these epochs."""
+        """The batch of the pairs at `indices` [B] of the source, in these epochs [B]."""
         store, inside = self.store, self.store.contents
         pairs = store.pairs[np.asarray(indices)]
         keys, epoch = torch.from_numpy(inside.key[pairs]), torch.tensor(epochs, dtype=torch.int64)
@@ -77,7 +78,7 @@ class _Reader:
         )
 
     def _latents(self, images: list[int], keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std [2B, C, h, w] of the images, or of their mirror images where the pair's coin says so."""
+        """Mean and std [2B, C, h, w] of the images; with `decoding.flip` half of the pairs (keyed) are mirrored."""
         inside = self.store.contents
         if not self.decoding.flip:
             mean, std = inside.rows("image", LATENTS[:2], images)

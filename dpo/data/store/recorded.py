@@ -1,13 +1,14 @@
 """Recorded reference errors: two floats for each (pair, draw), so that training holds no reference model.
 
 A record belongs to a store and lies in its folder `reference/`. It was made with one reference, schedule, seed, set of
-timesteps and precision; a run that differs in any of these is refused, except that its timestep window may be narrower: then
-it uses the recorded draws whose timestep lies inside. In epoch e a pair has its draw e mod (number of draws); inside a window
-draw number e mod m of the m that lie in it, and a pair without any is left out.
+timesteps and precision; a run that differs in any of these is refused, except that its timestep window may be narrower.
+Then it uses the recorded draws whose timestep lies inside the window. In epoch e a pair has draw e mod (number of
+draws). With a window, of the m draws of a pair that lie inside, it has number e mod m; a pair without such a draw is
+left out.
 
     reference/<name>/record.json              what it was made with, and its pieces
     reference/<name>/<piece>.safetensors      errors [draws, pairs, 2] fp32 of a stretch of pairs and of draws
-    reference/<name>/<piece>/                 blocks of a piece in the making
+    reference/<name>/<piece>/                 blocks of a piece that is being recorded
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FLAGS = {"flip": "--flip", "caption_dropout": "--caption-dropout", "seed": "--se
 
 
 def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> dict[str, Any]:
-    """What recorded errors depend on, beside the timesteps; `reference` is the fingerprint of its weights."""
+    """What recorded errors depend on, besides the timesteps; reference: the fingerprint of the reference's weights."""
     return {
         "reference": reference,
         "prediction_type": plan.prediction_type,
@@ -52,7 +53,7 @@ def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> di
 
 @dataclass(frozen=True)
 class Piece:
-    """Errors of pairs begin..end-1 of the store in draws first..last-1."""
+    """A stretch of a record: pairs begin..end-1 of the store in draws first..last-1."""
 
     begin: int
     end: int
@@ -66,23 +67,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class RecordedErrors:
-    """A record that suits a run. `errors` maps (first pair, first draw) of each piece to its tensor [draws, pairs, 2]."""
+    """A record that suits a run."""
 
-    pieces: tuple[tuple[Piece, Tensor], ...]
-    distinct: int  # draws of every pair
+    pieces: tuple[tuple[Piece, Tensor], ...]  # with the errors of each piece [draws, pairs, 2] fp32
+    distinct: int  # draws that every pair has
     seed: int
-    timesteps: Tensor  # [K] int64, from which the draws were taken
-    inside: Tensor | None  # [K] bool: those in the run's window; None where it is the whole
+    timesteps: Tensor  # [K] int64, the timesteps that the record drew from
+    inside: Tensor | None  # [K] bool: those in the run's window; None where all are
 
     def draws(self, keys: Tensor, epochs: Tensor) -> Tensor:
-        """The draw of each pair [B] in each epoch [B]."""
+        """The draw [B] int64 of each pair, by its key [B] and its epoch [B]."""
         if self.inside is None:
             return epochs % self.distinct
         order, count = self._in_window(keys)
         return order.gather(1, (epochs % count.clamp_min(1))[:, None])[:, 0]
 
     def _in_window(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The draws of each pair, those inside the window first, in order [B, distinct]; and how many of them are [B]."""
+        """The draws of each pair [B, distinct], those inside the window first and in order; how many are inside [B]."""
         assert self.inside is not None
         every = torch.arange(self.distinct).repeat(len(keys))
         repeated = keys.repeat_interleave(self.distinct)
@@ -91,7 +92,7 @@ class RecordedErrors:
         return torch.argsort(~inside, dim=1, stable=True), inside.sum(1)
 
     def errors(self, pairs: np.ndarray, draws: Tensor) -> Tensor:
-        """[2, B] fp32, win and lose, of pairs [B] (numbers in the store) in draws [B]."""
+        """Errors [2, B] fp32 of win and lose, for pairs [B] int64 (numbers in the store) in draws [B]; else nan."""
         rows = torch.from_numpy(pairs)
         found = torch.full((2, len(rows)), torch.nan)
         for piece, errors in self.pieces:
@@ -100,7 +101,7 @@ class RecordedErrors:
         return found
 
     def covered(self, source: Source) -> Source:
-        """The pairs that have a draw inside the window. Raises UserError when there are none."""
+        """The pairs of a store's source that have a draw inside the window. Raises UserError when there are none."""
         store = of_store(source)
         assert store is not None
         if self.inside is None:
@@ -122,10 +123,10 @@ def _chunks(keys: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
 
 
 def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> RecordedErrors:
-    """The record in the store of `source` that suits a run: made with the `identity` that is wanted, at the run's `timesteps`.
+    """The record in the store of `source` that suits a run: its `identity` is `wanted`, and it has the run's timesteps.
 
-    timesteps [K] int64: those that the run draws from; the record may have more. Raises UserError, naming the difference, when
-    there is none, or it was recorded from other pairs than the store holds.
+    timesteps [K] int64: those that the run draws from; the record may have more. Raises UserError that names the
+    difference when no record suits, or the record was made from other pairs than the store holds.
     """
     store = of_store(source)
     if store is None:
@@ -160,7 +161,7 @@ def _differs(name: str, recorded: Any, wanted: Any) -> str:
 
 
 def about_record(folder: Path) -> dict[str, Any] | None:
-    """What record.json says, None where there is none. Raises DamagedStore."""
+    """The content of record.json, None where there is none. Raises DamagedStore."""
     return read_sealed(folder / "record.json", "record it again")
 
 
@@ -183,7 +184,7 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
 
 
 def bands(pieces: list[Piece]) -> dict[tuple[int, int], int]:
-    """Stretches of pairs (begin, end) and how many draws of each are recorded."""
+    """(begin, end) of each stretch of pairs -> the number of draws recorded of it."""
     found: dict[tuple[int, int], int] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.begin, piece.first)):
         found[piece.begin, piece.end] = max(found.get((piece.begin, piece.end), 0), piece.last)

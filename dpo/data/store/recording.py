@@ -1,4 +1,4 @@
-"""Recording reference errors: block by block, so that a kill costs little, by any number of processes."""
+"""Recording reference errors, block by block, so that a kill costs little; several processes may share the work."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from dpo.data.store.store import Contents, StoreSource
 
 log = logging.getLogger("dpo")
 
-BLOCK_PAIRS = 2048  # whose errors are written at once
+BLOCK_PAIRS = 2048  # pairs whose errors are written at once
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Errors to be recorded: `errors(batch) -> [2, B]`, in batches of `batch_size` pairs, for every pair in `draws` draws."""
+    """What to record: `errors(batch) -> [2, B]` of win and lose for every pair, in each of `draws` draws."""
 
     contents: Contents
-    identity: Mapping[str, Any]
+    identity: Mapping[str, Any]  # see recorded.identity
     timesteps: tuple[int, ...]
     made_with: Mapping[str, Any]  # for people to read
     draws: int
-    batch_size: int
+    batch_size: int  # pairs
     errors: Callable[[PairBatch], Tensor]
     decoding: Decoding  # its seed decides the order of the pairs too
     shard: tuple[int, int] = (0, 1)  # this process and the number of processes
@@ -46,9 +46,9 @@ class Recording:
 
 
 def record(task: Recording) -> tuple[Path, bool]:
-    """Records what is missing; the record's folder, and whether it is complete (another process may still be at work).
+    """Records what is missing. Returns the record's folder, and whether it is complete.
 
-    Raises UserError when an error is not finite.
+    It is not while other processes are still at work. Raises UserError when an error is not finite.
     """
     named = json.dumps([dict(task.identity), list(task.timesteps)], sort_keys=True)
     folder = task.contents.folder / FOLDER / digest(named)[:12]
@@ -56,8 +56,8 @@ def record(task: Recording) -> tuple[Path, bool]:
     about = about_record(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
     for entry in about["pieces"]:
         check_shard(folder / entry["file"], entry)
-        shutil.rmtree(folder / Piece(*entry["piece"]).name, ignore_errors=True)  # left by a kill just before its removal
-    if task.shard[1] == 1:  # else another process may be writing there
+        shutil.rmtree(folder / Piece(*entry["piece"]).name, ignore_errors=True)  # its blocks, where a kill left them
+    if task.shard[1] == 1:  # with several, another process may be writing there
         sweep_away(folder)
     complete = True
     for piece in _missing(about, task):
@@ -81,8 +81,8 @@ def _missing(about: Mapping[str, Any], task: Recording) -> list[Piece]:
 def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None:
     """The entry of a piece, recorded block by block; None while blocks of other processes are missing.
 
-    Batches are those that a training run over these pairs has, from its start on, so that a run of the same batch size sees
-    the very same ones; the last one reaches into the epoch after.
+    The batches are those of a training run over these pairs from its start, so that a run of the same batch size has
+    exactly these; the last one may reach into the next epoch.
     """
     contents, size = task.contents, task.batch_size
     pairs = StoreSource(contents, np.arange(piece.begin, piece.end), 0.0)
@@ -113,7 +113,7 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
 
 
 def _block(task: Recording, pairs: StoreSource, start: int, stop: int) -> dict[str, Tensor]:
-    """Errors [2, N] of the N pairs at positions start..stop-1 of a run over `pairs`, and which pair and draw each is of [N]."""
+    """The N positions start..stop-1 of a run over `pairs`: "errors" [2, N], and the "pair" and "draw" [N] of each."""
     order = Order(task.decoding.seed, start, task.batch_size, stop)
     stream = read(pairs, run_order(pairs, order), task.decoding)
     found: dict[str, list[Tensor]] = {"pair": [], "draw": [], "errors": []}

@@ -1,7 +1,7 @@
 """A prepared store as a source of pairs: latents and encoded captions instead of images and text, in the same order.
 
-A store is one folder of shards, or an index over such folders (parts). About 50 bytes a pair and an image are kept in memory;
-latents and encodings stay in the memory-mapped files and are checked, row by row, whenever they are read.
+A store is one folder of shards, or an index over such folders (parts). About 50 bytes a pair are kept in memory;
+latents and encodings stay in the memory-mapped files, and each row is checked whenever it is read.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from dpo.data.store.files import (
 )
 from dpo.settings.config import Data
 
-OPEN_SHARDS = 4096  # maps kept; they cost address space, not memory
+OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
 
 
 class Rows(NamedTuple):
-    """Where the rows of all shards are: the first row of each, and the one after the last."""
+    """Where the rows of all shards are: the first row of each shard, and the number of all rows."""
 
     starts: np.ndarray  # [shards + 1] int64
 
@@ -50,7 +50,10 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """All of a store but its latents and encodings. Rows count through all shards; -1 is an image that cannot be used."""
+    """All of a store but its latents and encodings.
+
+    Rows of images and captions count through all shards; -1 is an image that cannot be used.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
@@ -72,6 +75,7 @@ class Contents:
 
     @functools.lru_cache(OPEN_SHARDS)  # noqa: B019  (a run has one or two stores, and keeps them)
     def shard(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, as views on its file."""
         return open_shard(self.shards[number])
 
     def __hash__(self) -> int:
@@ -81,7 +85,11 @@ class Contents:
         return self is other
 
     def rows(self, kind: str, names: Sequence[str], rows: Sequence[int]) -> list[Tensor]:
-        """Tensors [N, ...] of images or captions (`kind` "image" or "caption"), zero where the row is -1. Raises DamagedStore."""
+        """A tensor [N, ...] for each name, of the images or captions at `rows` [N]; zero where the row is -1.
+
+        kind: "image" or "caption"; names: of files.LATENTS or files.TEXT. Raises DamagedStore when a row fails its
+        checksum.
+        """
         where = self.images if kind == "image" else self.captions
         all_names = [name for name in (LATENTS if kind == "image" else TEXT) if name in self._names(kind)]
         found: list[list[Tensor]] = [[] for _ in names]
@@ -118,14 +126,14 @@ class Contents:
         return self._first(kind)[name][:1]
 
     def text(self, row: int) -> str:
-        """A caption in words."""
+        """The caption at a row."""
         number, at = self.captions.find(row)
         shard = self.shard(number)
         begin = int(shard["caption_end"][at - 1]) if at else 0
         return bytes(shard["caption_text"][begin : int(shard["caption_end"][at])].numpy()).decode("utf-8", "surrogatepass")
 
     def micro(self, rows: Sequence[int]) -> Tensor:
-        """SDXL's size and crop numbers of images [N, 6] int64; those of a plain square where the row is -1."""
+        """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut square where the row is -1."""
         side = self.settings["resolution"]
         plain = torch.tensor([side, side, 0, 0, side, side])
         places = [self.images.find(row) if row >= 0 else None for row in rows]
@@ -142,14 +150,14 @@ class StoreSource:
     """The pairs of a store that a run uses, in the order in which they were prepared."""
 
     contents: Contents
-    pairs: np.ndarray  # [m] int64: which
+    pairs: np.ndarray  # [m] int64, their numbers in the store
     smoothing: float
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Pair:
-        """The pair without its images' files."""
+        """The pair, whose images have neither bytes nor a path."""
         inside, at = self.contents, int(self.pairs[index])
         prob = float(inside.prob[at])
         win, lose = ImageRef(f"image {inside.win[at]}"), ImageRef(f"image {inside.lose[at]}")
@@ -185,7 +193,7 @@ def is_store(path: Path) -> bool:
 
 
 def of_store(source: Source) -> StoreSource | None:
-    """The source as pairs of a store, None when it is of another kind."""
+    """`source` as pairs of a store, None when it is no store or subset of one."""
     if isinstance(source, StoreSource):
         return source
     if isinstance(source, Subset):
@@ -195,7 +203,10 @@ def of_store(source: Source) -> StoreSource | None:
 
 
 def open_store(folder: Path, data: Data) -> StoreSource:
-    """The pairs of a finished store. Raises UserError when it is unfinished, damaged or does not suit `data`."""
+    """The pairs of a finished store that `data` asks for.
+
+    Raises UserError when it is unfinished, damaged or unsuitable.
+    """
     contents = read_contents(folder)
     _suit(contents, data)
     pairs = np.arange(len(contents.key))
@@ -217,7 +228,11 @@ def _suit(contents: Contents, data: Data) -> None:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Reads the index and the tables of a finished store. Raises UserError, DamagedStore where a file is not what it should be."""
+    """Reads the index and the tables of a finished store.
+
+    Raises UserError when it is unfinished or its parts differ in settings, DamagedStore when a file is missing or
+    altered.
+    """
     index = _finished(folder)
     parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
     for where, part in parts:
@@ -277,7 +292,7 @@ def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) -> tuple[np.ndarray | None, int | None]:
-    """What decides the order of an epoch, as in the source: kept where all the pairs are from one source."""
+    """`groups` and `window` of the source, which decide the order of an epoch; (None, None) for several sources."""
     sources = [source for _, part in parts for source in part["sources"]]
     if len({source["fingerprint"].split(":")[0] for source in sources}) != 1 or not sources[0]["groups"]:
         return None, None
@@ -285,7 +300,7 @@ def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) 
 
 
 def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], bad: int) -> dict[str, int]:
-    """The counts of all sources together; those of one source that was cut into parts count once."""
+    """The counts of all sources, summed; a source that was cut into parts counts once."""
     summaries = {source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]}
     total: dict[str, int] = {}
     for summary in summaries.values():
@@ -315,7 +330,7 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
-    """Makes `folder` an index over finished stores; nothing of theirs is rewritten. Raises UserError."""
+    """Makes `folder` an index over finished stores, whose files stay as they are. Raises UserError."""
     entries = []
     for part in parts:
         if "parts" in _finished(part):
@@ -332,7 +347,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def verify(folder: Path) -> list[str]:
-    """Reads every byte of a store; what is wrong with it, a line for each file. Empty: all is as it was prepared."""
+    """Reads every byte of a store; returns a line for each file that is wrong, none when all is as it was prepared."""
     wrong = []
     try:
         index = _finished(folder)
