@@ -24,7 +24,10 @@ SETTINGS = (
 
 
 def write_model_card(run_folder: Path | str) -> Path:
-    """Write README.md into a run folder, replaced in one move; UserError when there is no run in it."""
+    """Writes README.md into a run folder, in one step; its path.
+
+    Raises UserError when there is no run in the folder.
+    """
     run = read_run(run_folder)
     path = run.folder / CARD_FILE
     write_text(path, model_card(run))
@@ -47,7 +50,7 @@ def model_card(run: RunFolder) -> str:
 
 
 def _front_matter(run: RunFolder) -> str:
-    """YAML; every text is written as a JSON string, which YAML reads as it is."""
+    """The card's metadata as YAML; every text is written as a JSON string, which is valid YAML."""
     base = run.setting("model")
     data = run.setting("data")
     tags = ["text-to-image", "diffusers", "preference-alignment", "diffusion-dpo" if run.method == "dpo" else run.method]
@@ -147,7 +150,7 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """User text on one line of Markdown, without HTML of its own."""
+    """A user's text on one line of Markdown, with HTML escaped."""
     return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
 
-# Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.plots.svg).
+# Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
 LIGHT = {"ink": "#1d1d22", "quiet": "#6a6a74", "grid": "#e3e3e8", "policy": "#2563c9", "other": "#c2570c", "third": "#0f8a6d"}
 
 
@@ -47,7 +47,7 @@ def _moving_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _thinned(*arrays: np.ndarray) -> list[np.ndarray]:
-    """The same at most POINTS places of each array [N], by means over equal stretches."""
+    """Each array [N] in at most POINTS values: the means over equal stretches, the same ones for all arrays."""
     count = len(arrays[0])
     if count <= POINTS:
         return list(arrays)
@@ -56,7 +56,7 @@ def _thinned(*arrays: np.ndarray) -> list[np.ndarray]:
 
 
 def _curve(axes: Axes, run: RunFolder, name: str, colour: str, label: str | None = None, noisy: bool = True) -> None:
-    """A figure over the updates; of a noisy one every value faintly, their moving mean on top."""
+    """Draws a figure over the updates; a noisy one as faint values with their moving mean on top."""
     steps, values = run.series(name)
     if not len(steps):
         return
@@ -89,7 +89,7 @@ def _over_timesteps(axes: Axes) -> None:
 
 
 def _short_numbers(axes: Axes) -> None:
-    """Every tick says its whole value: an exponent in the corner is overlooked, and collides with the legend."""
+    """Writes every tick's whole value: an exponent in the corner would be overlooked, and would cover the legend."""
     if axes.get_yscale() == "linear":
         axes.yaxis.set_major_formatter(lambda value, _: _short(value))
 
@@ -160,7 +160,7 @@ def _factor(axes: Axes, run: RunFolder) -> None:
 
 
 def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, RunFolder], None]:
-    """A chart of one figure over the updates whose axis begins at 0."""
+    """A function that draws one figure over the updates, on an axis that begins at 0."""
 
     def draw(axes: Axes, run: RunFolder) -> None:
         _curve(axes, run, name, colour, noisy=noisy)
@@ -171,7 +171,7 @@ def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, Ru
 
 
 def _bars(name: str, level: float) -> Callable[[Axes, RunFolder], None]:
-    """A chart of one figure by timestep decile at the end of the run, as bars from the level of no change."""
+    """A function that draws one figure by timestep decile at the run's end, as bars from the level of no change."""
 
     def draw(axes: Axes, run: RunFolder) -> None:
         values = run.late_deciles(name)
@@ -203,7 +203,10 @@ def _weighted_table(axes: Axes, run: RunFolder) -> None:
 
 
 def _noisy_table(axes: Axes, values: np.ndarray, colour: str) -> None:
-    """A vector [T] over the timesteps: faintly as it is, its moving mean on top; the axis leaves out the most extreme 1 %."""
+    """Draws a vector [T] over the timesteps: faint values, their moving mean on top.
+
+    The axis leaves out the outermost 1 %.
+    """
     steps, raw, smooth = _thinned(np.arange(len(values), dtype=float), values, _moving_mean(values, max(1, len(values) // 20)))
     axes.plot(steps, raw, color=LIGHT[colour], alpha=0.3, linewidth=0.9)
     axes.plot(steps, smooth, color=LIGHT[colour])
@@ -223,7 +226,8 @@ def _correction(axes: Axes, run: RunFolder) -> None:
 
 def _convergence(axes: Axes, run: RunFolder) -> None:
     rows = [(update["step"], update["correction_by_decile"]) for update in run.updates if update.get("correction_by_decile")]
-    steps, values = np.array([row[0] for row in rows], dtype=float), np.array([row[1] for row in rows], dtype=float)  # [N, 10]
+    # steps [N], values [N, 10]
+    steps, values = np.array([row[0] for row in rows], dtype=float), np.array([row[1] for row in rows], dtype=float)
     thin = _thinned(steps, *values.T)
     for decile in (0, 3, 6, 9):
         axes.plot(
@@ -257,7 +261,7 @@ def _has_weight(run: RunFolder) -> bool:
 
 
 def _has_tables(run: RunFolder) -> bool:
-    """A method without the stepwise correction has a precision of 0 everywhere."""
+    """Whether the method has the stepwise correction: without it the precision is 0 everywhere."""
     return all(name in run.tables for name in ("table", "precision", "correction")) and bool(run.tables["precision"].any())
 
 

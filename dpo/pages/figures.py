@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-DECILES = 10  # parts of the clock that figures `<name>_by_decile` are given for
+DECILES = 10  # equal stretches of the timesteps, for the figures `<name>_by_decile`
 
 
 class Figure(NamedTuple):
-    """How a figure is said. Only what a page shows needs words there."""
+    """How a figure is shown. A page that does not show it needs no words."""
 
     format: str  # of its number in the report
     words: str = ""  # in the table of a sweep
@@ -57,5 +57,5 @@ def shown(name: str, value: float | int) -> str:
 
 
 def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures of the progress line, those that are known: loss, accuracy, margin, held-out accuracy, speed, MFU, memory."""
+    """The known figures of the progress line: loss, accuracy, margin, held-out accuracy, speed, MFU, memory."""
     return [FIGURES[name].line.format(metrics[name]) for name in LINE if metrics.get(name) is not None]

@@ -1,7 +1,7 @@
-"""A run folder: the list of its files (ENTRIES), and the folder as data, from which report, plots and model card are made.
+"""A run folder: the list of its files (ENTRIES), and its content, from which report, plots and model card are made.
 
     config.toml       every setting, by group (dpo.settings.config.to_toml)
-    metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" events hold the held-out accuracy
+    metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" has the held-out accuracy
     summary.json      how the run went; every key may be missing:
         status        "finished", "interrupted" or "failed"; reason: one line for the last two
         steps         updates wanted;  seconds: duration;  started: ISO time
@@ -12,7 +12,7 @@
         evaluation    win_rate, win_rate_interval [low, high], prompts, faithfulness_before, faithfulness_after, judge
         notes, warnings   lists of lines
     tables.json       weight, precision, table, correction: [T] each (methods dde*); weight for the others too
-    samples/*.png     grids of dpo.drawing, in the order of their names
+    samples/*.png     grids of dpo.drawing.grid, in the order of their names
 
 Everything but the folder itself may be missing: a run that was killed early, or is still going on, can be read too.
 """
@@ -48,11 +48,11 @@ class Entry(NamedTuple):
 
     name: str
     what: str
-    writer: str  # the file of this package that writes it
+    writer: str  # the file of dpo/ that writes it
     folder: bool = False
     marks_run: bool = False  # a folder that has it holds a run
-    guarded: bool = False  # a folder that has it and holds no run is somebody's, and is not written into
-    cleared: bool = False  # --overwrite deletes it before the first update; the others are written over
+    guarded: bool = False  # a folder with this file but without a run belongs to something else: it is refused
+    cleared: bool = False  # --overwrite deletes it before the first update; the other files are written over
     uploaded: bool = True  # --push-to-hub takes it along
 
 
@@ -88,14 +88,14 @@ LATE = 0.2  # "at the end of the run" means the last fifth of its updates
 
 
 class RunFolder(NamedTuple):
-    """A run as its folder tells it."""
+    """A run, read from its folder."""
 
     folder: Path
     settings: dict[str, dict[str, Any]]  # by group
     summary: dict[str, Any]
     updates: list[dict[str, Any]]  # by step, ascending
     events: list[dict[str, Any]]
-    tables: dict[str, np.ndarray]  # [T] each
+    tables: dict[str, np.ndarray]  # [T] float64 each
     grids: list[Path]
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -117,7 +117,7 @@ class RunFolder(NamedTuple):
 
     @property
     def row(self) -> Method:
-        """The method's row in METHODS; a method that this version does not know reads as dpo under its own name."""
+        """The method's row in METHODS; for a method that this version does not know, dpo's row under that name."""
         unknown = replace(METHODS["dpo"], name=self.method, title=self.method)
         return METHODS.get(self.method, unknown)
 
@@ -150,7 +150,7 @@ class RunFolder(NamedTuple):
 
     @property
     def status(self) -> str:
-        """finished, interrupted or failed; without a summary the run was cut off, or is not over."""
+        """One of "finished", "interrupted" and "failed"; "interrupted" too where there is no summary (yet)."""
         return str(self.summary.get("status", "interrupted"))
 
     @property
@@ -176,7 +176,7 @@ class RunFolder(NamedTuple):
         return int(sum(update.get("pairs") or 0 for update in self.updates))
 
     def late_deciles(self, name: str) -> np.ndarray:
-        """A `<name>_by_decile` figure [10] over the last fifth, each update weighted by its pairs; nan where there was none."""
+        """A `<name>_by_decile` figure [10] over the last fifth, weighted by the updates' pairs; nan without a value."""
         late = self.updates[-max(1, round(len(self.updates) * LATE)) :]
         empty: list[Any] = [None] * DECILES
         values = np.array([update.get(f"{name}_by_decile") or empty for update in late], dtype=float).reshape(-1, DECILES)
@@ -189,7 +189,7 @@ class RunFolder(NamedTuple):
 
 
 def read_run(folder: Path | str) -> RunFolder:
-    """Read a run folder; UserError when there is no run in it."""
+    """Reads a run folder. Raises UserError when there is no run in it."""
     folder = Path(folder)
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         raise UserError(f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder")
@@ -226,7 +226,10 @@ def _settings(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """Every whole line of a metrics file, in order; a line torn by a kill is left out. A missing file is empty."""
+    """The objects of a metrics file, one a line, in order; a line torn by a kill is left out.
+
+    Empty for a missing file.
+    """
     path = Path(path)
     records: list[dict[str, Any]] = []
     if not path.exists():

@@ -1,6 +1,7 @@
 """The plots of a run: its charts as SVG for the report and as PNG files for the run folder.
 
-As SVG the colours become CSS variables (`var(--policy)`), so that a page can be light or dark; as PNG they are those of `LIGHT`.
+In SVG the colours are CSS variables (`var(--policy)`), so that a page can be light or dark; in PNG they are those of
+`LIGHT`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def svg(chart: Chart, run: RunFolder) -> str:
 
 
 def write_plots(run_folder: Path | str) -> list[Path]:
-    """curves.png, deciles.png and, where there are tables, dde.png in the run folder; those without data are left out."""
+    """Writes curves.png, deciles.png and, for DDE, dde.png into the run folder; their paths.
+
+    Plots without data are left out.
+    """
     run = read_run(run_folder)
     plan = {CURVES_FILE: ("learning", "machine"), DECILES_FILE: ("timesteps",), DDE_FILE: ("dde",)}
     found = charts(run)

@@ -2,8 +2,8 @@
 
     python -m dpo.report FOLDER
 
-Works on any run folder (see dpo.pages.folder), also of a run that was interrupted or is still going on. The page needs no network
-and no script, adapts to phones and to dark mode, and escapes whatever came from the user.
+Works on any run folder (dpo/pages/folder.py), also on that of an interrupted or unfinished run. The page needs no
+network and no script, adapts to phones and to dark mode, and escapes all text that came from the user.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Tile(NamedTuple):
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Make report.html of a run folder, replaced in one move; UserError when there is no run in it."""
+    """Writes report.html into a run folder, in one step; its path.
+
+    Raises UserError when there is no run in the folder.
+    """
     run = read_run(run_folder)
     path = run.folder / REPORT_FILE
     write_text(path, render(run))
@@ -74,7 +77,7 @@ def write_report(run_folder: Path | str) -> Path:
 
 
 def render(run: RunFolder) -> str:
-    """The page of a run."""
+    """The page of a run, as HTML."""
     environment = Environment(
         loader=PackageLoader("dpo.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -154,7 +157,7 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, str]:
-    """Cells of the last grid with their images as data URIs, how many more there are, a foreign picture as a whole, its step."""
+    """The last grid: cells with images as data URIs, the number of other cells, a foreign picture whole, the step."""
     if not run.grids:
         return [], 0, None, "after it"
     last = run.grids[-1]
@@ -172,7 +175,7 @@ def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, st
 
 
 def _data_uri(image: Image.Image) -> str:
-    """An image inside the page, as WebP."""
+    """The data URI of an image, as WebP."""
     image = image.convert("RGB")
     if image.width > WIDEST_IMAGE:
         image = image.resize((WIDEST_IMAGE, round(image.height * WIDEST_IMAGE / image.width)), Image.Resampling.LANCZOS)
@@ -182,7 +185,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _figures(run: RunFolder) -> dict[str, Any]:
-    """A dozen updates spread over the run, as a table of texts."""
+    """The figures of a dozen updates spread over the run, as a table of texts."""
     names = [name for name in REPORT if any(update.get(name) is not None for update in run.updates)]
     count = len(run.updates)
     places = sorted({round(index * (count - 1) / max(1, ROWS_SHOWN - 1)) for index in range(ROWS_SHOWN)}) if count else []

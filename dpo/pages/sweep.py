@@ -20,12 +20,12 @@ from dpo.pages.plots import STYLE
 
 
 def name_of(cell: dict[str, str]) -> str:
-    """The folder of a run of the sweep: its settings by name."""
+    """The name of a run's folder below the sweep's: the run's settings."""
     return "_".join(f"{axis}-{value}" for axis, value in cell.items()).replace("/", "-")
 
 
 def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Writes sweep.csv, sweep.md and sweep.png; the rows of the table, one a run."""
+    """Writes sweep.csv, sweep.md and sweep.png; returns the rows of the table, one for each run."""
     rows = [row(out / name_of(cell), cell) for cell in runs]
     columns = list(rows[0])
     table = io.StringIO()
@@ -40,7 +40,7 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
-    """One run in figures; empty where it has none."""
+    """A run's settings and figures; figures that it does not have are empty."""
     found: dict[str, Any] = {**cell, "status": "failed" if (folder / FAILED_FILE).is_file() else "not started", "updates": 0}
     held_out = FIGURES["heldout_accuracy"].words
     columns = [*(FIGURES[name].words for name in SWEEP), held_out, "held-out low", "held-out high", "win rate", "seconds"]

@@ -36,7 +36,7 @@ OVERFIT = 0.15
 
 
 class Caution(NamedTuple):
-    """A reason to be wary: what was seen, and what it means and what to do."""
+    """A reason to be wary: what was seen, what it means and what to do."""
 
     title: str
     text: str
@@ -44,7 +44,7 @@ class Caution(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """level: "good", "mixed", "poor" or "early" (too little to tell)."""
+    """The judgement on a run. level: "good", "mixed", "poor" or "early" (too little to tell)."""
 
     level: str
     headline: str
@@ -79,7 +79,7 @@ def held_out(run: RunFolder) -> Evidence | None:
 
 
 def win_rate(run: RunFolder) -> Evidence | None:
-    """Share of judged images that the judge prefers to those from before the training."""
+    """The share of images after the training that the judge prefers to those from before it."""
     found = run.evaluation
     share = found.get("win_rate")
     if not isinstance(share, (int, float)):
@@ -90,7 +90,7 @@ def win_rate(run: RunFolder) -> Evidence | None:
 
 
 def faithfulness_loss(run: RunFolder) -> float | None:
-    """How much of the share of images that show what the prompt says was lost; negative for a gain."""
+    """How far the share of images that show what the prompt says has fallen; negative for a gain."""
     before, after = (run.evaluation.get(f"faithfulness_{when}") for when in ("before", "after"))
     return before - after if isinstance(before, (int, float)) and isinstance(after, (int, float)) else None
 
@@ -174,7 +174,7 @@ def _findings(run: RunFolder) -> list[str]:
 
 
 def warnings(run: RunFolder) -> list[Caution]:
-    """Everything that should make one wary, the grave ones first."""
+    """All reasons to be wary, the grave ones first."""
     checks = (
         _collapsed, _faithfulness, _both_errors_rise, _saturated, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
         _ties,

@@ -1,6 +1,6 @@
 """From a checked config to a run that is ready for its next update: model, data, reference, optimizer, tables.
 
-What can be refused is refused in the order of its cost: output folder, model index, data, checkpoint, and only then weights.
+Checks come in the order of their cost: output folder, model index, data, checkpoint, and only then weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ log = logging.getLogger("dpo")
 
 
 def build(config: Config, notes: list[str]) -> Run:
-    """Make the run of `config`; `notes` are what reading the command line had to say."""
+    """Makes the run of `config`, restored from a checkpoint where one is resumed. Raises UserError.
+
+    notes: lines for the log from reading the command line.
+    """
     _start(config.runtime)
     device = pick_device(config.runtime.device)
     output = check_output(config)
@@ -102,7 +105,7 @@ def build(config: Config, notes: list[str]) -> Run:
         recorded=errors,
     )
     if errors is not None:
-        step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # a window chooses among the recorded draws
+        step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
         if run.done >= run.total:
@@ -113,19 +116,22 @@ def build(config: Config, notes: list[str]) -> Run:
 
 
 def _start(runtime: Runtime) -> None:
-    """Settings of the whole process. Raises UserError in one of several: they would train the same model side by side."""
+    """Sets what holds for the whole process: seed, threads, TF32.
+
+    Raises UserError when it is one of several processes: each would train the same model on its own.
+    """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(
             f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
         )
-    torch.manual_seed(runtime.seed)  # for libraries that initialise weights; no update consumes it
+    torch.manual_seed(runtime.seed)  # for libraries that initialise weights; no update draws from it
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
 
 
 def _check_named(named: NamedModel) -> None:
-    """Raises UserError for a model, or a part of one, that is not there; a hub model is downloaded."""
+    """Raises UserError for a named model or part of a model that does not exist; downloads a hub model."""
     assert named.model is not None, "the embedded one where none is named"
     locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
     check_part("--vae", named.vae)
@@ -133,7 +139,10 @@ def _check_named(named: NamedModel) -> None:
 
 
 def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from. "latest" of a folder that has none yet is a fresh start, said in the log."""
+    """The checkpoint to resume, None for a fresh start.
+
+    "latest" without any checkpoint starts afresh, with a warning.
+    """
     which, root = output.resume, folder / CHECKPOINTS
     if which is None:
         return None
@@ -144,7 +153,7 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
 
 
 def _tell(config: Config, lines: list[str]) -> None:
-    """What was decided, what a person should know of it, and the run in one line."""
+    """Logs `lines` (what was decided), the warnings on the settings, and the headline of the run."""
     for line in lines:
         log.info("%s", line)
     for line in advice.warnings(config):
@@ -153,7 +162,10 @@ def _tell(config: Config, lines: list[str]) -> None:
 
 
 def _recorded(config: Config, plan: schedule.Schedule, source: Source, weights: str) -> recorded.RecordedErrors | None:
-    """The record of the reference's errors that suits the run, where it takes one in place of a reference model."""
+    """The recorded reference errors that suit the run, None where it computes them.
+
+    weights: the reference's fingerprint.
+    """
     if config.runtime.reference != "recorded":
         return None
     timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
@@ -166,9 +178,10 @@ def _live_reference(config: Config) -> bool:
 
 
 def _make_reference(config: Config, model: Model) -> tuple[Denoiser | None, str]:
-    """A frozen copy where the reference needs weights of its own, and their fingerprint; the policy's start, where another is named.
+    """A frozen copy where the reference needs its own weights (else None), and the fingerprint of its weights.
 
-    With recorded errors a policy that starts apart from the reference needs the copy for the held-out pairs alone.
+    Also loads the weights of --unet-init into the policy. With recorded errors, a policy that starts from other weights
+    than the reference needs the copy for the held-out pairs alone.
     """
     start = config.model.unet_init
     apart = start is not None and config.model.reference_model == "base"
@@ -184,7 +197,7 @@ def _make_reference(config: Config, model: Model) -> tuple[Denoiser | None, str]
 
 
 def _make_policy(config: Config, denoiser: Denoiser) -> list[BaseTunerLayer]:
-    """Adapters (their layers are returned), or all weights trainable."""
+    """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights."""
     low_rank = config.lora
     denoiser.train(low_rank.lora_dropout > 0)
     if not low_rank.lora:
@@ -212,7 +225,10 @@ def pair_step(
     compared: Denoise | None,
     device: torch.device,
 ) -> tuple[PairStep, credit.Tables]:
-    """The forward of a micro-batch, and the method's tables by timestep."""
+    """The forward of a micro-batch, and the method's tables [T] in float64.
+
+    compared: the reference, where it is live.
+    """
     method, precision = config.method, config.runtime.precision
     tables = credit.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
     real = torch.float64 if precision == "fp64" else torch.float32
@@ -258,7 +274,7 @@ def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
 def _held_out(
     config: Config, source: Source | None, step: PairStep, encoder: Encoder, compared: Denoise | None
 ) -> validation.HeldOut | None:
-    """The held-out pairs, encoded, with their reference errors."""
+    """The held-out pairs, encoded, with their reference errors; None where there are none or they are never used."""
     if source is None or not config.output.validate_every:
         return None
     data = config.data
@@ -269,7 +285,7 @@ def _held_out(
 
 
 def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:
-    """Counted work of a pair; `encoded`: its latents and text come from a store."""
+    """Counted FLOPs of training on a pair, and the device's peak; encoded: latents and text come from a store."""
     resolution = config.data.resolution
     assert resolution is not None, "decided when the model was loaded"
     side = resolution // model.vae_scale

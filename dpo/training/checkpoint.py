@@ -38,7 +38,7 @@ NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors[group][name]` on the CPU and the JSON `state`."""
+    """A checkpoint in memory: `tensors[group][name]` on the CPU, and the JSON object `state`."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -50,7 +50,7 @@ class Damaged(Exception):
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU, contiguous, no shared memory (safetensors refuses tensors that overlap)."""
+    """The tensors on the CPU, contiguous, without shared memory: safetensors refuses tensors that overlap."""
     seen: set[int] = set()
     result = {}
     for name, value in tensors.items():
@@ -63,7 +63,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write one safetensors file, flushed to disk; returns its checksum."""
+    """Writes one safetensors file, flushed to disk; returns its SHA-256, hexadecimal."""
     save_file(_storable(tensors), path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -71,7 +71,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint `folder`; it appears whole or not at all. Raises UserError when the disk is full."""
+    """Writes the checkpoint `folder`, which appears whole or not at all. Raises UserError when the disk is full.
+
+    tensors: by group and name, a file for each group; state: a JSON object.
+    """
     part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), "replaced"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
         part.mkdir()
         sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
         write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
-        if folder.exists():  # moved aside, not deleted first: the gap without either is two renames wide
+        if folder.exists():  # moved aside, not deleted: between the two renames alone neither is at its place
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
         os.replace(part, folder)
@@ -95,7 +98,7 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
+    """Reads and verifies a checkpoint. Raises Damaged when anything is missing, truncated or altered."""
     try:
         state, unaltered = unseal((folder / "state.json").read_text(encoding="utf-8"), "seal")
         form = state["format"]
@@ -128,9 +131,9 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def find(root: Path, which: str) -> Checkpoint:
-    """The checkpoint to resume: "latest" under `root`, or a path. A damaged one falls back to the one before, said in the log.
+    """The checkpoint to resume: "latest" under `root`, or a path to a checkpoint, a run or its checkpoints folder.
 
-    Raises UserError when there is none that can be read.
+    A damaged one is skipped with a warning, and the one before it is taken. Raises UserError when none can be read.
     """
     if which == "latest":
         candidates = listing(root)[::-1]
@@ -159,7 +162,7 @@ def find(root: Path, which: str) -> Checkpoint:
 
 
 def prune(root: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints (None or 0: all) and clear what a killed write left behind."""
+    """Keeps the newest `limit` checkpoints (None or 0: all) and deletes the unfinished ones of killed writes."""
     for path in root.glob(".step-*.part-*"):
         shutil.rmtree(path, ignore_errors=True)
     if limit:
@@ -168,7 +171,7 @@ def prune(root: Path, limit: int | None) -> None:
 
 
 def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested mappings; bitsandbytes keeps its quantised state one level down."""
+    """(dotted name, value) of everything in nested mappings: bitsandbytes keeps its quantised state one level down."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}.{key}")
@@ -177,9 +180,9 @@ def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the JSON rest).
+    """An optimizer's state_dict -> (tensors by "index.key" or "index.outer.key", the rest, fit for JSON).
 
-    A state that names its `format` is one set of tensors for all parameters (csrc_triton's AdamW8bit).
+    csrc_triton's AdamW8bit names a "format": its state is one set of tensors for all parameters.
     """
     if "format" in state:
         return dict(state["state"]), {"format": state["format"], "param_groups": state["param_groups"]}
@@ -206,7 +209,7 @@ def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Put a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
+    """Puts a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
     optimizer.load_state_dict(unpack(tensors, rest))
     if "format" in rest:
         return
@@ -219,7 +222,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
-    """Put saved tensors into live ones, in place. Raises UserError when names, shapes or dtypes differ."""
+    """Copies saved tensors into the live ones. Raises UserError, naming `what`, when names, shapes or dtypes differ."""
     if list(parameters) != list(saved) and set(parameters) != set(saved):
         raise UserError(f"the checkpoint's {what} belongs to another model or other LoRA settings; start without --resume")
     with torch.no_grad():

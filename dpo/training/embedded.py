@@ -1,4 +1,4 @@
-"""The small world inside the package where no model or no data is named."""
+"""Where no model or no data is named: the small world inside the package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Counted FLOPs of a training step (a multiply-add is two) and the peaks of known GPUs, for TFLOP/s and MFU.
 
-The count runs the real forward on the meta device: no memory, no arithmetic, and every convolution, matrix product and
-attention is seen.
+The count runs the real forward on the meta device: without memory or arithmetic, it sees every convolution, matrix
+product and attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PEAK_BF16_TFLOPS = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of the GPU in TFLOP/s, or None for a device that the table does not know (a CPU, say)."""
+    """Dense bf16 peak of the GPU in TFLOP/s, None for a device that is not in the table, such as a CPU."""
     words = f" {device_name.replace('-', ' ')} "
     return next((peak for name, peak in PEAK_BF16_TFLOPS if f" {name} " in words), None)
 
@@ -35,7 +35,8 @@ def peak_tflops(device_name: str) -> float | None:
 def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: int = 77) -> int:
     """FLOPs of one image's forward through a `UNet2DConditionModel` of this config.
 
-    height and width are those of the latent. Adapters are not counted (rank 8 adds under one per cent).
+    height and width are those of the latents, text_length is in tokens. Adapters are not counted (rank 8 adds under 1
+    %).
     """
     return _unet_flops(_architecture(config), height, width, text_length)
 
@@ -68,7 +69,7 @@ def _vae_encode_flops(architecture: str, height: int, width: int) -> int:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    """A config as JSON, so that a count is kept for as long as the process lives; not the place where the weights lie."""
+    """A config as JSON, the key under which a count is cached. It leaves out the path of the weights."""
     return json.dumps({name: value for name, value in config.items() if name != "_name_or_path"}, sort_keys=True, default=str)
 
 
@@ -83,10 +84,10 @@ def pair_flops(
 ) -> float:
     """FLOPs of training on one pair, from the forward FLOPs of one image through the UNet.
 
-    The backward of a full fine-tuning costs two forwards (activations and weights), that of adapters one (activations).
-    recompute: share of the forward that checkpointing runs again (leave it 0 for MFU, which counts useful work only).
-    reference: "live" adds its forward, "recorded" and None add nothing. halves: 1 where only the winner is seen (sft).
-    encode: FLOPs of the VAE encoding of one image where latents are not cached.
+    The backward of full fine-tuning costs two forwards (activations and weights), that of adapters one (activations).
+    recompute: share of the forward that checkpointing runs again (0 for MFU, which counts useful work only). reference:
+    "live" adds its forward, "recorded" and None add nothing. halves: 2 images of a pair, 1 where only the winner is
+    used (sft). encode: FLOPs of the VAE encoding of one image where latents are not cached.
     """
     backward = {"full": 2.0, "lora": 1.0}[trainable]
     forwards = 1.0 + backward + recompute + (1.0 if reference == "live" else 0.0)
@@ -94,7 +95,7 @@ def pair_flops(
 
 
 def _added_conditions(config: Any) -> dict[str, torch.Tensor]:
-    """SDXL's pooled text and six size numbers; empty for families without them."""
+    """SDXL's pooled text and six sizes, for one image; empty for families without them."""
     if config.addition_embed_type != "text_time":
         return {}
     sizes = 6

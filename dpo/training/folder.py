@@ -12,7 +12,10 @@ from dpo.settings.config import Config, Output
 
 
 def check_output(config: Config) -> Path:
-    """The output folder, unless it cannot be one or holds another run that is neither resumed nor to be replaced."""
+    """The output folder.
+
+    Raises UserError when it cannot be written, or holds a run that is neither resumed nor replaced.
+    """
     output = Path(config.output.output).expanduser()
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
@@ -36,7 +39,10 @@ def check_output(config: Config) -> Path:
 
 
 def clear_output(output: Path, asked: Output) -> None:
-    """Make the output folder; with --overwrite, drop what an earlier run left that could be taken for this one's."""
+    """Makes the output folder.
+
+    With --overwrite, deletes the files of an earlier run that could be taken for this one's.
+    """
     if asked.overwrite and not asked.resume:
         for entry in ENTRIES:
             if entry.cleared and entry.folder:

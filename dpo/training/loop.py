@@ -41,7 +41,10 @@ TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
 
 @contextmanager
 def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Inside the block `handler` gets these signals (in the main thread, which alone may say so)."""
+    """Inside the block `handler` gets these signals.
+
+    Does nothing outside the main thread, which alone may set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,7 +58,7 @@ def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event; a second SIGINT interrupts at once."""
+    """Inside the block SIGINT and SIGTERM set the event; a second SIGINT raises KeyboardInterrupt at once."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -70,7 +73,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 
 def until(stop: threading.Event, batches: Iterator[PairBatch], count: int) -> Iterator[PairBatch]:
-    """The next `count` micro-batches; raises Stopped between two of them once `stop` is set."""
+    """The next `count` micro-batches. Raises Stopped before the next one once `stop` is set."""
     for batch in itertools.islice(batches, count):
         if stop.is_set():
             raise Stopped
@@ -78,16 +81,19 @@ def until(stop: threading.Event, batches: Iterator[PairBatch], count: int) -> It
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the GPU, or of this process on a CPU."""
+    """The most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
-    """Run `config` from where it stands to its end. Returns the exit code; raises UserError for what a person can mend."""
+    """Trains the run of `config` to its end, from its checkpoint where it is resumed; the exit code.
+
+    Raises UserError for what a person can mend.
+    """
     try:
-        with handled(signal.default_int_handler, signal.SIGTERM):  # outside of the updates it interrupts, as Ctrl-C does
+        with handled(signal.default_int_handler, signal.SIGTERM):  # outside the updates it interrupts like Ctrl-C
             _train(config, notes, train_step)
     except Stopped:
         return INTERRUPTED
@@ -109,7 +115,7 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
 
 
 def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
-    samples.asked_prompts(config.output)  # a file that is missing is noticed before anything is loaded
+    samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
     run = build.build(config, notes)
     clear_output(run.output, config.output)
     out = run.config.output
@@ -133,7 +139,7 @@ def _begin(run: Run, trackers: Trackers) -> None:
 
 
 def _finish(run: Run, trackers: Trackers) -> None:
-    """The result, the last images, what the embedded world's judge says, and the pages made from them."""
+    """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
     policy = results.write(run)
     samples.write(run)
     if run.config.output.judge and outcome.is_embedded(run.model):
@@ -145,7 +151,10 @@ def _finish(run: Run, trackers: Trackers) -> None:
 
 
 def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
-    """Raises Stopped when interrupted: by then the result is whole, and a run that goes on judges it again."""
+    """Judges the result.
+
+    Raises Stopped when interrupted: the result is already written, and --resume judges it again.
+    """
     try:
         run.evaluation = outcome.judged(policy, run.device)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
@@ -157,7 +166,10 @@ def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
 
 
 def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
-    """All updates that are left. Raises Stopped when asked to stop, after a checkpoint."""
+    """Makes all updates that are left.
+
+    Raises Stopped after `stop` was set, and UserError when training cannot go on; both after writing a checkpoint.
+    """
     out, optim = run.config.output, run.config.optim
     batches = run.batches()
     held_out: Figures = {}
@@ -201,7 +213,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
 
 
 def _stop(run: Run, trackers: Trackers) -> None:
-    """Drop the update in progress, write a checkpoint of the last whole one, and say how to go on."""
+    """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on."""
     run.drop()
     path = snapshot(run)
     trackers.event({"event": "interrupted", "step": run.done})

@@ -1,10 +1,10 @@
-"""What a training step says about itself: accumulated on the device, read once per optimizer step.
+"""The figures of an optimizer step: accumulated on the device, read once per step.
 
-Legend: B pairs of a micro-batch, N pairs of an optimizer step (all micro-batches, holes included), T timesteps, R rows kept of
-each pair.
+Legend: B pairs of a micro-batch, N pairs of an optimizer step (all micro-batches, holes included), T timesteps, R rows
+kept of each pair.
 
-Every value kept is per pair, so the figures do not depend on how the step was cut into micro-batches, and the rows of several
-processes may simply be concatenated along N before `summarise`.
+Every value kept is per pair, so the figures do not depend on how the step was cut into micro-batches, and the rows of
+several processes may simply be concatenated along N before `summarise`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StepMetrics:
         self._rows: list[Tensor] = []
 
     def add(self, terms: PairTerms, prob: Tensor, usable: Tensor) -> None:
-        """Keep one micro-batch: prob and usable are [B]. Nothing here waits for the device."""
+        """Keeps one micro-batch: prob and usable are [B]. Nothing here waits for the device."""
         values = (
             terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.timesteps, prob, usable,
         )  # fmt: skip
@@ -42,7 +42,7 @@ class StepMetrics:
         self._rows.append(torch.stack([value.detach().to(dtype) for value in values]))
 
     def take(self) -> Tensor:
-        """The rows [R, N] of the step, still on the device; the accumulator is empty afterwards."""
+        """The rows [R, N] of the step, in fp32 or wider, on the device; the accumulator is empty afterwards."""
         rows = torch.cat(self._rows, dim=1)
         self._rows = []
         return rows
@@ -50,8 +50,8 @@ class StepMetrics:
     def read(self, scalars: Mapping[str, Tensor] | None = None, tables: Mapping[str, Tensor] | None = None) -> dict:
         """The step's figures, by one transfer to the host; empties the accumulator.
 
-        scalars: device values of one element that should travel along (the gradient norm); they come back under their names.
-        tables: vectors [T] (the stepwise table, its correction); they come back as `<name>_by_decile`.
+        scalars: device tensors of one element, such as the gradient norm, read in the same transfer; they keep their
+        names. tables: vectors [T] (DDE's table, its correction), returned as their means `<name>_by_decile`.
         """
         scalars, tables = scalars or {}, tables or {}
         rows = self.take()
@@ -67,9 +67,9 @@ class StepMetrics:
 
 
 def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
-    """Rows [R, N] on the host to a dictionary of plain numbers; holes (usable 0) count nowhere.
+    """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere.
 
-    A figure without any pair, or one that is not finite (a method without a reference), is None.
+    A figure without any pair, or one that is not finite (as without a reference), is None.
     """
     table = rows.double().numpy()
     row = dict(zip(ROWS, table[:, table[ROWS.index("usable")] > 0]))
@@ -102,7 +102,7 @@ def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
 
 
 def table_by_decile(table: Tensor) -> list[float | None]:
-    """Means of a vector [T] over ten equal stretches of the clock."""
+    """Means of a vector [T] over DECILES equal stretches of the timesteps."""
     values = table.double().cpu().numpy()
     edges = [len(values) * index // DECILES for index in range(DECILES + 1)]
     return [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]

@@ -16,7 +16,10 @@ log = logging.getLogger("dpo")
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler: str) -> float:
-    """Learning rate of update `step` (0 is the first): linear warm-up to `peak`, then constant, linear or cosine to 0."""
+    """The learning rate of update `step`, counted from 0: linear warm-up to `peak`, then constant, linear or cosine.
+
+    Linear and cosine end at 0. warmup: updates of the warm-up; steps: updates of the whole run.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -26,7 +29,10 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler:
 def build(
     kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """An optimizer by its flag name; what a fallback changes is said in the log. `seed` keys AdamW8bit's stochastic rounding."""
+    """The optimizer that --optimizer calls `kind`; a fallback is logged.
+
+    `seed` keys AdamW8bit's stochastic rounding.
+    """
     adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     on_gpu = parameters[0].is_cuda
     if kind == "adamw":
@@ -53,29 +59,29 @@ def build(
 class Updater:
     """Turns summed gradients into an update.
 
-    Gradients arrive as sums over pairs divided by the nominal batch (and, under fp16, times the loss scale);
-    `update` brings them to the mean over usable pairs, clips their global norm and steps.
+    Gradients arrive as sums over pairs divided by the nominal batch (and, under fp16, times the loss scale).
+    `grad_norm` brings them to the mean over usable pairs; `update` clips their global norm and steps.
     """
 
-    names: list[str]
+    names: list[str]  # of the parameters, in the denoiser
     parameters: list[Tensor]
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     scaler: torch.amp.GradScaler | None = None
     ema_decay: float = 0.0
-    ema: list[Tensor] = field(default_factory=list)
+    ema: list[Tensor] = field(default_factory=list)  # averaged weights in fp32 or wider; empty without averaging
 
     def __post_init__(self) -> None:
         if self.ema_decay > 0 and not self.ema:
             self.ema = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
+        """The loss to differentiate: under fp16 times the loss scale."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     @torch.no_grad()
     def grad_norm(self, share: float) -> Tensor:
-        """Unscale the gradients, divide by `share` (usable over nominal pairs) and return their global norm, on the device."""
+        """Unscales the gradients, divides them by `share` (usable over nominal pairs); their global norm, 0-d."""
         if not share:  # no usable pair: the gradients are zero, and no step follows
             return torch.zeros((), device=self.parameters[0].device)
         if self.scaler is not None:
@@ -88,7 +94,10 @@ class Updater:
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor) -> None:
-        """One optimizer step at learning rate `lr`; `norm` is what `grad_norm` returned. Gradients are dropped afterwards."""
+        """One optimizer step at learning rate `lr`, clipped by `norm`, the global norm from `grad_norm`.
+
+        Also updates the averaged weights, and drops the gradients.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm > 0 else None
@@ -105,7 +114,7 @@ class Updater:
         self.drop()
 
     def _step(self) -> None:
-        """The optimizer's own step; under fp16 the scaler leaves it out when a gradient overflowed."""
+        """The optimizer's own step; under fp16 the scaler skips it when a gradient overflowed."""
         if self.scaler is None:
             self.optimizer.step()
         else:
@@ -113,5 +122,5 @@ class Updater:
             self.scaler.update()
 
     def drop(self) -> None:
-        """Forget the gradients of a step in progress."""
+        """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=True)

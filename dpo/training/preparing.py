@@ -38,10 +38,10 @@ log = logging.getLogger("dpo")
 PART = "part-{:05d}-of-{:05d}"
 
 
-SHARD_BYTES = 256 * 2**20  # what a shard should hold
+SHARD_BYTES = 256 * 2**20  # the size that a shard should have
 
 
-LARGEST_BATCH = 256  # pairs, the first that is tried for recording on a GPU
+LARGEST_BATCH = 256  # pairs; the first size tried when recording on a GPU
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,7 +50,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Result = TypeVar("Result")
 
 
-# ----------------------------------------------------------------------------------------------------------------- encoding
+# --- encoding
 
 
 def encode_pairs(
@@ -62,9 +62,10 @@ def encode_pairs(
     pairs_per_shard: int | None = None,
     text_batch: int,
 ) -> bool:
-    """Encodes the pairs that `config` names into `folder`, or process `shard`'s share into a part below it. False: it was done.
+    """Encodes the pairs that `config` names into the store `folder`. False when the store already had them.
 
-    Latents and text are stored in `dtype`; VAE and text encoders compute in the precision that training has. Raises UserError.
+    shard: (this process, number of processes); with several, each encodes its share into a part below `folder`. Latents
+    and text are stored in `dtype`; VAE and text encoders compute in the precision of training. Raises UserError.
     """
     device = pick_device(config.runtime.device)
     config = embedded(config)
@@ -73,7 +74,7 @@ def encode_pairs(
     source = open_source(config.data)
     log.info("pairs: %s", describe(source))
     config, model, _, _ = load_model(config, device)
-    settings = identity(model) | {  # of the weights as they are stored: before they are cast
+    settings = identity(model) | {  # before the weights are cast: the identity is that of the stored model
         "resolution": config.data.resolution,
         "flip": config.data.flip,
         "dtype": dtype,
@@ -122,7 +123,7 @@ class Encodings:
 
 
 def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
-    """A power of two that makes shards of about SHARD_BYTES."""
+    """The power of two, from 16 to 8192, that makes shards of about SHARD_BYTES."""
     assert data.resolution is not None, "decided when the model was loaded"
     side = data.resolution // model.vae_scale
     pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if data.flip else 1)
@@ -130,7 +131,7 @@ def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
 
 
 def parts_in(folder: Path) -> list[Path]:
-    """The parts that sharded processes made below `folder`. Raises UserError when some are missing."""
+    """The parts that several processes made below `folder`. Raises UserError when some are missing."""
     found = sorted(folder.glob("part-*-of-*"))
     if not found:
         raise UserError(f"{folder} has no parts: name the stores to merge after --merge")
@@ -145,7 +146,7 @@ def parts_in(folder: Path) -> list[Path]:
 
 
 def merge_when_complete(folder: Path, count: int) -> bool:
-    """Merges once every process is done; False while some are not."""
+    """Merges the parts of `count` processes into `folder`; False while some are not finished."""
     parts = [folder / PART.format(i, count) for i in range(count)]
     if not all((index := read_index(part)) is not None and index["finished"] for part in parts):
         log.info("this part is done; %s becomes a store when the others are", folder)
@@ -155,7 +156,7 @@ def merge_when_complete(folder: Path, count: int) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------- recording
+# --- recording
 
 
 def record_reference(
@@ -167,7 +168,11 @@ def record_reference(
     batch_size: int | None = None,
     block: int | None = None,
 ) -> Path:
-    """Records the reference's errors on every pair of a finished store in `draws` draws; the record's folder. Raises UserError."""
+    """Records the reference's errors on every pair of a finished store, in `draws` draws; the record's folder.
+
+    shard: (this process, number of processes); batch_size: pairs, None for as many as fit; block: pairs written at
+    once. Raises UserError.
+    """
     device = pick_device(config.runtime.device)
     config = change(
         embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
@@ -199,7 +204,7 @@ def record_reference(
 
 
 def _reference_step(config: Config, model: Model, plan: Schedule, device: torch.device) -> tuple[str, PairStep]:
-    """The reference's fingerprint, and its forward in the precision and layout that training would give it."""
+    """The reference's fingerprint, and its forward in the precision and layout of training."""
     precision, named = config.runtime.precision, config.model
     cast(model, precision)
     if named.unet_init and named.reference_model == "init":
@@ -213,7 +218,7 @@ def _reference_step(config: Config, model: Model, plan: Schedule, device: torch.
 
 
 def _errors_of(step: PairStep, encoder: Encoder) -> Callable[[PairBatch], Tensor]:
-    """Errors [2, B] of a batch, win and lose."""
+    """A function from a batch to the reference's errors [2, B], win and lose."""
     zero = torch.zeros_like(step.weight)
 
     @torch.no_grad()
@@ -224,7 +229,7 @@ def _errors_of(step: PairStep, encoder: Encoder) -> Callable[[PairBatch], Tensor
 
 
 def _made_with(runtime: Runtime, model: Model, device: torch.device) -> dict[str, Any]:
-    """For people to read."""
+    """What a record was made with, for people to read."""
     return {
         "device": str(device),
         "torch": torch.__version__,
@@ -236,7 +241,10 @@ def _made_with(runtime: Runtime, model: Model, device: torch.device) -> dict[str
 
 
 def _record_smaller(record: Callable[[recording.Recording], Result], task: recording.Recording, halve_it: bool) -> Result:
-    """Records, with half the batch for as long as the GPU's memory does not hold it."""
+    """Records; with `halve_it` it tries again with half the batch while the GPU's memory is too small.
+
+    Raises UserError.
+    """
     while True:
         try:
             return record(task)
@@ -251,7 +259,7 @@ def _record_smaller(record: Callable[[recording.Recording], Result], task: recor
 
 
 def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
-    """What says in the log now and then: pairs done, pairs per second, time left. Call it with pairs done and pairs in all."""
+    """A function (pairs done, pairs in all) that logs both, the speed and the time left, every `every` seconds."""
     began = said = time.monotonic()
     first: int | None = None
 
@@ -259,7 +267,7 @@ def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
         nonlocal said, first
         now = time.monotonic()
         if first is None:
-            first = done  # what was there, or was done before the clock could tell
+            first = done  # not timed: done by an earlier process, or before this first call
         if now - said < every and done < total:
             return
         said = now

@@ -21,7 +21,10 @@ NOT_UPLOADED = [*(f"{entry.name}/**" for entry in ENTRIES if not entry.uploaded)
 
 
 def write(run: Run) -> Denoiser:
-    """Write the result in diffusers layout; the denoiser in it, a copy on the CPU with the averaged weights where there are some."""
+    """Writes the result in diffusers layout.
+
+    Returns its denoiser: a copy on the CPU, with the averaged weights if any.
+    """
     weights = dict(zip(run.updater.names, run.updater.ema, strict=True)) if run.updater.ema else None
     denoiser = detached(run.model.denoiser, weights)
     if run.config.lora.lora:
@@ -32,7 +35,7 @@ def write(run: Run) -> Denoiser:
 
 
 def upload(run: Run) -> None:
-    """The run folder without its checkpoints to the hub; where that fails, one warning that says how to do it later."""
+    """Uploads the run folder to the hub, without checkpoints; a failure is one warning that says how to do it later."""
     import huggingface_hub
 
     name = run.config.output.hub_id or run.output.resolve().name
@@ -48,7 +51,7 @@ def upload(run: Run) -> None:
 
 
 def _untouched(run: Run) -> Model:
-    """The components as they were loaded: in half precision the run's own text encoders and VAE are rounded copies."""
+    """The model with its components in fp32: in half precision the run's text encoders and VAE are rounded."""
     if run.model.vae.dtype == torch.float32:
         return run.model
     return replace(load_named(run.config), scheduler_config=run.model.scheduler_config)

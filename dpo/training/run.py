@@ -32,21 +32,22 @@ from dpo.training.metrics import StepMetrics
 log = logging.getLogger("dpo")
 
 
-Figures: TypeAlias = dict[str, Any]  # what metrics.jsonl has of an update: numbers and lists of numbers by name
+Figures: TypeAlias = dict[str, Any]  # an update's figures, as in metrics.jsonl: numbers and lists of numbers by name
 
 
 class Diverged(UserError):
-    """The loss or the gradient is no longer a number; the weights are still those before this update."""
+    """The loss or the gradient is not finite; the weights are still those before this update."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Counted FLOPs of training on one pair, and the device's peak, for the figures that tell how well it is used."""
+    """Counted FLOPs of training on one pair, and the device's peak, for the figures on how well the device is used."""
 
     pair_flops: float
-    peak_tflops: float | None
+    peak_tflops: float | None  # None for a device without a known peak
 
     def figures(self, pairs_per_second: float) -> Figures:
+        """TFLOP/s, and model FLOPs utilisation (the share of the peak; None without a peak)."""
         tflops = self.pair_flops * pairs_per_second / 1e12
         return {"tflops": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
 
@@ -73,8 +74,8 @@ class Run:
     done: int = 0  # updates made
     position: int = 0  # pairs consumed, holes included
     started: float = 0.0  # seconds since the epoch
-    recorded: recorded.RecordedErrors | None = None  # the reference's errors, where no reference model is held
-    evaluation: Figures = field(default_factory=dict)  # what judging the result gave, where a judge is at hand
+    recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model
+    evaluation: Figures = field(default_factory=dict)  # the judge's figures on the result; empty without a judge
 
     @property
     def nominal(self) -> int:
@@ -86,29 +87,30 @@ class Run:
         return self.output / CHECKPOINTS
 
     def learning_rate(self) -> float:
+        """The learning rate of the next update."""
         optim = self.config.optim
         return optimizer.learning_rate(
             self.done, peak=resolve.learning_rate(self.config), warmup=optim.warmup, steps=self.total, scheduler=optim.scheduler
         )
 
     def correction(self) -> Tensor:
-        """C [T] of DDE as it stands at the start of an update (all zero for the other methods)."""
+        """DDE's correction C [T] at the start of an update, in the dtype of the weight; 0 for the other methods."""
         return self.table.correction().to(self.step.weight.dtype)
 
     def tables(self, correction: Tensor) -> dict[str, Tensor]:
-        """M and C [T] for the figures, where the method has them."""
+        """DDE's table M and C [T] for the figures; empty for a method without the stepwise correction."""
         stepwise = METHODS[self.config.method.method].correction
         return {"table": self.table.table, "correction": correction} if stepwise else {}
 
     def drop(self) -> None:
-        """Forget the update in progress."""
+        """Drops the gradients, sums and metrics of the update in progress."""
         self.updater.drop()
         self.table.discard()
         self.metrics = StepMetrics()
 
     def check_finite(self, figures: Figures) -> None:
-        """Raise Diverged, with the step and timesteps, before a loss or gradient that is not a number reaches the weights."""
-        scaled = self.updater.scaler is not None  # an infinite gradient is how the loss scale finds its level
+        """Raises Diverged, naming the timesteps, for a loss or gradient that is not finite: no weight has changed."""
+        scaled = self.updater.scaler is not None  # under a loss scale infinite gradients are normal: they lower it
         if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
             self.drop()
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
@@ -119,7 +121,7 @@ class Run:
             )
 
     def batches(self) -> Generator[PairBatch, None, None]:
-        """Micro-batches from the run's position on, without end."""
+        """Micro-batches from the run's position on, without end. Close the generator to end its workers or thread."""
         data, seed = self.config.data, self.config.runtime.seed
         order = Order(seed, self.position, self.config.optim.batch_size)
         return batches(self.source, order, Decoding.of(data, seed), Reading.of(data), self.recorded)

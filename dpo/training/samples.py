@@ -17,7 +17,10 @@ DEFAULT_PROMPTS = 4
 
 
 def asked_prompts(out: Output) -> list[str]:
-    """The prompts that --sample-prompts names, one by one or in a .txt file. UserError when the file gives none."""
+    """The prompts that --sample-prompts names, one by one or in a .txt file.
+
+    Raises UserError when the file gives none.
+    """
     asked = out.sample_prompts
     if len(asked) != 1 or not asked[0].endswith(".txt"):
         return list(asked)
@@ -32,7 +35,7 @@ def asked_prompts(out: Output) -> list[str]:
 
 
 def prompts(run: Run) -> list[str]:
-    """The prompts of the sample grid: as asked for, else the first captions of the held-out pairs, else of the training pairs."""
+    """The prompts of the sample grid: those asked for, else the first captions of the held-out or training pairs."""
     if asked := asked_prompts(run.config.output):
         return asked
     source = run.held_out_source or run.source
@@ -46,7 +49,7 @@ def _before_paths(run: Run) -> list[Path]:
 
 
 def _drawn(run: Run) -> list[Image.Image]:
-    """The fixed prompts and seeds with the policy as it is."""
+    """Images of the fixed prompts and seeds by the current policy."""
     out = run.config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
     return draw.sample(
@@ -61,7 +64,7 @@ def _drawn(run: Run) -> list[Image.Image]:
 
 
 def before(run: Run) -> None:
-    """Draw the images of the unchanged model, once per run folder: before the first update, while it is the policy."""
+    """Draws the images of the unchanged model, which is the policy before its first update; a resumed run has them."""
     if run.done:
         return
     for path, image in zip(_before_paths(run), _drawn(run), strict=True):
@@ -70,7 +73,7 @@ def before(run: Run) -> None:
 
 
 def write(run: Run) -> Path:
-    """Draw the fixed prompts with the policy as it is, beside the unchanged model's images, as a PNG grid."""
+    """Draws the fixed prompts with the current policy; writes a PNG grid with the unchanged model's images beside."""
     columns = {"after": _drawn(run)}
     if all(path.exists() for path in _before_paths(run)):
         columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}

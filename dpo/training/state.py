@@ -1,4 +1,4 @@
-"""The checkpoint of a run: what is in it, written and put back."""
+"""The checkpoint of a run: what it holds, how it is made from a Run and put back into one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("dpo")
 
 
 def snapshot(run: Run) -> Path:
-    """Write the checkpoint of the run as it stands, and drop the oldest ones beyond the limit."""
+    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder."""
     optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
     names = run.updater.names
     tensors = {
@@ -41,7 +41,7 @@ def snapshot(run: Run) -> Path:
 
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
-    """Say what changed since the checkpoint; refuse what would silently make another run of it."""
+    """Logs which settings changed since the checkpoint. Raises UserError for changes that would make it another run."""
     before = from_mapping(saved.state["config"])
     allowed, refused = rules.resume_changes(flatten(before), flatten(config), specs())
     if refused:
@@ -51,7 +51,10 @@ def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
-    """Put a checkpoint into a freshly built run, exactly; training goes on at its next batch."""
+    """Puts a checkpoint into a freshly built run, bit for bit; training goes on with the batch after it.
+
+    Raises UserError when the checkpoint belongs to another model.
+    """
     state, tensors = saved.state, saved.tensors
     if state["fingerprints"]["model"] != run.fingerprints["model"]:
         raise UserError(f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew")

@@ -21,7 +21,7 @@ NAMES = {"family": "model family", "vae": "VAE", "text_encoders": "text encoder"
 
 
 def adopt(config: Config, source: Source) -> Config:
-    """`config` with the resolution of the prepared store, if that is what the pairs are."""
+    """`config` with the resolution of the prepared store, where the pairs are in one."""
     store = of_store(source)
     if store is None:
         return config
@@ -41,12 +41,12 @@ def check(model: Model, *sources: Source | None) -> None:
                 )
 
 
-MEASURED = 4  # batches that the noise on the logit is measured on
+MEASURED = 4  # micro-batches on which the noise of the logit is measured
 
 
 @torch.no_grad()
 def noise(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None]) -> str:
-    """Before the first update, where every logit should be 0: how far the recorded errors move it, in words for the log."""
+    """A log line on how far recorded errors move the logit before the first update, where it should be 0."""
     zero = torch.zeros_like(step.weight)
     logits = []
     for batch in islice(stream, MEASURED):

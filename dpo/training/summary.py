@@ -26,7 +26,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers."""
+    """Installed versions of Python and of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -37,7 +37,11 @@ def versions() -> dict[str, str]:
 
 
 def report(run: Run, status: str, reason: str = "") -> None:
-    """summary.json, tables.json, plots, model card and report.html of the run folder, for a whole run or a broken-off one."""
+    """Writes summary.json, tables.json, plots, model card and report.html into the run folder.
+
+    status: "finished", "interrupted" or "failed"; reason: one line for the last two. Only a finished run gets a model
+    card.
+    """
     from dpo.pages import card, plots
     from dpo.pages import report as report_page
 

@@ -1,7 +1,7 @@
 """Where figures go: metrics.jsonl always, TensorBoard and W&B when asked.
 
-metrics.jsonl holds one JSON object per line: `{"step": 3, "loss": ...}` for an update, `{"event": "validation", "step": 3, ...}`
-for anything else. Values that are not finite are written as null, so that every line is valid JSON.
+metrics.jsonl holds one JSON object per line: `{"step": 3, "loss": ...}` for an update, `{"event": "validation", "step":
+3, ...}` for anything else. Values that are not finite are written as null, so that every line is valid JSON.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class Trackers:
         self._sinks = sinks
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The figures of update number `step`."""
+        """Writes the figures of update number `step`."""
         self._write({"step": step, **metrics})
         self._scalars(step, flat_numbers(metrics))
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Anything else that happened: needs "event", and "step" if its numbers should be drawn by the trackers."""
+        """Writes anything else that happened. It needs "event", and "step" if the trackers should plot its numbers."""
         self._write(event)
         if "step" in event:
             numbers = flat_numbers({key: value for key, value in event.items() if key not in ("event", "step")})
             self._scalars(event["step"], {f"{event['event']}/{key}": value for key, value in numbers.items()})
 
     def close(self) -> None:
-        """Flush and close every destination."""
+        """Flushes and closes every destination."""
         self._lines.close()
         for sink in self._sinks:
             sink.close()
@@ -70,9 +70,10 @@ def open_trackers(
     config: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
 ) -> Trackers:
-    """Open the destinations of a run; one that was asked for and is not available costs one warning, not the run.
+    """Opens the destinations of a run; one that was asked for and is not available costs one warning, not the run.
 
-    resume_step: None begins metrics.jsonl anew; k keeps its lines up to step k and drops what a lost stretch left behind.
+    resume_step: None begins metrics.jsonl anew; k keeps its lines up to step k and drops those of updates that are made
+    again.
     """
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def open_trackers(
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file that lie after `step`, and torn ones; the file is replaced in one move."""
+    """Drops the lines of a metrics file after `step`, and torn ones; the file is replaced in one step."""
     if not path.exists():
         return
     kept = [record for record in read_records(path) if record.get("step", 0) <= step]

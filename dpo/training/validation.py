@@ -1,7 +1,7 @@
 """Held-out preference accuracy: the share of validation pairs that the policy ranks as people did.
 
-For each pair, d is averaged over S keyed (timestep, noise) draws; the pair counts as right when the mean is negative, one
-half when it is 0. The reference errors do not change during a run, so they are computed once, at its start, and kept.
+For each pair, d is averaged over S keyed (timestep, noise) draws. The pair counts 1 when the mean is negative, one half
+when it is 0. The reference errors do not change during a run: they are computed once, at its start.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class HeldOut:
     batches: list[Inputs]
     reference_errors: Tensor
     draws: int
-    timesteps: Tensor  # [K] int64, those drawn from
+    timesteps: Tensor  # [K] int64, the timesteps to draw from
 
 
 @torch.no_grad()
 def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
-    """Errors of the policy in `step` [S, 2, N] (win, lose) in fp32 or wider, on the device."""
+    """Errors [S, 2, N] (win, lose) of the policy in `step`, for S draws of N pairs, in fp32 or wider, on the device."""
     alone = replace(step, reference=None)
     zero = torch.zeros_like(step.weight)
     rows = []
@@ -49,9 +49,9 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
 def encode_held_out(
     step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, reference: Denoise | None
 ) -> HeldOut | None:
-    """Encode the held-out pairs and record their reference errors; None when there is no usable pair.
+    """Encodes the held-out pairs and computes their reference errors in `draws` draws; None without a usable pair.
 
-    Without a `reference` (sft) the policy as it is now is the reference.
+    Without a `reference` (sft, or recorded errors) the policy before its first update stands for it.
     """
     encoded = [encoder.inputs(batch).to("cpu") for batch in batches]
     if not encoded or not any(x.usable.any() for x in encoded):
@@ -62,7 +62,7 @@ def encode_held_out(
 
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
-    """Held-out preference accuracy with its 95 % Wilson interval, mean d and number of pairs."""
+    """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
     errors = _errors(there, held_out.batches, held_out.draws) - held_out.reference_errors
     d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
