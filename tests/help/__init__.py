@@ -1,8 +1,9 @@
 """What tests share.
 
-worlds.py tiny pipelines and preference sets on disk; pipelines.py how such a pipeline is made; ldm.py it as a single file
-running.py runs in the test's own process | reading.py batches as a run reads them | loading.py models that cannot be loaded
-commands.py the command itself, what it said and left | children.py forked children, and kills
-stores.py small stores without a model | fake_run.py run folders that look like real ones | imports.py the imports of a source tree
-oracle.py the pairwise loss from predictions, in plain torch
+worlds.py tiny pipelines and preference sets on disk | pipelines.py how a tiny pipeline is made
+ldm.py a tiny pipeline as a single file | running.py runs in the test's own process
+reading.py batches as a run reads them | loading.py models that cannot be loaded
+commands.py the command itself, what it wrote and left | children.py forked children, and kills
+stores.py small stores without a model | fake_run.py run folders that look like real ones
+imports.py the imports of a source tree | oracle.py the pairwise loss from predictions, in plain torch
 """

@@ -18,7 +18,7 @@ from dpo.train import main
 
 
 def start(work: Callable[[], Any], write: int | None = None) -> int:
-    """Forks a child that does `work`, writes the result as JSON to a pipe and ends; its process id."""
+    """Forks a child that calls `work`, writes its result as JSON to the pipe `write` and ends; its process id."""
     child = os.fork()
     if child:
         return child
@@ -33,7 +33,10 @@ def start(work: Callable[[], Any], write: int | None = None) -> int:
 
 
 def start_command(words: list[str], said: Path) -> int:
-    """Forks a child that is `python -m dpo.train words...` from there on; its process id. `said` gets what it writes."""
+    """Forks a child that is `python -m dpo.train words...` from there on; its process id.
+
+    `said` gets what it writes.
+    """
     child = os.fork()
     if child:
         return child
@@ -54,7 +57,7 @@ def start_command(words: list[str], said: Path) -> int:
 
 
 def in_child(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a process of its own."""
+    """The result of `work`, called in a child process."""
     read, write = os.pipe()
     child = start(work, write)
     os.close(write)

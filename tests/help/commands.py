@@ -28,7 +28,7 @@ class Said(NamedTuple):
 
 
 def command(capsys, *words: object) -> Said:
-    """Run `python -m dpo.train words...` here; the logger is left as it was found."""
+    """Runs `python -m dpo.train words...` in this process, and restores the logger afterwards."""
     log = logging.getLogger("dpo")
     before = log.handlers[:], log.level, log.propagate
     capsys.readouterr()

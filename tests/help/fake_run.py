@@ -1,6 +1,7 @@
 """Run folders that look like real ones, for the tests of plots, report, verdict and model card.
 
-write_run(folder, "good")        see KINDS for the others; `python -m tests.help.fake_run FOLDER` writes one of each kind
+write_run(folder, "good")        see KINDS for the others; `python -m tests.help.fake_run FOLDER` writes one of each
+kind
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ class Import(NamedTuple):
 
 
 def modules(root: Path, *packages: str) -> dict[str, Path]:
-    """Dotted name -> file of every Python file in these packages below `root`. A package's own name is its `__init__.py`."""
+    """Dotted name -> file of every Python file in these packages below `root`.
+
+    A package's own name is its `__init__.py`.
+    """
     found = {}
     for package in packages:
         for path in sorted((root / package).rglob("*.py")):

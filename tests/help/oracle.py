@@ -1,6 +1,7 @@
-"""The pairwise loss from predictions in plain torch, written apart from csrc_triton: in float64 the oracle of kernels and other precisions.
+"""The pairwise loss from predictions in plain torch, written apart from csrc_triton.
 
-Only what follows the logit is the trainer's own code: dpo.objective.pair_loss.
+In float64 it is the oracle of kernels and other precisions. After the logit it runs the trainer's own code,
+dpo.objective.pair_loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:
 def pair_difference(policy: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     """d [B] from predictions [2B, C, H, W] (wins, then losers), exactly 0 where policy equals reference.
 
-    (p - y)^2 - (r - y)^2 = (p - r)(p + r - 2 y): the right side neither cancels nor rounds two large errors. The sums of
-    win and lose may cancel each other, so they are taken in float64 and rounded once.
+    (p - y)^2 - (r - y)^2 = (p - r)(p + r - 2 y): the right side neither cancels nor rounds two large errors. The sums
+    of win and lose may cancel each other, so they are taken in float64 and rounded once.
     """
     wide = torch.promote_types(policy.dtype, torch.float32)
     p, r, y = policy.to(wide), reference.to(wide), target.to(wide)
@@ -50,8 +51,8 @@ def pair_terms(
 ) -> PairTerms:
     """The loss of each pair from its four errors [4, B]: policy win, policy lose, reference win, reference lose.
 
-    t [B] int64; prob [B]; weight, correction [T]; `difference` [B] replaces (Lw - Rw) - (Ll - Rl) where it was taken without
-    cancellation.
+    t [B] int64; prob [B]; weight, correction [T]; `difference` [B] replaces (Lw - Rw) - (Ll - Rl) where it was taken
+    without cancellation.
     """
     policy_win, policy_lose, reference_win, reference_lose = errors
     d = (policy_win - reference_win) - (policy_lose - reference_lose) if difference is None else difference
@@ -63,7 +64,10 @@ def pair_terms(
 def terms_of(
     function, policy, timesteps, prob, usable, weight, correction, beta, *, shape, sft_weight=0.0, **keywords
 ) -> PairTerms:
-    """What training computes: the fused op (`function`: pair_errors or its plain form), then the objective; supervised without a reference."""
+    """What training computes: the fused op (`function`: pair_errors or its plain form), then the objective.
+
+    Without a reference the objective is the supervised one.
+    """
     found = function(policy, timesteps, prob, usable, weight, correction, beta, **keywords)
     supervised = keywords.get("reference") is None and keywords.get("recorded") is None
     return pair_loss(found, prob, usable, timesteps, shape=None if supervised else shape, sft_weight=sft_weight)

@@ -125,8 +125,11 @@ def _unet_common() -> dict:
 
 
 def _vae(scaling: float, force_upcast: bool = False):
-    """AutoencoderKL of factor 4. The random encoder is levelled on `draw`: scaled latents have mean 0 and sd 1, channel 0
-    is the direction that tells winners from losers best, the posterior's sd is about 0.4 before scaling."""
+    """An AutoencoderKL of factor 4 whose random encoder is normalised on images of `worlds.draw`.
+
+    Scaled latents have mean 0 and sd 1, channel 0 is the direction that tells winners from losers best, and the
+    posterior's sd is about 0.4 before scaling.
+    """
     from diffusers import AutoencoderKL
 
     from tests.help.worlds import draw

@@ -31,7 +31,7 @@ def png(shade: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 @dataclass
 class Synthetic:
-    """n pairs; every `shared`-th pair shares its preferred image with the one before, captions repeat after `captions`."""
+    """n pairs. Every `shared`-th pair has the preferred image of the pair before; captions repeat after `captions`."""
 
     n: int
     captions: int = 5
@@ -63,7 +63,10 @@ class Synthetic:
 
 @dataclass
 class Encoders:
-    """Stand-ins: latents [N, 4, 2, 2] from the pixels, text [N, 3, 2] from the characters. `calls` counts what was encoded."""
+    """Stand-ins: latents [N, 4, 2, 2] from the pixels, text [N, 3, 2] from the characters.
+
+    `calls` counts what was encoded.
+    """
 
     dtype: torch.dtype = torch.float16
     image_batch: int = 4

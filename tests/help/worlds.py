@@ -1,6 +1,7 @@
 """Tiny random pipelines and preference sets on disk: the worlds in which the tests run.
 
-Pipelines: `make_pipeline(folder, kind)`, kind one of "sd15", "sd2v", "sdxl", "sdxl-turbo" (see tests/help/pipelines.py).
+Pipelines: `make_pipeline(folder, kind)`, kind one of "sd15", "sd2v", "sdxl", "sdxl-turbo" (see
+tests/help/pipelines.py).
 
 Preference sets, all drawn by one rule that a model can learn (winners are bright and red, losers dark and blue):
 `make_pickapic` (Pick-a-Pic v1/v2 parquet), `make_chosen_rejected` (prompt/chosen/rejected parquet), `make_table`
@@ -112,7 +113,10 @@ def _png_claiming(width: int, height: int) -> bytes:
 def make_pairs(
     n: int, seed: int = 0, *, size: tuple[int, int] = (32, 32), odd_sizes: bool = False, captions: int = 0
 ) -> list[dict]:
-    """n pairs as dicts: caption, win and lose (PIL images), win_uid and lose_uid. `captions` > 0: only that many captions."""
+    """n pairs as dicts: caption, win and lose (PIL images), win_uid and lose_uid.
+
+    `captions` > 0: only that many captions.
+    """
     nouns, places = ("fox", "lamp", "tower", "boat", "teapot"), ("at dawn", "in rain", "on a hill", "under water")
     pairs = []
     for i in range(n):
@@ -155,9 +159,10 @@ def make_pickapic(
 ) -> Path:
     """Pick-a-Pic parquet at folder/data/<split>-xxxxx-of-xxxxx.parquet; returns folder.
 
-    n hard-labelled pairs (winner in a keyed place, images encoded by `oddities` in turn, JPEG when empty), then added to
-    them and mixed in: `ties` (0.5/0.5), `unlabelled` rows, `soft` labels (0.75/0.25), `duplicates` (earlier rows judged
-    again with the columns swapped), and one pair for every name in `broken`, whose winner is that kind of broken file.
+    n hard-labelled pairs (winner in a keyed place, images encoded by `oddities` in turn, JPEG when empty), then added
+    to them and mixed in: `ties` (0.5/0.5), `unlabelled` rows, `soft` labels (0.75/0.25), `duplicates` (earlier rows
+    judged again with the columns swapped), and one pair for every name in `broken`, whose winner is that kind of broken
+    file.
     """
     total = n + ties + unlabelled + soft + len(broken)
     pairs = make_pairs(total, seed, size=size, odd_sizes=odd_sizes, captions=captions)
@@ -237,7 +242,7 @@ def make_chosen_rejected(folder: str | Path, n: int = 16, seed: int = 0, *, imag
 
 
 def make_table(folder: str | Path, n: int = 16, seed: int = 0, *, kind: str = "jsonl", **options) -> Path:
-    """A table file (pairs.jsonl or pairs.csv: prompt, chosen, rejected as paths relative to it) beside images/; its path."""
+    """A table file beside images/: pairs.jsonl or pairs.csv with prompt, chosen, rejected (as paths); its path."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -258,8 +263,11 @@ def make_table(folder: str | Path, n: int = 16, seed: int = 0, *, kind: str = "j
 
 
 def make_folders(folder: str | Path, n: int = 16, seed: int = 0, *, captions_in: str = "metadata", **options) -> Path:
-    """folder/w and folder/l with same-named files; captions_in "metadata" (metadata.jsonl), "captions" (captions.txt:
-    name, tab, caption), "txt" (a .txt beside each image in w/) or "none". Returns folder."""
+    """folder/w and folder/l with same-named files; returns folder.
+
+    captions_in: "metadata" (metadata.jsonl), "captions" (captions.txt: name, tab, caption), "txt" (a .txt beside each
+    image in w/) or "none".
+    """
     folder = Path(folder)
     for side in ("w", "l"):
         (folder / side).mkdir(parents=True, exist_ok=True)

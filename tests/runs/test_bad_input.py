@@ -31,7 +31,7 @@ def parquet(path: Path, **columns: list) -> Path:
     return path
 
 
-# --- refused before any weight is loaded: name -> (flags from the folder, words of the message) ---------------------------
+# --- refused before any weight is loaded: name -> (flags from the folder, words of the message)
 
 COMMAND_LINE = {
     "unknown flag": (lambda at: ["--learning-rat", "1"], ["--learning-rat", "did you mean --learning-rate?"]),
@@ -132,7 +132,7 @@ def test_as_a_program(world, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- refused after weights were loaded -----------------------------------------------------------------------------------
+# --- refused after weights were loaded
 
 
 def pickled_model(world, at):
@@ -168,7 +168,7 @@ def test_refused_once_the_model_is_known(world, start, tmp_path, capsys, case):
     assert tree(tmp_path) == before
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------------------
+# --- checkpoints
 
 
 def test_a_damaged_checkpoint_falls_back_and_others_are_refused(world, stopped, tmp_path, capsys):
@@ -211,7 +211,7 @@ def test_resume_takes_the_folder_of_a_run_too(stopped, tmp_path, capsys):
     assert (tmp_path / "moved to ü" / STEP.format(4)).is_dir() and not (tmp_path / "out").exists()
 
 
-# --- images --------------------------------------------------------------------------------------------------------------
+# --- images
 
 
 def test_an_unreadable_image_stops_the_run_when_asked(start, tmp_path, capsys, brief):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from tests.help.commands import command
 from tests.help.worlds import make_pickapic
 
-# As in those projects' README and launchers; what stands in braces is a path, a size or a count.
+# Copied from those projects' README and launchers; braces hold the paths, sizes and counts that are ours.
 HF_SD15 = """--pretrained_model_name_or_path={sd15} --output_dir={out} --mixed_precision="fp16" --dataset_name={pairs}
   --resolution=32 --train_batch_size=4 --gradient_accumulation_steps=2 --gradient_checkpointing --use_8bit_adam --rank=8
   --learning_rate=1e-5 --report_to="wandb" --lr_scheduler="constant" --lr_warmup_steps=0 --max_train_steps=3
@@ -42,7 +42,7 @@ def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, line, pe
     import diffusers
 
     lora = peer.startswith("hf")
-    pairs = make_pickapic(tmp_path / "pairs", 12, ties=2, split="validation" if lora else "train")  # each script's own default
+    pairs = make_pickapic(tmp_path / "pairs", 12, ties=2, split="validation" if lora else "train")  # its default
     places = {"sd15": world("sd15"), "sdxl": world("sdxl"), "pairs": pairs, "out": tmp_path / "out", "cache": tmp_path / "cache"}
     said = command(capsys, *shlex.split(line.format(**places)), "--compat", peer, *CHEAP)
     assert said.code == 0 and said.errors == [], said.errors

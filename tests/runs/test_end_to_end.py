@@ -1,4 +1,4 @@
-"""Whole runs on tiny pipelines and a preference that can be learnt: winners are bright and red, losers dark and blue."""
+"""Whole runs on tiny pipelines with a learnable preference: winners are bright and red, losers dark and blue."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.help.worlds import ODDITIES, make_pickapic
 
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sd2v": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-CONVOLUTIONS = ("conv1", "conv2", "conv_in", "conv_out")  # 24 updates of attention alone move this small UNet too little
+CONVOLUTIONS = ("conv1", "conv2", "conv_in", "conv_out")  # attention alone moves this UNet too little
 RUNS = {
     "sd15, all weights": ("sd15", ["--learning-rate", "3e-5"]),
     "sd15, LoRA, dde": ("sd15", ["--lora", "--method", "dde", "--learning-rate", "2e-3"]),
@@ -57,7 +57,7 @@ def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, cap
 
 
 def check_files(out):
-    """What a person finds in the run folder."""
+    """Every file that a run should leave is in its folder."""
     for name in ("README.md", "config.toml", "metrics.jsonl", "report.html", "summary.json", "curves.png", "deciles.png"):
         assert (out / name).stat().st_size > 300, name
     grid = Image.open(out / "samples" / "step-00000024.png")
@@ -70,7 +70,7 @@ def check_files(out):
 
 
 def check_result(kind, model, out, lora):
-    """diffusers loads it, its UNet is another than before, and it draws."""
+    """diffusers loads the result, its UNet differs from the model's, and it draws images."""
     import diffusers
 
     pipeline = getattr(diffusers, PIPELINES[kind])

@@ -1,4 +1,4 @@
-"""Invariants: randomness is keyed, so the cut into micro-batches and the workers do not matter; nothing waits for the device."""
+"""Invariants: randomness is keyed, so micro-batch size and workers do not matter; nothing waits for the device."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, m
     results = []
     for batch, accumulation, workers in CUTS:
         flags = ["--batch-size", str(batch), "--accumulation", str(accumulation), "--workers", str(workers)]
-        # a learning rate at which Adam's first, sign-like updates do not blow summation order up
+        # Adam's first updates are nearly signs and magnify the order of sums: a small learning rate keeps that small
         flags += [
             "--precision",
             precision,
@@ -100,7 +100,7 @@ def test_holes_count_nowhere(world, tmp_path):
 
 
 def test_sft_sees_the_winners_only(world, tmp_path):
-    """Its gradient is that of the winners' mean error, and the losers cost nothing."""
+    """The gradient of sft is that of the winners' mean error, and the losers are not computed."""
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--method", "sft", "--precision", "fp64")
     inputs = run.encoder.inputs(next(run.batches()))
     rows = []

@@ -1,4 +1,4 @@
-"""Files of earlier versions still work: a checkpoint resumes, a store opens, a record of reference errors serves and grows.
+"""Files of earlier versions still work: a checkpoint resumes, a store opens, recorded reference errors serve and grow.
 
 tests/golden/v0.1 says how its files were made. They are copied first: a test writes into them.
 """
@@ -28,9 +28,10 @@ RECORDED += ["--device", "cpu", "--threads", "1", "--no-model-card", *QUIET]
 RECORD = ["--store", "store", "--model", "pipeline", "--reference", "--flip", "--device", "cpu", "--precision", "fp32"]
 RECORD += ["--batch-size", "4"]
 
-# Another processor adds in another order. In fp32 that moves an error, about 1 and a mean over 256 values, by a few 1e-6. A margin is
-# a difference of errors times 100 to 200, so it moves by a few 1e-4; the loss moves no more than the margin. A gradient's norm is
-# relative to its own size. Files read wrongly show far beyond: another timestep or image changes an error by 1e-2.
+# Another processor adds in another order. In fp32 that moves an error (about 1, a mean over 256 values) by a few 1e-6. A
+# margin is a difference of errors times 100 to 200, so it moves by a few 1e-4; the loss moves no more than the margin. The
+# tolerance of a gradient's norm is relative. Files that are read wrongly differ far more: another timestep or image
+# changes an error by 1e-2.
 NEAR = {
     "policy_win_error": {"rel": 1e-4},
     "reference_win_error": {"rel": 1e-4},
@@ -42,7 +43,7 @@ NEAR = {
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """A copy of the files, as the working folder: their paths are relative."""
+    """A copy of the files, made the working folder, since the paths in them are relative."""
     folder = shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(folder)
     return folder

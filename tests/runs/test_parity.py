@@ -1,4 +1,4 @@
-"""Five updates equal those of a loop written out here in plain eager torch: no kernels, no fused batch, no keyed loader."""
+"""Five updates equal those of a loop in plain eager torch, written out here without kernels, fused batch or loader."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ UPDATES, PAIRS, SEED, BETA, RATE = 5, 4, 7, 2000.0, 1e-4
 
 
 class Plain:
-    """The model of a folder, and Diffusion-DPO on it as one would write it down from the paper."""
+    """The model of a folder, and Diffusion-DPO on it, written down directly from the paper."""
 
     def __init__(self, folder: str, sdxl: bool):
         options = {"torch_dtype": torch.float64}
@@ -120,7 +120,7 @@ def test_five_updates_equal_a_plain_loop(world, tmp_path, kind, low_rank):
     assert [figure["loss"] for figure in figures] == pytest.approx(losses, rel=1e-9)
     found = weights(run)
     assert found.keys() == trained.keys()
-    # Adam divides by the root of the squared gradient: where that is near 0 rounding is magnified, up to the size of an update
+    # Adam divides by the root of the squared gradient: where that is near 0 it magnifies rounding, up to a whole update
     worst = max((found[name] - trained[name]).abs().max().item() for name in trained)
     assert worst < 1e-2 * RATE
     start = dict(plain.reference.named_parameters())

@@ -1,4 +1,4 @@
-"""Recorded reference errors: equal to live ones, reusable over methods, windows and restarts, refused where they do not suit."""
+"""Recorded reference errors: equal to live ones, shared by methods, windows and restarts, refused where unfit."""
 
 import dataclasses
 import random
@@ -25,7 +25,7 @@ FLAGS = ["--batch-size", "4", "--seed", "3"]
 
 @pytest.fixture(scope="module")
 def stores(world, tmp_path_factory):
-    """Store of 48 pairs with two recorded draws, by kind of pipeline."""
+    """A function from the kind of pipeline to a store of 48 pairs with two recorded draws."""
     made: dict[str, Path] = {}
 
     def place(kind: str) -> Path:
@@ -95,7 +95,7 @@ def test_the_logit_at_step_0_is_exactly_0(world, stores, tmp_path, flags):
 
 
 def test_other_batches_show_their_noise(world, stores, tmp_path):
-    """Bits may differ with another batch size; what is said of it is a bound, and small beside a margin of 0.1."""
+    """Bits may differ with another batch size; the logged noise is small beside a margin of 0.1."""
     run = recorded_run(world, stores("sd15"), tmp_path, "--batch-size", "7")
     for batch in (next(run.batches()),):
         terms = run.step(run.encoder.inputs(batch), torch.zeros_like(run.step.weight), recorded=batch.recorded)
@@ -108,7 +108,7 @@ def test_other_batches_show_their_noise(world, stores, tmp_path):
     assert "noise on the logit of the first 28 pairs: sd 0.01" in text  # beta / 2 * 1e-5
 
 
-# --- draws and windows ------------------------------------------------------------------------------------------------
+# --- draws and windows
 
 
 def test_an_epoch_uses_the_draw_of_its_number(world, stores, tmp_path):
@@ -165,7 +165,7 @@ def test_held_out_accuracy_is_that_of_a_live_run(world, stores, tmp_path):
     assert validation.accuracy(ours.step, ours.held_out)["heldout_difference"] == 0.0
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):
         recorded_run(world, world("pairs"), tmp_path)
 
 
-# --- growing, parts, kills, damage ------------------------------------------------------------------------------------
+# --- growing, parts, kills, damage
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def errors_of(folder: Path, store: Path, world, tmp_path) -> torch.Tensor:
-    """[draws, pairs, 2]."""
+    """The recorded errors [draws, pairs, 2]."""
     run = recorded_run(world, store, tmp_path)
     n = len(read_contents(store).key)
     import numpy as np

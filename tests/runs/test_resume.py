@@ -1,4 +1,7 @@
-"""Invariant: k updates + save + load + k updates equal 2k updates, bit for bit; a kill costs at most the work since the last checkpoint."""
+"""Invariant: k updates + save + load + k updates equal 2k updates, bit for bit.
+
+A kill costs at most the work since the last checkpoint.
+"""
 
 import os
 import random
@@ -57,7 +60,7 @@ def going_on(output):
 
 
 def killed_at(world, output, seconds, *flags):
-    """Start or continue a run in a process of its own and kill -9 it after so many seconds; the exit status."""
+    """Starts or continues a run in a child process and kills it (SIGKILL) after `seconds`; its exit status."""
     line = [sys.executable, "-m", "dpo.train", *words(world, output, *flags), *going_on(output)]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
@@ -132,7 +135,7 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(world, tmp_path):
 
 
 def test_ctrl_c_ends_the_program_itself_in_order(world, tmp_path):
-    """As a person starts it: what `python -m dpo.train` does after `main` counts too."""
+    """Started as a person does: also what `python -m dpo.train` does after `main` is tested."""
     output = tmp_path / "stopped"
     line = [sys.executable, "-m", "dpo.train", *words(world, output, "--steps", "100000")]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
@@ -143,7 +146,7 @@ def test_ctrl_c_ends_the_program_itself_in_order(world, tmp_path):
 
 
 def wait_for(condition, child, seconds=300):
-    """Until `condition` holds, while the child (its process id) is at work."""
+    """Waits until `condition` holds, while the child of that process id is at work."""
     end = time.monotonic() + seconds
     while not condition():
         assert os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, (

@@ -1,4 +1,4 @@
-"""Invariant: with the policy equal to the reference every logit is exactly 0 and every loss exactly ln 2, on every path."""
+"""Invariant: policy equal to reference gives logits of exactly 0 and losses of exactly ln 2, on every path."""
 
 import math
 
@@ -58,11 +58,11 @@ def test_families(world, tmp_path, kind, flags):
 
 
 def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, monkeypatch):
-    """Where a strided input changes a bit depends on the processor, so the logits above may be 0 without it."""
+    """Tested apart: on some processors a strided input changes no bit, and the logits above are 0 without this."""
     fixed = []
     monkeypatch.setattr(ready, "fix_projections", lambda unet: fixed.append(unet) or fix_projections(unet))
     run = make_run(world("sd2v"), world("pairs"), tmp_path, "--batch-size", "2", "--precision", "fp16")
-    assert len(fixed) == 2 and fixed[0] is run.model.denoiser and fixed[1] is not run.model.denoiser  # policy, frozen copy
+    assert len(fixed) == 2 and fixed[0] is run.model.denoiser and fixed[1] is not run.model.denoiser  # then the copy
     hooked = [block.proj_in for unet in fixed for block in unet.modules() if isinstance(block, Transformer2DModel)]
     assert len(hooked) >= 2 and all(module._forward_pre_hooks for module in hooked)
 
@@ -75,7 +75,7 @@ def test_shapes(world, tmp_path, shape):
 
 
 def test_another_policy_moves_the_logit(world, tmp_path):
-    """The check above can fail: after a change of one weight the logits are not 0."""
+    """The checks above can fail: after a change of one weight the logits are not 0."""
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2")
     with torch.no_grad():
         run.updater.parameters[0].add_(0.01)

@@ -1,4 +1,4 @@
-"""Trouble on the way: divergence, full memory or disk, dying workers, services that are not there, a second start. Nothing is lost."""
+"""Trouble during a run: divergence, full memory or disk, dying workers, absent services, a second start."""
 
 import errno
 import json
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, capsys, monkey
     assert (out / "model_index.json").is_file() and (out / STEP.format(2)).is_dir()
 
 
-# --- asked for and not available -----------------------------------------------------------------------------------------
+# --- asked for and not available
 
 
 def test_xformers_wandb_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
@@ -151,12 +151,12 @@ def test_the_result_is_uploaded_without_its_checkpoints(start, tmp_path, capsys,
     assert "checkpoints/**" in options["ignore_patterns"]
 
 
-# --- starting over -------------------------------------------------------------------------------------------------------
+# --- starting over
 
 
 @pytest.fixture
 def foreground():
-    """Ctrl-C interrupts, as it does on a terminal: a job in the background of a shell is started without."""
+    """SIGINT interrupts, as on a terminal; a shell's background job, in which tests may run, ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""dpo.model_card: front matter that the hub can read, and the figures of the run."""
+"""dpo.pages.card: front matter that the hub can read, and the figures of the run."""
 
 import shutil
 

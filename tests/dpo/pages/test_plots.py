@@ -1,4 +1,4 @@
-"""dpo.plots: charts for what a run has, SVG that follows the page's colours, PNG that can be opened."""
+"""dpo.pages.plots: charts for what a run has, SVG that follows the page's colours, PNG that can be opened."""
 
 import re
 import shutil

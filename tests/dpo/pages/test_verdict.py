@@ -1,4 +1,4 @@
-"""dpo.verdict: each kind of run gets the judgement and the warnings that a person should read."""
+"""dpo.pages.verdict: each kind of run gets the judgement and the warnings that a person should read."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""dpo.metrics: what is counted, what is not, and that the cut into micro-batches is invisible."""
+"""dpo.training.metrics: what is counted, what is not, and that the cut into micro-batches is invisible."""
 
 import json
 import math
