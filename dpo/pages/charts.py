@@ -203,10 +203,7 @@ def _weighted_table(axes: Axes, run: RunFolder) -> None:
 
 
 def _noisy_table(axes: Axes, values: np.ndarray, colour: str) -> None:
-    """Draws a vector [T] over the timesteps: faint values, their moving mean on top.
-
-    The axis leaves out the outermost 1 %.
-    """
+    """Draws a vector [T] over the timesteps: faint values, moving mean on top; the axis hides the outermost 1 %."""
     steps, raw, smooth = _thinned(np.arange(len(values), dtype=float), values, _moving_mean(values, max(1, len(values) // 20)))
     axes.plot(steps, raw, color=LIGHT[colour], alpha=0.3, linewidth=0.9)
     axes.plot(steps, smooth, color=LIGHT[colour])

@@ -28,8 +28,8 @@ RECORDED += ["--device", "cpu", "--threads", "1", "--no-model-card", *QUIET]
 RECORD = ["--store", "store", "--model", "pipeline", "--reference", "--flip", "--device", "cpu", "--precision", "fp32"]
 RECORD += ["--batch-size", "4"]
 
-# Another processor adds in another order. In fp32 that moves an error (about 1, a mean over 256 values) by a few 1e-6. A
-# margin is a difference of errors times 100 to 200, so it moves by a few 1e-4; the loss moves no more than the margin. The
+# Another processor adds in another order. In fp32 that moves an error (about 1, a mean over 256 values) by a few 1e-6.
+# A margin is a difference of errors times 100 to 200, so it moves by a few 1e-4; the loss moves no more than that. The
 # tolerance of a gradient's norm is relative. Files that are read wrongly differ far more: another timestep or image
 # changes an error by 1e-2.
 NEAR = {
