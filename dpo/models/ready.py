@@ -16,8 +16,6 @@ from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 WEIGHTS = {"bf16-pure": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -54,7 +52,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     model = load_named(config)
     facts = ModelFacts(
         family=model.family.name,
-        prediction_type=model.scheduler_config.get("prediction_type", "epsilon"),
+        prediction_type=model.prediction_type,
         beta=model.family.beta,
         guidance=model.family.guidance,
         native_resolution=model.native_resolution,

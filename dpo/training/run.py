@@ -30,8 +30,6 @@ from dpo.training import optimizer, validation
 from dpo.training.metrics import StepMetrics
 
 log = logging.getLogger("dpo")
-
-
 Figures: TypeAlias = dict[str, Any]  # an update's figures, as in metrics.jsonl: numbers and lists of numbers by name
 
 
