@@ -36,7 +36,14 @@ setup(
     extras_require={
         "xformers": ["xformers"],
         "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.5,<4", "hypothesis>=6,<7", "ruff>=0.9", "mypy>=1.14", "tensorboard>=2.16"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.5,<4",
+            "hypothesis>=6,<7",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "tensorboard>=2.16",
+        ],
     },
     entry_points={
         "console_scripts": [

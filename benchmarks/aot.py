@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("nothing is compiled under TRITON_INTERPRET=1")
-    chosen = [s for s in specimens() if arguments.kernel in s.name and (not arguments.dtype or s.dtype in arguments.dtype)]
+    chosen = [
+        s for s in specimens() if arguments.kernel in s.name and (not arguments.dtype or s.dtype in arguments.dtype)
+    ]
     rows: list[Compiled] = []
     failures = 0
     for specimen in chosen:

@@ -113,7 +113,8 @@ def write_report(path: Path, results: Cells, cells: Path) -> None:
         "Differences are taken seed by seed; *undecided* means within two standard errors of nothing.",
         "",
         markdown(
-            [check(claim, results) for claim in CLAIMS], ["claim", "seeds", "difference", "standard error", "larger in", "here"]
+            [check(claim, results) for claim in CLAIMS],
+            ["claim", "seeds", "difference", "standard error", "larger in", "here"],
         ),
     ]
     if tables:
@@ -166,7 +167,9 @@ def plot(path: Path, lines: list[dict[str, Any]], tables: dict[str, dict[str, np
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (rates, segments, correction) = pyplot.subplots(1, 3, figsize=(17, 2 + 0.22 * len(lines)), layout="constrained")
+    figure, (rates, segments, correction) = pyplot.subplots(
+        1, 3, figsize=(17, 2 + 0.22 * len(lines)), layout="constrained"
+    )
     _points(rates, [line["method"] for line in lines if line["method"] not in SEGMENTS][::-1], lines)
     obeyed = {line["method"]: line["captions obeyed after"] for line in lines if line["method"] not in SEGMENTS}
     rates.plot(list(obeyed.values()), list(obeyed), "x", color="grey", label="captions obeyed after")
@@ -179,7 +182,9 @@ def plot(path: Path, lines: list[dict[str, Any]], tables: dict[str, dict[str, np
     if tables:
         row = next(reversed(tables))  # the longest, once it has been run
         for quarter, found in enumerate(tables[row]["correction"], start=1):
-            correction.plot(np.arange(DECILES) * 100 + 50, found, marker="o", label=f"after {quarter} of {QUARTERS} quarters")
+            correction.plot(
+                np.arange(DECILES) * 100 + 50, found, marker="o", label=f"after {quarter} of {QUARTERS} quarters"
+            )
         correction.set_xlabel("t")
         correction.set_ylabel(f"C(t) of {row}")
         correction.axhline(0, color="grey", linewidth=1)
@@ -191,5 +196,7 @@ def plot(path: Path, lines: list[dict[str, Any]], tables: dict[str, dict[str, np
 def _points(axes: Any, names: list[str], lines: list[dict[str, Any]]) -> None:
     by_name = {line["method"]: line for line in lines}
     shown = [by_name[name]["win rate"] for name in names]
-    ends = np.array([[float(end) for end in by_name[name]["95 % interval"].split(" to ")] for name in names]).reshape(-1, 2)
+    ends = np.array([[float(end) for end in by_name[name]["95 % interval"].split(" to ")] for name in names]).reshape(
+        -1, 2
+    )
     axes.errorbar(shown, names, xerr=np.abs(ends.T - np.array(shown)), fmt="o", capsize=3, label="win rate")

@@ -72,7 +72,9 @@ def image_flops(model: Size, low_rank: bool, checkpointing: bool) -> tuple[int, 
     side = SIDES[model.name] // 8
     with torch.device("meta"):
         x, t, text = torch.empty(1, 4, side, side), torch.empty(1, dtype=torch.long), torch.empty(1, *model.text)
-        more = {} if model.pooled is None else {"text_embeds": torch.empty(1, model.pooled), "time_ids": torch.empty(1, 6)}
+        more = (
+            {} if model.pooled is None else {"text_embeds": torch.empty(1, model.pooled), "time_ids": torch.empty(1, 6)}
+        )
 
     def forward() -> torch.Tensor:
         predicted: torch.Tensor = unet(x, t, text, added_cond_kwargs=more, return_dict=False)[0]
@@ -105,7 +107,11 @@ def rows(models: tuple[Size, ...] = (SD15, SDXL)) -> list[dict[str, Any]]:
             for checkpointing in (False, True):
                 forward, both = image_flops(model, low_rank, checkpointing)
                 train, reference, encode = 2 * both, 2 * flops_of_reference(model, forward, low_rank), 2 * vae + text
-                pair = {"images": train + reference + encode, "prepared": train + reference, "prepared + recorded": train}
+                pair = {
+                    "images": train + reference + encode,
+                    "prepared": train + reference,
+                    "prepared + recorded": train,
+                }
                 row: dict[str, Any] = {"model": model.name, "trained": "LoRA" if low_rank else "full"}
                 row |= {"checkpointing": "on" if checkpointing else "off"}
                 row |= {name: value / TERA for name, value in pair.items()}
@@ -116,7 +122,11 @@ def rows(models: tuple[Size, ...] = (SD15, SDXL)) -> list[dict[str, Any]]:
 
 def flops_of_reference(model: Size, forward: int, low_rank: bool) -> int:
     """Forward of the reference: without adapters, if the policy has them."""
-    return flops.unet_flops(model.unet, SIDES[model.name] // 8, SIDES[model.name] // 8, model.text[0]) if low_rank else forward
+    return (
+        flops.unet_flops(model.unet, SIDES[model.name] // 8, SIDES[model.name] // 8, model.text[0])
+        if low_rank
+        else forward
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,18 @@ COLUMNS = {
         "x compiled",
         "failed",
     ],
-    "steps": ["model", "setting", "pairs", "ms per micro-step", "pairs/s", "x peers", "TFLOP/s", "MFU", "GiB", "failed"],
+    "steps": [
+        "model",
+        "setting",
+        "pairs",
+        "ms per micro-step",
+        "pairs/s",
+        "x peers",
+        "TFLOP/s",
+        "MFU",
+        "GiB",
+        "failed",
+    ],
 }
 
 
@@ -119,7 +130,8 @@ def plot(results: Results) -> None:
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
         axes.barh([label(row) for row in rows][::-1], [row[value] for row in rows][::-1])
         axes.set_title(
-            f"{title} ({results.header['device']}, torch {results.header['torch']}, {results.header['date']})", fontsize=9
+            f"{title} ({results.header['device']}, torch {results.header['torch']}, {results.header['date']})",
+            fontsize=9,
         )
         axes.tick_params(labelsize=7)
         figure.savefig(results.folder / f"{name}.png", dpi=110)

@@ -28,10 +28,16 @@ RUNS = (
     "--method sft --flip",
     "--loss ipo --ties keep --sft-weight 0.1",
 )
-FIGURES = ("loss", "margin_mean", "implicit_accuracy", "difference_mean", "policy_win_error", "reference_win_error", "grad_norm")
-QUIET = (
-    "--no-judge --validate-every 0 --workers 0 --threads 1 --no-model-card --sample-steps 1 --sample-seeds 0 --sample-prompts red"
+FIGURES = (
+    "loss",
+    "margin_mean",
+    "implicit_accuracy",
+    "difference_mean",
+    "policy_win_error",
+    "reference_win_error",
+    "grad_norm",
 )
+QUIET = "--no-judge --validate-every 0 --workers 0 --threads 1 --no-model-card --sample-steps 1 --sample-seeds 0 --sample-prompts red"
 
 
 @contextmanager
@@ -54,7 +60,9 @@ def train(tree: Path, flags: str, steps: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="losses-run-") as output:
         words = shlex.split(f"{QUIET} {flags} --device {device} --steps {steps}")
         command = [sys.executable, "-m", "dpo.train", "--output", output, *words]
-        subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, check=True, stderr=subprocess.DEVNULL
+        )
         rows = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         updates = {f"update {row['step']}": {name: row[name] for name in FIGURES} for row in rows if "event" not in row}
         state = json.loads(next(Path(output).glob("checkpoints/*/state.json")).read_text(encoding="utf-8"))
@@ -78,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("old", help="a commit")
     parser.add_argument("new", nargs="?", default=".", help="another commit (default: the working tree)")
     parser.add_argument("--steps", type=int, default=3, help="updates of each run (default: 3)")
-    parser.add_argument("--run", action="append", metavar="FLAGS", help="flags of dpo.train; may be given several times")
+    parser.add_argument(
+        "--run", action="append", metavar="FLAGS", help="flags of dpo.train; may be given several times"
+    )
     parser.add_argument("--device", default="cpu", help="default: cpu")
     options = parser.parse_args(arguments)
     wrong = 0
@@ -87,7 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = [train(tree, flags, options.steps, options.device) for tree in (old, new)]
             lines = differences(*found)
             losses = ", ".join(f"{row['loss']:.6f}" for name, row in found[1].items() if name.startswith("update"))
-            print(f"{flags or 'the default run'}: losses {losses}; {'differs' if lines else 'equal, bit for bit'}", flush=True)
+            print(
+                f"{flags or 'the default run'}: losses {losses}; {'differs' if lines else 'equal, bit for bit'}",
+                flush=True,
+            )
             for line in lines:
                 print(f"    {line}")
             wrong += bool(lines)

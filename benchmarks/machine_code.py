@@ -111,7 +111,9 @@ def compile_specimen(specimen: Specimen, target: str) -> Compiled:
         assembly = kernel.asm["amdgcn"]
         code = _amd_machine_code(assembly)
     registers, spills, loads, stores = code
-    return Compiled(specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, assembly)
+    return Compiled(
+        specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, assembly
+    )
 
 
 def check(specimen: Specimen, compiled: Compiled) -> list[str]:

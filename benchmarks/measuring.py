@@ -66,7 +66,9 @@ def peak_memory_gib(device: torch.device) -> float | None:
 def about(device: torch.device) -> dict[str, Any]:
     """Device, versions and date, for every result file."""
     found = {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
-    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    found["device"] = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    )
     for package in PACKAGES:
         try:
             found[package] = version(package)

@@ -22,7 +22,10 @@ from dpo.objective import pair_loss
 BATCHES = (1, 4, 16, 32, 64)  # pairs
 LATENTS = {"SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
 GEGLU = {"SD 1.5": [(4096, 320), (1024, 640), (256, 1280)], "SDXL": [(4096, 640), (1024, 1280)]}  # tokens, width
-GROUP_NORM = {"SD 1.5": [(320, 64), (640, 32), (1280, 16)], "SDXL": [(320, 128), (640, 64), (1280, 32)]}  # channels, side
+GROUP_NORM = {
+    "SD 1.5": [(320, 64), (640, 32), (1280, 16)],
+    "SDXL": [(320, 128), (640, 64), (1280, 32)],
+}  # channels, side
 LAYER_BATCHES = (4, 16)  # pairs; the layers' inputs grow with them
 
 
@@ -71,7 +74,9 @@ def _both(
     compiled = torch.compile(eager)
     variants = {"fused": fused, "eager": eager, "compiled": compiled}
     with torch.no_grad():
-        yield Case(name, model, shape, "forward", sizes[0], {key: (lambda f=f: f(*inputs)) for key, f in variants.items()})
+        yield Case(
+            name, model, shape, "forward", sizes[0], {key: (lambda f=f: f(*inputs)) for key, f in variants.items()}
+        )
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     with torch.no_grad():
         grads = [torch.ones_like(out) for out in _tuple(fused(*inputs))]
@@ -79,7 +84,9 @@ def _both(
     def both(f: Callable) -> Any:
         return torch.autograd.grad(_tuple(f(*leaves)), [x for x in leaves if x.requires_grad], grads)
 
-    yield Case(name, model, shape, "forward+backward", sum(sizes), {key: (lambda f=f: both(f)) for key, f in variants.items()})
+    yield Case(
+        name, model, shape, "forward+backward", sum(sizes), {key: (lambda f=f: both(f)) for key, f in variants.items()}
+    )
 
 
 def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -130,7 +137,9 @@ def pair_errors_and_loss(device: torch.device, dtype: torch.dtype, smoke: bool) 
             t, keys, draws, seed = _keyed(pairs, device)
             prob = usable = torch.ones(pairs, device=device)
 
-            def fused(policy: Tensor, t=t, prob=prob, usable=usable, reference=reference, key=(keys, draws, seed)) -> Tensor:
+            def fused(
+                policy: Tensor, t=t, prob=prob, usable=usable, reference=reference, key=(keys, draws, seed)
+            ) -> Tensor:
                 found = pair_errors(policy, t, prob, usable, weight, correction, beta, reference=reference, noise=key)
                 return pair_loss(found, prob, usable, t, shape="sigmoid").loss
 
@@ -140,7 +149,9 @@ def pair_errors_and_loss(device: torch.device, dtype: torch.dtype, smoke: bool) 
                 win, lose = (p - r).chunk(2)
                 return -F.logsigmoid(-1000.0 * (win - lose))
 
-            yield from _both("pair_errors", model, f"B={pairs}", (2 * policy.nbytes, 2 * policy.nbytes), fused, eager, policy)
+            yield from _both(
+                "pair_errors", model, f"B={pairs}", (2 * policy.nbytes, 2 * policy.nbytes), fused, eager, policy
+            )
 
 
 def geglu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
@@ -151,14 +162,19 @@ def geglu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Cas
     for model, pairs, tokens, width in _layers(GEGLU, smoke):
         proj = torch.randn(2 * pairs, tokens, 8 * width, device=device).to(dtype)
         half = proj.nbytes // 2
-        yield from _both("geglu", model, f"{2 * pairs}x{tokens}x{8 * width}", (3 * half, 5 * half), fused_geglu, eager, proj)
+        yield from _both(
+            "geglu", model, f"{2 * pairs}x{tokens}x{8 * width}", (3 * half, 5 * half), fused_geglu, eager, proj
+        )
 
 
 def group_norm_silu(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
     """The input is read twice (statistics, then values): three passes forward, five backward."""
     for model, pairs, channels, side in _layers(GROUP_NORM, smoke):
         x = torch.randn(2 * pairs, channels, side, side, device=device).to(dtype).to(memory_format=torch.channels_last)
-        weight, bias = torch.ones(channels, device=device, dtype=dtype), torch.zeros(channels, device=device, dtype=dtype)
+        weight, bias = (
+            torch.ones(channels, device=device, dtype=dtype),
+            torch.zeros(channels, device=device, dtype=dtype),
+        )
 
         def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return fused_group_norm_silu(x, weight, bias, 32)
@@ -183,7 +199,16 @@ def layer_norm(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
 
         label = f"{2 * pairs}x{tokens}x{width}"
         yield from _both(
-            "add_layer_norm", model, label, (4 * x.nbytes, 4 * x.nbytes), add_layer_norm, eager, x, residual, weight, bias
+            "add_layer_norm",
+            model,
+            label,
+            (4 * x.nbytes, 4 * x.nbytes),
+            add_layer_norm,
+            eager,
+            x,
+            residual,
+            weight,
+            bias,
         )
 
 

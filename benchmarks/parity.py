@@ -51,7 +51,9 @@ def random_numbers(device: torch.device) -> dict[str, Any]:
     return {"op": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
 
 
-def _functions(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
+def _functions(
+    device: torch.device, dtype: torch.dtype, smoke: bool
+) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
     """(name, fused op, the same in plain torch, inputs): odd sizes, and means far from 0."""
     torch.manual_seed(0)
     channels = 64 if smoke else 320
@@ -83,7 +85,9 @@ def _functions(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterato
     )
 
 
-def compare(name: str, dtype: torch.dtype, fused: Callable, plain: Callable, inputs: list[Tensor]) -> Iterator[dict[str, Any]]:
+def compare(
+    name: str, dtype: torch.dtype, fused: Callable, plain: Callable, inputs: list[Tensor]
+) -> Iterator[dict[str, Any]]:
     """Outputs, then all gradients, of both against plain torch in float64."""
 
     def run(f: Callable, values: list[Tensor]) -> list[Tensor]:
@@ -191,5 +195,9 @@ def graph_replay(device: torch.device) -> dict[str, Any]:
         worst = max((a.float() - b.float()).abs().max().item() for a, b in both)
         same = all(torch.equal(a, b) for a, b in both)  # not so for a NaN
     except Exception as error:
-        return row | {"op": f"{row['op']}: {type(error).__name__}: {first_line(error)[:100]}", "kernel": None, "ok": False}
+        return row | {
+            "op": f"{row['op']}: {type(error).__name__}: {first_line(error)[:100]}",
+            "kernel": None,
+            "ok": False,
+        }
     return row | {"kernel": worst, "ok": same}

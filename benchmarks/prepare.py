@@ -153,7 +153,8 @@ def turns(runs: dict[str, Any], steps: int) -> dict[str, tuple[float, float]]:
     for stream in streams.values():
         stream.close()
     return {
-        kind: (statistics.median(c for c, _ in found), statistics.median(w for _, w in found)) for kind, found in times.items()
+        kind: (statistics.median(c for c, _ in found), statistics.median(w for _, w in found))
+        for kind, found in times.items()
     }
 
 
@@ -215,7 +216,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=12, help="steps of each kind of run (default: 12)")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/prepare"), help="folder of the table (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/prepare"),
+        help="folder of the table (default: %(default)s)",
     )
     own = parser.parse_args(argv)
     torch.set_num_threads(1)

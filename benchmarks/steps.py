@@ -141,7 +141,9 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     unet = make_unet(model, device)
     layers: list[nn.Module] = []
     if setting.low_rank:
-        layers = lora.add(unet, rank=8, alpha=8.0, target_modules=("to_q", "to_k", "to_v", "to_out.0"), dropout=0.0, seed=0)
+        layers = lora.add(
+            unet, rank=8, alpha=8.0, target_modules=("to_q", "to_k", "to_v", "to_out.0"), dropout=0.0, seed=0
+        )
         if half is not None:
             halve(unet, half)
         unet.to(device)
@@ -159,7 +161,9 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
         model=parts,
         policy=used[0],
         reference=compared,
-        path=noise_path(Schedule(torch.linspace(0.999, 0.005, 1000), "epsilon"), torch.arange(1000), torch.float32, device),
+        path=noise_path(
+            Schedule(torch.linspace(0.999, 0.005, 1000), "epsilon"), torch.arange(1000), torch.float32, device
+        ),
         weight=torch.ones(1000, device=device),
         beta=torch.tensor(2000.0, device=device),
         seed=torch.tensor(0, device=device),

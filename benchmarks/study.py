@@ -57,7 +57,9 @@ def soft_pairs(path: Path) -> Path:
     first = 1 / (1 + np.exp(-SLOPE * (scores("jpg_0") - scores("jpg_1"))))
     for name, values in (("label_0", first), ("label_1", 1 - first)):
         index = table.schema.get_field_index(name)
-        table = table.set_column(index, table.schema.field(index), pa.array(values, type=table.schema.field(index).type))
+        table = table.set_column(
+            index, table.schema.field(index), pa.array(values, type=table.schema.field(index).type)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, lambda part: pq.write_table(table, part))
     return path
@@ -73,7 +75,18 @@ def prepare_stores(out: Path, rows: Iterable[str]) -> None:
 
     for store in {store_of(out, row) for row in rows}:
         pairs = soft_pairs(out / "soft.parquet") if store.name == "store-soft" else paths.train_pairs_path()
-        flags = ["--store", store, "--dtype", "fp32", "--preset", "tiny", "--model", paths.pipeline_path(), "--data", pairs]
+        flags = [
+            "--store",
+            store,
+            "--dtype",
+            "fp32",
+            "--preset",
+            "tiny",
+            "--model",
+            paths.pipeline_path(),
+            "--data",
+            pairs,
+        ]
         if prepare.main([str(flag) for flag in flags]):
             raise SystemExit(f"{store} could not be prepared")
 
@@ -136,7 +149,17 @@ def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
         folder.mkdir(parents=True)
         files.write_text(note, json.dumps(ROWS[row]))
     going_on = ["--resume", "latest"] if any((folder / "checkpoints").glob("step-*")) else ["--overwrite"]
-    flags = ["--preset", "tiny", *ROWS[row], "--model", paths.pipeline_path(), "--data", store_of(out, row), "--seed", seed]
+    flags = [
+        "--preset",
+        "tiny",
+        *ROWS[row],
+        "--model",
+        paths.pipeline_path(),
+        "--data",
+        store_of(out, row),
+        "--seed",
+        seed,
+    ]
     flags += ["--output", folder, "--threads", 1, "--validate-every", 0, *going_on]
     code = train.main([str(flag) for flag in flags])
     if code:
@@ -182,10 +205,16 @@ def main(argv: Iterable[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the cells")
     parser.add_argument("--seeds", type=int, default=5, help="seeds a row (default: 5)")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="cells at a time, one thread each")
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="cells at a time, one thread each"
+    )
     parser.add_argument("--report", type=Path, help="page to write, for example docs/evidence.md")
-    parser.add_argument("--cells", type=Path, help="file of the finished cells, read and added to (default: OUT/cells.json)")
+    parser.add_argument(
+        "--cells", type=Path, help="file of the finished cells, read and added to (default: OUT/cells.json)"
+    )
     given = parser.parse_args(None if argv is None else list(argv))
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.cells or given.out / "cells.json"

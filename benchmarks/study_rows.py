@@ -17,7 +17,10 @@ ROWS: dict[str, list[str]] = {
     "sft, t in [700, 1000)": ["--method", "sft", "--learning-rate", "3e-5", "--window-low", "700"],
     "dpo, t in [700, 1000)": [*DPO, "--window-low", "700"],
     "dpo, t in [200, 700)": [*DPO, "--window-low", "200", "--window-high", "700"],
-    **{name: [*DPO, "--window-low", str(100 * i), "--window-high", str(100 * i + 100)] for i, name in enumerate(SEGMENTS)},
+    **{
+        name: [*DPO, "--window-low", str(100 * i), "--window-high", str(100 * i + 100)]
+        for i, name in enumerate(SEGMENTS)
+    },
     "dpo, LoRA": [*DPO, "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dde-single, LoRA": ["--method", "dde-single", "--beta", "200", "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dpo, soft labels": DPO,

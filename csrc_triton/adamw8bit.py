@@ -101,7 +101,9 @@ class AdamW8bit(torch.optim.Optimizer):
         for p, _ in self._parameters:
             assert p.device == self._device, f"parameters on {p.device} and {self._device}: AdamW8bit wants one device"
             assert p.dtype in TRITON_DTYPES, f"AdamW8bit updates float32 and bfloat16 weights, not {p.dtype}"
-            assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), f"not dense: strides {p.stride()}"
+            assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), (
+                f"not dense: strides {p.stride()}"
+            )
         self._starts, sizes = [], [0, 0]  # start of each parameter in its arena: fp32 moments, 8-bit moments
         for p, _ in self._parameters:
             small = p.numel() < MIN_8BIT_ELEMENTS
@@ -125,13 +127,17 @@ class AdamW8bit(torch.optim.Optimizer):
         self._maps = [LEVELS[signed].to(self._device) for signed in (True, False)]
         self._hyper_values: list[tuple[float, ...]] = []  # as last uploaded
         self._addresses: list[tuple[int, int]] = []  # of weights and gradients, as in the table
-        self._launches: list[tuple[bool, torch.dtype, bool, torch.Tensor]] = []  # 8-bit moments, weights' dtype, aligned, chunks
+        self._launches: list[
+            tuple[bool, torch.dtype, bool, torch.Tensor]
+        ] = []  # 8-bit moments, weights' dtype, aligned, chunks
         self._sources: dict[str, torch.Tensor] = {}
         self._built = True
 
     def add_param_group(self, param_group: dict) -> None:
         if self._built:
-            raise ValueError("AdamW8bit's arena is laid out at construction: pass every parameter group to the constructor")
+            raise ValueError(
+                "AdamW8bit's arena is laid out at construction: pass every parameter group to the constructor"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -187,7 +193,9 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         rows: list[tuple[int, ...]] = []
         chunks: dict[tuple[bool, torch.dtype, bool], list[tuple[int, int]]] = {}
-        for key, ((p, group), start, (weight, grad)) in enumerate(zip(self._parameters, self._starts, addresses, strict=True)):
+        for key, ((p, group), start, (weight, grad)) in enumerate(
+            zip(self._parameters, self._starts, addresses, strict=True)
+        ):
             assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
             quantised, tiles = p.numel() >= MIN_8BIT_ELEMENTS, -(-p.numel() // (ROWS * BLOCK))
             rows.append((weight, grad, p.numel(), start // BLOCK if quantised else start, group, key))
@@ -195,17 +203,27 @@ class AdamW8bit(torch.optim.Optimizer):
             chunks.setdefault(kind, []).extend((key, tile) for tile in range(tiles))
         self._table = self._upload("table", rows, torch.int64)
         if not self._launches:
-            self._launches = [(*kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()]
+            self._launches = [
+                (*kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()
+            ]
         self._addresses = addresses
 
     def _launch_step(self, clip, inv_scale, found_inf) -> None:
         self._refresh_table()
         t = self._tensors
         groups, block_g = len(self.param_groups), triton.next_power_of_2(len(self.param_groups))
-        begin_step_kernel[(1,)](self._hyper, t["step"], found_inf, self._factors, groups, BLOCK_G=block_g, num_warps=1, **PINNED)
+        begin_step_kernel[(1,)](
+            self._hyper, t["step"], found_inf, self._factors, groups, BLOCK_G=block_g, num_warps=1, **PINNED
+        )
         for quantised, dtype, aligned, chunks in self._launches:
             common = (self._table, chunks, self._factors, t["step"], t["seed"], clip, inv_scale, found_inf)
-            options = {"DTYPE": TRITON_DTYPES[dtype], "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": WARPS} | PINNED
+            options = {
+                "DTYPE": TRITON_DTYPES[dtype],
+                "STREAM": STREAM,
+                "ROWS": ROWS,
+                "BLOCK": BLOCK,
+                "num_warps": WARPS,
+            } | PINNED
             if quantised:
                 states = (*self._maps, t["m_8bit"], t["v_8bit"], t["m_max"], t["v_max"])
                 adamw_8bit_kernel[(len(chunks),)](*common, *states, ALIGNED=aligned, **options)
@@ -236,10 +254,15 @@ class AdamW8bit(torch.optim.Optimizer):
         """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
         blocks = -(-w.numel() // BLOCK)
         block, element = slice(start // BLOCK, start // BLOCK + blocks), slice(start, start + blocks * BLOCK)
-        w_rows, g_rows = (torch.nn.functional.pad(x, (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK) for x in (w, g))
+        w_rows, g_rows = (
+            torch.nn.functional.pad(x, (0, blocks * BLOCK - x.numel())).view(blocks, BLOCK) for x in (w, g)
+        )
         moments = []
         for name, signed in (("m", True), ("v", False)):
-            codes, maxima = self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK), self._tensors[f"{name}_max"][block]
+            codes, maxima = (
+                self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK),
+                self._tensors[f"{name}_max"][block],
+            )
             moments.append((codes, maxima, signed))
         m, v = (dequantise(*moment) for moment in moments)
         new_w, *new = adamw_reference(w_rows, g_rows, m, v, factors)

@@ -108,7 +108,9 @@ def adamw_8bit_kernel(
     ALIGNED: tl.constexpr,  # every tensor of the launch has a multiple of 16 elements
 ):
     """Dequantise, update, requantise: one read and one write of each of w, m, v, one read of g. Rows are quantisation blocks."""
-    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK)
+    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
+        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+    )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return
     if ALIGNED:
@@ -117,7 +119,9 @@ def adamw_8bit_kernel(
     block = state + first // BLOCK
     state *= BLOCK
     row_inside = first < count
-    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (tl.load(clip_ptr) * tl.load(inv_scale_ptr))
+    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (
+        tl.load(clip_ptr) * tl.load(inv_scale_ptr)
+    )
     w = tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)
     m_code = tl.load(m_ptr + state + element, mask=inside, other=127).to(tl.int32)
     v_code = tl.load(v_ptr + state + element, mask=inside, other=0).to(tl.int32)
@@ -154,11 +158,15 @@ def adamw_fp32_kernel(
     BLOCK: tl.constexpr,
 ):
     """The same step for the small tensors, whose moments stay in fp32."""
-    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK)
+    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
+        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+    )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return
     inside = element < count
-    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (tl.load(clip_ptr) * tl.load(inv_scale_ptr))
+    g = tl.load(grad_ptr + element, mask=inside, other=0.0).to(tl.float32) * (
+        tl.load(clip_ptr) * tl.load(inv_scale_ptr)
+    )
     w = tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + state + element, mask=inside, other=0.0)
     v = tl.load(v_ptr + state + element, mask=inside, other=0.0)

@@ -47,7 +47,9 @@ def _position(x, F: tl.constexpr):
     position = tl.minimum(position, x * (7.1111111111e1 * F) + 56.8888888889 * F)
     k = position.to(tl.int32)
     first_of_decade = (k & (k - 1)) == 0
-    edge = tl.where(k == F, 0.25 - F / 18.0, 0.2)  # midpoint towards the level below; towards zero for the very first level
+    edge = tl.where(
+        k == F, 0.25 - F / 18.0, 0.2
+    )  # midpoint towards the level below; towards zero for the very first level
     k = tl.where(first_of_decade & (position - k.to(tl.float32) < edge), k - 1, k)
     k = tl.where(position >= 128 * F - 0.25, 128 * F, k)
     return tl.maximum(k, F - 1)

@@ -17,7 +17,9 @@ import triton.language as tl
 from csrc_triton.runtime import PINNED, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
-TILE = 2048  # elements of the output per program: two 16-byte vectors of a half dtype per thread and operand, four warps
+TILE = (
+    2048  # elements of the output per program: two 16-byte vectors of a half dtype per thread and operand, four warps
+)
 WARPS = 4
 
 

@@ -90,11 +90,37 @@ def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight
     grid, runs = _grid(N, P, C, blocks)
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
     channel_gradients_kernel[grid](
-        dy, x, embedding, weight, bias, mean, rstd, partial, P, runs, **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED
+        dy,
+        x,
+        embedding,
+        weight,
+        bias,
+        mean,
+        rstd,
+        partial,
+        P,
+        runs,
+        **shape,
+        SILU=silu,
+        **blocks,
+        num_warps=WARPS,
+        **PINNED,
     )
     sums, means = partial.new_empty((N, 2, C)), partial.new_empty((N, groups, 2))
     group_gradients_kernel[(N * groups,)](
-        partial, weight, rstd, centre, sums, means, dtemb, P, runs, **shape, **_combine_blocks(C, groups), num_warps=4, **PINNED
+        partial,
+        weight,
+        rstd,
+        centre,
+        sums,
+        means,
+        dtemb,
+        P,
+        runs,
+        **shape,
+        **_combine_blocks(C, groups),
+        num_warps=4,
+        **PINNED,
     )
     group_norm_backward_kernel[grid](
         dy, x, embedding, weight, bias, mean, rstd, means, dx, P, runs,
@@ -147,7 +173,13 @@ def group_norm_silu_backward_reference(dy, x, temb, weight, bias, mean, rstd, ce
 
 @torch.library.custom_op("csrc_triton::group_norm_silu", mutates_args=())
 def _group_norm_silu(
-    x: torch.Tensor, temb: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
+    x: torch.Tensor,
+    temb: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x = x.contiguous(memory_format=torch.channels_last)
     temb = None if temb is None else temb.contiguous()
@@ -176,7 +208,9 @@ def _group_norm_silu_backward(
 
 @_group_norm_silu.register_fake
 def _(x, temb, weight, bias, groups, eps, silu):
-    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    mean, rstd = (
+        x.new_empty((x.shape[0], groups), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2)
+    )
     centre = x.new_empty(x.shape[:2] if temb is not None else (0,), dtype=mean.dtype)
     return torch.empty_like(x, memory_format=torch.channels_last), mean, rstd, centre
 
@@ -206,9 +240,13 @@ _group_norm_silu.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> None:
-    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, f"x must be [N, C, H, W]: {x.dtype} {tuple(x.shape)}"
+    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, (
+        f"x must be [N, C, H, W]: {x.dtype} {tuple(x.shape)}"
+    )
     assert x.shape[1] % groups == 0, f"{groups} groups do not divide {x.shape[1]} channels"
-    assert weight.shape == bias.shape == x.shape[1:2], f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C]"
+    assert weight.shape == bias.shape == x.shape[1:2], (
+        f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C]"
+    )
 
 
 def group_norm_silu(
@@ -252,7 +290,9 @@ def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu
         constants = {p: v for p, v in (values | blocks).items() if p in kernel.arg_names}
         signature = {p: kinds.get(p, "*fp32") for p in kernel.arg_names if p not in constants}
         name = f"{kernel.__name__.removesuffix('_kernel')}_{P}x{C}"
-        specimens.append(Specimen(name, kernel, dtype, signature, constants, warps, vector_load=loads, vector_store=stores))
+        specimens.append(
+            Specimen(name, kernel, dtype, signature, constants, warps, vector_load=loads, vector_store=stores)
+        )
     return specimens
 
 

@@ -89,7 +89,19 @@ def group_statistics_kernel(
 
 @triton.jit
 def _normalised(
-    x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB: tl.constexpr
+    x_ptr,
+    temb_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sample,
+    channel,
+    offsets,
+    mask,
+    C,
+    G,
+    HAS_TEMB: tl.constexpr,
 ):
     """(n, z, weight, rstd) of a tile, all fp32: n and z [BLOCK_P, BLOCK_C], weight and rstd [BLOCK_C]."""
     inside = channel < C

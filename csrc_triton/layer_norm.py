@@ -154,9 +154,13 @@ def sum_partials_kernel(
 def sum_partials(partial: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`partial` [P, 2, C] fp32 summed over P, always in the same order: two tensors [C] in the dtype of `like`."""
     P, two, C = partial.shape
-    assert two == 2 and partial.is_contiguous() and partial.dtype == torch.float32, f"{partial.dtype} {tuple(partial.shape)}"
+    assert two == 2 and partial.is_contiguous() and partial.dtype == torch.float32, (
+        f"{partial.dtype} {tuple(partial.shape)}"
+    )
     first, second = like.new_empty(C), like.new_empty(C)
-    sum_partials_kernel[(triton.cdiv(C, 32), 2)](partial, first, second, P, C, BLOCK_P=64, BLOCK_C=32, num_warps=WARPS, **PINNED)
+    sum_partials_kernel[(triton.cdiv(C, 32), 2)](
+        partial, first, second, P, C, BLOCK_P=64, BLOCK_C=32, num_warps=WARPS, **PINNED
+    )
     return first, second
 
 
@@ -225,7 +229,9 @@ def layer_norm_backward_reference(dy, dsum, s, weight, mean, rstd, weight_grads)
 
 def _forward(x, residual, weight, bias, eps):
     launch = runs_triton(x) and x.shape[-1] <= MAX_CHANNELS
-    return (_launch_forward if launch else layer_norm_reference)(x, residual, weight.contiguous(), bias.contiguous(), eps)
+    return (_launch_forward if launch else layer_norm_reference)(
+        x, residual, weight.contiguous(), bias.contiguous(), eps
+    )
 
 
 @torch.library.custom_op("csrc_triton::layer_norm", mutates_args=())
@@ -313,7 +319,9 @@ _add_layer_norm.register_autograd(_backward_add_layer_norm, setup_context=_setup
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    assert x.is_floating_point() and x.ndim >= 2, f"layer_norm needs a floating tensor [..., C], got {x.dtype} {tuple(x.shape)}"
+    assert x.is_floating_point() and x.ndim >= 2, (
+        f"layer_norm needs a floating tensor [..., C], got {x.dtype} {tuple(x.shape)}"
+    )
     assert x.numel() > 0 and weight.shape == bias.shape == x.shape[-1:], (
         f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C], x {tuple(x.shape)} not empty"
     )

@@ -21,7 +21,11 @@ from csrc_triton.specimen import Specimen
 
 BLOCK = 1024  # elements of one sample per program: one 16-byte vector of a half dtype per thread
 WARPS = 4
-VAE_WIN, VAE_LOSE, NOISE = tl.constexpr(int(Stream.VAE_WIN)), tl.constexpr(int(Stream.VAE_LOSE)), tl.constexpr(int(Stream.NOISE))
+VAE_WIN, VAE_LOSE, NOISE = (
+    tl.constexpr(int(Stream.VAE_WIN)),
+    tl.constexpr(int(Stream.VAE_LOSE)),
+    tl.constexpr(int(Stream.NOISE)),
+)
 
 
 @triton.jit
@@ -44,7 +48,9 @@ def noise_pairs_kernel(
     first, pair = tl.program_id(0) * BLOCK, tl.program_id(1)
     timestep = tl.load(timesteps_ptr + pair)
     signal, spread = tl.load(signal_ptr + timestep), tl.load(spread_ptr + timestep)
-    noise = normal_span(first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK)
+    noise = normal_span(
+        first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK
+    )
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
     offset = element_offsets(element, channels, pixels, CHANNELS_LAST)
@@ -75,13 +81,17 @@ def sample_posterior_kernel(
     first, sample = tl.program_id(0) * BLOCK, tl.program_id(1)
     pair = sample % batch
     stream = tl.where(sample < batch, VAE_WIN, VAE_LOSE)
-    noise = normal_span(first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), stream, BLOCK)
+    noise = normal_span(
+        first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), stream, BLOCK
+    )
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
     start = sample.to(tl.int64) * elements
     mean_offset = start + element_offsets(element, channels, pixels, MEAN_LAST)
     mean = tl.load(mean_ptr + mean_offset, mask=mask, other=0.0).to(tl.float32)
-    std = tl.load(std_ptr + start + element_offsets(element, channels, pixels, STD_LAST), mask=mask, other=0.0).to(tl.float32)
+    std = tl.load(std_ptr + start + element_offsets(element, channels, pixels, STD_LAST), mask=mask, other=0.0).to(
+        tl.float32
+    )
     tl.store(out_ptr + mean_offset, (mean + std * noise - shift) * scale, mask=mask)
 
 
@@ -117,7 +127,9 @@ def _launch_posterior(mean, std, keys, draws, seed, scale: float, shift: float) 
 # ------------------------------------------------------------------------------------------------------------------ plain torch
 
 
-def noise_pairs_reference(latents, timesteps, signal, spread, keys, draws, seed, *, out_dtype: torch.dtype | None = None):
+def noise_pairs_reference(
+    latents, timesteps, signal, spread, keys, draws, seed, *, out_dtype: torch.dtype | None = None
+):
     """Plain torch form of `noise_pairs`, for any device; same arguments, same result."""
     _check(latents, timesteps, signal, spread, keys, draws)
     clean = wide(latents)
@@ -217,7 +229,9 @@ def noise_pairs(
     _check(latents, timesteps, signal, spread, keys, draws)
     dtype = wide(latents).dtype
     tables = (signal.to(dtype).contiguous(), spread.to(dtype).contiguous())
-    return _noise_pairs(latents, timesteps, *tables, keys, draws, seed_tensor(seed, latents.device), out_dtype or latents.dtype)
+    return _noise_pairs(
+        latents, timesteps, *tables, keys, draws, seed_tensor(seed, latents.device), out_dtype or latents.dtype
+    )
 
 
 def sample_posterior(

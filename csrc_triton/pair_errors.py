@@ -268,11 +268,15 @@ def _checked(
     assert weight.ndim == 1 and weight.shape == correction.shape, (
         f"weight and correction must both be [T], got {tuple(weight.shape)}, {tuple(correction.shape)}"
     )
-    assert reference is None or recorded is None, "reference predictions and recorded reference errors exclude each other"
+    assert reference is None or recorded is None, (
+        "reference predictions and recorded reference errors exclude each other"
+    )
     assert reference is None or reference.shape == policy.shape, (
         f"reference {tuple(reference.shape)}: expected {tuple(policy.shape)}"
     )
-    assert recorded is None or recorded.shape == (2, batch), f"recorded errors must be [2, {batch}], got {tuple(recorded.shape)}"
+    assert recorded is None or recorded.shape == (2, batch), (
+        f"recorded errors must be [2, {batch}], got {tuple(recorded.shape)}"
+    )
     assert (target is None) != (noise is None), "give either the target or the (keys, draws, seed) of the noise"
     assert target is None or (target.shape[0] in (batch, 2 * batch) and target.shape[1:] == policy.shape[1:]), (
         f"target {tuple(target.shape)}: expected [B or 2B, C, H, W] like the policy {tuple(policy.shape)}"
@@ -281,7 +285,9 @@ def _checked(
     assert all(x is None for x in made) or (target is None and not any(x is None for x in made)), (
         "latents, of_noise and of_data belong together, to the target made from noise and data"
     )
-    assert latents is None or latents.shape == policy.shape, f"latents {tuple(latents.shape)}: expected {tuple(policy.shape)}"
+    assert latents is None or latents.shape == policy.shape, (
+        f"latents {tuple(latents.shape)}: expected {tuple(policy.shape)}"
+    )
     dtype = wide(policy).dtype
 
     def plain(x: torch.Tensor | None) -> torch.Tensor | None:

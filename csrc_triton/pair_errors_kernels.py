@@ -40,7 +40,9 @@ def _targets(
         if not SHARED:
             lose = tl.load(target_ptr + lose_start + offset, mask=mask, other=0.0).to(tl.float32)
     else:
-        win = normal_span(first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK)
+        win = normal_span(
+            first // 4, tl.load(keys_ptr + pair), tl.load(draws_ptr + pair), tl.load(seed_ptr), NOISE, BLOCK
+        )
         lose = win
         if latents_ptr is not None:
             noise = tl.load(of_noise_ptr + timestep) * win
@@ -210,7 +212,9 @@ def pair_errors_kernel(
         tl.store(place + 2 * stride, _sum(frozen_error_win * frozen_error_win, mask, BLOCK))
         tl.store(place + 3 * stride, _sum(frozen_error_lose * frozen_error_lose, mask, BLOCK))
         # (p - r)(p + r - 2 y) = (p - r)((p - y) + (r - y))
-        change = (win - frozen_win) * (error_win + frozen_error_win) - (lose - frozen_lose) * (error_lose + frozen_error_lose)
+        change = (win - frozen_win) * (error_win + frozen_error_win) - (lose - frozen_lose) * (
+            error_lose + frozen_error_lose
+        )
         tl.store(place + 4 * stride, _sum(change, mask, BLOCK))
 
     tl.debug_barrier()  # every thread's partial sums are written before this program's ticket is drawn
@@ -292,7 +296,9 @@ def _specimens() -> list[Specimen]:
 
     def specimen(name: str, kernel, dtype: str, arguments: dict, constants: dict, missing: tuple[str, ...]) -> Specimen:
         signature = {key: kind for key, kind in arguments.items() if key not in missing}
-        return Specimen(name, kernel, dtype, signature, constants | dict.fromkeys(missing), WARPS, aligned=("elements", "pixels"))
+        return Specimen(
+            name, kernel, dtype, signature, constants | dict.fromkeys(missing), WARPS, aligned=("elements", "pixels")
+        )
 
     found = []
     for dtype in ("fp32", "bf16", "fp16"):
@@ -302,7 +308,10 @@ def _specimens() -> list[Specimen]:
                 name, missed = f"pair_errors/{source}/{kind}", (*missing, other)
                 one = specimen(name, pair_errors_kernel, dtype, forward | predictions, flags | finish, missed)
                 found.append(replace(one, vector_store=False, maxnreg=REGISTERS[4 if dtype == "fp32" else 2]))
-            name, arguments = f"pair_errors_backward/{source}", backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+            name, arguments = (
+                f"pair_errors_backward/{source}",
+                backward | {"policy_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"},
+            )
             found.append(specimen(name, pair_errors_backward_kernel, dtype, arguments, flags, missing))
     return found
 

@@ -71,8 +71,12 @@ def _rounds(c0, c1, c2, c3, k0, k1):
 
 def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Philox-4x32-10. counter: int64 [..., 4], key: int64 [..., 2] (broadcast), both holding uint32 values -> int64 [..., 4]."""
-    assert counter.dtype == torch.int64 and key.dtype == torch.int64, "counter and key hold uint32 values in int64 tensors"
-    assert counter.shape[-1] == 4 and key.shape[-1] == 2, f"expected [..., 4] and [..., 2], got {counter.shape} and {key.shape}"
+    assert counter.dtype == torch.int64 and key.dtype == torch.int64, (
+        "counter and key hold uint32 values in int64 tensors"
+    )
+    assert counter.shape[-1] == 4 and key.shape[-1] == 2, (
+        f"expected [..., 4] and [..., 2], got {counter.shape} and {key.shape}"
+    )
     words = _rounds(*counter.unbind(-1), *key.unbind(-1))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
@@ -89,7 +93,9 @@ def seed_tensor(seed: torch.Tensor | int, device: torch.device) -> torch.Tensor:
 
 def _blocks(keys, draws, stream, seed, blocks: int):
     """The four words [N, J] of the first `blocks` counter blocks of every key."""
-    assert keys.dtype == torch.int64 and draws.dtype == torch.int64, f"keys {keys.dtype} and draws {draws.dtype} must be int64"
+    assert keys.dtype == torch.int64 and draws.dtype == torch.int64, (
+        f"keys {keys.dtype} and draws {draws.dtype} must be int64"
+    )
     assert keys.ndim == 1 and keys.shape == draws.shape, (
         f"keys {tuple(keys.shape)} and draws {tuple(draws.shape)} must both be [N]"
     )
@@ -102,7 +108,9 @@ def _blocks(keys, draws, stream, seed, blocks: int):
     return _rounds(block_1J, draw_N1, stream_11, seed_11, keys[:, None] & MASK, (keys[:, None] >> 32) & MASK)
 
 
-def random_bits(keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, count: int) -> torch.Tensor:
+def random_bits(
+    keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, count: int
+) -> torch.Tensor:
     """int64 [N, count] of uint32 values for keys [N] int64, draws [N] int64 and a seed (int64 0-d tensor or int)."""
     words = torch.stack(_blocks(keys, draws, stream, seed, -(-count // 4)), dim=-1)
     return words.flatten(1)[:, :count]
@@ -113,7 +121,9 @@ def uniform(keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Te
     return (random_bits(keys, draws, stream, seed, count) >> 8).to(torch.float32) * 2.0**-24
 
 
-def integers(keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, low: int, high: int) -> torch.Tensor:
+def integers(
+    keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, low: int, high: int
+) -> torch.Tensor:
     """int64 [N], uniform on [low, high): low + floor(bits (high - low) / 2^32).
 
     No rejection, so one number always takes one word. Each value's probability differs from 1 / (high - low) by less than 2^-32:
@@ -124,7 +134,9 @@ def integers(keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.T
     return low + ((random_bits(keys, draws, stream, seed, 1)[:, 0] * span) >> 32)
 
 
-def _box_muller(radius_word: torch.Tensor, angle_word: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _box_muller(
+    radius_word: torch.Tensor, angle_word: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     u = radius_word.to(torch.float32) * 2.0**-32 + 2.0**-33
     angle24 = angle_word >> 8
     if dtype == torch.float64:

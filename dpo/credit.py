@@ -18,7 +18,9 @@ class Tables(NamedTuple):
     precision: Tensor
 
 
-def tables(method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta") -> Tables:
+def tables(
+    method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta"
+) -> Tables:
     """The weight and lambda of `method` for a model's schedule.
 
     gamma: discount per timestep; cap: upper bound of the single-shot weight; sigma2: "beta" or "posterior", see

@@ -27,7 +27,11 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same pairs on another device."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in self._asdict().items()
+            if isinstance(value, Tensor)
+        }
         return self._replace(**moved, text=self.text.to(device))
 
 

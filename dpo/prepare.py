@@ -89,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="All flags of python -m dpo.train are understood as well.",
     )
     parser.add_argument("--store", required=True, metavar="FOLDER", help="the prepared store, made or added to")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the stored latents and text (default: fp16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp16", help="of the stored latents and text (default: fp16)"
+    )
     parser.add_argument("--reference", action="store_true", help="record the reference's errors too")
     parser.add_argument(
         "--draws", type=_positive, default=4, metavar="K", help="draws of (timestep, noise) per pair (default: 4)"
@@ -100,12 +102,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs a batch when recording (default: as many as fit; on a CPU --batch-size)",
     )
-    parser.add_argument("--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)")
     parser.add_argument(
-        "--merge", nargs="*", metavar="PART", help="make the store an index over finished parts (default: those below it)"
+        "--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)"
+    )
+    parser.add_argument(
+        "--merge",
+        nargs="*",
+        metavar="PART",
+        help="make the store an index over finished parts (default: those below it)",
     )
     parser.add_argument("--verify", action="store_true", help="check every byte of the store and its records")
-    parser.add_argument("--pairs-per-shard", type=_positive, metavar="N", help="pairs in one file (default: about 256 MiB)")
+    parser.add_argument(
+        "--pairs-per-shard", type=_positive, metavar="N", help="pairs in one file (default: about 256 MiB)"
+    )
     parser.add_argument(
         "--text-batch", type=_positive, default=TEXT_BATCH, metavar="N", help="captions encoded at once (default: 32)"
     )

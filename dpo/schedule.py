@@ -64,7 +64,9 @@ class NoisePath:
         return self.timesteps[integers(keys, draws, Stream.TIMESTEP, seed, 0, self.timesteps.numel())]
 
 
-def noise_path(schedule: Schedule, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> NoisePath:
+def noise_path(
+    schedule: Schedule, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> NoisePath:
     """The path of a diffusion schedule in `dtype` (fp32 or float64) on `device`; timesteps [K]: those to draw from.
 
     Square roots are taken in float64 and rounded once, so that every device has the same table.

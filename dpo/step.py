@@ -54,7 +54,9 @@ class PairStep:
         """
         t = self.path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
-        x_t = noise_pairs(latents, t, self.path.signal, self.path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype)
+        x_t = noise_pairs(
+            latents, t, self.path.signal, self.path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype
+        )
         if wins_only:
             half = t.numel()
             wins = self.predict(self.policy, x_t[:half], t, x.text, None if x.micro is None else x.micro[:half])

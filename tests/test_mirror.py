@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCE = [path for room in ("dpo", "csrc_triton") for path in sorted((ROOT / room).rglob("*.py")) if path.name != "__init__.py"]
+SOURCE = [
+    path
+    for room in ("dpo", "csrc_triton")
+    for path in sorted((ROOT / room).rglob("*.py"))
+    if path.name != "__init__.py"
+]
 
 # Files that have no test of their own name, by the test that goes red when they break.
 TESTED_BY = {
@@ -70,11 +75,15 @@ def name(path: Path) -> str:
 def test_every_file_of_the_source_has_its_test():
     missing = [f"{name(path)} wants {name(mirror(path))}" for path in SOURCE if not mirror(path).exists()]
     missing = [line for line in missing if line.split()[0] not in TESTED_BY]
-    assert missing == [], "\n".join(["write the test, or say in TESTED_BY which test goes red when the file breaks:", *missing])
+    assert missing == [], "\n".join(
+        ["write the test, or say in TESTED_BY which test goes red when the file breaks:", *missing]
+    )
 
 
 def test_the_list_of_tests_elsewhere_is_not_out_of_date():
-    gone = [f"{file}: {test}" for file, test in TESTED_BY.items() if not ((ROOT / file).exists() and (ROOT / test).exists())]
+    gone = [
+        f"{file}: {test}" for file, test in TESTED_BY.items() if not ((ROOT / file).exists() and (ROOT / test).exists())
+    ]
     assert gone == [], f"a file was moved or renamed; put its line in TESTED_BY right: {gone}"
     own = [name(path) for path in SOURCE if name(path) in TESTED_BY and mirror(path).exists()]
     assert own == [], f"these have tests of their own now; take their lines out of TESTED_BY: {own}"
@@ -91,7 +100,9 @@ def test_helpers_lie_in_one_place():
 
 def test_the_docstring_of_the_helpers_lists_them():
     text = ast.get_docstring(ast.parse((ROOT / "tests/help/__init__.py").read_text(encoding="utf-8"))) or ""
-    missing = [path.name for path in (ROOT / "tests/help").glob("*.py") if path.name not in text and path.name != "__init__.py"]
+    missing = [
+        path.name for path in (ROOT / "tests/help").glob("*.py") if path.name not in text and path.name != "__init__.py"
+    ]
     assert missing == [], f"say in tests/help/__init__.py what these hold: {missing}"
 
 

@@ -60,7 +60,9 @@ def test_every_path_is_there(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_name_stands_where_the_page_says(page):
     told = standing((ROOT / page).read_text(encoding="utf-8"))
-    wrong = [f"{name} in {file}" for file, name in told if not (ROOT / file).is_file() or name not in defined(ROOT / file)]
+    wrong = [
+        f"{name} in {file}" for file, name in told if not (ROOT / file).is_file() or name not in defined(ROOT / file)
+    ]
     assert wrong == [], f"{page} sends a reader to the wrong file: {wrong}"
 
 
@@ -68,7 +70,11 @@ def test_every_name_stands_where_the_page_says(page):
 def test_every_command_is_a_module(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     places = {name: ROOT / name.rstrip(".").replace(".", "/") for name in COMMAND.findall(text)}
-    wrong = [name for name, path in places.items() if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())]
+    wrong = [
+        name
+        for name, path in places.items()
+        if not (path.with_suffix(".py").is_file() or (path / "__main__.py").is_file())
+    ]
     assert wrong == [], f"{page} names commands that do not exist: {wrong}"
 
 
@@ -76,7 +82,9 @@ def test_the_first_things_to_read_are_pointed_at():
     """Guards the patterns: were they to miss what the pages say, the tests above would pass on anything."""
     readme, contributing = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES[:2])
     assert ("dpo/train.py", "train_step") in standing(readme)
-    assert {"dpo/step.py", "dpo/objective.py", "dpo/models/sd.py", "docs/method.md", "LICENSE"} <= set(paths("README.md"))
+    assert {"dpo/step.py", "dpo/objective.py", "dpo/models/sd.py", "docs/method.md", "LICENSE"} <= set(
+        paths("README.md")
+    )
     told = standing(contributing)
     assert ("dpo/settings/config.py", "Config") in told and ("dpo/models/family.py", "Family") in told
     assert "tests/help/worlds.py" in paths("CONTRIBUTING.md") and "csrc_triton/NAME.py" not in paths("CONTRIBUTING.md")

@@ -26,7 +26,9 @@ def setup(level: int | str = logging.INFO, console: Console | None = None) -> Co
     console = console or _console
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False, markup=False)
+        handler = RichHandler(
+            console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False, markup=False
+        )
     else:
         handler = logging.StreamHandler(console.file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
@@ -69,7 +71,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 

@@ -119,7 +119,9 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
         draws=draw,
         prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
         usable=usable,
-        captions=["" if drop < decoding.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)],
+        captions=[
+            "" if drop < decoding.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)
+        ],
         micro=micro,
         position=position,
         epoch=int(draws[0]),

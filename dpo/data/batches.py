@@ -29,7 +29,9 @@ def batches(
     return loader.load(source, run_order(source, order), decoding, reading, order.micro_batch)
 
 
-def held_out_batches(source: Source, micro_batch: int, resolution: int, reading: Reading) -> Generator[PairBatch, None, None]:
+def held_out_batches(
+    source: Source, micro_batch: int, resolution: int, reading: Reading
+) -> Generator[PairBatch, None, None]:
     """One pass over held-out pairs in stored order: draw 0, centre crop, not mirrored, captions kept.
 
     The last micro-batch may be short. Raises UserError as `batches` does.

@@ -77,7 +77,9 @@ def hub_files(repo: str, data: Data, split: str) -> Files:
         raise UserError(f"{where}: has no parquet files{chosen}; download it and give the folder")
     configs = {PurePosixPath(name).parts[0] for name in names} if revision == CONVERTED else set()
     if len(configs) > 1:
-        raise UserError(f"{where}: has several configurations ({', '.join(sorted(configs))}); choose one with --config-name")
+        raise UserError(
+            f"{where}: has several configurations ({', '.join(sorted(configs))}); choose one with --config-name"
+        )
     names = files_of_split(names, split, where)
     if data.streaming:
         fs = huggingface_hub.HfFileSystem()

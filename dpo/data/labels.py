@@ -63,7 +63,9 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
     by_name = data.chosen_column is not None or data.rejected_column is not None
     if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:
-        optional = [n if n in names else None for n in ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid")]
+        optional = [
+            n if n in names else None for n in ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid")
+        ]
         return Columns(caption, *images, "label_0", *optional)
     if caption and chosen and rejected and kind != "pickapic":
         return Columns(caption, chosen, rejected)
@@ -119,5 +121,11 @@ def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties:
     if ties == "drop":
         keep &= ~tie
     prob = np.where(tie, 0.5, np.maximum(p, 1.0 - p)).astype(np.float32)
-    counts = {"rows": rows, "ties": tie, "unlabelled": unlabelled, "invalid labels": invalid, "one image twice": identical}
+    counts = {
+        "rows": rows,
+        "ties": tie,
+        "unlabelled": unlabelled,
+        "invalid labels": invalid,
+        "one image twice": identical,
+    }
     return RowLabels(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})

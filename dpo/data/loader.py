@@ -114,7 +114,9 @@ def of_dead_worker(error: Exception) -> bool:
 
 def worker_died(error: Exception) -> UserError:
     """The message on a worker that died, for the user."""
-    return UserError(f"a data worker died ({first_line(error)}): memory or /dev/shm may be full; try fewer --workers or 0")
+    return UserError(
+        f"a data worker died ({first_line(error)}): memory or /dev/shm may be full; try fewer --workers or 0"
+    )
 
 
 def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: Reading) -> None:
@@ -133,7 +135,9 @@ def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: 
         allowed = max(allowed, min(FEW_BAD, len(source) // 2))
     if len(bad) > allowed:
         last = next(reversed(bad.values()))
-        raise UserError(f"{len(bad)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit")
+        raise UserError(
+            f"{len(bad)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit"
+        )
 
 
 class _Decoder(Dataset[PairBatch]):
@@ -172,5 +176,7 @@ def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:
     space = os.statvfs("/dev/shm")
     room = int(0.8 * space.f_bavail * space.f_frsize / (workers * batch_bytes))
     if room < prefetch:
-        logger.warning("/dev/shm has room for %d batches a worker: decoding fewer ahead (--prefetch, --workers)", max(room, 1))
+        logger.warning(
+            "/dev/shm has room for %d batches a worker: decoding fewer ahead (--prefetch, --workers)", max(room, 1)
+        )
     return max(1, min(prefetch, room))

@@ -36,7 +36,9 @@ def _uniform(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return out
 
 
-def epoch_order(n: int, seed: int, epoch: int, groups: np.ndarray | None = None, window: int | None = None) -> np.ndarray:
+def epoch_order(
+    n: int, seed: int, epoch: int, groups: np.ndarray | None = None, window: int | None = None
+) -> np.ndarray:
     """A permutation of 0..n-1, int64 [n].
 
     groups [n] int32: the unit of reading (row group) of each pair; window: how many units may be open at once. Without

@@ -191,4 +191,6 @@ def make_pair(caption: str, first: ImageRef, second: ImageRef, swap: bool, prob:
     Smoothing changes labels of probability 1 only; soft ones and ties keep theirs.
     """
     win, lose = (second, first) if swap else (first, second)
-    return Pair(pair_key(win.uid, lose.uid, caption), caption, win, lose, 1.0 - smoothing if prob == 1.0 else float(prob))
+    return Pair(
+        pair_key(win.uid, lose.uid, caption), caption, win, lose, 1.0 - smoothing if prob == 1.0 else float(prob)
+    )

@@ -86,13 +86,17 @@ class _opened:
             raise self._unreadable(error) from error
         return self.file
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.file.close(force=True)
         if isinstance(error, (pa.ArrowException, OSError)):
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> UserError:
-        return UserError(f"{self.name}: cannot be read as parquet ({first_line(error)}); fetch it again or leave it out")
+        return UserError(
+            f"{self.name}: cannot be read as parquet ({first_line(error)}); fetch it again or leave it out"
+        )
 
 
 @dataclass
@@ -149,7 +153,9 @@ class ParquetSource:
         starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
         for begin, end in zip(starts, np.append(starts[1:], len(self)), strict=True):
             with _opened(self.files, self.files.names[self.file[begin]]) as file:
-                captions = file.read_row_group(int(self.group[begin]), columns=[self.columns.caption]).column(0).to_pylist()
+                captions = (
+                    file.read_row_group(int(self.group[begin]), columns=[self.columns.caption]).column(0).to_pylist()
+                )
             keys[begin:end] = [caption_key(captions[row] or "") for row in self.row[begin:end]]
         return keys
 
@@ -202,7 +208,9 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
         window=window,
         kept=kept,
         summary=counts | {"pairs": total},
-        fingerprint=digest(*scanned, repr(columns), data.ties, str(data.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()),
+        fingerprint=digest(
+            *scanned, repr(columns), data.ties, str(data.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()
+        ),
     )
 
 

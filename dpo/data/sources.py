@@ -34,7 +34,9 @@ def open_source(data: Data, split: str | None = None) -> Source:
     try:
         source = _find(data, split or data.split)
     except UnicodeDecodeError as error:
-        raise UserError(f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise UserError(
+            f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
     if not len(source):
         hint = "; ties can be kept with --ties keep" if source.summary.get("ties") else ""
         raise UserError(f"{data.data}: no usable pairs ({describe(source)}){hint}")
@@ -120,7 +122,9 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
     found = ", ".join(sorted(path.name for path in paths)[:5])
     if len(kinds) == 1 and kinds <= set(TABLES):
         raise UserError(f"{root}: several tables ({found}); name one of them with --data")
-    raise UserError(f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, JSONL, JSON and CSV files")
+    raise UserError(
+        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, JSONL, JSON and CSV files"
+    )
 
 
 def _of_folder(folder: Path, data: Data, split: str) -> Source:

@@ -163,10 +163,14 @@ def _probe(path: Path, table: dict[str, pa.ChunkedArray], columns: Columns) -> N
     """Raises UserError when none of the first few images exists: the paths are then relative to another folder."""
     paths = table[columns.first][:PROBED].to_pylist() + table[columns.second][:PROBED].to_pylist()
     if paths and not any((path.parent / name).is_file() for name in paths):
-        raise UserError(f"{path}: no such image file: {path.parent / paths[0]} (image paths are relative to the table's folder)")
+        raise UserError(
+            f"{path}: no such image file: {path.parent / paths[0]} (image paths are relative to the table's folder)"
+        )
 
 
-def _fingerprint(captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.ChunkedArray, *arrays: np.ndarray) -> str:
+def _fingerprint(
+    captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.ChunkedArray, *arrays: np.ndarray
+) -> str:
     total = hashlib.blake2b(digest_size=16)
     for row in zip(captions, first, second, strict=True):
         total.update(digest(*(value.as_py() for value in row)).encode())
@@ -208,7 +212,9 @@ def _images(folder: Path) -> dict[str, str]:
     paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
     stems = [path.with_suffix("").as_posix() for path in paths]
     count = Counter(stems)
-    return {path.as_posix() if count[stem] > 1 else stem: path.as_posix() for path, stem in zip(paths, stems, strict=True)}
+    return {
+        path.as_posix() if count[stem] > 1 else stem: path.as_posix() for path, stem in zip(paths, stems, strict=True)
+    }
 
 
 def _captions(root: Path) -> dict[str, str]:

@@ -36,7 +36,9 @@ class Cell(NamedTuple):
     images: dict[str, Image.Image]
 
 
-def write_grid(path: Path, prompts: Sequence[str], seeds: Sequence[int], columns: Mapping[str, Sequence[Image.Image]]) -> Path:
+def write_grid(
+    path: Path, prompts: Sequence[str], seeds: Sequence[int], columns: Mapping[str, Sequence[Image.Image]]
+) -> Path:
     """Writes a labelled PNG, in one step: a row per prompt, and for each seed the columns side by side (before, after).
 
     columns: label -> images, prompt by prompt and for each prompt seed by seed, as `sample` gives them. Returns `path`.

@@ -45,5 +45,7 @@ def identity(model: Model) -> dict[str, Any]:
 
 
 def _tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
-    ids = tokenizer(list(PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length).input_ids
+    ids = tokenizer(
+        list(PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
+    ).input_ids
     return digest(json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(ids))

@@ -9,7 +9,9 @@ from dpo.common.hub import is_hub_id
 from dpo.common.words import first_line
 
 
-def locate(model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None) -> Path:
+def locate(
+    model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
+) -> Path:
     """The local folder or .safetensors file of `model`, downloaded from the hub if need be.
 
     Raises UserError when there is none.
@@ -29,7 +31,9 @@ def locate(model: str, *, revision: str | None = None, variant: str | None = Non
 
     try:
         return Path(
-            DiffusionPipeline.download(model, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True)
+            DiffusionPipeline.download(
+                model, revision=revision, variant=variant, cache_dir=cache_dir, use_safetensors=True
+            )
         )
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing, no safetensors
         raise UserError(

@@ -34,7 +34,9 @@ from csrc_triton.layer_norm import add_layer_norm, layer_norm
 log = logging.getLogger("dpo")
 
 
-def _group_norm(norm: nn.GroupNorm, x: torch.Tensor, temb: torch.Tensor | None = None, silu: bool = True) -> torch.Tensor:
+def _group_norm(
+    norm: nn.GroupNorm, x: torch.Tensor, temb: torch.Tensor | None = None, silu: bool = True
+) -> torch.Tensor:
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, temb, silu)
 
 
@@ -98,7 +100,9 @@ def transformer_block_forward(
     first_context = encoder_hidden_states if self.only_cross_attention else None
     attended = self.attn1(normal, encoder_hidden_states=first_context, attention_mask=attention_mask, **kwargs)
     hidden_states, normal = _add_layer_norm(self.norm2, attended, hidden_states)  # type: ignore[arg-type]  # as above
-    attended = self.attn2(normal, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **kwargs)
+    attended = self.attn2(
+        normal, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **kwargs
+    )
     hidden_states, normal = _add_layer_norm(self.norm3, attended, hidden_states)  # type: ignore[arg-type]  # as above
     return self.ff(normal) + hidden_states
 
@@ -118,7 +122,12 @@ def _is_group_norm(norm: nn.Module | None) -> TypeGuard[nn.GroupNorm]:
 
 
 def _is_layer_norm(norm: nn.Module | None) -> bool:
-    return type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.bias is not None and len(norm.normalized_shape) == 1
+    return (
+        type(norm) is nn.LayerNorm
+        and norm.elementwise_affine
+        and norm.bias is not None
+        and len(norm.normalized_shape) == 1
+    )
 
 
 def _is_known_resnet(block: ResnetBlock2D) -> bool:
@@ -170,7 +179,9 @@ class Patched:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-        return f"fused kernels: {kinds or 'none'}" + (f"; as in diffusers: {', '.join(self.skipped)}" if self.skipped else "")
+        return f"fused kernels: {kinds or 'none'}" + (
+            f"; as in diffusers: {', '.join(self.skipped)}" if self.skipped else ""
+        )
 
 
 def _patch_geglu(patched: Patched, module: GEGLU) -> bool:

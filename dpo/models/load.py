@@ -50,7 +50,9 @@ def family_of(index: dict, chosen: str = "auto") -> Family:
     for family in families().values():
         if family.pipeline == name:
             if chosen not in ("auto", family.name):
-                raise UserError(f"the model is of family {family.name}, not {chosen}: say --family {family.name} or nothing")
+                raise UserError(
+                    f"the model is of family {family.name}, not {chosen}: say --family {family.name} or nothing"
+                )
             return family
     if chosen != "auto":
         return families()[chosen]
@@ -105,7 +107,9 @@ def _scheduler_config(folder: Path) -> dict:
     try:
         return _mapping(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): the noise schedule must come with the model") from error
+        raise UserError(
+            f"cannot read {path} ({first_line(error)}): the noise schedule must come with the model"
+        ) from error
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
@@ -144,5 +148,7 @@ def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
     if wrong or len(state) != len(own):
         example = wrong[0] if wrong else next(name for name in state if name not in own)
-        raise UserError(f"--unet-init {source} is of another architecture than the model's UNet (first mismatch: {example})")
+        raise UserError(
+            f"--unet-init {source} is of another architecture than the model's UNet (first mismatch: {example})"
+        )
     denoiser.load_state_dict(state)

@@ -102,5 +102,8 @@ def save(denoiser: Denoiser, family: Family, folder: Path, layout: str = "diffus
     if layout == "kohya":
         save_file(kohya(state(denoiser), config.lora_alpha), folder / "pytorch_lora_weights.safetensors")
         return
-    named = {f"{family.denoiser}_lora_layers": state(denoiser), f"{family.denoiser}_lora_adapter_metadata": config.to_dict()}
+    named = {
+        f"{family.denoiser}_lora_layers": state(denoiser),
+        f"{family.denoiser}_lora_adapter_metadata": config.to_dict(),
+    }
     getattr(diffusers, family.pipeline).save_lora_weights(folder, safe_serialization=True, **named)

@@ -45,9 +45,13 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     try:
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
-        raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place), variant)}") from error
+        raise UserError(
+            f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place), variant)}"
+        ) from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
-        raise UserError(f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again")
+        raise UserError(
+            f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again"
+        )
     return module.requires_grad_(False).eval()
 
 

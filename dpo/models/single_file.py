@@ -16,7 +16,9 @@ from dpo.models.parts import component, is_turbo, vae_subfolder
 def family_by_keys(names: set[str]) -> Family:
     """The last, most special family with a key among the `names` of a checkpoint in the original layout."""
     return next(
-        family for family in reversed(families().values()) if any(name.startswith(family.single_file_key) for name in names)
+        family
+        for family in reversed(families().values())
+        if any(name.startswith(family.single_file_key) for name in names)
     )
 
 
@@ -36,9 +38,13 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
     if not any(name.startswith("model.diffusion_model.") for name in names):
-        raise UserError(f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init")
+        raise UserError(
+            f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init"
+        )
     kind = family_by_keys(names) if family == "auto" else families()[family]
-    options: dict[str, Any] = {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
+    options: dict[str, Any] = (
+        {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
+    )
     try:
         pipe = getattr(diffusers, kind.pipeline).from_single_file(str(path), torch_dtype=torch.float32, **options)
     except Exception as error:

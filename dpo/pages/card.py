@@ -53,14 +53,23 @@ def _front_matter(run: RunFolder) -> str:
     """The card's metadata as YAML; every text is written as a JSON string, which is valid YAML."""
     base = run.setting("model")
     data = run.setting("data")
-    tags = ["text-to-image", "diffusers", "preference-alignment", "diffusion-dpo" if run.method == "dpo" else run.method]
+    tags = [
+        "text-to-image",
+        "diffusers",
+        "preference-alignment",
+        "diffusion-dpo" if run.method == "dpo" else run.method,
+    ]
     tags += ["lora"] if run.lora else []
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if base and is_hub_id(str(base)) and not Path(str(base)).exists():
         fields |= {"base_model": str(base), "base_model_relation": "adapter" if run.lora else "finetune"}
     if data and is_hub_id(str(data)) and not Path(str(data)).exists():
         fields["datasets"] = [str(data)]
-    return "---\n" + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()) + "\n---"
+    return (
+        "---\n"
+        + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
+        + "\n---"
+    )
 
 
 def _title(run: RunFolder) -> str:
@@ -71,7 +80,11 @@ def _introduction(run: RunFolder) -> str:
     what = f"A LoRA adapter of rank {run.setting('rank')} for" if run.lora else "A fine-tuned copy of"
     data = run.setting("data") or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
-    state = "" if run.status == "finished" else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
+    state = (
+        ""
+        if run.status == "finished"
+        else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
+    )
     return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{state}"
 
 
@@ -96,7 +109,11 @@ def _usage(run: RunFolder) -> str:
 
 def _training(run: RunFolder) -> list[tuple[str, Any]]:
     unused = own_settings() - run.row.settings
-    rows = [(name.replace("_", " "), run.setting(name)) for name in SETTINGS if name not in unused and run.setting(name) != 0]
+    rows = [
+        (name.replace("_", " "), run.setting(name))
+        for name in SETTINGS
+        if name not in unused and run.setting(name) != 0
+    ]
     rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
     return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
 
@@ -117,7 +134,9 @@ def _figures(run: RunFolder) -> list[tuple[str, Any]]:
 def _reading(run: RunFolder) -> str:
     found = verdict(run)
     caveats = [f"- {_inline(warning.title)}. {_inline(warning.text)}" for warning in warnings(run)]
-    return "\n\n".join(filter(None, [f"**{_inline(found.headline)}** {_inline(' '.join(found.sentences))}", "\n".join(caveats)]))
+    return "\n\n".join(
+        filter(None, [f"**{_inline(found.headline)}** {_inline(' '.join(found.sentences))}", "\n".join(caveats)])
+    )
 
 
 def _versions(run: RunFolder) -> str:

@@ -13,7 +13,14 @@ from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
-LIGHT = {"ink": "#1d1d22", "quiet": "#6a6a74", "grid": "#e3e3e8", "policy": "#2563c9", "other": "#c2570c", "third": "#0f8a6d"}
+LIGHT = {
+    "ink": "#1d1d22",
+    "quiet": "#6a6a74",
+    "grid": "#e3e3e8",
+    "policy": "#2563c9",
+    "other": "#c2570c",
+    "third": "#0f8a6d",
+}
 
 
 POINTS = 300
@@ -74,7 +81,14 @@ def _level(axes: Axes, value: float) -> None:
 
 def _legend(axes: Axes) -> None:
     count = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=count, handlelength=1.2, columnspacing=1.2, borderaxespad=0.2)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.1, 1.0),
+        ncols=count,
+        handlelength=1.2,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
 
 
 def _over_updates(axes: Axes) -> None:
@@ -138,7 +152,9 @@ def _margin(axes: Axes, run: RunFolder) -> None:
     if len(low) == len(high) > 1:
         width = max(3, len(low) // 12)
         steps, low, high = _thinned(steps, _moving_mean(low, width), _moving_mean(high, width))
-        axes.fill_between(steps, low, high, color=LIGHT["policy"], alpha=0.16, linewidth=0, label="middle 80 % of the pairs")
+        axes.fill_between(
+            steps, low, high, color=LIGHT["policy"], alpha=0.16, linewidth=0, label="middle 80 % of the pairs"
+        )
     _curve(axes, run, "margin_mean", "policy", "mean")
     _level(axes, 0.0)
     _legend(axes)
@@ -176,7 +192,9 @@ def _bars(name: str, level: float) -> Callable[[Axes, RunFolder], None]:
     def draw(axes: Axes, run: RunFolder) -> None:
         values = run.late_deciles(name)
         known = np.isfinite(values)
-        axes.bar(np.arange(DECILES)[known] + 0.5, values[known] - level, bottom=level, width=0.74, color=LIGHT["policy"])
+        axes.bar(
+            np.arange(DECILES)[known] + 0.5, values[known] - level, bottom=level, width=0.74, color=LIGHT["policy"]
+        )
         _level(axes, level)
         axes.set_xlim(0, DECILES)
         axes.set_xticks([0, 2, 4, 6, 8, 10], ["0", "200", "400", "600", "800", "1000"])
@@ -204,7 +222,9 @@ def _weighted_table(axes: Axes, run: RunFolder) -> None:
 
 def _noisy_table(axes: Axes, values: np.ndarray, colour: str) -> None:
     """Draws a vector [T] over the timesteps: faint values, moving mean on top; the axis hides the outermost 1 %."""
-    steps, raw, smooth = _thinned(np.arange(len(values), dtype=float), values, _moving_mean(values, max(1, len(values) // 20)))
+    steps, raw, smooth = _thinned(
+        np.arange(len(values), dtype=float), values, _moving_mean(values, max(1, len(values) // 20))
+    )
     axes.plot(steps, raw, color=LIGHT[colour], alpha=0.3, linewidth=0.9)
     axes.plot(steps, smooth, color=LIGHT[colour])
     low, high = np.percentile(raw, (1, 99))
@@ -222,7 +242,9 @@ def _correction(axes: Axes, run: RunFolder) -> None:
 
 
 def _convergence(axes: Axes, run: RunFolder) -> None:
-    rows = [(update["step"], update["correction_by_decile"]) for update in run.updates if update.get("correction_by_decile")]
+    rows = [
+        (update["step"], update["correction_by_decile"]) for update in run.updates if update.get("correction_by_decile")
+    ]
     # steps [N], values [N, 10]
     steps, values = np.array([row[0] for row in rows], dtype=float), np.array([row[1] for row in rows], dtype=float)
     thin = _thinned(steps, *values.T)
@@ -259,7 +281,9 @@ def _has_weight(run: RunFolder) -> bool:
 
 def _has_tables(run: RunFolder) -> bool:
     """Whether the method has the stepwise correction: without it the precision is 0 everywhere."""
-    return all(name in run.tables for name in ("table", "precision", "correction")) and bool(run.tables["precision"].any())
+    return all(name in run.tables for name in ("table", "precision", "correction")) and bool(
+        run.tables["precision"].any()
+    )
 
 
 def _has_correction(run: RunFolder) -> bool:
@@ -385,7 +409,12 @@ CATALOGUE = [
         _from_zero("learning_rate", "third", noisy=False),
     ),
     Chart(
-        "speed", "machine", "Throughput", "Training pairs per second.", _has("pairs_per_s"), _from_zero("pairs_per_s", "third")
+        "speed",
+        "machine",
+        "Throughput",
+        "Training pairs per second.",
+        _has("pairs_per_s"),
+        _from_zero("pairs_per_s", "third"),
     ),
     Chart(
         "memory",

@@ -23,16 +23,22 @@ class Figure(NamedTuple):
 FIGURES = {
     "step": Figure("{}"),
     "loss": Figure("{:.4f}", words="loss", line="loss {:.4f}", card="loss"),
-    "implicit_accuracy": Figure("{:.3f}", words="implicit accuracy", line="acc {:.3f}", card="implicit accuracy, training pairs"),
+    "implicit_accuracy": Figure(
+        "{:.3f}", words="implicit accuracy", line="acc {:.3f}", card="implicit accuracy, training pairs"
+    ),
     "margin_mean": Figure("{:+.4f}", words="margin", line="margin {:+.3f}", card="margin"),
     "win_error_vs_reference": Figure(
         "{:+.2e}", words="win error vs reference", card="error on preferred images against the start"
     ),
-    "lose_error_vs_reference": Figure("{:+.2e}", words="lose error vs reference", card="error on other images against the start"),
+    "lose_error_vs_reference": Figure(
+        "{:+.2e}", words="lose error vs reference", card="error on other images against the start"
+    ),
     "gradient_factor": Figure("{:.3f}", words="gradient factor"),
     "grad_norm": Figure("{:.3g}"),
     "learning_rate": Figure("{:.2e}"),
-    "heldout_accuracy": Figure("{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"),
+    "heldout_accuracy": Figure(
+        "{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"
+    ),
     "pairs_per_s": Figure("{:.3g}", words="pairs/s", line="{:.3g} pairs/s"),
     "mfu": Figure("{:.0%}", line="MFU {:.1%}"),
     "peak_memory_gib": Figure("{:.1f}", line="{:.1f} GiB"),

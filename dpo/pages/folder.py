@@ -59,7 +59,15 @@ class Entry(NamedTuple):
 ENTRIES = (
     Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", marks_run=True, cleared=True),
     Entry(METRICS_FILE, "one line per update, and events", "training/trackers.py"),
-    Entry(CHECKPOINTS, "to resume from", "training/checkpoint.py", folder=True, marks_run=True, cleared=True, uploaded=False),
+    Entry(
+        CHECKPOINTS,
+        "to resume from",
+        "training/checkpoint.py",
+        folder=True,
+        marks_run=True,
+        cleared=True,
+        uploaded=False,
+    ),
     Entry(SAMPLES, "images before, during and after", "training/samples.py", folder=True, cleared=True),
     Entry(SUMMARY_FILE, "how the run went", "training/summary.py", cleared=True),
     Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py", cleared=True),
@@ -109,7 +117,11 @@ class RunFolder(NamedTuple):
 
     def effective_batch(self) -> int:
         """Pairs per update."""
-        return int(self.setting("batch_size", 1)) * int(self.setting("accumulation", 1)) * int(self.summary.get("processes", 1))
+        return (
+            int(self.setting("batch_size", 1))
+            * int(self.setting("accumulation", 1))
+            * int(self.summary.get("processes", 1))
+        )
 
     @property
     def method(self) -> str:
@@ -163,7 +175,9 @@ class RunFolder(NamedTuple):
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N] and values [N] of a figure, the updates without it left out."""
-        pairs = [(update["step"], update[name]) for update in self.updates if isinstance(update.get(name), (int, float))]
+        pairs = [
+            (update["step"], update[name]) for update in self.updates if isinstance(update.get(name), (int, float))
+        ]
         steps, values = zip(*pairs, strict=True) if pairs else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
@@ -179,7 +193,9 @@ class RunFolder(NamedTuple):
         """A `<name>_by_decile` figure [10] over the last fifth, weighted by the updates' pairs; nan without a value."""
         late = self.updates[-max(1, round(len(self.updates) * LATE)) :]
         empty: list[Any] = [None] * DECILES
-        values = np.array([update.get(f"{name}_by_decile") or empty for update in late], dtype=float).reshape(-1, DECILES)
+        values = np.array([update.get(f"{name}_by_decile") or empty for update in late], dtype=float).reshape(
+            -1, DECILES
+        )
         ones = [1] * DECILES
         weights = np.array([update.get("pairs_by_decile") or ones for update in late], dtype=float).reshape(-1, DECILES)
         weights = np.where(np.isfinite(values), weights, 0.0)
@@ -192,11 +208,17 @@ def read_run(folder: Path | str) -> RunFolder:
     """Reads a run folder. Raises UserError when there is no run in it."""
     folder = Path(folder)
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder")
+        raise UserError(
+            f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder"
+        )
     records = read_records(folder / METRICS_FILE)
-    by_step = {record["step"]: record for record in records if "event" not in record and isinstance(record.get("step"), int)}
+    by_step = {
+        record["step"]: record for record in records if "event" not in record and isinstance(record.get("step"), int)
+    }
     tables = {
-        name: np.array(values, dtype=float) for name, values in _json(folder / TABLES_FILE).items() if isinstance(values, list)
+        name: np.array(values, dtype=float)
+        for name, values in _json(folder / TABLES_FILE).items()
+        if isinstance(values, list)
     }
     return RunFolder(
         folder=folder,

@@ -21,7 +21,14 @@ from dpo.pages.charts import LIGHT, Chart, charts
 from dpo.pages.folder import CURVES_FILE, DDE_FILE, DECILES_FILE, RunFolder, read_run
 
 # The same names as in LIGHT, for dark ground.
-DARK = {"ink": "#ececf1", "quiet": "#a0a0ac", "grid": "#34343d", "policy": "#7aa7ff", "other": "#ff9a57", "third": "#4fd0ac"}
+DARK = {
+    "ink": "#ececf1",
+    "quiet": "#a0a0ac",
+    "grid": "#34343d",
+    "policy": "#7aa7ff",
+    "other": "#ff9a57",
+    "third": "#4fd0ac",
+}
 
 
 SIZE = (4.0, 2.45)  # inches of one chart; at this size its text is legible on a phone
@@ -53,7 +60,10 @@ def svg(chart: Chart, run: RunFolder) -> str:
         text = text.replace(value, f"var(--{name})")
     size = r'<svg [^>]*?(viewBox="[^"]+")[^>]*>'
     return re.sub(
-        size, rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img" aria-label="{chart.title}">', text, count=1
+        size,
+        rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img" aria-label="{chart.title}">',
+        text,
+        count=1,
     )
 
 
@@ -79,7 +89,9 @@ def _save_png(path: Path, chosen: Sequence[Chart], run: RunFolder) -> Path:
     with matplotlib.rc_context(STYLE):
         height = (SIZE[1] + 0.5) * rows
         figure = Figure(figsize=(SIZE[0] * columns, height))
-        figure.subplots_adjust(0.75 / (SIZE[0] * columns), 0.55 / height, 0.98, 1 - 0.7 / height, wspace=0.24, hspace=0.62)
+        figure.subplots_adjust(
+            0.75 / (SIZE[0] * columns), 0.55 / height, 0.98, 1 - 0.7 / height, wspace=0.24, hspace=0.62
+        )
         FigureCanvasAgg(figure)
         for place, chart in enumerate(chosen):
             axes = figure.add_subplot(rows, columns, place + 1)

@@ -125,7 +125,11 @@ def _tiles(run: RunFolder) -> list[Tile]:
         tiles.append(Tile("Held-out accuracy", shown("heldout_accuracy", learned.share), hint))
     if judged is not None:
         tiles.append(
-            Tile("Win rate over the start", f"{judged.share:.0%}", f"{judged.low:.0%} to {judged.high:.0%}; no change: 50%")
+            Tile(
+                "Win rate over the start",
+                f"{judged.share:.0%}",
+                f"{judged.low:.0%} to {judged.high:.0%}; no change: 50%",
+            )
         )
     if faithfulness_loss(run) is not None:
         before, after = run.evaluation["faithfulness_before"], run.evaluation["faithfulness_after"]
@@ -168,7 +172,11 @@ def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, st
         with Image.open(last) as picture:
             return [], 0, _data_uri(picture), step
     shown = [
-        {"prompt": cell.prompt, "seed": cell.seed, "images": {label: _data_uri(image) for label, image in cell.images.items()}}
+        {
+            "prompt": cell.prompt,
+            "seed": cell.seed,
+            "images": {label: _data_uri(image) for label, image in cell.images.items()},
+        }
         for cell in cells[:MOST_CELLS]
     ]
     return shown, max(0, len(cells) - MOST_CELLS), None, step
@@ -188,8 +196,13 @@ def _figures(run: RunFolder) -> dict[str, Any]:
     """The figures of a dozen updates spread over the run, as a table of texts."""
     names = [name for name in REPORT if any(update.get(name) is not None for update in run.updates)]
     count = len(run.updates)
-    places = sorted({round(index * (count - 1) / max(1, ROWS_SHOWN - 1)) for index in range(ROWS_SHOWN)}) if count else []
-    rows = [["" if run.updates[at].get(name) is None else shown(name, run.updates[at][name]) for name in names] for at in places]
+    places = (
+        sorted({round(index * (count - 1) / max(1, ROWS_SHOWN - 1)) for index in range(ROWS_SHOWN)}) if count else []
+    )
+    rows = [
+        ["" if run.updates[at].get(name) is None else shown(name, run.updates[at][name]) for name in names]
+        for at in places
+    ]
     return {"names": [name.replace("_", " ") for name in names], "rows": rows}
 
 
@@ -217,7 +230,8 @@ def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Machine", [("device", summary.get("device")), *(summary.get("versions") or {}).items()]),
     ]
     shown = [
-        (title, [(name.replace("_", " "), _text(value)) for name, value in rows if value is not None]) for title, rows in topics
+        (title, [(name.replace("_", " "), _text(value)) for name, value in rows if value is not None])
+        for title, rows in topics
     ]
     return [(title, rows) for title, rows in shown if rows]
 

@@ -41,9 +41,20 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
     """A run's settings and figures; figures that it does not have are empty."""
-    found: dict[str, Any] = {**cell, "status": "failed" if (folder / FAILED_FILE).is_file() else "not started", "updates": 0}
+    found: dict[str, Any] = {
+        **cell,
+        "status": "failed" if (folder / FAILED_FILE).is_file() else "not started",
+        "updates": 0,
+    }
     held_out = FIGURES["heldout_accuracy"].words
-    columns = [*(FIGURES[name].words for name in SWEEP), held_out, "held-out low", "held-out high", "win rate", "seconds"]
+    columns = [
+        *(FIGURES[name].words for name in SWEEP),
+        held_out,
+        "held-out low",
+        "held-out high",
+        "win rate",
+        "seconds",
+    ]
     figures: dict[str, Any] = dict.fromkeys(columns)
     if (folder / METRICS_FILE).is_file():
         run = read_run(folder)
@@ -80,7 +91,11 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
                 curves.plot(steps[len(steps) - len(mean) :], mean, color=colour)
             validations = run.validations
             held.plot(
-                [v["step"] for v in validations], [v["heldout_accuracy"] for v in validations], color=colour, marker="o", ms=3
+                [v["step"] for v in validations],
+                [v["heldout_accuracy"] for v in validations],
+                color=colour,
+                marker="o",
+                ms=3,
             )
             if validations:
                 last = validations[-1]["heldout_accuracy"]

@@ -115,7 +115,9 @@ def verdict(run: RunFolder) -> Verdict:
         return Verdict("poor", "No effect can be shown.", [*sentences, text])
     if costs:
         return Verdict(
-            "mixed", f"It learned the preference, but at a price: {costs[0].title[0].lower()}{costs[0].title[1:]}.", sentences
+            "mixed",
+            f"It learned the preference, but at a price: {costs[0].title[0].lower()}{costs[0].title[1:]}.",
+            sentences,
         )
     if not all(found.above for found in evidence):
         return Verdict("mixed", "It learned something, but not every measurement shows it.", sentences)
@@ -123,9 +125,7 @@ def verdict(run: RunFolder) -> Verdict:
 
 
 def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[Caution]) -> Verdict:
-    missing = (
-        "No held-out pairs were measured, so nothing here shows that it holds beyond the training pairs: set --validation-data."
-    )
+    missing = "No held-out pairs were measured, so nothing here shows that it holds beyond the training pairs: set --validation-data."
     if not run.pairwise:
         return Verdict("early", "Trained; whether it is better was not measured.", [*sentences, missing])
     accuracy = run.late("implicit_accuracy")
@@ -133,7 +133,9 @@ def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[
         return Verdict("mixed", f"Be wary: {costs[0].title[0].lower()}{costs[0].title[1:]}.", [*sentences, missing])
     if accuracy is not None and accuracy > 0.55:
         return Verdict(
-            "mixed", "It fits the training pairs; whether it learned the preference was not measured.", [*sentences, missing]
+            "mixed",
+            "It fits the training pairs; whether it learned the preference was not measured.",
+            [*sentences, missing],
         )
     return Verdict("poor", "It has learned little, even on the training pairs.", [*sentences, missing])
 
@@ -183,7 +185,9 @@ def warnings(run: RunFolder) -> list[Caution]:
     said = [text for text in run.summary.get("warnings", []) if not text.startswith("learning rate")]  # judged by _rate
     if said:
         found.append(
-            Caution("Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said))
+            Caution(
+                "Said at the start of the run", " ".join(f"{text[:1].upper()}{text[1:].rstrip('.')}." for text in said)
+            )
         )
     return sorted(found, key=lambda warning: not warning.grave)
 
@@ -212,7 +216,9 @@ def _faithfulness(run: RunFolder) -> Caution | None:
 
 
 def _both_errors_rise(run: RunFolder) -> Caution | None:
-    win, lose, scale = (run.late(name) for name in ("win_error_vs_reference", "lose_error_vs_reference", "reference_win_error"))
+    win, lose, scale = (
+        run.late(name) for name in ("win_error_vs_reference", "lose_error_vs_reference", "reference_win_error")
+    )
     if win is None or lose is None or not scale or win <= RISING * scale or lose <= 0:
         return None
     return Caution(
@@ -237,7 +243,13 @@ def _saturated(run: RunFolder) -> Caution | None:
 
 def _overfit(run: RunFolder) -> Caution | None:
     learned, accuracy = held_out(run), run.late("implicit_accuracy")
-    if learned is None or accuracy is None or not run.pairwise or accuracy - learned.share < OVERFIT or accuracy < learned.high:
+    if (
+        learned is None
+        or accuracy is None
+        or not run.pairwise
+        or accuracy - learned.share < OVERFIT
+        or accuracy < learned.high
+    ):
         return None
     return Caution(
         "It remembers rather than learns",

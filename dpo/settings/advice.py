@@ -33,7 +33,9 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
     highest = HIGHEST_RATE["lora" if config.lora.lora else "full"]
     if rate < LOWEST_RATE:
         scaled = (
-            "it is multiplied by the batch, but the published one has 2048 pairs" if config.optim.scale_lr else "no --scale-lr"
+            "it is multiplied by the batch, but the published one has 2048 pairs"
+            if config.optim.scale_lr
+            else "no --scale-lr"
         )
         found.append(
             f"learning rate {rate:g} hardly trains ({scaled}): the paper prints 2.048e-8, a thousandth of the 2.048e-5 of the "
@@ -41,8 +43,13 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
         )
     elif rate > highest:
         what = "LoRA" if config.lora.lora else "full fine-tuning"
-        found.append(f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise")
-    if large_weight(config.method.method, config.model.prediction_type) and (config.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA:
+        found.append(
+            f"learning rate {rate:g} is high for {what} (published: 1e-5 to 2e-5); expect images to turn to noise"
+        )
+    if (
+        large_weight(config.method.method, config.model.prediction_type)
+        and (config.method.beta or 0) > HIGHEST_SINGLE_SHOT_BETA
+    ):
         found.append(
             f"beta {config.method.beta:g} is high for {config.method.method}, whose weight averages about 20: "
             "the default is a tenth of dpo's"

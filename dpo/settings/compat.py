@@ -47,7 +47,9 @@ FOREIGN: dict[str, Foreign] = {
     "prior_generation_precision": Foreign(note="the diffusers script does not use it either"),
     "lr_num_cycles": Foreign(note="it belongs to cosine_with_restarts, which is not offered"),
     "lr_power": Foreign(note="it belongs to polynomial, which is not offered"),
-    "image_column": Foreign(note="a pair has two images; name their columns with --chosen-column and --rejected-column"),
+    "image_column": Foreign(
+        note="a pair has two images; name their columns with --chosen-column and --rejected-column"
+    ),
     "noise_offset": Foreign(
         refuse="offset noise is not the noise that the model predicts: leave it out",
         harmless=("0", "0.0"),
@@ -260,7 +262,9 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
             "no caption dropout, ties left out; --compat hf-sd15, hf-sdxl or sf takes that script's instead"
         )
     if "beta_dpo" in given:
-        notes.append("--beta_dpo is the beta of the published loss, with its 1/2; in diffusers' SD1.5 script 2500 is 5000 here")
+        notes.append(
+            "--beta_dpo is the beta of the published loss, with its 1/2; in diffusers' SD1.5 script 2500 is 5000 here"
+        )
     if str(changes.get("warmup", 0)) != "0" and given.get("lr_scheduler") == "constant":
         notes.append("the learning rate warms up; in the diffusers scripts --lr_scheduler constant has no warm-up")
     if "rank" in given and not given.get("lora"):
@@ -268,7 +272,9 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
             "--rank is for --lora: in the diffusers scripts it means LoRA, here the whole UNet is trained without --lora"
         )
     if "sdxl" in given:
-        notes.append("--sdxl only says the architecture; in the Salesforce script it also means Adafactor and checkpointing")
+        notes.append(
+            "--sdxl only says the architecture; in the Salesforce script it also means Adafactor and checkpointing"
+        )
     if "validation_steps" in given and "run_validation" not in given:
         notes.append(
             "--validation_steps is the interval of the held-out accuracy; --run_validation or --sample-every draws images too"
@@ -284,7 +290,9 @@ def flags_page() -> str:
     page = _PAGE + "## What each flag becomes\n\n| their flag | here |\n|---|---|\n" + flags
     page += "\n`--revision`, `--variant`, `--seed`, `--resolution`, `--learning_rate` and the others keep their names; values:\n"
     page += "".join(f"- `--lr_scheduler {word}`: {advice}.\n" for word, advice in NOT_OFFERED.items())
-    page += "- `--lr_scheduler constant_with_warmup`: `--scheduler constant`; `--mixed_precision no`: `--precision fp32`.\n"
+    page += (
+        "- `--lr_scheduler constant_with_warmup`: `--scheduler constant`; `--mixed_precision no`: `--precision fp32`.\n"
+    )
     page += "\n## What `--compat` sets\n\nFlags on the line win over these.\n"
     lines = {"hf-sd15": {}, "hf-sdxl": {}, "sf": {}, "sf --sdxl": {"family": "sdxl"}}
     for line, changes in lines.items():

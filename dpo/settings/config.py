@@ -33,7 +33,9 @@ class Model:
     revision: str | None = option(None, "revision of the model on the hub", resume="said")
     variant: str | None = option(None, "variant of the weight files, for example fp16", resume="said")
     vae: str | None = option(None, "another VAE: folder or hub id", aliases=("pretrained_vae_model_name_or_path",))
-    unet_init: str | None = option(None, "start the policy from this UNet (folder, hub id or file), as in SFT before DPO")
+    unet_init: str | None = option(
+        None, "start the policy from this UNet (folder, hub id or file), as in SFT before DPO"
+    )
     reference_model: str = option(
         "init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base")
     )
@@ -41,9 +43,13 @@ class Model:
     prediction_type: str = option(
         "auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction")
     )
-    timesteps: str = option("auto", "timesteps trained on; auto: the four of Turbo for Turbo", choices=("auto", "all", "turbo"))
+    timesteps: str = option(
+        "auto", "timesteps trained on; auto: the four of Turbo for Turbo", choices=("auto", "all", "turbo")
+    )
     zero_snr: str = option(
-        "auto", "rescale the schedule to zero terminal SNR; auto: Turbo, or as the model says", choices=("auto", "on", "off")
+        "auto",
+        "rescale the schedule to zero terminal SNR; auto: Turbo, or as the model says",
+        choices=("auto", "on", "off"),
     )
     single_file_config: str | None = option(
         None, "diffusers folder or hub id that describes a single-file model; none: the hub's, by the file's layout"
@@ -69,13 +75,17 @@ class Data:
     )
     split: str = option("train", "split to train on", aliases=("dataset_split_name",))
     config_name: str | None = option(None, "configuration of a hub data set", aliases=("dataset_config_name",))
-    validation_data: str | None = option(None, "held-out pairs; none: validation_fraction of the training pairs", resume="said")
+    validation_data: str | None = option(
+        None, "held-out pairs; none: validation_fraction of the training pairs", resume="said"
+    )
     validation_split: str = option("validation", "split of the held-out pairs", resume="said")
     validation_fraction: float = option(0.0, "share of the training pairs held out (keyed, stable)", low=0.0, high=0.5)
     validation_pairs: int = option(256, "held-out pairs used for the accuracy", unit="pairs", low=1, resume="said")
     validation_draws: int = option(8, "noise and timestep draws per held-out pair", unit="draws", low=1, resume="said")
     ties: str = option("drop", "tied pairs: leave out, or keep as p = 0.5", choices=("drop", "keep"))
-    label_smoothing: float = option(0.0, "share of labels assumed wrong (p = 1 - this)", low=0.0, high=0.5, resume="said")
+    label_smoothing: float = option(
+        0.0, "share of labels assumed wrong (p = 1 - this)", low=0.0, high=0.5, resume="said"
+    )
     caption_column: str | None = option(None, "column of the captions; none: found by its usual names")
     chosen_column: str | None = option(None, "column of the preferred image; none: found by its usual names")
     rejected_column: str | None = option(None, "column of the other image; none: found by its usual names")
@@ -90,7 +100,9 @@ class Data:
         aliases=("proportion_empty_prompts",),
         resume="said",
     )
-    max_pairs: int | None = option(None, "use only this many pairs", unit="pairs", low=1, aliases=("max_train_samples",))
+    max_pairs: int | None = option(
+        None, "use only this many pairs", unit="pairs", low=1, aliases=("max_train_samples",)
+    )
     streaming: bool = option(False, "read a hub data set as a stream instead of downloading it first")
     workers: int = option(
         -1,
@@ -124,7 +136,9 @@ class Method:
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )
-    sft_weight: float = option(0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said")
+    sft_weight: float = option(
+        0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said"
+    )
     window_low: int = option(0, "first timestep trained on", unit="timestep", low=0, high=999)
     window_high: int | None = option(
         None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000
@@ -133,7 +147,9 @@ class Method:
         250.0, f"upper bound of the single-shot weight ({readers('weight_cap')})", above=0.0, resume="said"
     )
     rho: float = option(0.95, f"memory of the stepwise table ({readers('rho')})", low=0.0, high=1.0, resume="said")
-    sigma2: str = option("beta", f"variance in the stepwise correction ({readers('sigma2')})", choices=("beta", "posterior"))
+    sigma2: str = option(
+        "beta", f"variance in the stepwise correction ({readers('sigma2')})", choices=("beta", "posterior")
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,9 @@ class Lora:
     alpha: float | None = option(None, "scale of the adapters (times 1/rank); none: equal to the rank", above=0.0)
     target_modules: tuple[str, ...] = option(("to_q", "to_k", "to_v", "to_out.0"), "layers that get an adapter")
     lora_dropout: float = option(0.0, "dropout inside the adapters", low=0.0, high=0.9, resume="said")
-    lora_format: str = option("diffusers", "key names in the saved adapter", choices=("diffusers", "kohya"), resume="free")
+    lora_format: str = option(
+        "diffusers", "key names in the saved adapter", choices=("diffusers", "kohya"), resume="free"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,13 +185,23 @@ class Optim:
         4, "pairs in one pass (micro-batch)", unit="pairs", low=1, aliases=("train_batch_size",), resume="said"
     )
     accumulation: int = option(
-        1, "passes summed into one update", unit="passes", low=1, aliases=("gradient_accumulation_steps",), resume="said"
+        1,
+        "passes summed into one update",
+        unit="passes",
+        low=1,
+        aliases=("gradient_accumulation_steps",),
+        resume="said",
     )
     steps: int | None = option(
         None, "updates; none: from epochs, or 2000", unit="updates", low=1, aliases=("max_train_steps",), resume="free"
     )
     epochs: float | None = option(
-        None, "passes over the pairs, when steps is none", unit="epochs", above=0.0, aliases=("num_train_epochs",), resume="free"
+        None,
+        "passes over the pairs, when steps is none",
+        unit="epochs",
+        above=0.0,
+        aliases=("num_train_epochs",),
+        resume="free",
     )
     scheduler: str = option(
         "constant",
@@ -182,7 +210,9 @@ class Optim:
         aliases=("lr_scheduler",),
         resume="said",
     )
-    warmup: int = option(0, "updates of linear warm-up", unit="updates", low=0, aliases=("lr_warmup_steps",), resume="said")
+    warmup: int = option(
+        0, "updates of linear warm-up", unit="updates", low=0, aliases=("lr_warmup_steps",), resume="said"
+    )
     adam_beta1: float = option(0.9, "decay of the gradient's mean", low=0.0, high=0.99999, resume="said")
     adam_beta2: float = option(0.999, "decay of the squared gradient's mean", low=0.0, high=0.99999, resume="said")
     eps: float = option(1e-8, "Adam's denominator offset", above=0.0, aliases=("adam_epsilon",), resume="said")
@@ -215,14 +245,18 @@ class Runtime:
     )
     tf32: bool = option(False, "TF32 in fp32 matrix products", aliases=("allow_tf32",), resume="said")
     checkpointing: str = option(
-        "off", "recompute activations to save memory: off, on, or UNet blocks such as down_blocks.0,up_blocks.3", resume="free"
+        "off",
+        "recompute activations to save memory: off, on, or UNet blocks such as down_blocks.0,up_blocks.3",
+        resume="free",
     )
     channels_last: str = option(
         "auto", "memory layout of convolutions; auto: on a GPU", choices=("auto", "on", "off"), resume="free"
     )
     attention: str = option("sdpa", "attention implementation", choices=("sdpa", "xformers"), resume="said")
     compile: bool = option(False, "torch.compile the UNet (slow start, faster steps)", resume="said")
-    kernels: str = option("auto", "own Triton kernels, or plain torch", choices=("auto", "triton", "torch"), resume="said")
+    kernels: str = option(
+        "auto", "own Triton kernels, or plain torch", choices=("auto", "triton", "torch"), resume="said"
+    )
     reference: str = option(
         "auto",
         "reference errors from a frozen copy, the UNet without adapters, or recorded beforehand",
@@ -230,9 +264,14 @@ class Runtime:
         resume="said",
     )
     offload: str = option(
-        "auto", "keep text encoders and VAE off the GPU while they are idle", choices=("auto", "on", "off"), resume="free"
+        "auto",
+        "keep text encoders and VAE off the GPU while they are idle",
+        choices=("auto", "on", "off"),
+        resume="free",
     )
-    vae_batch: int = option(8, "images per VAE call", unit="images", low=1, aliases=("vae_encode_batch_size",), resume="free")
+    vae_batch: int = option(
+        8, "images per VAE call", unit="images", low=1, aliases=("vae_encode_batch_size",), resume="free"
+    )
     threads: int | None = option(None, "CPU threads of torch; none: torch's choice", low=1, resume="free")
 
 
@@ -261,13 +300,26 @@ class Output:
     )
     log_every: int = option(1, "updates between lines of metrics.jsonl", unit="updates", low=1, resume="free")
     validate_every: int = option(
-        100, "updates between held-out accuracies; 0: never", unit="updates", low=0, aliases=("validation_steps",), resume="free"
+        100,
+        "updates between held-out accuracies; 0: never",
+        unit="updates",
+        low=0,
+        aliases=("validation_steps",),
+        resume="free",
     )
-    sample_every: int = option(0, "updates between sample grids; 0: only at the end", unit="updates", low=0, resume="free")
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample grid, or one .txt file", separator="", resume="free")
+    sample_every: int = option(
+        0, "updates between sample grids; 0: only at the end", unit="updates", low=0, resume="free"
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample grid, or one .txt file", separator="", resume="free"
+    )
     sample_seeds: tuple[int, ...] = option((0, 1), "seeds of the sample grid", resume="free")
-    sample_steps: int | None = option(None, "sampling steps; none: 50, or 4 for Turbo", unit="steps", low=1, resume="free")
-    sample_guidance: float | None = option(None, "guidance scale; none: 7.5 (SD), 5 (SDXL), 0 (Turbo)", low=0.0, resume="free")
+    sample_steps: int | None = option(
+        None, "sampling steps; none: 50, or 4 for Turbo", unit="steps", low=1, resume="free"
+    )
+    sample_guidance: float | None = option(
+        None, "guidance scale; none: 7.5 (SD), 5 (SDXL), 0 (Turbo)", low=0.0, resume="free"
+    )
     tensorboard: bool = option(False, "write TensorBoard events too", resume="free")
     wandb: bool = option(False, "log to Weights & Biases too", resume="free")
     project: str = option(
@@ -319,7 +371,9 @@ def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Conf
 
     Raises UserError for an unknown name, a bad value or a bad combination.
     """
-    values = flatten(base or Config()) | {name: coerce(specs()[name], value) for name, value in flat_settings(mapping).items()}
+    values = flatten(base or Config()) | {
+        name: coerce(specs()[name], value) for name, value in flat_settings(mapping).items()
+    }
     config = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
     validate(config)
     return config
@@ -364,7 +418,9 @@ def unknown_setting(name: str) -> str:
         if name in spec.meta["aliases"]:
             return f"unknown setting {name}: it is called {spec.name} here"
     like = nearest(name, specs())
-    return f"unknown setting {name}: " + (f"did you mean {like}?" if like else "python -m dpo.train --help lists them all")
+    return f"unknown setting {name}: " + (
+        f"did you mean {like}?" if like else "python -m dpo.train --help lists them all"
+    )
 
 
 def _group_toml(group: str, config: Config, comments: bool) -> str:

@@ -108,7 +108,9 @@ def _coerce_many(spec: Spec, value: Any) -> tuple:
     if not isinstance(items, (list, tuple)):
         raise UserError(f"{spec.name} = {_shown(value)}: expected a list")
     if spec.meta["separator"]:
-        items = [part for item in items for part in (item.split(spec.meta["separator"]) if isinstance(item, str) else [item])]
+        items = [
+            part for item in items for part in (item.split(spec.meta["separator"]) if isinstance(item, str) else [item])
+        ]
     items = [item.strip() if isinstance(item, str) else item for item in items]
     if len(items) == 1 and items[0] in NOTHING:
         return ()
@@ -118,10 +120,16 @@ def _coerce_many(spec: Spec, value: Any) -> tuple:
 
 def _check(spec: Spec, value: Any) -> None:
     low, high, above, choices = (spec.meta[key] for key in ("low", "high", "above", "choices"))
-    outside = (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above)
+    outside = (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    )
     if outside or (choices and value not in choices):
         like = nearest(value, choices) if choices else None
-        raise UserError(f"{spec.name} = {_shown(value)}: {allowed(spec)}" + (f" (did you mean {like}?)" if like else ""))
+        raise UserError(
+            f"{spec.name} = {_shown(value)}: {allowed(spec)}" + (f" (did you mean {like}?)" if like else "")
+        )
 
 
 def _shown(value: Any) -> str:

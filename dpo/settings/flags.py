@@ -175,7 +175,9 @@ def make_parser() -> argparse.ArgumentParser:
     start.add_argument("-h", "--help", action="help", help="show this and exit")
     start.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(presets())}")
     start.add_argument("--config", metavar="FILE", help="a TOML file, such as the config.toml of a run")
-    start.add_argument("--compat", metavar="PEER", help=f"defaults and meanings of another script: {', '.join(compat.PEERS)}")
+    start.add_argument(
+        "--compat", metavar="PEER", help=f"defaults and meanings of another script: {', '.join(compat.PEERS)}"
+    )
     start.add_argument("--print-config", action="store_true", help="show the resulting settings as TOML and exit")
     for group, cls in groups().items():
         section = parser.add_argument_group(cls.__doc__)

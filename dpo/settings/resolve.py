@@ -94,7 +94,9 @@ def large_weight(method: str, prediction_type: str) -> bool:
 
 def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
     runtime, gpu = config.runtime, device.gpu
-    precision = runtime.precision if runtime.precision != "auto" else ("bf16" if device.bf16 else "fp16") if gpu else "fp32"
+    precision = (
+        runtime.precision if runtime.precision != "auto" else ("bf16" if device.bf16 else "fp16") if gpu else "fp32"
+    )
     if precision == "fp16" and not gpu:
         precision = "fp32"
     if runtime.kernels == "triton" and not gpu:
@@ -105,7 +107,9 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         "precision": precision,
         "optimizer": optimizer if config.optim.optimizer == "auto" else config.optim.optimizer,
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
-        "kernels": ("triton" if gpu and find_spec("triton") else "torch") if runtime.kernels == "auto" else runtime.kernels,
+        "kernels": ("triton" if gpu and find_spec("triton") else "torch")
+        if runtime.kernels == "auto"
+        else runtime.kernels,
         "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }
 
@@ -123,7 +127,9 @@ def _notes(asked: Config, decided: Config) -> list[str]:
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
     if decided.model.timesteps == "turbo":
-        notes.append("Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there")
+        notes.append(
+            "Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there"
+        )
     return notes
 
 

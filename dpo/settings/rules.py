@@ -98,7 +98,9 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
     ]
 
 
-def resume_changes(old: Mapping[str, Any], new: Mapping[str, Any], specs: Mapping[str, Spec]) -> tuple[list[str], list[str]]:
+def resume_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], specs: Mapping[str, Spec]
+) -> tuple[list[str], list[str]]:
     """Settings that differ between a checkpoint and the run that resumes it: (allowed with a log line, refused).
 
     `old` and `new` are resolved settings. Changes that cannot alter the result are in neither list.

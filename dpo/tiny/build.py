@@ -313,7 +313,9 @@ def build(arguments: list[str]) -> int:
     layout = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m dpo.tiny.build", description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, help="artefacts (default: the package's assets; WORK/out for --miniature)")
-    parser.add_argument("--work", type=Path, help="working files and checkpoints (default: build/tiny, or build/miniature)")
+    parser.add_argument(
+        "--work", type=Path, help="working files and checkpoints (default: build/tiny, or build/miniature)"
+    )
     parser.add_argument("--stage", choices=list(STAGES), help="run this stage alone; those before it must be done")
     parser.add_argument("--objects", type=int, help=f"objects in the world, at most {len(sprites.ICONS)}")
     parser.add_argument("--steps", type=int, help="steps of base training")

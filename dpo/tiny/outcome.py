@@ -55,7 +55,10 @@ def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:
     and colour), and how many prompts that was.
     """
     began = time.monotonic()
-    log.info("judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores", PAIRS)
+    log.info(
+        "judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores",
+        PAIRS,
+    )
     pictures, before = _unchanged(device)
     after = pictures(cast("UNet2DConditionModel", policy.eval()))
     found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, after)

@@ -109,7 +109,9 @@ def build(config: Config, notes: list[str]) -> Run:
     if saved is not None:
         restore(run, saved)
         if run.done >= run.total:
-            log.warning("update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total)
+            log.warning(
+                "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
+            )
     elif errors is not None and twin is None:
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
     return run

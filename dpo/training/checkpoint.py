@@ -80,7 +80,9 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        sums = {group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values}
+        sums = {
+            group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values
+        }
         write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
         if folder.exists():  # moved aside, not deleted: between the two renames alone neither is at its place
             shutil.rmtree(aside, ignore_errors=True)
@@ -142,7 +144,9 @@ def find(root: Path, which: str) -> Checkpoint:
     else:
         named = Path(which).expanduser()
         if not named.is_dir():
-            raise UserError(f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500")
+            raise UserError(
+                f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500"
+            )
         inside = listing(named) or listing(named / CHECKPOINTS)  # the folder of a run, or of its checkpoints
         older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
         candidates = inside[::-1] or [named, *older]
@@ -224,7 +228,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 def copy_into(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """Copies saved tensors into the live ones. Raises UserError, naming `what`, when names, shapes or dtypes differ."""
     if list(parameters) != list(saved) and set(parameters) != set(saved):
-        raise UserError(f"the checkpoint's {what} belongs to another model or other LoRA settings; start without --resume")
+        raise UserError(
+            f"the checkpoint's {what} belongs to another model or other LoRA settings; start without --resume"
+        )
     with torch.no_grad():
         for name, live in parameters.items():
             if live.shape != saved[name].shape or live.dtype != saved[name].dtype:

@@ -70,7 +70,9 @@ def _vae_encode_flops(architecture: str, height: int, width: int) -> int:
 
 def _architecture(config: Mapping[str, Any]) -> str:
     """A config as JSON, the key under which a count is cached. It leaves out the path of the weights."""
-    return json.dumps({name: value for name, value in config.items() if name != "_name_or_path"}, sort_keys=True, default=str)
+    return json.dumps(
+        {name: value for name, value in config.items() if name != "_name_or_path"}, sort_keys=True, default=str
+    )
 
 
 def pair_flops(

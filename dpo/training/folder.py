@@ -23,7 +23,9 @@ def check_output(config: Config) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: {there} is not writable; choose another folder")
     if config.model.model and output.resolve() == Path(config.model.model).expanduser().resolve():
-        raise UserError(f"--output {output} is the folder of the model itself, which would be replaced; name another folder")
+        raise UserError(
+            f"--output {output} is the folder of the model itself, which would be replaced; name another folder"
+        )
     found = [entry for entry in ENTRIES if (output / entry.name).exists()]
     occupied = any(entry.marks_run for entry in found)
     if occupied and not config.output.resume and not config.output.overwrite:

@@ -133,7 +133,9 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
 
 
 def _begin(run: Run, trackers: Trackers) -> None:
-    trackers.event({"event": "started", "step": run.done, "total": run.total, "device": summary.device_name(run.device)})
+    trackers.event(
+        {"event": "started", "step": run.done, "total": run.total, "device": summary.device_name(run.device)}
+    )
     run.started = time.time()
     samples.before(run)
 
@@ -209,7 +211,9 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 snapshot(run)
     if run.done > first and not used:
-        raise UserError("no pair could be used, nothing was trained: the warnings above say why; mend the images of --data")
+        raise UserError(
+            "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
+        )
 
 
 def _stop(run: Run, trackers: Trackers) -> None:

@@ -23,11 +23,20 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler:
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[scheduler]
+    return (
+        peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[scheduler]
+    )
 
 
 def build(
-    kind: str, parameters: list[Tensor], *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, seed: int = 0
+    kind: str,
+    parameters: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    seed: int = 0,
 ) -> torch.optim.Optimizer:
     """The optimizer that --optimizer calls `kind`; a fallback is logged.
 
@@ -109,7 +118,9 @@ class Updater:
             self._step()
         if self.ema:
             torch._foreach_lerp_(
-                self.ema, [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)], 1 - self.ema_decay
+                self.ema,
+                [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)],
+                1 - self.ema_decay,
             )
         self.drop()
 

@@ -70,7 +70,9 @@ def encode_pairs(
     device = pick_device(config.runtime.device)
     config = embedded(config)
     if config.data.crop == "random":
-        raise UserError("a store holds one crop of each image: --crop random needs the images themselves in every epoch")
+        raise UserError(
+            "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
+        )
     source = open_source(config.data)
     log.info("pairs: %s", describe(source))
     config, model, _, _ = load_model(config, device)
@@ -198,7 +200,11 @@ def record_reference(
         progress=progress_line("recorded"),
     )
     place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
-    said = f"{draws} draws of each of {len(source):,} pairs" if complete else "this process is done, others are still at work"
+    said = (
+        f"{draws} draws of each of {len(source):,} pairs"
+        if complete
+        else "this process is done, others are still at work"
+    )
     log.info("reference recorded in %s: %s", place, said)
     return place
 
@@ -240,7 +246,9 @@ def _made_with(runtime: Runtime, model: Model, device: torch.device) -> dict[str
     }
 
 
-def _record_smaller(record: Callable[[recording.Recording], Result], task: recording.Recording, halve_it: bool) -> Result:
+def _record_smaller(
+    record: Callable[[recording.Recording], Result], task: recording.Recording, halve_it: bool
+) -> Result:
     """Records; with `halve_it` it tries again with half the batch while the GPU's memory is too small.
 
     Raises UserError.

@@ -45,7 +45,9 @@ def upload(run: Run) -> None:
         hub.upload_folder(repo_id=name, folder_path=run.output, ignore_patterns=NOT_UPLOADED)
     except Exception as error:  # the hub client raises a dozen kinds: offline, not logged in, no right to the name
         reason = first_line(error).rstrip(".")
-        log.warning("not uploaded to the hub (%s); later: hf upload %s %s --exclude 'checkpoints/**'", reason, name, run.output)
+        log.warning(
+            "not uploaded to the hub (%s); later: hf upload %s %s --exclude 'checkpoints/**'", reason, name, run.output
+        )
         return
     log.info("uploaded: https://huggingface.co/%s", name)
 

@@ -88,7 +88,11 @@ class Run:
         """The learning rate of the next update."""
         optim = self.config.optim
         return optimizer.learning_rate(
-            self.done, peak=resolve.learning_rate(self.config), warmup=optim.warmup, steps=self.total, scheduler=optim.scheduler
+            self.done,
+            peak=resolve.learning_rate(self.config),
+            warmup=optim.warmup,
+            steps=self.total,
+            scheduler=optim.scheduler,
         )
 
     def correction(self) -> Tensor:

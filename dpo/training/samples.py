@@ -27,7 +27,9 @@ def asked_prompts(out: Output) -> list[str]:
     try:
         lines = Path(asked[0]).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--sample-prompts {asked[0]}: cannot be read ({error}); name a file with one prompt a line") from error
+        raise UserError(
+            f"--sample-prompts {asked[0]}: cannot be read ({error}); name a file with one prompt a line"
+        ) from error
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UserError(f"--sample-prompts {asked[0]}: has no prompt; write one a line")

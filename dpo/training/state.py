@@ -45,7 +45,9 @@ def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
     before = from_mapping(saved.state["config"])
     allowed, refused = rules.resume_changes(flatten(before), flatten(config), specs())
     if refused:
-        raise UserError(f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew")
+        raise UserError(
+            f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew"
+        )
     for line in allowed:
         log.warning("changed on resume: %s", line)
 
@@ -57,7 +59,9 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """
     state, tensors = saved.state, saved.tensors
     if state["fingerprints"]["model"] != run.fingerprints["model"]:
-        raise UserError(f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew")
+        raise UserError(
+            f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew"
+        )
     if state["fingerprints"]["data"] != run.fingerprints["data"]:
         log.warning(
             "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",

@@ -25,7 +25,9 @@ def adopt(config: Config, source: Source) -> Config:
     store = of_store(source)
     if store is None:
         return config
-    return change(config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"])
+    return change(
+        config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"]
+    )
 
 
 def check(model: Model, *sources: Source | None) -> None:

@@ -86,7 +86,9 @@ def open_trackers(
     if tensorboard:
         sinks.append(_open_tensorboard(folder, resume_step))
     if wandb:
-        sinks.append(_open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None))
+        sinks.append(
+            _open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None)
+        )
     return Trackers(path.open("a", encoding="utf-8"), [sink for sink in sinks if sink is not None])
 
 
@@ -124,7 +126,9 @@ def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        log.warning("TensorBoard is not available (%s): install tensorboard; the run goes on with %s.", error, METRICS_FILE)
+        log.warning(
+            "TensorBoard is not available (%s): install tensorboard; the run goes on with %s.", error, METRICS_FILE
+        )
         return None
     purge = None if resume_step is None else resume_step + 1
     writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
@@ -146,6 +150,8 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
         run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
         id_file.write_text(run_id + "\n")
     except Exception as error:  # the client raises its own kinds for a missing key, network or service
-        log.warning("W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE)
+        log.warning(
+            "W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE
+        )
         return None
     return Sink(lambda step, numbers: run.log(numbers, step=step), run.finish)

@@ -66,7 +66,9 @@ def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
     errors = _errors(there, held_out.batches, held_out.draws) - held_out.reference_errors
     d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
-    usable = torch.cat([x.usable for x in held_out.batches]).bool() & (torch.cat([x.prob for x in held_out.batches]) > 0.5)
+    usable = torch.cat([x.usable for x in held_out.batches]).bool() & (
+        torch.cat([x.prob for x in held_out.batches]) > 0.5
+    )
     right = implicit_accuracy(d[usable])
     count = int(usable.sum())
     low, high = share_interval(float(right.sum()), count)

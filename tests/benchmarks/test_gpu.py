@@ -29,7 +29,9 @@ def test_smoke(tmp_path, capsys):
 
 def test_a_failed_check_fails_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        parity, "rows", lambda device, smoke: iter([{"op": "x", "dtype": "fp32", "kernel": 1.0, "plain": 0.0, "ok": False}])
+        parity,
+        "rows",
+        lambda device, smoke: iter([{"op": "x", "dtype": "fp32", "kernel": 1.0, "plain": 0.0, "ok": False}]),
     )
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--section", "parity"]) == 1
 
@@ -48,4 +50,6 @@ def test_what_is_captured_in_a_graph_has_gradients_and_draws_anew():
     assert all(x.isfinite().all() and x.abs().max() > 0 for x in first[2:]) and len(first) == 11
     draws += 1
     moved = run()
-    assert not torch.equal(first[0], moved[0]) and not torch.equal(first[1], moved[1]) and torch.equal(first[2], moved[2])
+    assert (
+        not torch.equal(first[0], moved[0]) and not torch.equal(first[1], moved[1]) and torch.equal(first[2], moved[2])
+    )

@@ -63,5 +63,7 @@ rows.insert(0, {"event": "started", "step": 0})
 
 
 def test_it_starts_as_a_command():
-    said = subprocess.run([sys.executable, "-m", "benchmarks.losses", "--help"], check=True, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-m", "benchmarks.losses", "--help"], check=True, capture_output=True, text=True
+    )
     assert "bit for bit" in said.stdout

@@ -60,7 +60,11 @@ def test_the_table_s_history_is_told_by_the_run(tmp_path):
     cell(tmp_path / "run", row, 0.8, kind="dde")
     config = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "run" / "config.toml").write_text(config.replace('method = "dde"', 'method = "dde-step"'))
-    beta, d, pairs = study.read_run(tmp_path / "run").setting("beta"), -1e-4 * np.arange(1, 11), [3, 0, 1, 1, 1, 1, 1, 1, 1, 1]
+    beta, d, pairs = (
+        study.read_run(tmp_path / "run").setting("beta"),
+        -1e-4 * np.arange(1, 11),
+        [3, 0, 1, 1, 1, 1, 1, 1, 1, 1],
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for n, line in enumerate(line for line in lines if "margin_by_decile" in line):
         correction = np.full(10, -1e-5 * (n + 1))
@@ -117,7 +121,12 @@ def test_a_cell_is_continued_under_the_same_flags_only(trained, tmp_path, monkey
     found, line = study.run_cell(tmp_path, "dpo", 0)
     assert found is None and "ended with 130" in line and "--overwrite" in asked[-1]
     found, line = study.run_cell(tmp_path, "dpo", 0)
-    assert found["win_rate"] == 0.8 and found["flags"] == study.ROWS["dpo"] and line.endswith("done") and "--resume" in asked[-1]
+    assert (
+        found["win_rate"] == 0.8
+        and found["flags"] == study.ROWS["dpo"]
+        and line.endswith("done")
+        and "--resume" in asked[-1]
+    )
     monkeypatch.setitem(study.ROWS, "dpo", ["--method", "dpo", "--beta", "5"])
     found, _ = study.run_cell(tmp_path, "dpo", 0)
     assert found["flags"] == ["--method", "dpo", "--beta", "5"] and "--overwrite" in asked[-1]

@@ -24,6 +24,8 @@ def no_worse():
         error = (actual.double() - exact).abs().max().item()
         allowed = 2 * (plain.double() - exact).abs().max().item()
         last_place = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-        assert error <= max(allowed, last_place, floor), f"error {error:.3e}, allowed {max(allowed, last_place, floor):.3e}"
+        assert error <= max(allowed, last_place, floor), (
+            f"error {error:.3e}, allowed {max(allowed, last_place, floor):.3e}"
+        )
 
     return compare

@@ -123,7 +123,10 @@ def test_scale_clip_and_skip():
         p.grad *= 1024
     before = [p.detach().clone() for p in scaled]
     optimizer.step(inv_scale=torch.tensor([1 / 512]), clip=torch.tensor([0.5]), found_inf=torch.tensor([1.0]))
-    assert all(torch.equal(a, b) for a, b in zip(scaled, before, strict=True)) and optimizer.state_tensors()["step"].item() == 0
+    assert (
+        all(torch.equal(a, b) for a, b in zip(scaled, before, strict=True))
+        and optimizer.state_tensors()["step"].item() == 0
+    )
     optimizer.step(inv_scale=torch.tensor([1 / 512]), clip=torch.tensor([0.5]))
     assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
 

@@ -74,7 +74,10 @@ def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "compile_specimen", lambda s, t: Compiled(s.name, s.dtype, t, 32, 0, 0, 4, 4, ""))
     for name in ("table.csv", "table.md"):
         assert (
-            command.main(["--out", str(tmp_path / name), "--target", "sm_90", "--kernel", "noise_pairs", "--dtype", "bf16"]) == 0
+            command.main(
+                ["--out", str(tmp_path / name), "--target", "sm_90", "--kernel", "noise_pairs", "--dtype", "bf16"]
+            )
+            == 0
         )
     assert (tmp_path / "table.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert "| noise_pairs | bf16 | sm_90 | 32 | 0 |" in (tmp_path / "table.md").read_text()

@@ -29,7 +29,11 @@ def test_value_and_gradient(dtype, with_temb, no_worse):
     def ours(x, w, b, temb=None):
         return group_norm_silu(x, w, b, 8, 1e-5, temb)
 
-    results = [run(ours, leaves), run(plain, leaves), run(plain, [x.detach().double().requires_grad_() for x in leaves])]
+    results = [
+        run(ours, leaves),
+        run(plain, leaves),
+        run(plain, [x.detach().double().requires_grad_() for x in leaves]),
+    ]
     for actual, theirs, exact in zip(*results, strict=True):
         no_worse(actual, theirs, exact)
 

@@ -31,7 +31,13 @@ def test_one_function_of_all_ops_compiles_whole():
     shapes = (6, 16), (2, 8, 3, 5), (8,), (8,), (4, 4, 3, 5), (4, 4, 3, 5), (4, 4, 3, 5)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     trained = [tensor.requires_grad_() for tensor in tensors[:5]]
-    rest = torch.tensor([1, 5]), torch.linspace(0.99, 0.1, 10), torch.tensor([1, 2]), torch.tensor([0, 1]), torch.tensor(3)
+    rest = (
+        torch.tensor([1, 5]),
+        torch.linspace(0.99, 0.1, 10),
+        torch.tensor([1, 2]),
+        torch.tensor([0, 1]),
+        torch.tensor(3),
+    )
     expected = everything(*tensors, *rest)
     actual = torch.compile(everything, fullgraph=True)(*tensors, *rest)
     torch.testing.assert_close(actual, expected)

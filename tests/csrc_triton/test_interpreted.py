@@ -16,13 +16,31 @@ def run(stems: list[str], marker: str, report: Path) -> dict[str, tuple[int, str
     """stem -> (number of tests, what failed), from one pytest process under the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     files = [str(HERE / "interpreted" / f"check_{stem}.py") for stem in stems]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        marker,
+        f"--junitxml={report}",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     process = subprocess.run(command, check=False, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert process.returncode in (0, 1, 5) and report.exists(), process.stdout[-4000:] + process.stderr[-4000:]
     results = {}
     for stem in stems:
-        cases = [c for c in ElementTree.parse(report).iter("testcase") if c.get("classname", "").endswith(f"check_{stem}")]
-        bad = [(c.get("name"), (fault.text or "")[-2000:]) for c in cases for fault in c if fault.tag in ("failure", "error")]
+        cases = [
+            c for c in ElementTree.parse(report).iter("testcase") if c.get("classname", "").endswith(f"check_{stem}")
+        ]
+        bad = [
+            (c.get("name"), (fault.text or "")[-2000:])
+            for c in cases
+            for fault in c
+            if fault.tag in ("failure", "error")
+        ]
         results[stem] = (len(cases), "\n\n".join(f"{name}\n{text}" for name, text in bad))
     return results
 
@@ -34,7 +52,9 @@ def outcomes(request, tmp_path_factory):
 
     def get(test, marker: str) -> dict[str, tuple[int, str]]:
         if marker not in done:
-            chosen = [i.callspec.params["stem"] for i in request.session.items if getattr(i, "originalname", "") == test]
+            chosen = [
+                i.callspec.params["stem"] for i in request.session.items if getattr(i, "originalname", "") == test
+            ]
             done[marker] = run(chosen, marker, tmp_path_factory.mktemp("interpreted") / "report.xml")
         return done[marker]
 

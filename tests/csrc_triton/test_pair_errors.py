@@ -89,13 +89,33 @@ def test_policy_equal_to_reference_is_exact(function, dtype):
     policy.requires_grad_()
     zero = torch.zeros(T)
     terms = terms_of(
-        function, policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", reference=policy.detach(), target=target
+        function,
+        policy,
+        TIMESTEPS,
+        PROB,
+        ALL,
+        weight,
+        zero,
+        2000.0,
+        shape="sigmoid",
+        reference=policy.detach(),
+        target=target,
     )
     assert (terms.logit == 0).all() and (terms.accuracy == 0.5).all()
     assert terms.loss.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(terms.loss, torch.full_like(terms.loss, 2.0).log())
     again = terms_of(
-        function, policy, TIMESTEPS, PROB, ALL, weight, zero, 2000.0, shape="sigmoid", recorded=terms.errors[:2], target=target
+        function,
+        policy,
+        TIMESTEPS,
+        PROB,
+        ALL,
+        weight,
+        zero,
+        2000.0,
+        shape="sigmoid",
+        recorded=terms.errors[:2],
+        target=target,
     )
     assert (again.logit == 0).all() and torch.equal(again.loss, terms.loss)
     (gradient,) = torch.autograd.grad(terms.loss.sum(), policy)
@@ -195,7 +215,9 @@ def test_ties_take_no_correction_and_stay_out_of_the_table():
 def test_supervised():
     policy, _, target, _, weight, correction = world()
     policy.requires_grad_()
-    terms = terms_of(pair_errors, policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape="sigmoid", target=target)
+    terms = terms_of(
+        pair_errors, policy, TIMESTEPS, PROB, ALL, weight, correction, BETA, shape="sigmoid", target=target
+    )
     torch.testing.assert_close(terms.loss, sample_errors(policy, target)[:B])
     assert torch.equal(terms.loss, terms.errors[0]) and (terms.logit == 0).all() and (terms.difference == 0).all()
     (gradient,) = torch.autograd.grad(terms.loss.sum(), policy)

@@ -76,7 +76,19 @@ def test_every_part_of_the_counter_matters():
 
 
 def test_streams_are_frozen():
-    names = ["NOISE", "TIMESTEP", "VAE_WIN", "VAE_LOSE", "DROPOUT", "FLIP", "CROP", "ORDER", "SPLIT", "ROUNDING", "LABEL"]
+    names = [
+        "NOISE",
+        "TIMESTEP",
+        "VAE_WIN",
+        "VAE_LOSE",
+        "DROPOUT",
+        "FLIP",
+        "CROP",
+        "ORDER",
+        "SPLIT",
+        "ROUNDING",
+        "LABEL",
+    ]
     assert [Stream(i).name for i in range(11)] == names
 
 
@@ -110,7 +122,12 @@ def test_integers():
 
 def test_normals_are_normal():
     n = normal(torch.arange(50), torch.zeros(50, dtype=torch.int64), Stream.NOISE, 11, (4000,), torch.float64)
-    assert abs(n.mean()) < 0.01 and abs(n.var() - 1) < 0.015 and abs(n.pow(3).mean()) < 0.03 and abs(n.pow(4).mean() - 3) < 0.1
+    assert (
+        abs(n.mean()) < 0.01
+        and abs(n.var() - 1) < 0.015
+        and abs(n.pow(3).mean()) < 0.03
+        and abs(n.pow(4).mean() - 3) < 0.1
+    )
     probabilities = torch.tensor([0.001, 0.05, 0.5, 0.8, 0.999], dtype=torch.float64)
     quantiles = math.sqrt(2) * torch.erfinv(2 * probabilities - 1)
     assert ((n.flatten()[:, None] < quantiles).double().mean(0) - probabilities).abs().max() < 0.004
@@ -119,7 +136,9 @@ def test_normals_are_normal():
 
 def test_fp32_normals_agree_with_float64():
     draws = torch.zeros(50, dtype=torch.int64)
-    fp32, fp64 = (normal(torch.arange(50), draws, Stream.NOISE, 11, (4001,), dtype) for dtype in (torch.float32, torch.float64))
+    fp32, fp64 = (
+        normal(torch.arange(50), draws, Stream.NOISE, 11, (4001,), dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert (fp32 - fp64).abs().max() < 1e-6
     assert torch.equal(normal(torch.arange(50), draws, Stream.NOISE, 11, (4001,), torch.bfloat16), fp32.bfloat16())
 

@@ -125,7 +125,9 @@ def test_peer_approaches_our_float64_within_its_own_rounding(case, peer):
     z = truth.terms.logit.detach()
     assert ((array(case, f"{peer}/margin").double() - z).abs() <= rounding.margin).all()
     wide = rounding.margin.max()
-    assert (array(case, f"{peer}/loss").double() - truth.loss).abs() <= wide + 8 * rounding.unit * truth.loss.abs() + 1e-7
+    assert (
+        array(case, f"{peer}/loss").double() - truth.loss
+    ).abs() <= wide + 8 * rounding.unit * truth.loss.abs() + 1e-7
     for name, rows, kind in (("model_loss", slice(0, 2), "policy"), ("ref_loss", slice(2, 4), "reference")):
         u = UNIT[CASES[case]["dtypes"].get(kind, "float32") if peer == "sf" else "float32"]
         exact = truth.terms.errors[rows].detach().mean()
@@ -142,7 +144,9 @@ def test_peer_approaches_our_float64_within_its_own_rounding(case, peer):
     policy, n, pairs = array(case, "policy").double(), array(case, "policy")[0].numel(), z.numel()
     residual = (policy - target_of(case, torch.float64)).abs()
     slope = (rounding.margin / 4).clamp(max=1) * (CASES[case]["loss_type"] == "sigmoid")  # |sigmoid'| <= 1/4
-    through_margin = residual * (CASES[case]["beta"] * factor_of(peer) / (n * pairs)) * slope.repeat(2).view(-1, 1, 1, 1)
+    through_margin = (
+        residual * (CASES[case]["beta"] * factor_of(peer) / (n * pairs)) * slope.repeat(2).view(-1, 1, 1, 1)
+    )
     target_u = UNIT["float32"] * (CASES[case]["prediction_type"] == "v_prediction") * 16
     stored = UNIT[CASES[case]["dtypes"].get("policy", "float32")]  # a gradient has the dtype of its leaf
     own = 16 * max(rounding.unit, stored) * truth.gradient.abs() + target_u * truth.gradient.abs().max()
@@ -156,7 +160,9 @@ def test_our_fp32_margin_is_within_a_thousandth(case, factor):
     assert single.terms.logit.dtype == torch.float32
     assert (single.terms.logit.double() - exact.terms.logit).abs().max() < 1e-3
     assert torch.equal(single.terms.accuracy.double(), exact.terms.accuracy)
-    torch.testing.assert_close(single.gradient.double(), exact.gradient, rtol=2e-3, atol=1e-5 * exact.gradient.abs().max().item())
+    torch.testing.assert_close(
+        single.gradient.double(), exact.gradient, rtol=2e-3, atol=1e-5 * exact.gradient.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("case", [20, 22])
@@ -261,8 +267,12 @@ def test_difference_is_that_of_the_errors():
     policy, reference, target = torch.randn(3, 6, 4, 5, 3, generator=generator, dtype=torch.float64)
     pw, pl = sample_errors(policy, target).chunk(2)
     rw, rl = sample_errors(reference, target).chunk(2)
-    torch.testing.assert_close(pair_difference(policy, reference, target), (pw - rw) - (pl - rl), rtol=1e-12, atol=1e-14)
-    assert sample_errors(policy, target)[0] == pytest.approx(((policy[0] - target[0]) ** 2).sum().item() / 60, rel=1e-12)
+    torch.testing.assert_close(
+        pair_difference(policy, reference, target), (pw - rw) - (pl - rl), rtol=1e-12, atol=1e-14
+    )
+    assert sample_errors(policy, target)[0] == pytest.approx(
+        ((policy[0] - target[0]) ** 2).sum().item() / 60, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -363,7 +373,9 @@ FORMULAS = {
 def test_shapes_are_their_formulas(shape):
     z, f = torch.linspace(-5, 5, 101, dtype=torch.float64), FORMULAS[shape]
     for p in (1.0, 0.8, 0.5):
-        torch.testing.assert_close(SHAPES[shape].loss(z, torch.tensor(p, dtype=torch.float64)), p * f(z) + (1 - p) * f(-z))
+        torch.testing.assert_close(
+            SHAPES[shape].loss(z, torch.tensor(p, dtype=torch.float64)), p * f(z) + (1 - p) * f(-z)
+        )
 
 
 @pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.slope is not None])

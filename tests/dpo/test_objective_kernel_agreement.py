@@ -35,9 +35,13 @@ def by_objective(x: dict, method: str, shape: str, beta: float, sft_weight: floa
     policy = x["policy"].clone().requires_grad_()
     table = tables(method, from_scheduler(SD15))
     correction = x["correction"] if METHODS[method].correction else torch.zeros(1000, dtype=torch.float64)
-    errors = torch.stack([*sample_errors(policy, x["target"]).chunk(2), *sample_errors(x["reference"], x["target"]).chunk(2)])
+    errors = torch.stack(
+        [*sample_errors(policy, x["target"]).chunk(2), *sample_errors(x["reference"], x["target"]).chunk(2)]
+    )
     d = None if recorded else pair_difference(policy, x["reference"], x["target"])
-    terms = pair_terms(errors, x["t"], x["prob"], table.weight, correction, beta, shape, sft_weight=sft_weight, difference=d)
+    terms = pair_terms(
+        errors, x["t"], x["prob"], table.weight, correction, beta, shape, sft_weight=sft_weight, difference=d
+    )
     return terms, torch.autograd.grad(terms.loss.sum(), policy)[0], (table.weight, correction)
 
 
@@ -81,7 +85,9 @@ def test_float64_agreement(method, shape, sft_weight, recorded):
     torch.testing.assert_close(slope, gradient, rtol=1e-8, atol=1e-11)
     counted = x["prob"] > 0.5
     assert terms.table_count.sum() == counted.sum() == 4
-    torch.testing.assert_close(terms.table_sum[x["t"]], torch.where(counted, expected.difference, 0.0).detach(), **close)
+    torch.testing.assert_close(
+        terms.table_sum[x["t"]], torch.where(counted, expected.difference, 0.0).detach(), **close
+    )
 
 
 def test_without_a_reference_it_is_the_supervised_loss():
@@ -154,4 +160,6 @@ def test_recorded_cases_in_single_precision(case):
     torch.testing.assert_close(terms.loss.mean().double(), exact.loss, rtol=1e-4, atol=1e-5)
     gradient = torch.autograd.grad(terms.loss.mean(), policy)[0].double()
     saturated = CASES[case]["beta"] / policy.numel() * 2**-22  # rounding of sigmoid(z) - p where the sigmoid is flat
-    torch.testing.assert_close(gradient, exact.gradient, rtol=2e-3, atol=1e-5 * exact.gradient.abs().max().item() + saturated)
+    torch.testing.assert_close(
+        gradient, exact.gradient, rtol=2e-3, atol=1e-5 * exact.gradient.abs().max().item() + saturated
+    )

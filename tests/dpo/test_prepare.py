@@ -16,7 +16,14 @@ from tests.help.children import in_child, kill_until_done
 from tests.help.running import QUIET, advance, everything, make_run
 from tests.help.worlds import make_pickapic, make_pipeline
 
-EXACT = ["--vae-batch", "1", "--batch-size", "1", "--accumulation", "4"]  # images and captions are encoded one by one in both
+EXACT = [
+    "--vae-batch",
+    "1",
+    "--batch-size",
+    "1",
+    "--accumulation",
+    "4",
+]  # images and captions are encoded one by one in both
 
 
 def command(store: Path, *flags: str) -> int:
@@ -53,7 +60,9 @@ def same(first, second) -> bool:
 def test_training_from_the_store_is_training_from_the_images(world, tmp_path, kind, flags):
     """Weights, optimizer states and tables are equal, bit for bit, when images are encoded in the same batches."""
     mirror = [flag for flag in flags if flag == "--flip"]
-    store = prepared(world, kind, tmp_path / "store", "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1", *mirror)
+    store = prepared(
+        world, kind, tmp_path / "store", "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1", *mirror
+    )
     runs = [make_run(world(kind), data, tmp_path / "run", *EXACT, *flags) for data in (world("pairs"), str(store))]
     figures = [advance(run, 3) for run in runs]
     assert same(*map(everything, runs))
@@ -116,7 +125,9 @@ def test_stores_of_another_model_are_refused(world, tmp_path):
 
     store = prepared(world, "sd15", tmp_path / "store")
     assert "another model family" in refused(world, store, kind="sdxl")
-    assert "another text encoder" in refused(world, store, kind="sd2v") or "another VAE" in refused(world, store, kind="sd2v")
+    assert "another text encoder" in refused(world, store, kind="sd2v") or "another VAE" in refused(
+        world, store, kind="sd2v"
+    )
     other = make_pipeline(tmp_path / "other", "sd15", seed=1)
     assert "another VAE" in refused(world, store, model=str(other))
     words = Path(shutil.copytree(world("sd15"), tmp_path / "words"))
@@ -147,7 +158,18 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
 
 
 def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
-    flags = ["--model", world("sd15"), "--data", world("pairs"), "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1"]
+    flags = [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--dtype",
+        "fp32",
+        "--vae-batch",
+        "1",
+        "--text-batch",
+        "1",
+    ]
     store = tmp_path / "store"
     assert command(store, *flags, "--shard", "1/2") == 0
     assert not (store / "store.json").exists()
@@ -168,7 +190,9 @@ def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
 def test_killed_at_random_moments(world, tmp_path, kills):
     pairs = str(make_pickapic(tmp_path / "pairs", 24, 1, broken=("truncated",), captions=5))
     prepared(world, "sd15", tmp_path / "whole", "--pairs-per-shard", "4", pairs=pairs)
-    took = in_child(lambda: _seconds(lambda: prepared(world, "sd15", tmp_path / "timed", "--pairs-per-shard", "4", pairs=pairs)))
+    took = in_child(
+        lambda: _seconds(lambda: prepared(world, "sd15", tmp_path / "timed", "--pairs-per-shard", "4", pairs=pairs))
+    )
     work = lambda: prepared(world, "sd15", tmp_path / "killed", "--pairs-per-shard", "4", pairs=pairs)  # noqa: E731
     kill_until_done(work, random.Random(kills), kills, took)
     assert sums(tmp_path / "killed") == sums(tmp_path / "whole")

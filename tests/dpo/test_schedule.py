@@ -79,7 +79,9 @@ def test_prediction_type_and_betas_come_from_the_model():
     assert sd15("v_prediction").prediction_type == "v_prediction"
     assert from_scheduler(SD15).prediction_type == "epsilon"
     assert from_scheduler(SD15, prediction_type="v_prediction").prediction_type == "v_prediction"
-    linear = from_scheduler({"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 500})
+    linear = from_scheduler(
+        {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 500}
+    )
     expected = (1 - torch.linspace(1e-4, 0.02, 500, dtype=torch.float64)).cumprod(0)
     torch.testing.assert_close(linear.alphas_cumprod, expected, rtol=1e-4, atol=0)
     trained = from_scheduler({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 3})

@@ -114,7 +114,9 @@ def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch):
     assert float(rows[1]["loss"]) == pytest.approx(run.late("loss"))
     assert float(rows[1]["held-out accuracy"]) == run.validations[-1]["heldout_accuracy"]
     assert (out / "sweep.png").stat().st_size > 10_000 and (out / "sweep.md").read_text().count("\n") == 4
-    assert sweep.main(["--out", str(out), "--method", "dpo,dde", *flags, "--seed", "1"]) == 2  # other flags, same folder
+    assert (
+        sweep.main(["--out", str(out), "--method", "dpo,dde", *flags, "--seed", "1"]) == 2
+    )  # other flags, same folder
 
 
 def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch):

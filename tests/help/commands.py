@@ -12,7 +12,18 @@ from dpo.train import main
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ")
 
 
-SMALL = ("--workers", "0", "--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a red fox")
+SMALL = (
+    "--workers",
+    "0",
+    "--validate-every",
+    "0",
+    "--sample-steps",
+    "1",
+    "--sample-seeds",
+    "0",
+    "--sample-prompts",
+    "a red fox",
+)
 
 
 class Said(NamedTuple):
@@ -43,7 +54,10 @@ def command(capsys, *words: object) -> Said:
 
 def tree(folder: Path) -> dict[str, int]:
     """Every path below a folder with the size of its file."""
-    return {str(path.relative_to(folder)): path.stat().st_size if path.is_file() else -1 for path in sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): path.stat().st_size if path.is_file() else -1
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 def check_refused(said, words):

@@ -65,7 +65,14 @@ def run_of(kind: str) -> RunFolder:
 
 def _config(kind: str, updates: int, batch: int) -> Config:
     method = {"dde": "dde", "sft": "sft"}.get(kind, "dpo")
-    values = {"method": method, "steps": updates, "batch_size": batch, "output": "runs/" + kind, "beta": 2000.0, "warmup": 5}
+    values = {
+        "method": method,
+        "steps": updates,
+        "batch_size": batch,
+        "output": "runs/" + kind,
+        "beta": 2000.0,
+        "warmup": 5,
+    }
     if kind == "dde":
         values["beta"] = 200.0
     if kind == "lora-gpu":
@@ -121,7 +128,9 @@ def _metrics(folder: Path, kind: str, config: Config, last: int, updates: int) -
             share = 0.5 + (0.0 if kind == "flat" else 0.14 * grown)
             count = 256
             event = {"event": "validation", "step": update, "heldout_accuracy": share, "heldout_pairs": count}
-            trackers.event({**event, "heldout_interval": list(share_interval(share * count, count)), "heldout_difference": -1e-4})
+            trackers.event(
+                {**event, "heldout_interval": list(share_interval(share * count, count)), "heldout_difference": -1e-4}
+            )
     trackers.close()
     found = {
         "weight": tabled.weight,
@@ -173,7 +182,9 @@ def _picture(seed: int, after: bool) -> Image.Image:
         for line in range(0, 64, 8):
             pen.line([(0, line), (64, line)], fill="white", width=2)
     size = 26 if after else 16
-    pen.ellipse([32 - size, 32 - size, 32 + size, 32 + size], fill=tuple(int(value) for value in rng.integers(0, 255, 3)))
+    pen.ellipse(
+        [32 - size, 32 - size, 32 + size, 32 + size], fill=tuple(int(value) for value in rng.integers(0, 255, 3))
+    )
     return image
 
 

@@ -77,7 +77,12 @@ def _build_sd(kind: str):
 
 
 def _build_sdxl(kind: str):
-    from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import (
+        EulerAncestralDiscreteScheduler,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
 
     unet = UNet2DConditionModel(
         **_unet_common(),

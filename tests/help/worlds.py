@@ -39,7 +39,19 @@ __all__ = [
 ]
 
 
-ODDITIES = ("jpeg", "png", "cmyk", "palette", "palette-alpha", "alpha", "gray", "gray-alpha", "exif", "sixteen", "one-bit")
+ODDITIES = (
+    "jpeg",
+    "png",
+    "cmyk",
+    "palette",
+    "palette-alpha",
+    "alpha",
+    "gray",
+    "gray-alpha",
+    "exif",
+    "sixteen",
+    "one-bit",
+)
 
 
 BROKEN = ("truncated", "corrupt", "bomb", "empty")
@@ -182,7 +194,9 @@ def make_pickapic(
         images = encode(pair["win"], win_kind), encode(pair["lose"], kind)
         rows.append(_pickapic_row(len(rows), pair, images, label, swap=bool(rng.integers(2)), version=version))
     for i in range(duplicates):
-        images = tuple(encode(pairs[i][s], oddities[i % len(oddities)] if oddities else "jpeg") for s in ("win", "lose"))
+        images = tuple(
+            encode(pairs[i][s], oddities[i % len(oddities)] if oddities else "jpeg") for s in ("win", "lose")
+        )
         swapped = rows[i]["image_0_uid"] == pairs[i]["win_uid"]
         rows.append(_pickapic_row(len(rows), pairs[i], images, 1.0, swap=swapped, version=version))
     rows = [rows[i] for i in rng.permutation(len(rows))]
@@ -208,7 +222,9 @@ def pickapic_schema(version: int = 2) -> pa.Schema:
     return pa.schema(fields if version == 2 else fields[:-1])
 
 
-def _pickapic_row(index: int, pair: dict, images: tuple[bytes, bytes], label: float | None, swap: bool, version: int) -> dict:
+def _pickapic_row(
+    index: int, pair: dict, images: tuple[bytes, bytes], label: float | None, swap: bool, version: int
+) -> dict:
     sides = [(pair["win_uid"], images[0], label), (pair["lose_uid"], images[1], None if label is None else 1.0 - label)]
     first, second = reversed(sides) if swap else sides
     best = None if label is None else pair["win_uid"] if label > 0.5 else "tie"
@@ -283,5 +299,7 @@ def make_folders(folder: str | Path, n: int = 16, seed: int = 0, *, captions_in:
         text = "".join(json.dumps({"file_name": name, "caption": caption}) + "\n" for name, caption in lines)
         (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
     elif captions_in == "captions":
-        (folder / "captions.txt").write_text("".join(f"{name}\t{caption}\n" for name, caption in lines), encoding="utf-8")
+        (folder / "captions.txt").write_text(
+            "".join(f"{name}\t{caption}\n" for name, caption in lines), encoding="utf-8"
+        )
     return folder

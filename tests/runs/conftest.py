@@ -9,7 +9,17 @@ from tests.help.commands import SMALL, command
 @pytest.fixture
 def start(world, tmp_path):
     """The words of a valid command; flags that a test adds after them win."""
-    return ["--model", world("sd15"), "--data", world("pairs"), "--output", tmp_path / "out", *SMALL, "--batch-size", "2"]
+    return [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--output",
+        tmp_path / "out",
+        *SMALL,
+        "--batch-size",
+        "2",
+    ]
 
 
 @pytest.fixture

@@ -125,7 +125,16 @@ def test_a_gpu_that_is_not_there(start, capsys, monkeypatch):
 
 
 def test_as_a_program(world, tmp_path):
-    words = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(tmp_path / "out"), "--learning-rat", "1"]
+    words = [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--output",
+        str(tmp_path / "out"),
+        "--learning-rat",
+        "1",
+    ]
     ended = subprocess.run([sys.executable, "-m", "dpo.train", *words], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr == "dpo.train: unknown flag --learning-rat: did you mean --learning-rate?\n"
@@ -179,7 +188,9 @@ def test_a_damaged_checkpoint_falls_back_and_others_are_refused(world, stopped, 
     other = Path(shutil.copytree(world("sd15"), tmp_path / "other"))
     shutil.copytree(altered_unet(other), other / "unet", dirs_exist_ok=True)
     check_refused(command(capsys, *again, "--model", other), ["trained from another model"])
-    check_refused(command(capsys, *again, "--seed", "7", "--flip"), ["cannot resume", "seed 0 -> 7", "flip False -> True"])
+    check_refused(
+        command(capsys, *again, "--seed", "7", "--flip"), ["cannot resume", "seed 0 -> 7", "flip False -> True"]
+    )
     assert tree(out) == before, "a refused resume changes nothing"
 
     last, middle = (out / STEP.format(step) / "policy.safetensors" for step in (3, 2))
@@ -227,7 +238,9 @@ def test_unreadable_images_are_skipped_and_counted_up_to_a_limit(start, tmp_path
     assert said.code == 0
     left_out = said.warnings("pair left out")
     assert len(left_out) == 3, "each is told once"
-    assert [line for line in left_out if "14000 x 14000 pixels" in line or "too many pixels" in line], "the decompression bomb"
+    assert [line for line in left_out if "14000 x 14000 pixels" in line or "too many pixels" in line], (
+        "the decompression bomb"
+    )
     said = command(capsys, *start, "--data", pairs, "--steps", "4", "--overwrite", "--bad-image-limit", "0")
     check_refused(said, ["of 6 pairs have an unreadable image", "--bad-image-limit"])
 

@@ -43,14 +43,23 @@ def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, line, pe
 
     lora = peer.startswith("hf")
     pairs = make_pickapic(tmp_path / "pairs", 12, ties=2, split="validation" if lora else "train")  # its default
-    places = {"sd15": world("sd15"), "sdxl": world("sdxl"), "pairs": pairs, "out": tmp_path / "out", "cache": tmp_path / "cache"}
+    places = {
+        "sd15": world("sd15"),
+        "sdxl": world("sdxl"),
+        "pairs": pairs,
+        "out": tmp_path / "out",
+        "cache": tmp_path / "cache",
+    }
     said = command(capsys, *shlex.split(line.format(**places)), "--compat", peer, *CHEAP)
     assert said.code == 0 and said.errors == [], said.errors
     out = tmp_path / "out"
     figures = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in figures if "loss" in row]
     assert len(losses) == 3 and losses[0] == pytest.approx(0.693147, abs=1e-6), "policy and reference begin as one"
-    assert any(f"beta {beta:g}" in row for row in said.log) and len(said.warnings("W&B")) == len(said.warnings("the hub")) == lora
+    assert (
+        any(f"beta {beta:g}" in row for row in said.log)
+        and len(said.warnings("W&B")) == len(said.warnings("the hub")) == lora
+    )
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-00000002", "step-00000003"}
 
     pipe = getattr(diffusers, pipeline).from_pretrained(places["sdxl" if "XL" in pipeline else "sd15"] if lora else out)

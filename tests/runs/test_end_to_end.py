@@ -21,7 +21,10 @@ RUNS = {
     "sd15, all weights": ("sd15", ["--learning-rate", "3e-5"]),
     "sd15, LoRA, dde": ("sd15", ["--lora", "--method", "dde", "--learning-rate", "2e-3"]),
     "sd2v, all weights": ("sd2v", ["--learning-rate", "1e-4"]),
-    "sdxl, LoRA": ("sdxl", ["--lora", "--learning-rate", "1e-3", "--beta", "500", "--target-modules", *ATTENTION, *CONVOLUTIONS]),
+    "sdxl, LoRA": (
+        "sdxl",
+        ["--lora", "--learning-rate", "1e-3", "--beta", "500", "--target-modules", *ATTENTION, *CONVOLUTIONS],
+    ),
 }
 
 
@@ -30,14 +33,38 @@ def messy(tmp_path_factory):
     """64 pairs of every odd kind of image among ties, unlabelled rows and broken files; 24 held-out pairs."""
     folder = tmp_path_factory.mktemp("messy")
     odd = {"odd_sizes": True, "oddities": ODDITIES}
-    make_pickapic(folder, 64, 0, ties=4, unlabelled=3, duplicates=2, broken=("truncated", "corrupt", "empty"), shards=2, **odd)
+    make_pickapic(
+        folder, 64, 0, ties=4, unlabelled=3, duplicates=2, broken=("truncated", "corrupt", "empty"), shards=2, **odd
+    )
     return make_pickapic(folder, 24, 1, split="validation")
 
 
 @pytest.mark.parametrize(("kind", "flags"), RUNS.values(), ids=RUNS)
 def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, capsys, kind, flags):
-    words = ["--model", world(kind), "--data", messy, "--validation-data", messy, "--output", tmp_path / "out", "--workers", "0"]
-    words += ["--batch-size", "8", "--steps", "24", "--validate-every", "12", "--validation-draws", "4", "--sample-steps", "2"]
+    words = [
+        "--model",
+        world(kind),
+        "--data",
+        messy,
+        "--validation-data",
+        messy,
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        "0",
+    ]
+    words += [
+        "--batch-size",
+        "8",
+        "--steps",
+        "24",
+        "--validate-every",
+        "12",
+        "--validation-draws",
+        "4",
+        "--sample-steps",
+        "2",
+    ]
     said = command(capsys, *words, *flags, "--sample-prompts", "a red fox", "a blue lamp", "--sample-seeds", "0", "1")
     assert said.code == 0 and said.errors == []
     assert any("76 rows: 69 pairs; left out: 4 ties, 3 unlabelled" in line for line in said.log)
@@ -58,7 +85,15 @@ def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, cap
 
 def check_files(out):
     """Every file that a run should leave is in its folder."""
-    for name in ("README.md", "config.toml", "metrics.jsonl", "report.html", "summary.json", "curves.png", "deciles.png"):
+    for name in (
+        "README.md",
+        "config.toml",
+        "metrics.jsonl",
+        "report.html",
+        "summary.json",
+        "curves.png",
+        "deciles.png",
+    ):
         assert (out / name).stat().st_size > 300, name
     grid = Image.open(out / "samples" / "step-00000024.png")
     assert grid.width > 64 and len(list((out / "samples" / "before").glob("*.png"))) == 4
@@ -66,7 +101,9 @@ def check_files(out):
     again, _ = parse(["--config", str(out / "config.toml"), "--output", "elsewhere"])
     assert again.optim.steps == 24 and again.method.beta is not None, "the settings as they were decided"
     assert [path.name for path in out.rglob("*.part*")] == []
-    assert {path.name for path in out.iterdir()} <= {entry.name for entry in ENTRIES}, "dpo/pages/folder.py lists them all"
+    assert {path.name for path in out.iterdir()} <= {entry.name for entry in ENTRIES}, (
+        "dpo/pages/folder.py lists them all"
+    )
 
 
 def check_result(kind, model, out, lora):
@@ -81,7 +118,9 @@ def check_result(kind, model, out, lora):
     else:
         other = dict(base.unet.named_parameters())
         assert any(not torch.equal(value, other[name]) for name, value in pipe.unet.named_parameters())
-        assert dict(pipe.scheduler.config) == dict(base.scheduler.config), "prediction type and noise schedule are the model's"
+        assert dict(pipe.scheduler.config) == dict(base.scheduler.config), (
+            "prediction type and noise schedule are the model's"
+        )
     images = []
     for loaded in (base, pipe):
         loaded.set_progress_bar_config(disable=True)

@@ -54,14 +54,18 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind, flags", [("sd15", ["--method", "dde"]), ("sdxl", ["--lora"]), ("sd2v", ["--method", "sft"])])
+@pytest.mark.parametrize(
+    "kind, flags", [("sd15", ["--method", "dde"]), ("sdxl", ["--lora"]), ("sd2v", ["--method", "sft"])]
+)
 def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, kind, flags):
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2", *flags)
     batch = next(run.batches())
     calls = []
     for name in ("cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "item"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1]
+        )
     inputs = run.encoder.inputs(batch)
     calls.clear()  # tokenizers build Python lists: that is host work before the device has any
     with Synchronisations() as watch:
@@ -78,14 +82,18 @@ def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, k
 
 def test_holes_count_nowhere(world, tmp_path):
     """A batch with holes gives the update of the same pairs without them."""
-    run = make_run(world("sd15"), world("pairs"), tmp_path / "a", "--batch-size", "4", "--precision", "fp64", "--method", "dde")
+    run = make_run(
+        world("sd15"), world("pairs"), tmp_path / "a", "--batch-size", "4", "--precision", "fp64", "--method", "dde"
+    )
     whole = next(run.batches())
     whole.usable[2] = 0.0
     from dpo.train import train_step
 
     figures = train_step(run, [whole])
     assert figures["pairs"] == 3
-    other = make_run(world("sd15"), world("pairs"), tmp_path / "b", "--batch-size", "4", "--precision", "fp64", "--method", "dde")
+    other = make_run(
+        world("sd15"), world("pairs"), tmp_path / "b", "--batch-size", "4", "--precision", "fp64", "--method", "dde"
+    )
     keep = torch.tensor([0, 1, 3])
     both = torch.cat([keep, keep + 4])
     batch = next(other.batches())
@@ -101,7 +109,9 @@ def test_holes_count_nowhere(world, tmp_path):
 
 def test_sft_sees_the_winners_only(world, tmp_path):
     """The gradient of sft is that of the winners' mean error, and the losers are not computed."""
-    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--method", "sft", "--precision", "fp64")
+    run = make_run(
+        world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--method", "sft", "--precision", "fp64"
+    )
     inputs = run.encoder.inputs(next(run.batches()))
     rows = []
     unet = run.step.policy

@@ -33,7 +33,17 @@ sys.exit(dpo.train.main(sys.argv[1:]))
 @pytest.mark.slow
 def test_ten_thousand_pairs_keep_memory_flat(world, tmp_path):
     pairs = make_pickapic(tmp_path / "pairs", 10_000, size=(64, 64), shards=4, row_group_size=250)
-    words = ["--model", world("sd15"), "--data", str(pairs), "--output", str(tmp_path / "out"), "--resolution", "16", "--lora"]
+    words = [
+        "--model",
+        world("sd15"),
+        "--data",
+        str(pairs),
+        "--output",
+        str(tmp_path / "out"),
+        "--resolution",
+        "16",
+        "--lora",
+    ]
     words += ["--batch-size", "100", "--epochs", "1", "--workers", "1", "--prefetch", "1", "--checkpoint-every", "25"]
     words += ["--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a red fox"]
     ended = subprocess.run([sys.executable, "-c", MEASURE, *words], capture_output=True, text=True)

@@ -25,7 +25,9 @@ def test_a_broken_shape_changes_losses_and_weights(world, tmp_path, monkeypatch)
 
 def test_a_new_shape_needs_no_other_line(world, tmp_path, monkeypatch):
     """A run uses a shape that is added to objective.SHAPES alone: no other code lists the shapes."""
-    monkeypatch.setitem(objective.SHAPES, "exponential", objective.Shape(lambda z, p: p * torch.exp(-z) + (1 - p) * torch.exp(z)))
+    monkeypatch.setitem(
+        objective.SHAPES, "exponential", objective.Shape(lambda z, p: p * torch.exp(-z) + (1 - p) * torch.exp(z))
+    )
     run = make_run(world("sd15"), world("pairs"), tmp_path, *FLAGS)
     run.step.shape = "exponential"
     losses = [figures["loss"] for figures in advance(run, 3)]

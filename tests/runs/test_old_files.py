@@ -20,10 +20,45 @@ from tests.help.commands import command
 from tests.help.running import everything
 
 OLD = Path(__file__).parents[1] / "golden" / "v0.1"
-QUIET = ["--workers", "0", "--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "red"]
+QUIET = [
+    "--workers",
+    "0",
+    "--validate-every",
+    "0",
+    "--sample-steps",
+    "1",
+    "--sample-seeds",
+    "0",
+    "--sample-prompts",
+    "red",
+]
 RESUMED = ["--output", "lora", "--resume", "latest", "--steps", "4"]
-RECORDED = ["--model", "pipeline", "--data", "store", "--reference", "recorded", "--output", "recorded", "--lora", "--rank", "2"]
-RECORDED += ["--flip", "--precision", "fp32", "--learning-rate", "1e-3", "--batch-size", "4", "--steps", "4", "--beta", "200"]
+RECORDED = [
+    "--model",
+    "pipeline",
+    "--data",
+    "store",
+    "--reference",
+    "recorded",
+    "--output",
+    "recorded",
+    "--lora",
+    "--rank",
+    "2",
+]
+RECORDED += [
+    "--flip",
+    "--precision",
+    "fp32",
+    "--learning-rate",
+    "1e-3",
+    "--batch-size",
+    "4",
+    "--steps",
+    "4",
+    "--beta",
+    "200",
+]
 RECORDED += ["--device", "cpu", "--threads", "1", "--no-model-card", *QUIET]
 RECORD = ["--store", "store", "--model", "pipeline", "--reference", "--flip", "--device", "cpu", "--precision", "fp32"]
 RECORD += ["--batch-size", "4"]

@@ -25,7 +25,9 @@ class Plain:
         self.encoders = [CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float64)]
         if sdxl:
             self.tokenizers.append(CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2"))
-            second = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2", dtype=torch.float64)
+            second = CLIPTextModelWithProjection.from_pretrained(
+                folder, subfolder="text_encoder_2", dtype=torch.float64
+            )
             self.encoders.append(second)
         self.sdxl = sdxl
 
@@ -34,7 +36,9 @@ class Plain:
         found = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders):
             length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            ids = tokenizer(
+                caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
             found.append(encoder(ids, output_hidden_states=True))
         if not self.sdxl:
             return found[0].last_hidden_state, None

@@ -80,7 +80,9 @@ def test_recorded_errors_train_as_live_ones(world, stores, tmp_path, kind, flags
     recorded = recorded_run(world, stores(kind), tmp_path, *flags, kind=kind)
     assert recorded.step.reference is None
     figures = [advance(run, 20) for run in (live, recorded)]
-    assert figures[0][0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and figures[0][-1]["loss"] != figures[0][0]["loss"]
+    assert (
+        figures[0][0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and figures[0][-1]["loss"] != figures[0][0]["loss"]
+    )
     ours, other = everything(live), everything(recorded)
     assert ours.keys() == other.keys() and all(torch.equal(ours[name], other[name]) for name in ours)
 
@@ -89,7 +91,9 @@ def test_recorded_errors_train_as_live_ones(world, stores, tmp_path, kind, flags
 def test_the_logit_at_step_0_is_exactly_0(world, stores, tmp_path, flags):
     store = stores("sd15")
     precision = ["--precision", "bf16", *FLAGS]
-    assert prepare.main(["--store", str(store), "--model", world("sd15"), "--reference", "--draws", "2", *precision]) == 0
+    assert (
+        prepare.main(["--store", str(store), "--model", world("sd15"), "--reference", "--draws", "2", *precision]) == 0
+    )
     run = recorded_run(world, store, tmp_path, *flags)
     assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
 
@@ -144,7 +148,9 @@ def test_a_record_of_a_window_serves_that_window_and_narrower_ones(world, stores
     window = ["--window-low", "100", "--window-high", "900", "--seed", "5"]
     store = str(stores("sd15"))
     assert (
-        prepare.main(["--store", store, "--model", world("sd15"), "--reference", "--draws", "1", "--batch-size", "4", *window])
+        prepare.main(
+            ["--store", store, "--model", world("sd15"), "--reference", "--draws", "1", "--batch-size", "4", *window]
+        )
         == 0
     )
     run = recorded_run(world, store, tmp_path, *window)
@@ -194,7 +200,10 @@ def test_another_reference_is_refused_and_another_start_is_not(world, stores, tm
 
 def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):
     assert (
-        prepare.main(["--store", str(tmp_path / "s"), "--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]) == 0
+        prepare.main(
+            ["--store", str(tmp_path / "s"), "--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]
+        )
+        == 0
     )
     with pytest.raises(UserError, match=r"there is none yet\): make one with"):
         recorded_run(world, tmp_path / "s", tmp_path)
@@ -230,7 +239,9 @@ def errors_of(folder: Path, store: Path, world, tmp_path) -> torch.Tensor:
     n = len(read_contents(store).key)
     import numpy as np
 
-    return torch.stack([run.recorded.errors(np.arange(n), torch.full((n,), draw)).T for draw in range(run.recorded.distinct)])
+    return torch.stack(
+        [run.recorded.errors(np.arange(n), torch.full((n,), draw)).T for draw in range(run.recorded.distinct)]
+    )
 
 
 def test_more_draws_and_more_pairs_are_added(world, small, tmp_path):
@@ -244,7 +255,9 @@ def test_more_draws_and_more_pairs_are_added(world, small, tmp_path):
         name: value for name, value in sums(folder).items() if name in files and name != "record.json"
     }.items() <= files.items()
     grown = str(make_pickapic(tmp_path / "grown", 16, 2))
-    assert prepare.main(["--store", str(store), "--data", grown, "--model", world("sd15"), *FLAGS, "--workers", "0"]) == 0
+    assert (
+        prepare.main(["--store", str(store), "--data", grown, "--model", world("sd15"), *FLAGS, "--workers", "0"]) == 0
+    )
     with pytest.raises(UserError, match="lacks 6 pairs of the store"):
         recorded_run(world, store, tmp_path)
     make(3)

@@ -49,7 +49,18 @@ def test_resume_is_exact(world, tmp_path, flags):
 
 def words(world, output, *flags):
     """The command line of a small run, without the command."""
-    base = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(output), "--batch-size", "2", "--workers", "0"]
+    base = [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--output",
+        str(output),
+        "--batch-size",
+        "2",
+        "--workers",
+        "0",
+    ]
     more = ["--validate-every", "0", "--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "red"]
     return [*base, *more, *flags]
 

@@ -59,7 +59,9 @@ def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypa
 
     at_update(monkeypatch, 2, full)
     said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "1")
-    check_refused(said, ["out of GPU memory", "--batch-size", "--accumulation", "--checkpointing", "--lora", "--resume latest"])
+    check_refused(
+        said, ["out of GPU memory", "--batch-size", "--accumulation", "--checkpointing", "--lora", "--resume latest"]
+    )
     assert (tmp_path / "out" / STEP.format(1)).is_dir()
 
 
@@ -163,7 +165,9 @@ def foreground():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_start_does_not_occupy_the_folder(start, tmp_path, capsys, monkeypatch, brief, foreground, number):
+def test_an_interrupted_start_does_not_occupy_the_folder(
+    start, tmp_path, capsys, monkeypatch, brief, foreground, number
+):
     with monkeypatch.context() as patch:
         patch.setattr(samples, "before", lambda run: os.kill(os.getpid(), number))
         said = command(capsys, *start, "--steps", "1")
@@ -183,7 +187,12 @@ def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, m
     monkeypatch.setattr(checkpoint, "save_tensors", interrupted)
     at_update(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
     said = command(capsys, *start, "--steps", "3", "--checkpoint-every", "0")
-    assert said.code == 130 and said.errors == [] and said.warnings("press Ctrl-C again") and said.warnings("stopped at once")
+    assert (
+        said.code == 130
+        and said.errors == []
+        and said.warnings("press Ctrl-C again")
+        and said.warnings("stopped at once")
+    )
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
 
 

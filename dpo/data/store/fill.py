@@ -128,7 +128,9 @@ class Shard:
 def image_key(image: ImageRef) -> int:
     """A signed 64-bit hash of an image's path, or of its uid where it has no path."""
     name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+    )
 
 
 def fill(task: Filling) -> bool:
@@ -147,7 +149,9 @@ def fill(task: Filling) -> bool:
         return False
     if _fingerprint(task) not in fingerprints:
         if index["sources"] and not index["finished"]:
-            raise UserError(f"{task.folder} is not finished: go on with {index['sources'][-1]['name']} before adding {task.name}")
+            raise UserError(
+                f"{task.folder} is not finished: go on with {index['sources'][-1]['name']} before adding {task.name}"
+            )
         index["sources"].append(_about(task))
     index["finished"] = False
     known = _known(task.folder, index)
@@ -282,7 +286,9 @@ def _collect(
     if decoded:
         shard.latents.append(_encode(task.encode, decoded))
     assert next_image - begin == len(shard.image_keys)
-    shard.pairs += [(key, images.row(win), images.row(lose), text, prob, group) for key, win, lose, text, prob, group in rows]
+    shard.pairs += [
+        (key, images.row(win), images.row(lose), text, prob, group) for key, win, lose, text, prob, group in rows
+    ]
     return next_image
 
 

@@ -107,7 +107,9 @@ class RecordedErrors:
         if self.inside is None:
             log.info("recorded reference: %d distinct draws of each pair", self.distinct)
             return source
-        counts = torch.cat([self._in_window(torch.from_numpy(part))[1] for part in _chunks(store.contents.key[store.pairs])])
+        counts = torch.cat(
+            [self._in_window(torch.from_numpy(part))[1] for part in _chunks(store.contents.key[store.pairs])]
+        )
         kept = np.flatnonzero(counts.numpy() > 0)
         if not len(kept):
             raise UserError("no recorded draw lies in the timestep window: record more --draws, or inside the window")
@@ -130,14 +132,18 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> Record
     """
     store = of_store(source)
     if store is None:
-        raise UserError("--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference")
+        raise UserError(
+            "--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference"
+        )
     found: list[tuple[int, Path, dict[str, Any]]] = []
     reasons: list[tuple[int, int, str]] = []
     for folder in sorted((store.contents.folder / FOLDER).glob("*")):
         about = about_record(folder)
         if about is None:
             continue
-        differs = list(filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items())))
+        differs = list(
+            filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items()))
+        )
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
         if differs or missing:
             lacks = [*differs, *([f"its timesteps lack {missing} of the run's"] if missing else [])]
@@ -157,7 +163,9 @@ def _differs(name: str, recorded: Any, wanted: Any) -> str:
         return ""
     if name in FLAGS:
         return f"it was recorded with {FLAGS[name]} {recorded}, the run has {wanted}"
-    return f"it was recorded with another {name.replace('_', ' ')}" + (f", {recorded}" if name == "prediction_type" else "")
+    return f"it was recorded with another {name.replace('_', ' ')}" + (
+        f", {recorded}" if name == "prediction_type" else ""
+    )
 
 
 def about_record(folder: Path) -> dict[str, Any] | None:

@@ -130,14 +130,18 @@ class Contents:
         number, at = self.captions.find(row)
         shard = self.shard(number)
         begin = int(shard["caption_end"][at - 1]) if at else 0
-        return bytes(shard["caption_text"][begin : int(shard["caption_end"][at])].numpy()).decode("utf-8", "surrogatepass")
+        return bytes(shard["caption_text"][begin : int(shard["caption_end"][at])].numpy()).decode(
+            "utf-8", "surrogatepass"
+        )
 
     def micro(self, rows: Sequence[int]) -> Tensor:
         """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut square where the row is -1."""
         side = self.settings["resolution"]
         plain = torch.tensor([side, side, 0, 0, side, side])
         places = [self.images.find(row) if row >= 0 else None for row in rows]
-        return torch.stack([plain if place is None else self.shard(place[0])["image_micro"][place[1]].long() for place in places])
+        return torch.stack(
+            [plain if place is None else self.shard(place[0])["image_micro"][place[1]].long() for place in places]
+        )
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:
@@ -234,13 +238,19 @@ def read_contents(folder: Path) -> Contents:
     altered.
     """
     index = _finished(folder)
-    parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
+    parts = (
+        [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
+    )
     for where, part in parts:
         for name, value in part["settings"].items():
             if parts[0][1]["settings"][name] != value:
-                raise UserError(f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike")
+                raise UserError(
+                    f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike"
+                )
     entries = [(where / entry["file"], entry) for where, part in parts for entry in part["shards"]]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("key", "win", "lose", "caption", "prob", "group", "hash")}
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("key", "win", "lose", "caption", "prob", "group", "hash")
+    }
     image_base = caption_base = 0
     for where, part in parts:
         for entry in part["shards"]:
@@ -301,7 +311,9 @@ def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) 
 
 def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], bad: int) -> dict[str, int]:
     """The counts of all sources, summed; a source that was cut into parts counts once."""
-    summaries = {source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]}
+    summaries = {
+        source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]
+    }
     total: dict[str, int] = {}
     for summary in summaries.values():
         total |= {name: total.get(name, 0) + count for name, count in summary.items()}
@@ -351,7 +363,11 @@ def verify(folder: Path) -> list[str]:
     wrong = []
     try:
         index = _finished(folder)
-        parts = [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
+        parts = (
+            [(folder, index)]
+            if "parts" not in index
+            else [(where, _finished(where)) for where in _parts(folder, index)]
+        )
     except DamagedStore as error:
         return [str(error)]
     except UserError as error:

@@ -71,7 +71,9 @@ def test_steps_agree_with_the_reference(dtype):
         assert (ours[name] != theirs[name]).float().mean() < 2e-3
     for (a, _), (b, _) in zip(kernel._parameters, reference._parameters, strict=True):
         if dtype == torch.float32:
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-5)  # a code that differs moves its weight by a part of lr
+            torch.testing.assert_close(
+                a, b, rtol=1e-6, atol=2e-5
+            )  # a code that differs moves its weight by a part of lr
         else:
             assert (a != b).float().mean() < 5e-3
 

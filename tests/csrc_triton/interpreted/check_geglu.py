@@ -32,7 +32,9 @@ def run(M, D, dtype, no_worse):
     d_proj = _launch_backward(grad, proj.detach())
     no_worse(out, plain_out.detach(), exact.detach())
     no_worse(d_proj, proj.grad, exact_proj.grad)
-    assert torch.equal(out, _launch_forward(proj.detach())) and torch.equal(d_proj, _launch_backward(grad, proj.detach()))
+    assert torch.equal(out, _launch_forward(proj.detach())) and torch.equal(
+        d_proj, _launch_backward(grad, proj.detach())
+    )
 
 
 @pytest.mark.parametrize("M, D, dtype", QUICK)

@@ -13,7 +13,14 @@ QUICK = [
     (70, 640, torch.float16, torch.float16, 3.0, False),
     (33, 1280, torch.float32, torch.float32, 100.0, True),
     (5, 333, torch.bfloat16, torch.bfloat16, 10.0, False),
-    (1, 1280, torch.float16, torch.float32, 30.0, False),  # the mean is off by its last digit: the backward has to correct it
+    (
+        1,
+        1280,
+        torch.float16,
+        torch.float32,
+        30.0,
+        False,
+    ),  # the mean is off by its last digit: the backward has to correct it
 ]
 FULL = [
     (M, C, dtype, weight_dtype, offset, residual)

@@ -28,7 +28,9 @@ SOURCES = [("epsilon", "live"), ("v", "recorded"), ("target", "live"), ("shared"
 LAYOUTS = ("contiguous", "channels_last", "offset", "strided")
 FULL = [  # losses and layouts take turns, so that every value meets every other without the whole product
     (batch, shape, dtype, SHAPES[(i + j + k) % 3], source, reference, LAYOUTS[(i + 2 * j + k) % 4])
-    for i, (batch, shape) in enumerate([(1, (1, 1, 1)), (2, (4, 24, 24)), (3, (4, 23, 25)), (4, (3, 5, 7)), (5, (4, 33, 31))])
+    for i, (batch, shape) in enumerate(
+        [(1, (1, 1, 1)), (2, (4, 24, 24)), (3, (4, 23, 25)), (4, (3, 5, 7)), (5, (4, 33, 31))]
+    )
     for j, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))
     for k, (source, reference) in enumerate(SOURCES)
 ]
@@ -51,7 +53,9 @@ def world(batch, shape, dtype, source, layout):
 
     offset = 4.0 if layout == "offset" else 0.0  # predictions far from zero mean
     policy = arrange((draw(2 * batch, *shape) + offset).to(dtype), layout)
-    reference = arrange((policy + 0.1 * draw(2 * batch, *shape)).to(dtype), "contiguous" if layout == "channels_last" else layout)
+    reference = arrange(
+        (policy + 0.1 * draw(2 * batch, *shape)).to(dtype), "contiguous" if layout == "channels_last" else layout
+    )
     timesteps = torch.randint(0, T, (batch,), generator=generator)
     timesteps[-1] = timesteps[0]
     noise = (torch.randint(-(2**62), 2**62, (batch,), generator=generator), torch.arange(batch), torch.tensor(3))
@@ -81,7 +85,9 @@ def usual(policy, reference, recorded, target, timesteps, prob, weight, correcti
     win, lose = (errors - frozen).chunk(2)
     prob, weight, correction = prob.to(dtype), weight.to(dtype)[timesteps], correction.to(dtype)[timesteps]
     z = -(BETA / 2) * (weight * (win - lose) + torch.where(prob == 0.5, 0.0, correction))
-    f = {"sigmoid": lambda x: -F.logsigmoid(x), "hinge": lambda x: F.relu(1 - x), "ipo": lambda x: (x - 0.5) ** 2}[shape]
+    f = {"sigmoid": lambda x: -F.logsigmoid(x), "hinge": lambda x: F.relu(1 - x), "ipo": lambda x: (x - 0.5) ** 2}[
+        shape
+    ]
     loss = prob * f(z) + (1 - prob) * f(-z)
     loss.sum().backward()
     return errors.detach(), loss.detach(), leaf.grad
@@ -96,10 +102,19 @@ class Launched(NamedTuple):
     backward: Callable[[], torch.Tensor]
 
     def values(self) -> list[torch.Tensor]:
-        return [self.terms.loss, self.terms.logit, self.terms.difference, self.terms.errors, self.terms.accuracy, self.tables]
+        return [
+            self.terms.loss,
+            self.terms.logit,
+            self.terms.difference,
+            self.terms.errors,
+            self.terms.accuracy,
+            self.tables,
+        ]
 
 
-def launch(policy, reference, recorded, keywords, timesteps, prob, weight, correction, shape, usable=None, run=_launch_forward):
+def launch(
+    policy, reference, recorded, keywords, timesteps, prob, weight, correction, shape, usable=None, run=_launch_forward
+):
     usable = torch.ones(len(prob)) if usable is None else usable
     policy, reference, recorded, aim, rest = _checked(
         policy, timesteps, prob, usable, weight, correction, BETA, reference, recorded, **keywords
@@ -114,7 +129,9 @@ def launch(policy, reference, recorded, keywords, timesteps, prob, weight, corre
 
 
 def compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
-    policy, reference, target, keywords, timesteps, prob, weight, correction = world(batch, shape, dtype, source, layout)
+    policy, reference, target, keywords, timesteps, prob, weight, correction = world(
+        batch, shape, dtype, source, layout
+    )
     recorded = None
     if kind == "recorded":
         recorded, reference = (reference.float() - target).square().flatten(1).mean(1).view(2, batch), None
@@ -130,7 +147,9 @@ def compare(batch, shape, dtype, loss_shape, source, kind, layout, no_worse):
     slope_lost = 4 * lost * (BETA / 2 * weight[timesteps].max().item()) ** 2
     no_worse(terms.loss.detach(), plain_loss, exact_loss, floor=2 * lost * found.slopes.abs().max().item())
     gradient = found.backward()
-    assert gradient.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    assert gradient.is_contiguous(
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    )
     largest = 2 * (policy.double() - target).abs().max().item() / math.prod(shape)
     floor = slope_lost * largest + 2 * last_place * exact_gradient.abs().max().item()  # five fp32 roundings on the way
     no_worse(gradient, plain_gradient, exact_gradient, floor=floor)
@@ -172,7 +191,9 @@ def test_policy_equal_to_reference_is_exact(dtype):
     found = launch(policy, policy.clone(), None, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
     loss = found.terms.loss
     assert (
-        not found.terms.logit.any() and not found.terms.difference.any() and torch.equal(loss, torch.full_like(loss, 2.0).log())
+        not found.terms.logit.any()
+        and not found.terms.difference.any()
+        and torch.equal(loss, torch.full_like(loss, 2.0).log())
     )
     errors = found.terms.errors[:2].clone()
     again = launch(policy, None, errors, keywords, timesteps, prob, weight, torch.zeros(T), "sigmoid")
@@ -220,7 +241,9 @@ def test_holes_and_supervised():
 
 def test_more_pairs_than_one_tile_of_the_finish():
     """70 pairs: several rounds of the last program and of the table, with many pairs at one timestep."""
-    policy, reference, _, keywords, _, _, weight, correction = world(70, (1, 3, 3), torch.float32, "epsilon", "contiguous")
+    policy, reference, _, keywords, _, _, weight, correction = world(
+        70, (1, 3, 3), torch.float32, "epsilon", "contiguous"
+    )
     timesteps, prob = torch.arange(70) % 7, torch.ones(70)
     rest = (policy, reference, None, keywords, timesteps, prob, weight, correction, "sigmoid")
     found, expected = launch(*rest), launch(*rest, run=_forward_reference)

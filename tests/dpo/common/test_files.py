@@ -130,7 +130,9 @@ def test_files_of_version_0_1_are_read_and_would_be_written_again_to_the_byte(na
     assert unaltered and files.sealed(content, key) == text
 
 
-@pytest.mark.parametrize("old, new", [('"step": 3', '"step": 4'), ("2.5", "2.50001"), ("true", "false"), ('"b"', '"c"')])
+@pytest.mark.parametrize(
+    "old, new", [('"step": 3', '"step": 4'), ("2.5", "2.50001"), ("true", "false"), ('"b"', '"c"')]
+)
 def test_an_altered_value_is_noticed(old, new):
     text = files.sealed(CONTENT, "seal")
     assert old in text

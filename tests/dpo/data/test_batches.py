@@ -60,7 +60,9 @@ def test_held_out_pairs_come_as_they_are_stored_with_all_their_captions(tmp_path
     for source in (images, store):
         found = list(held_out_batches(source, 4, 8, Reading()))
         assert [len(batch) for batch in found] == [len(place.indices) for place in stored_order(source, 4)]
-        assert [caption for batch in found for caption in batch.captions] == [source[i].caption for i in range(len(source))]
+        assert [caption for batch in found for caption in batch.captions] == [
+            source[i].caption for i in range(len(source))
+        ]
         assert all(not batch.draws.any() for batch in found)
 
 
@@ -73,7 +75,11 @@ def test_images_come_as_pixels_and_a_store_as_latents_and_text(tmp_path):
     images, store = sources(tmp_path)["whole"]
     pixels, latents = (next(batches(source, Order(0, 0, 4), PLAIN, Reading())) for source in (images, store))
     assert pixels.pixels.shape == (8, 3, 8, 8) and pixels.latent_mean is None and pixels.text is None
-    assert latents.pixels is None and latents.latent_mean.shape == (8, 4, 2, 2) and latents.text[0].dtype == Encoders().dtype
+    assert (
+        latents.pixels is None
+        and latents.latent_mean.shape == (8, 4, 2, 2)
+        and latents.text[0].dtype == Encoders().dtype
+    )
 
 
 def test_the_settings_are_taken_over():

@@ -24,7 +24,9 @@ def is_bright(data):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_winners_win_and_every_drop_is_counted(version, tmp_path, settings):
-    worlds.make_pickapic(tmp_path, 20, ties=5, unlabelled=3, soft=4, duplicates=2, version=version, shards=3, row_group_size=4)
+    worlds.make_pickapic(
+        tmp_path, 20, ties=5, unlabelled=3, soft=4, duplicates=2, version=version, shards=3, row_group_size=4
+    )
     source = open_source(settings(tmp_path))
     assert len(source) == 26
     counts = {"rows": 34, "ties": 5, "unlabelled": 3, "invalid labels": 0, "one image twice": 0, "pairs": 26}
@@ -44,7 +46,9 @@ def test_ties_kept_and_labels_smoothed(tmp_path, settings):
     assert describe(source) == "9 rows: 9 pairs, 2 of them ties"
     few = open_source(settings(tmp_path, max_pairs=4))
     holes = InMemory([source[0]] * 90, np.ones(90), {"rows": 100, "pairs": 90, "with an unreadable image": 3}, "")
-    assert describe(holes) == "100 rows: 90 pairs; left out: 3 with an unreadable image, 10 by --max-pairs or as held out"
+    assert (
+        describe(holes) == "100 rows: 90 pairs; left out: 3 with an unreadable image, 10 by --max-pairs or as held out"
+    )
     assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs or as held out"
 
 
@@ -78,7 +82,9 @@ def test_held_out_choice_reads_captions_only(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile,
         "read_row_group",
-        lambda self, i, columns: original(self, i, columns=columns) if columns == ["caption"] else pytest.fail("read images"),
+        lambda self, i, columns: (
+            original(self, i, columns=columns) if columns == ["caption"] else pytest.fail("read images")
+        ),
     )
     assert len(set(source.caption_keys().tolist())) == 4
 
@@ -117,7 +123,9 @@ def test_fingerprint_knows_the_data_not_the_place(tmp_path, settings):
     assert a == b != c
     file = next((tmp_path / "b").rglob("*.parquet"))
     table = pq.read_table(file)
-    swapped = table.rename_columns([{"label_0": "label_1", "label_1": "label_0"}.get(name, name) for name in table.column_names])
+    swapped = table.rename_columns(
+        [{"label_0": "label_1", "label_1": "label_0"}.get(name, name) for name in table.column_names]
+    )
     pq.write_table(swapped, file)
     assert open_source(settings(tmp_path / "b")).fingerprint != b  # judged the other way round
 
@@ -165,14 +173,17 @@ def test_large_sets_get_a_window_and_few_row_groups_in_memory(tmp_path, settings
     assert whole.window is None
     wanted = sorted(whole[i].key for i in range(60))
     size = sum(
-        pq.ParquetFile(next(tmp_path.rglob("*.parquet"))).metadata.row_group(0).column(i).total_uncompressed_size for i in (9, 10)
+        pq.ParquetFile(next(tmp_path.rglob("*.parquet"))).metadata.row_group(0).column(i).total_uncompressed_size
+        for i in (9, 10)
     )
     monkeypatch.setattr(parquet, "WINDOW_BYTES", 5 * size)
     source = open_source(settings(tmp_path))
     assert 3 <= source.window <= 5
     reads = []
     original = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or original(self, i, **k))
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, i, **k: reads.append(i) or original(self, i, **k)
+    )
     made = stream(source, settings(tmp_path), Order(0, 0, 4, stop=60))
     keys = [int(k) for batch in made for k in batch.keys]
     assert sorted(keys) == wanted
@@ -201,7 +212,9 @@ def test_many_pairs_keep_memory_flat(pairs, tmp_path, settings, monkeypatch):
             rows = []
             for i in range(pairs // 100):
                 uid = f"{shard}-{group}-{i}"
-                images = {name: image + rng.bytes(6000) for name in ("jpg_0", "jpg_1")}  # what follows a picture is ignored
+                images = {
+                    name: image + rng.bytes(6000) for name in ("jpg_0", "jpg_1")
+                }  # what follows a picture is ignored
                 rows.append(row | images | {"image_0_uid": uid + "a", "image_1_uid": uid + "b"})
             writer.write_table(pa.Table.from_pylist(rows, schema=worlds.pickapic_schema()))
         writer.close()

@@ -37,7 +37,12 @@ def test_splits_of_a_folder(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 5, split="train")
     worlds.make_pickapic(tmp_path, 3, seed=1, split="validation")
     worlds.make_pickapic(tmp_path, 2, seed=2, split="validation_unique")
-    assert [len(open_source(settings(tmp_path), s)) for s in ("train", "validation", "val", "validation_unique")] == [5, 3, 3, 2]
+    assert [len(open_source(settings(tmp_path), s)) for s in ("train", "validation", "val", "validation_unique")] == [
+        5,
+        3,
+        3,
+        2,
+    ]
     assert len(open_source(settings(tmp_path / "data" / "*.parquet"))) == 10
     with pytest.raises(
         UserError, match="has no split 'test', found train, validation, validation_unique; choose one with --split"

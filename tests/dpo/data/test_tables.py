@@ -25,7 +25,9 @@ def test_json_list_and_tab_separated(tmp_path, settings):
     rows = [json.loads(line) for line in worlds.make_table(tmp_path, 3).read_text().splitlines()]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "list.tsv").write_text("\n".join("\t".join(r) for r in [list(rows[0]), *(r.values() for r in rows)]))
-    keys = [[s[i].key for i in range(3)] for s in (open_source(settings(tmp_path / f"list.{k}")) for k in ("json", "tsv"))]
+    keys = [
+        [s[i].key for i in range(3)] for s in (open_source(settings(tmp_path / f"list.{k}")) for k in ("json", "tsv"))
+    ]
     assert keys[0] == keys[1]
 
 
@@ -63,7 +65,10 @@ ROW = '{"prompt": "a", "chosen": "w.jpg", "rejected": "l.jpg"}\n'
         ("3\n", "line 1: needs an object with named values, found int"),
         (ROW + '{"prompt": "b", "chosen": "w.jpg"}', "line 2: rejected needs the path"),
         (ROW.replace('"a"', '["a"]'), "line 1: prompt needs text, found list"),
-        ('{"prompt": "a", "image_0": "w", "image_1": "l", "label_0": "left"}', "line 1: label_0 needs a number, found 'left'"),
+        (
+            '{"prompt": "a", "image_0": "w", "image_1": "l", "label_0": "left"}',
+            "line 1: label_0 needs a number, found 'left'",
+        ),
         (ROW, "relative to the table's folder"),
     ],
 )

@@ -50,7 +50,9 @@ def test_nothing_else_is_disturbed(model):
     assert pipe.scheduler is scheduler and {k: v is before[k] for k, v in scheduler.__dict__.items()} == dict.fromkeys(
         before, True
     )
-    assert torch.equal(model.denoiser.conv_in.weight, weights) and all(p.grad is None for p in model.denoiser.parameters())
+    assert torch.equal(model.denoiser.conv_in.weight, weights) and all(
+        p.grad is None for p in model.denoiser.parameters()
+    )
     model.denoiser.eval()
 
 
@@ -78,7 +80,9 @@ def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
 
 
 def test_autocast_draws(model):
-    (image,) = sample(pipeline_of(model), PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16)
+    (image,) = sample(
+        pipeline_of(model), PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16
+    )
     assert np.asarray(image).std() > 0
 
 
@@ -92,7 +96,12 @@ def test_grid_is_cut_into_its_images_again(tmp_path):
     prompts = ['猫 <b>&"quoted"', "a prompt " * 60]
     path = write_grid(tmp_path / "samples" / "step.png", prompts, [7, 8], {"before": before, "after": after})
     cells = read_grid(path)
-    assert [(cell.prompt, cell.seed) for cell in cells] == [(prompts[0], 7), (prompts[0], 8), (prompts[1], 7), (prompts[1], 8)]
+    assert [(cell.prompt, cell.seed) for cell in cells] == [
+        (prompts[0], 7),
+        (prompts[0], 8),
+        (prompts[1], 7),
+        (prompts[1], 8),
+    ]
     for cell, first, second in zip(cells, before, after, strict=True):
         assert not any(differ([first, second], [cell.images["before"], cell.images["after"]]))
     assert [p.name for p in path.parent.iterdir()] == ["step.png"]
@@ -100,7 +109,9 @@ def test_grid_is_cut_into_its_images_again(tmp_path):
 
 def test_small_images_are_enlarged_and_large_ones_reduced(tmp_path):
     for side, shown in ((32, 160), (1024, 512)):
-        path = write_grid(tmp_path / "g.png", ["p"], [0], {"before": [flat("red", side)], "after": [flat("blue", side)]})
+        path = write_grid(
+            tmp_path / "g.png", ["p"], [0], {"before": [flat("red", side)], "after": [flat("blue", side)]}
+        )
         assert read_grid(path)[0].images["after"].size == (shown, shown)
 
 

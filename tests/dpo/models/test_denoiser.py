@@ -20,7 +20,9 @@ from tests.help.worlds import KINDS, make_pipeline
 def unets(tmp_path_factory) -> dict[str, UNet2DConditionModel]:
     root = tmp_path_factory.mktemp("unets")
     made = {
-        kind: UNet2DConditionModel.from_pretrained(make_pipeline(root / kind, kind) / "unet", use_safetensors=True).eval()
+        kind: UNet2DConditionModel.from_pretrained(
+            make_pipeline(root / kind, kind) / "unet", use_safetensors=True
+        ).eval()
         for kind in KINDS
     }
     for unet in made.values():
@@ -35,7 +37,10 @@ def arguments(unet: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[tupl
     kwargs = {"encoder_hidden_states": text, "return_dict": False}
     if unet.config.addition_embed_type:
         micro = torch.tensor([[32, 32, 0, 0, 32, 32]] * 4).to(dtype)
-        kwargs["added_cond_kwargs"] = {"text_embeds": torch.randn(4, 24, generator=generator, dtype=dtype), "time_ids": micro}
+        kwargs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(4, 24, generator=generator, dtype=dtype),
+            "time_ids": micro,
+        }
     return (x, torch.tensor([10, 500, 10, 500])), kwargs
 
 
@@ -53,7 +58,11 @@ def test_halved_copy_gives_autocasts_bits(unets, kind, dtype):
     with torch.no_grad():
         reference = run(twin, dtype)
     assert torch.equal(run(policy, dtype), reference)
-    kinds = {type(m): {p.dtype for p in m.parameters(recurse=False)} for m in twin.modules() if list(m.parameters(recurse=False))}
+    kinds = {
+        type(m): {p.dtype for p in m.parameters(recurse=False)}
+        for m in twin.modules()
+        if list(m.parameters(recurse=False))
+    }
     assert kinds[nn.Linear] == kinds[nn.Conv2d] == {dtype}
     assert kinds[nn.GroupNorm] == kinds[nn.LayerNorm] == {torch.float32}
 
@@ -79,7 +88,9 @@ def test_halving_everything_would_not(unets):
         right, wrong = halve(copy.deepcopy(plain), torch.bfloat16), copy.deepcopy(plain).bfloat16()
         args, kwargs = arguments(plain)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            wrong_out = wrong(args[0].bfloat16(), args[1], encoder_hidden_states=kwargs["encoder_hidden_states"].bfloat16())[0]
+            wrong_out = wrong(
+                args[0].bfloat16(), args[1], encoder_hidden_states=kwargs["encoder_hidden_states"].bfloat16()
+            )[0]
         assert torch.equal(run(plain), run(right)) and not torch.equal(run(plain).float(), wrong_out.float())
 
 
@@ -142,7 +153,9 @@ def test_checkpointing_changes_no_bit_and_does_recompute(unets, setting):
 
 
 def test_unknown_block_is_one_line_that_names_those_there(unets):
-    with pytest.raises(UserError, match=r"no such block: down_blocks.7; the UNet has .*down_blocks.1.*mid_block") as caught:
+    with pytest.raises(
+        UserError, match=r"no such block: down_blocks.7; the UNet has .*down_blocks.1.*mid_block"
+    ) as caught:
         use_checkpointing(copy.deepcopy(unets["sd15"]), "mid_block,down_blocks.7")
     assert "\n" not in str(caught.value)
 

@@ -20,7 +20,12 @@ def test_every_family_is_told_apart():
 
 def test_an_encoding_is_moved_and_doubled_whole():
     one = TextEncoding(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[3.0], [4.0]]))
-    assert one.twice().hidden.flatten().tolist() == [1, 2, 1, 2] and one.twice().pooled.flatten().tolist() == [3, 4, 3, 4]
+    assert one.twice().hidden.flatten().tolist() == [1, 2, 1, 2] and one.twice().pooled.flatten().tolist() == [
+        3,
+        4,
+        3,
+        4,
+    ]
     assert {x.dtype for x in one.to("cpu", torch.float64)} == {torch.float64}
     assert TextEncoding(one.hidden).twice().pooled is None and TextEncoding(one.hidden).to("cpu").pooled is None
 
@@ -47,7 +52,9 @@ def test_captions_encode_as_diffusers_does(pipelines):
     for kind in ("sd15", "sdxl"):
         model = load(str(pipelines[kind]))
         pipe = diffusers.DiffusionPipeline.from_pretrained(pipelines[kind])
-        result = pipe.encode_prompt("a lamp in rain", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        result = pipe.encode_prompt(
+            "a lamp in rain", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         text = model.family.encode(model, ["a lamp in rain"])
         torch.testing.assert_close(text.hidden, result[0])
         if kind == "sdxl":

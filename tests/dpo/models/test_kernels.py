@@ -99,7 +99,9 @@ def test_with_peft_adapters():
     import peft
 
     unet = make_unet(True, torch.float64).requires_grad_(False)
-    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0", "ff.net.0.proj"], init_lora_weights="gaussian")
+    config = peft.LoraConfig(
+        r=2, target_modules=["to_q", "to_v", "to_out.0", "ff.net.0.proj"], init_lora_weights="gaussian"
+    )
     unet.add_adapter(config)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:

@@ -40,7 +40,9 @@ def test_every_family(pipelines, kind):
         assert stored.keys() == module.state_dict().keys()
         assert all(torch.equal(module.state_dict()[key], value) for key, value in stored.items())
     for module in (model.denoiser, model.vae, *model.text_encoders):
-        assert not module.training and all(not p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
+        assert not module.training and all(
+            not p.requires_grad and p.dtype == torch.float32 for p in module.parameters()
+        )
 
 
 def test_half_precision_variant(pipelines, broken):
@@ -63,7 +65,9 @@ def test_another_vae(pipelines, tmp_path, whole):
     model = load(str(pipelines["sd15"]), vae=str(other if whole else other / "vae"))
     wanted = weights_of(other / "vae")
     assert all(torch.equal(value, wanted[key]) for key, value in model.vae.state_dict().items())
-    assert not all(torch.equal(value, wanted[key]) for key, value in load(str(pipelines["sd15"])).vae.state_dict().items())
+    assert not all(
+        torch.equal(value, wanted[key]) for key, value in load(str(pipelines["sd15"])).vae.state_dict().items()
+    )
 
 
 # --- what does not load -------------------------------------------------------------------------------------------------------

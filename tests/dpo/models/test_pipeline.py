@@ -44,7 +44,9 @@ def test_the_saved_folder_draws_what_the_run_draws(world, tmp_path, kind, guidan
 def test_a_model_as_it_is_keeps_its_scheduler(world, tmp_path, kind):
     model = decided(world(kind))
     save_pipeline(model, model.denoiser, tmp_path)
-    written, source = (Path(f"{folder}/scheduler/scheduler_config.json").read_bytes() for folder in (tmp_path, world(kind)))
+    written, source = (
+        Path(f"{folder}/scheduler/scheduler_config.json").read_bytes() for folder in (tmp_path, world(kind))
+    )
     assert json.loads(written) == json.loads(source)
 
 

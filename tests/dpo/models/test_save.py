@@ -53,7 +53,11 @@ def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
         assert pipe.scheduler.config.get(key) == getattr(pipeline_of(model).scheduler.config, key, None)
         if key in model.scheduler_config:
             assert pipe.scheduler.config[key] == model.scheduler_config[key]
-    assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
+    assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".txt",
+    }
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a fox", num_inference_steps=2, guidance_scale=0.0, height=32, width=32, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
@@ -98,7 +102,9 @@ def test_failure_while_writing_leaves_the_earlier_result(models, tmp_path, monke
     (out / "metrics.jsonl").write_text("{}\n")
     before = left(out)
     with monkeypatch.context() as patch:
-        patch.setattr(diffusers.UNet2DConditionModel, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no")))
+        patch.setattr(
+            diffusers.UNet2DConditionModel, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("no"))
+        )
         with pytest.raises(OSError, match="no"):
             save_pipeline(models["sd15"], trained(models["sd15"]), out)
     assert left(out) == before

@@ -16,7 +16,9 @@ def test_single_file_in_the_original_layout(pipelines, tmp_path, kind):
     assert all(not name.startswith("unet.") for name in load_file(path))
     one, many = load(str(path), single_file_config=str(pipelines[kind])), load(str(pipelines[kind]))
     assert one.family.name == many.family.name and one.folder is None and len(one.tokenizers) == len(many.tokenizers)
-    pairs = zip([one.denoiser, one.vae, *one.text_encoders], [many.denoiser, many.vae, *many.text_encoders], strict=True)
+    pairs = zip(
+        [one.denoiser, one.vae, *one.text_encoders], [many.denoiser, many.vae, *many.text_encoders], strict=True
+    )
     for ours, expected in pairs:
         ours, expected = ours.state_dict(), expected.state_dict()
         assert ours.keys() == expected.keys()

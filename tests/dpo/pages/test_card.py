@@ -21,7 +21,9 @@ def front_matter(card):
 
 def test_front_matter_of_an_adapter(runs):
     found = front_matter(model_card(runs["lora-gpu"]))
-    assert found["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0" and found["base_model_relation"] == "adapter"
+    assert (
+        found["base_model"] == "stabilityai/stable-diffusion-xl-base-1.0" and found["base_model_relation"] == "adapter"
+    )
     assert found["datasets"] == ["owner/pick-a-pic"] and found["library_name"] == "diffusers"
     assert {"lora", "diffusion-dpo", "text-to-image"} <= set(found["tags"])
 
@@ -49,7 +51,12 @@ def test_what_a_reader_needs(runs):
     ):
         assert part in card
     assert "gamma" not in card and "| sft weight |" not in card and "| seed | 0 |" in card
-    assert "![" in card and "samples/step-00000060.png" in card and "from_pretrained" in card and "load_lora_weights" not in card
+    assert (
+        "![" in card
+        and "samples/step-00000060.png" in card
+        and "from_pretrained" in card
+        and "load_lora_weights" not in card
+    )
     assert "2411.14871" in model_card(runs["dde"]) and "2311.12908" not in model_card(runs["sft"])
     assert 'load_lora_weights("' in model_card(runs["lora-gpu"])
 

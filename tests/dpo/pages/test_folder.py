@@ -15,7 +15,14 @@ def folder(tmp_path_factory):
 
 def test_a_whole_run(folder):
     run = read_run(folder)
-    assert (run.done, run.wanted, run.status, run.method, run.lora, run.pairwise) == (40, 40, "finished", "dpo", False, True)
+    assert (run.done, run.wanted, run.status, run.method, run.lora, run.pairwise) == (
+        40,
+        40,
+        "finished",
+        "dpo",
+        False,
+        True,
+    )
     assert run.effective_batch() == 32 and run.pairs_seen() == 40 * 32 and run.learning_rate() == pytest.approx(1e-5)
     assert len(run.validations) == 6 and len(run.grids) == 1 and run.tables["weight"].shape == (1000,)
     steps, loss = run.series("loss")
@@ -36,12 +43,17 @@ def test_late_deciles_weigh_updates_by_their_pairs(folder):
 
 def test_scaled_learning_rate_is_the_one_that_was_used(folder):
     run = read_run(folder)
-    settings = {**run.settings, "optim": {**run.settings["optim"], "scale_lr": True, "learning_rate": 1e-8, "accumulation": 4}}
+    settings = {
+        **run.settings,
+        "optim": {**run.settings["optim"], "scale_lr": True, "learning_rate": 1e-8, "accumulation": 4},
+    }
     assert run._replace(settings=settings).learning_rate() == pytest.approx(1e-8 * 128)
 
 
 def test_the_last_of_two_lines_for_a_step_counts(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 1, "loss": 3}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 1, "loss": 3}\n{"st'
+    )
     assert read_run(tmp_path).series("loss")[1].tolist() == [3, 2]
 
 

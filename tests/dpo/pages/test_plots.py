@@ -72,7 +72,9 @@ def test_the_error_chart_has_winner_below_loser(runs):
 
 
 def test_svg_is_wellformed_themed_and_free_of_clashing_ids(runs):
-    pages = [svg(chart, runs["dde"]) for chart in charts(runs["dde"]) if chart.key in ("accuracy", "margin", "convergence")]
+    pages = [
+        svg(chart, runs["dde"]) for chart in charts(runs["dde"]) if chart.key in ("accuracy", "margin", "convergence")
+    ]
     ids = [found for page in pages for found in re.findall(r'\bid="([^"]+)"', page)]
     assert len(pages) == 3 and len(ids) == len(set(ids))
     for page in pages:

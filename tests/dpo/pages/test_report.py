@@ -32,7 +32,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.ids += [value for name, value in attrs if name == "id"]
-        self.refs += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action", "poster")]
+        self.refs += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action", "poster")
+        ]
         assert not [name for name, _ in attrs if name.startswith("on")]
         if tag not in VOID:
             self.open.append(tag)
@@ -115,7 +117,14 @@ def test_nothing_of_the_users_is_markup(dde, blank_charts):
     run = run_of("good")
     evil = '</td><script>alert(1)</script><img src="http://x.example/" onerror="x"> {{ 7 * 6 }} & "'
     settings = {evil: {evil: evil}, "model": {"model": evil}, "data": {"data": evil}, "method": {"method": evil}}
-    summary = {**run.summary, "device": evil, "versions": {evil: evil}, "warnings": [evil], "notes": [evil], "reason": evil}
+    summary = {
+        **run.summary,
+        "device": evil,
+        "versions": {evil: evil},
+        "warnings": [evil],
+        "notes": [evil],
+        "reason": evil,
+    }
     for status in ("failed", "finished"):
         text = render(run._replace(settings=settings, summary={**summary, "status": status}))
         page = Page(text)
@@ -188,7 +197,11 @@ def look(text, tmp_path, width, dark=False):
     options = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
     options += ["--blink-settings=preferredColorScheme=0"] if dark else []
     done = subprocess.run(
-        [BROWSER, *options, f"file://{tmp_path / 'outer.html'}"], capture_output=True, text=True, timeout=300, check=False
+        [BROWSER, *options, f"file://{tmp_path / 'outer.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.S)
     assert found, done.stderr[-2000:]
@@ -200,7 +213,11 @@ def test_a_browser_shows_it_on_a_phone_in_the_dark(dde, tmp_path):
     assert said == []
     assert seen["overflow"] == 0 and seen["columns"] == 1 and seen["text"] >= 11
     assert len(seen["pictures"]) == 12 and min(seen["pictures"]) > 100
-    assert seen["page"] == "rgb(20, 20, 23)" and seen["ink"] == "rgb(236, 236, 241)" and seen["line"] == "rgb(122, 167, 255)"
+    assert (
+        seen["page"] == "rgb(20, 20, 23)"
+        and seen["ink"] == "rgb(236, 236, 241)"
+        and seen["line"] == "rgb(122, 167, 255)"
+    )
 
 
 def test_a_browser_shows_it_on_a_desktop_in_the_light(dde, tmp_path):

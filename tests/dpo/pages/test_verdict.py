@@ -52,7 +52,12 @@ def test_a_good_run_gives_no_warning(runs):
 
 def test_the_sentences_carry_the_figures(runs):
     text = " ".join(verdict(runs["good"]).sentences)
-    assert "256 pairs" in text and "63% (57% to 69%)" in text and "82% of 208 cases" in text and "97% of the images" in text
+    assert (
+        "256 pairs" in text
+        and "63% (57% to 69%)" in text
+        and "82% of 208 cases" in text
+        and "97% of the images" in text
+    )
 
 
 def test_evidence_is_the_last_measurement(runs):
@@ -110,7 +115,9 @@ def test_nothing_moved(runs):
 
 def test_gradient_spike(runs):
     updates = [{**update, "grad_norm": 5.0 if update["step"] == 50 else 0.02} for update in runs["good"].updates]
-    assert titles(runs["good"]._replace(updates=updates)) == ["The gradient jumped to 250 times its usual size at update 50"]
+    assert titles(runs["good"]._replace(updates=updates)) == [
+        "The gradient jumped to 250 times its usual size at update 50"
+    ]
 
 
 def test_few_pairs_few_held_out_and_ties(runs):

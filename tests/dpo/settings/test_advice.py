@@ -35,5 +35,9 @@ def test_warnings(values, words):
 
 
 def test_published_settings_raise_no_warning():
-    for values in ({}, {"learning_rate": 1e-8, "scale_lr": True, "accumulation": 512}, {"lora": True, "learning_rate": 5e-4}):
+    for values in (
+        {},
+        {"learning_rate": 1e-8, "scale_lr": True, "accumulation": 512},
+        {"lora": True, "learning_rate": 5e-4},
+    ):
         assert warnings(from_mapping(values)) == []

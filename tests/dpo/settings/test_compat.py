@@ -152,7 +152,10 @@ def test_values_that_are_not_offered_say_what_to_use():
     for word in NOT_OFFERED:
         with pytest.raises(UserError, match=r"use .*linear"):
             parse([*BASE, "--lr_scheduler", word])
-    for flags, words in ((["--report_to", "comet_ml"], "tensorboard, wandb"), (["--loss_type", "cpo"], "sigmoid, hinge, ipo")):
+    for flags, words in (
+        (["--report_to", "comet_ml"], "tensorboard, wandb"),
+        (["--loss_type", "cpo"], "sigmoid, hinge, ipo"),
+    ):
         with pytest.raises(UserError, match=words):
             parse([*BASE, *flags])
 
@@ -196,7 +199,9 @@ def test_validation_draws_images_when_asked():
     assert parse([*BASE, "--run_validation", "--validation_steps", "50"])[0].output.sample_every == 50
     assert parse([*BASE, "--run_validation", "--sample-every", "7"])[0].output.sample_every == 7
     cfg, notes = parse([*BASE, "--validation_steps", "50"])
-    assert (cfg.output.validate_every, cfg.output.sample_every) == (50, 0) and any("draws images" in note for note in notes)
+    assert (cfg.output.validate_every, cfg.output.sample_every) == (50, 0) and any(
+        "draws images" in note for note in notes
+    )
 
 
 def test_no_token_reaches_the_settings_or_the_log():

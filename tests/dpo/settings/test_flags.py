@@ -44,7 +44,9 @@ def test_every_setting_is_a_flag_in_both_spellings_and_under_its_aliases(name):
 def test_a_setting_can_be_unset_and_flags_beat_files(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text(to_toml(from_mapping({**PAIRED, "beta": 7.0, "steps": 5, "flip": True})))
-    cfg, notes = parse(["--config", str(path), "--beta", "none", "--no-flip", "--steps=1e3", "--sample-prompts", "none"])
+    cfg, notes = parse(
+        ["--config", str(path), "--beta", "none", "--no-flip", "--steps=1e3", "--sample-prompts", "none"]
+    )
     assert (cfg.method.beta, cfg.data.flip, cfg.optim.steps, cfg.model.model) == (None, False, 1000, "m")
     assert notes == []
 
@@ -85,7 +87,9 @@ def test_a_preset_or_file_replaces_what_is_in_its_own_folder_only(tmp_path):
 
 
 def test_a_resumed_run_brings_its_settings(tmp_path):
-    saved = from_mapping({**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10})
+    saved = from_mapping(
+        {**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10}
+    )
     (tmp_path / "config.toml").write_text(to_toml(saved))
     for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
         cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
@@ -97,7 +101,10 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
         parse(["--output", str(tmp_path / "broken"), "--resume", "latest"])
     whole, notes = parse([*BASE, "--output", str(tmp_path), "--resume", "latest"])
     assert whole.method.beta is None and notes == [], "a whole command line is taken as it stands"
-    for flags in (["--output", str(tmp_path / "new"), "--resume", "latest"], ["--resume", str(tmp_path / "a" / "b" / "new")]):
+    for flags in (
+        ["--output", str(tmp_path / "new"), "--resume", "latest"],
+        ["--resume", str(tmp_path / "a" / "b" / "new")],
+    ):
         with pytest.raises(UserError, match="new holds no run; correct the folder"):
             parse(flags)
     assert parse([*BASE, "--output", str(tmp_path / "new"), "--resume", "latest"])[0].output.resume == "latest"
@@ -263,7 +270,9 @@ def _shown_flags(parser):
 
 
 def test_no_flag_and_no_default_has_changed():
-    assert flag_list() == FROZEN.read_text("utf-8"), "a flag changed: see the top of this file for how to write the list anew"
+    assert flag_list() == FROZEN.read_text("utf-8"), (
+        "a flag changed: see the top of this file for how to write the list anew"
+    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,18 @@ def test_resolve_leaves_nothing_open_and_is_stable():
     cfg, notes = decide()
     open_ones = {name for name, value in flatten(cfg).items() if value == "auto"}
     assert open_ones == {"data_format", "zero_snr"}, "these two are read from the data and from the model's schedule"
-    assert (cfg.data.resolution, cfg.runtime.precision, cfg.optim.optimizer, cfg.optim.steps) == (512, "fp32", "adamw", 2000)
-    assert (cfg.lora.alpha, cfg.method.window_high, cfg.output.sample_steps, cfg.output.sample_guidance) == (8.0, 1000, 50, 7.5)
+    assert (cfg.data.resolution, cfg.runtime.precision, cfg.optim.optimizer, cfg.optim.steps) == (
+        512,
+        "fp32",
+        "adamw",
+        2000,
+    )
+    assert (cfg.lora.alpha, cfg.method.window_high, cfg.output.sample_steps, cfg.output.sample_guidance) == (
+        8.0,
+        1000,
+        50,
+        7.5,
+    )
     assert len(notes) == 1 and "beta 2000" in notes[0]
     assert decide(flatten(cfg)) == (cfg, [])
 

@@ -36,7 +36,13 @@ def test_bad_combinations_are_refused_in_one_line(values, words):
 
 
 def test_the_first_contradiction_is_what_a_person_is_told():
-    values = flatten(Config()) | {"method": "sft", "loss": "ipo", "sft_weight": 1.0, "resume": "latest", "overwrite": True}
+    values = flatten(Config()) | {
+        "method": "sft",
+        "loss": "ipo",
+        "sft_weight": 1.0,
+        "resume": "latest",
+        "overwrite": True,
+    }
     found = contradictions(values)
     assert len(found) == 3 and "loss = ipo" in found[0] and "sft_weight" in found[1] and "--overwrite" in found[2]
     assert contradictions(flatten(Config())) == []

@@ -70,5 +70,7 @@ def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypa
     assert run(folder) == 130
     said = capsys.readouterr().err
     assert "judging was cut short; the aligned model in" in said and f"--output {folder} --resume latest" in said
-    assert summary(folder)["status"] == "interrupted" and not summary(folder)["evaluation"]  # a sweep will go on with it
+    assert (
+        summary(folder)["status"] == "interrupted" and not summary(folder)["evaluation"]
+    )  # a sweep will go on with it
     assert (folder / "report.html").exists() and (folder / "model_index.json").exists()

@@ -122,7 +122,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
     damage(folder_of(tmp_path, 2) / file)
     with caplog.at_level(logging.WARNING, "dpo"):
         found = find(tmp_path, "latest")
-    assert found.state["step"] == 1 and torch.equal(found.tensors["policy"]["a.weight"], tensors_of(1)["policy"]["a.weight"])
+    assert found.state["step"] == 1 and torch.equal(
+        found.tensors["policy"]["a.weight"], tensors_of(1)["policy"]["a.weight"]
+    )
     (message,) = [record.getMessage() for record in caplog.records]
     assert "step-00000002" in message and "trying the one before" in message and "\n" not in message
     with pytest.raises(Damaged):
@@ -130,7 +132,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "value", ["[]", "null", "3", "{}", '{"format": 1}', '{"format": 1, "checksums": []}', '{"format": 1, "checksums": 5}']
+    "value",
+    ["[]", "null", "3", "{}", '{"format": 1}', '{"format": 1, "checksums": []}', '{"format": 1, "checksums": 5}'],
 )
 def test_a_state_that_is_not_one_is_damage(tmp_path, value):
     path = write(tmp_path, 1)
@@ -309,7 +312,9 @@ print(last, caught)
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_while_saving(tmp_path, kills):
     """SIGKILL at random moments: what lies under a checkpoint's name is whole, and the newest is what was last written."""
-    done = subprocess.run([sys.executable, "-c", ARENA, str(tmp_path), str(kills), "0"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ARENA, str(tmp_path), str(kills), "0"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "skipped" not in done.stderr  # no fallback was needed
     last, caught = map(int, done.stdout.split())
@@ -332,7 +337,10 @@ def test_copy_into_is_in_place():
     [
         ({"a": torch.zeros(3), "c": torch.zeros(2, 2)}, "belongs to another model or other LoRA settings"),
         ({"a": torch.zeros(3)}, "belongs to another model"),
-        ({"a": torch.zeros(3), "b": torch.zeros(2, 3)}, r"has b as torch.float32 \(2, 3\), the run wants torch.float32 \(2, 2\)"),
+        (
+            {"a": torch.zeros(3), "b": torch.zeros(2, 3)},
+            r"has b as torch.float32 \(2, 3\), the run wants torch.float32 \(2, 2\)",
+        ),
         ({"a": torch.zeros(3).double(), "b": torch.zeros(2, 2)}, "has a as torch.float64"),
     ],
 )

@@ -44,7 +44,12 @@ def test_vae_encode():
 
 def test_count_needs_no_memory_and_leaves_the_default_device():
     unet_flops(
-        {**SD15, "block_out_channels": [32, 64], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
+        {
+            **SD15,
+            "block_out_channels": [32, 64],
+            "down_block_types": ["DownBlock2D"] * 2,
+            "up_block_types": ["UpBlock2D"] * 2,
+        },
         8,
         8,
     )

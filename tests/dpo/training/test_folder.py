@@ -14,7 +14,17 @@ CLEARED = {
 }  # fmt: skip
 RUNS = ("config.toml", "checkpoints", "model_index.json")
 GUARDED = ("README.md", "report.html", "unet", "vae", "text_encoder")
-FOLDERS = {"checkpoints", "samples", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"}
+FOLDERS = {
+    "checkpoints",
+    "samples",
+    "unet",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+}
 
 
 def put(folder, *names):
@@ -40,7 +50,9 @@ def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tmp_path, name):
 
 def test_a_strangers_folder_is_not_written_into(tmp_path):
     put(tmp_path, *GUARDED, "metrics.jsonl", "curves.png", "tokenizer")
-    with pytest.raises(UserError, match=r"is no run and has README\.md, report\.html, unet, vae, text_encoder, which would"):
+    with pytest.raises(
+        UserError, match=r"is no run and has README\.md, report\.html, unet, vae, text_encoder, which would"
+    ):
         check_output(into(tmp_path))
     assert check_output(into(tmp_path, overwrite=True)) == tmp_path
 

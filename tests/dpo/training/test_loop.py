@@ -22,7 +22,18 @@ def figures(pairs: int = 2) -> dict:
 
 @pytest.fixture
 def run(world, tmp_path):
-    flags = ["--batch-size", "2", "--steps", "4", "--checkpoint-every", "2", "--checkpoints-limit", "0", "--log-every", "2"]
+    flags = [
+        "--batch-size",
+        "2",
+        "--steps",
+        "4",
+        "--checkpoint-every",
+        "2",
+        "--checkpoints-limit",
+        "0",
+        "--log-every",
+        "2",
+    ]
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
     run.output.mkdir()
     return run
@@ -41,7 +52,9 @@ def test_updates_are_counted_logged_and_kept(run):
     assert seen == [[0], [2], [4], [6]] and (run.done, run.position) == (4, 8)
     assert [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000002", "step-00000004"]
     lines = (run.output / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and all(name in lines[0] for name in ("pairs_per_s", "learning_rate", "tflops", "peak_memory_gib"))
+    assert len(lines) == 2 and all(
+        name in lines[0] for name in ("pairs_per_s", "learning_rate", "tflops", "peak_memory_gib")
+    )
 
 
 def test_a_signal_stops_between_micro_batches_with_a_checkpoint(run):

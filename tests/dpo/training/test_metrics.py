@@ -115,7 +115,9 @@ def test_scalars_and_tables_travel_along():
     errors, t, prob, usable = step()
     metrics = StepMetrics()
     metrics.add(terms_of(errors, t, prob), prob, usable)
-    figures = metrics.read({"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)})
+    figures = metrics.read(
+        {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
+    )
     assert figures["grad_norm"] == 2.5
     assert figures["table_by_decile"] == pytest.approx([49.5 + 100 * i for i in range(10)])
     assert figures["correction_by_decile"] == [0.0] * 10

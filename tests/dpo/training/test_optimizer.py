@@ -23,9 +23,9 @@ def test_warm_up_is_linear_and_starts_above_zero(scheduler):
 def test_schedules_after_the_warm_up():
     assert {lr(step) for step in range(10, 500)} == {1e-4}
     assert lr(60, "linear") == pytest.approx(0.5e-4) and lr(85, "linear") == pytest.approx(0.25e-4)
-    assert lr(35, "cosine") == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi / 4))) and lr(60, "cosine") == pytest.approx(
-        0.5e-4
-    )
+    assert lr(35, "cosine") == pytest.approx(1e-4 * 0.5 * (1 + math.cos(math.pi / 4))) and lr(
+        60, "cosine"
+    ) == pytest.approx(0.5e-4)
     for scheduler in ("linear", "cosine"):
         values = [lr(step, scheduler) for step in range(10, 111)]
         assert values == sorted(values, reverse=True) and values[-1] == pytest.approx(0, abs=1e-20)

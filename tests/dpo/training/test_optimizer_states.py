@@ -12,7 +12,9 @@ from dpo.training.checkpoint import copy_into, load, load_optimizer, pack, save,
 def model() -> torch.nn.Sequential:
     """Large enough (4096 elements a tensor and more) for the 8-bit optimizers to quantise; fp32 weights."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64), torch.nn.LayerNorm(64))
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 96), torch.nn.GELU(), torch.nn.Linear(96, 64), torch.nn.LayerNorm(64)
+    )
 
 
 def train(net: torch.nn.Module, made: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -39,7 +41,11 @@ def test_k_steps_save_load_k_steps_equal_2k_steps(tmp_path, kind):
     half = build(kind, first)
     train(first, half, 0, 6)
     tensors, rest = pack(half.state_dict())
-    path = save(tmp_path / "step-00000006", {"policy": dict(first.named_parameters()), "optimizer": tensors}, {"optimizer": rest})
+    path = save(
+        tmp_path / "step-00000006",
+        {"policy": dict(first.named_parameters()), "optimizer": tensors},
+        {"optimizer": rest},
+    )
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
     found = load(path)

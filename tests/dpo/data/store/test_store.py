@@ -76,7 +76,9 @@ def test_mirrored_images(tmp_path):
     class Lopsided(Synthetic):
         def __getitem__(self, index):
             pair = super().__getitem__(index)
-            return replace(pair, win=replace(pair.win, data=lopsided(index)), lose=replace(pair.lose, data=lopsided(index + 50)))
+            return replace(
+                pair, win=replace(pair.win, data=lopsided(index)), lose=replace(pair.lose, data=lopsided(index + 50))
+            )
 
     pairs, encode = Lopsided(12, shared=10**9), Sided(torch.float32)
     plain = task(tmp_path, pairs, encode)
@@ -119,7 +121,9 @@ def test_held_out_pairs_are_the_same_as_from_the_images(tmp_path):
     cfg = replace(CFG, data=str(tmp_path), validation_fraction=0.3, caption_dropout=0.9)
     train, held = open_sources(cfg)
     assert 0 < len(held) < 40 and len(train) + len(held) == 40
-    captions = {batch_caption for batch in held_out_stream(held, cfg, 3, resolution=8) for batch_caption in batch.captions}
+    captions = {
+        batch_caption for batch in held_out_stream(held, cfg, 3, resolution=8) for batch_caption in batch.captions
+    }
     assert captions == {held[i].caption for i in range(len(held))}  # never dropped
     assert not captions & {train[i].caption for i in range(len(train))}
 
@@ -146,7 +150,9 @@ def test_a_set_that_grew_is_appended_without_repeating_its_pairs(tmp_path):
     assert [source[i].key for i in range(33)] == [pair.key for pair in pairs]
     uids = [{image.uid for pair in part for image in (pair.win, pair.lose)} for part in (pairs[:20], pairs[20:])]
     assert encode.calls["images"] - images == len(uids[1] - uids[0])
-    assert all(before[name] == value for name, value in sums(tmp_path).items() if name in before and name != "store.json")
+    assert all(
+        before[name] == value for name, value in sums(tmp_path).items() if name in before and name != "store.json"
+    )
 
 
 def test_parts_are_merged_without_rewriting(tmp_path):
@@ -185,7 +191,11 @@ def test_parts_that_differ_are_not_merged(tmp_path):
 
 @pytest.mark.parametrize(
     "changes, message",
-    [({"crop": "random"}, "--crop random"), ({"flip": True}, "no mirrored images"), ({"resolution": 16}, "images of 8 pixels")],
+    [
+        ({"crop": "random"}, "--crop random"),
+        ({"flip": True}, "no mirrored images"),
+        ({"resolution": 16}, "images of 8 pixels"),
+    ],
 )
 def test_settings_that_the_store_cannot_serve(tmp_path, changes, message):
     fill.fill(task(tmp_path, Synthetic(5)))
@@ -318,7 +328,11 @@ def test_killed_at_random_moments_the_store_is_the_same(tmp_path, kills):
 def test_what_a_kill_left_behind_is_cleared(tmp_path):
     fill.fill(task(tmp_path, Synthetic(5)))
     before = sums(tmp_path)
-    for name in (".store.json.part-7", ".000001.safetensors.part-7", ".tmpUmJTBN"):  # the last is a name of safetensors' own
+    for name in (
+        ".store.json.part-7",
+        ".000001.safetensors.part-7",
+        ".tmpUmJTBN",
+    ):  # the last is a name of safetensors' own
         (tmp_path / name).write_bytes(b"half")
     fill.fill(task(tmp_path, Synthetic(5)))
     assert sums(tmp_path) == before
@@ -372,7 +386,9 @@ def test_memory_stays_flat(tmp_path, rows):
     base, filled, read = in_child(
         lambda: (fill_and_read(tmp_path, 1500, 1500)[1], *fill_and_read(tmp_path, rows, min(rows, 40_000)))
     )
-    print(f"{rows} rows: {(filled - base) / 2**20:.1f} MiB more after filling, {(read - base) / 2**20:.1f} MiB after reading")
+    print(
+        f"{rows} rows: {(filled - base) / 2**20:.1f} MiB more after filling, {(read - base) / 2**20:.1f} MiB after reading"
+    )
     assert filled - base < 20 * 2**20 + 100 * rows
     assert read - base < 24 * 2**20 + 250 * rows
 
