@@ -2,9 +2,9 @@
 
     python -m benchmarks.aot [--out FILE.csv|FILE.md] [--target sm_90 ...] [--dtype bf16 ...] [--kernel SUBSTRING]
 
-One row per kernel, dtype and target: registers per thread, spill instructions, shared bytes per program, 16-byte global loads
-and stores. Exits with 1 when a kernel spills on an NVIDIA target, exceeds the shared memory, adds floats atomically or lost an
-expected vector access.
+One row per kernel, dtype and target: registers per thread, spill instructions, shared bytes per program, 16-byte global
+loads and stores. Exits with 1 when a kernel spills on an NVIDIA target, exceeds the shared memory, adds floats
+atomically or lost an expected vector access.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The study's finished cells as a page: win rates, what the papers claim and what holds, the correction table, a figure."""
+"""The study's finished cells as a page: win rates, what the papers claim and what holds, the correction table, a
+figure.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ CLAIMS = (
 
 
 def table_of(results: Cells) -> list[dict[str, Any]]:
-    """A line per row. All seeds share the prompts, so the interval is that of one set of prompts around the mean over seeds."""
+    """A line per row. All seeds share the prompts, so the interval is that of one set of prompts around the mean over
+    seeds.
+    """
     lines = []
     for row, by_seed in results.items():
         found = list(by_seed.values())

@@ -2,10 +2,10 @@
 
     python -m benchmarks.flops [--out FOLDER]
 
-The real UNets (SD 1.5 at 512 px, SDXL at 1024 px) run forward and backward on fake tensors: no memory, no arithmetic, every
-convolution, matrix product and attention seen, so that checkpointing's second forward is in the count and the weight gradients
-of frozen layers are not. A multiply-add is two FLOPs. "peers" are the published trainers: images, captions and reference anew for
-every pair; "peers / ours" compares them with prepared + recorded.
+The real UNets (SD 1.5 at 512 px, SDXL at 1024 px) run forward and backward on fake tensors: no memory, no arithmetic,
+every convolution, matrix product and attention seen, so that checkpointing's second forward is in the count and the
+weight gradients of frozen layers are not. A multiply-add is two FLOPs. "peers" are the published trainers: images,
+captions and reference anew for every pair; "peers / ours" compares them with prepared + recorded.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --out DIR [--section parity kernels steps] [--minutes 9] [--smoke]
 
-Parity of every kernel with float64 and exact zeros at step 0, then each kernel beside eager torch and torch.compile, then whole
-training steps. Results are written as they come: results.json, one CSV a section, tables.md and two plots. `--smoke` runs tiny
-shapes, on a CPU too.
+Parity of every kernel with float64 and exact zeros at step 0, then each kernel beside eager torch and torch.compile,
+then whole training steps. Results are written as they come: results.json, one CSV a section, tables.md and two plots.
+`--smoke` runs tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations

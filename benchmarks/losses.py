@@ -4,8 +4,9 @@
     python -m benchmarks.losses v0.1 main --steps 5            two commits
     python -m benchmarks.losses HEAD~1 --run "--method dde --lora --rank 4" --run "--method sft"
 
-Each run trains the small world inside the package, in a checkout of its own, with the same interpreter and packages. The command ends
-with 1 where anything differs: a move of code should change nothing, and a change of arithmetic should be seen here before it is believed.
+Each run trains the small world inside the package, in a checkout of its own, with the same interpreter and packages.
+The command ends with 1 where anything differs: a move of code should change nothing, and a change of arithmetic should
+be seen here before it is believed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Kernels compiled ahead of time for every supported GPU, without a GPU, and what their machine code says.
 
-`python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` (csrc_triton/specimen.py) and tabulates registers, spills, shared
-memory and vector accesses per kernel and target. Spills are read from the machine code: on NVIDIA the local-memory loads and
-stores (LDL, STL) in the disassembly of the cubin, on AMD the spill counts in the metadata of the code object.
+`python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` (csrc_triton/specimen.py) and tabulates registers,
+spills, shared memory and vector accesses per kernel and target. Spills are read from the machine code: on NVIDIA the
+local-memory loads and stores (LDL, STL) in the disassembly of the cubin, on AMD the spill counts in the metadata of the
+code object.
 """
 
 import re

@@ -37,7 +37,9 @@ def median_seconds(work: Callable[[], Any], device: torch.device, budget: float 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a device-to-device copy, read plus written: what "100 %" means for a kernel that only moves bytes."""
+    """Bytes per second of a device-to-device copy, read plus written: what "100 %" means for a kernel that only moves
+    bytes.
+    """
     count = 2**28 if device.type == "cuda" else 2**22
     source = torch.empty(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -45,7 +47,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """(CUDA graph of `work`, what it returned, in memory that a replay writes anew), after three runs on a stream of its own."""
+    """(CUDA graph of `work`, what it returned, in memory that a replay writes anew), after three runs on a stream of
+    its own.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -78,7 +82,9 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 class Results:
-    """Rows by section: every `add` rewrites results.json and the section's CSV, so that a cut-off run keeps what it has."""
+    """Rows by section: every `add` rewrites results.json and the section's CSV, so that a cut-off run keeps what it
+    has.
+    """
 
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder

@@ -1,7 +1,9 @@
-"""Every kernel on the device against float64, by the rule of the tests: at most twice the error of plain torch in the same dtype.
+"""Every kernel on the device against float64, by the rule of the tests: at most twice the error of plain torch in the
+same dtype.
 
-And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on. And that the ops of a step can be
-captured in a CUDA graph, whose replays draw new noise when the draws in device memory have moved on.
+And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on. And that the
+ops of a step can be captured in a CUDA graph, whose replays draw new noise when the draws in device memory have moved
+on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
-    """One row a check: op, dtype, largest error of the kernel and of plain torch against float64, and whether it passes."""
+    """One row a check: op, dtype, largest error of the kernel and of plain torch against float64, and whether it
+    passes.
+    """
     yield random_numbers(device)
     for dtype in DTYPES:
         for name, fused, plain, inputs in _functions(device, dtype, smoke):
@@ -184,7 +188,9 @@ def ops_of_a_step(device: torch.device) -> tuple[Callable[[], list[Tensor]], Ten
 
 
 def graph_replay(device: torch.device) -> dict[str, Any]:
-    """The largest difference between a replay of a captured graph of the ops of a step, after new draws, and the ops themselves: 0."""
+    """The largest difference between a replay of a captured graph of the ops of a step, after new draws, and the ops
+    themselves: 0.
+    """
     row: dict[str, Any] = {"op": "ops of a step in a CUDA graph", "dtype": "bfloat16", "plain": 0.0}
     try:
         run, draws = ops_of_a_step(device)

@@ -1,11 +1,12 @@
-"""Wall-clock of a training step from images, from a prepared store, and with recorded reference errors; what the host adds.
+"""Wall-clock of a training step from images, from a prepared store, and with recorded reference errors; what the host
+adds.
 
     python -m benchmarks.prepare [--size tiny|mid] [--steps 12] [--out FOLDER]
 
-Random pipelines of two sizes, made in a temporary folder, full fine-tuning on the CPU in one thread. The three kinds of run
-take turns, step by step, so that a busy machine slows them alike; the figures are medians over steps, in seconds of this
-process's CPU time and of the clock. "host" is the share of the trainer's own loop, recorded errors and all, that is spent
-outside the UNet's forward and backward and the optimizer: reading, noising, the loss, metrics, logs.
+Random pipelines of two sizes, made in a temporary folder, full fine-tuning on the CPU in one thread. The three kinds of
+run take turns, step by step, so that a busy machine slows them alike; the figures are medians over steps, in seconds of
+this process's CPU time and of the clock. "host" is the share of the trainer's own loop, recorded errors and all, that
+is spent outside the UNet's forward and backward and the optimizer: reading, noising, the loss, metrics, logs.
 """
 
 from __future__ import annotations

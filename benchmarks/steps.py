@@ -1,4 +1,6 @@
-"""Training steps of full-size UNets with random weights: the peers' step as they run it, then ours, one thing at a time."""
+"""Training steps of full-size UNets with random weights: the peers' step as they run it, then ours, one thing at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -202,7 +204,9 @@ def inputs_of(model: Size, setting: Setting, device: torch.device, half: torch.d
 
 
 def peers_step(model: Size, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
-    """A step as the peers run it: micro-batch 1, fp16 autocast eager, VAE and text encoding inside, streamed noise, reference live."""
+    """A step as the peers run it: micro-batch 1, fp16 autocast eager, VAE and text encoding inside, streamed noise,
+    reference live.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     half = torch.float16 if device.type == "cuda" else torch.float32

@@ -1,11 +1,13 @@
-"""Do the methods do what the papers say? Methods x seeds on the embedded world, judged on prompts that chose no setting.
+"""Do the methods do what the papers say? Methods x seeds on the embedded world, judged on prompts that chose no
+setting.
 
     python -m benchmarks.study --out runs/study [--seeds 5] [--rows dpo "dpo, LoRA" ...] [--processes 2]
                                [--cells benchmarks/results/study.json] [--report docs/evidence.md]
 
-All cells train from one prepared store. A finished cell is written to the file of --cells and never run again while its flags stay
-the same, so the study can be stopped, continued, and continued elsewhere; with `--seeds 0` it only writes the report. The table says
-of every row how many seeds it stands on; a row without any is marked so. Names of rows have blanks: quote them.
+All cells train from one prepared store. A finished cell is written to the file of --cells and never run again while its
+flags stay the same, so the study can be stopped, continued, and continued elsewhere; with `--seeds 0` it only writes
+the report. The table says of every row how many seeds it stands on; a row without any is marked so. Names of rows have
+blanks: quote them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _stop: Any = None  # in a process of the pool: the event that tells it to start 
 
 
 def soft_pairs(path: Path) -> Path:
-    """The training pairs with each label replaced by the probability of the taste that drew it, read by the judge that labelled."""
+    """The training pairs with each label replaced by the probability of the taste that drew it, read by the judge that
+    labelled.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -109,8 +113,8 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
 def table_history(folder: Path) -> dict[str, Any]:
     """`table` and `correction` [4, 10]: M and C by tenth of the timesteps, at the end of each quarter of the run.
 
-    For `dde-step` also `measured` [10]: what M estimates, the mean of d over the last quarter. It follows from the recorded
-    margins z = -(beta/2) (d + C). (A tie has no C, but the stores of this study hold none.)
+    For `dde-step` also `measured` [10]: what M estimates, the mean of d over the last quarter. It follows from the
+    recorded margins z = -(beta/2) (d + C). (A tie has no C, but the stores of this study hold none.)
     """
     run = read_run(folder)
     ends = [run.updates[round(len(run.updates) * (quarter + 1) / QUARTERS) - 1] for quarter in range(QUARTERS)]
@@ -177,7 +181,9 @@ def begin_process(out: Path, stop: Any) -> None:
 
 
 def run_cells(out: Path, todo: list[tuple[str, int]], processes: int) -> Iterator[tuple[str, int, Cell | None]]:
-    """Each cell on one thread; a process that has drawn the unchanged model's images once keeps them for its next cells."""
+    """Each cell on one thread; a process that has drawn the unchanged model's images once keeps them for its next
+    cells.
+    """
     prepare_stores(out, {row for row, _ in todo})
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")

@@ -2,17 +2,17 @@
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,   w = w - (lr m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) - lr wd w
 
-Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); Dettmers et al., "8-bit Optimizers
-via Block-wise Quantization" (arXiv 2110.02861) for the blocks of 256 and the dynamic map. The gradient is multiplied by a
-clipping factor and an inverse loss scale, and the whole step is left out where found_inf is set: all three are device scalars,
-as is the step count, so a captured CUDA graph replays correctly.
+Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101); Dettmers et al., "8-bit
+Optimizers via Block-wise Quantization" (arXiv 2110.02861) for the blocks of 256 and the dynamic map. The gradient is
+multiplied by a clipping factor and an inverse loss scale, and the whole step is left out where found_inf is set: all
+three are device scalars, as is the step count, so a captured CUDA graph replays correctly.
 
-Moments: one byte per element and one fp32 maximum per block of 256, all parameters in one arena; tensors under 4096 elements
-keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand times too long.
-Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in fp32 and rounded once, so
-decay is not lost however small lr wd is; the random bits are a pure function of (seed, step, parameter, element). Elements are
-counted in memory order, blocks too.
-Legend: K parameters, G parameter groups, A elements of an arena.
+Moments: one byte per element and one fp32 maximum per block of 256, all parameters in one arena; tensors under 4096
+elements keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand
+times too long. Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in
+fp32 and rounded once, so decay is not lost however small lr wd is; the random bits are a pure function of (seed, step,
+parameter, element). Elements are counted in memory order, blocks too. Legend: K parameters, G parameter groups, A
+elements of an arena.
 """
 
 from collections.abc import Iterable
@@ -80,8 +80,9 @@ def _memory_order(x: torch.Tensor) -> torch.Tensor:
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments for fp32 or bf16 parameters that all live on one device.
 
-    `lr` may be a 0-d tensor per group (read on the device). Gradients must have the dtype of their parameter. The parameters are
-    fixed at construction. For graph capture, weights and gradients must keep their addresses (`zero_grad(set_to_none=False)`).
+    `lr` may be a 0-d tensor per group (read on the device). Gradients must have the dtype of their parameter. The
+    parameters are fixed at construction. For graph capture, weights and gradients must keep their addresses
+    (`zero_grad(set_to_none=False)`).
     """
 
     def __init__(
@@ -187,7 +188,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=True)
 
     def _refresh_table(self) -> None:
-        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and dtype."""
+        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and
+        dtype.
+        """
         addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
         if addresses == self._addresses:
             return
@@ -272,7 +275,9 @@ class AdamW8bit(torch.optim.Optimizer):
         return new_w.reshape(-1)[: w.numel()]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory order)."""
+        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory
+        order).
+        """
         layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
         return {**self._tensors, "layout": torch.tensor(layout)}
 

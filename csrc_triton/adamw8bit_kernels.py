@@ -16,7 +16,9 @@ def begin_step_kernel(
     G,
     BLOCK_G: tl.constexpr,
 ):
-    """One program: counts the step (unless a gradient was not finite), forms each group's factors in fp64, powers by squaring."""
+    """One program: counts the step (unless a gradient was not finite), forms each group's factors in fp64, powers by
+    squaring.
+    """
     step = tl.load(step_ptr) + tl.where(tl.load(found_inf_ptr) == 0.0, 1, 0)
     tl.store(step_ptr, step)
     group = tl.arange(0, BLOCK_G)
@@ -59,9 +61,11 @@ def _adamw(w, g, m, v, factors):
 
 @triton.jit
 def _round_weight(w, first, key, step, seed, DTYPE: tl.constexpr, COUNT: tl.constexpr, STREAM: tl.constexpr):
-    """`w` [ROWS, COUNT] fp32 in DTYPE; bf16 stochastically. `first` [ROWS]: element number of each row's start, a multiple of 4.
+    """`w` [ROWS, COUNT] fp32 in DTYPE; bf16 stochastically. `first` [ROWS]: element number of each row's start, a
+    multiple of 4.
 
-    Adding 16 random bits below the kept 16 and cutting them off rounds up with probability equal to the fraction cut: unbiased.
+    Adding 16 random bits below the kept 16 and cutting them off rounds up with probability equal to the fraction cut:
+    unbiased.
     """
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         quad = (first // 4)[:, None] + tl.arange(0, COUNT // 4)[None, :]
@@ -107,7 +111,9 @@ def adamw_8bit_kernel(
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,  # every tensor of the launch has a multiple of 16 elements
 ):
-    """Dequantise, update, requantise: one read and one write of each of w, m, v, one read of g. Rows are quantisation blocks."""
+    """Dequantise, update, requantise: one read and one write of each of w, m, v, one read of g. Rows are quantisation
+    blocks.
+    """
     weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
         table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
     )

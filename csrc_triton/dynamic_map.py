@@ -1,17 +1,17 @@
 """The dynamic 8-bit map of block-wise optimizer states: 256 levels in [-1, 1] (signed) or [0, 1], fine near zero.
 
 Source: Dettmers et al., arXiv 2110.02861, section 1.2: seven decades; decade i = 0..6 covers (10^(i-7), 10^(i-6)) with
-n_i = F 2^i levels in the middle of n_i equal steps, F = 1 for the signed map and 2 for the unsigned; 0 and 1 are levels too, -1
-is not.
+n_i = F 2^i levels in the middle of n_i equal steps, F = 1 for the signed map and 2 for the unsigned; 0 and 1 are levels
+too, -1 is not.
 
-Numbered k = n_i + j (j = 0..n_i - 1), with k = F - 1 for zero and k = 128 F for one, the levels lie on seven lines that meet at
-the edges of the decades: the position of x in (0, 1) is
+Numbered k = n_i + j (j = 0..n_i - 1), with k = F - 1 for zero and k = 128 F for one, the levels lie on seven lines that
+meet at the edges of the decades: the position of x in (0, 1) is
 
     L(x) = min over i of n_i (8/9 + 10^(6-i) x / 0.9),        k = floor(L(x))
 
-a concave piecewise-linear function, so quantisation is seven multiply-adds and no search. Only the first level of a decade needs
-care: it lies in the middle of a step five times as wide as the step below it, and the midpoint between the two levels is a fifth
-of the wide step above the edge; likewise for the steps next to zero and to one.
+a concave piecewise-linear function, so quantisation is seven multiply-adds and no search. Only the first level of a
+decade needs care: it lies in the middle of a step five times as wide as the step below it, and the midpoint between the
+two levels is a fifth of the wide step above the edge; likewise for the steps next to zero and to one.
 """
 
 import torch

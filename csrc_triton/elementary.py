@@ -2,10 +2,10 @@
 
 GPU logarithms and cosines differ between vendors, compilers and the C library. The functions here use additions,
 multiplications, bit moves and (by their callers) the IEEE square root and division, in one fixed order, and no fused
-multiply-add: kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for torch,
-statement by statement the same. The polynomials are minimax fits made for this project (iteratively reweighted least squares on
-Chebyshev nodes, relative weight), rounded to fp32; the fit error is below 1e-8, so that the fp32 rounding of the steps
-dominates (about one unit in the last place).
+multiply-add: kernels that use them are launched with `enable_fp_fusion=False`. Each exists twice, for Triton and for
+torch, statement by statement the same. The polynomials are minimax fits made for this project (iteratively reweighted
+least squares on Chebyshev nodes, relative weight), rounded to fp32; the fit error is below 1e-8, so that the fp32
+rounding of the steps dominates (about one unit in the last place).
 """
 
 import torch
@@ -67,9 +67,11 @@ def torch_log_fp32(x: torch.Tensor) -> torch.Tensor:
 
 
 def torch_sqrt_rn(x: torch.Tensor) -> torch.Tensor:
-    """The correctly rounded fp32 square root, as `tl.sqrt_rn`; torch's own on the CPU may be one unit off in the last place.
+    """The correctly rounded fp32 square root, as `tl.sqrt_rn`; torch's own on the CPU may be one unit off in the last
+    place.
 
-    By way of float64, where rounding twice is harmless: the root of a 24-bit number keeps 2^-51 away from every midpoint.
+    By way of float64, where rounding twice is harmless: the root of a 24-bit number keeps 2^-51 away from every
+    midpoint.
     """
     return x.double().sqrt().float()
 
@@ -101,7 +103,9 @@ def cos_sin_turns(angle24):
 
 
 def torch_cos_sin_turns(angle24: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, sin) of 2 pi angle24 / 2^24 for integers in [0, 2^24), fp32, with the bits of the Triton twin `cos_sin_turns`."""
+    """(cos, sin) of 2 pi angle24 / 2^24 for integers in [0, 2^24), fp32, with the bits of the Triton twin
+    `cos_sin_turns`.
+    """
     quarter = (angle24 + (1 << 21)) >> 22
     v = (angle24 - (quarter << 22)).to(torch.float32) * (1.0 / (1 << 22))
     s = v * v

@@ -2,9 +2,9 @@
 
     out = h * gelu(gate),    h, gate = proj[..., :D], proj[..., D:],    gelu(g) = g Phi(g),    Phi(g) = (1 + erf(g / sqrt 2)) / 2
 
-Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202); the feed-forward activation of Stable Diffusion's
-transformer blocks. The two halves are never copied apart and only the projection is kept for the backward: eager PyTorch also
-keeps gelu(gate).
+Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202); the feed-forward activation of Stable
+Diffusion's transformer blocks. The two halves are never copied apart and only the projection is kept for the backward:
+eager PyTorch also keeps gelu(gate).
 """
 
 import math
@@ -25,7 +25,9 @@ WARPS = 4
 
 @triton.jit
 def _tile_offsets(M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [BLOCK_M, 1] in int64 (a projection can pass 2**31 elements), columns [1, BLOCK_D] and mask of this program's tile."""
+    """Rows [BLOCK_M, 1] in int64 (a projection can pass 2**31 elements), columns [1, BLOCK_D] and mask of this
+    program's tile.
+    """
     tiles_d: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     rows = (pid // tiles_d).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

@@ -1,15 +1,18 @@
-"""GroupNorm on channels_last activations, with an optional time embedding added before it and an optional SiLU after it.
+"""GroupNorm on channels_last activations, with an optional time embedding added before it and an optional SiLU after
+it.
 
     u = x or x + temb[:, :, None, None],
     n = (u - mean) rstd by sample and group,    z = n * weight + bias,    y = silu(z) = z sigmoid(z)
 
-Sources: Wu and He, "Group Normalization" (arXiv 1803.08494); the order of operations is that of the residual blocks of Stable
-Diffusion's UNet. Statistics are fp32 in two deterministic stages: mean and sum of squared deviations of each channel over a run
-of pixels, each taken about its own mean in registers, then combined over runs and channels as Chan, Golub and LeVeque (1979)
-combine subsets. Nothing is the difference of two large sums, so activations with a large offset keep their digits.
+Sources: Wu and He, "Group Normalization" (arXiv 1803.08494); the order of operations is that of the residual blocks of
+Stable Diffusion's UNet. Statistics are fp32 in two deterministic stages: mean and sum of squared deviations of each
+channel over a run of pixels, each taken about its own mean in registers, then combined over runs and channels as Chan,
+Golub and LeVeque (1979) combine subsets. Nothing is the difference of two large sums, so activations with a large
+offset keep their digits.
 
-Layout rule: memory is [N, H, W, C] throughout. An input in another layout is copied once; every output is channels_last.
-Legend: N samples, P = H * W pixels, C channels, G groups, D = C / G channels per group, R runs of BLOCK_P pixels.
+Layout rule: memory is [N, H, W, C] throughout. An input in another layout is copied once; every output is
+channels_last. Legend: N samples, P = H * W pixels, C channels, G groups, D = C / G channels per group, R runs of
+BLOCK_P pixels.
 """
 
 import torch
@@ -36,7 +39,9 @@ FULL_SIZE = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")  # i
 
 
 def _blocks(P: int, C: int, tile: int) -> dict[str, int]:
-    """Tile of the pixel-wise kernels: BLOCK_C channels, as many pixels as fill the tile (fewer where the image is smaller)."""
+    """Tile of the pixel-wise kernels: BLOCK_C channels, as many pixels as fill the tile (fewer where the image is
+    smaller).
+    """
     block_c = min(BLOCK_C, triton.next_power_of_2(C))
     return {"BLOCK_P": min(tile // block_c, triton.next_power_of_2(P)), "BLOCK_C": block_c}
 
@@ -79,7 +84,9 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
 
 
 def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
-    """(dx, dtemb, dweight, dbias); x is what was normalised. dtemb is empty without temb, the last two unless `weight_grads`."""
+    """(dx, dtemb, dweight, dbias); x is what was normalised. dtemb is empty without temb, the last two unless
+    `weight_grads`.
+    """
     N, C, P, groups = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
     embedding = x if temb is None else temb
     dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -273,7 +280,9 @@ def group_norm_silu(
 
 
 def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu: bool) -> list[Specimen]:
-    """All kernels of one forward and backward: full-size tensors in `dtype`, parameters in `weight`, everything else fp32."""
+    """All kernels of one forward and backward: full-size tensors in `dtype`, parameters in `weight`, everything else
+    fp32.
+    """
     tile, runs, combine = _blocks(P, C, TILE), _blocks(P, C, TILE_STATISTICS), _combine_blocks(C, G)
     kinds = dict.fromkeys(FULL_SIZE, f"*{dtype}")
     kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "P": "i32", "R": "i32", "eps": "fp32"}

@@ -54,7 +54,9 @@ def group_statistics_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per sample and group. With k pixels per run: M2 = sum of m2 + sum of k (mean of run and channel - mean)^2."""
+    """One program per sample and group. With k pixels per run: M2 = sum of m2 + sum of k (mean of run and channel -
+    mean)^2.
+    """
     D: tl.constexpr = C // G
     sample = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
@@ -201,12 +203,14 @@ def group_gradients_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Second stage, one program per sample and group. Over a channel's pixels A = sum of dz n, B = sum of dz. With g = weight dz:
+    """Second stage, one program per sample and group. Over a channel's pixels A = sum of dz n, B = sum of dz. With g =
+    weight dz:
 
         a = mean over the group of g n = sum of weight A / (P D),      b = mean over the group of g = sum of weight B / (P D)
         du = rstd (g - b - n a),                                       dweight = A and dbias = B, summed over samples
 
-    since the statistics pass back the mean of g and its projection on n. Summed over a channel's pixels, du is temb's gradient:
+    since the statistics pass back the mean of g and its projection on n. Summed over a channel's pixels, du is temb's
+    gradient:
 
         dtemb = rstd (weight B - P b - a sum of n),      sum over the pixels of n = P (channel mean - group mean) rstd
     """
@@ -259,7 +263,9 @@ def group_norm_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full size."""
+    """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full
+    size.
+    """
     sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
     n, z, weight, rstd = _normalised(
         x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB

@@ -1,7 +1,7 @@
 """How kernels address latents and predictions: dense [N, C, H, W] tensors, contiguous or channels_last.
 
-Kernels count the elements of one sample in the C-contiguous order of (C, H, W), because keyed noise is defined in that order;
-only the address depends on the memory format.
+Kernels count the elements of one sample in the C-contiguous order of (C, H, W), because keyed noise is defined in that
+order; only the address depends on the memory format.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
     s = x + residual (rounded to the dtype, as eager does),   y = (s - mean) rstd * weight + bias,   rstd = 1 / sqrt(var + eps)
 
-Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450). One read of x and residual, one write of s and y; mean and
-rstd [M] in fp32 are kept for the backward, which recomputes the normalised values from s. Legend: M rows, C channels, P programs.
+Source: Ba, Kiros, Hinton, "Layer Normalization" (arXiv 1607.06450). One read of x and residual, one write of s and y;
+mean and rstd [M] in fp32 are kept for the backward, which recomputes the normalised values from s. Legend: M rows, C
+channels, P programs.
 """
 
 import torch
@@ -23,7 +24,9 @@ ROWS_PER_PROGRAM = 32  # at least, so that the partial sums cost little beside t
 
 @triton.jit
 def add_residual(x, residual_ptr, sum_ptr, offsets, mask):
-    """x + residual as whatever reads the sum will see it: rounded to its dtype, stored, and back in fp32. x: a fp32 tile."""
+    """x + residual as whatever reads the sum will see it: rounded to its dtype, stored, and back in fp32. x: a fp32
+    tile.
+    """
     rounded = (x + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)).to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + offsets, rounded, mask=mask)
     return rounded.to(tl.float32)
@@ -46,8 +49,8 @@ def layer_norm_forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Two passes in registers: the mean, corrected by the mean of what is left (a row with a large offset rounds its sum
-    coarsely), then the mean of squared deviations. Nothing is the difference of two large sums.
+    """Two passes in registers: the mean, corrected by the mean of what is left (a row with a large offset rounds its
+    sum coarsely), then the mean of squared deviations. Nothing is the difference of two large sums.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK_C)
@@ -90,8 +93,8 @@ def layer_norm_backward_kernel(
 
         ds = rstd (g - mean_c(g) - n mean_c(g n)) + dsum,      dweight = sum over rows of dy n,      dbias = sum over rows of dy
 
-    since d mean / ds_i = 1/C and d rstd / ds_i = -rstd^2 n_i / C: the two subtracted means are what the statistics pass back.
-    Each program owns consecutive rows and sums its share of dweight and dbias in registers, in row order.
+    since d mean / ds_i = 1/C and d rstd / ds_i = -rstd^2 n_i / C: the two subtracted means are what the statistics pass
+    back. Each program owns consecutive rows and sums its share of dweight and dbias in registers, in row order.
     """
     program = tl.program_id(0)
     first = program.to(tl.int64) * rows_per_program
@@ -136,7 +139,9 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Second stage of a pair of column sums, in a fixed order: partials are added in steps of BLOCK_P, then across the step."""
+    """Second stage of a pair of column sums, in a fixed order: partials are added in steps of BLOCK_P, then across the
+    step.
+    """
     which = tl.program_id(1)
     col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -170,7 +175,9 @@ def _blocks(C: int) -> dict[str, int]:
 
 
 def _programs(M: int, rows: int) -> tuple[int, int]:
-    """(programs, rows per program) of the backward: a function of the shape alone, so that sums do not depend on the device."""
+    """(programs, rows per program) of the backward: a function of the shape alone, so that sums do not depend on the
+    device.
+    """
     per_program = triton.cdiv(M, min(triton.cdiv(M, ROWS_PER_PROGRAM), MAX_PROGRAMS))
     per_program = triton.cdiv(per_program, rows) * rows
     return triton.cdiv(M, per_program), per_program

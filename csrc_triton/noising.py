@@ -1,11 +1,12 @@
-"""Noisy latents of both halves of every pair from one keyed noise draw that is never stored, and the keyed VAE posterior sample.
+"""Noisy latents of both halves of every pair from one keyed noise draw that is never stored, and the keyed VAE
+posterior sample.
 
     x_t = signal(t) x_0 + spread(t) eps            Ho et al. 2020 (DDPM), eq. 4: sqrt(abar_t) and sqrt(1 - abar_t)
     z   = (mean + std n - shift) scale             posterior sample of the VAE in the model's units
 
-The win and the lose half of a pair share t and eps (Wallace et al. 2024, eq. 14), so the noise is generated once per pair, in
-registers. Batches hold the wins, then the losers: [2B, C, H, W]. Arithmetic in fp32 (float64 for float64 latents, plain torch
-only).
+The win and the lose half of a pair share t and eps (Wallace et al. 2024, eq. 14), so the noise is generated once per
+pair, in registers. Batches hold the wins, then the losers: [2B, C, H, W]. Arithmetic in fp32 (float64 for float64
+latents, plain torch only).
 """
 
 from dataclasses import replace
@@ -222,9 +223,10 @@ def noise_pairs(
 ) -> torch.Tensor:
     """x_t [2B, C, H, W] of wins, then losers; win and lose of a pair share timestep and noise.
 
-    latents [2B, C, H, W]; timesteps, keys, draws int64 [B]; signal, spread [T]: x_t = signal(t) x_0 + spread(t) eps; seed an
-    int64 0-d tensor on the device (an int is frozen inside a CUDA graph). Result in `out_dtype` (default: that of the latents)
-    and the memory format of the latents. Not differentiable. Timesteps outside [0, T) are an error that only the CPU reports.
+    latents [2B, C, H, W]; timesteps, keys, draws int64 [B]; signal, spread [T]: x_t = signal(t) x_0 + spread(t) eps;
+    seed an int64 0-d tensor on the device (an int is frozen inside a CUDA graph). Result in `out_dtype` (default: that
+    of the latents) and the memory format of the latents. Not differentiable. Timesteps outside [0, T) are an error that
+    only the CPU reports.
     """
     _check(latents, timesteps, signal, spread, keys, draws)
     dtype = wide(latents).dtype
@@ -243,7 +245,8 @@ def sample_posterior(
     scale: float,
     shift: float = 0.0,
 ) -> torch.Tensor:
-    """(mean + std n - shift) scale, [2B, C, H, W] in the mean's dtype and memory format; wins and losers have own streams.
+    """(mean + std n - shift) scale, [2B, C, H, W] in the mean's dtype and memory format; wins and losers have own
+    streams.
 
     mean, std [2B, C, H, W] of one dtype; keys, draws int64 [B]; seed an int64 0-d tensor on the device or an int.
     """

@@ -1,4 +1,5 @@
-"""Everything of a pair that needs its predictions: four errors, difference and logit in one launch; their gradient in another.
+"""Everything of a pair that needs its predictions: four errors, difference and logit in one launch; their gradient in
+another.
 
     e(x)   = mean over C, H, W of (model(x_t, t) - target)^2                       DDPM, Ho et al. 2020, eq. 14
     d      = (e_policy(w) - e_ref(w)) - (e_policy(l) - e_ref(l))                   Diffusion-DPO, Wallace et al. 2024, eq. 14
@@ -7,13 +8,13 @@
 
 What follows z (shape, labels, a supervised term, another objective) is a function of B numbers: dpo/objective.py.
 
-d is not taken from rounded errors but from the sum over elements of (p - r)(p + r - 2 target), win minus lose: exactly 0 where
-policy and reference agree, and free of cancellation; so z is exactly 0 there. With recorded reference errors d is formed from the
-four means.
+d is not taken from rounded errors but from the sum over elements of (p - r)(p + r - 2 target), win minus lose: exactly
+0 where policy and reference agree, and free of cancellation; so z is exactly 0 there. With recorded reference errors d
+is formed from the four means.
 
-Gradient: the errors' slope is 1 for d and for themselves, and z's is -(beta/2) weight(t), which the forward hands on as `gain`. So
-one number for each pair and side, slope(w) and slope(l), is all that the backward needs:
-d / d policy = slope (2 / n) (policy - target), n = C H W.
+Gradient: the errors' slope is 1 for d and for themselves, and z's is -(beta/2) weight(t), which the forward hands on as
+`gain`. So one number for each pair and side, slope(w) and slope(l), is all that the backward needs: d / d policy =
+slope (2 / n) (policy - target), n = C H W.
 """
 
 from typing import NamedTuple
@@ -83,7 +84,9 @@ class Target(NamedTuple):
 
 
 def _launch_forward(policy, reference, recorded, target: Target, timesteps, prob, usable, weight, correction, beta):
-    """(logit [B], difference [B], errors [4, B], gain [B], tables [2, T]) in fp32. One kernel; its ticket is zeroed before it."""
+    """(logit [B], difference [B], errors [4, B], gain [B], tables [2, T]) in fp32. One kernel; its ticket is zeroed
+    before it.
+    """
     policy, policy_last = addressable(policy)
     reference, reference_last = addressable(reference) if reference is not None else (None, False)
     samples, channels, height, width = policy.shape
@@ -236,7 +239,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def slopes(gain, grad_logit, grad_difference, grad_errors) -> torch.Tensor:
-    """[2, B]: the gradient by the policy's win and lose error, from those by logit, difference [B] and errors [4, B] (None: zero)."""
+    """[2, B]: the gradient by the policy's win and lose error, from those by logit, difference [B] and errors [4, B]
+    (None: zero).
+    """
     through_difference = torch.zeros_like(gain) if grad_logit is None else grad_logit * gain
     if grad_difference is not None:
         through_difference = through_difference + grad_difference
@@ -325,14 +330,16 @@ def pair_errors(
 ) -> PairErrors:
     """Errors, difference and logit of each of B pairs, and DDE's sums by timestep.
 
-    policy: predictions [2B, C, H, W], wins then losers; gradients flow into it, no second derivative exists. timesteps [B] int64
-    within the tables. prob [B] in [1/2, 1]: probability that win is preferred. usable [B]: 0 marks a hole, whose rows are not
-    read and whose results and gradient are 0. weight, correction [T]. beta: 0-d tensor (a float is frozen inside a CUDA graph).
+    policy: predictions [2B, C, H, W], wins then losers; gradients flow into it, no second derivative exists. timesteps
+    [B] int64 within the tables. prob [B] in [1/2, 1]: probability that win is preferred. usable [B]: 0 marks a hole,
+    whose rows are not read and whose results and gradient are 0. weight, correction [T]. beta: 0-d tensor (a float is
+    frozen inside a CUDA graph).
 
-    Reference: predictions [2B, C, H, W] (`reference`), or errors [2, B], win and lose (`recorded`), or neither: then logit and
-    difference are 0. Target: `target` [2B, C, H, W], or [B, C, H, W] shared by both halves, or the (keys [B], draws [B], seed)
-    of the noise, regenerated in fp32; with `latents` [2B, C, H, W] and the tables `of_noise`, `of_data` [T] it becomes
-    of_noise(t) eps + of_data(t) x_0. Errors are taken in fp32 whatever the dtypes (float64 for a float64 policy, in plain torch).
+    Reference: predictions [2B, C, H, W] (`reference`), or errors [2, B], win and lose (`recorded`), or neither: then
+    logit and difference are 0. Target: `target` [2B, C, H, W], or [B, C, H, W] shared by both halves, or the (keys [B],
+    draws [B], seed) of the noise, regenerated in fp32; with `latents` [2B, C, H, W] and the tables `of_noise`,
+    `of_data` [T] it becomes of_noise(t) eps + of_data(t) x_0. Errors are taken in fp32 whatever the dtypes (float64 for
+    a float64 policy, in plain torch).
     """
     policy, reference, recorded, aim, rest = _checked(
         policy, timesteps, prob, usable, weight, correction, beta,

@@ -1,8 +1,9 @@
 """The kernels of `pair_errors.py`, where the equations are.
 
-How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the program
-that draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair in a fixed
-order and finishes the pairs. A pair's result depends neither on its place in the batch nor on the batch size.
+How one launch suffices for the forward: each program sums BLOCK elements of one pair and writes its partial sums; the
+program that draws the last ticket (an integer atomic; floats are never added atomically) adds the partials of each pair
+in a fixed order and finishes the pairs. A pair's result depends neither on its place in the batch nor on the batch
+size.
 """
 
 from dataclasses import replace
@@ -55,7 +56,9 @@ def _targets(
 
 @triton.jit
 def _sum(x, mask, BLOCK: tl.constexpr):
-    """fp32 [BLOCK] -> float64: neighbours in fours in fp32, the rest in float64, so that the error is that of one fp32 rounding."""
+    """fp32 [BLOCK] -> float64: neighbours in fours in fp32, the rest in float64, so that the error is that of one fp32
+    rounding.
+    """
     fours = tl.sum(tl.reshape(tl.where(mask, x, 0.0), (BLOCK // 4, 4)), axis=1)
     return tl.sum(fours.to(tl.float64))
 
@@ -112,9 +115,11 @@ def _finish_pairs(
 
 @triton.jit
 def _write_tables(timesteps_ptr, prob_ptr, usable_ptr, difference_ptr, tables_ptr, batch, length, CHUNK: tl.constexpr):
-    """Sum of d and count per timestep [2, T]: zeros, then every pair writes the sum over all pairs that share its timestep.
+    """Sum of d and count per timestep [2, T]: zeros, then every pair writes the sum over all pairs that share its
+    timestep.
 
-    Pairs with one timestep write the same bits. Summed in float64, so that the order of the pairs does not show in fp32.
+    Pairs with one timestep write the same bits. Summed in float64, so that the order of the pairs does not show in
+    fp32.
     """
     for first in range(0, length, 1024):
         entry = first + tl.arange(0, 1024)
@@ -276,7 +281,9 @@ def pair_errors_backward_kernel(
 
 
 def _specimens() -> list[Specimen]:
-    """Forward and backward for each way to get the target, the forward with live and with recorded references, per dtype."""
+    """Forward and backward for each way to get the target, the forward with live and with recorded references, per
+    dtype.
+    """
     absent = {
         "target": ("latents_ptr", "of_noise_ptr", "of_data_ptr", "keys_ptr", "draws_ptr", "seed_ptr"),
         "noise": ("target_ptr", "latents_ptr", "of_noise_ptr", "of_data_ptr"),

@@ -1,19 +1,20 @@
 """Keyed random numbers: Philox-4x32-10, one definition, the same bits in Triton and in plain torch on every device.
 
-Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3. A number is a pure function of
-(pair key, draw, stream, seed, element):
+Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3. A number is a pure
+function of (pair key, draw, stream, seed, element):
 
     key     = (low 32 bits, high 32 bits) of the 64-bit pair key (int64, two's complement)
     counter = (element // 4, draw, stream, seed), each modulo 2^32
     word    = element % 4 of the four 32-bit words of that block
 
-so that no generator has a state, and the numbers do not depend on batch size, order, worker or process. `element` counts in the
-C-contiguous order of the shape that is asked for, whatever the memory layout of the tensor that the number meets.
+so that no generator has a state, and the numbers do not depend on batch size, order, worker or process. `element`
+counts in the C-contiguous order of the shape that is asked for, whatever the memory layout of the tensor that the
+number meets.
 
-Normals: Box and Muller (1958) on words (0, 1) and (2, 3) of a block. The radius uses all 32 bits, u = fp32(word) 2^-32 + 2^-33,
-so the tails reach sqrt(-2 log 2^-33) = 6.76 sigma; the angle uses the top 24 bits of the other word. Logarithm, sine and cosine
-are those of `elementary.py`, so fp32 normals are equal bit for bit on all devices. With dtype float64 the same uniforms are
-evaluated in float64.
+Normals: Box and Muller (1958) on words (0, 1) and (2, 3) of a block. The radius uses all 32 bits, u = fp32(word) 2^-32
++ 2^-33, so the tails reach sqrt(-2 log 2^-33) = 6.76 sigma; the angle uses the top 24 bits of the other word.
+Logarithm, sine and cosine are those of `elementary.py`, so fp32 normals are equal bit for bit on all devices. With
+dtype float64 the same uniforms are evaluated in float64.
 
 Legend of shape suffixes: N keys, K elements per key, J = ceil(K / 4) blocks per key.
 """
@@ -70,7 +71,9 @@ def _rounds(c0, c1, c2, c3, k0, k1):
 
 
 def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Philox-4x32-10. counter: int64 [..., 4], key: int64 [..., 2] (broadcast), both holding uint32 values -> int64 [..., 4]."""
+    """Philox-4x32-10. counter: int64 [..., 4], key: int64 [..., 2] (broadcast), both holding uint32 values -> int64
+    [..., 4].
+    """
     assert counter.dtype == torch.int64 and key.dtype == torch.int64, (
         "counter and key hold uint32 values in int64 tensors"
     )
@@ -82,7 +85,9 @@ def philox_4x32(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def seed_tensor(seed: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 0-d tensor on `device`. A tensor elsewhere would need a copy that waits for the device: refused."""
+    """The seed as an int64 0-d tensor on `device`. A tensor elsewhere would need a copy that waits for the device:
+    refused.
+    """
     if isinstance(seed, int):
         return torch.full((), seed, dtype=torch.int64, device=device)
     assert seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device, (
@@ -126,8 +131,8 @@ def integers(
 ) -> torch.Tensor:
     """int64 [N], uniform on [low, high): low + floor(bits (high - low) / 2^32).
 
-    No rejection, so one number always takes one word. Each value's probability differs from 1 / (high - low) by less than 2^-32:
-    relative to it by less than (high - low) / 2^32, that is 2.4e-7 for 1000 timesteps.
+    No rejection, so one number always takes one word. Each value's probability differs from 1 / (high - low) by less
+    than 2^-32: relative to it by less than (high - low) / 2^32, that is 2.4e-7 for 1000 timesteps.
     """
     span = high - low
     assert 0 < span < 2**31, f"empty or too wide a range: [{low}, {high})"
@@ -158,7 +163,8 @@ def normal(
 ) -> torch.Tensor:
     """Standard normals [N, *shape] for keys [N] int64 and draws [N] int64.
 
-    Evaluated in fp32 (then rounded to `dtype` if that is narrower), or in float64 from the same uniforms when dtype is float64.
+    Evaluated in fp32 (then rounded to `dtype` if that is narrower), or in float64 from the same uniforms when dtype is
+    float64.
     """
     count = math.prod(shape)
     w0, w1, w2, w3 = _blocks(keys, draws, stream, seed, -(-count // 4))
@@ -224,7 +230,9 @@ def normal_quads(block, key, draw, seed, stream):
 
 @triton.jit
 def normal_span(first_block, key, draw, seed, stream, COUNT: tl.constexpr):
-    """fp32 [COUNT]: the normals of elements 4 first_block ... 4 first_block + COUNT - 1, in order. COUNT: a power of two >= 4."""
+    """fp32 [COUNT]: the normals of elements 4 first_block ... 4 first_block + COUNT - 1, in order. COUNT: a power of
+    two >= 4.
+    """
     block = first_block + tl.arange(0, COUNT // 4)
     n0, n1, n2, n3 = normal_quads(block, key, draw, seed, stream)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

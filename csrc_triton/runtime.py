@@ -10,7 +10,9 @@ PINNED = {"enable_fp_fusion": False, "num_stages": 1}
 
 
 def registers(most: int) -> dict[str, int]:
-    """Launch option: registers that the compiler may use per thread before it spills; AMD's compiler has no such option."""
+    """Launch option: registers that the compiler may use per thread before it spills; AMD's compiler has no such
+    option.
+    """
     return {} if torch.version.hip else {"maxnreg": most}
 
 

@@ -21,8 +21,8 @@ class Specimen:
     """One kernel as its launcher would compile it.
 
     signature: argument name -> Triton type ("*bf16", "*fp32", "*i64", "i32", "fp32"), constexpr arguments left out.
-    aligned: names of the integer arguments that 16 divides in the usual shapes; pointers are always taken to be aligned.
-    vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
+    aligned: names of the integer arguments that 16 divides in the usual shapes; pointers are always taken to be
+    aligned. vector_load, vector_store: whether 16-byte global accesses are expected in the machine code.
     """
 
     name: str

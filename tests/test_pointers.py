@@ -1,7 +1,8 @@
-"""What README, CONTRIBUTING and the pages of docs/ point at is there: files, what is said to stand in them, and commands.
+"""What README, CONTRIBUTING and the pages of docs/ point at is there: files, what is said to stand in them, and
+commands.
 
-Written so that it can be checked: a path in backticks or as a link, and `name` (`path`) or `path`: `name` for what stands in it.
-Capitals in a path (`test_NAME.py`) stand for something of the reader's own.
+Written so that it can be checked: a path in backticks or as a link, and `name` (`path`) or `path`: `name` for what
+stands in it. Capitals in a path (`test_NAME.py`) stand for something of the reader's own.
 """
 
 from __future__ import annotations

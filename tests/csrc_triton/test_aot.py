@@ -1,6 +1,8 @@
-"""Machine code of the kernels, compiled without a GPU: no spills, 16-byte accesses, no float atomics, shared memory in limits.
+"""Machine code of the kernels, compiled without a GPU: no spills, 16-byte accesses, no float atomics, shared memory in
+limits.
 
-By default one bf16 specimen (or the nearest there is) of every kernel for sm_90; every specimen for every target is `slow`.
+By default one bf16 specimen (or the nearest there is) of every kernel for sm_90; every specimen for every target is
+`slow`.
 """
 
 import pytest

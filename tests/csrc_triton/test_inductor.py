@@ -1,4 +1,6 @@
-"""Every differentiable op in one function, compiled by the default backend without a graph break: same value, same gradients."""
+"""Every differentiable op in one function, compiled by the default backend without a graph break: same value, same
+gradients.
+"""
 
 import pytest
 import torch

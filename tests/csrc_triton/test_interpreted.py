@@ -1,4 +1,6 @@
-"""Every kernel in Triton's interpreter: one subprocess runs the selected `interpreted/check_*.py`, one result per file here."""
+"""Every kernel in Triton's interpreter: one subprocess runs the selected `interpreted/check_*.py`, one result per file
+here.
+"""
 
 import os
 import subprocess

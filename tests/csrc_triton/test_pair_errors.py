@@ -1,4 +1,5 @@
-"""pair_errors on the CPU, with the objective behind it, against an independent float64 form; the op contract; exactness facts.
+"""pair_errors on the CPU, with the objective behind it, against an independent float64 form; the op contract; exactness
+facts.
 
 The kernels: interpreted/check_pair_errors.py.
 """

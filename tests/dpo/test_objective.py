@@ -89,9 +89,10 @@ class Rounding:
 def rounding_of(case: int, peer: str, truth: Ours) -> Rounding:
     """What a peer's own arithmetic may do to its margin.
 
-    Each error is a mean of N squares: subtraction, square and final rounding cost (3 + 1) u, the accumulation in fp32 up
-    to log2(N) u32. The two Hugging Face scripts widen to fp32 first; sf works in the tensors' own dtype, where the first
-    three roundings are independent between elements (6 standard deviations of their mean) and the last one is not.
+    Each error is a mean of N squares: subtraction, square and final rounding cost (3 + 1) u, the accumulation in fp32
+    up to log2(N) u32. The two Hugging Face scripts widen to fp32 first; sf works in the tensors' own dtype, where the
+    first three roundings are independent between elements (6 standard deviations of their mean) and the last one is
+    not.
     """
     kinds = {"policy": "float32", "reference": "float32", **CASES[case]["dtypes"]} if peer == "sf" else {}
     n = array(case, "policy")[0].numel()
@@ -404,7 +405,9 @@ def test_ipo_is_trls():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradcheck(method, shape, direct):
-    """From the predictions of three pairs to the loss of each, in float64; `direct`: by the difference that does not cancel."""
+    """From the predictions of three pairs to the loss of each, in float64; `direct`: by the difference that does not
+    cancel.
+    """
     generator = torch.Generator().manual_seed(3)
     policy, reference, target = torch.randn(3, 6, 2, 2, 3, generator=generator, dtype=torch.float64)
     table = tables(method, sd_schedule())

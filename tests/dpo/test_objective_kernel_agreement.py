@@ -1,4 +1,6 @@
-"""The fused op and the objective behind it say what an independent form says: the same fields, the same gradient, in float64 and float32."""
+"""The fused op and the objective behind it say what an independent form says: the same fields, the same gradient, in
+float64 and float32.
+"""
 
 import pytest
 import torch
@@ -138,7 +140,9 @@ def test_equal_predictions_are_exactly_ln2():
     "case", [c for c in range(len(CASES)) if f"{c}/hf-sd15/margin" in GOLDEN or CASES[c]["loss_type"] == "ipo"]
 )
 def test_recorded_cases_in_single_precision(case):
-    """Every margin of the other trainers' recorded cases within 1e-3 of the float64 truth, half-precision inputs included."""
+    """Every margin of the other trainers' recorded cases within 1e-3 of the float64 truth, half-precision inputs
+    included.
+    """
     exact = ours(case)
     policy = array(case, "policy").float().requires_grad_()
     pairs = policy.shape[0] // 2

@@ -144,7 +144,9 @@ def test_scheduler_folders_are_read(kind, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("chain", ["full", "zero-snr", "turbo", "turbo-kept"])
 def test_log_ratio_of_the_two_gaussians(chain, prediction_type, sigma2):
-    """log r_k, from the densities of N(mu_model, sigma_k^2) and N(mu_q, sigma_k^2) at the mode of q: -(lambda_k/2)|error|^2."""
+    """log r_k, from the densities of N(mu_model, sigma_k^2) and N(mu_q, sigma_k^2) at the mode of q:
+    -(lambda_k/2)|error|^2.
+    """
     options = {
         "full": {},
         "zero-snr": {"zero_snr": True},

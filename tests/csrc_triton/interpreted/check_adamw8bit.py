@@ -1,4 +1,6 @@
-"""AdamW8bit's kernels in the interpreter: codes nearest, updates as the reference, stochastic rounding with the same bits."""
+"""AdamW8bit's kernels in the interpreter: codes nearest, updates as the reference, stochastic rounding with the same
+bits.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""GEGLU's kernels in the interpreter against float64: at most twice plain torch's own error, and the same bits every time."""
+"""GEGLU's kernels in the interpreter against float64: at most twice plain torch's own error, and the same bits every
+time.
+"""
 
 import pytest
 import torch

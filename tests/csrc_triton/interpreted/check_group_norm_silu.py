@@ -1,4 +1,6 @@
-"""GroupNorm + SiLU in the interpreter against float64: at most twice plain torch's own error, and the same bits every time."""
+"""GroupNorm + SiLU in the interpreter against float64: at most twice plain torch's own error, and the same bits every
+time.
+"""
 
 import pytest
 import torch
@@ -38,7 +40,9 @@ FULL = [
 
 
 def plain(x, temb, weight, bias, groups, silu):
-    """Eager torch; half inputs with fp32 weights are what autocast runs: add in half, norm and SiLU in fp32, one rounding."""
+    """Eager torch; half inputs with fp32 weights are what autocast runs: add in half, norm and SiLU in fp32, one
+    rounding.
+    """
     u = x if temb is None else x + temb[:, :, None, None]
     y = F.group_norm(u.to(torch.promote_types(x.dtype, weight.dtype)), groups, weight, bias, 1e-5)
     return (F.silu(y) if silu else y).to(x.dtype)

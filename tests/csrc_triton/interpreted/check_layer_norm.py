@@ -1,4 +1,6 @@
-"""LayerNorm's kernels in the interpreter against float64: at most twice plain torch's own error, and the same bits every time."""
+"""LayerNorm's kernels in the interpreter against float64: at most twice plain torch's own error, and the same bits
+every time.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ FULL = [
 
 
 def plain(x, residual, weight, bias):
-    """(s, y) of eager torch; half inputs with fp32 weights are what autocast runs: fp32 normalisation, rounded at the end."""
+    """(s, y) of eager torch; half inputs with fp32 weights are what autocast runs: fp32 normalisation, rounded at the
+    end.
+    """
     s = x if residual is None else x + residual
     wide = torch.promote_types(s.dtype, weight.dtype)
     return s, F.layer_norm(s.to(wide), s.shape[-1:], weight, bias, 1e-5).to(s.dtype)

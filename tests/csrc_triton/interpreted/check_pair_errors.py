@@ -1,5 +1,5 @@
-"""The kernels of pair_errors in the interpreter, the objective behind them, against float64: at most twice the error of plain torch as
-peers write it."""
+"""The kernels of pair_errors in the interpreter, the objective behind them, against float64: at most twice the error of
+plain torch as peers write it."""
 
 import math
 from collections.abc import Callable

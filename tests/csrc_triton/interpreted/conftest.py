@@ -1,11 +1,11 @@
 """Makes the interpreter round as the devices do, in two places, and lets that of triton 3.6 run with numpy 2.4.
 
-Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row after the other
-(numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add up to 16 values of a thread one
-after the other, then lanes and warps in a tree.
-Triton 3.6 makes loop bounds of arrays with one element, which numpy no longer takes for numbers; later versions squeeze them.
-And it saves a third of the time: the interpreter replaces the functions of `triton.language` by its own at every launch, and at every
-call of a function within a kernel once more. Here they are replaced once, for the process.
+Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row
+after the other (numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add up
+to 16 values of a thread one after the other, then lanes and warps in a tree. Triton 3.6 makes loop bounds of arrays
+with one element, which numpy no longer takes for numbers; later versions squeeze them. And it saves a third of the
+time: the interpreter replaces the functions of `triton.language` by its own at every launch, and at every call of a
+function within a kernel once more. Here they are replaced once, for the process.
 """
 
 import numpy as np
@@ -51,7 +51,9 @@ def _language_replaced_once(_loop_bounds):
 
 
 def _sum_in_a_tree(x: np.ndarray, axis: int | None, keepdims: bool) -> np.ndarray:
-    """Sum along `axis` (all of x if None): 16 rows in sequence, the rest by halves. Tiles have powers of two of elements."""
+    """Sum along `axis` (all of x if None): 16 rows in sequence, the rest by halves. Tiles have powers of two of
+    elements.
+    """
     rows = x.reshape(-1) if axis is None else np.moveaxis(x, axis, 0)
     if len(rows) > 1:
         in_thread = rows.reshape(min(len(rows), 16), -1, *rows.shape[1:])

@@ -1,4 +1,6 @@
-"""dpo.common.command: one line for a mistake, exit codes, and no heavy import before the command line is known to be good."""
+"""dpo.common.command: one line for a mistake, exit codes, and no heavy import before the command line is known to be
+good.
+"""
 
 import argparse
 import logging

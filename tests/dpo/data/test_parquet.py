@@ -200,8 +200,8 @@ def test_oversized_row_groups_are_said(tmp_path, settings, monkeypatch, caplog):
 
 @pytest.mark.parametrize("pairs", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_many_pairs_keep_memory_flat(pairs, tmp_path, settings, monkeypatch):
-    """Parquet of 12 KB a pair, at most 1/16 of which may be in use at once: the resident memory stays within a third of it
-    (and 16 MB for the allocators)."""
+    """Parquet of 12 KB a pair, at most 1/16 of which may be in use at once: the resident memory stays within a third of
+    it (and 16 MB for the allocators)."""
     rng = np.random.default_rng(0)
     row = pq.read_table(worlds.make_pickapic(tmp_path / "one", 1)).to_pylist()[0]
     image = row["jpg_0"]

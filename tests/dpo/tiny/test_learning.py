@@ -1,4 +1,6 @@
-"""Every method learns from the embedded world's pairs within twenty updates, measured on pairs, captions and draws it never saw."""
+"""Every method learns from the embedded world's pairs within twenty updates, measured on pairs, captions and draws it
+never saw.
+"""
 
 import pytest
 
@@ -18,7 +20,8 @@ FLAGS = {"sft": ["--window-low", "700"]}
 def _encoded_once():
     """All runs here have one model, seed and data, so the inputs of a batch and the held-out errors are computed once.
 
-    The inputs depend on the pairs of the batch and their draws, the unchanged model's errors on the timesteps drawn from.
+    The inputs depend on the pairs of the batch and their draws, the unchanged model's errors on the timesteps drawn
+    from.
     """
     encode, prepare = Encoder.inputs, validation.encode_held_out
     encoded, held_out = {}, {}

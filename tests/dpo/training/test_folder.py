@@ -1,4 +1,6 @@
-"""dpo.training.folder: which folders a run may use, and what --overwrite clears in one; the list is pages/folder.ENTRIES."""
+"""dpo.training.folder: which folders a run may use, and what --overwrite clears in one; the list is
+pages/folder.ENTRIES.
+"""
 
 import pytest
 

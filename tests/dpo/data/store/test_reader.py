@@ -1,4 +1,6 @@
-"""dpo.data.store.reader: rows of the store put together as micro-batches, dropout, mirror images, recorded errors, the thread."""
+"""dpo.data.store.reader: rows of the store put together as micro-batches, dropout, mirror images, recorded errors, the
+thread.
+"""
 
 import threading
 from dataclasses import replace

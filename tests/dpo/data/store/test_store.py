@@ -1,4 +1,6 @@
-"""The prepared store: what goes in comes out, at random, once, after kills, appended, merged; damage is found and named."""
+"""The prepared store: what goes in comes out, at random, once, after kills, appended, merged; damage is found and
+named.
+"""
 
 import json
 import os

@@ -47,7 +47,9 @@ def test_captions_name_object_and_colour():
 
 
 def flatness(images_NHWC: np.ndarray, ring: int = 3, tolerance: float = 12.0) -> np.ndarray:
-    """[N] share of the border ring within `tolerance` (mean over channels) of its median colour: near 1 on a plain backdrop."""
+    """[N] share of the border ring within `tolerance` (mean over channels) of its median colour: near 1 on a plain
+    backdrop.
+    """
     inside = np.zeros(images_NHWC.shape[1:3], bool)
     inside[ring:-ring, ring:-ring] = True
     border = images_NHWC[:, ~inside].astype(np.float32)  # [N, P, 3]
