@@ -179,7 +179,7 @@ def ops_of_a_step(device: torch.device) -> tuple[Callable[[], list[Tensor]], Ten
         terms = pair_loss(errors, ones[:pairs], ones[:pairs], index * 13, shape="sigmoid")
         total, normed = add_layer_norm(geglu(projection), tokens, weight, bias)
         embedding = tokens[:3, 0]
-        images = group_norm_silu(image, weight, bias, 32, temb=embedding)
+        images = group_norm_silu(image, weight, bias, 32, temb=embedding) * group_norm_silu(image, weight, bias, 32)
         normed = layer_norm(normed, weight, bias)
         found = [terms.loss, noisy, total, normed, images]
         return [*found, *torch.autograd.grad(sum(x.float().square().sum() for x in found), leaves)]

@@ -77,16 +77,13 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
     blocks = _blocks(P, C, TILE)
     grid, runs = _grid(N, P, C, blocks)
     group_norm_forward_kernel[grid](
-        x, embedding, weight, bias, mean, rstd, y, P, runs,
-        **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
-    )  # fmt: skip
+        x, embedding, weight, bias, mean, rstd, y, P, runs, **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED
+    )
     return y, mean, rstd, centre
 
 
 def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
-    """(dx, dtemb, dweight, dbias); x is what was normalised. dtemb is empty without temb, the last two unless
-    `weight_grads`.
-    """
+    """(dx, dtemb, dweight, dbias); dtemb is empty without temb, the last two unless `weight_grads`."""
     N, C, P, groups = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]
     embedding = x if temb is None else temb
     dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -232,11 +229,13 @@ def _(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
 
 def _setup_context(ctx, inputs, output):
     x, temb, weight, bias, _, _, ctx.silu = inputs
+    ctx.set_materialize_grads(False)  # the statistics are used by no one: no zeros are made for them
     ctx.save_for_backward(x, temb, weight, bias, *output[1:])
 
 
 def _backward(ctx, dy, dmean, drstd, dcentre):
     x, temb, *rest = ctx.saved_tensors  # unpacked once: gradient checkpointing allows no more
+    dy = torch.zeros_like(x) if dy is None else dy
     weight_grads = any(ctx.needs_input_grad[2:4])
     dx, dtemb, dweight, dbias = _group_norm_silu_backward(dy, x, temb, *rest, ctx.silu, weight_grads)
     dtemb = None if temb is None else dtemb
@@ -244,16 +243,6 @@ def _backward(ctx, dy, dmean, drstd, dcentre):
 
 
 _group_norm_silu.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> None:
-    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, (
-        f"x must be [N, C, H, W]: {x.dtype} {tuple(x.shape)}"
-    )
-    assert x.shape[1] % groups == 0, f"{groups} groups do not divide {x.shape[1]} channels"
-    assert weight.shape == bias.shape == x.shape[1:2], (
-        f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C]"
-    )
 
 
 def group_norm_silu(
@@ -274,7 +263,13 @@ def group_norm_silu(
     Returns:
         [N, C, H, W] in the dtype of `x`, channels_last. `x` is saved for the backward.
     """
-    _check(x, weight, bias, groups)
+    assert x.is_floating_point() and x.ndim == 4 and x.numel() > 0, (
+        f"x must be [N, C, H, W]: {x.dtype} {tuple(x.shape)}"
+    )
+    assert x.shape[1] % groups == 0, f"{groups} groups do not divide {x.shape[1]} channels"
+    assert weight.shape == bias.shape == x.shape[1:2], (
+        f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be [C]"
+    )
     assert temb is None or temb.shape == x.shape[:2], f"temb {tuple(temb.shape)} must be {tuple(x.shape[:2])}"
     return _group_norm_silu(x, temb, weight, bias, groups, eps, silu)[0]
 

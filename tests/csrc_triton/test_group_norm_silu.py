@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_triton.group_norm_silu import _group_norm_silu, group_norm_silu
 
@@ -49,6 +50,22 @@ def test_under_gradient_checkpointing(with_temb):
     expected = torch.autograd.grad(function(x, temb, w, b), leaves)
     again = torch.utils.checkpoint.checkpoint(function, x, temb, w, b, use_reentrant=False)
     assert all(torch.equal(a, e) for a, e in zip(torch.autograd.grad(again, leaves), expected, strict=True))
+
+
+def test_backward_makes_no_zeros_for_the_statistics():
+    calls = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, w, b, temb = leaf(2, 8, 3, 5), leaf(8), leaf(8), leaf(2, 8)
+    y = group_norm_silu(x, w, b, 4, 1e-5, temb)
+    dy = torch.ones_like(y)
+    with Recorded():
+        torch.autograd.grad(y, (x, w, b, temb), dy)
+    assert [name for name in calls if "detach" not in name] == ["csrc_triton.group_norm_silu_backward.default"]
 
 
 def test_every_layout_gives_the_same_values_in_channels_last():
