@@ -2,8 +2,8 @@
 
 Triton decides on import whether kernels are interpreted, so those runs need a process of their own. The files
 `interpreted/check_<stem>.py` are ordinary pytest files that the default collection does not pick up;
-`test_interpreted.py` runs all of them in one subprocess with TRITON_INTERPRET=1 and reports one result per file (the
-quick selection by default, the rest under `-m slow`). One file by hand: TRITON_INTERPRET=1 python -m pytest
+`test_interpreted.py` runs each of them in a subprocess with TRITON_INTERPRET=1 (the quick selection by default, the
+rest under `-m slow`). One file by hand: TRITON_INTERPRET=1 python -m pytest
 tests/csrc_triton/interpreted/check_philox.py"""
 
 import pytest
