@@ -66,6 +66,7 @@ def ipo_slope(z: Tensor, p: Tensor) -> Tensor:
     return 2 * z + (1 - 2 * p)
 
 
+# Each is named in methods.SHAPES too, which --loss offers without importing torch.
 SHAPES = {"sigmoid": Shape(sigmoid, sigmoid_slope), "hinge": Shape(hinge), "ipo": Shape(ipo, ipo_slope)}
 
 
