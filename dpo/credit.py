@@ -19,12 +19,18 @@ class Tables(NamedTuple):
 
 
 def tables(
-    method: str, schedule: Schedule, *, gamma: float = 0.99475, cap: float = 250.0, sigma2: str = "beta"
+    method: str,
+    schedule: Schedule,
+    *,
+    gamma: float = 0.99475,
+    cap: float = 250.0,
+    sigma2: str = "beta",
+    kappa: float = 1.0,
 ) -> Tables:
     """The weight and lambda of `method` for a model's schedule.
 
     gamma: discount per timestep; cap: upper bound of the single-shot weight; sigma2: "beta" or "posterior", see
-    `step_precision`.
+    `step_precision`; kappa: factor of lambda, and so of the correction C.
     """
     spec = METHODS[method]
     weights = {
@@ -32,7 +38,7 @@ def tables(
         "discounted": lambda: discounted_weight(schedule, gamma),
         "single-shot": lambda: single_shot_weight(schedule, cap),
     }
-    precision = step_precision(schedule, sigma2)
+    precision = kappa * step_precision(schedule, sigma2)
     return Tables(weights[spec.weight](), precision if spec.correction else torch.zeros_like(precision))
 
 

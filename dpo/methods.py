@@ -40,7 +40,7 @@ class Method:
 
 
 PREFERENCE = frozenset({"beta", "loss", "label_smoothing", "sft_weight"})
-STEPWISE = frozenset({"rho", "sigma2"})
+STEPWISE = frozenset({"rho", "sigma2", "kappa"})
 
 _ROWS = (
     Method(

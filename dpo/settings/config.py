@@ -147,6 +147,7 @@ class Method:
         250.0, f"upper bound of the single-shot weight ({readers('weight_cap')})", above=0.0, resume="said"
     )
     rho: float = option(0.95, f"memory of the stepwise table ({readers('rho')})", low=0.0, high=1.0, resume="said")
+    kappa: float = option(1.0, f"factor of the stepwise correction ({readers('kappa')})", low=0.0, resume="said")
     sigma2: str = option(
         "beta", f"variance in the stepwise correction ({readers('sigma2')})", choices=("beta", "posterior")
     )

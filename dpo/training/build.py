@@ -94,7 +94,9 @@ def build(config: Config, notes: list[str]) -> Run:
         encoder=encoder,
         step=step,
         updater=_updater(config, model.denoiser),
-        table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho),
+        table=CorrectionTable.zeros(
+            tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.effective_batch
+        ),
         held_out=_held_out(config, held_out_source, step, encoder, compared),
         output=output,
         fingerprints=fingerprints,
@@ -232,7 +234,9 @@ def pair_step(
     compared: the reference, where it is live.
     """
     method, precision = config.method, config.runtime.precision
-    tables = credit.tables(method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2)
+    tables = credit.tables(
+        method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
+    )
     real = torch.float64 if precision == "fp64" else torch.float32
     timesteps = schedule.usable_timesteps(plan, method.window_low, method.window_high)
     step = PairStep(

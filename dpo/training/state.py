@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo.common.errors import UserError
+from dpo.methods import METHODS
 from dpo.settings import rules
 from dpo.settings.config import Config, flatten, from_mapping, specs
 from dpo.training import checkpoint
@@ -23,7 +24,7 @@ def snapshot(run: Run) -> Path:
     tensors = {
         "policy": dict(zip(names, run.updater.parameters, strict=True)),
         "optimizer": optimizer_tensors,
-        "tables": {"correction": run.table.table},
+        "tables": run.table.tensors(),
         "ema": dict(zip(names, run.updater.ema, strict=True)) if run.updater.ema else {},
     }
     state = {
@@ -74,6 +75,11 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     checkpoint.load_optimizer(updater.optimizer, tensors.get("optimizer", {}), state["optimizer"])
     if updater.scaler is not None and state["scaler"]:
         updater.scaler.load_state_dict(state["scaler"])
-    run.table.table.copy_(tensors["tables"]["correction"])
+    run.table = run.table.restored(tensors["tables"])
+    if run.table.start is None and METHODS[run.config.method.method].correction:
+        log.info(
+            "the checkpoint is of an earlier version: its correction table goes on as it began, one entry a timestep "
+            "and without bias correction"
+        )
     run.done, run.position = state["step"], state["position"]
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)

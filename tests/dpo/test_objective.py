@@ -313,7 +313,7 @@ def test_dde_with_full_memory_is_single_shot():
     assert torch.equal(dde.weight, single.weight) and (dde.precision > 0).all()
     t, errors, prob = timesteps(), random_errors(), torch.ones(64, dtype=torch.float64)
     for rho, same in ((1.0, True), (0.95, False)):
-        table = CorrectionTable.zeros(dde.precision, rho)
+        table = CorrectionTable.zeros(dde.precision, rho, torch.arange(1000), 64)
         for _ in range(5):
             d = pair_terms(errors, t, prob, dde.weight, table.correction(), 200.0).difference
             table.gather(*(torch.zeros(1000, dtype=torch.float64).index_add(0, t, x) for x in (d, torch.ones_like(d))))

@@ -44,4 +44,4 @@ def everything(run: Run) -> dict[str, torch.Tensor]:
     tensors, _ = checkpoint.pack(run.updater.optimizer.state_dict())
     state |= {f"optimizer.{name}": value.clone() for name, value in tensors.items()}
     state |= {f"ema.{name}": value for name, value in zip(run.updater.names, run.updater.ema)}
-    return state | {"table": run.table.table.clone()}
+    return state | {f"tables.{name}": value.clone() for name, value in run.table.tensors().items()}

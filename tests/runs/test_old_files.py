@@ -100,14 +100,15 @@ def test_every_tensor_of_an_old_checkpoint_is_put_back(old):
     run = build(*parse(RESUMED))
     assert (run.done, run.position, run.total) == (2, 8, 4)
     saved = {}
-    for group in ("policy", "optimizer", "ema"):
+    for group in ("policy", "optimizer", "ema", "tables"):
         tensors = load_file(old / "lora" / "checkpoints" / "step-00000002" / f"{group}.safetensors")
         saved |= {f"{group}.{name}": value for name, value in tensors.items()}
-    saved["table"] = load_file(old / "lora" / "checkpoints" / "step-00000002" / "tables.safetensors")["correction"]
     found = everything(run)
     assert saved.keys() == found.keys()
     assert [name for name in saved if not torch.equal(saved[name], found[name])] == []
-    assert saved["table"].any() and any(value.any() for name, value in saved.items() if name.startswith("optimizer."))
+    assert saved["tables.correction"].any() and any(
+        value.any() for name, value in saved.items() if name.startswith("optimizer.")
+    )
 
 
 def test_an_old_run_goes_on_as_it_would_have(old, capsys):
