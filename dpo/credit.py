@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo.methods import METHODS
-from dpo.schedule import Schedule
+from dpo.schedule import NO_SIGNAL, Schedule
 
 
 class Tables(NamedTuple):
@@ -63,23 +63,26 @@ def step_precision(schedule: Schedule, sigma2: str = "beta") -> Tensor:
     """lambda_k [T]: the factor of -(1/2)|error|^2 in the log importance ratio of step k (docs/method.md).
 
     lambda_k = beta_k^2 / (sigma_k^2 alpha_k (1 - abar_k)), with sigma_k^2 = beta_k ("beta") or the posterior variance
-    beta_k (1 - abar_{k-1}) / (1 - abar_k) ("posterior"); times abar_k on the v error. Zero outside the chain, where
-    abar_k = 0, and, for the posterior variance, at the chain's first member (it has variance 0 and is never skipped).
-    Raises ValueError for another `sigma2`.
+    beta_k (1 - abar_{k-1}) / (1 - abar_k) ("posterior"); times abar_k on the v error. Where abar_k = 0 it is 0 on the
+    epsilon error, which is never trained on there, and on the v error the limit: beta_k abar_{k-1} / (1 - abar_k) for
+    sigma_k^2 = beta_k. Zero outside the chain and, for the posterior variance, at the chain's first member (it has
+    variance 0 and is never skipped). Raises ValueError for another `sigma2`.
     """
     t = schedule.timesteps()
     abar = schedule.alphas_cumprod[t]
     before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
     alpha = abar / before
     beta = 1 - alpha
-    lam = beta / (alpha * (1 - abar))
+    lam, limit = beta / (alpha * (1 - abar)), beta * before / (1 - abar)  # abar_k = alpha_k abar_{k-1}
     if sigma2 == "posterior":
-        lam = lam * (1 - abar) / (1 - before)
+        lam, limit = (x * (1 - abar) / (1 - before) for x in (lam, limit))
         lam[0] = 0.0
     elif sigma2 != "beta":
         raise ValueError(f"sigma2 is 'beta' or 'posterior', not {sigma2!r}")
     if schedule.velocity:
         lam = lam * abar
+    else:
+        limit = torch.zeros_like(lam)
     table = torch.zeros(schedule.length, dtype=torch.float64)
-    table[t] = torch.where(abar > 1e-12, lam, torch.zeros_like(lam))
+    table[t] = torch.where(abar > NO_SIGNAL, lam, limit)
     return table

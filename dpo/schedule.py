@@ -17,6 +17,7 @@ from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
+NO_SIGNAL = 1e-12  # abar at or below it is 0
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ def from_scheduler(
 def usable_timesteps(schedule: Schedule, low: int = 0, high: int | None = None) -> Tensor:
     """Timesteps to draw from: the chain inside [low, high) without dead ones, ascending [K] int64.
 
-    At abar_t = 0 both halves of a pair see the same pure noise, so with shared noise the logit is identically 0
-    and the sample would be wasted (Turbo's t = 999). Raises UserError when nothing is left.
+    At abar_t = 0 both halves of a pair see the same pure noise. Where the noise is also the target, their errors are the
+    same, the logit is 0 and the sample would be wasted (SDXL-Turbo's t = 999). The v target there is -x_0, which
+    differs: those timesteps stay. Raises UserError when nothing is left.
     """
     high = schedule.length if high is None else high
     t = schedule.timesteps()
     inside = t[(t >= low) & (t < high)]
-    alive = inside[schedule.alphas_cumprod[inside] > 1e-12]
+    alive = inside if schedule.velocity else inside[schedule.alphas_cumprod[inside] > NO_SIGNAL]
     if alive.numel() == 0:
         raise UserError(f"no usable timestep in the window [{low}, {high}); widen --window-low / --window-high")
     return alive

@@ -127,8 +127,11 @@ def _notes(asked: Config, decided: Config) -> list[str]:
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
     if decided.model.timesteps == "turbo":
+        dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(
             "Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there"
+            if dead
+            else "Turbo: timesteps 249, 499, 749 and 999"
         )
     return notes
 

@@ -116,6 +116,19 @@ def test_turbo_chain_and_its_dead_timestep():
     assert 999 not in usable_timesteps(sd15(zero_snr=True)).tolist()
 
 
+def test_v_prediction_keeps_the_timestep_without_signal():
+    """Its target there is -x_0: the two images differ."""
+    for turbo in (False, True):
+        schedule = sd15("v_prediction", zero_snr=True, turbo=turbo)
+        assert torch.equal(usable_timesteps(schedule), schedule.timesteps())
+        path = noise_path(schedule, schedule.timesteps(), torch.float64)
+        assert path.signal[999] < 1e-6 and path.of_data[999] == -1.0
+        assert single_shot_weight(schedule)[999] == 1.0
+        before = schedule.alphas_cumprod[749 if turbo else 998]
+        torch.testing.assert_close(step_precision(schedule)[999], before)  # beta = 1 = 1 - abar
+        torch.testing.assert_close(step_precision(schedule, "posterior")[999], before / (1 - before))
+
+
 def test_windows():
     assert torch.equal(usable_timesteps(sd15()), torch.arange(1000))
     assert torch.equal(usable_timesteps(sd15(), 200, 700), torch.arange(200, 700))
@@ -164,7 +177,7 @@ def test_log_ratio_of_the_two_gaussians(chain, prediction_type, sigma2):
             continue
         abar = schedule.alphas_cumprod[k]
         before = schedule.alphas_cumprod[steps[place - 1]] if place else torch.tensor(1.0, dtype=torch.float64)
-        if abar <= 1e-12:
+        if abar <= 1e-12 and prediction_type == "epsilon":
             assert lam[k] == 0.0
             continue
         alpha = abar / before
@@ -199,8 +212,10 @@ def test_lambda_is_positive_and_zero_off_the_chain(prediction_type):
     posterior = step_precision(sd15(prediction_type), "posterior")
     assert (posterior[1:] > 0).all() and posterior[0] == 0.0
     turbo = step_precision(sd15(prediction_type, turbo=True))
-    assert turbo.nonzero().flatten().tolist() == [249, 499, 749]
-    assert step_precision(sd15(prediction_type, turbo=True), "posterior").nonzero().flatten().tolist() == [499, 749]
+    last = [999] if prediction_type == "v_prediction" else []
+    assert turbo.nonzero().flatten().tolist() == [249, 499, 749, *last]
+    posterior = step_precision(sd15(prediction_type, turbo=True), "posterior")
+    assert posterior.nonzero().flatten().tolist() == [499, 749, *last]
 
 
 def test_v_lambda_is_times_abar():

@@ -70,6 +70,12 @@ def test_a_prediction_type_that_is_asked_for_beats_the_models():
     assert (cfg.model.prediction_type, cfg.method.beta) == ("v_prediction", 2000.0)
 
 
+def test_what_is_said_of_turbo_s_last_timestep_is_what_is_done():
+    assert "at 999 both images are the same noise" in decide(turbo=True, **SDXL)[1][-1]
+    for values in ({"zero_snr": "off"}, {"prediction_type": "v_prediction"}):
+        assert decide(values, turbo=True, **SDXL)[1][-1] == "Turbo: timesteps 249, 499, 749 and 999"
+
+
 def test_resolve_refuses_what_the_model_or_device_cannot_do():
     for values, words in (({"family": "sdxl"}, "family sd"), ({"kernels": "triton"}, "GPU")):
         with pytest.raises(UserError, match=words):
