@@ -49,6 +49,7 @@ class Stream(IntEnum):
     SPLIT = 8
     ROUNDING = 9
     LABEL = 10
+    ADAPTER = 11  # with the number of an adapter's layer in the bits above the low 8: dpo/models/dropout.py
 
 
 # ---------------------------------------------------------------------------------------------------------------- plain torch

@@ -16,6 +16,7 @@ from torch import Tensor
 from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.pair_errors import PairErrors, pair_errors
 from dpo.encode import Inputs
+from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
 from dpo.objective import PairTerms, pair_loss
 from dpo.schedule import NoisePath
@@ -39,6 +40,7 @@ class PairStep:
     sft_weight: float
     autocast: torch.dtype | None
     dtype: torch.dtype  # of x_t: fp32, or fp64 / bf16 where the weights are
+    masks: Masks | None = None  # of dropout inside the adapters; None without
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
         """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
@@ -57,6 +59,8 @@ class PairStep:
         x_t = noise_pairs(
             latents, t, self.path.signal, self.path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype
         )
+        if self.masks is not None:
+            self.masks.set(x.keys, x.draws, self.seed)
         if wins_only:
             half = t.numel()
             wins = self.predict(self.policy, x_t[:half], t, x.text, None if x.micro is None else x.micro[:half])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.errors import UserError
+from dpo.models.dropout import make_keyed
 from dpo.models.family import Denoiser, Family
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add(
     """Puts a fresh adapter on `denoiser` and returns its layers.
 
     The adapter's weights are fp32 (float64 in a float64 denoiser) and a pure function of `seed`; the second factor is
-    0, so the adapter changes nothing yet. Raises UserError when no layer matches `target_modules`.
+    0, so the adapter changes nothing yet. `dropout` is keyed: see dropout.py. Raises UserError when no layer matches `target_modules`.
     """
     from peft import LoraConfig
 
@@ -43,6 +44,8 @@ def add(
         except ValueError as error:
             raise UserError(f"--target-modules {','.join(target_modules)} matches no layer of the UNet") from error
     layers = adapter_layers(denoiser)
+    if dropout:
+        make_keyed(layers, dropout)
     wide = torch.float64 if next(iter(denoiser.parameters())).dtype == torch.float64 else torch.float32
     for parameter in denoiser.parameters():
         if parameter.requires_grad:

@@ -27,6 +27,7 @@ from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.denoiser import halve
+from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
@@ -85,6 +86,7 @@ def build(config: Config, notes: list[str]) -> Run:
     elif _live_reference(config):
         compared = reference.from_adapters(policy, layers)
     step, tables = pair_step(config, model, plan, policy, None if errors else compared, device)
+    step.masks = masks_of(layers)
     encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
 
     run = Run(
@@ -203,7 +205,7 @@ def _make_reference(config: Config, model: Model) -> tuple[Denoiser | None, str]
 def _make_policy(config: Config, denoiser: Denoiser) -> list[BaseTunerLayer]:
     """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights."""
     low_rank = config.lora
-    denoiser.train(low_rank.lora_dropout > 0)
+    denoiser.eval()  # no dropout of the network's own; that of adapters is keyed
     if not low_rank.lora:
         denoiser.requires_grad_(True)
         return []

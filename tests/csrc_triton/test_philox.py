@@ -88,8 +88,9 @@ def test_streams_are_frozen():
         "SPLIT",
         "ROUNDING",
         "LABEL",
+        "ADAPTER",
     ]
-    assert [Stream(i).name for i in range(11)] == names
+    assert [stream.name for stream in Stream] == names and list(Stream) == list(range(len(names)))
 
 
 def test_independent_of_batch_and_global_generator():

@@ -39,6 +39,29 @@ def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, m
         assert torch.allclose(other_table, table, atol=tolerance)
 
 
+def test_dropout_inside_adapters_is_keyed(world, tmp_path):
+    """Neither the cut nor recomputation nor what was drawn from the global generator changes it; evaluation is whole."""
+    results = []
+    for name, flags in {
+        "whole": ["--batch-size", "4"],
+        "cut": ["--batch-size", "2", "--accumulation", "2"],
+        "recomputed": ["--batch-size", "4", "--checkpointing", "on"],
+    }.items():
+        flags = [*flags, "--precision", "fp64", "--learning-rate", "1e-3", "--eps", "1e-4", "--lora"]
+        run = make_run(world("sd15"), world("pairs"), tmp_path / name, *flags, "--lora-dropout", "0.3")
+        torch.rand(len(results))
+        advance(run, 2)
+        results.append(weights(run))
+    for found in results[1:]:
+        assert max((found[name] - results[0][name]).abs().max().item() for name in found) < 1e-12
+    inputs = run.encoder.inputs(next(run.batches()))
+    with torch.no_grad():
+        (first, _), (second, _) = (run.step.errors(inputs, run.correction()) for _ in range(2))
+    trained, _ = run.step.errors(inputs, run.correction())
+    assert torch.equal(first.errors, second.errors) and not torch.equal(first.errors[:2], trained.errors[:2])
+    assert torch.equal(first.errors[2:4], trained.errors[2:4]), "the reference has no dropout"
+
+
 class Synchronisations(TorchDispatchMode):
     """Counts operations that bring a value of the device to the host."""
 
@@ -55,7 +78,8 @@ class Synchronisations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "kind, flags", [("sd15", ["--method", "dde"]), ("sdxl", ["--lora"]), ("sd2v", ["--method", "sft"])]
+    "kind, flags",
+    [("sd15", ["--method", "dde"]), ("sdxl", ["--lora", "--lora-dropout", "0.1"]), ("sd2v", ["--method", "sft"])],
 )
 def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, kind, flags):
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2", *flags)

@@ -20,6 +20,7 @@ from tests.help.running import advance, everything, make_run
 RUNS = {
     "full": [],
     "lora": ["--lora", "--learning-rate", "1e-3"],
+    "lora with dropout": ["--lora", "--lora-dropout", "0.3", "--learning-rate", "1e-3"],
     "8-bit": ["--optimizer", "adamw8bit"],
     "8-bit of bitsandbytes": ["--optimizer", "bnb-adamw8bit"],
     "bf16 weights, rounded stochastically": ["--precision", "bf16-pure", "--learning-rate", "1e-4"],

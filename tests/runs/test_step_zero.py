@@ -13,6 +13,7 @@ from tests.help.running import make_run
 PATHS = {
     "full": [],
     "lora": ["--lora"],
+    "lora with dropout": ["--lora", "--lora-dropout", "0.5"],
     "bf16 autocast": ["--precision", "bf16"],
     "bf16 autocast, lora": ["--precision", "bf16", "--lora"],
     "bf16 weights": ["--precision", "bf16-pure"],

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dpo.common.errors import UserError
 from dpo.models import lora
+from dpo.models.dropout import masks_of
 from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.save import save_lora
@@ -129,11 +130,12 @@ def test_metadata_is_readable_without_peft(models, tmp_path):
     assert "lora_alpha" in text and str(Path.home()) not in text
 
 
-def test_dropout_is_off_in_evaluation(models):
+def test_dropout_is_keyed_and_each_layer_has_its_own(models):
     unet = copy.deepcopy(models["sd15"].denoiser)
-    lora.add(unet, rank=4, alpha=4, target_modules=TARGETS, dropout=0.5, seed=0)
-    train(unet)
-    unet.eval()
-    assert torch.equal(run(unet, None), run(unet, None))
-    unet.train()
-    assert not torch.equal(run(unet, None), run(unet, None))
+    layers = lora.add(unet, rank=4, alpha=4, target_modules=TARGETS, dropout=0.5, seed=0)
+    inside = [layer.lora_dropout["default"] for layer in layers]
+    assert [module.layer for module in inside] == list(range(len(layers))) and not any(
+        isinstance(module, torch.nn.Dropout) for layer in layers for module in layer.modules()
+    )
+    assert {id(module.masks) for module in inside} == {id(masks_of(layers))}
+    assert masks_of(adapted(models["sd15"])[1]) is None, "without dropout there is nothing to set"
