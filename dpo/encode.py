@@ -53,13 +53,19 @@ class Encoder:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w] in its dtype, unscaled."""
+        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w] in its dtype, unscaled.
+
+        Pixels are scaled to [-1, 1] in fp32 or wider and rounded once: in bf16 the division and the difference would
+        round too, always the same way, by an eighth of a grey level on average.
+        """
         vae = self.model.vae
         self._place([vae], busy=True)
+        dtype = self._dtype(vae)
+        wide = torch.promote_types(dtype, torch.float32)
         means, stds = [], []
         for part in pixels.split(self.vae_batch):
-            x = part.to(self.device, non_blocking=True).to(self._dtype(vae)) / 127.5 - 1
-            posterior = vae.encode(x).latent_dist
+            x = part.to(self.device, non_blocking=True).to(wide) / 127.5 - 1
+            posterior = vae.encode(x.to(dtype)).latent_dist
             means.append(posterior.mean)
             stds.append(posterior.std)
         self._place([vae], busy=False)

@@ -19,6 +19,8 @@ from dpo.methods import METHODS, SHAPES, readers
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
 
+SEEDS = 2**32  # the counter of keyed numbers has 32 bits for the seed (csrc_triton/philox.py)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -215,7 +217,13 @@ class Optim:
         0, "updates of linear warm-up", unit="updates", low=0, aliases=("lr_warmup_steps",), resume="said"
     )
     adam_beta1: float = option(0.9, "decay of the gradient's mean", low=0.0, high=0.99999, resume="said")
-    adam_beta2: float = option(0.999, "decay of the squared gradient's mean", low=0.0, high=0.99999, resume="said")
+    adam_beta2: float | None = option(
+        None,
+        "decay of the squared gradient's mean; none: 0.999, or Lion's 0.99 with lion8bit",
+        low=0.0,
+        high=0.99999,
+        resume="said",
+    )
     eps: float = option(1e-8, "Adam's denominator offset", above=0.0, aliases=("adam_epsilon",), resume="said")
     weight_decay: float = option(1e-2, "decoupled weight decay", low=0.0, aliases=("adam_weight_decay",), resume="said")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: no clipping", low=0.0, resume="said")
@@ -223,7 +231,8 @@ class Optim:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """Adam's two decays."""
+        """The optimizer's two decays."""
+        assert self.adam_beta2 is not None, "decided when the model was loaded"
         return self.adam_beta1, self.adam_beta2
 
     @property
@@ -236,7 +245,7 @@ class Optim:
 class Runtime:
     """Speed, memory and precision"""
 
-    seed: int = option(0, "seed of everything random in the run", low=0, high=2**63 - 1)
+    seed: int = option(0, "seed of everything random in the run", low=0, high=SEEDS - 1)
     device: str = option("auto", "auto: the GPU when there is one; else cuda, cuda:N or cpu", resume="said")
     precision: str = option(
         "auto",
@@ -378,6 +387,14 @@ def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Conf
     config = Config(**{group: cls(**_of_group(group, values)) for group, cls in groups().items()})
     validate(config)
     return config
+
+
+def of_before(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings of a run of this or an earlier version, as they are allowed now.
+
+    Seeds were once allowed to 2^63; every number that a run drew was that of the remainder.
+    """
+    return {**settings, "seed": settings.get("seed", 0) % SEEDS}
 
 
 def change(config: Config, **values: Any) -> Config:

@@ -93,7 +93,7 @@ def allowed(spec: Spec) -> str:
         return "one of " + ", ".join(spec.meta["choices"])
     words = _WORDS[spec.kind] + (f" ({spec.meta['unit']})" if spec.meta["unit"] else "")
     phrases = (("low", "at least"), ("above", "above"), ("high", "at most"))
-    bounds = [f"{phrase} {spec.meta[key]:g}" for key, phrase in phrases if spec.meta[key] is not None]
+    bounds = [f"{phrase} {brief(spec.meta[key])}" for key, phrase in phrases if spec.meta[key] is not None]
     return " ".join(filter(None, ["expected", words, " and ".join(bounds), "or none" if spec.optional else ""]))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.settings import compat
-from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, specs, to_toml
+from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, of_before, specs, to_toml
 from dpo.settings.fields import NOTHING, Spec, brief, coerce, nearest
 from dpo.settings.rules import without_effect
 
@@ -114,9 +114,8 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
     for file in (folder / "config.toml" for folder in folders):
         if file.is_file():
             notes.append(f"settings of the run that is continued: {file}")
-            saved = flat_settings(load_config(str(file), flag="settings of the run to continue,")) | {
-                "output": str(file.parent)
-            }  # the folder may have moved
+            saved = of_before(flat_settings(load_config(str(file), flag="settings of the run to continue,")))
+            saved |= {"output": str(file.parent)}  # the folder may have moved
             return {name: value for name, value in saved.items() if name != "device"}
     if resume != "latest" or changes.get("output"):
         raise UserError(

@@ -12,6 +12,7 @@ from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten
 from dpo.settings.fields import brief
 
+ADAM_BETA2, LION_BETA2 = 0.999, 0.99  # torch's default, and that of Lion (Chen et al. 2023)
 STEPS = 2000  # updates when neither steps nor epochs is given
 
 
@@ -102,10 +103,13 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
     if runtime.kernels == "triton" and not gpu:
         raise UserError("kernels = triton needs a GPU: use --kernels torch or auto")
     optimizer = "adamw8bit" if precision == "bf16-pure" or (gpu and precision != "fp64") else "adamw"
+    optimizer = optimizer if config.optim.optimizer == "auto" else config.optim.optimizer
+    own_beta2 = LION_BETA2 if optimizer == "lion8bit" else ADAM_BETA2
     encoded = config.data.data_format == "store"
     return {
         "precision": precision,
-        "optimizer": optimizer if config.optim.optimizer == "auto" else config.optim.optimizer,
+        "optimizer": optimizer,
+        "adam_beta2": own_beta2 if config.optim.adam_beta2 is None else config.optim.adam_beta2,
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
         "kernels": ("triton" if gpu and find_spec("triton") else "torch")
         if runtime.kernels == "auto"
@@ -126,6 +130,8 @@ def _notes(asked: Config, decided: Config) -> list[str]:
     notes = [f"decided: {', '.join(chosen)}"] if chosen else []
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
+    if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
+        notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
     if decided.model.timesteps == "turbo":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(

@@ -86,6 +86,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (not v.lora, ADAPTER, "without --lora"),
         (unread, unread, f"with method {v.method}"),
         (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),
+        (v.optimizer == "lion8bit", ("eps",), "with --optimizer lion8bit"),
         (v.steps is not None, ("epochs",), "because --steps is given"),
         (not v.push_to_hub, ("hub_id",), "without --push-to-hub"),
     ]

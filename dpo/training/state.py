@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings import rules
-from dpo.settings.config import Config, flatten, from_mapping, specs
+from dpo.settings.config import Config, flatten, from_mapping, of_before, specs
 from dpo.training import checkpoint
 from dpo.training.run import Run
 
@@ -43,7 +43,7 @@ def snapshot(run: Run) -> Path:
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
     """Logs which settings changed since the checkpoint. Raises UserError for changes that would make it another run."""
-    before = from_mapping(saved.state["config"])
+    before = from_mapping(of_before(saved.state["config"]))
     allowed, refused = rules.resume_changes(flatten(before), flatten(config), specs())
     if refused:
         raise UserError(

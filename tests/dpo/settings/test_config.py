@@ -7,9 +7,22 @@ import sys
 import tomllib
 
 import pytest
+import torch
 
+from csrc_triton.philox import Stream, random_bits
 from dpo.common.errors import UserError
-from dpo.settings.config import Config, change, flatten, from_mapping, groups, specs, to_toml, validate
+from dpo.settings.config import (
+    SEEDS,
+    Config,
+    change,
+    flatten,
+    from_mapping,
+    groups,
+    of_before,
+    specs,
+    to_toml,
+    validate,
+)
 from dpo.settings.fields import coerce
 
 PAIRED = {"model": "m", "data": "d"}
@@ -99,12 +112,22 @@ def test_toml_is_grouped_and_explains_itself():
         ({"sample_seeds": 3}, "expected a list"),
         ({"sample_seeds": [1, "x"]}, "whole number"),
         ({"caption_dropout": 1.5}, "at most 1"),
+        ({"seed": 2**32}, "seed = 4294967296: expected a whole number at least 0 and at most 4294967295"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(mapping, words):
     with pytest.raises(UserError) as caught:
         from_mapping(mapping)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_seeds_are_those_that_keyed_numbers_tell_apart():
+    """The counter of a keyed number has 32 bits of the seed; a larger one would give the run of its remainder."""
+    assert from_mapping({"seed": SEEDS - 1}).runtime.seed == 2**32 - 1
+    keys, draws = torch.tensor([5]), torch.tensor([0])
+    bits = [random_bits(keys, draws, Stream.NOISE, seed, 4) for seed in (7, SEEDS + 7, SEEDS - 1)]
+    assert torch.equal(bits[0], bits[1]) and not torch.equal(bits[0], bits[2])
+    assert of_before({"seed": SEEDS + 7, "steps": 3}) == {"seed": 7, "steps": 3}, "a run of before goes on"
 
 
 def test_a_config_built_in_python_is_checked_too():

@@ -70,6 +70,14 @@ def test_a_prediction_type_that_is_asked_for_beats_the_models():
     assert (cfg.model.prediction_type, cfg.method.beta) == ("v_prediction", 2000.0)
 
 
+def test_lion_has_its_own_betas_unless_they_are_given():
+    cfg, notes = decide({"optimizer": "lion8bit"})
+    assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)
+    for values in ({"optimizer": "lion8bit", "adam_beta2": 0.999}, {"optimizer": "adamw"}, {}):
+        cfg, notes = decide(values)
+        assert cfg.optim.betas == (0.9, 0.999) and not any("lion8bit" in note for note in notes)
+
+
 def test_what_is_said_of_turbo_s_last_timestep_is_what_is_done():
     assert "at 999 both images are the same noise" in decide(turbo=True, **SDXL)[1][-1]
     for values in ({"zero_snr": "off"}, {"prediction_type": "v_prediction"}):
