@@ -88,6 +88,11 @@ class CorrectionTable:
         blank = precision.new_zeros(int(entries[timesteps].max()) + 1)
         return cls(blank, torch.ones_like(blank), entries, precision, rho)
 
+    def size(self) -> tuple[int, int]:
+        """The number of entries, and of the timesteps that have one."""
+        count = self.average.numel()
+        return count, int((self.entries < count).sum())
+
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds."""
         return {"correction": self.average} | (

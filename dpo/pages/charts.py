@@ -372,7 +372,8 @@ CATALOGUE = [
         "table",
         "dde",
         "Stepwise table M",
-        "The remembered difference between preferred and other image at each timestep; below 0 the preferred one is favoured.",
+        "The remembered difference between preferred and other image at each timestep; below 0 the preferred one is favoured. "
+        "With fewer pairs an update than timesteps, neighbours share a value.",
         _has_tables,
         _table,
     ),

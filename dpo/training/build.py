@@ -118,6 +118,8 @@ def build(config: Config, notes: list[str]) -> Run:
             )
     elif errors is not None and twin is None:
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
+    if METHODS[config.method.method].correction:
+        log.info("correction table: %d entries for %d timesteps", *run.table.size())
     return run
 
 

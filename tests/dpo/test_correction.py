@@ -202,7 +202,7 @@ def test_only_timesteps_that_are_drawn_share():
     table = fresh(0.95, 2, window)
     table.gather(*sums_of(torch.tensor([200]), torch.tensor([-1.0], dtype=torch.float64)))
     table.commit()
-    assert table.table.nonzero().flatten().tolist() == list(range(200, 244))
+    assert table.table.nonzero().flatten().tolist() == list(range(200, 244)) and table.size() == (3, 130)
 
     turbo = from_scheduler(SD15, turbo=True)
     few = usable_timesteps(turbo)

@@ -323,6 +323,11 @@ def test_dde_with_full_memory_is_single_shot():
         assert torch.equal(corrected, plain) is same
 
 
+def test_kappa_scales_the_correction_alone():
+    whole, half = tables("dde", sd_schedule()), tables("dde", sd_schedule(), kappa=0.5)
+    assert torch.equal(half.weight, whole.weight) and torch.equal(half.precision, 0.5 * whole.precision)
+
+
 def test_only_the_methods_with_a_correction_have_step_precisions():
     for name, spec in METHODS.items():
         table = tables(name, sd_schedule())

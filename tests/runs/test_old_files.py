@@ -115,6 +115,8 @@ def test_an_old_run_goes_on_as_it_would_have(old, capsys):
     said = command(capsys, *RESUMED)
     assert said.code == 0 and said.errors == []
     assert any("resumed" in line and "2 updates done, 8 pairs seen" in line for line in said.log)
+    assert any("its correction table goes on as it began, one entry a timestep" in line for line in said.log)
+    assert any("correction table: 1000 entries for 1000 timesteps" in line for line in said.log)
     check_figures(old, "lora", [3, 4])
 
 
