@@ -2,6 +2,7 @@
 
 family.py what the trainer must know of an architecture; sd.py, sdxl.py a family each | hub.py a name -> a place on disk
 load.py a diffusers folder; single_file.py a single checkpoint file; parts.py one module
+weights.py the weights of one network in a file of any layout
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
 kernels.py the fused kernels in a UNet | lora.py adapters | pipeline.py a diffusers pipeline, for sampling and saving
 save.py the result | fingerprint.py identities | text.py captions to tokens
