@@ -111,6 +111,7 @@ class Family:
     single_file_key: str  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     vae_overflows_in_fp16: bool = False
+    kohya_name: Callable[[str, Denoiser], str] = lambda name, denoiser: name  # of a layer, in sd-scripts' LoRA files
 
     def denoise(self, module: nn.Module) -> Denoise:
         """`module` (the denoiser, compiled or not) behind the call that all families share."""
