@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -46,6 +46,25 @@ def merge_into(denoiser: nn.Module, adapter: Adapter) -> None:
         weight.copy_(weight.to(wide) + added)
 
 
+def even(adapter: Adapter) -> Adapter:
+    """The same additions with one rank and one alpha for all layers: as they are where they have, else widened."""
+    if len({(factors.rank, factors.alpha) for factors in adapter.values()}) == 1:
+        return adapter
+    rank = max(factors.rank for factors in adapter.values())
+    return {name: factors.widened(rank) for name, factors in adapter.items()}
+
+
+def endings(layers: Collection[str], modules: Collection[str]) -> tuple[str, ...]:
+    """The shortest ends of names, such as "to_q", that all of `layers` and no other of `modules` have."""
+    others = {end for module in modules if module not in layers for end in _ends(module)}
+    return tuple(dict.fromkeys(next(end for end in _ends(layer) if end not in others) for layer in layers))
+
+
+def _ends(name: str) -> list[str]:
+    words = name.split(".")
+    return [".".join(words[first:]) for first in reversed(range(len(words)))]
+
+
 def joined(first: Adapter, second: Adapter) -> Adapter:
     """One adapter that adds what both add. Every layer has the same rank, the largest sum of the two.
 
@@ -56,8 +75,7 @@ def joined(first: Adapter, second: Adapter) -> Adapter:
         parts = [adapter[name].baked() for adapter in (first, second) if name in adapter]
         down, up = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
         both[name] = Factors(down, up, float(len(down)))
-    rank = max(factors.rank for factors in both.values())
-    return {name: factors.widened(rank) for name, factors in both.items()}
+    return even(both)
 
 
 def peft(adapter: Adapter) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+    from dpo.models.adapter import Adapter
+
     class Denoiser(UNet2DConditionModel):
         """The network that is trained. A family whose network is of another class widens this type."""
 
@@ -77,6 +79,7 @@ class Model:
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
+    merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
 
     @property
     def prediction_type(self) -> str:

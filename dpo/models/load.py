@@ -18,7 +18,7 @@ from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import component, is_turbo, other_vae
+from dpo.models.parts import component, is_turbo, other_vae, variants
 from dpo.models.single_file import load_single_file
 from dpo.models.weights import UNET, fill, load_file_into
 
@@ -84,6 +84,8 @@ def load(
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
         return load_single_file(place, family, single_file_config, vae)
+    if variant and not any(variant in variants(part) for part in place.iterdir()):
+        raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
     scheduler_config = _scheduler_config(place)

@@ -56,6 +56,16 @@ def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
+@torch.no_grad()
+def begin_as(denoiser: Denoiser, adapter: Adapter) -> None:
+    """Gives the adapter on `denoiser` the weights of `adapter`, which has its layers, rank and alpha."""
+    for name, factors in adapter.items():
+        layer = denoiser.get_submodule(name)
+        for part, value in (("lora_A", factors.down), ("lora_B", factors.up)):
+            weight = layer.get_submodule(part).get_parameter("default.weight")
+            weight.copy_(value)
+
+
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
     """Inside the block the adapters are off.

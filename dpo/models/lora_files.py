@@ -63,15 +63,23 @@ def _choice(source: str, names: list[str]) -> str:
 
 def _downloaded(source: str, cache_dir: str | None) -> Path:
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
 
-    def fetch(name: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(source, name, cache_dir=cache_dir))
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(huggingface_hub.hf_hub_download(source, name, cache_dir=cache_dir))
+        except EntryNotFoundError:  # offline too, where the cache has none
+            return None
 
     try:
-        names = [name for name in huggingface_hub.list_repo_files(source) if "/" not in name]
-        if PEFT_CONFIG in names:
+        found = fetch(USUAL[0])
+        if found is None and (found := fetch(USUAL[1])) is not None:
             fetch(PEFT_CONFIG)
-        return fetch(_choice(source, names))
+        if found is None:
+            names = [name for name in huggingface_hub.list_repo_files(source) if "/" not in name]
+            found = fetch(_choice(source, names))
+        assert found is not None, "its repository lists it"
+        return found
     except UserError:
         raise
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing

@@ -33,7 +33,7 @@ def is_turbo(source: str, scheduler_config: dict) -> bool:
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model((?:\.\w+)?)(?:-\d+-of-\d+)?((?:\.\w+)?)\.safetensors")
 
 
-def _variants(place: Path) -> set[str]:
+def variants(place: Path) -> set[str]:
     """The variants of the weight files in a folder; "" for plain ones."""
     found = (WEIGHTS.fullmatch(path.name) for path in place.glob("*.safetensors"))
     return {(match[1] or match[2]).removeprefix(".") for match in found if match}
@@ -44,7 +44,7 @@ def _present(place: Path, variant: str | None) -> str | None:
 
     So a folder where only some components come in half precision loads whole, as it does in diffusers.
     """
-    found = _variants(place)
+    found = variants(place)
     if not found or (variant or "") in found or not ("" in found or len(found) == 1 or "fp16" in found):
         return variant
     taken = "" if "" in found else "fp16" if "fp16" in found else next(iter(found))
@@ -54,7 +54,7 @@ def _present(place: Path, variant: str | None) -> str | None:
 
 def _advice(place: Path) -> str:
     """The end of the message on a module that cannot be loaded from `place`: what to do, by the files that it has."""
-    found = _variants(place)
+    found = variants(place)
     if found and "" not in found and len(found) > 1:
         return f"; it has weights of the variants {', '.join(sorted(found))}: name one with --variant"
     if found or (place.is_dir() and not any(place.glob("*.bin"))):

@@ -40,6 +40,9 @@ class Model:
     unet_init: str | None = option(
         None, "start the policy from this UNet (folder, hub id or .safetensors file), as in SFT before DPO"
     )
+    lora_init: str | None = option(
+        None, "start the policy from this LoRA (.safetensors file, folder or hub id), as in SFT by adapters before DPO"
+    )
     reference_model: str = option(
         "init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base")
     )

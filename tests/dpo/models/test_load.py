@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.models.load import load, load_weights_into
-from dpo.models.parts import _variants
+from dpo.models.parts import variants
 from tests.help.ldm import weights_of, write_single_file
 from tests.help.loading import refused
 from tests.help.worlds import KINDS, make_pipeline
@@ -59,13 +59,12 @@ HALVES = {
     "all": ("unet", "vae", "text_encoder"),
     "unet": ("unet",),
     "text encoder": ("text_encoder",),
-    "none": (),
 }
 
 
 @pytest.mark.parametrize("asked", ["fp16", None])
 @pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
-def test_half_precision_variants_and_mixtures_with_plain_files(pipelines, broken, caplog, asked, halves):
+def test_half_precisionvariants_and_mixtures_with_plain_files(pipelines, broken, caplog, asked, halves):
     for name in halves:
         halved(broken / name)
     with caplog.at_level("INFO", "dpo"):
@@ -86,6 +85,8 @@ def test_a_variant_that_is_there_is_taken_and_a_choice_is_the_users(broken):
     save_file({key: value + 1 for key, value in plain.items()}, path.with_name(f"{path.stem}.fp16.safetensors"))
     assert torch.equal(load(str(broken)).denoiser.conv_in.bias, plain["conv_in.bias"])
     assert torch.equal(load(str(broken), variant="fp16").denoiser.conv_in.bias, plain["conv_in.bias"] + 1)
+    message = refused(str(broken), variant="fp61")
+    assert "cannot load variant fp61 of" in message and "leave out --variant" in message
     path.rename(path.with_name(f"{path.stem}.ema.safetensors"))
     path.with_name(f"{path.stem}.fp16.safetensors").rename(path.with_name(f"{path.stem}.bf16.safetensors"))
     assert "variants bf16, ema: name one with --variant" in refused(str(broken))
@@ -93,7 +94,7 @@ def test_a_variant_that_is_there_is_taken_and_a_choice_is_the_users(broken):
 
 
 @pytest.mark.parametrize(
-    ("names", "variants"),
+    ("names", "found"),
     [
         (["diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors", "config.json"], {""}),
         (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"], {"fp16"}),
@@ -101,10 +102,10 @@ def test_a_variant_that_is_there_is_taken_and_a_choice_is_the_users(broken):
         (["diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin"], {"non_ema"}),
     ],
 )
-def test_variants_by_their_files(tmp_path, names, variants):
+def test_variants_by_their_files(tmp_path, names, found):
     for name in names:
         (tmp_path / name).touch()
-    assert _variants(tmp_path) == variants
+    assert variants(tmp_path) == found
 
 
 @pytest.mark.parametrize("whole", [True, False])

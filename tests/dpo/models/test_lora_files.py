@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -191,6 +192,32 @@ def test_files_that_are_no_lora_of_this_model(models, pipelines, tmp_path):
 def test_adapters_of_another_kind(models, tmp_path, name, kind):
     save_file({name: torch.zeros(2, 2)}, tmp_path / "a.safetensors")
     assert kind in refused(tmp_path / "a.safetensors", models["sd15"])
+
+
+@pytest.mark.parametrize(
+    ("held", "fetched"),
+    [
+        ([FILE, "other.safetensors"], [FILE]),
+        (["adapter_config.json", "adapter_model.safetensors"], ["adapter_model.safetensors", "adapter_config.json"]),
+        (["README.md", "style.safetensors", "old/style.safetensors"], ["style.safetensors"]),
+    ],
+)
+def test_a_lora_on_the_hub(tmp_path, monkeypatch, held, fetched):
+    got = []
+
+    def download(repository, name, cache_dir):
+        assert (repository, cache_dir) == ("owner/lora", "kept")
+        if name not in held:
+            raise huggingface_hub.errors.EntryNotFoundError("no such file")
+        got.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: held)
+    assert lora_files.locate("owner/lora", "kept") == tmp_path / fetched[0] and got == fetched
+    with pytest.raises(UserError, match="holds no .safetensors file"):
+        held[:] = ["README.md"]
+        lora_files.locate("owner/lora", "kept")
 
 
 def test_which_file_is_meant(tmp_path):
