@@ -77,7 +77,8 @@ def _title(run: RunFolder) -> str:
 
 
 def _introduction(run: RunFolder) -> str:
-    what = f"A LoRA adapter of rank {run.setting('rank')} for" if run.lora else "A fine-tuned copy of"
+    rank = "" if run.setting("lora_init") else f" of rank {run.setting('rank')}"  # that of both where one was merged
+    what = f"A LoRA adapter{rank} for" if run.lora else "A fine-tuned copy of"
     data = run.setting("data") or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
     state = (
