@@ -2,9 +2,11 @@
 
 family.py what the trainer must know of an architecture; sd.py, sdxl.py a family each | hub.py a name -> a place on disk
 load.py a diffusers folder; single_file.py a single checkpoint file; parts.py one module
+weights.py the weights of one network in a file of any layout
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
-kernels.py the fused kernels in a UNet | lora.py adapters; dropout.py dropout inside them
-pipeline.py a diffusers pipeline, for sampling and saving
+kernels.py the fused kernels in a UNet | pipeline.py a diffusers pipeline, for sampling and saving
+lora.py adapters in a denoiser; adapter.py the tensors of one; lora_files.py those of other tools, read; dropout.py
+dropout inside them
 save.py the result | fingerprint.py identities | text.py captions to tokens
 
 To add a family: write a file beside sd.py that makes a `Family`, and name it in family.py.

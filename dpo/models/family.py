@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+    from dpo.models.adapter import Adapter
+
     class Denoiser(UNet2DConditionModel):
         """The network that is trained. A family whose network is of another class widens this type."""
 
@@ -77,6 +79,7 @@ class Model:
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
+    merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
 
     @property
     def prediction_type(self) -> str:
@@ -111,6 +114,7 @@ class Family:
     single_file_key: str  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     vae_overflows_in_fp16: bool = False
+    kohya_name: Callable[[str, Denoiser], str] = lambda name, denoiser: name  # of a layer, in sd-scripts' LoRA files
 
     def denoise(self, module: nn.Module) -> Denoise:
         """`module` (the denoiser, compiled or not) behind the call that all families share."""

@@ -42,6 +42,8 @@ def locate(
 
 
 def check_part(flag: str, source: str | None) -> None:
-    """Raises UserError when `source`, which `flag` named, is neither on disk nor looks like a hub id."""
-    if source and not Path(source).expanduser().exists() and not is_hub_id(source):
+    """Raises UserError when `source`, which `flag` named, is no safetensors file, no folder and not like a hub id."""
+    if source and (path := Path(source).expanduser()).is_file() and path.suffix != ".safetensors":
+        raise UserError(f"{flag} {source} is not a .safetensors file; convert the weights to safetensors first")
+    if source and not path.exists() and not is_hub_id(source):
         raise UserError(f"{flag} {source}: no such folder or file, and not a hub id (owner/name)")

@@ -18,8 +18,9 @@ from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import component, is_turbo, vae_subfolder
+from dpo.models.parts import component, is_turbo, other_vae, variants
 from dpo.models.single_file import load_single_file
+from dpo.models.weights import UNET, fill, load_file_into
 
 log = logging.getLogger("dpo")
 
@@ -72,8 +73,8 @@ def load(
 ) -> Model:
     """Loads every component on the CPU in fp32, frozen, in eval mode.
 
-    model: a diffusers folder, hub id or .safetensors file; vae: another VAE; single_file_config: a diffusers folder
-    that describes a single file. Raises UserError for what cannot be found, read or recognised.
+    model: a diffusers folder, hub id or .safetensors file; vae: another VAE, a folder, hub id or .safetensors file;
+    single_file_config: a diffusers folder that describes a single file. Raises UserError for what cannot be found, read or recognised.
     """
     import transformers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -83,16 +84,17 @@ def load(
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
         return load_single_file(place, family, single_file_config, vae)
+    if variant and not any(variant in variants(part) for part in place.iterdir()):
+        raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
     scheduler_config = _scheduler_config(place)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     encoders = [component(getattr(transformers, cls), place, name, variant) for name, cls in kind.text_encoders]
-    vae_folder, vae_sub = (vae, vae_subfolder(vae)) if vae else (place, "vae")
     return Model(
         family=kind,
         denoiser=component(UNet2DConditionModel, place, kind.denoiser, variant),
-        vae=component(AutoencoderKL, vae_folder, vae_sub, None if vae else variant),
+        vae=other_vae(vae, place / "vae") if vae else component(AutoencoderKL, place, "vae", variant),
         text_encoders=encoders,
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
@@ -126,29 +128,18 @@ def _tokenizer(folder: Path, name: str) -> Any:
 def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None = None) -> None:
     """Puts the weights of `source` into `denoiser`, in place.
 
-    source: a UNet folder, pipeline folder, UNet .safetensors file or hub id. Raises UserError when there are no weights
-    or they do not fit.
+    source: a UNet folder, pipeline folder, hub id, or a .safetensors file: of a UNet in diffusers' or the original
+    layout, or a whole checkpoint. Raises UserError when there are no weights or they do not fit.
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from safetensors.torch import load_file
 
     path = Path(source).expanduser()
     if path.is_file():
-        try:
-            state = load_file(path)
-        except Exception as error:
-            raise UserError(f"{path} cannot be read as safetensors ({first_line(error)})") from error
-    else:
-        folder = path if (path / "config.json").is_file() or not is_hub_id(source) else source
-        if isinstance(folder, Path) and not folder.is_dir():
-            raise UserError(f"--unet-init {source}: no such folder or file")
-        nested = isinstance(folder, str) or (folder / "unet").is_dir()
-        state = component(UNet2DConditionModel, folder, "unet" if nested else None).state_dict()
-    own = denoiser.state_dict()
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    if wrong or len(state) != len(own):
-        example = wrong[0] if wrong else next(name for name in state if name not in own)
-        raise UserError(
-            f"--unet-init {source} is of another architecture than the model's UNet (first mismatch: {example})"
-        )
-    denoiser.load_state_dict(state)
+        load_file_into(denoiser, path, UNET, "--unet-init")
+        return
+    folder = path if (path / "config.json").is_file() or not is_hub_id(source) else source
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"--unet-init {source}: no such folder or file")
+    nested = isinstance(folder, str) or (folder / "unet").is_dir()
+    state = component(UNet2DConditionModel, folder, "unet" if nested else None).state_dict()
+    fill(denoiser, state, f"--unet-init {source}", UNET)

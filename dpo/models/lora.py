@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.errors import UserError
+from dpo.models.adapter import Adapter, Factors, joined, kohya, peft
 from dpo.models.dropout import make_keyed
 from dpo.models.family import Denoiser, Family
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
-
-FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def add(
@@ -26,7 +25,8 @@ def add(
     """Puts a fresh adapter on `denoiser` and returns its layers.
 
     The adapter's weights are fp32 (float64 in a float64 denoiser) and a pure function of `seed`; the second factor is
-    0, so the adapter changes nothing yet. `dropout` is keyed: see dropout.py. Raises UserError when no layer matches `target_modules`.
+    0, so the adapter changes nothing yet. `dropout` is keyed: see dropout.py. Raises UserError when no layer matches
+    `target_modules`.
     """
     from peft import LoraConfig
 
@@ -60,6 +60,16 @@ def adapter_layers(denoiser: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
+@torch.no_grad()
+def begin_as(denoiser: Denoiser, adapter: Adapter) -> None:
+    """Gives the adapter on `denoiser` the weights of `adapter`, which has its layers, rank and alpha."""
+    for name, factors in adapter.items():
+        layer = denoiser.get_submodule(name)
+        for part, value in (("lora_A", factors.down), ("lora_B", factors.up)):
+            weight = layer.get_submodule(part).get_parameter("default.weight")
+            weight.copy_(value)
+
+
 @contextmanager
 def adapters_off(layers: list[BaseTunerLayer]) -> Iterator[None]:
     """Inside the block the adapters are off.
@@ -82,31 +92,33 @@ def state(denoiser: Denoiser) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
 
 
-def kohya(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """peft's names -> the layout of kohya's tools: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight`, `.alpha`."""
-    renamed = {}
-    for name, value in weights.items():
-        module, _, factor = name.removesuffix(".weight").rpartition(".")
-        prefix = "lora_unet_" + module.replace(".", "_")
-        renamed[f"{prefix}.{FACTORS[factor]}.weight"] = value
-        renamed[f"{prefix}.alpha"] = torch.tensor(float(alpha))
-    return renamed
+def adapter_of(denoiser: Denoiser) -> Adapter:
+    """The adapter on `denoiser` as plain tensors on the CPU."""
+    weights = state(denoiser)
+    alpha = float(denoiser.peft_config["default"].lora_alpha)
+    names = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+    return {name: Factors(weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"], alpha) for name in names}
 
 
-def save(denoiser: Denoiser, family: Family, folder: Path, layout: str = "diffusers") -> None:
+def save(
+    denoiser: Denoiser, family: Family, folder: Path, layout: str = "diffusers", merged: Adapter | None = None
+) -> None:
     """Writes the adapter so that a pipeline's `load_lora_weights(folder)` loads it.
 
-    Layout "kohya": kohya's key names.
+    Layout "kohya": the key names of kohya's sd-scripts. merged: a LoRA that was merged into the weights of `denoiser`;
+    the file then adds both, so that on the model's own weights it gives what was trained.
     """
     import diffusers
     from safetensors.torch import save_file
 
-    config = denoiser.peft_config["default"]
+    adapter = adapter_of(denoiser) if merged is None else joined(merged, adapter_of(denoiser))
     if layout == "kohya":
-        save_file(kohya(state(denoiser), config.lora_alpha), folder / "pytorch_lora_weights.safetensors")
+        named = kohya(adapter, lambda name: family.kohya_name(name, denoiser))
+        save_file(named, folder / "pytorch_lora_weights.safetensors")
         return
-    named = {
-        f"{family.denoiser}_lora_layers": state(denoiser),
-        f"{family.denoiser}_lora_adapter_metadata": config.to_dict(),
-    }
-    getattr(diffusers, family.pipeline).save_lora_weights(folder, safe_serialization=True, **named)
+    rank = next(iter(adapter.values())).rank
+    told = denoiser.peft_config["default"].to_dict() | {"r": rank, "lora_alpha": rank}
+    if merged is not None:
+        told["target_modules"] = list(adapter)
+    options = {f"{family.denoiser}_lora_layers": peft(adapter), f"{family.denoiser}_lora_adapter_metadata": told}
+    getattr(diffusers, family.pipeline).save_lora_weights(folder, safe_serialization=True, **options)

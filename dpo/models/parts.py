@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
+from dpo.models.weights import VAE, load_file_into
+
+if TYPE_CHECKING:
+    from dpo.models.family import Vae
+
+log = logging.getLogger("dpo")
 
 
 def is_turbo(source: str, scheduler_config: dict) -> bool:
@@ -21,13 +30,34 @@ def is_turbo(source: str, scheduler_config: dict) -> bool:
     return named or (euler and scheduler_config.get("timestep_spacing") == "trailing")
 
 
-def _advice(place: Path, variant: str | None) -> str:
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model((?:\.\w+)?)(?:-\d+-of-\d+)?((?:\.\w+)?)\.safetensors")
+
+
+def variants(place: Path) -> set[str]:
+    """The variants of the weight files in a folder; "" for plain ones."""
+    found = (WEIGHTS.fullmatch(path.name) for path in place.glob("*.safetensors"))
+    return {(match[1] or match[2]).removeprefix(".") for match in found if match}
+
+
+def _present(place: Path, variant: str | None) -> str | None:
+    """`variant` where the folder has its files (or no weights); else the plain files, or the only other variant, said.
+
+    So a folder where only some components come in half precision loads whole, as it does in diffusers.
+    """
+    found = variants(place)
+    if not found or (variant or "") in found or not ("" in found or len(found) == 1 or "fp16" in found):
+        return variant
+    taken = "" if "" in found else "fp16" if "fp16" in found else next(iter(found))
+    log.info("%s has no %s weights: its %s ones are read", place, variant or "plain", taken or "plain")
+    return taken or None
+
+
+def _advice(place: Path) -> str:
     """The end of the message on a module that cannot be loaded from `place`: what to do, by the files that it has."""
-    if variant is not None:
-        return f"; if it has no files of variant {variant}, leave out --variant"
-    if any(place.glob("*.fp16*.safetensors")):
-        return "; its weights are stored in half precision: use --variant fp16"
-    if any(place.glob("*.safetensors")) or (place.is_dir() and not any(place.glob("*.bin"))):
+    found = variants(place)
+    if found and "" not in found and len(found) > 1:
+        return f"; it has weights of the variants {', '.join(sorted(found))}: name one with --variant"
+    if found or (place.is_dir() and not any(place.glob("*.bin"))):
         return "; fetch the model again"
     return "; only safetensors are read: convert the weights" if place.is_dir() else ""
 
@@ -35,19 +65,19 @@ def _advice(place: Path, variant: str | None) -> str:
 def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> Any:
     """One module of a diffusers or transformers class, from safetensors, in fp32, frozen, in eval mode.
 
+    variant: of the weight files; where a local folder has none of it, its other files are read, and the log says so.
     Raises UserError when it cannot be loaded or lacks weights.
     """
-    options: dict[str, Any] = {"use_safetensors": True, "variant": variant, "local_files_only": Path(folder).is_dir()}
+    place = f"{folder}/{subfolder}" if subfolder else str(folder)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": Path(folder).is_dir()}
+    options["variant"] = _present(Path(place), variant)
     if subfolder:
         options["subfolder"] = subfolder
     options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
-    place = f"{folder}/{subfolder}" if subfolder else str(folder)
     try:
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
-        raise UserError(
-            f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place), variant)}"
-        ) from error
+        raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place))}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
         raise UserError(
             f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again"
@@ -55,6 +85,20 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     return module.requires_grad_(False).eval()
 
 
-def vae_subfolder(vae: str) -> str | None:
-    """ "vae" when the named folder is a whole pipeline, None when it is the VAE itself."""
-    return "vae" if (Path(vae) / "vae").is_dir() else None
+def other_vae(source: str, own: Path | Mapping[str, Any]) -> Vae:
+    """The VAE of --vae, in fp32, frozen, in eval mode: a folder or hub id, of itself or of a pipeline, or one file.
+
+    own: the config of the VAE that it replaces, or that VAE's folder; a file has none. Raises UserError.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    path = Path(source).expanduser()
+    if not path.is_file():
+        return component(AutoencoderKL, path if path.is_dir() else source, "vae" if (path / "vae").is_dir() else None)
+    try:
+        config = AutoencoderKL.load_config(str(own), local_files_only=True) if isinstance(own, Path) else own
+    except Exception as error:  # missing and damaged files come as several kinds
+        raise UserError(f"cannot load {own}: {first_line(error)}; fetch the model again") from error
+    vae = AutoencoderKL.from_config(config).requires_grad_(False).eval()
+    load_file_into(vae, path, VAE, "--vae")
+    return vae

@@ -50,9 +50,12 @@ def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
 
 
 def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> None:
-    """Writes the adapter of `denoiser` so that `load_lora_weights(folder)` loads it; `layout` as in `lora.save`."""
+    """Writes the adapter of `denoiser` so that `load_lora_weights(folder)` loads it; `layout` as in `lora.save`.
+
+    On the model's own weights it gives what was trained: it contains a LoRA that was merged into the denoiser.
+    """
     with _staged(folder) as part:
-        lora_layers.save(denoiser, model.family, part, layout)
+        lora_layers.save(denoiser, model.family, part, layout, model.merged)
 
 
 def detached(denoiser: Denoiser, weights: dict[str, Tensor] | None = None) -> Denoiser:

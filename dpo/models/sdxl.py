@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo.models.family import Family, Model, TextEncoding
+from dpo.models.family import Denoiser, Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
 
@@ -37,6 +38,43 @@ def pipeline_options(model: Model) -> dict[str, Any]:
     return {"add_watermarker": False, "force_zeros_for_empty_prompt": not model.turbo}
 
 
+PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
+STEM = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def kohya_name(name: str, denoiser: Denoiser) -> str:
+    """A layer's name in the original code of SDXL, whose UNet sd-scripts trains: flat lists of blocks.
+
+    A level of n resnets fills n + 1 places of `input_blocks` (the last one samples down) and, having n + 1 resnets,
+    as many of `output_blocks` (where the last one also samples up).
+    """
+    if (match := PLACE.fullmatch(name)) is None:
+        return STEM.get(name, name)
+    side, level, kind, number, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    layers = int(denoiser.config["layers_per_block"])
+    rest = RESNET.get(rest, rest) if kind == "resnets" else rest
+    if side == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{rest}"
+    at = level * (layers + 1) + (layers if kind.endswith("samplers") else number)
+    if kind == "downsamplers":
+        return f"input_blocks.{1 + at}.0.op"
+    inner = {"resnets": 0, "attentions": 1, "upsamplers": 2}[kind]
+    return f"input_blocks.{1 + at}.{inner}.{rest}" if side == "down_blocks" else f"output_blocks.{at}.{inner}.{rest}"
+
+
 FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
@@ -50,4 +88,5 @@ FAMILY = Family(
     pipeline_options=pipeline_options,
     single_file_key="conditioner.embedders.1.",
     vae_overflows_in_fp16=True,
+    kohya_name=kohya_name,
 )

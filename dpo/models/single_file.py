@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
-from dpo.models.parts import component, is_turbo, vae_subfolder
+from dpo.models.parts import is_turbo, other_vae
 
 
 def family_by_keys(names: set[str]) -> Family:
@@ -29,7 +29,6 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
     Raises UserError.
     """
     import diffusers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -53,7 +52,7 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
             "--single-file-config names a diffusers folder of the same architecture"
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
-    own_vae = component(AutoencoderKL, vae, vae_subfolder(vae)) if vae else pipe.vae
+    own_vae = other_vae(vae, pipe.vae.config) if vae else pipe.vae
     scheduler_config = dict(pipe.scheduler.config)
     return Model(
         family=kind,

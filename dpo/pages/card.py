@@ -19,7 +19,7 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 SETTINGS = (
     "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "window_low", "window_high", "learning_rate", "scheduler",
     "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
-    "caption_dropout", "precision",
+    "caption_dropout", "precision", "unet_init", "lora_init",
 )  # fmt: skip
 
 
@@ -77,7 +77,8 @@ def _title(run: RunFolder) -> str:
 
 
 def _introduction(run: RunFolder) -> str:
-    what = f"A LoRA adapter of rank {run.setting('rank')} for" if run.lora else "A fine-tuned copy of"
+    rank = "" if run.setting("lora_init") else f" of rank {run.setting('rank')}"  # that of both where one was merged
+    what = f"A LoRA adapter{rank} for" if run.lora else "A fine-tuned copy of"
     data = run.setting("data") or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
     state = (
@@ -85,7 +86,18 @@ def _introduction(run: RunFolder) -> str:
         if run.status == "finished"
         else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
     )
-    return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{state}"
+    return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{_started(run)}{state}"
+
+
+def _started(run: RunFolder) -> str:
+    """What the training began with, and what of it the saved result contains."""
+    sentences = ""
+    if unet := run.setting("unet_init"):
+        sentences += f" The training began with the UNet `{_code(unet)}`."
+    if adapter := run.setting("lora_init"):
+        whole = ", which is part of this adapter: do not load it as well" if run.lora else ""
+        sentences += f" The training began with the LoRA `{_code(adapter)}`{whole}."
+    return sentences
 
 
 def _pictures(run: RunFolder) -> str:
@@ -100,9 +112,14 @@ def _usage(run: RunFolder) -> str:
             "from diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
         )
+    unet = run.setting("unet_init")
+    begun = (
+        f"# first put the weights of {_code(unet)} into pipe.unet: the adapter was trained on them\n" if unet else ""
+    )
     return (
         "from diffusers import DiffusionPipeline\n\n"
         f"pipe = DiffusionPipeline.from_pretrained({json.dumps(run.model_name)})\n"
+        f"{begun}"
         'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
     )
 

@@ -33,10 +33,17 @@ class Model:
         resume="said",  # not refused: the fingerprint of the weights is compared instead
     )
     revision: str | None = option(None, "revision of the model on the hub", resume="said")
-    variant: str | None = option(None, "variant of the weight files, for example fp16", resume="said")
-    vae: str | None = option(None, "another VAE: folder or hub id", aliases=("pretrained_vae_model_name_or_path",))
+    variant: str | None = option(
+        None, "variant of the weight files, such as fp16; a part without it: its other files", resume="said"
+    )
+    vae: str | None = option(
+        None, "another VAE: folder, hub id or .safetensors file", aliases=("pretrained_vae_model_name_or_path",)
+    )
     unet_init: str | None = option(
-        None, "start the policy from this UNet (folder, hub id or file), as in SFT before DPO"
+        None, "start the policy from this UNet (folder, hub id or .safetensors file), as in SFT before DPO"
+    )
+    lora_init: str | None = option(
+        None, "start the policy from this LoRA (.safetensors file, folder or hub id), as in SFT by adapters before DPO"
     )
     reference_model: str = option(
         "init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base")

@@ -78,6 +78,14 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
     ]
 
 
+def lora_goes_on(lora: bool, lora_init: str | None, reference_model: str, method: str) -> bool:
+    """Whether the LoRA of --lora-init goes on as the run's adapter. Otherwise it is merged into the weights.
+
+    With adapters the reference is the UNet without them: it has the LoRA only where that is part of the weights.
+    """
+    return lora and lora_init is not None and (reference_model == "base" or not METHODS[method].reference)
+
+
 def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Mapping[str, Spec]) -> list[str]:
     """Messages on the settings in `given` that mean nothing beside the others in `values`."""
     v = SimpleNamespace(**values)
@@ -85,6 +93,11 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
     rules: list[tuple[object, Collection[str], str]] = [  # (whether it holds, settings then without effect, why)
         (not v.lora, ADAPTER, "without --lora"),
         (unread, unread, f"with method {v.method}"),
+        (
+            lora_goes_on(v.lora, v.lora_init, v.reference_model, v.method),
+            ("rank", "alpha", "target_modules"),
+            "because the adapter of --lora-init goes on",
+        ),
         (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),
         (v.optimizer == "lion8bit", ("eps",), "with --optimizer lion8bit"),
         (v.steps is not None, ("epochs",), "because --steps is given"),

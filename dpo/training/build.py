@@ -25,23 +25,24 @@ from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
-from dpo.models import lora
+from dpo.models import lora, lora_files
+from dpo.models.adapter import Adapter
 from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import fingerprint
 from dpo.models.hub import check_part, locate
-from dpo.models.load import load_weights_into
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
 from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import checkpoint, flops, optimizer, stored, validation
+from dpo.training import checkpoint, flops, optimizer, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
+from dpo.training.start import Start
 from dpo.training.state import check_resume, restore
 
 if TYPE_CHECKING:
@@ -66,19 +67,22 @@ def build(config: Config, notes: list[str]) -> Run:
     saved = _saved(config.output, output)
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
-    _tell(config, [*notes, *decided])
+    config, begin, told = start.read(config, model)
+    _tell(config, [*notes, *decided, *told])
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
     fingerprints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
     cast(model, config.runtime.precision)
 
-    twin, fingerprints["reference"] = _make_reference(config, model)
+    twin, fingerprints["reference"] = _make_reference(config, model, begin)
+    if begin.moved:
+        fingerprints["start"] = fingerprint(model.denoiser)
     errors = _recorded(config, plan, source, fingerprints["reference"])
     if errors is not None:
         source = errors.covered(source)
 
-    layers = _make_policy(config, model.denoiser)
+    layers = _make_policy(config, model.denoiser, begin.adapter)
     policy = model.family.denoise(settle(config.runtime, model.denoiser, device))
     compared = None
     if twin is not None:
@@ -116,7 +120,7 @@ def build(config: Config, notes: list[str]) -> Run:
             log.warning(
                 "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
             )
-    elif errors is not None and twin is None:
+    elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())
@@ -144,6 +148,8 @@ def _check_named(named: NamedModel) -> None:
     locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
     check_part("--vae", named.vae)
     check_part("--unet-init", named.unet_init)
+    if named.lora_init is not None:
+        lora_files.locate(named.lora_init, named.cache_dir)
 
 
 def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
@@ -185,27 +191,29 @@ def _live_reference(config: Config) -> bool:
     return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
 
 
-def _make_reference(config: Config, model: Model) -> tuple[Denoiser | None, str]:
+def _make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser | None, str]:
     """A frozen copy where the reference needs its own weights (else None), and the fingerprint of its weights.
 
-    Also loads the weights of --unet-init into the policy. With recorded errors, a policy that starts from other weights
-    than the reference needs the copy for the held-out pairs alone.
+    Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
+    the reference needs the copy for the held-out pairs alone.
     """
-    start = config.model.unet_init
-    apart = start is not None and config.model.reference_model == "base"
-    if start and not apart:
-        load_weights_into(model.denoiser, start)
+    apart = begin.moved and config.model.reference_model == "base"
+    if not apart:
+        begin.put(model)
     compared = METHODS[config.method.method].reference
     own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
     twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
     weights = fingerprint(model.denoiser)
-    if start and apart:
-        load_weights_into(model.denoiser, start)
+    if apart:
+        begin.put(model)
     return twin, weights
 
 
-def _make_policy(config: Config, denoiser: Denoiser) -> list[BaseTunerLayer]:
-    """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights."""
+def _make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> list[BaseTunerLayer]:
+    """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights.
+
+    adapter: what the adapters begin as; None for fresh ones.
+    """
     low_rank = config.lora
     denoiser.eval()  # no dropout of the network's own; that of adapters is keyed
     if not low_rank.lora:
@@ -220,6 +228,8 @@ def _make_policy(config: Config, denoiser: Denoiser) -> list[BaseTunerLayer]:
         dropout=low_rank.lora_dropout,
         seed=config.runtime.seed,
     )
+    if adapter is not None:
+        lora.begin_as(denoiser, adapter)
     if config.runtime.precision in HALF:
         halve(denoiser, HALF[config.runtime.precision])
     return layers

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dpo.common.errors import UserError
 from dpo.pages.folder import ENTRIES
-from dpo.settings.config import Config, Output
+from dpo.settings.config import Config, Model, Output
 
 
 def check_output(config: Config) -> Path:
@@ -26,6 +26,7 @@ def check_output(config: Config) -> Path:
         raise UserError(
             f"--output {output} is the folder of the model itself, which would be replaced; name another folder"
         )
+    _check_parts(output, config.model)
     found = [entry for entry in ENTRIES if (output / entry.name).exists()]
     occupied = any(entry.marks_run for entry in found)
     if occupied and not config.output.resume and not config.output.overwrite:
@@ -38,6 +39,18 @@ def check_output(config: Config) -> Path:
             f"{output} is no run and has {', '.join(foreign)}, which would be replaced: name another --output, or add --overwrite"
         )
     return output
+
+
+def _check_parts(output: Path, named: Model) -> None:
+    """Raises UserError where the result would be written over a part of the model that the run is made from."""
+    for flag, source in (("--unet-init", named.unet_init), ("--lora-init", named.lora_init), ("--vae", named.vae)):
+        if not source or not (place := Path(source).expanduser().resolve()).exists():
+            continue
+        inside = [(output / entry.name).resolve() for entry in ENTRIES]
+        if place == output.resolve() or any(place.is_relative_to(entry) for entry in inside):
+            raise UserError(
+                f"--output {output} has {flag} {source} in it, which would be replaced; name another folder"
+            )
 
 
 def clear_output(output: Path, asked: Output) -> None:

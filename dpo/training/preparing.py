@@ -23,14 +23,14 @@ from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model
 from dpo.models.fingerprint import fingerprint, identity
-from dpo.models.load import load_weights_into
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
 from dpo.schedule import Schedule, usable_timesteps
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
-from dpo.training import stored
+from dpo.training import start, stored
 from dpo.training.build import pair_step
 from dpo.training.embedded import embedded
+from dpo.training.start import Start
 
 log = logging.getLogger("dpo")
 
@@ -184,7 +184,10 @@ def record_reference(
     stored.check(model, source)
     store = of_store(source)
     assert store is not None, "opened as one"
-    weights, step = _reference_step(config, model, plan, device)
+    config, begin, told = start.read(config, model)
+    for line in told:
+        log.info("%s", line)
+    weights, step = _reference_step(config, model, plan, device, begin)
     timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
     task = recording.Recording(
         contents=store.contents,
@@ -209,12 +212,14 @@ def record_reference(
     return place
 
 
-def _reference_step(config: Config, model: Model, plan: Schedule, device: torch.device) -> tuple[str, PairStep]:
+def _reference_step(
+    config: Config, model: Model, plan: Schedule, device: torch.device, begin: Start
+) -> tuple[str, PairStep]:
     """The reference's fingerprint, and its forward in the precision and layout of training."""
-    precision, named = config.runtime.precision, config.model
+    precision = config.runtime.precision
     cast(model, precision)
-    if named.unet_init and named.reference_model == "init":
-        load_weights_into(model.denoiser, named.unet_init)
+    if config.model.reference_model == "init":
+        begin.put(model)
     weights = fingerprint(model.denoiser)
     if precision in HALF:
         halve(model.denoiser, HALF[precision])

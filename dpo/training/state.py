@@ -63,6 +63,12 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         raise UserError(
             f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew"
         )
+    begun, begins = state["fingerprints"].get("start"), run.fingerprints.get("start")
+    if begun and begins and begun != begins:
+        raise UserError(
+            f"{saved.path} was trained from other starting weights than --unet-init and --lora-init give now; "
+            "put those files back or start anew"
+        )
     if state["fingerprints"]["data"] != run.fingerprints["data"]:
         log.warning(
             "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",

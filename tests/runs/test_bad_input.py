@@ -62,6 +62,9 @@ MODEL = {
     "not reachable": (lambda at: ["--model", "nobody/no-model"], ["nobody/no-model", "from the hub", "name a local folder"]),
     "pickled": (lambda at: ["--model", write(at / "m.ckpt", "x")], ["m.ckpt", "not a .safetensors file", "convert"]),
     "no such VAE": (lambda at: ["--vae", at / "nowhere"], ["--vae", "nowhere"]),
+    "no such LoRA to start from": (lambda at: ["--lora", "--lora-init", at / "nowhere"], ["--lora-init", "nowhere"]),
+    "a pickled LoRA": (lambda at: ["--lora-init", write(at / "l.bin", "x")], ["l.bin", "not a .safetensors file", "convert"]),
+    "a pickled VAE": (lambda at: ["--vae", write(at / "v.pt", "x")], ["--vae", "v.pt", "not a .safetensors file"]),
     "no such start": (lambda at: ["--unet-init", at / "nowhere"], ["--unet-init", "nowhere"]),
 }  # fmt: skip
 DATA = {
@@ -158,13 +161,19 @@ def truncated_model(world, at):
     return ["--model", folder]
 
 
+def one_file(pipeline: str, part: str) -> Path:
+    return next(Path(pipeline, part).glob("*.safetensors"))
+
+
 LATE = {
     "no timestep left": (lambda world, at: ["--timesteps", "turbo", "--window-high", "100"], ["no usable timestep", "--window"]),
     "no such block": (lambda world, at: ["--checkpointing", "up_blocks.7"], ["up_blocks.7", "down_blocks.0"]),
-    "no such variant": (lambda world, at: ["--variant", "fp16"], ["cannot load", "leave out --variant"]),
+    "no such variant": (lambda world, at: ["--variant", "fp16"], ["cannot load variant fp16", "leave out --variant"]),
     "pickled weights": (pickled_model, ["cannot load", "only safetensors are read"]),
     "truncated weights": (truncated_model, ["cannot load", "unet", "fetch the model again"]),
     "another UNet": (lambda world, at: ["--unet-init", Path(world("sdxl"), "unet")], ["--unet-init", "another architecture"]),
+    "another network's file": (lambda world, at: ["--vae", one_file(world("sd15"), "unet")], ["--vae", "model's VAE"]),
+    "no LoRA": (lambda world, at: ["--lora-init", one_file(world("sd15"), "vae")], ["--lora-init", "no LoRA of the UNet"]),
 }  # fmt: skip
 
 

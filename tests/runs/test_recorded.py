@@ -14,8 +14,12 @@ from dpo.common.files import checksum
 from dpo.data.store import recorded, recording
 from dpo.data.store.files import DamagedStore
 from dpo.data.store.store import read_contents
+from dpo.models import lora
+from dpo.models.load import load
+from dpo.models.save import save_lora
 from dpo.settings.flags import parse
 from dpo.training import preparing, stored
+from tests.dpo.models.test_lora import train
 from tests.help.children import kill_until_done
 from tests.help.running import advance, everything, make_run
 from tests.help.worlds import make_pickapic, make_pipeline
@@ -196,6 +200,25 @@ def test_another_reference_is_refused_and_another_start_is_not(world, stores, tm
         recorded_run(world, stores("sd15"), tmp_path, "--unet-init", str(other))
     run = recorded_run(world, stores("sd15"), tmp_path, "--unet-init", str(other), "--reference-model", "base")
     assert advance(run, 1)[0]["loss"] != pytest.approx(0.6931472, abs=1e-3)
+
+
+def test_a_record_of_a_supervised_lora(world, stores, tmp_path, caplog):
+    """The reference that is recorded with --lora-init is the one that a run with it has: the UNet it is merged into."""
+    model = load(world("sd15"))
+    lora.add(model.denoiser, rank=2, alpha=2, target_modules=("to_q",), dropout=0.0, seed=0)
+    train(model.denoiser)
+    save_lora(model, model.denoiser, tmp_path / "sft", layout="diffusers")
+    start = ["--lora-init", str(tmp_path / "sft")]
+    with pytest.raises(UserError, match="another reference"):
+        recorded_run(world, stores("sd15"), tmp_path, "--lora", *start)
+    with caplog.at_level("INFO", "dpo"):
+        assert recorded_run(world, stores("sd15"), tmp_path, "--lora", *start, "--reference-model", "base").recorded
+    assert "noise on the logit" not in caplog.text  # the adapter moves it, not the recording
+    config, _ = parse(["--model", world("sd15"), "--data", str(stores("sd15")), *FLAGS, *start])
+    preparing.record_reference(config, stores("sd15"), 1)
+    for flags in ([], ["--lora"]):
+        run = recorded_run(world, stores("sd15"), tmp_path, *start, *flags)
+        assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
 
 
 def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):

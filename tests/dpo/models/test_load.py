@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.models.load import load, load_weights_into
-from tests.help.ldm import weights_of
+from dpo.models.parts import variants
+from tests.help.ldm import weights_of, write_single_file
 from tests.help.loading import refused
 from tests.help.worlds import KINDS, make_pipeline
 
@@ -45,18 +47,65 @@ def test_every_family(pipelines, kind):
         )
 
 
-def test_half_precision_variant(pipelines, broken):
-    for name in ("unet", "vae", "text_encoder"):
-        (path,) = (broken / name).glob("*.safetensors")
-        half = {key: value.half() for key, value in load_file(path).items()}
-        path.unlink()
-        save_file(half, path.with_name(path.stem + ".fp16.safetensors"), metadata={"format": "pt"})
-    message = refused(str(broken))
-    assert "fp16" in message
-    model = load(str(broken), variant="fp16")
-    assert model.denoiser.dtype == torch.float32
-    stored = weights_of(pipelines["sd15"] / "unet")
-    assert all(torch.equal(value, stored[key].half().float()) for key, value in model.denoiser.state_dict().items())
+def halved(folder: Path, variant: str = "fp16") -> None:
+    """Stores a component's weights as a half-precision variant alone."""
+    (path,) = folder.glob("*.safetensors")
+    half = {key: value.half() for key, value in load_file(path).items()}
+    path.unlink()
+    save_file(half, path.with_name(f"{path.stem}.{variant}.safetensors"), metadata={"format": "pt"})
+
+
+HALVES = {
+    "all": ("unet", "vae", "text_encoder"),
+    "unet": ("unet",),
+    "text encoder": ("text_encoder",),
+}
+
+
+@pytest.mark.parametrize("asked", ["fp16", None])
+@pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
+def test_half_precisionvariants_and_mixtures_with_plain_files(pipelines, broken, caplog, asked, halves):
+    for name in halves:
+        halved(broken / name)
+    with caplog.at_level("INFO", "dpo"):
+        model = load(str(broken), variant=asked)
+    for name, module in (("unet", model.denoiser), ("vae", model.vae)):
+        wanted = weights_of(pipelines["sd15"] / name)
+        wanted = {key: value.half().float() if name in halves else value for key, value in wanted.items()}
+        assert all(torch.equal(value, wanted[key]) for key, value in module.state_dict().items())
+        assert module.dtype == torch.float32
+    other = {"unet", "vae", "text_encoder"} - set(halves) if asked else halves
+    said = [record.message for record in caplog.records if "its" in record.message]
+    assert len(said) == len(other) and all(any(f"/{name} has no" in line for line in said) for name in other)
+
+
+def test_a_variant_that_is_there_is_taken_and_a_choice_is_the_users(broken):
+    (path,) = (broken / "unet").glob("*.safetensors")
+    plain = load_file(path)
+    save_file({key: value + 1 for key, value in plain.items()}, path.with_name(f"{path.stem}.fp16.safetensors"))
+    assert torch.equal(load(str(broken)).denoiser.conv_in.bias, plain["conv_in.bias"])
+    assert torch.equal(load(str(broken), variant="fp16").denoiser.conv_in.bias, plain["conv_in.bias"] + 1)
+    message = refused(str(broken), variant="fp61")
+    assert "cannot load variant fp61 of" in message and "leave out --variant" in message
+    path.rename(path.with_name(f"{path.stem}.ema.safetensors"))
+    path.with_name(f"{path.stem}.fp16.safetensors").rename(path.with_name(f"{path.stem}.bf16.safetensors"))
+    assert "variants bf16, ema: name one with --variant" in refused(str(broken))
+    assert torch.equal(load(str(broken), variant="ema").denoiser.conv_in.bias, plain["conv_in.bias"])
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["diffusion_pytorch_model.safetensors", "sdxl_vae.safetensors", "config.json"], {""}),
+        (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"], {"fp16"}),
+        (["diffusion_pytorch_model-00001-of-00002.fp16.safetensors", "model-00001-of-00002.safetensors"], {"fp16", ""}),
+        (["diffusion_pytorch_model.non_ema.safetensors", "pytorch_model.bin"], {"non_ema"}),
+    ],
+)
+def test_variants_by_their_files(tmp_path, names, found):
+    for name in names:
+        (tmp_path / name).touch()
+    assert variants(tmp_path) == found
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -68,6 +117,32 @@ def test_another_vae(pipelines, tmp_path, whole):
     assert not all(
         torch.equal(value, wanted[key]) for key, value in load(str(pipelines["sd15"])).vae.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("layout", ["original", "whole checkpoint", "diffusers", "former diffusers"])
+@pytest.mark.parametrize("model", ["folder", "file"])
+def test_another_vae_as_one_file(pipelines, tmp_path, layout, model):
+    """It takes the configuration of the VAE that it replaces, the scale of the latents among it."""
+    other = make_pipeline(tmp_path / "other", "sd15", seed=1)
+    wanted = weights_of(other / "vae")
+    path = write_single_file(other, tmp_path / "vae.safetensors")
+    if layout == "original":
+        weights = {key: value for key, value in load_file(path).items() if key.startswith("first_stage_model.")}
+        save_file({key.removeprefix("first_stage_model."): value for key, value in weights.items()}, path)
+    elif "diffusers" in layout:
+        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"} if "former" in layout else {}
+        save_file(
+            {reduce(lambda key, old: key.replace(old, names[old]), names, key): wanted[key] for key in wanted}, path
+        )
+    named, options = str(pipelines["sd15"]), {}
+    if model == "file":
+        options = {"single_file_config": named}
+        named = str(write_single_file(pipelines["sd15"], tmp_path / "model.safetensors"))
+    vae = load(named, vae=str(path), **options).vae
+    assert vae.config.scaling_factor == 0.18215 and vae.dtype == torch.float32 and not vae.training
+    state = vae.state_dict()
+    assert state.keys() == wanted.keys() and all(torch.equal(value, wanted[key]) for key, value in state.items())
+    assert not any(p.requires_grad for p in vae.parameters())
 
 
 # --- what does not load -------------------------------------------------------------------------------------------------------
@@ -149,6 +224,8 @@ def test_missing_tensor(broken):
 
 def test_no_such_vae(pipelines, tmp_path):
     assert "nowhere" in refused(str(pipelines["sd15"]), vae=str(tmp_path / "nowhere"))
+    (unet,) = (pipelines["sd15"] / "unet").glob("*.safetensors")
+    assert "--vae" in (message := refused(str(pipelines["sd15"]), vae=str(unet))) and "the model's VAE" in message
 
 
 # --- another UNet to start from -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 
 from dpo.common.errors import UserError
@@ -15,6 +16,7 @@ from dpo.models.dropout import masks_of
 from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.save import save_lora
+from dpo.models.sdxl import kohya_name
 from tests.dpo.models.test_denoiser import run
 from tests.help.worlds import make_pipeline
 
@@ -88,7 +90,11 @@ def test_no_matching_layer_is_one_line(models):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("targets", [TARGETS, (*TARGETS, "proj_in", "ff.net.2", "conv1")])
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out")
+EVERYTHING = (*TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", *CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, EVERYTHING], ids=["attention", "everything"])
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
 def test_saved_adapter_loads_in_diffusers_with_the_same_output(models, tmp_path, kind, layout, targets):
@@ -103,22 +109,111 @@ def test_saved_adapter_loads_in_diffusers_with_the_same_output(models, tmp_path,
     pipe.unet.eval()
     loaded, trained, plain = run(pipe.unet, None), run(unet, None), run(model.denoiser, None)
     assert (trained - plain).abs().max() > 1e-2
-    torch.testing.assert_close(loaded, trained, rtol=1e-5, atol=1e-6)  # alpha / rank = 1.5 included
+    torch.testing.assert_close(loaded, trained, rtol=1e-5, atol=1e-5)  # alpha / rank = 1.5 included
     (config,) = pipe.unet.peft_config.values()
-    assert config.r == 4 and config.lora_alpha == 6
+    assert config.r == 4 and config.lora_alpha == (6 if layout == "kohya" else 4)  # else the scale is in the factors
 
 
+def added(path: Path) -> dict[str, torch.Tensor]:
+    """What a file adds to each layer, as readers see it that look at tensors alone: alpha is the rank where none is."""
+    stored = load_file(path)
+    found = {}
+    for down, up in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
+        for stem in [name.removesuffix(f".{down}.weight") for name in stored if name.endswith(f".{down}.weight")]:
+            factors = stored[f"{stem}.{down}.weight"], stored[f"{stem}.{up}.weight"]
+            alpha = stored.get(f"{stem}.alpha", torch.tensor(float(len(factors[0]))))
+            product = factors[1].flatten(1) @ factors[0].flatten(1)
+            found[stem] = product.view(len(factors[1]), *factors[0].shape[1:]) * alpha / len(factors[0])
+    return found
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_kohya_names(models, tmp_path, kind):
-    unet, layers = adapted(models[kind])
+def test_readers_that_know_only_tensors_see_the_scale(models, tmp_path, kind, layout):
+    unet, layers = adapted(models[kind], alpha=6.0)
     train(unet)
-    save_lora(models[kind], unet, tmp_path, layout="kohya")
+    save_lora(models[kind], unet, tmp_path, layout=layout)
+    found = added(tmp_path / "pytorch_lora_weights.safetensors")
+    own = {name: module for name, module in unet.named_modules() if module in layers}
+    name_of = models[kind].family.kohya_name
+    stems = {
+        name: f"unet.{name}" if layout == "diffusers" else f"lora_unet_{name_of(name, unet).replace('.', '_')}"
+        for name in own
+    }
+    assert found.keys() == set(stems.values())
+    for name, module in own.items():
+        torch.testing.assert_close(found[stems[name]], module.get_delta_weight("default"))
+
+
+def test_kohya_names_of_sd_are_those_of_diffusers(models, tmp_path):
+    unet, layers = adapted(models["sd15"])
+    save_lora(models["sd15"], unet, tmp_path, layout="kohya")
     stored = load_file(tmp_path / "pytorch_lora_weights.safetensors")
-    assert len(stored) == 3 * len(layers)
-    for name, value in stored.items():
-        stem, kind_of = name.split(".", 1)
-        assert stem.startswith("lora_unet_") and kind_of in ("lora_down.weight", "lora_up.weight", "alpha")
-        assert kind_of != "alpha" or value.item() == 6.0
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert len(stored) == 3 * len(layers) and stored[f"{stem}.alpha"].item() == 6.0
+    assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"} <= stored.keys()
+
+
+@pytest.fixture(scope="module")
+def full_sdxl() -> diffusers.UNet2DConditionModel:
+    """The UNet of SDXL base as published, without its weights."""
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def test_kohya_names_of_sdxl_are_those_of_sd_scripts(full_sdxl):
+    """sd-scripts trains SDXL's own UNet, and gives 722 of its layers a LoRA: the linear ones of its transformers.
+
+    These stand at input_blocks 4, 5 (2 blocks each), 7, 8 (10), middle_block 1 (10), output_blocks 0 to 2 (10) and 3
+    to 5 (2), always as the second module.
+    """
+    blocks = {"input_blocks_4_1": 2, "input_blocks_5_1": 2, "input_blocks_7_1": 10, "input_blocks_8_1": 10}
+    blocks |= {"middle_block_1": 10} | {f"output_blocks_{i}_1": 10 if i < 3 else 2 for i in range(6)}
+    inner = [f"attn{i}_to_{part}" for i in (1, 2) for part in ("q", "k", "v", "out_0")] + ["ff_net_0_proj", "ff_net_2"]
+    wanted = {f"lora_unet_{block}_proj_{side}" for block in blocks for side in ("in", "out")}
+    for block, depth in blocks.items():
+        wanted |= {f"lora_unet_{block}_transformer_blocks_{i}_{part}" for i in range(depth) for part in inner}
+    assert len(wanted) == 722
+    linear = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = {n for n, m in full_sdxl.named_modules() if isinstance(m, linear) and ".attentions." in n}
+    names = {name: f"lora_unet_{kohya_name(name, full_sdxl).replace('.', '_')}" for name in layers}
+    assert set(names.values()) == wanted
+
+
+def test_kohya_names_of_every_layer_of_sdxl_are_the_original_ones(full_sdxl):
+    """diffusers' map from original checkpoints takes each of them back to the layer."""
+    linear = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = [name for name, module in full_sdxl.named_modules() if isinstance(module, linear)]
+    original = {
+        f"model.diffusion_model.{kohya_name(name, full_sdxl)}.weight": torch.tensor(i) for i, name in enumerate(layers)
+    }
+    assert len(original) == len(layers) == 794
+    original |= {name.replace(".weight", ".bias"): value for name, value in original.items()}
+    for name in ("time_embed.0", "time_embed.2", "out.0", "out.2", "input_blocks.0.0"):
+        original.setdefault(f"model.diffusion_model.{name}.weight", torch.tensor(-1))
+    back = convert_ldm_unet_checkpoint(original, dict(full_sdxl.config))
+    assert [int(back[f"{name}.weight"]) for name in layers] == list(range(len(layers)))
+    known = {
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+    }
+    known |= {"mid_block.resnets.1.conv2": "middle_block.2.out_layers.3", "conv_out": "out.2"}
+    known |= {
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    }
+    assert {name: kohya_name(name, full_sdxl) for name in known} == known
 
 
 def test_metadata_is_readable_without_peft(models, tmp_path):

@@ -34,6 +34,26 @@ def test_front_matter_names_no_local_paths(runs):
     assert {"base_model", "datasets"}.isdisjoint(front_matter(model_card(run._replace(settings=settings))))
 
 
+def started(run, **named):
+    return model_card(run._replace(settings={**run.settings, "model": {**run.settings["model"], **named}}))
+
+
+def test_what_the_training_began_with(runs):
+    """What has to be loaded for the trained model is said, and what must not be loaded twice."""
+    plain = model_card(runs["lora-gpu"])
+    assert "The training began" not in plain and "pipe.unet" not in plain
+    card = started(runs["lora-gpu"], lora_init="runs/sft")
+    assert "began with the LoRA `runs/sft`, which is part of this adapter: do not load it as well." in card
+    assert "| lora init | runs/sft |" in card and "pipe.unet" not in card
+    card = started(runs["lora-gpu"], unet_init="runs/sft/unet")
+    assert (
+        "began with the UNet `runs/sft/unet`." in card
+        and "# first put the weights of runs/sft/unet into pipe.unet" in card
+    )
+    card = started(runs["good"], lora_init="runs/sft", unet_init="u")
+    assert "began with the LoRA `runs/sft`." in card and "pipe.unet" not in card and "load_lora_weights" not in card
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_has_a_card(runs, kind):
     card = model_card(runs[kind])

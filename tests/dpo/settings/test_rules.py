@@ -5,7 +5,7 @@ import pytest
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten, from_mapping, specs
-from dpo.settings.rules import contradictions, resume_changes, without_effect
+from dpo.settings.rules import contradictions, lora_goes_on, resume_changes, without_effect
 from tests.dpo.settings.test_resolve import decide
 
 
@@ -68,6 +68,26 @@ def test_what_has_no_effect_is_said_in_the_order_of_the_settings():
         "--epochs has no effect because --steps is given",
     ]
     assert without_effect(values, (), specs()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "on"),
+    [
+        ({"lora": True, "lora_init": "x"}, False),
+        ({"lora": True, "lora_init": "x", "reference_model": "base"}, True),
+        ({"lora": True, "lora_init": "x", "method": "sft"}, True),
+        ({"lora_init": "x", "reference_model": "base"}, False),
+        ({"lora": True, "reference_model": "base"}, False),
+    ],
+)
+def test_where_a_lora_goes_on_and_decides_the_shape_of_the_adapter(values, on):
+    """Merged, it leaves --rank to the fresh adapter; going on, it is the adapter."""
+    values = flatten(change(Config(), **values))
+    assert lora_goes_on(values["lora"], values["lora_init"], values["reference_model"], values["method"]) is on
+    lines = without_effect(values, {"rank", "alpha", "target_modules"}, specs())
+    because = "has no effect because the adapter of --lora-init goes on"
+    assert lines == ([f"{flag} {because}" for flag in ("--rank", "--alpha", "--target-modules")] if on else lines)
+    assert on or not any("--lora-init" in line for line in lines)
 
 
 RESUME = [

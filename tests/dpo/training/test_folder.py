@@ -86,3 +86,28 @@ def test_the_hub_gets_no_checkpoints_and_no_tracker_files():
 def test_folders_are_told_from_files():
     assert {entry.name for entry in ENTRIES if entry.folder} == FOLDERS | {"tensorboard", "wandb"}
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "place"),
+    [
+        ("lora_init", ""),
+        ("lora_init", "pytorch_lora_weights.safetensors"),
+        ("unet_init", "unet"),
+        ("unet_init", ""),
+        ("unet_init", "unet/inner"),
+        ("vae", "vae"),
+    ],
+)
+def test_what_the_run_is_made_from_is_not_written_over(tmp_path, setting, place):
+    """With --overwrite the LoRA of an SFT run would be deleted at the start."""
+    out = tmp_path / "sft"
+    out.mkdir()
+    put(out, "config.toml", "unet", "vae", "pytorch_lora_weights.safetensors")
+    config = change(Config(), output=str(out), overwrite=True, **{setting: str(out / place)})
+    flag = f"--{setting.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"sft has {flag} .* in it, which would be replaced; name another folder"):
+        check_output(config)
+    assert check_output(change(config, output=str(tmp_path / "dpo"))) == tmp_path / "dpo"
+    (tmp_path / "style.safetensors").touch()
+    check_output(change(config, output=str(tmp_path), **{setting: str(tmp_path / "style.safetensors")}))

@@ -1,0 +1,67 @@
+"""The weights that a run starts from: the model's own, changed by --unet-init and --lora-init.
+
+A LoRA is merged into the weights, so that the reference has it too and fresh adapters lie on top of it. It goes on as
+the run's own adapter where nothing is compared with the start (`rules.lora_goes_on`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo.models import lora_files
+from dpo.models.adapter import Adapter, endings, even, merge_into
+from dpo.models.family import Model
+from dpo.models.load import load_weights_into
+from dpo.settings.config import Config, change
+from dpo.settings.rules import lora_goes_on
+
+
+@dataclass(frozen=True)
+class Start:
+    """What changes the model's own weights before the first update."""
+
+    unet: str | None = None  # another UNet
+    merged: Adapter | None = None  # a LoRA that becomes part of the weights
+    adapter: Adapter | None = None  # a LoRA that the run's adapter begins as
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weights without adapters are others than the model's own."""
+        return self.unet is not None or self.merged is not None
+
+    def put(self, model: Model) -> None:
+        """Puts the starting weights into the denoiser, in place. Raises UserError for a UNet that does not fit."""
+        if self.unet is not None:
+            load_weights_into(model.denoiser, self.unet)
+        if self.merged is not None:
+            merge_into(model.denoiser, self.merged)
+            model.merged = self.merged
+
+
+def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
+    """The start of a run, lines for the log, and `config` with the shape of an adapter that goes on.
+
+    Raises UserError for a --lora-init that cannot be read or does not fit.
+    """
+    named = config.model
+    if named.lora_init is None:
+        return config, Start(named.unet_init), []
+    path = lora_files.locate(named.lora_init, named.cache_dir)
+    found = lora_files.read(path, model.denoiser, model.family)
+    about = f"--lora-init {named.lora_init}: {len(found)} layers of rank {_range(found)}"
+    if not lora_goes_on(config.lora.lora, named.lora_init, named.reference_model, config.method.method):
+        kept = "; the saved adapter will contain it" if config.lora.lora else ""
+        return config, Start(named.unet_init, merged=found), [f"{about}, merged into the UNet{kept}"]
+    found = even(found)
+    first = next(iter(found.values()))
+    targets = endings(found, [name for name, _ in model.denoiser.named_modules()])
+    if set(targets) == set(config.lora.target_modules):
+        targets = config.lora.target_modules
+    config = change(config, rank=first.rank, alpha=first.alpha, target_modules=targets)
+    told = f"{about} go on as the adapter: rank {first.rank}, alpha {first.alpha:g}, layers {', '.join(targets)}"
+    return config, Start(named.unet_init, adapter=found), [told]
+
+
+def _range(adapter: Adapter) -> str:
+    ranks = sorted({factors.rank for factors in adapter.values()})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
