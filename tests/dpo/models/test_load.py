@@ -64,7 +64,7 @@ HALVES = {
 
 @pytest.mark.parametrize("asked", ["fp16", None])
 @pytest.mark.parametrize("halves", HALVES.values(), ids=HALVES)
-def test_half_precisionvariants_and_mixtures_with_plain_files(pipelines, broken, caplog, asked, halves):
+def test_half_precision_variants_and_mixtures_with_plain_files(pipelines, broken, caplog, asked, halves):
     for name in halves:
         halved(broken / name)
     with caplog.at_level("INFO", "dpo"):
