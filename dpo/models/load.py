@@ -83,7 +83,7 @@ def load(
     quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
-        return load_single_file(place, family, single_file_config, vae)
+        return load_single_file(place, family, single_file_config, vae, cache_dir)
     if variant and not any(variant in variants(part) for part in place.iterdir()):
         raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
@@ -94,7 +94,7 @@ def load(
     return Model(
         family=kind,
         denoiser=component(UNet2DConditionModel, place, kind.denoiser, variant),
-        vae=other_vae(vae, place / "vae") if vae else component(AutoencoderKL, place, "vae", variant),
+        vae=other_vae(vae, place / "vae", cache_dir) if vae else component(AutoencoderKL, place, "vae", variant),
         text_encoders=encoders,
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
@@ -141,5 +141,5 @@ def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None
     if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"--unet-init {source}: no such folder or file")
     nested = isinstance(folder, str) or (folder / "unet").is_dir()
-    state = component(UNet2DConditionModel, folder, "unet" if nested else None).state_dict()
+    state = component(UNet2DConditionModel, folder, "unet" if nested else None, cache_dir=cache_dir).state_dict()
     fill(denoiser, state, f"--unet-init {source}", UNET)

@@ -57,20 +57,24 @@ def _advice(place: Path) -> str:
     found = variants(place)
     if found and "" not in found and len(found) > 1:
         return f"; it has weights of the variants {', '.join(sorted(found))}: name one with --variant"
-    if found or (place.is_dir() and not any(place.glob("*.bin"))):
+    if found:
         return "; fetch the model again"
+    if place.is_dir() and not any(place.glob("*.bin")):
+        return "; fetch the model again, with --variant where its weights have one"
     return "; only safetensors are read: convert the weights" if place.is_dir() else ""
 
 
-def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None) -> Any:
+def component(
+    cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None, cache_dir: str | None = None
+) -> Any:
     """One module of a diffusers or transformers class, from safetensors, in fp32, frozen, in eval mode.
 
-    variant: of the weight files; where a local folder has none of it, its other files are read, and the log says so.
-    Raises UserError when it cannot be loaded or lacks weights.
+    folder: or a hub id, whose files are kept in `cache_dir`; variant: of the weight files; where a local folder has
+    none of it, its other files are read, and the log says so. Raises UserError when it cannot be loaded or lacks weights.
     """
     place = f"{folder}/{subfolder}" if subfolder else str(folder)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": Path(folder).is_dir()}
-    options["variant"] = _present(Path(place), variant)
+    options |= {"variant": _present(Path(place), variant), "cache_dir": cache_dir}
     if subfolder:
         options["subfolder"] = subfolder
     options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
@@ -85,7 +89,7 @@ def component(cls: Any, folder: Path | str, subfolder: str | None, variant: str 
     return module.requires_grad_(False).eval()
 
 
-def other_vae(source: str, own: Path | Mapping[str, Any]) -> Vae:
+def other_vae(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Vae:
     """The VAE of --vae, in fp32, frozen, in eval mode: a folder or hub id, of itself or of a pipeline, or one file.
 
     own: the config of the VAE that it replaces, or that VAE's folder; a file has none. Raises UserError.
@@ -94,7 +98,8 @@ def other_vae(source: str, own: Path | Mapping[str, Any]) -> Vae:
 
     path = Path(source).expanduser()
     if not path.is_file():
-        return component(AutoencoderKL, path if path.is_dir() else source, "vae" if (path / "vae").is_dir() else None)
+        folder = path if path.is_dir() else source
+        return component(AutoencoderKL, folder, "vae" if (path / "vae").is_dir() else None, cache_dir=cache_dir)
     try:
         config = AutoencoderKL.load_config(str(own), local_files_only=True) if isinstance(own, Path) else own
     except Exception as error:  # missing and damaged files come as several kinds

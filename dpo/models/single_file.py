@@ -22,10 +22,11 @@ def family_by_keys(names: set[str]) -> Family:
     )
 
 
-def load_single_file(path: Path, family: str, config: str | None, vae: str | None) -> Model:
+def load_single_file(path: Path, family: str, config: str | None, vae: str | None, cache_dir: str | None) -> Model:
     """Loads one .safetensors checkpoint in the original layout: fp32 on the CPU, frozen, in eval mode.
 
-    family: a name or "auto"; config: a diffusers folder that describes the file, else the hub's; vae: another VAE.
+    family: a name or "auto"; config: a diffusers folder that describes the file, else the hub's; vae: another VAE;
+    cache_dir: where files of the hub are kept.
     Raises UserError.
     """
     import diffusers
@@ -45,14 +46,16 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
         {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     )
     try:
-        pipe = getattr(diffusers, kind.pipeline).from_single_file(str(path), torch_dtype=torch.float32, **options)
+        pipe = getattr(diffusers, kind.pipeline).from_single_file(
+            str(path), torch_dtype=torch.float32, cache_dir=cache_dir, **options
+        )
     except Exception as error:
         raise UserError(
             f"cannot read {path} as {kind.pipeline} ({first_line(error)}); its configuration comes from the hub unless "
             "--single-file-config names a diffusers folder of the same architecture"
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
-    own_vae = other_vae(vae, pipe.vae.config) if vae else pipe.vae
+    own_vae = other_vae(vae, pipe.vae.config, cache_dir) if vae else pipe.vae
     scheduler_config = dict(pipe.scheduler.config)
     return Model(
         family=kind,

@@ -6,7 +6,7 @@ the run's own adapter where nothing is compared with the start (`rules.lora_goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo.models import lora_files
 from dpo.models.adapter import Adapter, endings, even, merge_into
@@ -23,6 +23,7 @@ class Start:
     unet: str | None = None  # another UNet
     merged: Adapter | None = None  # a LoRA that becomes part of the weights
     adapter: Adapter | None = None  # a LoRA that the run's adapter begins as
+    cache_dir: str | None = None  # where a UNet from the hub is kept
 
     @property
     def moved(self) -> bool:
@@ -32,7 +33,7 @@ class Start:
     def put(self, model: Model) -> None:
         """Puts the starting weights into the denoiser, in place. Raises UserError for a UNet that does not fit."""
         if self.unet is not None:
-            load_weights_into(model.denoiser, self.unet)
+            load_weights_into(model.denoiser, self.unet, cache_dir=self.cache_dir)
         if self.merged is not None:
             merge_into(model.denoiser, self.merged)
             model.merged = self.merged
@@ -44,14 +45,15 @@ def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
     Raises UserError for a --lora-init that cannot be read or does not fit.
     """
     named = config.model
+    start = Start(named.unet_init, cache_dir=named.cache_dir)
     if named.lora_init is None:
-        return config, Start(named.unet_init), []
+        return config, start, []
     path = lora_files.locate(named.lora_init, named.cache_dir)
     found = lora_files.read(path, model.denoiser, model.family)
     about = f"--lora-init {named.lora_init}: {len(found)} layers of rank {_range(found)}"
     if not lora_goes_on(config.lora.lora, named.lora_init, named.reference_model, config.method.method):
         kept = "; the saved adapter will contain it" if config.lora.lora else ""
-        return config, Start(named.unet_init, merged=found), [f"{about}, merged into the UNet{kept}"]
+        return config, replace(start, merged=found), [f"{about}, merged into the UNet{kept}"]
     found = even(found)
     first = next(iter(found.values()))
     targets = endings(found, [name for name, _ in model.denoiser.named_modules()])
@@ -59,7 +61,7 @@ def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
         targets = config.lora.target_modules
     config = change(config, rank=first.rank, alpha=first.alpha, target_modules=targets)
     told = f"{about} go on as the adapter: rank {first.rank}, alpha {first.alpha:g}, layers {', '.join(targets)}"
-    return config, Start(named.unet_init, adapter=found), [told]
+    return config, replace(start, adapter=found), [told]
 
 
 def _range(adapter: Adapter) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo.models.adapter import Adapter, Factors, joined, kohya, merge_into, peft
+from dpo.models.adapter import Adapter, Factors, endings, even, joined, kohya, merge_into, peft
 
 
 def factors(rank: int, alpha: float, shape: tuple[int, ...], seed: int = 0) -> Factors:
@@ -59,6 +59,35 @@ def test_both_layouts_carry_the_scale():
     stem = "lora_unet_up_down_a"
     assert set(named) == {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"}
     assert named[f"{stem}.alpha"] == 3.0 and torch.equal(named[f"{stem}.lora_up.weight"], adapter["down.a"].up)
+
+
+def test_layers_are_named_by_what_they_alone_have():
+    block = "up.0.attentions.0"
+    modules = [
+        block,
+        f"{block}.to_q",
+        f"{block}.to_k",
+        f"{block}.to_out",
+        f"{block}.to_out.0",
+        f"{block}.ff.net.0",
+        "to",
+    ]
+    others = ["down.0.attentions.0.to_q", "conv_in"]
+    assert endings([f"{block}.to_k", f"{block}.to_out.0", "conv_in"], modules + others) == (
+        "to_k",
+        "to_out.0",
+        "conv_in",
+    )
+    assert endings([f"{block}.to_q"], modules + others) == (f"{block}.to_q",)  # the other to_q is not meant
+    assert endings([f"{block}.to_q", others[0]], modules + others) == ("to_q",)
+
+
+def test_uneven_layers_are_widened_and_even_ones_are_left():
+    one, two = factors(2, 3.0, LINEAR), factors(4, 4.0, LINEAR, 1)
+    assert even({"a": one, "b": one}) == {"a": one, "b": one}
+    found = even({"a": one, "b": two})
+    assert {(f.rank, f.alpha) for f in found.values()} == {(4, 4.0)} and torch.equal(found["b"].up, two.up)
+    torch.testing.assert_close(added(found["a"]), added(one), rtol=1e-6, atol=1e-6)
 
 
 def test_a_scale_of_one_changes_no_bit():

@@ -145,6 +145,27 @@ def test_another_vae_as_one_file(pipelines, tmp_path, layout, model):
     assert not any(p.requires_grad for p in vae.parameters())
 
 
+def in_cache(cache: Path, name: str, folder: Path) -> None:
+    """`folder` as the hub's client keeps the repository `name`."""
+    kept = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+
+
+def test_parts_from_the_hub_are_kept_where_cache_dir_says(pipelines, tmp_path):
+    other = make_pipeline(tmp_path / "other", "sd15", seed=1)
+    in_cache(tmp_path / "kept", "owner/vae", other / "vae")
+    in_cache(tmp_path / "kept", "owner/model", other)
+    kept = str(tmp_path / "kept")
+    model = load(str(pipelines["sd15"]), vae="owner/vae", cache_dir=kept)
+    load_weights_into(model.denoiser, "owner/model", cache_dir=kept)
+    for module, name in ((model.vae, "vae"), (model.denoiser, "unet")):
+        wanted = weights_of(other / name)
+        assert all(torch.equal(value, wanted[key]) for key, value in module.state_dict().items())
+    assert "owner/vae" in refused(str(pipelines["sd15"]), vae="owner/vae")  # not in the usual place
+
+
 # --- what does not load -------------------------------------------------------------------------------------------------------
 
 
