@@ -6,6 +6,7 @@ in credit.py, a new loss one in objective.py; docs/method.md says what each meth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -107,7 +108,16 @@ _ROWS = (
 
 METHODS = {row.name: row for row in _ROWS}
 
-SHAPES = ("sigmoid", "hinge", "ipo")  # shapes of the pairwise loss; objective.py has their functions
+
+class Start(NamedTuple):
+    """A shape f of the pairwise loss where every run begins, at z = 0."""
+
+    loss: float  # f(0)
+    pull: float  # |f'(0)|
+
+
+# The shapes of the pairwise loss by the value of --loss; objective.py has their functions.
+SHAPES = {"sigmoid": Start(math.log(2), 0.5), "hinge": Start(1.0, 1.0), "ipo": Start(0.25, 1.0)}
 
 
 def readers(setting: str) -> str:

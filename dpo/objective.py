@@ -66,7 +66,7 @@ def ipo_slope(z: Tensor, p: Tensor) -> Tensor:
     return 2 * z + (1 - 2 * p)
 
 
-# Each is named in methods.SHAPES too, which --loss offers without importing torch.
+# Each is in methods.SHAPES too, which --loss and the report read without importing torch.
 SHAPES = {"sigmoid": Shape(sigmoid, sigmoid_slope), "hinge": Shape(hinge), "ipo": Shape(ipo, ipo_slope)}
 
 
@@ -119,6 +119,15 @@ def pair_loss(
 def shaped(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
     """The loss [B] of `shape` from z [B] and p [B]; its backward uses the shape's slope where there is one."""
     return shape.loss(z, p) if shape.slope is None else _WithSlope.apply(z, p, shape)
+
+
+def slope(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
+    """The derivative [B] of the loss of `shape` by z [B], for p [B]: how strongly each pair pulls at the policy."""
+    if shape.slope is not None:
+        return shape.slope(z, p)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(shape.loss(z, p).sum(), z)[0]
 
 
 class _WithSlope(torch.autograd.Function):

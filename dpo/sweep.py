@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dpo.common import command
 from dpo.common.errors import UserError
-from dpo.settings.config import Config, specs
+from dpo.settings.config import Config, change, specs
 
 # What may be an axis: the settings of these groups, and these single settings.
 GROUPS = ("method", "optim", "lora")
@@ -91,7 +91,8 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     configs = []
     for cell in runs:  # every mistake is found before the first run starts
         flags = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
-        configs.append(parse([*rest, *flags, "--output", str(out / name_of(cell)), "--resume", "latest"]))
+        config, notes = parse([*rest, *flags, "--output", str(out / name_of(cell))])
+        configs.append((change(config, resume="latest"), notes))
     _same_flags(out, rest)
     codes: list[int] = []
     for number, (cell, (config, notes)) in enumerate(zip(runs, configs, strict=True), 1):

@@ -43,7 +43,7 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
         run.metrics.add(terms, inputs.prob, inputs.usable)
         usable += int(batch.usable.sum())  # on the host: no synchronisation
     norm = run.updater.grad_norm(usable / run.nominal)
-    figures = run.metrics.read({"grad_norm": norm}, run.tables(correction))
+    figures = run.metrics.read(run.step.shape, {"grad_norm": norm}, run.tables(correction))
     run.check_finite(figures)
     if usable:
         run.updater.update(run.learning_rate(), norm)

@@ -1,6 +1,6 @@
 """What a person reads afterwards, made from a folder alone.
 
-folder.py the files of a run, and reading them back | figures.py every figure: name, words, format
+folder.py the files of a run, and reading them back; kinds.py what stands in them | figures.py every figure: name, words, format
 verdict.py what the figures mean | charts.py, plots.py the charts | report.py report.html | card.py the model card
 sweep.py the comparison of a sweep
 """

@@ -123,8 +123,8 @@ def _short(value: float) -> str:
 
 def _loss(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "loss", "policy")
-    if run.pairwise and run.setting("loss", "sigmoid") == "sigmoid":
-        _level(axes, float(np.log(2)))
+    if run.start is not None:
+        _level(axes, run.start.loss)
     _over_updates(axes)
 
 
@@ -171,7 +171,8 @@ def _errors(axes: Axes, run: RunFolder) -> None:
 
 def _factor(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "gradient_factor", "policy")
-    _level(axes, 0.5)
+    if run.start is not None:
+        _level(axes, run.start.pull)
     _over_updates(axes)
 
 
@@ -295,8 +296,8 @@ CATALOGUE = [
         "loss",
         "learning",
         "Loss",
-        "What training makes small. A preference loss starts at ln 2 = 0.693 (dashed) and falls slowly; a flat-looking loss "
-        "can go with real learning, so look at the accuracy too.",
+        "What training makes small. A preference loss falls slowly from its value at the start (dashed); a flat-looking "
+        "loss can go with real learning, so look at the accuracy too.",
         _has("loss"),
         _loss,
     ),
@@ -331,8 +332,8 @@ CATALOGUE = [
         "factor",
         "learning",
         "Gradient factor",
-        "How much of the full gradient is left, sigmoid(-margin). 0.5 at the start; near 0 nothing is left to learn "
-        "from these pairs.",
+        "How strongly an average pair pulls at the model, beside its value at the start (dashed); near 0 nothing is left "
+        "to learn from these pairs.",
         _has_pairs("gradient_factor"),
         _factor,
     ),

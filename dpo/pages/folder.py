@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.methods import METHODS, Method
+from dpo.methods import METHODS, SHAPES, Method, Start
+from dpo.pages import kinds
 from dpo.pages.figures import DECILES
 
 CONFIG_FILE = "config.toml"
@@ -143,6 +144,15 @@ class RunFolder(NamedTuple):
         return self.row.images == "pair"
 
     @property
+    def start(self) -> Start | None:
+        """The loss before the first update and the pull of a pair then; None where the errors are in the loss too."""
+        found = SHAPES.get(str(self.setting("loss", "sigmoid")))
+        if found is None or not self.pairwise or self.setting("sft_weight"):
+            return None
+        smoothing = float(self.setting("label_smoothing") or 0.0)
+        return found._replace(pull=found.pull * (1 - 2 * smoothing))
+
+    @property
     def lora(self) -> bool:
         return bool(self.setting("lora", False))
 
@@ -205,28 +215,32 @@ class RunFolder(NamedTuple):
 
 
 def read_run(folder: Path | str) -> RunFolder:
-    """Reads a run folder. Raises UserError when there is no run in it."""
+    """Reads a run folder. Raises UserError when there is no run in it, or a value in its files is of a wrong kind."""
     folder = Path(folder)
     if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder"
         )
-    records = read_records(folder / METRICS_FILE)
-    by_step = {
-        record["step"]: record for record in records if "event" not in record and isinstance(record.get("step"), int)
-    }
-    tables = {
-        name: np.array(values, dtype=float)
-        for name, values in _json(folder / TABLES_FILE).items()
-        if isinstance(values, list)
-    }
+    records = []
+    for line, record in numbered_records(folder / METRICS_FILE):
+        kinds.check_record(record, f"{folder / METRICS_FILE}, line {line}")
+        records.append(record)
+    by_step = {record["step"]: record for record in records if "event" not in record and record.get("step") is not None}
+    summary, tables, settings = (
+        _json(folder / SUMMARY_FILE),
+        _json(folder / TABLES_FILE),
+        _settings(folder / CONFIG_FILE),
+    )
+    kinds.check_summary(summary, str(folder / SUMMARY_FILE))
+    kinds.check_tables(tables, str(folder / TABLES_FILE))
+    kinds.check_settings(settings, str(folder / CONFIG_FILE))
     return RunFolder(
         folder=folder,
-        settings=_settings(folder / CONFIG_FILE),
-        summary=_json(folder / SUMMARY_FILE),
+        settings=settings,
+        summary=summary,
         updates=[by_step[step] for step in sorted(by_step)],
         events=[record for record in records if "event" in record],
-        tables=tables,
+        tables={name: np.array(values, dtype=float) for name, values in tables.items()},
         grids=sorted((folder / SAMPLES).glob("*.png")),
     )
 
@@ -234,7 +248,7 @@ def read_run(folder: Path | str) -> RunFolder:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -252,16 +266,21 @@ def read_records(path: Path | str) -> list[dict[str, Any]]:
 
     Empty for a missing file.
     """
+    return [record for _, record in numbered_records(path)]
+
+
+def numbered_records(path: Path | str) -> list[tuple[int, dict[str, Any]]]:
+    """The same, each with the number of its line, from 1."""
     path = Path(path)
-    records: list[dict[str, Any]] = []
+    records: list[tuple[int, dict[str, Any]]] = []
     if not path.exists():
         return records
     with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(record, dict):
-                records.append(record)
+                records.append((number, record))
     return records

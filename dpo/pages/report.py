@@ -138,7 +138,8 @@ def _tiles(run: RunFolder) -> list[Tile]:
         tiles.append(Tile("Training accuracy", shown("implicit_accuracy", accuracy), "last fifth of the run"))
     loss, speed, memory, mfu = (run.late(name) for name in ("loss", "pairs_per_s", "peak_memory_gib", "mfu"))
     if loss is not None:
-        tiles.append(Tile("Loss", shown("loss", loss), "0.6931 at the start" if run.pairwise else "mean squared error"))
+        began = f"{shown('loss', run.start.loss)} at the start" if run.start else ""
+        tiles.append(Tile("Loss", shown("loss", loss), began if run.pairwise else "mean squared error"))
     if speed is not None:
         parts = ["pairs per second", f"{shown('mfu', mfu)} of the GPU's peak" if mfu else ""]
         parts += [f"{shown('peak_memory_gib', memory)} GiB at most" if memory else ""]

@@ -39,10 +39,16 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _columns(cell: dict[str, str]) -> dict[str, str]:
+    """The run's settings by column: an axis that a figure is called after, as --loss, keeps a column of its own."""
+    taken = {figure.words for figure in FIGURES.values()} | {"status", "updates", "seconds", "folder"}
+    return {f"--{axis}" if axis in taken else axis: value for axis, value in cell.items()}
+
+
 def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
     """A run's settings and figures; figures that it does not have are empty."""
     found: dict[str, Any] = {
-        **cell,
+        **_columns(cell),
         "status": "failed" if (folder / FAILED_FILE).is_file() else "not started",
         "updates": 0,
     }

@@ -26,7 +26,7 @@ FEW_HELD_OUT = 100
 FAITHFULNESS_LOSS = 0.04
 
 
-SATURATED = 0.05
+SATURATED = 0.1
 
 
 RISING = 0.02
@@ -232,12 +232,12 @@ def _both_errors_rise(run: RunFolder) -> Caution | None:
 
 def _saturated(run: RunFolder) -> Caution | None:
     factor = run.late("gradient_factor")
-    if factor is None or factor > SATURATED or not run.pairwise:
+    if factor is None or run.start is None or factor > SATURATED * run.start.pull:
         return None
     return Caution(
         "The loss is saturated",
-        f"Nearly every pair is already decided, so only {factor:.1%} of the full gradient is left and further updates change "
-        "little. Beta is large for this data, or the same pairs were seen too often.",
+        f"Nearly every pair is already decided, so only {factor / run.start.pull:.1%} of the gradient at the start is left and "
+        "further updates change little. Beta is large for this data, or the same pairs were seen too often.",
     )
 
 
@@ -285,7 +285,7 @@ def _still(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         "The model has hardly moved",
-        "The loss is still ln 2 = 0.693, its value before the first update. The learning rate is too small, or the "
+        "The policy still rates the pairs as it did before the first update. The learning rate is too small, or the "
         "warm-up is not over.",
     )
 

@@ -141,7 +141,9 @@ class Method:
     beta: float | None = option(
         None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said"
     )
-    loss: str = option("sigmoid", "shape of the pairwise loss", choices=SHAPES, aliases=("loss_type",), resume="said")
+    loss: str = option(
+        "sigmoid", "shape of the pairwise loss", choices=tuple(SHAPES), aliases=("loss_type",), resume="said"
+    )
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )

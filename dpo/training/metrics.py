@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.objective import PairTerms
+from dpo.objective import SHAPES, PairTerms, slope
 from dpo.pages.figures import DECILES
 
 ROWS = (
@@ -47,18 +47,24 @@ class StepMetrics:
         self._rows = []
         return rows
 
-    def read(self, scalars: Mapping[str, Tensor] | None = None, tables: Mapping[str, Tensor] | None = None) -> dict:
+    def read(
+        self,
+        shape: str | None,
+        scalars: Mapping[str, Tensor] | None = None,
+        tables: Mapping[str, Tensor] | None = None,
+    ) -> dict:
         """The step's figures, by one transfer to the host; empties the accumulator.
 
-        scalars: device tensors of one element, such as the gradient norm, read in the same transfer; they keep their
-        names. tables: vectors [T] (DDE's table, its correction), returned as their means `<name>_by_decile`.
+        shape: of the pairwise loss, as in `summarise`; scalars: device tensors of one element, such as the gradient
+        norm, read in the same transfer; they keep their names. tables: vectors [T] (DDE's table, its correction),
+        returned as their means `<name>_by_decile`.
         """
         scalars, tables = scalars or {}, tables or {}
         rows = self.take()
         parts = [rows, *scalars.values(), *tables.values()]
         packed = torch.cat([part.detach().to(rows.device, rows.dtype).reshape(-1) for part in parts]).cpu()
         pieces = packed.split([part.numel() for part in parts])
-        figures = summarise(pieces[0].reshape(rows.shape), self.timestep_count)
+        figures = summarise(pieces[0].reshape(rows.shape), shape, self.timestep_count)
         for name, piece in zip(scalars, pieces[1:]):
             figures[name] = _number(piece.item())
         for name, piece in zip(tables, pieces[1 + len(scalars) :]):
@@ -66,25 +72,26 @@ class StepMetrics:
         return figures
 
 
-def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
-    """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere.
+def summarise(rows: Tensor, shape: str | None, timestep_count: int = 1000) -> dict:
+    """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere, ties in no share of pairs.
 
-    A figure without any pair, or one that is not finite (as without a reference), is None.
+    shape: of the pairwise loss, None for a supervised one. A figure without any pair, or one that is not finite (as
+    without a reference), is None.
     """
     table = rows.double().numpy()
     row = dict(zip(ROWS, table[:, table[ROWS.index("usable")] > 0]))
     pairs = row["loss"].size
-    margin = row["logit"]
+    margin, sided = row["logit"], row["prob"] > 0.5
     decile = np.minimum(row["timestep"].astype(np.int64) * DECILES // timestep_count, DECILES - 1)
     quantiles = np.percentile(margin, (10, 50, 90)) if pairs and np.isfinite(margin).all() else (math.nan,) * 3
     return {
         "loss": _mean(row["loss"]),
-        "implicit_accuracy": _mean(row["accuracy"]),
+        "implicit_accuracy": _mean(row["accuracy"][sided]),
         "margin_mean": _mean(margin),
         "margin_p10": _number(quantiles[0]),
         "margin_p50": _number(quantiles[1]),
         "margin_p90": _number(quantiles[2]),
-        "gradient_factor": _mean(_sigmoid(-margin)),
+        "gradient_factor": _mean(_pull(margin[sided], row["prob"][sided], shape)),
         "win_error_vs_reference": _mean(row["policy_win"] - row["reference_win"]),
         "lose_error_vs_reference": _mean(row["policy_lose"] - row["reference_lose"]),
         "policy_win_error": _mean(row["policy_win"]),
@@ -96,7 +103,7 @@ def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
         "nonfinite_timesteps": sorted({int(t) for t in row["timestep"][~np.isfinite(row["loss"])]}),
         "tied_pairs": int((row["prob"] == 0.5).sum()),
         "pairs_by_decile": [int((decile == index).sum()) for index in range(DECILES)],
-        "accuracy_by_decile": [_mean(row["accuracy"][decile == index]) for index in range(DECILES)],
+        "accuracy_by_decile": [_mean(row["accuracy"][sided & (decile == index)]) for index in range(DECILES)],
         "margin_by_decile": [_mean(margin[decile == index]) for index in range(DECILES)],
     }
 
@@ -108,9 +115,11 @@ def table_by_decile(table: Tensor) -> list[float | None]:
     return [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
 
 
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    """Logistic function without overflow on either side."""
-    return 0.5 * (1.0 + np.tanh(0.5 * values))
+def _pull(margin: np.ndarray, prob: np.ndarray, shape: str | None) -> np.ndarray:
+    """|dloss/dz| [N] of the shape that trains; empty without one."""
+    if shape is None:
+        return np.empty(0)
+    return slope(torch.from_numpy(margin), torch.from_numpy(prob), SHAPES[shape]).abs().numpy()
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from dpo import credit, objective
 from dpo.methods import METHODS, SHAPES, own_settings, readers
@@ -35,8 +36,12 @@ def test_every_row_has_its_weight_and_correction(method):
     assert bool((found.weight == 1).all()) == (METHODS[method].weight == "uniform")
 
 
-def test_every_shape_has_its_function():
-    assert tuple(objective.SHAPES) == SHAPES
+def test_every_shape_has_its_function_and_begins_as_it_says():
+    assert list(objective.SHAPES) == list(SHAPES)
+    z, sure = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    for name, start in SHAPES.items():
+        assert objective.SHAPES[name].loss(z, sure).item() == pytest.approx(start.loss, rel=1e-15)
+        assert objective.slope(z, sure, objective.SHAPES[name]).abs().item() == start.pull
 
 
 def test_a_new_row_is_seen_everywhere(tmp_path):

@@ -130,3 +130,15 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch
     assert sweep.main(["--out", str(out), "--beta", "1,2", *flags]) == 1
     assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["failed", "not started"]
     assert (out / "beta-1" / "failed.txt").read_text() == "it diverged\n"
+
+
+def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
+    """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, notes, step: begun.append(config) or 0)
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 0
+    assert [(c.method.loss, c.optim.steps, c.output.resume, c.output.overwrite) for c in begun] == [
+        ("sigmoid", 2, "latest", False), ("ipo", 2, "latest", False),
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+    assert [(row["--loss"], row["loss"]) for row in rows] == [("sigmoid", ""), ("ipo", "")]

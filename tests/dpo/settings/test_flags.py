@@ -162,6 +162,9 @@ def test_help_has_every_setting_with_its_default(capsys):
         assert f"[{spec.meta['unit']}]" in help_of(spec) or not spec.meta["unit"]
     assert not any(f"--{name.replace('_', '-')} " in text for name in FOREIGN)
     assert all(name in flat for name in presets())
+    assert "with the settings of --preset tiny and not the defaults shown here: --print-config" in " ".join(
+        text.split()
+    )
 
 
 @pytest.mark.parametrize(

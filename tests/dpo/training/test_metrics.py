@@ -30,7 +30,7 @@ def figures_of(errors, timesteps, prob, usable, split):
     metrics = StepMetrics()
     for e, t, p, u in zip(errors.split(split, 1), timesteps.split(split), prob.split(split), usable.split(split)):
         metrics.add(terms_of(e, t, p), p, u)
-    return metrics.read()
+    return metrics.read("sigmoid")
 
 
 def test_figures_are_those_of_the_definition():
@@ -102,13 +102,38 @@ def test_extreme_margins_do_not_overflow():
     metrics = StepMetrics()
     metrics.add(terms_of(errors, t, prob, beta=1e12), prob, usable)
     with np.errstate(over="raise", invalid="raise"):
-        assert 0 < metrics.read()["gradient_factor"] < 1
+        assert 0 < metrics.read("sigmoid")["gradient_factor"] < 1
 
 
-def test_ties_are_counted():
+def test_ties_are_counted_and_are_in_no_share_of_pairs():
     errors, t, prob, _ = step()
+    usable = torch.ones(64)
+    rest = figures_of(errors[:, 10:], t[10:], prob[10:], usable[10:], 16)
     prob[:10] = 0.5
-    assert figures_of(errors, t, prob, torch.ones(64), 16)["tied_pairs"] == 10
+    figures = figures_of(errors, t, prob, usable, 16)
+    assert figures["tied_pairs"] == 10 and figures["pairs"] == 64
+    for name in ("implicit_accuracy", "accuracy_by_decile", "gradient_factor"):
+        assert figures[name] == pytest.approx(rest[name])
+    ties_alone = figures_of(errors, t, torch.full((64,), 0.5), usable, 16)
+    assert ties_alone["implicit_accuracy"] is None and ties_alone["loss"] is not None
+
+
+def test_the_gradient_factor_is_the_slope_of_the_loss_that_trains():
+    errors, t, _, usable = step()
+    prob = torch.full((64,), 0.9)
+    metrics = StepMetrics()
+    for shape in ("sigmoid", "hinge", "ipo"):
+        terms = terms_of(errors, t, prob)
+        metrics.add(terms, prob, usable)
+        z = terms.logit[usable > 0].double().numpy()
+        slopes = {
+            "sigmoid": 1 / (1 + np.exp(-z)) - np.float32(0.9),
+            "hinge": 0.1 * (z > -1) - 0.9 * (z < 1),
+            "ipo": 2 * z + 1 - 2 * 0.9,
+        }
+        assert metrics.read(shape)["gradient_factor"] == pytest.approx(np.abs(slopes[shape]).mean(), rel=1e-6)
+    metrics.add(terms, prob, usable)
+    assert metrics.read(None)["gradient_factor"] is None
 
 
 def test_scalars_and_tables_travel_along():
@@ -116,7 +141,7 @@ def test_scalars_and_tables_travel_along():
     metrics = StepMetrics()
     metrics.add(terms_of(errors, t, prob), prob, usable)
     figures = metrics.read(
-        {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
+        "sigmoid", {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
     )
     assert figures["grad_norm"] == 2.5
     assert figures["table_by_decile"] == pytest.approx([49.5 + 100 * i for i in range(10)])
@@ -140,7 +165,7 @@ def test_one_transfer_a_step_and_none_in_a_micro_batch(monkeypatch):
     metrics.add(terms, prob, usable)
     metrics.add(terms, prob, usable)
     assert calls == []
-    metrics.read({"grad_norm": torch.tensor(1.0)})
+    metrics.read("sigmoid", {"grad_norm": torch.tensor(1.0)})
     assert calls.count("cpu") == 1
 
 
@@ -151,7 +176,7 @@ def test_rows_of_two_processes_concatenate():
         metrics = StepMetrics()
         metrics.add(terms_of(errors[:, part], t[part], prob[part]), prob[part], usable[part])
         halves.append(metrics.take())
-    assert summarise(torch.cat(halves, 1)) == figures_of(errors, t, prob, usable, 64)
+    assert summarise(torch.cat(halves, 1), "sigmoid") == figures_of(errors, t, prob, usable, 64)
 
 
 def test_no_gradient_graph_is_kept():
