@@ -24,8 +24,8 @@ USAGE = "python -m dpo.train [--preset NAME | --config FILE.toml] [flags]"
 
 EPILOG = (
     "Flags may be spelled with - or _. The flags of the diffusers and Salesforce trainers are accepted too (docs/flags.md); "
-    "--compat gives them those scripts' meanings. Without any model and data the small world inside the package is trained, with the settings of --preset tiny and not the "
-    "defaults shown here: --print-config shows what a command would use."
+    "--compat gives them those scripts' meanings. Without any model and data the small world inside the package is trained, "
+    "with the settings of --preset tiny and not the defaults shown here: --print-config shows what a command would use."
 )
 
 
