@@ -72,8 +72,8 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     return config, model, plan, decided
 
 
-def cast(model: Model, precision: str) -> None:
-    """Casts every module, in place, to its dtype for `precision`.
+def cast(model: Model, precision: str, vae: str = "auto") -> None:
+    """Casts every module, in place, to its dtype for `precision`; vae: a precision of the VAE's own, or "auto".
 
     Under autocast the denoiser keeps fp32 master weights, and the VAE and text encoders, which are not trained, are in
     half precision. A VAE that overflows in fp16 (SDXL's) stays in fp32 with fp16.
@@ -81,7 +81,9 @@ def cast(model: Model, precision: str) -> None:
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
     model.denoiser.to(own)
-    model.vae.to(torch.float32 if precision == "fp16" and model.family.vae_overflows_in_fp16 else read_only)
+    overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
+    chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
+    model.vae.to(chosen)
     for encoder in model.text_encoders:
         encoder.to(read_only)
 

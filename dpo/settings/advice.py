@@ -67,8 +67,8 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
     if (
         config.model.model
         and not config.data.validation_data
-        and not config.data.validation_fraction
-        and config.output.validate_every
+        and config.data.validation_fraction == 0
+        and config.output.validate_every != 0
     ):
-        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.02")
+        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.1")
     return found

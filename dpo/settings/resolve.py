@@ -49,6 +49,11 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     asked = config.model
     if asked.family not in ("auto", model.family):
         raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
+    if config.data.dropped_caption == "zeros" and model.family != "sdxl":
+        raise UserError(
+            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
+            f"of family {model.family}; leave it at empty"
+        )
     prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
     values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
     values |= _of_model(config, model)
@@ -132,6 +137,11 @@ def _notes(asked: Config, decided: Config) -> list[str]:
         notes.append("precision fp16 needs a GPU: fp32 is used")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
+    if decided.model.family == "sdxl" and decided.data.caption_dropout and decided.data.dropped_caption == "empty":
+        notes.append(
+            'dropped captions train the encoding of "", as published; diffusers samples SDXL without a negative prompt with '
+            "zeros instead, which --dropped-caption zeros trains"
+        )
     if decided.model.timesteps == "turbo":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(

@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings import rules
-from dpo.settings.config import Config, flatten, from_mapping, of_before, specs
+from dpo.settings.config import Config, change, flatten, from_mapping, of_before, specs
 from dpo.training import checkpoint
 from dpo.training.run import Run
 
@@ -39,6 +39,13 @@ def snapshot(run: Run) -> Path:
     path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
     checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
     return path
+
+
+def with_held_out_of(config: Config, saved: checkpoint.Checkpoint) -> Config:
+    """`config` with the held-out pairs of the checkpoint's run, so that no pair changes sides."""
+    before = from_mapping(of_before(saved.state["config"])).data
+    names = ("validation_data", "validation_split", "validation_fraction", "validation_by")
+    return change(config, **{name: getattr(before, name) for name in names})
 
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:

@@ -19,7 +19,8 @@ def decide(values=(), *, device="cpu", bf16=True, **facts):
 def test_resolve_leaves_nothing_open_and_is_stable():
     cfg, notes = decide()
     open_ones = {name for name, value in flatten(cfg).items() if value == "auto"}
-    assert open_ones == {"data_format", "zero_snr"}, "these two are read from the data and from the model's schedule"
+    of_data, of_model = {"data_format", "validation_by"}, {"zero_snr", "vae_precision"}
+    assert open_ones == of_data | of_model, "these are read from the pairs, from the model's schedule and its family"
     assert (cfg.data.resolution, cfg.runtime.precision, cfg.optim.optimizer, cfg.optim.steps) == (
         512,
         "fp32",
