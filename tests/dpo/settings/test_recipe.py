@@ -41,7 +41,7 @@ def test_a_share_or_a_set_of_ones_own_is_said_once_and_not_refused():
 def test_no_share_leaves_a_presets_own_pairs_alone():
     assert held_out("--preset", "sd15", "--validation-fraction", "0")[0] == (HUB, "validation_unique", 0.0)
     found, notes = held_out("--preset", "sd15", "--data", "my.csv", "--validation-fraction", "0")
-    assert found == (None, "validation", 0.0) and "held out are pairs" not in notes[0]
+    assert found == (None, "validation", 0.0) and "instead" not in notes[0]
     assert held_out("--preset", "sd15", "--data", HUB)[0] == (HUB, "validation_unique", None)
 
 

@@ -37,6 +37,16 @@ def test_resolve_leaves_nothing_open_and_is_stable():
     assert decide(flatten(cfg)) == (cfg, [])
 
 
+def test_dropped_captions_as_zeros_are_for_sdxl_and_the_log_says_which_are_trained():
+    dropped = {"caption_dropout": 0.1}
+    with pytest.raises(UserError, match="--dropped-caption zeros: only SDXL"):
+        decide(dropped | {"dropped_caption": "zeros"})
+    said = "--dropped-caption zeros trains"
+    assert any(said in note for note in decide(dropped, **SDXL)[1])
+    for values, facts in ((dropped | {"dropped_caption": "zeros"}, SDXL), (dropped, {}), ({}, SDXL)):
+        assert not any(said in note for note in decide(values, **facts)[1])
+
+
 @pytest.mark.parametrize(
     ("values", "facts", "beta"),
     [
