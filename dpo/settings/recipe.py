@@ -48,7 +48,9 @@ def _held_out(kept: dict[str, Any], said: Mapping[str, Any], name: str, notes: l
         kept = {setting: value for setting, value in kept.items() if setting not in HELD_OUT}
     if "validation_data" not in said:
         why = "--validation-fraction is given" if shares(said) else "--data is your own"
-        instead = "" if none_asked(said) else "; some of --data are held out instead, or those that --validation-data names"
+        instead = (
+            "" if none_asked(said) else "; some of --data are held out instead, or those that --validation-data names"
+        )
         notes.append(f"{why}: the held-out pairs of {name} ({theirs}) are left out{instead}")
     return kept
 

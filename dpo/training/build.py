@@ -326,7 +326,11 @@ def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | N
     if every is None:
         every = cost.validate_every(counted, config, steps, pairs, encoded=encoded)
     share = cost.validation_share(counted, config, steps, pairs, every=every, encoded=encoded)
-    hint = "" if share <= cost.SHARE or every >= steps else "; a larger --validate-every or fewer --validation-draws cost less"
+    hint = (
+        ""
+        if share <= cost.SHARE or every >= steps
+        else "; a larger --validate-every or fewer --validation-draws cost less"
+    )
     log.info(
         "held-out accuracy: %d pairs, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
         pairs, data.validation_draws, every, 100 * share, hint,
