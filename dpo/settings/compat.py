@@ -118,6 +118,7 @@ _SF = {
     "resolution": 512,
     "flip": True,
     "caption_dropout": 0.2,
+    "dropped_caption": "empty",
     "timesteps": "all",
     "beta": 5000.0,
     "optimizer": "adamw",

@@ -120,9 +120,9 @@ class Data:
         resume="said",
     )
     dropped_caption: str = option(
-        "empty",
-        "a dropped caption: the encoding of the empty one, or zeros, with which diffusers samples SDXL",
-        choices=("empty", "zeros"),
+        "auto",
+        "a dropped caption: encoding of the empty one, or zeros; auto: as diffusers samples without a negative prompt",
+        choices=("auto", "empty", "zeros"),
         resume="said",
     )
     max_pairs: int | None = option(
@@ -427,9 +427,10 @@ def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Conf
 def of_before(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a run of this or an earlier version, as they are allowed now.
 
-    Seeds were once allowed to 2^63; every number that a run drew was that of the remainder.
+    Seeds were once allowed to 2^63; every number that a run drew was that of the remainder. A dropped caption was the
+    encoding of the empty one whatever the model.
     """
-    return {**settings, "seed": settings.get("seed", 0) % SEEDS}
+    return {"dropped_caption": "empty", **settings, "seed": settings.get("seed", 0) % SEEDS}
 
 
 def change(config: Config, **values: Any) -> Config:

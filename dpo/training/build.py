@@ -43,7 +43,7 @@ from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.start import Start
-from dpo.training.state import check_resume, restore, with_held_out_of
+from dpo.training.state import as_before, check_resume, restore
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -183,13 +183,15 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
 
 
 def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
-    """`config` where the held-out pairs were left open: a resumed run's own; none where they are never measured."""
-    data = config.data
-    if data.validation_data is not None or data.validation_fraction is not None:
-        return config
+    """`config` with what it leaves open on the pairs taken from the run that is resumed.
+
+    Of a new run none are held out where they are never measured.
+    """
     if saved is not None:
-        return with_held_out_of(config, saved)
-    return change(config, validation_fraction=0.0) if config.output.validate_every == 0 else config
+        return as_before(config, saved)
+    data = config.data
+    unmeasured = config.output.validate_every == 0 and data.validation_data is None and data.validation_fraction is None
+    return change(config, validation_fraction=0.0) if unmeasured else config
 
 
 def _tell(config: Config, lines: list[str]) -> None:

@@ -41,10 +41,17 @@ def snapshot(run: Run) -> Path:
     return path
 
 
-def with_held_out_of(config: Config, saved: checkpoint.Checkpoint) -> Config:
-    """`config` with the held-out pairs of the checkpoint's run, so that no pair changes sides."""
-    before = from_mapping(of_before(saved.state["config"])).data
-    names = ("validation_data", "validation_split", "validation_fraction", "validation_by")
+def as_before(config: Config, saved: checkpoint.Checkpoint) -> Config:
+    """`config` with what it leaves open on the pairs as it was in the checkpoint's run.
+
+    Then no pair changes sides, and a dropped caption stays what it was.
+    """
+    data, before = config.data, from_mapping(of_before(saved.state["config"])).data
+    names = []
+    if data.validation_data is None and data.validation_fraction is None:
+        names += ["validation_data", "validation_split", "validation_fraction", "validation_by"]
+    if data.dropped_caption == "auto":
+        names += ["dropped_caption"]
     return change(config, **{name: getattr(before, name) for name in names})
 
 

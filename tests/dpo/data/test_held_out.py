@@ -113,6 +113,12 @@ def test_a_share_that_was_asked_for_is_split_by_pair_too_where_captions_forbid_i
     assert 3 <= len(out) <= 20
 
 
+def test_a_share_that_was_asked_for_chooses_as_earlier_versions_did():
+    """Literal places, written down by the version before pairs could be held out singly: old runs go on with them."""
+    _, _, out = chosen(pairs(unique(20)), validation_fraction=0.3)
+    assert out == {2, 3, 5, 9, 15, 17, 18}
+
+
 def test_folders_without_captions_hold_pairs_out(tmp_path, settings):
     train, held, data = open_sources(settings(worlds.make_folders(tmp_path, 160, captions_in="none")))
     assert (len(train), len(held), data.validation_by) == (110, 50, "pair")

@@ -28,6 +28,7 @@ def test_headline():
         ({"batch_size": 2} | PAIRED, "--accumulation"),
         (PAIRED | {"validation_fraction": 0.0}, "--validation-fraction"),
         ({"steps": 10, "warmup": 10}, "warm-up"),
+        ({"family": "sdxl", "vae_precision": "fp16"}, "overflows in fp16"),
     ],
 )
 def test_warnings(values, words):

@@ -37,14 +37,29 @@ def test_resolve_leaves_nothing_open_and_is_stable():
     assert decide(flatten(cfg)) == (cfg, [])
 
 
-def test_dropped_captions_as_zeros_are_for_sdxl_and_the_log_says_which_are_trained():
-    dropped = {"caption_dropout": 0.1}
+@pytest.mark.parametrize(
+    ("asked", "empty_is_zeros", "trained", "words"),
+    [
+        ("auto", True, "zeros", "train zeros: diffusers samples this model without a negative prompt with zeros"),
+        ("zeros", True, "zeros", "--dropped-caption empty trains the encoding"),
+        ("empty", True, "empty", 'train the encoding of "", but diffusers samples'),
+        ("auto", False, "empty", 'train the encoding of "": diffusers samples'),
+        ("zeros", False, "zeros", "train zeros, but diffusers samples"),
+    ],
+)
+def test_what_a_dropped_caption_of_sdxl_becomes_and_what_the_log_says(asked, empty_is_zeros, trained, words):
+    facts = SDXL | {"empty_is_zeros": empty_is_zeros}
+    cfg, notes = decide({"caption_dropout": 0.1, "dropped_caption": asked}, **facts)
+    assert cfg.data.dropped_caption == trained and words in notes[-1]
+    cfg, notes = decide({"dropped_caption": asked}, **facts)
+    assert cfg.data.dropped_caption == trained and not any("dropped" in note for note in notes), "nothing is dropped"
+
+
+def test_dropped_captions_of_other_models_are_the_empty_one():
+    cfg, notes = decide({"caption_dropout": 0.1})
+    assert cfg.data.dropped_caption == "empty" and not any("dropped" in note for note in notes)
     with pytest.raises(UserError, match="--dropped-caption zeros: only SDXL"):
-        decide(dropped | {"dropped_caption": "zeros"})
-    said = "--dropped-caption zeros trains"
-    assert any(said in note for note in decide(dropped, **SDXL)[1])
-    for values, facts in ((dropped | {"dropped_caption": "zeros"}, SDXL), (dropped, {}), ({}, SDXL)):
-        assert not any(said in note for note in decide(values, **facts)[1])
+        decide({"caption_dropout": 0.1, "dropped_caption": "zeros"})
 
 
 @pytest.mark.parametrize(

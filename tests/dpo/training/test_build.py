@@ -1,12 +1,17 @@
 """dpo.training.build: which reference a run has, what its policy trains, and what is refused first."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dpo.common.errors import UserError
 from dpo.models.fingerprint import fingerprint
 from dpo.models.load import load
-from dpo.training.state import snapshot
+from dpo.settings.config import change, flatten
+from dpo.settings.flags import parse
+from dpo.training import samples
+from dpo.training.state import as_before, snapshot
 from tests.help.running import make_run
 from tests.help.worlds import make_pickapic, make_pipeline
 
@@ -93,21 +98,48 @@ def test_a_run_that_held_nothing_out_goes_on_so(world, tmp_path):
     assert run.held_out_source is None and len(run.source) == 160
 
 
-def test_a_dropped_caption_is_encoded_as_asked(world, tmp_path):
-    for words, expected in (([], None), (["--dropped-caption", "zeros"], 0.0)):
-        run = make_run(world("sdxl"), world("pairs"), tmp_path / "run", "--lora", "--caption-dropout", "0.5", *words)
-        batch = next(run.batches())
-        text = run.encoder.inputs(batch).text
-        plain = run.encoder.text(batch.captions)
-        assert 0 < int(batch.dropped.sum()) < len(batch)
-        for found, own in zip(text, plain, strict=True):
-            assert torch.equal(found[~batch.dropped], own[~batch.dropped])
-            gone = own[batch.dropped] if expected is None else torch.zeros_like(own[batch.dropped])
-            assert torch.equal(found[batch.dropped], gone)
+def test_what_a_resumed_run_left_open_is_as_it_was(world, tmp_path):
+    config, _ = parse(["--model", "m", "--data", "d"])
+    old = flatten(change(config, validation_data="v", validation_split="s", validation_fraction=0.0))
+    del old["dropped_caption"], old["validation_by"]  # settings that there were not
+    after = as_before(config, SimpleNamespace(state={"config": old})).data
+    assert (after.validation_data, after.validation_split, after.validation_fraction) == ("v", "s", 0.0)
+    assert (after.validation_by, after.dropped_caption) == ("auto", "empty")
+    said = change(config, validation_fraction=0.1, dropped_caption="zeros")
+    assert as_before(said, SimpleNamespace(state={"config": old})) == said
 
 
-def test_the_vae_encodes_in_its_own_precision(world, tmp_path):
-    run = make_run(
-        world("sdxl"), world("pairs"), tmp_path / "run", "--lora", "--precision", "bf16", "--vae-precision", "fp32"
+@pytest.mark.parametrize(
+    ("kind", "asked", "zeros"),
+    [("sdxl", "auto", True), ("sdxl", "empty", False), ("sdxl-turbo", "auto", False), ("sdxl-turbo", "zeros", True)],
+)
+def test_a_dropped_caption_is_what_the_model_is_sampled_with_or_as_asked(world, tmp_path, kind, asked, zeros):
+    words = ["--lora", "--caption-dropout", "0.5", "--dropped-caption", asked]
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *words)
+    batch = next(run.batches())
+    found, plain = run.encoder.inputs(batch).text, run.encoder.text(batch.captions)
+    assert 0 < int(batch.dropped.sum()) < len(batch)
+    for ours, own in zip(found, plain, strict=True):
+        assert torch.equal(ours[~batch.dropped], own[~batch.dropped])
+        assert torch.equal(ours[batch.dropped], torch.zeros_like(own[batch.dropped]) if zeros else own[batch.dropped])
+
+
+@pytest.mark.parametrize(("kind", "precision", "vae"), [("sdxl", "bf16", "fp32"), ("sd15", "fp32", "bf16")])
+def test_the_vae_encodes_and_decodes_in_its_own_precision(world, tmp_path, kind, precision, vae):
+    words = [
+        "--lora",
+        "--precision",
+        precision,
+        "--vae-precision",
+        vae,
+        "--sample-prompts",
+        "red",
+        "--sample-seeds",
+        "0",
+    ]
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *words, "--sample-steps", "1")
+    assert (
+        run.encoder.inputs(next(run.batches())).latent_mean.dtype
+        == {"fp32": torch.float32, "bf16": torch.bfloat16}[vae]
     )
-    assert run.encoder.inputs(next(run.batches())).latent_mean.dtype == torch.float32
+    samples.before(run)
