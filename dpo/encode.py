@@ -43,6 +43,7 @@ class Encoder:
     device: torch.device
     vae_batch: int
     offload: bool = False
+    zero_dropped: bool = False  # a dropped caption is zeros, not the encoding of the empty one
 
     def _place(self, modules: Sequence[nn.Module], busy: bool) -> None:
         for module in modules:
@@ -91,6 +92,8 @@ class Encoder:
         else:
             assert batch.pixels is not None, "images, or what a store has of them"
             (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
+        if self.zero_dropped:
+            text = text.zero_where(self._moved(batch.dropped))
         return Inputs(
             keys=self._moved(batch.keys),
             draws=self._moved(batch.draws),

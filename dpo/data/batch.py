@@ -31,6 +31,7 @@ class PairBatch:
     prob: Tensor  # [B] fp32 in [0.5, 1]
     usable: Tensor  # [B] fp32, 1 or 0
     captions: list[str]  # dropout already applied
+    dropped: Tensor  # [B] bool, whether it was
     micro: Tensor  # [2B, 6] int64, pixels: original height, width, crop top, left, target height, width
     position: int  # of the first pair in the whole run
     epoch: int  # of the first pair
@@ -94,6 +95,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
     flips = keyed(Stream.FLIP, 1, decoding.flip)
     crops = keyed(Stream.CROP, 4, decoding.crop == "random")
     drops = keyed(Stream.DROPOUT, 1, decoding.caption_dropout > 0)
+    dropped = [drop < decoding.caption_dropout for (drop,) in drops]
     size = decoding.resolution
     pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
     micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
@@ -119,9 +121,8 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
         draws=draw,
         prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
         usable=usable,
-        captions=[
-            "" if drop < decoding.caption_dropout else pair.caption for pair, (drop,) in zip(pairs, drops, strict=True)
-        ],
+        captions=["" if drop else pair.caption for pair, drop in zip(pairs, dropped, strict=True)],
+        dropped=torch.tensor(dropped),
         micro=micro,
         position=position,
         epoch=int(draws[0]),

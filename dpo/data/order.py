@@ -103,11 +103,20 @@ def stored_order(source: Source, micro_batch: int) -> Iterator[Place]:
         yield Place(begin, indices, [0] * len(indices))
 
 
-def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
-    """bool [n]: a keyed choice of about `share` of the keys [n] int64; equal keys are chosen alike."""
-    out = np.zeros(len(keys), dtype=bool)
+def keyed_numbers(keys: np.ndarray, seed: int = 0) -> np.ndarray:
+    """fp32 [n] in [0, 2^32]: a keyed number of each key [n] int64, by which pairs are held out."""
+    out = np.empty(len(keys), dtype=np.float32)
     for begin in range(0, len(keys), CHUNK):
         part = torch.from_numpy(keys[begin : begin + CHUNK])
-        bits = random_bits(part, torch.zeros_like(part), Stream.SPLIT, seed, 1)[:, 0]
-        out[begin : begin + CHUNK] = (bits < share * 2**32).numpy()
+        out[begin : begin + CHUNK] = random_bits(part, torch.zeros_like(part), Stream.SPLIT, seed, 1)[:, 0].numpy()
     return out
+
+
+def keyed_share(keys: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    """bool [n]: a keyed choice of about `share` of the keys [n] int64; equal keys are chosen alike."""
+    return keyed_numbers(keys, seed) < np.float32(share * 2**32)
+
+
+def share_up_to(number: np.float32) -> float:
+    """The smallest share with which `keyed_share` chooses the keys whose keyed number is at most `number`."""
+    return float(np.nextafter(number, np.float32(np.inf))) / 2**32

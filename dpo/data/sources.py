@@ -6,13 +6,15 @@ import glob
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
+from dpo.data import held_out
 from dpo.data.hub import files_of_split, hub_files
-from dpo.data.order import epoch_order, keyed_share
+from dpo.data.order import epoch_order
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
@@ -43,27 +45,28 @@ def open_source(data: Data, split: str | None = None) -> Source:
     return source
 
 
-def open_sources(data: Data) -> tuple[Source, Source | None]:
-    """(training pairs, held-out pairs or None). Held-out pairs are in memory, unless they are in a prepared store.
+class Sources(NamedTuple):
+    """The pairs of a run, and the settings that name them with the held-out share decided."""
 
-    Held out are pairs of data.validation_data, or else the share data.validation_fraction of the training set. That
-    share is keyed by the caption alone, whatever the seed, so no caption is on both sides. At most
-    data.validation_pairs held-out pairs are kept, the same ones every time; ties are left out, labels are not smoothed.
-    Raises UserError.
+    train: Source
+    held_out: Source | None
+    data: Data
+
+
+def open_sources(data: Data) -> Sources:
+    """Training pairs and held-out pairs, if any; the held-out ones are in memory unless they are in a prepared store.
+
+    Held out are pairs of data.validation_data, or else a share of the training set (`held_out.decide`, `split`). At
+    most data.validation_pairs are kept, the same ones every time; ties are left out, labels are not smoothed. Raises
+    UserError.
     """
     train = open_source(data)
+    data = held_out.decide(data, train)
     if data.validation_data is not None:
         unsmoothed = replace(data, data=data.validation_data, ties="drop", label_smoothing=0.0, max_pairs=None)
-        return train, _held_out(open_source(unsmoothed, data.validation_split), data)
-    if data.validation_fraction <= 0:
-        return train, None
-    out = keyed_share(train.caption_keys(), data.validation_fraction)
-    if out.all() or not out.any():
-        side = "training" if out.all() else "validation"
-        raise UserError(
-            f"{data.data}: --validation-fraction {data.validation_fraction} of {len(out)} pairs leaves none for {side}"
-        )
-    return Subset(train, np.flatnonzero(~out)), _held_out(Subset(train, np.flatnonzero(out & (train.prob > 0.5))), data)
+        return Sources(train, _held_out(open_source(unsmoothed, data.validation_split), data), data)
+    train, out = held_out.split(data, train)
+    return Sources(train, None if out is None else _held_out(out, data), data)
 
 
 def _held_out(source: Source, data: Data) -> InMemory | Subset:

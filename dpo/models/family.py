@@ -52,6 +52,10 @@ class TextEncoding(NamedTuple):
         """The same encoding on another device, and in another dtype where one is given."""
         return self._each(lambda x: x.to(device, dtype, non_blocking=True))
 
+    def zero_where(self, rows: Tensor) -> TextEncoding:
+        """The same encoding with zeros in the `rows` [B] bool."""
+        return self._each(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), 0.0))
+
     def _each(self, function: Callable[[Tensor], Tensor]) -> TextEncoding:
         return TextEncoding(function(self.hidden), None if self.pooled is None else function(self.pooled))
 

@@ -10,7 +10,7 @@ from torch import nn
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
-from dpo.models.family import Denoiser, Model
+from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import load
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
@@ -58,6 +58,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         native_resolution=model.native_resolution,
         turbo=model.turbo,
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
+        empty_is_zeros=bool(model.family.pipeline_options(model).get("force_zeros_for_empty_prompt")),
     )
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported())
     config, decided = resolve(config, facts, has)
@@ -72,8 +73,8 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     return config, model, plan, decided
 
 
-def cast(model: Model, precision: str) -> None:
-    """Casts every module, in place, to its dtype for `precision`.
+def cast(model: Model, precision: str, vae: str = "auto") -> None:
+    """Casts every module, in place, to its dtype for `precision`; vae: a precision of the VAE's own, or "auto".
 
     Under autocast the denoiser keeps fp32 master weights, and the VAE and text encoders, which are not trained, are in
     half precision. A VAE that overflows in fp16 (SDXL's) stays in fp32 with fp16.
@@ -81,9 +82,24 @@ def cast(model: Model, precision: str) -> None:
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
     model.denoiser.to(own)
-    model.vae.to(torch.float32 if precision == "fp16" and model.family.vae_overflows_in_fp16 else read_only)
+    overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
+    chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
+    model.vae.to(chosen)
+    if vae != "auto":
+        _decode_in(model.vae, chosen)
     for encoder in model.text_encoders:
         encoder.to(read_only)
+
+
+def _decode_in(vae: Vae, dtype: torch.dtype) -> None:
+    """Makes the decoder take latents of any dtype: a pipeline hands it those of the denoiser."""
+
+    def cast_inputs(module: nn.Module, inputs: tuple) -> tuple:
+        return tuple(x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+    for part in (vae.post_quant_conv, vae.decoder):
+        if part is not None:
+            part.register_forward_pre_hook(cast_inputs)
 
 
 def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Module:

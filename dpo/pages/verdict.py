@@ -23,6 +23,9 @@ FEW_PAIRS = 300
 FEW_HELD_OUT = 100
 
 
+ENOUGH_TO_SHARE = 150  # pairs, of which some are held out unasked: dpo.data.held_out.ENOUGH
+
+
 FAITHFULNESS_LOSS = 0.04
 
 
@@ -125,7 +128,7 @@ def verdict(run: RunFolder) -> Verdict:
 
 
 def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[Caution]) -> Verdict:
-    missing = "No held-out pairs were measured, so nothing here shows that it holds beyond the training pairs: set --validation-data."
+    missing = _without_held_out(run)
     if not run.pairwise:
         return Verdict("early", "Trained; whether it is better was not measured.", [*sentences, missing])
     accuracy = run.late("implicit_accuracy")
@@ -138,6 +141,21 @@ def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[
             [*sentences, missing],
         )
     return Verdict("poor", "It has learned little, even on the training pairs.", [*sentences, missing])
+
+
+def _without_held_out(run: RunFolder) -> str:
+    """Why nothing is known beyond the training pairs, and what to do."""
+    usable = run.summary.get("data", {}).get("usable")
+    few = isinstance(usable, int) and usable < ENOUGH_TO_SHARE and run.setting("validation_fraction") == 0
+    why = (
+        f"None of the {usable:,} pairs was held out: of fewer than {ENOUGH_TO_SHARE} that is done only when asked for. So"
+        if few
+        else "No held-out pairs were measured, so"
+    )
+    return (
+        f"{why} nothing here shows that it holds beyond the training pairs: give --validation-data, or "
+        "--validation-fraction 0.2 for a fifth of the pairs."
+    )
 
 
 def _progress(run: RunFolder) -> list[str]:
@@ -321,7 +339,8 @@ def _few_held_out(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         f"Only {learned.cases} held-out pairs",
-        f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; raise --validation-pairs.",
+        f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; hold out more, by "
+        "--validation-data, --validation-fraction or --validation-pairs.",
     )
 
 

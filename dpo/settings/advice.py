@@ -60,6 +60,10 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
         found.append(
             f"bf16-pure sums the gradients of {config.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
         )
+    if config.runtime.vae_precision == "fp16" and config.model.family == "sdxl" and not config.model.vae:
+        found.append(
+            "SDXL's own VAE overflows in fp16: give --vae madebyollin/sdxl-vae-fp16-fix, or leave --vae-precision at auto"
+        )
     if config.optim.steps is not None and config.optim.warmup >= config.optim.steps:
         found.append(
             f"the warm-up of {config.optim.warmup} updates does not end within {config.optim.steps}: the rate stays below its peak"
@@ -67,8 +71,8 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
     if (
         config.model.model
         and not config.data.validation_data
-        and not config.data.validation_fraction
-        and config.output.validate_every
+        and config.data.validation_fraction == 0
+        and config.output.validate_every != 0
     ):
-        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.02")
+        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.1")
     return found

@@ -107,6 +107,8 @@ _HF = {
     "validate_every": 200,
     "sample_steps": 25,
     "tensorboard": True,
+    "validation_fraction": 0.0,
+    "warmup_start": "zero",
 }
 
 
@@ -116,6 +118,7 @@ _SF = {
     "resolution": 512,
     "flip": True,
     "caption_dropout": 0.2,
+    "dropped_caption": "empty",
     "timesteps": "all",
     "beta": 5000.0,
     "optimizer": "adamw",
@@ -130,6 +133,8 @@ _SF = {
     "resume": "latest",
     "tensorboard": True,
     "project": "tuning",
+    "validation_fraction": 0.0,
+    "warmup_start": "zero",
 }
 
 
@@ -140,10 +145,13 @@ _TURBO = {"timesteps": "turbo"}
 
 
 _DIFFERENCES = {
-    "hf-sd15": "ties are left out (there: wins of jpg_0) and the two images of a pair are mirrored together",
-    "hf-sdxl": "ties are left out (there: wins of jpg_0) and each image keeps its own size and crop in the conditioning",
-    "sf": "the reference has the policy's precision, the two images of a pair are mirrored together, and SDXL is told each "
-    "image's own size and crop",
+    "hf-sd15": "ties are left out (there: wins of jpg_0), the two images of a pair are mirrored together, and "
+    "--max_train_samples takes the first pairs (there: a random choice)",
+    "hf-sdxl": "ties are left out (there: wins of jpg_0), each image keeps its own size and crop in the conditioning, and "
+    "--max_train_samples takes the first pairs (there: a random choice)",
+    "sf": "the reference has the policy's precision, the two images of a pair are mirrored together, SDXL is told each "
+    "image's own size and crop and its VAE stays in fp32 under fp16, pairs of every split are shuffled (there: of train "
+    "alone), and --max_train_samples takes the first pairs (there: a random choice)",
 }
 
 
@@ -151,7 +159,8 @@ _PAGE = """# Flags of other trainers
 
 Command lines of the diffusers scripts (`train_diffusion_dpo.py`, `train_diffusion_dpo_sdxl.py`) and of the Salesforce script
 (`train.py`) run here. With `--compat hf-sd15`, `--compat hf-sdxl` or `--compat sf` they also keep that script's defaults and
-meanings; without it our own hold, and the log says where they differ. Our own name wins where both are given.
+meanings; without it our own hold, and the log says where they differ. Two flags that set one setting must agree; of one flag
+given twice the last holds.
 This page is written by `python -m dpo.settings.compat > docs/flags.md`.
 
 """
@@ -162,21 +171,24 @@ def defaults(peer: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     if peer == "hf-sd15":
         return _HF | {"family": "sd", "resolution": 512, "project": "diffusion-dpo-lora"}
     if peer == "hf-sdxl":
-        return _HF | {"family": "sdxl", "resolution": 1024, "project": "diffusion-dpo-lora-sdxl"}
+        own = {"family": "sdxl", "resolution": 1024, "project": "diffusion-dpo-lora-sdxl", "vae_precision": "fp32"}
+        return _HF | own
     model = str(changes.get("model") or "").lower()
     return _SF | (_SF_SDXL if changes.get("family") == "sdxl" else {}) | (_TURBO if "turbo" in model else {})
 
 
 def translate(given: Mapping[str, Any], peer: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Settings from flags as spelled (snake case), and lines for the log; our own names win over a peer's.
+    """Settings from flags as spelled (snake case), and lines for the log.
 
-    Raises UserError for a peer's flag or value that is not offered.
+    Raises UserError for a peer's flag or value that is not offered, and for two flags that set one setting differently.
     """
     notes: list[str] = []
+    given = _one_data_set(given, peer, notes)
     changes = _foreign(given, notes) | _own(given)
     _words(changes)
     _beta(given, changes, peer, notes)
     _validation(given, changes)
+    _clipping(given, changes, peer, notes)
     if peer:
         _warmup(given, changes, peer, notes)
         notes.insert(0, f"--compat {peer}: that script's defaults and meanings, except that {_DIFFERENCES[peer]}")
@@ -185,13 +197,45 @@ def translate(given: Mapping[str, Any], peer: str | None) -> tuple[dict[str, Any
     return changes, notes
 
 
+def _one_data_set(given: Mapping[str, Any], peer: str | None, notes: list[str]) -> Mapping[str, Any]:
+    """The flags without --train_data_dir where the Salesforce script would ignore it."""
+    if peer != "sf" or not {"dataset_name", "train_data_dir"} <= set(given):
+        return given
+    notes.append("--train_data_dir has no effect beside --dataset_name, as in that script")
+    return {name: value for name, value in given.items() if name != "train_data_dir"}
+
+
 def _own(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that flags name, by whichever spelling."""
     changes = {}
     for name, spec in specs().items():
-        spelled = next((spelling for spelling in (name, *spec.meta["aliases"]) if spelling in given), None)
-        if spelled is not None:
-            changes[name] = given[spelled]
+        found = [spelling for spelling in (name, *spec.meta["aliases"]) if spelling in given]
+        if found:
+            changes[name] = given[found[0]]
+        asked = {spelling: given[spelling] for spelling in found}
+        asked |= {flag: FOREIGN[flag].sets[name] for flag in given if flag in FOREIGN and name in FOREIGN[flag].sets}
+        _agree(name, asked)
     return changes
+
+
+def _agree(name: str, asked: Mapping[str, Any]) -> None:
+    """Raises UserError for flags that set one setting to different values. asked: value by flag, in snake case."""
+    if len(asked) < 2:
+        return
+    values = [coerce(specs()[name], _word(name, value)) for value in asked.values()]
+    if any(value != values[0] for value in values):
+        said = " and ".join(_spelled(flag, value) for flag, value in asked.items())
+        raise UserError(f"{said} set one setting, {name}, to different values: give one")
+
+
+def _spelled(flag: str, value: Any) -> str:
+    """A flag as it stood on the command line."""
+    word = flag.replace("_", "-")
+    if flag in FOREIGN and FOREIGN[flag].switch:
+        return f"--{word}"
+    if isinstance(value, bool):
+        return f"--{word}" if value else f"--no-{word}"
+    return f"--{word} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def _foreign(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -217,19 +261,30 @@ def _report_to(tracker: str) -> dict[str, Any]:
 
 
 def _words(changes: dict[str, Any]) -> None:
-    for name, words in WORDS.items():
-        if changes.get(name) in words:
-            changes[name] = words[changes[name]]
-    if changes.get("scheduler") in NOT_OFFERED:
-        raise UserError(f"scheduler = {changes['scheduler']}: not offered, {NOT_OFFERED[changes['scheduler']]}")
+    """Puts our word for a value in the place of a peer's. Raises UserError for a value that is not offered."""
+    for name in changes:
+        changes[name] = _word(name, changes[name])
+
+
+def _word(name: str, value: Any) -> Any:
+    if name == "scheduler" and value in NOT_OFFERED:
+        raise UserError(f"scheduler = {value}: not offered, {NOT_OFFERED[value]}")
+    words = WORDS.get(name, {})
+    return words[value] if isinstance(value, str) and value in words else value
 
 
 def _beta(given: Mapping[str, Any], changes: dict[str, Any], peer: str | None, notes: list[str]) -> None:
     """--beta_dpo as beta. diffusers' SD1.5 script leaves the 1/2 out of the loss: its beta is twice as strong."""
-    if "beta_dpo" not in given or "beta" in given:
+    if "beta_dpo" not in given:
         return
     beta = coerce(specs()["beta"], given["beta_dpo"])
-    changes["beta"] = beta * 2 if beta is not None and peer == "hf-sd15" else beta
+    doubled = beta * 2 if beta is not None and peer == "hf-sd15" else beta
+    if "beta" in given and coerce(specs()["beta"], given["beta"]) != doubled:
+        raise UserError(
+            f"--beta {given['beta']} and --beta-dpo {given['beta_dpo']} (beta {doubled:g} here) set one setting, beta, to "
+            "different values: give one"
+        )
+    changes["beta"] = doubled
     if peer == "hf-sd15":
         notes.append(
             f"--beta_dpo {beta:g} is beta = {changes['beta']:g} here: that script leaves out the 1/2 of the published loss"
@@ -240,6 +295,20 @@ def _validation(given: Mapping[str, Any], changes: dict[str, Any]) -> None:
     """--run_validation draws images in the diffusers scripts, so it turns on sample images here."""
     if given.get("run_validation") and "sample_every" not in given:
         changes["sample_every"] = changes.get("validate_every", 200)
+
+
+def _clipping(given: Mapping[str, Any], changes: dict[str, Any], peer: str | None, notes: list[str]) -> None:
+    """The Salesforce script does not clip the gradient with --use_adafactor (with Adafactor by --sdxl alone it does)."""
+    if not given.get("use_adafactor"):
+        return
+    if peer == "sf":
+        if "max_grad_norm" in given:
+            notes.append("--max-grad-norm has no effect beside --use_adafactor, as in that script")
+        changes["max_grad_norm"] = 0.0
+    elif peer is None and "max_grad_norm" not in given:
+        notes.append(
+            "the gradient is clipped; in the Salesforce script it is not with --use_adafactor (--max-grad-norm 0)"
+        )
 
 
 def _warmup(given: Mapping[str, Any], changes: dict[str, Any], peer: str, notes: list[str]) -> None:
@@ -305,6 +374,7 @@ def flags_page() -> str:
 def _meaning(name: str, flag: Foreign) -> str:
     special = {
         "beta_dpo": "`--beta`; doubled under `--compat hf-sd15`, whose script leaves the 1/2 out of the loss",
+        "use_adafactor": "`--optimizer adafactor`; under `--compat sf` also `--max-grad-norm 0`, as there",
         "report_to": "`--tensorboard`, `--wandb`, both (`all`) or neither (`none`)",
         "run_validation": "`--sample-every` at the interval of `--validation_steps`",
     }

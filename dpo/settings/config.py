@@ -88,7 +88,17 @@ class Data:
         None, "held-out pairs; none: validation_fraction of the training pairs", resume="said"
     )
     validation_split: str = option("validation", "split of the held-out pairs", resume="said")
-    validation_fraction: float = option(0.0, "share of the training pairs held out (keyed, stable)", low=0.0, high=0.5)
+    validation_fraction: float | None = option(
+        None,
+        "share of the training pairs held out (keyed); none: a tenth, from 50 pairs to a third, of at least 150 pairs",
+        low=0.0,
+        high=0.5,
+    )
+    validation_by: str = option(
+        "auto",
+        "what is held out together: all pairs of a caption, or each pair alone; auto: captions where they allow it",
+        choices=("auto", "caption", "pair"),
+    )
     validation_pairs: int = option(256, "held-out pairs used for the accuracy", unit="pairs", low=1, resume="said")
     validation_draws: int = option(8, "noise and timestep draws per held-out pair", unit="draws", low=1, resume="said")
     ties: str = option("drop", "tied pairs: leave out, or keep as p = 0.5", choices=("drop", "keep"))
@@ -107,6 +117,12 @@ class Data:
         low=0.0,
         high=1.0,
         aliases=("proportion_empty_prompts",),
+        resume="said",
+    )
+    dropped_caption: str = option(
+        "auto",
+        "a dropped caption: encoding of the empty one, or zeros; auto: as diffusers samples without a negative prompt",
+        choices=("auto", "empty", "zeros"),
         resume="said",
     )
     max_pairs: int | None = option(
@@ -225,6 +241,12 @@ class Optim:
     warmup: int = option(
         0, "updates of linear warm-up", unit="updates", low=0, aliases=("lr_warmup_steps",), resume="said"
     )
+    warmup_start: str = option(
+        "step",
+        "learning rate of the first update of a warm-up: one step of it, or zero as in diffusers' schedules",
+        choices=("step", "zero"),
+        resume="said",
+    )
     adam_beta1: float = option(0.9, "decay of the gradient's mean", low=0.0, high=0.99999, resume="said")
     adam_beta2: float | None = option(
         None,
@@ -261,6 +283,12 @@ class Runtime:
         "bf16, fp16: autocast over fp32 weights; bf16-pure: bf16 weights, stochastic rounding; fp64: for tests",
         choices=("auto", "fp32", "bf16", "fp16", "bf16-pure", "fp64"),
         aliases=("mixed_precision",),
+    )
+    vae_precision: str = option(
+        "auto",
+        "precision of the VAE; auto: as the text encoders, but fp32 where it would overflow in fp16 (SDXL)",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        resume="said",
     )
     tf32: bool = option(False, "TF32 in fp32 matrix products", aliases=("allow_tf32",), resume="said")
     checkpointing: str = option(
@@ -318,9 +346,9 @@ class Output:
         2, "checkpoints kept; 0: all", unit="checkpoints", low=0, aliases=("checkpoints_total_limit",), resume="free"
     )
     log_every: int = option(1, "updates between lines of metrics.jsonl", unit="updates", low=1, resume="free")
-    validate_every: int = option(
-        100,
-        "updates between held-out accuracies; 0: never",
+    validate_every: int | None = option(
+        None,
+        "updates between held-out accuracies; none: 100, or more where that keeps them at 5 % of the FLOPs; 0: never",
         unit="updates",
         low=0,
         aliases=("validation_steps",),
@@ -401,9 +429,10 @@ def from_mapping(mapping: Mapping[str, Any], base: Config | None = None) -> Conf
 def of_before(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a run of this or an earlier version, as they are allowed now.
 
-    Seeds were once allowed to 2^63; every number that a run drew was that of the remainder.
+    Seeds were once allowed to 2^63; every number that a run drew was that of the remainder. A dropped caption was the
+    encoding of the empty one whatever the model.
     """
-    return {**settings, "seed": settings.get("seed", 0) % SEEDS}
+    return {"dropped_caption": "empty", **settings, "seed": settings.get("seed", 0) % SEEDS}
 
 
 def change(config: Config, **values: Any) -> Config:

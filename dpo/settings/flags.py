@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
-from dpo.settings import compat
+from dpo.settings import compat, recipe
 from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, of_before, specs, to_toml
 from dpo.settings.fields import NOTHING, Spec, brief, coerce, nearest
 from dpo.settings.rules import without_effect
@@ -42,6 +42,7 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
     if start["compat"] and start["compat"] not in compat.PEERS:
         raise UserError(f"--compat {start['compat']}: expected one of {', '.join(compat.PEERS)}")
     changes, notes = compat.translate(given, start["compat"])
+    notes += _repeated(argv)
     base = _base(start, changes, notes)
     for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
         if changes.get(asked):
@@ -88,18 +89,21 @@ def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
 
 
 def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings that the flags change.
+    """The settings that the flags change: a script's defaults, over them a preset's, over them those of a file.
 
     Without any start, model or data: those of the resumed run, or the tiny preset.
     """
-    base = compat.defaults(start["compat"], changes) if start["compat"] else {}
-    if start["config"]:
-        return base | flat_settings(load_config(start["config"]))
-    if start["preset"]:
-        return base | flat_settings(load_preset(start["preset"]))
-    if base or changes.get("model") or changes.get("data"):
-        return base
-    return _of_resumed_run(changes, notes) or flat_settings(load_preset("tiny"))
+    peer, preset = start["compat"], start["preset"]
+    file = flat_settings(load_config(start["config"])) if start["config"] else {}
+    if not (peer or preset or start["config"] or changes.get("model") or changes.get("data")):
+        file = _of_resumed_run(changes, notes)
+        preset = None if file else "tiny"
+    file = recipe.flags_beat(file, changes, notes)
+    said = {**file, **changes}
+    of_preset = flat_settings(load_preset(preset)) if preset else {}
+    of_preset = recipe.beside(of_preset, said, f"preset {preset}", notes)
+    of_peer = compat.defaults(peer, changes) if peer else {}
+    return recipe.beside(of_peer, of_preset | said, f"--compat {peer}", notes) | of_preset | file
 
 
 def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -153,6 +157,27 @@ def _normal(word: str) -> str:
     if equals and spec is not None and spec.kind is bool:
         return name if coerce(spec, value) else "--no-" + name[2:]
     return name + equals + value
+
+
+def _repeated(argv: Sequence[str]) -> list[str]:
+    """Lines for the log on flags that are given more than once, with different values: the last one holds."""
+    groups: dict[str, list[list[str]]] = {}
+    current: list[str] = []
+    for word in map(_normal, argv):
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            current = [value] if equals else []
+            switched = flag[5:].replace("-", "_") if flag.startswith("--no-") else ""
+            if switched in _by_spelling():
+                flag, current = "--" + flag[5:], ["no"]
+            groups.setdefault(flag, []).append(current)
+        else:
+            current.append(word)
+    return [
+        f"{flag} is given {len(values)} times: the last one holds, {' '.join(values[-1]) or 'yes'}"
+        for flag, values in groups.items()
+        if any(value != values[0] for value in values)
+    ]
 
 
 def _by_spelling() -> dict[str, Spec]:

@@ -27,6 +27,7 @@ class ModelFacts:
     native_resolution: int = 512  # pixels of a side that it was trained at
     turbo: bool = False  # distilled to four steps
     num_timesteps: int = 1000
+    empty_is_zeros: bool = False  # diffusers samples it with zeros where no negative prompt is given
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,22 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     asked = config.model
     if asked.family not in ("auto", model.family):
         raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
+    dropped = config.data.dropped_caption
+    if dropped == "zeros" and model.family != "sdxl":
+        raise UserError(
+            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
+            f"of family {model.family}; leave it at auto"
+        )
     prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
     values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
+    if dropped == "auto":
+        values["dropped_caption"] = "zeros" if model.empty_is_zeros else "empty"
     values |= _of_model(config, model)
     values |= _of_method(config, model.beta, prediction_type)
     values |= _of_device(config, device)
     values |= _of_length(config)
     decided = change(config, **values)
-    return decided, _notes(config, decided)
+    return decided, [*_notes(config, decided), *_of_dropped(decided, model)]
 
 
 def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
@@ -140,6 +149,19 @@ def _notes(asked: Config, decided: Config) -> list[str]:
             else "Turbo: timesteps 249, 499, 749 and 999"
         )
     return notes
+
+
+def _of_dropped(decided: Config, model: ModelFacts) -> list[str]:
+    """A line on what a dropped caption becomes, where diffusers samples without a negative prompt in another way."""
+    if not decided.data.caption_dropout or model.family != "sdxl":
+        return []
+    own, other = ("zeros", 'the encoding of ""') if model.empty_is_zeros else ('the encoding of ""', "zeros")
+    sampled = f"diffusers samples this model without a negative prompt with {own}"
+    if (decided.data.dropped_caption == "zeros") == model.empty_is_zeros:
+        flag = "empty" if model.empty_is_zeros else "zeros"
+        return [f"dropped captions train {own}: {sampled} (--dropped-caption {flag} trains {other})"]
+    flag = "zeros" if model.empty_is_zeros else "empty"
+    return [f"dropped captions train {other}, but {sampled}, which --dropped-caption {flag} trains"]
 
 
 def learning_rate(config: Config, processes: int = 1) -> float:

@@ -100,6 +100,8 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         ),
         (v.optimizer == "adafactor", ADAM, "with --optimizer adafactor"),
         (v.optimizer == "lion8bit", ("eps",), "with --optimizer lion8bit"),
+        (not v.warmup, ("warmup_start",), "without --warmup"),
+        (not v.caption_dropout, ("dropped_caption",), "without --caption-dropout"),
         (v.steps is not None, ("epochs",), "because --steps is given"),
         (not v.push_to_hub, ("hub_id",), "without --push-to-hub"),
     ]

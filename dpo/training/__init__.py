@@ -3,8 +3,8 @@
 build.py settings -> Run | start.py the weights it starts from | run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update
 metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
-flops.py counted FLOPs | folder.py the output folder | samples.py sample images | results.py the trained weights
-summary.py what the pages read
+flops.py counted FLOPs | cost.py what a run computes | folder.py the output folder
+samples.py sample images | results.py the trained weights | summary.py what the pages read
 preparing.py the work of the prepare command | stored.py what a run takes from a store
 embedded.py the embedded world where no model or data is named
 """

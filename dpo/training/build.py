@@ -1,6 +1,6 @@
 """From a checked config to a run that is ready for its next update: model, data, reference, optimizer, tables.
 
-Checks come in the order of their cost: output folder, model index, data, checkpoint, and only then weights.
+Checks come in the order of their cost: output folder, model index, checkpoint, data, and only then weights.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from dpo.models.hub import check_part, locate
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
 from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import advice, resolve
-from dpo.settings.config import Config, Output, Runtime
+from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import checkpoint, flops, optimizer, start, stored, validation
+from dpo.training import checkpoint, cost, flops, optimizer, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.start import Start
-from dpo.training.state import check_resume, restore
+from dpo.training.state import as_before, check_resume, restore
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -62,9 +62,11 @@ def build(config: Config, notes: list[str]) -> Run:
     config = embedded(config)
     _check_named(config.model)
 
-    source, held_out_source = open_sources(config.data)
-    log.info("pairs: %s", describe(source))
     saved = _saved(config.output, output)
+    config = _left_open(config, saved)
+    source, held_out_source, data = open_sources(config.data)
+    config = replace(config, data=data)
+    log.info("pairs: %s", describe(source))
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)
@@ -73,7 +75,7 @@ def build(config: Config, notes: list[str]) -> Run:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
     fingerprints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
-    cast(model, config.runtime.precision)
+    cast(model, config.runtime.precision, config.runtime.vae_precision)
 
     twin, fingerprints["reference"] = _make_reference(config, model, begin)
     if begin.moved:
@@ -82,16 +84,27 @@ def build(config: Config, notes: list[str]) -> Run:
     if errors is not None:
         source = errors.covered(source)
 
+    total = resolve.total_steps(config, len(source))
+    live, encoded = _live_reference(config), of_store(source) is not None
+    counted = cost.count(config, model, live_reference=live, encoded=encoded)
+    config = _rhythm(config, counted, total, held_out_source)
+
     layers = _make_policy(config, model.denoiser, begin.adapter)
     policy = model.family.denoise(settle(config.runtime, model.denoiser, device))
     compared = None
     if twin is not None:
         compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
-    elif _live_reference(config):
+    elif live:
         compared = reference.from_adapters(policy, layers)
     step, tables = pair_step(config, model, plan, policy, None if errors else compared, device)
     step.masks = masks_of(layers)
-    encoder = Encoder(model, device, config.runtime.vae_batch, offload=config.runtime.offload == "on")
+    encoder = Encoder(
+        model,
+        device,
+        config.runtime.vae_batch,
+        offload=config.runtime.offload == "on",
+        zero_dropped=config.data.dropped_caption == "zeros",
+    )
 
     run = Run(
         config=config,
@@ -106,10 +119,13 @@ def build(config: Config, notes: list[str]) -> Run:
         held_out=_held_out(config, held_out_source, step, encoder, compared),
         output=output,
         fingerprints=fingerprints,
-        speed=_speed(config, model, device, encoded=of_store(source) is not None),
+        speed=Speed(
+            counted.pair,
+            flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+        ),
         device=device,
         held_out_source=held_out_source,
-        total=resolve.total_steps(config, len(source)),
+        total=total,
         recorded=errors,
     )
     if errors is not None:
@@ -164,6 +180,18 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
     return checkpoint.find(root, which)
+
+
+def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
+    """`config` with what it leaves open on the pairs taken from the run that is resumed.
+
+    Of a new run none are held out where they are never measured.
+    """
+    if saved is not None:
+        return as_before(config, saved)
+    data = config.data
+    unmeasured = config.output.validate_every == 0 and data.validation_data is None and data.validation_fraction is None
+    return change(config, validation_fraction=0.0) if unmeasured else config
 
 
 def _tell(config: Config, lines: list[str]) -> None:
@@ -291,6 +319,27 @@ def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
     return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
 
 
+def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | None) -> Config:
+    """`config` with the updates between held-out accuracies decided; logs what they cost."""
+    every, data = config.output.validate_every, config.data
+    if held_out is None or every == 0:
+        return change(config, validate_every=cost.USUAL if every is None else every)
+    pairs, encoded = len(held_out), of_store(held_out) is not None
+    if every is None:
+        every = cost.validate_every(counted, config, steps, pairs, encoded=encoded)
+    share = cost.validation_share(counted, config, steps, pairs, every=every, encoded=encoded)
+    hint = (
+        ""
+        if share <= cost.SHARE or every >= steps
+        else "; a larger --validate-every or fewer --validation-draws cost less"
+    )
+    log.info(
+        "held-out accuracy: %d pairs, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
+        pairs, data.validation_draws, every, 100 * share, hint,
+    )  # fmt: skip
+    return change(config, validate_every=every)
+
+
 def _held_out(
     config: Config, source: Source | None, step: PairStep, encoder: Encoder, compared: Denoise | None
 ) -> validation.HeldOut | None:
@@ -298,26 +347,6 @@ def _held_out(
     if source is None or not config.output.validate_every:
         return None
     data = config.data
-    log.info("held-out accuracy: %d pairs, %d draws each", len(source), data.validation_draws)
     assert data.resolution is not None, "decided when the model was loaded"
     stream = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
     return validation.encode_held_out(step, encoder, stream, data.validation_draws, compared)
-
-
-def _speed(config: Config, model: Model, device: torch.device, encoded: bool) -> Speed:
-    """Counted FLOPs of training on a pair, and the device's peak; encoded: latents and text come from a store."""
-    resolution = config.data.resolution
-    assert resolution is not None, "decided when the model was loaded"
-    side = resolution // model.vae_scale
-    text = model.text_encoders[0].config.max_position_embeddings
-    forward = flops.unet_flops(model.denoiser.config, side, side, text)
-    encode = flops.vae_encode_flops(model.vae.config, resolution, resolution)
-    per_pair = flops.pair_flops(
-        forward,
-        trainable="lora" if config.lora.lora else "full",
-        reference="live" if _live_reference(config) else None,
-        halves=2 if METHODS[config.method.method].images == "pair" else 1,
-        encode=0.0 if encoded else encode,
-    )
-    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return Speed(per_pair, peak)

@@ -176,6 +176,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     batches = run.batches()
     held_out: Figures = {}
     used, first = 0, run.done
+    every = out.validate_every or run.total  # decided when the run was built
     with Progress(run.total, progress_fields, run.done, out.log_every) as progress:
         while run.done < run.total:
             began = time.monotonic()
@@ -202,7 +203,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             last = run.done == run.total
             if run.done % out.log_every == 0 or last:
                 trackers.log(run.done, figures)
-            if run.held_out is not None and (run.done % out.validate_every == 0 or last):
+            if run.held_out is not None and (run.done % every == 0 or last):
                 held_out = validation.accuracy(run.step, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
             progress.update(run.done, figures | held_out)

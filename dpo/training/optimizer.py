@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +15,16 @@ from csrc_triton.adamw8bit import AdamW8bit
 log = logging.getLogger("dpo")
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int, scheduler: str) -> float:
+def learning_rate(
+    step: int, *, peak: float, warmup: int, steps: int, scheduler: str, start: Literal["step", "zero"] = "step"
+) -> float:
     """The learning rate of update `step`, counted from 0: linear warm-up to `peak`, then constant, linear or cosine.
 
-    Linear and cosine end at 0. warmup: updates of the warm-up; steps: updates of the whole run.
+    Linear and cosine end at 0. warmup: updates of the warm-up; steps: updates of the whole run. start: whether the
+    warm-up begins with its first step, peak / warmup, or with 0, as diffusers' schedules do.
     """
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * (step + (start == "step")) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return (
         peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[scheduler]

@@ -80,9 +80,9 @@ def encode_pairs(
         "resolution": config.data.resolution,
         "flip": config.data.flip,
         "dtype": dtype,
-        "precision": config.runtime.precision,
+        "precision": _encoded_in(config.runtime),
     }
-    cast(model, config.runtime.precision)
+    cast(model, config.runtime.precision, config.runtime.vae_precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     images = config.runtime.vae_batch
@@ -103,6 +103,12 @@ def encode_pairs(
     )
     log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")
     return fresh
+
+
+def _encoded_in(runtime: Runtime) -> str:
+    """The precision that all parts of a store were encoded in, in words."""
+    own = runtime.vae_precision
+    return runtime.precision if own == "auto" else f"{runtime.precision}, VAE {own}"
 
 
 @dataclass
@@ -189,6 +195,8 @@ def record_reference(
         log.info("%s", line)
     weights, step = _reference_step(config, model, plan, device, begin)
     timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
+    zeros = config.data.dropped_caption == "zeros"
+    encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(
         contents=store.contents,
         identity=recorded.identity(config.data, config.runtime, plan, weights),
@@ -196,7 +204,7 @@ def record_reference(
         made_with=_made_with(config.runtime, model, device),
         draws=draws,
         batch_size=batch_size or (LARGEST_BATCH if device.type == "cuda" else config.optim.batch_size),
-        errors=_errors_of(step, Encoder(model, device, config.runtime.vae_batch)),
+        errors=_errors_of(step, encoder),
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,

@@ -93,6 +93,7 @@ class Run:
             warmup=optim.warmup,
             steps=self.total,
             scheduler=optim.scheduler,
+            start="zero" if optim.warmup_start == "zero" else "step",
         )
 
     def correction(self) -> Tensor:

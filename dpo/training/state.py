@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings import rules
-from dpo.settings.config import Config, flatten, from_mapping, of_before, specs
+from dpo.settings.config import Config, change, flatten, from_mapping, of_before, specs
 from dpo.training import checkpoint
 from dpo.training.run import Run
 
@@ -39,6 +39,20 @@ def snapshot(run: Run) -> Path:
     path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
     checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
     return path
+
+
+def as_before(config: Config, saved: checkpoint.Checkpoint) -> Config:
+    """`config` with what it leaves open on the pairs as it was in the checkpoint's run.
+
+    Then no pair changes sides, and a dropped caption stays what it was.
+    """
+    data, before = config.data, from_mapping(of_before(saved.state["config"])).data
+    names = []
+    if data.validation_data is None and data.validation_fraction is None:
+        names += ["validation_data", "validation_split", "validation_fraction", "validation_by"]
+    if data.dropped_caption == "auto":
+        names += ["dropped_caption"]
+    return change(config, **{name: getattr(before, name) for name in names})
 
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:

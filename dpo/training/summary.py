@@ -61,7 +61,8 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "parameters": sum(p.numel() for p in model.denoiser.parameters()),
             "trained parameters": trained,
         },
-        "data": run.source.summary | {"usable": len(run.source)},
+        "data": run.source.summary
+        | {"usable": len(run.source), "held out": len(run.held_out_source) if run.held_out_source else 0},
         "resolved": {
             "beta": run.config.method.beta,
             "learning_rate": resolve.learning_rate(run.config),

@@ -50,7 +50,7 @@ def same(first, second) -> bool:
         ("sd15", ["--lora"]),
         ("sd15", ["--flip", "--caption-dropout", "0.3"]),
         ("sd2v", ["--method", "dde"]),
-        ("sdxl", ["--method", "dde-step"]),
+        ("sdxl", ["--method", "dde-step", "--caption-dropout", "0.5", "--dropped-caption", "zeros"]),
         pytest.param("sdxl", ["--lora", "--method", "dde"], marks=pytest.mark.slow),
         pytest.param("sd2v", ["--lora", "--method", "discounted"], marks=pytest.mark.slow),
         pytest.param("sd15", ["--method", "dde-single"], marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_a_run_that_differs_is_refused(world, stores, tmp_path, flags, message):
     with pytest.raises(UserError, match="no recorded reference in .* suits this run") as caught:
         recorded_run(world, stores("sd15"), tmp_path, *flags)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_dropped_captions_as_zeros_are_another_record(world, stores, tmp_path):
+    from dpo.data.store.recorded import UNNAMED, identity
+    from dpo.settings.config import Data, Runtime
+
+    run = recorded_run(world, stores("sdxl"), tmp_path, kind="sdxl")
+    plan = SimpleNamespace(prediction_type="epsilon", alphas_cumprod=torch.ones(3))
+
+    def named(**settings):
+        return identity(Data(**settings), Runtime(), plan, "weights")
+
+    assert "dropped_caption" not in named(caption_dropout=0.1) and UNNAMED == {"dropped_caption": "empty"}
+    assert named(dropped_caption="zeros") == named(), "nothing is dropped"
+    assert named(caption_dropout=0.1, dropped_caption="zeros")["dropped_caption"] == "zeros"
+    wanted = identity(run.config.data, run.config.runtime, plan, "weights") | {"dropped_caption": "zeros"}
+    with pytest.raises(UserError, match="recorded with --dropped-caption empty, the run has zeros"):
+        recorded.find(run.source, wanted, run.step.path.timesteps)
 
 
 def test_another_reference_is_refused_and_another_start_is_not(world, stores, tmp_path):

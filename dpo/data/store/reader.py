@@ -57,6 +57,7 @@ class _Reader:
         images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]])]
         images = [row if usable[i % len(pairs)] else -1 for i, row in enumerate(images)]
         captions = [int(row) for row in inside.caption[pairs]]
+        dropped = torch.zeros(len(pairs), dtype=torch.bool)
         if self.decoding.caption_dropout > 0:
             dropped = uniform(keys, draws, Stream.DROPOUT, self.decoding.seed, 1)[:, 0] < self.decoding.caption_dropout
             captions = [self.empty if drop else row for row, drop in zip(captions, dropped.tolist(), strict=True)]
@@ -68,6 +69,7 @@ class _Reader:
             prob=torch.where(usable, prob, torch.full_like(prob, 0.5)),
             usable=usable.float(),
             captions=[inside.text(row) for row in captions],
+            dropped=dropped,
             micro=inside.micro(images),
             position=position,
             epoch=int(epoch[0]),

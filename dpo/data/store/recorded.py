@@ -35,11 +35,19 @@ from dpo.settings.config import Data, Runtime
 log = logging.getLogger("dpo")
 
 FOLDER = "reference"
-FLAGS = {"flip": "--flip", "caption_dropout": "--caption-dropout", "seed": "--seed", "precision": "--precision"}
+FLAGS = {
+    "flip": "--flip",
+    "caption_dropout": "--caption-dropout",
+    "dropped_caption": "--dropped-caption",
+    "seed": "--seed",
+    "precision": "--precision",
+}
+UNNAMED = {"dropped_caption": "empty"}  # what an identity without this name means
 
 
 def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> dict[str, Any]:
     """What recorded errors depend on, besides the timesteps; reference: the fingerprint of the reference's weights."""
+    zeros = data.caption_dropout > 0 and data.dropped_caption == "zeros"
     return {
         "reference": reference,
         "prediction_type": plan.prediction_type,
@@ -48,6 +56,7 @@ def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> di
         "precision": runtime.precision,
         "flip": data.flip,
         "caption_dropout": data.caption_dropout,
+        **({"dropped_caption": "zeros"} if zeros else {}),
     }
 
 
@@ -141,9 +150,8 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> Record
         about = about_record(folder)
         if about is None:
             continue
-        differs = list(
-            filter(None, (_differs(name, about["identity"].get(name), value) for name, value in wanted.items()))
-        )
+        was, run = UNNAMED | about["identity"], UNNAMED | dict(wanted)
+        differs = list(filter(None, (_differs(name, was.get(name), value) for name, value in run.items())))
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
         if differs or missing:
             lacks = [*differs, *([f"its timesteps lack {missing} of the run's"] if missing else [])]

@@ -99,7 +99,7 @@ def pairs_of(source):
 def test_no_caption_stands_on_both_sides(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 120, captions=40, ties=10, row_group_size=9)
     cfg = settings(tmp_path, validation_fraction=0.25, ties="keep", label_smoothing=0.1)
-    train, held = open_sources(cfg)
+    train, held, _ = open_sources(cfg)
     assert not {p.caption for p in pairs_of(train)} & {p.caption for p in pairs_of(held)}
     assert 10 < len(held) < 60 and all(held.prob > 0.5)
     assert len(train) + len(held) >= 120
@@ -117,21 +117,21 @@ def test_at_most_so_many_held_out_pairs(tmp_path, settings):
 def test_validation_data_of_their_own(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 12)
     worlds.make_pickapic(tmp_path, 9, seed=1, ties=2, split="validation")
-    train, held = open_sources(settings(tmp_path, validation_data=str(tmp_path), ties="keep", max_pairs=5))
-    assert len(train) == 5 and len(held) == 9
+    train, held, data = open_sources(settings(tmp_path, validation_data=str(tmp_path), ties="keep", max_pairs=5))
+    assert len(train) == 5 and len(held) == 9 and data.validation_fraction == 0
     shutil.rmtree(tmp_path / "data")
     assert held[3].win.load()  # held in memory
 
 
-def test_none_held_out_by_default(tmp_path, settings):
+def test_none_held_out_of_a_few_pairs_unasked(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 3)
-    assert open_sources(settings(tmp_path))[1] is None
+    assert open_sources(settings(tmp_path)).held_out is None
 
 
 def test_a_fraction_that_leaves_nothing(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 10, captions=1)
-    with pytest.raises(UserError, match="leaves none for"):
-        open_sources(settings(tmp_path, validation_fraction=0.5))
+    with pytest.raises(UserError, match="leaves none for validation"):
+        open_sources(settings(tmp_path, validation_fraction=0.0001))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

@@ -39,6 +39,23 @@ def test_dtypes(world, kind, precision, own, vae, text):
     assert {encoder.dtype for encoder in model.text_encoders} == {text}
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "vae", "dtype"),
+    [
+        ("sdxl", "bf16", "fp32", torch.float32),  # as diffusers' SDXL script has it
+        ("sdxl", "fp16", "fp16", torch.float16),  # as the Salesforce script has it
+        ("sd15", "fp32", "bf16", torch.bfloat16),
+    ],
+)
+def test_the_vae_may_have_a_precision_of_its_own(world, kind, precision, vae, dtype):
+    model, alone = load(world(kind)), load(world(kind))
+    ready.cast(model, precision, vae)
+    ready.cast(alone, precision)
+    assert model.vae.dtype == dtype != alone.vae.dtype
+    others = [[model.denoiser.dtype, *(encoder.dtype for encoder in model.text_encoders)] for model in (model, alone)]
+    assert others[0] == others[1]
+
+
 def test_the_model_decides_what_is_left_open(world):
     config, model, plan, lines = ready.load_model(change(Config(), model=world("sd2v")), CPU)
     assert config.model.prediction_type == plan.prediction_type == model.prediction_type == "v_prediction"

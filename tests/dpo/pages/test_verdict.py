@@ -2,7 +2,8 @@
 
 import pytest
 
-from dpo.pages.verdict import held_out, verdict, warnings, win_rate
+from dpo.data import held_out as held_out_pairs
+from dpo.pages.verdict import ENOUGH_TO_SHARE, held_out, verdict, warnings, win_rate
 from tests.help.fake_run import KINDS, run_of
 
 
@@ -79,6 +80,16 @@ def test_training_accuracy_alone_is_not_success(runs):
     run = with_late(runs["lora-gpu"]._replace(events=[]), implicit_accuracy=0.9)
     assert verdict(run).level == "mixed" and "--validation-data" in verdict(run).sentences[-1]
     assert verdict(with_late(run, implicit_accuracy=0.51)).level == "poor"
+
+
+def test_too_few_pairs_to_hold_some_out_is_said(runs):
+    run = with_late(runs["lora-gpu"]._replace(events=[]), implicit_accuracy=0.9)
+    few = with_setting(run, "data", validation_fraction=0.0)._replace(summary=run.summary | {"data": {"usable": 56}})
+    text = verdict(few).sentences[-1]
+    assert "None of the 56 pairs was held out: of fewer than 150" in text and "--validation-fraction 0.2" in text
+    assert verdict(few).level == "mixed" and "not measured" in verdict(few).headline
+    assert "None of the" not in verdict(run).sentences[-1]
+    assert ENOUGH_TO_SHARE == held_out_pairs.ENOUGH
 
 
 @pytest.mark.parametrize(("lora", "rate", "said"), [

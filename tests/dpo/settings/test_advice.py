@@ -26,8 +26,9 @@ def test_headline():
         ({"method": "dde", "beta": 5000.0, "prediction_type": "epsilon"}, "a tenth"),
         ({"learning_rate": 5e-3, "lora": True}, "noise"),
         ({"batch_size": 2} | PAIRED, "--accumulation"),
-        (PAIRED, "--validation-fraction"),
+        (PAIRED | {"validation_fraction": 0.0}, "--validation-fraction"),
         ({"steps": 10, "warmup": 10}, "warm-up"),
+        ({"family": "sdxl", "vae_precision": "fp16"}, "overflows in fp16"),
     ],
 )
 def test_warnings(values, words):
@@ -37,6 +38,7 @@ def test_warnings(values, words):
 def test_published_settings_raise_no_warning():
     for values in (
         {},
+        PAIRED | {"accumulation": 4},  # held-out pairs are left open
         {"learning_rate": 1e-8, "scale_lr": True, "accumulation": 512},
         {"lora": True, "learning_rate": 5e-4},
     ):

@@ -46,7 +46,7 @@ SF_COMMON = {
     "lora": False, "split": "train", "flip": True, "caption_dropout": 0.2, "beta": 5000.0, "precision": "fp16",
     "learning_rate": 1e-8, "scale_lr": True, "batch_size": 1, "accumulation": 128, "scheduler": "constant", "steps": 2000,
     "resume": "latest", "workers": 16, "tensorboard": True, "data": "yuvalkirstain/pickapic_v2", "timesteps": "all",
-    "cache_dir": "/export/pick_a_pic_v2/", "checkpoints_limit": 0, "project": "tuning",
+    "cache_dir": "/export/pick_a_pic_v2/", "checkpoints_limit": 0, "project": "tuning", "dropped_caption": "empty",
 }  # fmt: skip
 COPIED = {
     "hf-sd15": (HF_SD15, "hf-sd15", HF_COMMON | {
@@ -57,12 +57,12 @@ COPIED = {
     "hf-sdxl": (HF_SDXL, "hf-sdxl", HF_COMMON | {
         "model": "stabilityai/stable-diffusion-xl-base-1.0", "vae": "madebyollin/sdxl-vae-fp16-fix", "family": "sdxl",
         "resolution": 1024, "batch_size": 8, "steps": 2000, "checkpoint_every": 500, "validate_every": 50, "sample_every": 50,
-        "output": "diffusion-sdxl-dpo", "timesteps": "all", "project": "diffusion-dpo-lora-sdxl",
+        "vae_precision": "fp32", "output": "diffusion-sdxl-dpo", "timesteps": "all", "project": "diffusion-dpo-lora-sdxl",
     }),
     "hf-turbo": (HF_TURBO, "hf-sdxl", HF_COMMON | {
         "model": "stabilityai/sdxl-turbo", "vae": "madebyollin/sdxl-vae-fp16-fix", "family": "sdxl", "resolution": 512,
         "batch_size": 8, "steps": 2000, "checkpoint_every": 500, "validate_every": 50, "sample_every": 50,
-        "output": "diffusion-sdxl-dpo", "timesteps": "turbo", "project": "diffusion-dpo-lora-sdxl",
+        "vae_precision": "fp32", "output": "diffusion-sdxl-dpo", "timesteps": "turbo", "project": "diffusion-dpo-lora-sdxl",
     }),
     "sf-sd15": (SF_SD15, "sf", SF_COMMON | {
         "model": "runwayml/stable-diffusion-v1-5", "family": "sd", "resolution": 512, "optimizer": "adamw", "warmup": 500,
@@ -81,7 +81,7 @@ def test_a_copied_command_line_becomes_that_scripts_run(name):
     line, peer, expected = COPIED[name]
     cfg, notes = parse([*shlex.split(line), "--compat", peer])
     defaults = {name: spec.default for name, spec in specs().items()}
-    expected = defaults | {"validate_every": 100} | expected
+    expected = defaults | {"validation_fraction": 0.0, "warmup_start": "zero"} | expected
     assert flatten(cfg) == expected
     assert len(notes) <= 2 and peer in notes[0]
 
@@ -127,20 +127,82 @@ def test_every_peer_flag_is_accepted_or_refused_with_an_explanation(name):
     own = {alias: spec for spec in specs().values() for alias in (spec.name, *spec.meta["aliases"])}.get(name)
     switch = FOREIGN[name].switch if name in FOREIGN else own.kind is bool
     word = VALUES.get(name, "0.25" if own is None or own.kind is float else "16" if own.kind is int else "word")
-    argv = [*BASE, f"--{name}", *([] if switch else [word])]
+    base = [*BASE[:1], "--data", "d"] if name == "train_data_dir" else BASE
+    argv = [*base, f"--{name}", *([] if switch else ["d" if name == "train_data_dir" else word])]
     if name in REFUSED:
         with pytest.raises(UserError, match=f"--{name}: .*(leave it out|pass)"):
             parse(argv)
         return
     cfg, notes = parse(argv)
-    changed = cfg != parse(BASE)[0]
+    changed = cfg != parse(base)[0]
     said = any(name in note and "no effect" in note for note in notes)
-    assert changed or said or name in ("no_hflip", "train_data_dir")  # our default already; --dataset_name wins
+    assert changed or said or name in ("no_hflip", "train_data_dir")  # our default already; the same as --data
 
 
 def test_a_data_set_by_name_wins_over_a_folder_as_in_the_salesforce_script():
     assert parse(["--model", "m", "--train_data_dir", "folder"])[0].data.data == "folder"
-    assert parse(["--train_data_dir", "folder", *BASE])[0].data.data == "d"
+    cfg, notes = parse(["--train_data_dir", "folder", *BASE, "--compat", "sf"])
+    assert cfg.data.data == "d" and any("--train_data_dir has no effect" in note for note in notes)
+    with pytest.raises(UserError, match="--train-data-dir folder"):
+        parse(["--train_data_dir", "folder", *BASE])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", "2", "--train-batch-size", "3"], "--batch-size 2 and --train-batch-size 3 set one setting"),
+        (["--lr", "1e-5", "--learning_rate", "2e-5"], "learning_rate, to different values: give one"),
+        (["--tf32", "--no-allow-tf32"], "--tf32 and --no-allow-tf32"),
+        (["--optimizer", "adamw", "--use_8bit_adam"], "--optimizer adamw and --use-8bit-adam"),
+        (["--use_adafactor", "--use_8bit_adam"], "optimizer"),
+        (["--precision", "bf16", "--mixed_precision", "no"], "--precision bf16 and --mixed-precision no"),
+        (["--method", "dde", "--sft"], "method"),
+        (["--beta", "5", "--beta_dpo", "7"], "--beta 5 and --beta-dpo 7"),
+        (["--beta", "2500", "--beta_dpo", "2500", "--compat", "hf-sd15"], "beta 5000 here"),
+    ],
+)
+def test_two_spellings_of_one_setting_must_agree(flags, words):
+    with pytest.raises(UserError) as caught:
+        parse([*BASE, *flags])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_spellings_that_agree_are_one():
+    for flags, name, value in (
+        (["--batch-size", "2", "--train_batch_size=2"], "batch_size", 2),
+        (["--lr", "1e-5", "--learning_rate", "0.00001"], "learning_rate", 1e-5),
+        (["--precision", "fp32", "--mixed_precision", "no"], "precision", "fp32"),
+        (["--optimizer", "adafactor", "--use_adafactor"], "optimizer", "adafactor"),
+        (["--beta", "5000", "--beta_dpo", "2500", "--compat", "hf-sd15"], "beta", 5000.0),
+        (["--report_to", "wandb", "--tensorboard"], "tensorboard", True),  # one more tracker, not another spelling
+    ):
+        assert flatten(parse([*BASE, *flags])[0])[name] == value
+
+
+def test_adafactor_is_clipped_only_where_the_salesforce_script_clips():
+    for flags, norm in (
+        (["--use_adafactor"], 0.0),
+        (["--use_adafactor", "--sdxl"], 0.0),
+        (["--use_adafactor", "--max_grad_norm", "2"], 0.0),
+        (["--sdxl"], 1.0),  # Adafactor too, but that script asks whether the flag was given
+        ([], 1.0),
+        (["--optimizer", "adafactor"], 1.0),  # our name, our meaning
+    ):
+        cfg, notes = parse([*BASE, *flags, "--compat", "sf"])
+        assert cfg.optim.max_grad_norm == norm
+        assert any("--max-grad-norm has no effect" in note for note in notes) == ("--max_grad_norm" in flags)
+    cfg, notes = parse([*BASE, "--use_adafactor"])
+    assert cfg.optim.max_grad_norm == 1.0 and any("--max-grad-norm 0" in note for note in notes)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_scripts_hold_no_pairs_out_and_begin_a_warm_up_at_zero(peer):
+    cfg, _ = parse([*BASE, "--compat", peer])
+    assert cfg.data.validation_fraction == 0 and cfg.optim.warmup_start == "zero"
+    assert cfg.data.dropped_caption == ("empty" if peer == "sf" else "auto")  # the one script with dropout encodes ""
+    assert cfg.runtime.vae_precision == ("fp32" if peer == "hf-sdxl" else "auto")
+    held, _ = parse([*BASE, "--compat", peer, "--validation-fraction", "0.2"])
+    assert held.data.validation_fraction == 0.2
 
 
 def test_refused_flags_are_accepted_when_they_ask_for_nothing():

@@ -83,6 +83,11 @@ def test_every_setting_survives_toml_and_mapping(name):
     assert from_mapping(flatten(cfg)) == cfg
 
 
+def test_a_dropped_caption_of_before_was_the_empty_one():
+    assert of_before({"steps": 3}) == {"seed": 0, "steps": 3, "dropped_caption": "empty"}
+    assert of_before({"dropped_caption": "zeros"})["dropped_caption"] == "zeros"
+
+
 def test_toml_is_grouped_and_explains_itself():
     text = to_toml(Config())
     assert list(tomllib.loads(text)) == list(groups())
@@ -127,7 +132,7 @@ def test_seeds_are_those_that_keyed_numbers_tell_apart():
     keys, draws = torch.tensor([5]), torch.tensor([0])
     bits = [random_bits(keys, draws, Stream.NOISE, seed, 4) for seed in (7, SEEDS + 7, SEEDS - 1)]
     assert torch.equal(bits[0], bits[1]) and not torch.equal(bits[0], bits[2])
-    assert of_before({"seed": SEEDS + 7, "steps": 3}) == {"seed": 7, "steps": 3}, "a run of before goes on"
+    assert of_before({"seed": SEEDS + 7, "steps": 3})["seed"] == 7, "a run of before goes on"
 
 
 def test_a_config_built_in_python_is_checked_too():

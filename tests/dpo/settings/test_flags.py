@@ -62,6 +62,14 @@ def test_bools_take_a_value_after_an_equals_sign():
         parse([*BASE, "--flip=perhaps"])
 
 
+def test_of_a_flag_given_twice_the_last_holds_and_the_log_says_so():
+    cfg, notes = parse([*BASE, "--steps", "5", "--steps=7"])
+    assert cfg.optim.steps == 7 and notes == ["--steps is given 2 times: the last one holds, 7"]
+    cfg, notes = parse([*BASE, "--flip", "--no_flip"])
+    assert not cfg.data.flip and notes == ["--flip is given 2 times: the last one holds, no"]
+    assert parse([*BASE, "--steps", "5", "--steps", "5", "--no-flip", "--flip=false"])[1] == []
+
+
 def test_nothing_at_all_is_the_embedded_world():
     cfg, notes = parse([])
     assert cfg == from_mapping(load_preset("tiny")) and notes == []

@@ -19,7 +19,8 @@ def decide(values=(), *, device="cpu", bf16=True, **facts):
 def test_resolve_leaves_nothing_open_and_is_stable():
     cfg, notes = decide()
     open_ones = {name for name, value in flatten(cfg).items() if value == "auto"}
-    assert open_ones == {"data_format", "zero_snr"}, "these two are read from the data and from the model's schedule"
+    of_data, of_model = {"data_format", "validation_by"}, {"zero_snr", "vae_precision"}
+    assert open_ones == of_data | of_model, "these are read from the pairs, from the model's schedule and its family"
     assert (cfg.data.resolution, cfg.runtime.precision, cfg.optim.optimizer, cfg.optim.steps) == (
         512,
         "fp32",
@@ -34,6 +35,31 @@ def test_resolve_leaves_nothing_open_and_is_stable():
     )
     assert len(notes) == 1 and "beta 2000" in notes[0]
     assert decide(flatten(cfg)) == (cfg, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "empty_is_zeros", "trained", "words"),
+    [
+        ("auto", True, "zeros", "train zeros: diffusers samples this model without a negative prompt with zeros"),
+        ("zeros", True, "zeros", "--dropped-caption empty trains the encoding"),
+        ("empty", True, "empty", 'train the encoding of "", but diffusers samples'),
+        ("auto", False, "empty", 'train the encoding of "": diffusers samples'),
+        ("zeros", False, "zeros", "train zeros, but diffusers samples"),
+    ],
+)
+def test_what_a_dropped_caption_of_sdxl_becomes_and_what_the_log_says(asked, empty_is_zeros, trained, words):
+    facts = SDXL | {"empty_is_zeros": empty_is_zeros}
+    cfg, notes = decide({"caption_dropout": 0.1, "dropped_caption": asked}, **facts)
+    assert cfg.data.dropped_caption == trained and words in notes[-1]
+    cfg, notes = decide({"dropped_caption": asked}, **facts)
+    assert cfg.data.dropped_caption == trained and not any("dropped" in note for note in notes), "nothing is dropped"
+
+
+def test_dropped_captions_of_other_models_are_the_empty_one():
+    cfg, notes = decide({"caption_dropout": 0.1})
+    assert cfg.data.dropped_caption == "empty" and not any("dropped" in note for note in notes)
+    with pytest.raises(UserError, match="--dropped-caption zeros: only SDXL"):
+        decide({"caption_dropout": 0.1, "dropped_caption": "zeros"})
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,19 @@
 """dpo.training.build: which reference a run has, what its policy trains, and what is refused first."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from dpo.common.errors import UserError
 from dpo.models.fingerprint import fingerprint
 from dpo.models.load import load
+from dpo.settings.config import change, flatten
+from dpo.settings.flags import parse
+from dpo.training import samples
+from dpo.training.state import as_before, snapshot
 from tests.help.running import make_run
-from tests.help.worlds import make_pipeline
+from tests.help.worlds import make_pickapic, make_pipeline
 
 
 @pytest.fixture
@@ -52,3 +59,87 @@ def test_cheap_mistakes_come_before_loading(build, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started as 2 processes"):
         build()
+
+
+def test_some_of_ones_own_pairs_are_held_out_and_stay_so(world, tmp_path, caplog):
+    """A resumed run has the pairs of its checkpoint on their sides, whatever its command line leaves open."""
+    caplog.set_level("INFO", "dpo")
+    model, pairs = world("sd15"), str(make_pickapic(tmp_path / "pairs", 160))
+
+    def build(*flags):
+        return make_run(model, pairs, tmp_path / "run", "--lora", "--validate-every", "none", *flags)
+
+    def held_out(run):
+        return [run.held_out_source[i].key for i in range(len(run.held_out_source))] if run.held_out_source else None
+
+    run = build("--validation-draws", "2")
+    assert len(held_out(run)) == 50 and len(run.source) == 110
+    every = run.config.output.validate_every
+    assert every % 100 == 0 and f"50 pairs, 2 draws each, every {every} updates: " in caplog.text
+    snapshot(run)
+    for flags in (["--resume", "latest"], ["--resume", "latest", "--validate-every", "0"]):
+        again = build(*flags)
+        assert held_out(again) == held_out(run) and again.fingerprints == run.fingerprints
+    with pytest.raises(UserError, match="cannot resume .*validation_fraction"):
+        build("--resume", "latest", "--validation-fraction", "0.2")
+
+
+def test_a_run_that_held_nothing_out_goes_on_so(world, tmp_path):
+    """As runs did before a share was held out unasked: with the same command line no pair changes sides."""
+    model, pairs = world("sd15"), str(make_pickapic(tmp_path / "pairs", 160))
+
+    def build(*flags):
+        return make_run(model, pairs, tmp_path / "run", "--lora", *flags)
+
+    first = build()
+    assert first.config.data.validation_fraction == 0, "nothing is held out where nothing is measured"
+    snapshot(first)
+    run = build("--validate-every", "100", "--resume", "latest")
+    assert run.held_out_source is None and len(run.source) == 160
+
+
+def test_what_a_resumed_run_left_open_is_as_it_was(world, tmp_path):
+    config, _ = parse(["--model", "m", "--data", "d"])
+    old = flatten(change(config, validation_data="v", validation_split="s", validation_fraction=0.0))
+    del old["dropped_caption"], old["validation_by"]  # settings that there were not
+    after = as_before(config, SimpleNamespace(state={"config": old})).data
+    assert (after.validation_data, after.validation_split, after.validation_fraction) == ("v", "s", 0.0)
+    assert (after.validation_by, after.dropped_caption) == ("auto", "empty")
+    said = change(config, validation_fraction=0.1, dropped_caption="zeros")
+    assert as_before(said, SimpleNamespace(state={"config": old})) == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "zeros"),
+    [("sdxl", "auto", True), ("sdxl", "empty", False), ("sdxl-turbo", "auto", False), ("sdxl-turbo", "zeros", True)],
+)
+def test_a_dropped_caption_is_what_the_model_is_sampled_with_or_as_asked(world, tmp_path, kind, asked, zeros):
+    words = ["--lora", "--caption-dropout", "0.5", "--dropped-caption", asked]
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *words)
+    batch = next(run.batches())
+    found, plain = run.encoder.inputs(batch).text, run.encoder.text(batch.captions)
+    assert 0 < int(batch.dropped.sum()) < len(batch)
+    for ours, own in zip(found, plain, strict=True):
+        assert torch.equal(ours[~batch.dropped], own[~batch.dropped])
+        assert torch.equal(ours[batch.dropped], torch.zeros_like(own[batch.dropped]) if zeros else own[batch.dropped])
+
+
+@pytest.mark.parametrize(("kind", "precision", "vae"), [("sdxl", "bf16", "fp32"), ("sd15", "fp32", "bf16")])
+def test_the_vae_encodes_and_decodes_in_its_own_precision(world, tmp_path, kind, precision, vae):
+    words = [
+        "--lora",
+        "--precision",
+        precision,
+        "--vae-precision",
+        vae,
+        "--sample-prompts",
+        "red",
+        "--sample-seeds",
+        "0",
+    ]
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *words, "--sample-steps", "1")
+    assert (
+        run.encoder.inputs(next(run.batches())).latent_mean.dtype
+        == {"fp32": torch.float32, "bf16": torch.bfloat16}[vae]
+    )
+    samples.before(run)

@@ -33,6 +33,24 @@ def test_schedules_after_the_warm_up():
     assert lr(5, "cosine", steps=5, warmup=5) == 1e-4  # nothing after the warm-up: no division by zero
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("constant", "constant_with_warmup"), ("linear", "linear"), ("cosine", "cosine")]
+)
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_a_warm_up_from_zero_is_that_of_diffusers(ours, theirs, warmup):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
+    schedule = get_scheduler(theirs, optimizer, num_warmup_steps=warmup, num_training_steps=110)
+    expected = []
+    for _ in range(110):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    found = [lr(step, ours, warmup=warmup, start="zero") for step in range(110)]
+    assert found == pytest.approx(expected, rel=1e-12) and found[0] == (0.0 if warmup else 1e-4)
+
+
 def test_unknown_schedule():
     with pytest.raises(KeyError):
         lr(50, "polynomial")

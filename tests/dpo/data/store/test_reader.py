@@ -51,11 +51,12 @@ def test_a_dropped_caption_is_the_empty_one_in_words_and_in_encoding(store):
     indices = list(range(20))
     found = batch(store, replace(PLAIN, caption_dropout=0.5), indices, [1] * 20)
     drop = uniform(found.keys, found.draws, Stream.DROPOUT, PLAIN.seed, 1)[:, 0] < 0.5
-    assert 0 < int(drop.sum()) < 20
+    assert 0 < int(drop.sum()) < 20 and torch.equal(found.dropped, drop)
     assert found.captions == ["" if gone else store[i].caption for i, gone in zip(indices, drop.tolist(), strict=True)]
     assert torch.equal(found.text[0], Encoders(torch.float32).captions(found.captions)[0])
     assert found.captions != batch(store, replace(PLAIN, caption_dropout=0.5), indices, [2] * 20).captions
-    assert "" not in batch(store, PLAIN, indices, [1] * 20).captions
+    kept = batch(store, PLAIN, indices, [1] * 20)
+    assert "" not in kept.captions and not kept.dropped.any()
 
 
 def test_recorded_errors_come_with_their_draws(store):

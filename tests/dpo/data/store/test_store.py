@@ -121,7 +121,7 @@ def test_held_out_pairs_are_the_same_as_from_the_images(tmp_path):
     pairs = Synthetic(40, captions=20)
     fill.fill(task(tmp_path, pairs))
     cfg = replace(CFG, data=str(tmp_path), validation_fraction=0.3, caption_dropout=0.9)
-    train, held = open_sources(cfg)
+    train, held, _ = open_sources(cfg)
     assert 0 < len(held) < 40 and len(train) + len(held) == 40
     captions = {
         batch_caption for batch in held_out_stream(held, cfg, 3, resolution=8) for batch_caption in batch.captions

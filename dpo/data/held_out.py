@@ -1,0 +1,93 @@
+"""Which training pairs are held out for the held-out accuracy, where no other set is named for that."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from dpo.common.errors import UserError
+from dpo.data.order import keyed_numbers, keyed_share, share_up_to
+from dpo.data.pairs import Source, Subset, caption_key
+from dpo.settings.config import Data
+
+SHARE = 0.1  # of one's own pairs, where nothing was said
+FEWEST = 50  # pairs: an accuracy of one half is then known to +-0.14
+LARGEST_SHARE = 1 / 3
+ENOUGH = 150  # pairs; with fewer none are held out unless it was asked for
+WAYS = {"auto": ("caption", "pair")}  # the ways that are tried for --validation-by, one after another
+
+log = logging.getLogger("dpo")
+
+
+def decide(data: Data, train: Source) -> Data:
+    """`data` with the share to hold out, and what is held out together, where the user left the share open.
+
+    A tenth of the pairs that are no ties, at least FEWEST, at most LARGEST_SHARE and at most the validation_pairs that
+    are measured; none of fewer than ENOUGH. Whole captions where the number allows it, else pairs. The share becomes
+    the one that `split` answers with just these pairs, so that a resumed run, which reads it, has the same ones.
+    """
+    if data.validation_fraction is not None:
+        return data
+    sure = train.prob > 0.5
+    count = int(sure.sum())
+    if data.validation_data is not None or count < ENOUGH:
+        if data.validation_data is None:
+            log.info("held out: none of %d pairs; below %d it takes --validation-fraction", count, ENOUGH)
+        return replace(data, validation_fraction=0.0)
+    wanted = min(max(FEWEST, math.ceil(SHARE * count)), data.validation_pairs)
+    ways = WAYS.get(data.validation_by, (data.validation_by,))
+    for way in ways:
+        share, found = _reaching(keyed_numbers(_keys(train, way)), sure, wanted)
+        if found <= LARGEST_SHARE * count and share <= 0.5:
+            break
+    return replace(data, validation_fraction=min(share, 0.5), validation_by=way)
+
+
+def _reaching(numbers: np.ndarray, sure: np.ndarray, wanted: int) -> tuple[float, int]:
+    """The smallest share that holds out `wanted` of the pairs that are `sure`, and how many of them it holds out.
+
+    numbers [n]: the pairs' `order.keyed_numbers`.
+    """
+    order = np.argsort(numbers, kind="stable")
+    last = numbers[order[np.searchsorted(np.cumsum(sure[order]), wanted)]]
+    return share_up_to(last), int(sure[numbers <= last].sum())
+
+
+def split(data: Data, train: Source) -> tuple[Source, Source | None]:
+    """(the pairs left to train on, those held out without ties; None where the share is 0).
+
+    The choice depends on the captions alone, or on the pairs' places in the set, whatever the seed. Raises UserError
+    when a side is left without pairs.
+    """
+    share = data.validation_fraction
+    if not share:
+        return train, None
+    for way in WAYS.get(data.validation_by, (data.validation_by,)):
+        out = keyed_share(_keys(train, way), share)
+        if out.any() and not out.all():
+            log.info("held out: %d of %d pairs, %s", int(out.sum()), len(out), _told(train, way))
+            return Subset(train, np.flatnonzero(~out)), Subset(train, np.flatnonzero(out & (train.prob > 0.5)))
+    side = "training" if out.all() else "validation"
+    raise UserError(f"{data.data}: --validation-fraction {share:g} of {len(out)} pairs leaves none for {side}")
+
+
+def _keys(train: Source, way: str) -> np.ndarray:
+    """What pairs are held out by, [n] int64: equal keys stay together."""
+    return train.caption_keys() if way == "caption" else np.arange(len(train), dtype=np.int64)
+
+
+def _told(train: Source, way: str) -> str:
+    """In words how pairs were held out."""
+    if way == "caption":
+        return "by caption: none is on both sides"
+    captions = np.unique(train.caption_keys())
+    if len(captions) == len(train):
+        return "each pair alone"
+    if len(captions) > 1:
+        return "each pair alone, so that a caption may be on both sides"
+    return "each pair alone: " + (
+        "they have no captions" if captions[0] == caption_key("") else "they have one caption"
+    )

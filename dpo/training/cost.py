@@ -1,0 +1,74 @@
+"""What a run computes, in counted FLOPs: training on a pair, and the share of the run that goes to held-out accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpo.methods import METHODS
+from dpo.models.family import Model
+from dpo.settings.config import Config
+from dpo.training import flops
+
+SHARE = 0.05  # of a run's FLOPs, at most, for held-out accuracies where --validate-every is left open
+USUAL = 100  # updates between them where they cost less
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counted FLOPs."""
+
+    forward: float  # of one image through the denoiser
+    encode: float  # of one image through the VAE
+    pair: float  # of training on one pair
+
+
+def count(config: Config, model: Model, *, live_reference: bool, encoded: bool) -> Cost:
+    """The cost of a decided config with this model; encoded: latents and text of the pairs come from a store."""
+    resolution = config.data.resolution
+    assert resolution is not None, "decided when the model was loaded"
+    side = resolution // model.vae_scale
+    text = model.text_encoders[0].config.max_position_embeddings
+    forward = flops.unet_flops(model.denoiser.config, side, side, text)
+    encode = flops.vae_encode_flops(model.vae.config, resolution, resolution)
+    return of(config, forward, encode, live_reference=live_reference, encoded=encoded)
+
+
+def of(config: Config, forward: float, encode: float, *, live_reference: bool, encoded: bool) -> Cost:
+    """The cost of a config, from the FLOPs of one image through denoiser and VAE."""
+    pair = flops.pair_flops(
+        forward,
+        trainable="lora" if config.lora.lora else "full",
+        reference="live" if live_reference else None,
+        halves=2 if METHODS[config.method.method].images == "pair" else 1,
+        encode=0.0 if encoded else encode,
+    )
+    return Cost(forward, encode, pair)
+
+
+def validation_share(cost: Cost, config: Config, steps: int, pairs: int, *, every: int, encoded: bool) -> float:
+    """The share of a whole run's FLOPs that goes to its held-out accuracies.
+
+    steps: updates of the run; pairs: held out; every: updates between two accuracies; encoded: the held-out pairs
+    come from a store. The last update is always followed by one.
+    """
+    once, each = _validation(cost, config, pairs, encoded)
+    spent = once + each * math.ceil(steps / every)
+    return spent / (spent + steps * config.optim.effective_batch * cost.pair)
+
+
+def validate_every(cost: Cost, config: Config, steps: int, pairs: int, *, encoded: bool) -> int:
+    """Updates between held-out accuracies where they are left open: a multiple of USUAL.
+
+    The smallest that keeps them at SHARE of the run's FLOPs; the run's length where one alone costs more.
+    """
+    once, each = _validation(cost, config, pairs, encoded)
+    budget = SHARE / (1 - SHARE) * steps * config.optim.effective_batch * cost.pair
+    times = max(1, int((budget - once) // each))
+    return max(1, math.ceil(steps / times / USUAL)) * USUAL
+
+
+def _validation(cost: Cost, config: Config, pairs: int, encoded: bool) -> tuple[float, float]:
+    """FLOPs at the start of a run, for latents and the reference's errors, and of each held-out accuracy."""
+    each = 2 * pairs * config.data.validation_draws * cost.forward
+    return each + (0.0 if encoded else 2 * pairs * cost.encode), each

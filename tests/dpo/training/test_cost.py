@@ -1,0 +1,64 @@
+"""dpo.training.cost: what a run computes, and that the held-out accuracies of the presets cost little of it."""
+
+import pytest
+
+from dpo.methods import METHODS
+from dpo.settings.config import Config, change
+from dpo.settings.flags import load_preset, parse, presets
+from dpo.training.cost import SHARE, Cost, of, validate_every, validation_share
+from dpo.training.flops import unet_flops, vae_encode_flops
+from tests.dpo.training.test_flops import SD15, SDXL, VAE
+
+SD21 = SD15 | {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+REAL = sorted(name for name in presets() if "model" in load_preset(name))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_presets_of_real_models_validate_for_a_twentieth_of_their_flops(name):
+    cfg, _ = parse(["--preset", name])
+    unet = SDXL if name.startswith("sdxl") else SD21 if name == "sd21" else SD15
+    side = cfg.data.resolution or 8 * unet["sample_size"]
+    live = METHODS[cfg.method.method].reference
+    cost = of(
+        cfg,
+        unet_flops(unet, side // 8, side // 8),
+        vae_encode_flops(VAE, side, side),
+        live_reference=live,
+        encoded=False,
+    )
+    every, pairs = cfg.output.validate_every, cfg.data.validation_pairs
+    share = validation_share(cost, cfg, cfg.optim.steps, pairs, every=every, encoded=False)
+    assert 0 < share <= SHARE
+    assert cfg.optim.steps / every >= 4 and pairs >= 200, "often enough for a curve, pairs enough for +-0.06"
+
+
+# Counts in units of a forward: 10 updates of 8 pairs, 4 forwards an image and 1 of the VAE.
+COST = Cost(forward=1.0, encode=1.0, pair=2 * (4 + 1))
+RUN = change(Config(), batch_size=4, accumulation=2, validation_draws=3)
+
+
+def test_the_share_counts_every_forward():
+    training = 10 * 8 * 10
+    once, each = 2 * 5 * 3 + 2 * 5, 2 * 5 * 3  # reference errors and latents; five pairs in three draws
+    for every, times in ((1, 10), (3, 4), (5, 2), (10, 1), (99, 1)):
+        spent = once + times * each
+        expected = spent / (spent + training)
+        assert validation_share(COST, RUN, 10, 5, every=every, encoded=False) == pytest.approx(expected)
+    stored = validation_share(COST, RUN, 10, 5, every=10, encoded=True)
+    assert stored == pytest.approx(2 * each / (2 * each + training))
+
+
+@pytest.mark.parametrize("steps", [1, 150, 2000, 10000])
+@pytest.mark.parametrize("pairs", [50, 256])
+def test_an_interval_left_open_keeps_to_the_share_or_validates_once(steps, pairs):
+    every = validate_every(COST, RUN, steps, pairs, encoded=False)
+    assert every % 100 == 0 and every >= 100
+    share = validation_share(COST, RUN, steps, pairs, every=every, encoded=False)
+    assert share <= SHARE or every >= steps
+    if every > 100:
+        assert validation_share(COST, RUN, steps, pairs, every=every - 100, encoded=False) > SHARE
