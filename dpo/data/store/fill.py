@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
 from dpo.data.images import FEW_BAD, Micro, square
-from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key
+from dpo.data.labels import SAME
+from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
     LATENTS,
     TEXT,
@@ -126,8 +128,9 @@ class Shard:
 
 
 def image_key(image: ImageRef) -> int:
-    """A signed 64-bit hash of an image's path, or of its uid where it has no path."""
+    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
     name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
+    name += f"\0{image.span[0]}" if image.span else ""
     return int.from_bytes(
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
     )
@@ -210,7 +213,8 @@ def _shards(
                 if not index["shards"]:
                     captions.recent[caption_key("")] = 0
                     shard.captions.append("")
-                wanted = ((i, pair) for _, (i, pair) in zip(range(first, stop), stream) if not skip.has(pair.key))
+                read = (item for _, item in zip(range(first, stop), stream))
+                wanted = (item for item in _of_two(read, index["sources"][-1]["summary"]) if not skip.has(item[1].key))
                 next_image = _collect(task, pool, wanted, shard, images, captions, next_image)
                 number = len(index["shards"])
                 entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
@@ -225,6 +229,16 @@ def _shards(
                 _stop_at(bad, next_image, task, shard)
     finally:
         stream.close()
+
+
+def _of_two(pairs: Iterator[tuple[int, Pair]], counts: dict[str, int]) -> Iterator[tuple[int, Pair]]:
+    """The pairs of two images; those of one image twice are counted, as they are where a source is opened."""
+    for i, pair in pairs:
+        if embedded_twice(pair):
+            log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
+            counts[SAME] = counts.get(SAME, 0) + 1
+        else:
+            yield i, pair
 
 
 def _stop_at(bad: int, good: int, task: Filling, shard: Shard) -> None:
@@ -257,7 +271,7 @@ def _collect(
             except BadImage as error:
                 images.recent[key] = NOWHERE
                 shard.bad[key] = str(error)
-                log.warning("image left out, of %r: %s", caption, error)
+                log.warning("image left out, of %s: %s", excerpt(caption), error)
                 continue
             images.recent[key] = next_image
             next_image += 1
