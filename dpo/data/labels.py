@@ -16,6 +16,10 @@ CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win"
 REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose", "l")
 IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
 SAME, BLANK = "one image twice", "without a caption"  # names of counts; pairs without a caption are used
+UNREADABLE, SAME_BYTES = (
+    "with an unreadable image",
+    "with the same bytes twice",
+)  # holes: still among the pairs of a store
 YES, NO = {"true", "t", "yes", "y", "1", "1.0"}, {"false", "f", "no", "n", "0", "0.0", ""}  # words of flags
 TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
 
@@ -128,7 +132,7 @@ def labels_of(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: s
     try:
         return read_labels(table, columns, rows, ties)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the labels are not numbers or flags ({str(error)[: 2 * SHOWN]})") from error
+        raise UserError(f"{where}: the labels are not numbers or flags ({str(error)[: SHOWN + 40]})") from error
 
 
 def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> RowLabels:

@@ -35,7 +35,8 @@ class Listing:
 
 def is_junk(name: str) -> bool:
     """Whether some part of a path inside a folder is hidden, or made by the system."""
-    return any(part.startswith(".") or part.lower() in JUNK for part in PurePosixPath(name).parts)
+    parts = (part for part in PurePosixPath(name).parts if part != "..")
+    return any(part.startswith(".") or part.lower() in JUNK for part in parts)
 
 
 def list_files(folder: Path, skip: tuple[str, ...] = ()) -> Listing:

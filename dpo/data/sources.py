@@ -16,7 +16,7 @@ from dpo.common.words import listed
 from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
-from dpo.data.labels import BLANK
+from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, NOT_READ, Listing, is_junk, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order, keyed_share
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
@@ -92,8 +92,8 @@ def describe(source: Source) -> str:
     without_caption = counts.pop(BLANK, 0)
     if kept_ties:
         counts.pop("ties", None)
-    unreadable = counts.get("with an unreadable image", 0)  # such pairs of a store are still among its pairs
-    if (rest := rows - pairs - (sum(counts.values()) - unreadable)) > 0:
+    holes = counts.get(UNREADABLE, 0) + counts.get(SAME_BYTES, 0)
+    if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
         counts["by --max-pairs or as held out"] = rest
     notes = [f"{count} {name}" for name, count in counts.items() if count]
     text = f"{rows} rows: {pairs} pairs"

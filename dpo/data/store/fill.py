@@ -28,7 +28,9 @@ from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
     LATENTS,
+    NOWHERE,
     TEXT,
+    TWICE,
     check_shard,
     open_shard,
     read_index,
@@ -40,7 +42,6 @@ from dpo.data.store.files import (
 )
 
 READ_AHEAD = 64  # pairs read before their turn
-NOWHERE = -1  # the row of an image that cannot be used
 log = logging.getLogger("dpo")
 
 
@@ -213,8 +214,7 @@ def _shards(
                 if not index["shards"]:
                     captions.recent[caption_key("")] = 0
                     shard.captions.append("")
-                read = (item for _, item in zip(range(first, stop), stream))
-                wanted = (item for item in _of_two(read, index["sources"][-1]["summary"]) if not skip.has(item[1].key))
+                wanted = ((i, pair) for _, (i, pair) in zip(range(first, stop), stream) if not skip.has(pair.key))
                 next_image = _collect(task, pool, wanted, shard, images, captions, next_image)
                 number = len(index["shards"])
                 entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
@@ -229,16 +229,6 @@ def _shards(
                 _stop_at(bad, next_image, task, shard)
     finally:
         stream.close()
-
-
-def _of_two(pairs: Iterator[tuple[int, Pair]], counts: dict[str, int]) -> Iterator[tuple[int, Pair]]:
-    """The pairs of two images; those of one image twice are counted, as they are where a source is opened."""
-    for i, pair in pairs:
-        if embedded_twice(pair):
-            log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
-            counts[SAME] = counts.get(SAME, 0) + 1
-        else:
-            yield i, pair
 
 
 def _stop_at(bad: int, good: int, task: Filling, shard: Shard) -> None:
@@ -285,6 +275,10 @@ def _collect(
     pending: set[int] = set()
     for i, pair in pairs:
         win, lose = image_key(pair.win), image_key(pair.lose)
+        if embedded_twice(pair):
+            log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
+            win = lose = caption_key(SAME)
+            images.recent |= {} if images.get(win) else {win: TWICE}  # a hole, as it is from the images
         for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
                 pending.add(key)
