@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from dpo.common.errors import UserError
 
@@ -35,8 +35,7 @@ class Listing:
 
 def is_junk(name: str) -> bool:
     """Whether some part of a path inside a folder is hidden, or made by the system."""
-    parts = (part for part in PurePosixPath(name).parts if part != "..")
-    return any(part.startswith(".") or part.lower() in JUNK for part in parts)
+    return any(part.lower() in JUNK or (part[0] == "." and part not in (".", "..")) for part in name.split("/") if part)
 
 
 def list_files(folder: Path, skip: tuple[str, ...] = ()) -> Listing:

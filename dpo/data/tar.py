@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,7 +197,7 @@ def _read(path: Path) -> tuple[dict[str, _Sample], dict[str, int]]:
     passed_over: Counter[str] = Counter()
     with open(path, "rb") as file:
         for member in _members(path, file):
-            name = member.name.encode("utf-8", "backslashreplace").decode().lstrip("/")
+            name = member.name.encode("utf-8", "backslashreplace").decode().lstrip("/").removeprefix("./")
             if member.isdir():
                 continue
             if is_junk(name):
@@ -211,14 +211,14 @@ def _read(path: Path) -> tuple[dict[str, _Sample], dict[str, int]]:
 
 def _take(samples: dict[str, _Sample], name: str, member: tarfile.TarInfo, file: io.BufferedReader, path: Path) -> bool:
     """Puts a member into its sample; False where its name says that it is neither image nor text."""
-    place = PurePosixPath(name)
-    stem, *rest = place.name.split(".")
+    folder, slash, last = name.rpartition("/")
+    stem, *rest = last.split(".")
     suffix = f".{rest[-1].lower()}" if rest else ""
     column = ".".join(rest if suffix[1:] in OF_IMAGES else rest[:-1])
     is_image = suffix in EXTENSIONS or suffix[1:] in OF_IMAGES
     if not is_image and suffix not in (*TEXTS, ".json"):
         return False
-    sample = samples.setdefault(place.with_name(stem).as_posix(), _Sample())
+    sample = samples.setdefault(folder + slash + stem, _Sample())
     if is_image:
         sample.images[column or rest[-1].lower()] = (name, member.offset_data, member.size)
         return True
