@@ -12,8 +12,8 @@ from dpo.common.words import SHOWN, excerpt, listed
 from dpo.settings.config import Data
 
 CAPTION = ("caption", "prompt", "text")
-CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win", "w")
-REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose", "l")
+CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win", "w", "chosen_file_name")
+REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose", "l", "rejected_file_name")
 IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
 SAME, BLANK = "one image twice", "without a caption"  # names of counts; pairs without a caption are used
 UNREADABLE, SAME_BYTES = (

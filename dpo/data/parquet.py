@@ -30,7 +30,7 @@ from dpo.data.pairs import Pair, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value changes the order of an epoch
-SCANNERS = 8  # files opened side by side
+SCANNERS, AT_ONCE = 8, 256  # files opened side by side, and pairs that a thread compares at a time
 
 logger = logging.getLogger("dpo")
 
@@ -148,7 +148,7 @@ class ParquetSource:
         def cell(name: str | None) -> Any:
             return None if name is None else table.column(name)[row].as_py()
 
-        root = self.files.root and str(Path(self.files.root, self.files.names[self.file[index]]).parent)
+        root = self.root(index)
         first = image_ref(cell(columns.first), cell(columns.uid_0), root)
         second = image_ref(cell(columns.second), cell(columns.uid_1), root)
         swap, prob = bool(self.swap[index]), float(self.prob[index])
@@ -167,11 +167,19 @@ class ParquetSource:
                     self.cache[number] = file.read_row_group(int(self.group[index]), columns=self.columns.read)
             return self.cache[number]
 
+    def root(self, index: int) -> str | None:
+        """The folder that paths in a pair's cells are relative to; None on the hub."""
+        return self.files.root and str(Path(self.files.root, self.files.names[self.file[index]]).parent)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The first pair of each row group, and the one after its last."""
+        starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
+        yield from zip(starts.tolist(), np.append(starts[1:], len(self)).tolist(), strict=True)
+
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
         keys = np.empty(len(self), dtype=np.int64)
-        starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
-        for begin, end in zip(starts, np.append(starts[1:], len(self)), strict=True):
+        for begin, end in self.runs():
             with _opened(self.files, self.files.names[self.file[begin]]) as file:
                 captions = (
                     file.read_row_group(int(self.group[begin]), columns=[self.columns.caption]).column(0).to_pylist()
@@ -243,11 +251,10 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
 def _without_one_image_twice(source: ParquetSource, blank: np.ndarray) -> ParquetSource:
     """The pairs whose images differ, of a set that is kept in memory; blank [n]: which have no caption.
 
-    Its images are read for this, once. `read_labels` has compared the images where a set names them; of a set too large
-    to be kept in memory such pairs become holes when they are read.
+    Its images are read for this, and not kept. `read_labels` has compared the images where a set names them; of a set
+    too large to be kept in memory such pairs become holes when they are read.
     """
-    pairs = (source[i] for i in range(len(source)))
-    same = np.array([one_image(pair.win, pair.lose) for pair in pairs], dtype=bool)
+    same = np.concatenate([np.empty(0, dtype=bool), *(_alike(source, *ends) for ends in source.runs())])
     if not same.any():
         return source
     keep, counts = ~same, source.summary
@@ -258,6 +265,23 @@ def _without_one_image_twice(source: ParquetSource, blank: np.ndarray) -> Parque
             SAME: counts.get(SAME, 0) + int(same.sum()), BLANK: int(blank[keep].sum()), "pairs": int(keep.sum())
         },
     )  # fmt: skip
+
+
+def _alike(source: ParquetSource, begin: int, end: int) -> np.ndarray:
+    """[end - begin] bool: of the pairs of one row group, those whose two images are one."""
+    names = [source.columns.first, source.columns.second]
+    with _opened(source.files, source.files.names[source.file[begin]]) as file:
+        table = file.read_row_group(int(source.group[begin]), columns=names)
+    root = source.root(begin)
+
+    def alike(rows: np.ndarray) -> list[bool]:
+        cells = ((table.column(name)[row].as_py() for name in names) for row in rows.tolist())
+        return [one_image(*(image_ref(cell, None, root) for cell in pair)) for pair in cells]
+
+    rows = source.row[begin:end]
+    with ThreadPoolExecutor(SCANNERS) as pool:  # where cells are paths, each costs a look at two files
+        parts = pool.map(alike, (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)))
+        return np.array([same for part in parts for same in part], dtype=bool)
 
 
 def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:

@@ -14,7 +14,7 @@ from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
 from dpo.common.words import listed
 from dpo.data.arrow import is_saved, open_arrow
-from dpo.data.folders import is_image, open_folders
+from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, NOT_READ, Listing, is_junk, is_of_files, list_files, not_read
@@ -27,7 +27,7 @@ from dpo.data.tar import open_tar
 from dpo.settings.config import Data
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-NOT_PAIRS = {"metadata.jsonl", "metadata.csv", "dataset_info.json", "dataset_infos.json", "state.json"}
+NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
 LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 
 
@@ -142,7 +142,7 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
     if len(kinds) == 1 and kinds <= set(TABLES):
         raise UserError(f"{root}: several tables ({found}); name one of them with --data")
     raise UserError(
-        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, tar, JSONL, JSON and CSV files"
+        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, uncompressed tar, JSONL, JSON and CSV files"
     )
 
 
@@ -161,11 +161,13 @@ def _of_folder(folder: Path, data: Data, split: str) -> Source:
             return _of_listed(folder, listing, files_of_split(files, split, str(folder)), files, data)
     beside = [name for name in listing.files if "/" not in name and not is_image(name)]
     tables = [name for name in beside if Path(name).suffix.lower() in TABLES and name.lower() not in NOT_PAIRS]
+    tables = tables or [name for name in beside if name.lower() in METADATA]  # an imagefolder of two images a row
     if tables and kind in ("auto", "jsonl", "csv"):
         chosen = files_of_split(tables, split, str(folder)) if len(tables) > 1 else tables
         return _of_listed(folder, replace(listing, files=beside), chosen, tables, data)
     found = listed(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    wanted = "parquet, tar, JSONL or CSV files, or folders w/ and l/" if kind == "auto" else f"pairs of format {kind}"
+    wanted = "parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/"
+    wanted = wanted if kind == "auto" else f"pairs of format {kind}"
     raise UserError(f"{folder}: needs {wanted}, found {found}")
 
 

@@ -267,6 +267,17 @@ def test_the_same_bytes_twice_are_no_pair(tmp_path, settings):
     assert source.fingerprint != plain.fingerprint
 
 
+def test_paths_that_lead_to_one_image_are_no_pair(tmp_path, settings):
+    file = worlds.make_chosen_rejected(tmp_path, 4, images="path") / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[0]["rejected"] = rows[0]["chosen"]
+    (tmp_path / rows[2]["rejected"]).write_bytes((tmp_path / rows[2]["chosen"]).read_bytes())
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=3)
+    source = open_source(settings(tmp_path))
+    assert source.summary["one image twice"] == 2 and not source.cache
+    assert [source[i].caption[-1] for i in range(2)] == ["1", "3"]
+
+
 def test_the_same_bytes_in_a_large_set_are_holes_and_do_not_stop_the_run(tmp_path, settings, monkeypatch, caplog):
     def change(rows):
         for row in rows[1:]:

@@ -66,7 +66,7 @@ def test_files_without_a_split_in_their_name_are_train(tmp_path, settings):
         ("nonesuch", "no such file or folder"),
         ("non/such/place", "no such file or folder"),
         ("*.parquet", "matches no file"),
-        (".", "needs parquet, tar, JSONL or CSV files, or folders w/ and l/, found nothing"),
+        (".", "needs parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/, found nothing"),
     ],
 )
 def test_no_such_data(data, message, tmp_path, settings, monkeypatch):

@@ -184,3 +184,14 @@ def test_words_of_flags(tmp_path, settings):
     (tmp_path / "a.csv").write_text("\n".join(lines).replace("yes", "perhaps"))
     with pytest.raises(UserError, match="a.csv, line 3: has_label says 'perhaps', neither yes nor no"):
         open_source(settings(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_imagefolder_of_two_images_a_row(kind, tmp_path, settings):
+    path = worlds.make_table(tmp_path, 3, kind=kind)
+    plain = open_source(settings(path))
+    text = path.read_text().replace("chosen", "chosen_file_name").replace("rejected", "rejected_file_name")
+    path.unlink()
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    source = open_source(settings(tmp_path))
+    assert [source[i].key for i in range(3)] == [plain[i].key for i in range(3)]
