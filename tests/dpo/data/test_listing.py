@@ -29,7 +29,8 @@ def test_a_folder_is_read_once_under_its_own_path(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for place in ("set/z/a.jpg", "elsewhere/b.jpg"):
         (tmp_path / place).write_bytes(b"x")
-    (tmp_path / "set" / "a").symlink_to(tmp_path / "set" / "z")  # sorts before the folder itself
+    for name in ("a", "zz"):  # one sorts before the folder itself, one after it
+        (tmp_path / "set" / name).symlink_to(tmp_path / "set" / "z")
     (tmp_path / "set" / "z" / "up").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "out").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "c.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")

@@ -246,9 +246,10 @@ def rewritten(folder, change):
     return folder
 
 
-def test_no_caption_is_counted_among_the_pairs(tmp_path, settings):
+@pytest.mark.parametrize("captions", [(None, ""), ("", ""), (None, None)])
+def test_no_caption_is_counted_among_the_pairs(captions, tmp_path, settings):
     def change(rows):
-        rows[1]["prompt"], rows[2]["prompt"] = None, ""
+        rows[1]["prompt"], rows[2]["prompt"] = captions
 
     source = open_source(settings(rewritten(tmp_path, change)))
     assert describe(source) == "4 rows: 4 pairs, 2 without a caption" and source[1].caption == ""

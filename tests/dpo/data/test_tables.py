@@ -195,3 +195,12 @@ def test_an_imagefolder_of_two_images_a_row(kind, tmp_path, settings):
     (tmp_path / f"metadata.{kind}").write_text(text)
     source = open_source(settings(tmp_path))
     assert [source[i].key for i in range(3)] == [plain[i].key for i in range(3)]
+
+
+def test_images_beside_a_table_are_not_said_to_be_unread(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 2)
+    path.write_text(path.read_text().replace("images/", ""))
+    for image in (tmp_path / "images").iterdir():
+        image.rename(tmp_path / image.name)
+    (tmp_path / "notes.md").write_text("x")
+    assert describe(open_source(settings(tmp_path))) == "2 rows: 2 pairs; files not read: 1 .md"
