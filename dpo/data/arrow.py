@@ -20,7 +20,8 @@ from dpo.data.labels import BLANK, SAME, Columns, find_columns, labels_of
 from dpo.data.pairs import ImageRef, Pair, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
 
-STATE, SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes: a set, or a folder of sets
+STATE, INFO = "state.json", "dataset_info.json"  # what save_to_disk writes of a set
+SPLITS = "dataset_dict.json"  # and of a folder of sets
 
 
 def check_schema(schema: pa.Schema, columns: Columns, where: str) -> None:
@@ -103,7 +104,7 @@ def _images(table: pa.Table, columns: Columns, root: str, row: int) -> tuple[Ima
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
-    return (folder / STATE).is_file() or (folder / SPLITS).is_file()
+    return all((folder / name).is_file() for name in (STATE, INFO)) or (folder / SPLITS).is_file()
 
 
 def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind: str = "auto") -> ArrowSource:
@@ -169,13 +170,11 @@ def _one_image_twice(table: pa.Table, columns: Columns, root: str, keep: np.ndar
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:
     """[n] int64: bytes of text or of an image file in each cell, -1 where it has none."""
-    kind = column.type
-    if pa.types.is_struct(kind):
-        if "bytes" not in {field.name for field in kind}:
+    if pa.types.is_struct(column.type):
+        if "bytes" not in {field.name for field in column.type}:
             return np.full(len(column), -1)
         column = pc.struct_field(column, "bytes")
-    elif _is_text(_plain(kind)) and not pa.types.is_string(kind):
-        column = column.cast(pa.large_string())
-    elif pa.types.is_binary_view(kind):
-        column = column.cast(pa.large_binary())
+    kind = _plain(column.type)
+    if _is_text(kind) or pa.types.is_binary_view(kind):  # views and dictionaries have no lengths
+        column = column.cast(pa.large_string() if _is_text(kind) else pa.large_binary())
     return pc.fill_null(pc.binary_length(column), -1).to_numpy().astype(np.int64)

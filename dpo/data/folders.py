@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -64,10 +65,15 @@ def open_folders(root: Path, data: Data) -> TableSource:
     )  # fmt: skip
 
 
+@cache
+def extensions() -> set[str]:
+    """Those of EXTENSIONS that this Pillow can read, in lower case."""
+    return EXTENSIONS & Image.registered_extensions().keys()
+
+
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image which this Pillow can read."""
-    kind = PurePosixPath(name).suffix.lower()
-    return kind in EXTENSIONS and kind in Image.registered_extensions()
+    return PurePosixPath(name).suffix.lower() in extensions()
 
 
 def images(files: Iterable[str]) -> dict[str, str]:

@@ -42,7 +42,7 @@ def list_files(folder: Path, skip: tuple[str, ...] = ()) -> Listing:
     """Every file below `folder`, without the folders `skip` directly in it. Linked folders are followed.
 
     Each folder is read once, under its own path where it has one in here, so that a link to a folder above ends. Raises
-    UserError for a folder that cannot be listed.
+    UserError where `folder` itself cannot be listed; one below it is counted.
     """
     found, seen = Listing([]), set[tuple[int, int]]()
     folders, links = [folder], list[Path]()
@@ -55,6 +55,9 @@ def list_files(folder: Path, skip: tuple[str, ...] = ()) -> Listing:
             seen.add((status.st_dev, status.st_ino))
             entries = list(os.scandir(here))
         except OSError as error:
+            if here != folder:
+                found.passed_over["folders that cannot be listed"] += 1
+                continue
             raise UserError(
                 f"{here}: cannot be listed ({error.strerror}); mend its permissions or leave it out"
             ) from error

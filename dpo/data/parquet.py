@@ -30,6 +30,7 @@ from dpo.data.pairs import Pair, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value changes the order of an epoch
+SAID_BYTES = 2**28  # what takes longer than seconds to read over a network is said
 SCANNERS, AT_ONCE = 8, 256  # files opened side by side, and pairs that a thread compares at a time
 
 logger = logging.getLogger("dpo")
@@ -245,15 +246,17 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
         ),
     )
     named = columns.uid_0 is not None and columns.uid_1 is not None
-    return source if named or window is not None else _without_one_image_twice(source, blank)
+    return source if named or window is not None else _without_one_image_twice(source, blank, sum(sizes))
 
 
-def _without_one_image_twice(source: ParquetSource, blank: np.ndarray) -> ParquetSource:
-    """The pairs whose images differ, of a set that is kept in memory; blank [n]: which have no caption.
+def _without_one_image_twice(source: ParquetSource, blank: np.ndarray, total: int) -> ParquetSource:
+    """The pairs whose images differ, of a set that is kept in memory, of `total` bytes; blank [n]: which have no caption.
 
     Its images are read for this, and not kept. `read_labels` has compared the images where a set names them; of a set
     too large to be kept in memory such pairs become holes when they are read.
     """
+    if total > SAID_BYTES:
+        logger.info("looking for pairs of one image twice in %.1f GiB", total / 1024**3)
     same = np.concatenate([np.empty(0, dtype=bool), *(_alike(source, *ends) for ends in source.runs())])
     if not same.any():
         return source

@@ -17,7 +17,7 @@ from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
-from dpo.data.listing import CAPTION_FILES, NOT_READ, Listing, is_junk, is_of_files, list_files, not_read
+from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order, keyed_share
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
 from dpo.data.parquet import Files, open_parquet
@@ -116,7 +116,9 @@ def _find(data: Data, split: str) -> Source:
     if path.is_dir():
         return open_store(path, data) if kind == "store" or is_store(path) else _of_folder(path, data, split)
     if glob.has_magic(name):
-        found = [p for p in glob.glob(str(path), recursive=True) if not is_junk(Path(p).name)]
+        found = [
+            p for p in glob.glob(str(path), recursive=True) if Path(p).name.lower() not in JUNK
+        ]  # glob passes hidden ones over
         paths = sorted(Path(p) for p in found if Path(p).is_file())
         if not paths:
             raise UserError(f"{name}: matches no file")

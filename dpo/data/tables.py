@@ -132,8 +132,10 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()])
-            for row in reader:
-                number = reader.line_num - sum(map(_line_breaks, row.values()))
+            end = 0
+            for row in reader:  # the first line of a row; a quote that is never closed takes the file's end with it
+                number = max(end + 1, reader.line_num - sum(map(_line_breaks, row.values())))
+                end = reader.line_num
                 if None in row:
                     raise UserError(
                         f"{path}, line {number}: more values than columns; put a text with commas in double quotes"

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt, first_line
-from dpo.data.folders import EXTENSIONS
+from dpo.data.folders import extensions
 from dpo.data.labels import BLANK, CAPTION, CHOSEN, IMAGES, REJECTED, SAME, Columns, find_columns, labels_of
 from dpo.data.listing import CAPTION_FILES, HIDDEN, NOT_READ, is_junk, not_read
 from dpo.data.pairs import ImageRef, Pair, caption_key, make_pair, one_image
@@ -106,6 +106,8 @@ def open_tar(paths: list[Path], data: Data, kind: str = "auto") -> TarSource:
     w and l, or any name of a column that tables may have, and caption for .txt. The fields of .json are columns too.
     kind: see `find_columns`. Raises UserError for damaged shards, missing columns and labels of a wrong type.
     """
+    if len(paths) > 1:
+        logger.info("reading the index of %d tar shards", len(paths))
     columns: Columns | None = None
     parts: dict[int, _Part] = {}  # by the number of the shard
     counts: Counter[str] = Counter()
@@ -215,7 +217,7 @@ def _take(samples: dict[str, _Sample], name: str, member: tarfile.TarInfo, file:
     stem, *rest = last.split(".")
     suffix = f".{rest[-1].lower()}" if rest else ""
     column = ".".join(rest if suffix[1:] in OF_IMAGES else rest[:-1])
-    is_image = suffix in EXTENSIONS or suffix[1:] in OF_IMAGES
+    is_image = suffix in extensions() or suffix[1:] in OF_IMAGES
     if not is_image and suffix not in (*TEXTS, ".json"):
         return False
     sample = samples.setdefault(folder + slash + stem, _Sample())

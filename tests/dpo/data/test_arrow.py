@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.data.arrow import check_schema
+from dpo.data.arrow import _lengths, check_schema
 from dpo.data.labels import Columns
 from dpo.data.sources import describe, open_source
 from tests.dpo.data.test_parquet import is_bright
@@ -122,3 +122,16 @@ def test_columns_that_hold_files(kind):
     check_schema(schema(kind), COLUMNS, "x")
     with pytest.raises(UserError, match="the captions in prompt are list<item: string>, not text"):
         check_schema(schema(kind, pa.list_(pa.string())), COLUMNS, "x")
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([b"ab", None, b""], pa.binary_view()),
+        pa.array(["ab", None, ""], pa.string_view()),
+        pa.array(["ab", None, ""]).dictionary_encode(),
+        pa.array([{"bytes": b"ab"}, {"bytes": None}, {"bytes": b""}], pa.struct([("bytes", pa.binary_view())])),
+    ],
+)
+def test_lengths_of_cells(cells):
+    assert _lengths(pa.chunked_array([cells])).tolist() == [2, -1, 0]

@@ -1,9 +1,11 @@
 """The files of a folder: what is hidden, what links to where, and how the rest is counted."""
 
+import os
 from collections import Counter
 
 import pytest
 
+from dpo.common.errors import UserError
 from dpo.data.listing import is_junk, list_files, not_read
 
 
@@ -54,3 +56,20 @@ def test_files_that_are_not_read_are_counted_once_each():
     counts = not_read(names, Counter({"hidden": 3}))
     assert counts["files not read: .heic"] == 2 and counts["files not read: hidden"] == 3
     assert sum(counts.values()) == len(names) + 3 and len(counts) <= 10
+
+
+def test_a_folder_that_cannot_be_listed_is_counted_or_named(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = list_files(tmp_path)
+    assert found.files == ["a.jpg"] and found.passed_over == {"folders that cannot be listed": 1}
+    with pytest.raises(UserError, match=r"closed: cannot be listed \(Permission denied\)"):
+        list_files(tmp_path / "closed")

@@ -204,3 +204,10 @@ def test_images_beside_a_table_are_not_said_to_be_unread(tmp_path, settings):
         image.rename(tmp_path / image.name)
     (tmp_path / "notes.md").write_text("x")
     assert describe(open_source(settings(tmp_path))) == "2 rows: 2 pairs; files not read: 1 .md"
+
+
+def test_a_quote_that_is_never_closed_is_named_with_its_line(tmp_path, settings, caplog):
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,w.jpg,l.jpg\n\n"b,w.jpg,l.jpg\nc,w.jpg,l.jpg\n')
+    with pytest.raises(UserError, match="a.csv, line 4: chosen needs the path of an image, found None"):
+        open_source(settings(tmp_path / "a.csv"))
+    assert "line 4 (" in caplog.text
