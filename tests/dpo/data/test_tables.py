@@ -207,7 +207,7 @@ def test_images_beside_a_table_are_not_said_to_be_unread(tmp_path, settings):
 
 
 def test_a_quote_that_is_never_closed_is_named_with_its_line(tmp_path, settings, caplog):
-    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,w.jpg,l.jpg\n\n"b,w.jpg,l.jpg\nc,w.jpg,l.jpg\n')
-    with pytest.raises(UserError, match="a.csv, line 4: chosen needs the path of an image, found None"):
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,w.jpg,l.jpg\n"b,w.jpg,l.jpg\nc,w.jpg,l.jpg\n')
+    with pytest.raises(UserError, match="a.csv, line 3: chosen needs the path of an image, found None"):
         open_source(settings(tmp_path / "a.csv"))
-    assert "line 4 (" in caplog.text
+    assert "line 3 (" in caplog.text
