@@ -1,10 +1,13 @@
 """WebDataset shards: which members make a pair, what is counted, where an image lies, and damage in one line."""
 
+import gc
 import json
 import shutil
 import tarfile
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo.common.errors import UserError
@@ -150,3 +153,19 @@ def test_an_image_beyond_the_end_of_its_shard_is_a_hole(tmp_path, settings):
     usable = [int(b.usable[0]) for b in stream(source, cfg, Order(0, 0, 1, stop=3))]
     assert sorted(usable) == [0, 1, 1]
     assert ImageRef("u", path=str(path), span=(0, 4)).load() == path.read_bytes()[:4]
+
+
+def test_an_open_set_keeps_few_bytes_a_pair(tmp_path, settings):
+    members = {
+        f"{i:05d}.{name}": b"x" * (i % 7 + len(name)) for i in range(1000) for name in ("w.jpg", "l.jpeg", "txt")
+    }
+    path = worlds.make_tar(tmp_path / "x.tar", 0, more=members)
+    open_source(settings(path))  # what is imported and cached once
+    gc.collect()
+    tracemalloc.start()
+    before, arrow = tracemalloc.get_traced_memory()[0], pa.total_allocated_bytes()
+    source = open_source(settings(path))
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0] - before + pa.total_allocated_bytes() - arrow
+    tracemalloc.stop()
+    assert len(source) == 1000 and kept < 300 * 1000, kept
