@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+
+SHOWN = 80  # characters of a cell, caption or key in a message
+LISTED = 20  # names in a message
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 300 characters; the name of the error's class where it has no text."""
     text = str(error).strip()
     return (text.splitlines() or [type(error).__name__])[0][:300]
+
+
+def excerpt(value: object, limit: int = SHOWN) -> str:
+    """A value from a file as a message shows it: quoted, on one line, and at most `limit` characters of it.
+
+    A cell may hold a whole image as text; no message repeats it.
+    """
+    if isinstance(value, (str, bytes)):
+        return repr(value) if len(value) <= limit else f"{value[:limit]!r}... ({len(value)} in all)"
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return repr(value)[:limit]
+
+
+def excerpt_of_path(path: str) -> str:
+    """A path as a message shows it: whole where it can be one, else its last characters (a cell need hold no path)."""
+    return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas between, each cut after SHOWN characters, and the first LISTED of them."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(name if len(name) <= SHOWN else name[:SHOWN] + "..." for name in names[:LISTED]) + more
 
 
 def digest(*parts: str) -> str:

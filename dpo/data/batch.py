@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
+from dpo.common.words import excerpt, excerpt_of_path
 from dpo.data.images import square
-from dpo.data.pairs import BadImage, Pair
+from dpo.data.labels import SAME
+from dpo.data.pairs import BadImage, Pair, embedded_twice
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
@@ -103,12 +105,17 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
     bad = []
     for i, (pair, (flip,), crop) in enumerate(zip(pairs, flips, crops, strict=True)):
         places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
+        if embedded_twice(pair):
+            usable[i] = 0.0
+            bad.append((pair.key, f"{SAME}, of {excerpt(pair.caption)}"))
+            continue
         for place, image, uniforms in places:
             try:
                 pixels[place], numbers = square(image.load(), size, decoding.crop, uniforms, flip < 0.5)
             except BadImage as error:
                 usable[i] = 0.0
-                bad.append((pair.key, f"image {image.uid or '(none)'} of {pair.caption!r}: {error}"))
+                name = excerpt_of_path(image.uid) or "(none)"
+                bad.append((pair.key, f"image {name} of {excerpt(pair.caption)}: {error}"))
                 break
             micro[place] = torch.tensor(numbers)
         if not usable[i]:

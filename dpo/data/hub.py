@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import first_line, listed
+from dpo.data.listing import is_junk
 from dpo.data.parquet import Files
 from dpo.settings.config import Data
 
@@ -53,7 +54,7 @@ def files_of_split(names: list[str], split: str, where: str) -> list[str]:
     chosen = sorted(name for name in names if splits[name] == SPLITS.get(split, split))
     if not chosen:
         raise UserError(
-            f"{where}: has no split {split!r}, found {', '.join(sorted(set(splits.values())))}; choose one with --split"
+            f"{where}: has no split {split!r}, found {listed(sorted(set(splits.values())))}; choose one with --split"
         )
     return chosen
 
@@ -78,7 +79,7 @@ def hub_files(repo: str, data: Data, split: str) -> Files:
     configs = {PurePosixPath(name).parts[0] for name in names} if revision == CONVERTED else set()
     if len(configs) > 1:
         raise UserError(
-            f"{where}: has several configurations ({', '.join(sorted(configs))}); choose one with --config-name"
+            f"{where}: has several configurations ({listed(sorted(configs))}); choose one with --config-name"
         )
     names = files_of_split(names, split, where)
     if data.streaming:
@@ -96,7 +97,8 @@ def _parquet_names(api: HfApi, repo: str) -> tuple[list[str], str | None]:
             files = api.dataset_info(repo, revision=revision, timeout=TIMEOUT).siblings or []
         except RevisionNotFoundError:  # the hub has no conversion
             continue
-        names = [file.rfilename for file in files if file.rfilename.endswith(".parquet")]
+        names = [file.rfilename for file in files if file.rfilename.lower().endswith(".parquet")]
+        names = [name for name in names if not is_junk(name)]
         if names:
             return names, revision
     return [], None

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpo.common.words import first_line
 from dpo.data.pairs import BadImage
 
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
@@ -86,7 +87,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise BadImage("not an image" if data else "an empty file") from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, ...
-        raise BadImage(f"cannot be decoded ({error or type(error).__name__})") from error
+        raise BadImage(f"cannot be decoded ({first_line(error)})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

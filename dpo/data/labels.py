@@ -8,12 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.common.errors import UserError
+from dpo.common.words import SHOWN, excerpt, listed
 from dpo.settings.config import Data
 
 CAPTION = ("caption", "prompt", "text")
-CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win")
-REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose")
+CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win", "w", "chosen_file_name")
+REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose", "l", "rejected_file_name")
 IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
+SAME, BLANK = "one image twice", "without a caption"  # names of counts; pairs without a caption are used
+UNREADABLE, SAME_BYTES = (
+    "with an unreadable image",
+    "with the same bytes twice",
+)  # holes: still among the pairs of a store
+YES, NO = {"true", "t", "yes", "y", "1", "1.0"}, {"false", "f", "no", "n", "0", "0.0", ""}  # words of flags
 TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
 
 
@@ -75,7 +82,7 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
         "chosen-rejected": "prompt, chosen, rejected",
     }
     raise UserError(
-        f"{where}: needs the columns {layouts[kind]}, found {', '.join(names) or 'none'}; "
+        f"{where}: needs the columns {layouts[kind]}, found {listed(names) or 'none'}; "
         "name others with --caption-column, --chosen-column, --rejected-column"
     )
 
@@ -90,25 +97,64 @@ class RowLabels:
     counts: dict[str, int]  # rows, and rows of each kind that may be left out
 
 
+def flag(value: object, name: str) -> bool | None:
+    """What a cell of a yes-or-no column says; None where it is null. Words are understood in any case.
+
+    Raises ValueError for anything that says neither.
+    """
+    if value is None or value != value:  # NaN
+        return None
+    word = str(value).strip().lower()
+    if word in YES or word in NO:
+        return word in YES
+    raise ValueError(f"{name} says {excerpt(value)}, neither yes nor no")
+
+
+def _denied(table: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """[n] bool: where a yes-or-no column says no."""
+    values = table[name]
+    if values.dtype == bool:
+        return ~values
+    cells = values.tolist()
+    said = {value: flag(value, name) for value in set(cells)}
+    return np.array([said[value] is False for value in cells], dtype=bool)
+
+
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """[n] float64, NaN where null."""
+    if values.dtype == object:  # text, decimals, or what holds nulls
+        values = np.array([np.nan if value is None else value for value in values.tolist()], dtype=object)
+    return values.astype(np.float64)
+
+
+def labels_of(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str, where: str) -> RowLabels:
+    """`read_labels`, with its errors as a UserError that begins with `where`."""
+    try:
+        return read_labels(table, columns, rows, ties)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: the labels are not numbers or flags ({str(error)[: SHOWN + 40]})") from error
+
+
 def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> RowLabels:
     """The labels of `rows` rows. table: name -> array [rows] for `columns.decided_by`, NaN or None where null.
 
     Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of an image with
-    itself and, unless `ties` is "keep", ties. Raises TypeError or ValueError for labels that are not numbers.
+    itself and, unless `ties` is "keep", ties. Raises TypeError or ValueError for labels that are not numbers and flags
+    that say neither yes nor no.
     """
     if columns.label_0 is None:
         ones = np.ones(rows, dtype=bool)
         return RowLabels(ones, ~ones, np.ones(rows, dtype=np.float32), {"rows": rows})
-    p = table[columns.label_0].astype(np.float64)
-    other = 1.0 - p if columns.label_1 is None else table[columns.label_1].astype(np.float64)
+    p = _numbers(table[columns.label_0])
+    other = 1.0 - p if columns.label_1 is None else _numbers(table[columns.label_1])
     unlabelled = np.isnan(p) | np.isnan(other)
     if columns.has_label:
-        unlabelled |= table[columns.has_label] == False  # noqa: E712  (null is neither)
+        unlabelled |= _denied(table, columns.has_label)
     if columns.uid_0 and columns.uid_1:
         first, second = table[columns.uid_0], table[columns.uid_1]
         identical = (first == second) & (first != None)  # noqa: E711  (elementwise)
     elif columns.are_different:
-        identical = table[columns.are_different] == False  # noqa: E712
+        identical = _denied(table, columns.are_different)
     else:
         identical = np.zeros(rows, dtype=bool)
     with np.errstate(invalid="ignore"):
@@ -126,6 +172,6 @@ def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties:
         "ties": tie,
         "unlabelled": unlabelled,
         "invalid labels": invalid,
-        "one image twice": identical,
+        SAME: identical,
     }
     return RowLabels(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})

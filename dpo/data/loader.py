@@ -23,6 +23,7 @@ from dpo.common.words import first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
 from dpo.data.images import FEW_BAD
+from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import Pair, Source
 from dpo.settings.config import Data
@@ -125,7 +126,7 @@ def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: 
     Raises UserError where one stops the run, or too many are bad.
     """
     for key, reason in batch.bad:
-        if reading.on_bad_image == "stop":
+        if reading.on_bad_image == "stop" and not reason.startswith(SAME):
             raise UserError(f"{reason}; leave such pairs out with --on-bad-image skip")
         if key not in bad:
             bad[key] = reason
@@ -133,10 +134,11 @@ def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: 
     allowed = reading.bad_image_limit * len(source)
     if reading.bad_image_limit > 0:
         allowed = max(allowed, min(FEW_BAD, len(source) // 2))
-    if len(bad) > allowed:
-        last = next(reversed(bad.values()))
+    unreadable = [reason for reason in bad.values() if not reason.startswith(SAME)] if batch.bad else []
+    if len(unreadable) > allowed:
+        last = unreadable[-1]
         raise UserError(
-            f"{len(bad)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit"
+            f"{len(unreadable)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit"
         )
 
 

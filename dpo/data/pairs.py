@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import filecmp
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from dpo.common.words import digest
+from dpo.common.words import digest, excerpt_of_path
+
+# How image files begin, in base64: JPEG, PNG, WebP, GIF, TIFF twice, BMP. No path does and is this long without a dot.
+BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk")
+BASE64_AT_LEAST = 256  # characters; the name of a file has fewer
 
 
 class BadImage(Exception):
@@ -18,11 +26,15 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image as a file's bytes, or as a path to be read where it is decoded. `uid` is its stable identity."""
+    """One image as a file's bytes, or as a path to be read where it is decoded. `uid` is its stable identity.
+
+    With `span` the image is a part of the file at `path`: so many bytes from an offset, as a member of a tar shard is.
+    """
 
     uid: str
     data: bytes | None = None
     path: str | None = None
+    span: tuple[int, int] | None = None  # offset and length, in bytes
 
     def load(self) -> bytes:
         """The file's bytes. Raises BadImage when there are none."""
@@ -30,10 +42,16 @@ class ImageRef:
             return self.data
         if self.path is None:
             raise BadImage("no image")
+        begin, length = self.span or (0, -1)
         try:
-            return Path(self.path).read_bytes()
-        except OSError as error:
-            raise BadImage(f"{self.path}: {error.strerror}") from error
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                data = file.read(length)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise BadImage(f"{excerpt_of_path(self.path)}: {getattr(error, 'strerror', error)}") from error
+        if len(data) < length:
+            raise BadImage(f"{excerpt_of_path(self.path)}: ends within image {excerpt_of_path(self.uid)}")
+        return data
 
 
 @dataclass(frozen=True)
@@ -171,18 +189,57 @@ def caption_key(caption: str) -> int:
 
 
 def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
-    """The image in a cell: file bytes, {"bytes", "path"}, or a path relative to `root`.
+    """The image in a cell: file bytes, the same as base64 text, {"bytes", "path"}, or a path relative to `root`.
 
     Without a uid, embedded bytes are identified by a hash of them, paths by the text in the cell.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and is_base64(value):
+        value = from_base64(value)
     if isinstance(value, str) and value:
         path = Path(value) if root is None else Path(root) / value
         return ImageRef(uid or value, path=str(path))
     if isinstance(value, bytes) and value:
         return ImageRef(uid or hashlib.blake2b(value, digest_size=16).hexdigest(), data=value)
     return ImageRef(uid or "")
+
+
+def is_base64(text: str) -> bool:
+    """Whether a cell's text is an image file in base64 (or a data URL of one) rather than the path of a file."""
+    if text.startswith("data:image/"):
+        return True
+    return len(text) >= BASE64_AT_LEAST and text.startswith(BASE64_STARTS) and "." not in text
+
+
+def from_base64(text: str) -> bytes | None:
+    """The bytes of such a cell; None where it is cut or damaged."""
+    try:
+        return base64.b64decode(text.partition("base64,")[2] or text)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def one_image(first: ImageRef, second: ImageRef) -> bool:
+    """Whether two references lead to one image: the same uid, file or bytes. Reads files only where they are as long.
+
+    Embedded bytes without a uid of their own have a hash of them as uid. What is empty or missing is no image.
+    """
+    if first.span and second.span:
+        return first.span[1] == second.span[1] > 0 and first.load() == second.load()
+    if first.path is not None and second.path is not None:
+        if os.path.normpath(first.path) == os.path.normpath(second.path):
+            return True
+        try:
+            return filecmp.cmp(first.path, second.path, shallow=False) and os.path.getsize(first.path) > 0
+        except (OSError, ValueError):
+            return False
+    return bool(first.uid) and first.uid == second.uid
+
+
+def embedded_twice(pair: Pair) -> bool:
+    """Whether both images of a pair are the same embedded bytes; large sets are not searched for them when opened."""
+    return pair.win.data is not None and pair.win.uid == pair.lose.uid
 
 
 def make_pair(caption: str, first: ImageRef, second: ImageRef, swap: bool, prob: float, smoothing: float) -> Pair:

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.common.errors import UserError
-from dpo.common.words import digest, first_line
-from dpo.data.labels import Columns, RowLabels, find_columns, read_labels
-from dpo.data.pairs import Pair, caption_key, image_ref, make_pair
+from dpo.common.words import digest, first_line, listed
+from dpo.data.arrow import check_schema
+from dpo.data.labels import BLANK, SAME, Columns, RowLabels, find_columns, labels_of
+from dpo.data.listing import NOT_READ
+from dpo.data.pairs import Pair, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value changes the order of an epoch
-SCANNERS = 8  # files opened side by side
+SAID_BYTES = 2**28  # what takes longer than seconds to read over a network is said
+SCANNERS, AT_ONCE = 8, 256  # files opened side by side, and pairs that a thread compares at a time
 
 logger = logging.getLogger("dpo")
 
@@ -47,6 +50,7 @@ class _Scan:
     """One file without its images: labels of its rows, and rows and bytes of its row groups."""
 
     labels: RowLabels
+    blank: np.ndarray  # [rows] bool: no caption
     group_rows: list[int]
     group_bytes: list[int]
 
@@ -55,16 +59,33 @@ def _scan(files: Files, name: str, columns: Columns, ties: str) -> _Scan:
     with _opened(files, name) as file:
         missing = [c for c in columns.read + columns.decided_by if c not in file.schema_arrow.names]
         if missing:
-            raise UserError(f"{name}: column {missing[0]} is missing, found {', '.join(file.schema_arrow.names)}")
+            raise UserError(f"{name}: column {missing[0]} is missing, found {listed(file.schema_arrow.names)}")
+        check_schema(file.schema_arrow, columns, name)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         small = file.read(columns=columns.decided_by) if columns.decided_by else None
+        blank = _blank(file, columns.caption)
     table = {c: small.column(c).to_numpy(zero_copy_only=False) for c in columns.decided_by} if small is not None else {}
     rows = sum(group.num_rows for group in groups)
-    try:
-        labels = read_labels(table, columns, rows, ties)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: the labels are not numbers ({error})") from error
-    return _Scan(labels, [group.num_rows for group in groups], [_bytes_of(group, columns.read) for group in groups])
+    labels = labels_of(table, columns, rows, ties, name)
+    return _Scan(
+        labels, blank, [group.num_rows for group in groups], [_bytes_of(group, columns.read) for group in groups]
+    )
+
+
+def _blank(file: pq.ParquetFile, caption: str) -> np.ndarray:
+    """[rows] bool: captions that are null or empty. They are read only where the file's statistics admit one."""
+    blank = []
+    for i in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(i)
+        told = next(
+            group.column(j).statistics for j in range(group.num_columns) if group.column(j).path_in_schema == caption
+        )
+        if told is not None and told.has_null_count and not told.null_count and told.has_min_max and told.min:
+            blank.append(np.zeros(group.num_rows, dtype=bool))
+        else:
+            texts = file.read_row_group(i, columns=[caption]).column(0).to_pylist()
+            blank.append(np.array([not text for text in texts], dtype=bool))
+    return np.concatenate([np.empty(0, dtype=bool), *blank])
 
 
 def _bytes_of(group: pq.RowGroupMetaData, names: list[str]) -> int:
@@ -128,7 +149,7 @@ class ParquetSource:
         def cell(name: str | None) -> Any:
             return None if name is None else table.column(name)[row].as_py()
 
-        root = self.files.root and str(Path(self.files.root, self.files.names[self.file[index]]).parent)
+        root = self.root(index)
         first = image_ref(cell(columns.first), cell(columns.uid_0), root)
         second = image_ref(cell(columns.second), cell(columns.uid_1), root)
         swap, prob = bool(self.swap[index]), float(self.prob[index])
@@ -147,11 +168,19 @@ class ParquetSource:
                     self.cache[number] = file.read_row_group(int(self.group[index]), columns=self.columns.read)
             return self.cache[number]
 
+    def root(self, index: int) -> str | None:
+        """The folder that paths in a pair's cells are relative to; None on the hub."""
+        return self.files.root and str(Path(self.files.root, self.files.names[self.file[index]]).parent)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """The first pair of each row group, and the one after its last."""
+        starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
+        yield from zip(starts.tolist(), np.append(starts[1:], len(self)).tolist(), strict=True)
+
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
         keys = np.empty(len(self), dtype=np.int64)
-        starts = np.flatnonzero(np.diff(self.groups, prepend=-1))
-        for begin, end in zip(starts, np.append(starts[1:], len(self)), strict=True):
+        for begin, end in self.runs():
             with _opened(self.files, self.files.names[self.file[begin]]) as file:
                 captions = (
                     file.read_row_group(int(self.group[begin]), columns=[self.columns.caption]).column(0).to_pylist()
@@ -169,10 +198,6 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
     with _opened(files, files.names[0]) as file:
         schema = file.schema_arrow
     columns = find_columns(schema.names, data, files.names[0], kind)
-    text = schema.field(columns.caption).type
-    text = text.value_type if pa.types.is_dictionary(text) else text
-    if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-        raise UserError(f"{files.names[0]}: the captions in {columns.caption} are {text}, not text")
     parts: list[tuple[np.ndarray, ...]] = []
     counts: dict[str, int] = {}
     sizes: list[int] = []
@@ -186,16 +211,24 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
         group = np.repeat(np.arange(len(rows)), rows)[keep]
         row = keep - (np.cumsum(rows) - rows)[group]
         labels = scan.labels
-        parts.append((np.full(len(keep), number), group, row, labels.swap[keep], labels.prob[keep], len(sizes) + group))
+        parts.append(
+            (
+                np.full(len(keep), number), group, row, labels.swap[keep], labels.prob[keep], len(sizes) + group,
+                scan.blank[keep],
+            )
+        )  # fmt: skip
         sizes += scan.group_bytes
         counts = {key: counts.get(key, 0) + value for key, value in labels.counts.items()}
         scanned.append(f"{name}:{scan.group_rows}:{scan.group_bytes}")
         total += len(keep)
         if total == data.max_pairs:
             break
-    file, group, row, swap, prob, groups = (np.concatenate(column) for column in zip(*parts, strict=True))
+    file, group, row, swap, prob, groups, blank = (np.concatenate(column) for column in zip(*parts, strict=True))
     window, kept = _window([sizes[number] for number in np.unique(groups)])
-    return ParquetSource(
+    counts = counts | {BLANK: int(blank.sum()), "pairs": total}
+    if left := len(files.names) - len(scanned):
+        counts[NOT_READ + "beyond --max-pairs"] = left
+    source = ParquetSource(
         files=files,
         columns=columns,
         smoothing=data.label_smoothing,
@@ -207,11 +240,51 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
         groups=groups.astype(np.int32),
         window=window,
         kept=kept,
-        summary=counts | {"pairs": total},
+        summary=counts,
         fingerprint=digest(
             *scanned, repr(columns), data.ties, str(data.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()
         ),
     )
+    named = columns.uid_0 is not None and columns.uid_1 is not None
+    return source if named or window is not None else _without_one_image_twice(source, blank, sum(sizes))
+
+
+def _without_one_image_twice(source: ParquetSource, blank: np.ndarray, total: int) -> ParquetSource:
+    """The pairs whose images differ, of a set that is kept in memory, of `total` bytes; blank [n]: which have no caption.
+
+    Its images are read for this, and not kept. `read_labels` has compared the images where a set names them; of a set
+    too large to be kept in memory such pairs become holes when they are read.
+    """
+    if total > SAID_BYTES:
+        logger.info("looking for pairs of one image twice in %.1f GiB", total / 1024**3)
+    same = np.concatenate([np.empty(0, dtype=bool), *(_alike(source, *ends) for ends in source.runs())])
+    if not same.any():
+        return source
+    keep, counts = ~same, source.summary
+    return replace(
+        source, file=source.file[keep], group=source.group[keep], row=source.row[keep], swap=source.swap[keep],
+        prob=source.prob[keep], groups=source.groups[keep], fingerprint=digest(source.fingerprint, keep.tobytes().hex()),
+        summary=counts | {
+            SAME: counts.get(SAME, 0) + int(same.sum()), BLANK: int(blank[keep].sum()), "pairs": int(keep.sum())
+        },
+    )  # fmt: skip
+
+
+def _alike(source: ParquetSource, begin: int, end: int) -> np.ndarray:
+    """[end - begin] bool: of the pairs of one row group, those whose two images are one."""
+    names = [source.columns.first, source.columns.second]
+    with _opened(source.files, source.files.names[source.file[begin]]) as file:
+        table = file.read_row_group(int(source.group[begin]), columns=names)
+    root = source.root(begin)
+
+    def alike(rows: np.ndarray) -> list[bool]:
+        cells = ((table.column(name)[row].as_py() for name in names) for row in rows.tolist())
+        return [one_image(*(image_ref(cell, None, root) for cell in pair)) for pair in cells]
+
+    rows = source.row[begin:end]
+    with ThreadPoolExecutor(SCANNERS) as pool:  # where cells are paths, each costs a look at two files
+        parts = pool.map(alike, (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)))
+        return np.array([same for part in parts for same in part], dtype=bool)
 
 
 def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,26 +13,33 @@ import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
+from dpo.common.words import listed
 from dpo.data import held_out
-from dpo.data.hub import files_of_split, hub_files
+from dpo.data.arrow import is_saved, open_arrow
+from dpo.data.folders import METADATA, is_image, open_folders
+from dpo.data.hub import SPLITS, files_of_split, hub_files
+from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
+from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
-from dpo.data.tables import open_folders, open_table
+from dpo.data.tables import open_table
+from dpo.data.tar import open_tar
 from dpo.settings.config import Data
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-NOT_PAIRS = {"metadata.jsonl", "dataset_info.json", "dataset_infos.json", "state.json"}
+NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
+LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
     """The pairs that data.data names, usable ones only; `split` defaults to data.split.
 
-    data.data is a parquet, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, a prepared
-    store, a glob, or a hub id. A split chooses among the files of a folder or hub data set; files named one by one or
-    by a glob are all read. Raises UserError when there is no such set, it cannot be read, columns are missing or no
-    pair is usable.
+    data.data is a parquet, tar, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, one that
+    `save_to_disk` wrote, a prepared store, a glob, or a hub id. A split chooses among the files of a folder or hub data
+    set; files named one by one or by a glob are all read. Raises UserError when there is no such set, it cannot be
+    read, columns are missing or no pair is usable.
     """
     try:
         source = _find(data, split or data.split)
@@ -77,21 +85,29 @@ def _held_out(source: Source, data: Data) -> InMemory | Subset:
 
 
 def describe(source: Source) -> str:
-    """One line for the log: "57 rows: 40 pairs; left out: 5 ties, 3 unlabelled"."""
-    counts = dict(source.summary)
+    """One line for the log: "57 rows: 40 pairs; left out: 14 ties, 3 unlabelled; files not read: 2 .heic".
+
+    Pairs and what was left out add up to the rows.
+    """
+    counts = {name: count for name, count in source.summary.items() if not is_of_files(name)}
     rows, pairs = counts.pop("rows", len(source)), counts.pop("pairs", len(source))
     kept_ties = int(np.sum(source.prob == 0.5))
-    without_caption = counts.pop("without a caption", 0)
+    without_caption = counts.pop(BLANK, 0)
     if kept_ties:
         counts.pop("ties", None)
-    unreadable = counts.get("with an unreadable image", 0)  # such pairs of a store are still among its pairs
-    if (rest := rows - pairs - (sum(counts.values()) - unreadable)) > 0:
+    holes = counts.get(UNREADABLE, 0) + counts.get(SAME_BYTES, 0)
+    if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
         counts["by --max-pairs or as held out"] = rest
     notes = [f"{count} {name}" for name, count in counts.items() if count]
     text = f"{rows} rows: {pairs} pairs"
     text += f", {kept_ties} of them ties" if kept_ties else ""
-    text += f", {without_caption} without a caption" if without_caption else ""
-    return text + (f"; left out: {', '.join(notes)}" if notes else "")
+    text += f", {without_caption} {BLANK}" if without_caption else ""
+    text += f"; left out: {', '.join(notes)}" if notes else ""
+    files = {name: count for name, count in source.summary.items() if is_of_files(name) and count}
+    if read := files.pop(CAPTION_FILES, 0):
+        text += f"; {read} {CAPTION_FILES}"
+    others = [f"{count} {name.removeprefix(NOT_READ)}" for name, count in files.items()]
+    return text + (f"; {NOT_READ}{', '.join(others)}" if others else "")
 
 
 def _find(data: Data, split: str) -> Source:
@@ -103,11 +119,14 @@ def _find(data: Data, split: str) -> Source:
     if path.is_dir():
         return open_store(path, data) if kind == "store" or is_store(path) else _of_folder(path, data, split)
     if glob.has_magic(name):
-        paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        found = [
+            p for p in glob.glob(str(path), recursive=True) if Path(p).name.lower() not in JUNK
+        ]  # glob passes hidden ones over
+        paths = sorted(Path(p) for p in found if Path(p).is_file())
         if not paths:
             raise UserError(f"{name}: matches no file")
         return _of_files(paths, Path(os.path.commonpath([p.parent for p in paths])), data)
-    if is_hub_id(name) and kind in ("auto", "pickapic", "chosen-rejected"):
+    if is_hub_id(name) and kind in LAYOUTS:
         return open_parquet(hub_files(name, data, split), data, kind)
     raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name)")
 
@@ -115,34 +134,51 @@ def _find(data: Data, split: str) -> Source:
 def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
     """Opens files of one kind: any number of parquet files, or one table."""
     kinds = {path.suffix.lower() for path in paths}
-    layout = data.data_format if data.data_format in ("pickapic", "chosen-rejected") else "auto"
-    if kinds == {".parquet"} and data.data_format in ("auto", "pickapic", "chosen-rejected"):
+    layout = data.data_format if data.data_format in LAYOUTS else "auto"
+    if kinds == {".tar"} and data.data_format in (*LAYOUTS, "webdataset"):
+        return open_tar(paths, data, layout)
+    if kinds == {".parquet"} and data.data_format in LAYOUTS:
         names = [path.relative_to(root).as_posix() for path in paths]
         return open_parquet(Files(names, lambda name: str(root / name), str(root)), data, layout)
     tables = {"jsonl": (".jsonl", ".json"), "csv": (".csv", ".tsv"), "auto": TABLES}.get(data.data_format, TABLES)
     if len(paths) == 1 and kinds <= set(tables):
         return open_table(paths[0], data, layout)
-    found = ", ".join(sorted(path.name for path in paths)[:5])
+    found = listed(sorted(path.name for path in paths)[:5])
     if len(kinds) == 1 and kinds <= set(TABLES):
         raise UserError(f"{root}: several tables ({found}); name one of them with --data")
     raise UserError(
-        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, JSONL, JSON and CSV files"
+        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, uncompressed tar, JSONL, JSON and CSV files"
     )
 
 
 def _of_folder(folder: Path, data: Data, split: str) -> Source:
-    """Opens a folder with `w/` and `l/`, parquet files at any depth, or one table."""
+    """Opens a folder with `w/` and `l/`, a saved set, parquet files or tar shards at any depth, or one table."""
     kind = data.data_format
     for root in (folder / split, folder):
         if kind in ("auto", "folders") and (root / "w").is_dir() and (root / "l").is_dir():
             return open_folders(root, data)
-    parquet = [p.relative_to(folder).as_posix() for p in folder.rglob("*.parquet")]
-    if parquet and kind in ("auto", "pickapic", "chosen-rejected"):
-        return _of_files([folder / name for name in files_of_split(parquet, split, str(folder))], folder, data)
-    tables = {p.name: p for p in folder.iterdir() if p.suffix.lower() in TABLES and p.name not in NOT_PAIRS}
+    if kind in (*LAYOUTS, "arrow") and is_saved(folder):
+        return open_arrow(folder, data, split, SPLITS, kind if kind in LAYOUTS else "auto")
+    listing = list_files(folder)
+    for suffix, own in ((".parquet", ()), (".tar", ("webdataset",))):
+        files = [name for name in listing.files if name.lower().endswith(suffix)]
+        if files and kind in (*LAYOUTS, *own):
+            return _of_listed(folder, listing, files_of_split(files, split, str(folder)), files, data)
+    beside = [name for name in listing.files if "/" not in name and not is_image(name)]
+    tables = [name for name in beside if Path(name).suffix.lower() in TABLES and name.lower() not in NOT_PAIRS]
+    tables = tables or [name for name in beside if name.lower() in METADATA]  # an imagefolder of two images a row
     if tables and kind in ("auto", "jsonl", "csv"):
-        names = files_of_split(list(tables), split, str(folder)) if len(tables) > 1 else list(tables)
-        return _of_files([tables[name] for name in names], folder, data)
-    found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    wanted = "parquet, JSONL or CSV files, or folders w/ and l/" if kind == "auto" else f"pairs of format {kind}"
+        chosen = files_of_split(tables, split, str(folder)) if len(tables) > 1 else tables
+        return _of_listed(folder, replace(listing, files=beside), chosen, tables, data)
+    found = listed(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    wanted = "parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/"
+    wanted = wanted if kind == "auto" else f"pairs of format {kind}"
     raise UserError(f"{folder}: needs {wanted}, found {found}")
+
+
+def _of_listed(folder: Path, listing: Listing, chosen: list[str], alike: list[str], data: Data) -> Source:
+    """Opens the files `chosen` of a folder's listing and counts the others; `alike` are those of the same kind."""
+    source = _of_files([folder / name for name in chosen], folder, data)
+    others = Counter({"of other splits": len(alike) - len(chosen)}) if len(alike) > len(chosen) else Counter()
+    source.summary.update(not_read(set(listing.files).difference(alike), listing.passed_over + others))
+    return source

@@ -1,13 +1,17 @@
-"""Pairs whose images are files: JSONL, JSON and CSV tables, and folders `w/` and `l/` of same-named files."""
+"""Pairs of JSONL, JSON and CSV tables, whose images are files beside the table."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +20,19 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
-from dpo.common.words import digest
-from dpo.data.labels import CAPTION, Columns, find_columns, read_labels
-from dpo.data.pairs import Pair, caption_key, image_ref, make_pair
+from dpo.common.words import digest, excerpt, excerpt_of_path
+from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of
+from dpo.data.pairs import ImageRef, Pair, caption_key, image_ref, is_base64, make_pair, one_image
 from dpo.settings.config import Data
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 CHUNK = 8192  # rows
 PROBED = 16  # rows whose image files are looked for at once
+READERS, AT_ONCE = 16, 256  # threads that compare files, and pairs that one takes at a time
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 Row = dict[str, Any]  # a row of a table by column, as JSON or CSV gave it
+
+logger = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True)
@@ -65,39 +72,42 @@ def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
 
     kind: see `find_columns`. Raises UserError for missing columns, bad rows, or image paths that lead nowhere.
     """
-    rows = _csv_rows(path) if path.suffix in (".csv", ".tsv") else _json_rows(path)
+    is_csv = path.suffix.lower() in DELIMITERS
+    rows = csv_rows(path) if is_csv else json_rows(path)
     start = list(islice(rows, 1))
     if not start:
         raise UserError(f"{path}: has no rows")
     columns = find_columns(start[0][1], data, str(path), kind)
-    table = _columns(path, chain(start, rows), columns)
+    rows = chain(start, rows)
+    table = _columns(path, _watched(path, rows, columns.caption) if is_csv else rows, columns)
     numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in columns.decided_by}
-    try:
-        labels = read_labels(numbers, columns, len(table[columns.caption]), data.ties)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: the labels are not numbers ({error})") from error
-    keep = np.flatnonzero(labels.keep)[: data.max_pairs]
+    labels = labels_of(numbers, columns, len(table[columns.caption]), data.ties, str(path))
+    keep = np.flatnonzero(labels.keep)
+    _probe(path, table, keep, columns)
+    keep, same = leave_out_same(str(path.parent), table[columns.first], table[columns.second], keep, data.max_pairs)
     kept = {name: column.take(keep) for name, column in table.items()}
-    _probe(path, kept, columns)
     first, second = kept[columns.first], kept[columns.second]
     return TableSource(
         kept[columns.caption], first, second,
         uids=(kept[columns.uid_0], kept[columns.uid_1]) if columns.uid_0 and columns.uid_1 else None,
         root=str(path.parent), swap=labels.swap[keep], prob=labels.prob[keep], smoothing=data.label_smoothing,
-        summary=labels.counts | {"without a caption": kept[columns.caption].to_pylist().count(""), "pairs": len(keep)},
-        fingerprint=_fingerprint(kept[columns.caption], first, second, labels.swap[keep], labels.prob[keep]),
+        summary=labels.counts | {
+            SAME: labels.counts.get(SAME, 0) + same, BLANK: kept[columns.caption].to_pylist().count(""), "pairs": len(keep)
+        },
+        fingerprint=fingerprint_of(kept[columns.caption], first, second, labels.swap[keep], labels.prob[keep]),
     )  # fmt: skip
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(line number, object) of a JSONL file; (number, object) of a JSON file that holds one list. Raises UserError."""
     with path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
             file.seek(0)
             try:
-                yield from enumerate(json.load(file), 1)
+                rows = json.load(file)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+            yield from ((number, _named(f"{path}, row {number}", row)) for number, row in enumerate(rows, 1))
             return
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -107,20 +117,55 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: needs an object with named values, found {type(row).__name__}")
-            yield number, row
+            yield number, _named(f"{path}, line {number}", row)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for row in reader:
-            if None in row:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: more values than columns; put a text with commas in double quotes"
-                )
-            yield reader.line_num, row
+def _named(where: str, row: object) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: needs an object with named values, found {type(row).__name__}")
+    return row
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number of its first line, row) of a CSV or TSV file. Raises UserError."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell is not refused here for being an image
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()])
+            end = 0
+            for row in reader:  # the first line of a row; a quote that is never closed takes the file's end with it
+                number = max(end + 1, reader.line_num - sum(map(_line_breaks, row.values())))
+                end = reader.line_num
+                if None in row:
+                    raise UserError(
+                        f"{path}, line {number}: more values than columns; put a text with commas in double quotes"
+                    )
+                yield number, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV ({error}); save it anew") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _line_breaks(value: object) -> int:
+    return len(f"{value}|".splitlines()) - 1 if isinstance(value, str) else 0
+
+
+def _watched(path: Path, rows: Iterable[tuple[int, Row]], caption: str) -> Iterator[tuple[int, Row]]:
+    """The rows; says afterwards which captions go over several lines, as one with a stray quote does."""
+    found: list[str] = []
+    count = 0
+    for number, row in rows:
+        text = row.get(caption)
+        if isinstance(text, str) and len(text.strip().splitlines()) > 1:
+            count += 1
+            found += [f"line {number} ({excerpt(text, 40)})"] if len(found) < 3 else []
+        yield number, row
+    if count:
+        logger.warning(
+            "%s: %d captions have line breaks, %s: a stray double quote makes one caption of several rows",
+            path, count, ", ".join(found),
+        )  # fmt: skip
 
 
 def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> dict[str, pa.ChunkedArray]:
@@ -130,118 +175,109 @@ def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> d
     rows = iter(rows)
     while part := list(islice(rows, CHUNK)):
         for name in names:
-            values = [_cell(path, number, row, name, columns) for number, row in part]
-            number_like = name in (columns.label_0, columns.label_1)
-            flag = name in (columns.has_label, columns.are_different)
-            chunks[name].append(pa.array(values, pa.float64() if number_like else pa.bool_() if flag else pa.string()))
+            values = [
+                (path_cell if name in (columns.first, columns.second) else cell)(
+                    f"{path}, line {number}", row, name, columns
+                )
+                for number, row in part
+            ]
+            chunks[name].append(column_of(values, name, columns, str(path)))
     return {name: pa.chunked_array(arrays) for name, arrays in chunks.items()}
 
 
-def _cell(path: Path, number: int, row: Row, name: str, columns: Columns) -> str | float | bool | None:
-    """The cell of a row, in the type of its column. Raises UserError that names the line."""
+def column_of(values: Sequence[Any], name: str, columns: Columns, where: str) -> pa.Array:
+    """Cells of one column, as `cell` gave them, as an Arrow array. Raises UserError that begins with `where`."""
+    of_number, of_flag = (columns.label_0, columns.label_1), (columns.has_label, columns.are_different)
+    kind = pa.float64() if name in of_number else pa.bool_() if name in of_flag else pa.string()
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {name} holds half a character (\\ud800 to \\udfff); mend the escape") from error
+
+
+def path_cell(where: str, row: Row, name: str, columns: Columns) -> str:
+    """The path in an image's cell. Raises UserError that begins with `where`, a file and a row."""
     value = row.get(name)
-    if name in (columns.first, columns.second):
-        value = value.get("path") if isinstance(value, dict) else value
-        if not isinstance(value, str) or not value:
-            raise UserError(f"{path}, line {number}: {name} needs the path of an image, found {value!r}")
-        return value
+    value = value.get("path") or value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(value, str) and is_base64(value):
+        raise UserError(
+            f"{where}: {name} holds an image as base64 text: write files and give their paths, or use parquet"
+        )
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{where}: {name} needs the path of an image, found {excerpt(value)}")
+    return value
+
+
+def cell(where: str, row: Row, name: str, columns: Columns) -> str | float | bool | None:
+    """The cell of a row, in the type of its column: caption, label, flag or uid.
+
+    Raises UserError that begins with `where`, which names a file and a row.
+    """
+    value = row.get(name)
     if name in (columns.label_0, columns.label_1):
         try:
             return None if value in (None, "") else float(value)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number}: {name} needs a number, found {value!r}") from error
+            raise UserError(f"{where}: {name} needs a number, found {excerpt(value)}") from error
     if name in (columns.has_label, columns.are_different):
-        return value if value is None or isinstance(value, bool) else str(value).lower() not in ("false", "0", "")
+        try:
+            return flag(value, name)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
     if name == columns.caption:
         if value is not None and not isinstance(value, str):
-            raise UserError(f"{path}, line {number}: {name} needs text, found {type(value).__name__}")
+            raise UserError(f"{where}: {name} needs text, found {type(value).__name__}")
         return value or ""
     return None if value is None else str(value)
 
 
-def _probe(path: Path, table: dict[str, pa.ChunkedArray], columns: Columns) -> None:
+def _probe(path: Path, table: dict[str, pa.ChunkedArray], keep: np.ndarray, columns: Columns) -> None:
     """Raises UserError when none of the first few images exists: the paths are then relative to another folder."""
-    paths = table[columns.first][:PROBED].to_pylist() + table[columns.second][:PROBED].to_pylist()
-    if paths and not any((path.parent / name).is_file() for name in paths):
+    paths = [
+        name for column in (columns.first, columns.second) for name in table[column].take(keep[:PROBED]).to_pylist()
+    ]
+    if paths and not any(os.path.isfile(path.parent / name) for name in paths):
         raise UserError(
-            f"{path}: no such image file: {path.parent / paths[0]} (image paths are relative to the table's folder)"
+            f"{path}: no such image file: {excerpt_of_path(str(path.parent / paths[0]))} "
+            "(image paths are relative to the table's folder)"
         )
 
 
-def _fingerprint(
+def _alike(root: str, pairs: list[tuple[str, str]]) -> list[bool]:
+    return [one_image(*(ImageRef(name, path=os.path.join(root, name)) for name in pair)) for pair in pairs]
+
+
+def leave_out_same(
+    root: str, first: pa.ChunkedArray, second: pa.ChunkedArray, keep: np.ndarray, most: int | None
+) -> tuple[np.ndarray, int]:
+    """Of the rows `keep` [m] int64 the first `most` whose two paths, relative to `root`, lead to different images.
+
+    Also how many rows were left out on the way because theirs lead to one. Every file is looked at for its size; those
+    as long as their partner are read.
+    """
+    chosen, same = [np.empty(0, dtype=np.int64)], 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for begin in range(0, len(keep), CHUNK):
+            if most is not None and (wanted := most - sum(map(len, chosen))) <= 0:
+                break
+            part = keep[begin : begin + CHUNK]
+            paths = list(zip(first.take(part).to_pylist(), second.take(part).to_pylist(), strict=True))
+            tasks = (paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE))
+            alike = np.array([same for found in pool.map(partial(_alike, root), tasks) for same in found])
+            if most is not None and len(enough := np.flatnonzero(~alike)) > wanted:
+                alike, part = alike[: enough[wanted]], part[: enough[wanted]]
+            same += int(alike.sum())
+            chosen.append(part[~alike])
+    return np.concatenate(chosen), same
+
+
+def fingerprint_of(
     captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.ChunkedArray, *arrays: np.ndarray
 ) -> str:
+    """A hash of captions, paths and labels [n], whatever folder they lie in."""
     total = hashlib.blake2b(digest_size=16)
     for row in zip(captions, first, second, strict=True):
         total.update(digest(*(value.as_py() for value in row)).encode())
     for array in arrays:
         total.update(array.tobytes())
     return total.hexdigest()
-
-
-# --- folders
-
-
-def open_folders(root: Path, data: Data) -> TableSource:
-    """Same-named images in root/w (preferred) and root/l.
-
-    Captions come from metadata.jsonl (file_name, caption) or captions.txt (name, tab, caption) in root or root/w, or
-    from a .txt file beside each image in w/ or l/; a pair without one has the empty caption. Names are compared without
-    their extension where that is unique in its folder.
-    """
-    wins, losses = _images(root / "w"), _images(root / "l")
-    names = sorted(wins.keys() & losses.keys())
-    captions = _captions(root)
-    texts = [_caption(root, name, wins[name], captions) for name in names]
-    missing = sum(text is None for text in texts)
-    names, texts = names[: data.max_pairs], [text or "" for text in texts[: data.max_pairs]]
-    first = pa.chunked_array([pa.array([f"w/{wins[name]}" for name in names], pa.string())])
-    second = pa.chunked_array([pa.array([f"l/{losses[name]}" for name in names], pa.string())])
-    column = pa.chunked_array([pa.array(texts, pa.string())])
-    n = len(names)
-    counts = {"rows": len(wins.keys() | losses.keys()), "without a partner": len(wins.keys() ^ losses.keys())}
-    return TableSource(
-        column, first, second, uids=None, root=str(root), swap=np.zeros(n, dtype=bool), prob=np.ones(n, dtype=np.float32),
-        smoothing=data.label_smoothing, summary=counts | {"without a caption": missing, "pairs": n},
-        fingerprint=_fingerprint(column, first, second),
-    )  # fmt: skip
-
-
-def _images(folder: Path) -> dict[str, str]:
-    """Name -> relative path of the images below a folder; the name is without extension unless two images share it."""
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    stems = [path.with_suffix("").as_posix() for path in paths]
-    count = Counter(stems)
-    return {
-        path.as_posix() if count[stem] > 1 else stem: path.as_posix() for path, stem in zip(paths, stems, strict=True)
-    }
-
-
-def _captions(root: Path) -> dict[str, str]:
-    """Image name -> caption from metadata.jsonl and captions.txt."""
-    found: dict[str, str] = {}
-    for folder in (root / "w", root):
-        if (folder / "metadata.jsonl").is_file():
-            path = folder / "metadata.jsonl"
-            for number, row in _json_rows(path):
-                caption = next((row[name] for name in CAPTION if name in row), None)
-                if "file_name" not in row or caption is None:
-                    raise UserError(f"{path}, line {number}: needs file_name and caption, found {', '.join(row)}")
-                found[str(row["file_name"])] = str(caption)
-        if (folder / "captions.txt").is_file():
-            for line in (folder / "captions.txt").read_text(encoding="utf-8-sig").splitlines():
-                name, tab, caption = line.partition("\t")
-                if tab:
-                    found[name.strip()] = caption.strip()
-    return found
-
-
-def _caption(root: Path, name: str, file: str, captions: dict[str, str]) -> str | None:
-    for spelling in (file, f"w/{file}", name):
-        if spelling in captions:
-            return captions[spelling]
-    for side in ("w", "l"):
-        beside = (root / side / name).with_name(Path(file).stem + ".txt")
-        if beside.is_file():
-            return beside.read_text(encoding="utf-8-sig").strip()
-    return None

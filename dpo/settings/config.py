@@ -72,14 +72,14 @@ class Data:
 
     data: str | None = option(
         None,
-        "pairs: hub id, folder, glob, parquet/JSONL/CSV file or prepared store; none: the small world inside the package",
+        "pairs: hub id, folder, glob, parquet/tar/JSONL/CSV file or prepared store; none: the small world inside the package",
         aliases=("dataset_name", "train_data_dir"),
         resume="said",
     )
     data_format: str = option(
         "auto",
         "layout of the pairs; auto looks at it",
-        choices=("auto", "pickapic", "chosen-rejected", "jsonl", "csv", "folders", "store"),
+        choices=("auto", "pickapic", "chosen-rejected", "arrow", "webdataset", "jsonl", "csv", "folders", "store"),
         resume="said",
     )
     split: str = option("train", "split to train on", aliases=("dataset_split_name",))
@@ -106,8 +106,12 @@ class Data:
         0.0, "share of labels assumed wrong (p = 1 - this)", low=0.0, high=0.5, resume="said"
     )
     caption_column: str | None = option(None, "column of the captions; none: found by its usual names")
-    chosen_column: str | None = option(None, "column of the preferred image; none: found by its usual names")
-    rejected_column: str | None = option(None, "column of the other image; none: found by its usual names")
+    chosen_column: str | None = option(
+        None, "column of the preferred image (in tar shards: KEY.THIS.jpg); none: found by its usual names"
+    )
+    rejected_column: str | None = option(
+        None, "column of the other image (in tar shards: KEY.THIS.jpg); none: found by its usual names"
+    )
     resolution: int | None = option(None, "side of the square images; none: the model's own", unit="pixels", low=8)
     crop: str = option("center", "where to cut a square from each image", choices=("center", "random"))
     flip: bool = option(False, "mirror half of the pairs (both images alike)")

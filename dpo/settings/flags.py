@@ -81,7 +81,7 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
     """The settings of a TOML file. Raises UserError that begins with `flag`, which named the file."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))  # editors on Windows begin a file with a BOM
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

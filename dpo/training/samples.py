@@ -25,7 +25,7 @@ def asked_prompts(out: Output) -> list[str]:
     if len(asked) != 1 or not asked[0].endswith(".txt"):
         return list(asked)
     try:
-        lines = Path(asked[0]).expanduser().read_text("utf-8").splitlines()
+        lines = Path(asked[0]).expanduser().read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--sample-prompts {asked[0]}: cannot be read ({error}); name a file with one prompt a line"

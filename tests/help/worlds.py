@@ -5,7 +5,8 @@ tests/help/pipelines.py).
 
 Preference sets, all drawn by one rule that a model can learn (winners are bright and red, losers dark and blue):
 `make_pickapic` (Pick-a-Pic v1/v2 parquet), `make_chosen_rejected` (prompt/chosen/rejected parquet), `make_table`
-(JSONL or CSV beside image files) and `make_folders` (`w/` and `l/`). Everything is a pure function of its arguments.
+(JSONL or CSV beside image files), `make_folders` (`w/` and `l/`), `make_tar` (a WebDataset shard) and `make_saved`
+(what `datasets` saves to disk). Everything is a pure function of its arguments.
 """
 
 import csv
@@ -14,6 +15,7 @@ import functools
 import io
 import json
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -35,7 +37,9 @@ __all__ = [
     "make_pairs",
     "make_pickapic",
     "make_pipeline",
+    "make_saved",
     "make_table",
+    "make_tar",
 ]
 
 
@@ -303,3 +307,29 @@ def make_folders(folder: str | Path, n: int = 16, seed: int = 0, *, captions_in:
             "".join(f"{name}\t{caption}\n" for name, caption in lines), encoding="utf-8"
         )
     return folder
+
+
+def make_tar(path: str | Path, n: int = 16, seed: int = 0, *, more: dict[str, bytes] | None = None, **options) -> Path:
+    """A WebDataset shard: key.w.jpg, key.l.jpg, key.json of n pairs, then the members `more`; its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = {}
+    for i, pair in enumerate(make_pairs(n, seed, **options)):
+        members |= {f"{i:05d}.w.jpg": encode(pair["win"]), f"{i:05d}.l.jpg": encode(pair["lose"])}
+        members[f"{i:05d}.json"] = json.dumps({"prompt": pair["caption"]}).encode()
+    with tarfile.open(path, "w") as tar:
+        for name, data in (members | (more or {})).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_saved(folder: str | Path, rows: list[dict], split: str | None = None) -> Path:
+    """What `datasets` saves of these rows: a set, or a folder of sets with this split alone; returns folder."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    saved = datasets.Dataset.from_list(rows)
+    (saved if split is None else datasets.DatasetDict({split: saved})).save_to_disk(str(folder))
+    return Path(folder)

@@ -168,6 +168,8 @@ TABLE_PREFIXES = (
 
 LATENTS = ("image_mean", "image_std", "image_mean_flip", "image_std_flip")
 TEXT = ("caption_hidden", "caption_pooled")
+NOWHERE = -1  # the row of an image that cannot be used
+TWICE = -2  # the row of both images of a pair that are one
 
 
 def tables_crc(tensors: Mapping[str, Tensor]) -> int:

@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
 from dpo.data.images import FEW_BAD, Micro, square
-from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key
+from dpo.data.labels import SAME
+from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
     LATENTS,
+    NOWHERE,
     TEXT,
+    TWICE,
     check_shard,
     open_shard,
     read_index,
@@ -38,7 +42,6 @@ from dpo.data.store.files import (
 )
 
 READ_AHEAD = 64  # pairs read before their turn
-NOWHERE = -1  # the row of an image that cannot be used
 log = logging.getLogger("dpo")
 
 
@@ -126,8 +129,9 @@ class Shard:
 
 
 def image_key(image: ImageRef) -> int:
-    """A signed 64-bit hash of an image's path, or of its uid where it has no path."""
+    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
     name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
+    name += f"\0{image.span[0]}" if image.span else ""
     return int.from_bytes(
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
     )
@@ -257,7 +261,7 @@ def _collect(
             except BadImage as error:
                 images.recent[key] = NOWHERE
                 shard.bad[key] = str(error)
-                log.warning("image left out, of %r: %s", caption, error)
+                log.warning("image left out, of %s: %s", excerpt(caption), error)
                 continue
             images.recent[key] = next_image
             next_image += 1
@@ -271,6 +275,10 @@ def _collect(
     pending: set[int] = set()
     for i, pair in pairs:
         win, lose = image_key(pair.win), image_key(pair.lose)
+        if embedded_twice(pair):
+            log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
+            win = lose = caption_key(SAME)
+            images.recent |= {} if images.get(win) else {win: TWICE}  # a hole, as it is from the images
         for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
                 pending.add(key)

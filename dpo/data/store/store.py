@@ -19,11 +19,14 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.common.words import digest
+from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.pairs import ImageRef, Pair, Source, Subset
 from dpo.data.store.files import (
     INDEX,
     LATENTS,
+    NOWHERE,
     TEXT,
+    TWICE,
     DamagedStore,
     check_shard,
     crc,
@@ -282,7 +285,7 @@ def read_contents(folder: Path) -> Contents:
         group=group,
         window=window,
         caption_hash=table["hash"],
-        summary=_summary(parts, int(np.sum((table["win"] < 0) | (table["lose"] < 0)))),
+        summary=_summary(parts, table["win"], table["lose"]),
         fingerprint=digest(*(entry["sha256"] for _, entry in entries)),
     )
 
@@ -309,15 +312,16 @@ def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) 
     return group, sources[0]["window"]
 
 
-def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], bad: int) -> dict[str, int]:
-    """The counts of all sources, summed; a source that was cut into parts counts once."""
+def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], win: np.ndarray, lose: np.ndarray) -> dict[str, int]:
+    """The counts of all sources, summed; a source that was cut into parts counts once. And those of the holes."""
     summaries = {
         source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]
     }
     total: dict[str, int] = {}
     for summary in summaries.values():
         total |= {name: total.get(name, 0) + count for name, count in summary.items()}
-    return total | ({"with an unreadable image": bad} if bad else {})
+    holes = {UNREADABLE: np.sum((win == NOWHERE) | (lose == NOWHERE)), SAME_BYTES: np.sum(win == TWICE)}
+    return total | {name: int(count) for name, count in holes.items() if count}
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """dpo.common.words: words for messages."""
 
-from dpo.common.words import first_line
+from dpo.common.words import LISTED, SHOWN, excerpt, excerpt_of_path, first_line, listed
 
 
 def test_the_first_line_of_an_error():
@@ -8,3 +8,16 @@ def test_the_first_line_of_an_error():
     assert first_line(ValueError("\n\none\n")) == "one"
     assert first_line(ValueError("x" * 1000)) == "x" * 300
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_no_message_repeats_a_long_cell():
+    for value in ("x" * 10_000, b"x" * 10_000, {"bytes": "x" * 10_000}, ["x" * 10_000], 10**200):
+        assert len(excerpt(value)) < SHOWN + 30 and "\n" not in excerpt(value)
+    assert excerpt("a\nb") == "'a\\nb'" and excerpt(None) == "None" and excerpt(3) == "3"
+    assert len(excerpt_of_path("x" * 10_000)) == SHOWN + 3 and excerpt_of_path("a/b.jpg") == "a/b.jpg"
+
+
+def test_names_are_listed_within_limits():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(["x" * 1000]) == "x" * SHOWN + "..."
+    assert listed(map(str, range(50))).endswith(f", {LISTED - 1} and {50 - LISTED} more")

@@ -86,3 +86,27 @@ def test_probability_is_never_below_one_half():
     p = np.linspace(0, 1, 101)
     out = labels(p, 1 - p, ties="keep")
     assert (out.prob >= 0.5).all() and np.array_equal(out.swap, p < 0.499)
+
+
+@pytest.mark.parametrize("words", [["False", "no", "0", "N"], ["false", "NO", "0.0", ""], [False, 0, 0.0, "f"]])
+def test_flags_are_understood_in_words(words):
+    out = labels([1, 1, 1, 1, 1, 1], has_label=[*words, "Yes", None])
+    assert out.keep.tolist() == [False] * 4 + [True] * 2 and out.counts["unlabelled"] == 4
+    assert labels([1, 0], are_different=["no", "true"]).keep.tolist() == [False, True]
+
+
+def test_flags_as_numbers_with_nulls():
+    columns = Columns("caption", "a", "b", "label_0", None, "has_label")
+    out = read_labels({"label_0": np.ones(3), "has_label": np.array([0.0, 1.0, NAN])}, columns, 3, "drop")
+    assert out.keep.tolist() == [False, True, True]
+
+
+def test_flags_that_say_neither_are_refused():
+    with pytest.raises(ValueError, match="has_label says 'perhaps', neither yes nor no"):
+        labels([1], has_label=["perhaps"])
+
+
+def test_labels_as_text_may_be_null():
+    columns = Columns("caption", "a", "b", "label_0")
+    out = read_labels({"label_0": np.array(["1", None, "0"], dtype=object)}, columns, 3, "drop")
+    assert out.keep.tolist() == [True, False, True] and out.counts["unlabelled"] == 1

@@ -1,5 +1,6 @@
 """Parquet: what is scanned, what is read, which rows are kept, and that memory stays flat."""
 
+import base64
 import io
 
 import numpy as np
@@ -30,6 +31,7 @@ def test_winners_win_and_every_drop_is_counted(version, tmp_path, settings):
     source = open_source(settings(tmp_path))
     assert len(source) == 26
     counts = {"rows": 34, "ties": 5, "unlabelled": 3, "invalid labels": 0, "one image twice": 0, "pairs": 26}
+    counts["without a caption"] = 0
     assert source.summary == counts
     assert describe(source) == "34 rows: 26 pairs; left out: 5 ties, 3 unlabelled"
     pairs = [source[i] for i in range(26)]
@@ -230,3 +232,124 @@ def test_many_pairs_keep_memory_flat(pairs, tmp_path, settings, monkeypatch):
         memory.append(process.memory_info().rss)
     assert len(seen) == pairs
     assert max(memory) - memory[0] < size // 3 + 16 * 1024**2, (memory[0], max(memory))
+
+
+# --- what cells may hold ---------------------------------------------------------------------------------------------
+
+
+def rewritten(folder, change):
+    """make_chosen_rejected with 4 rows changed by `change(rows)`."""
+    file = worlds.make_chosen_rejected(folder, 4, images="raw") / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    change(rows)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return folder
+
+
+@pytest.mark.parametrize("captions", [(None, ""), ("", ""), (None, None)])
+def test_no_caption_is_counted_among_the_pairs(captions, tmp_path, settings):
+    def change(rows):
+        rows[1]["prompt"], rows[2]["prompt"] = captions
+
+    source = open_source(settings(rewritten(tmp_path, change)))
+    assert describe(source) == "4 rows: 4 pairs, 2 without a caption" and source[1].caption == ""
+
+
+def test_the_same_bytes_twice_are_no_pair(tmp_path, settings):
+    plain = open_source(settings(rewritten(tmp_path / "a", lambda rows: None)))
+
+    def change(rows):
+        rows[1]["rejected"] = rows[1]["chosen"]
+        rows[1]["prompt"] = rows[2]["prompt"] = None
+
+    source = open_source(settings(rewritten(tmp_path / "b", change)))
+    assert describe(source) == "4 rows: 3 pairs, 1 without a caption; left out: 1 one image twice"
+    assert [source[i].win.uid for i in range(3)] == [plain[i].win.uid for i in (0, 2, 3)]
+    assert source.fingerprint != plain.fingerprint
+
+
+def test_paths_that_lead_to_one_image_are_no_pair(tmp_path, settings):
+    file = worlds.make_chosen_rejected(tmp_path, 4, images="path") / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[0]["rejected"] = rows[0]["chosen"]
+    (tmp_path / rows[2]["rejected"]).write_bytes((tmp_path / rows[2]["chosen"]).read_bytes())
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=3)
+    source = open_source(settings(tmp_path))
+    assert source.summary["one image twice"] == 2 and not source.cache
+    assert [source[i].caption[-1] for i in range(2)] == ["1", "3"]
+
+
+def test_the_same_bytes_in_a_large_set_are_holes_and_do_not_stop_the_run(tmp_path, settings, monkeypatch, caplog):
+    def change(rows):
+        for row in rows[1:]:
+            row["rejected"] = row["chosen"]
+
+    monkeypatch.setattr(parquet, "WINDOW_BYTES", 10)
+    cfg = settings(rewritten(tmp_path, change), bad_image_limit=0.0, on_bad_image="stop")
+    source = open_source(cfg)
+    assert len(source) == 4
+    usable = [int(batch.usable[0]) for batch in stream(source, cfg, Order(0, 0, 1, stop=8))]
+    assert sum(usable) == 2
+    assert sum("pair left out: one image twice, of 'a" in text for text in caplog.messages) == 3
+
+
+@pytest.mark.parametrize("text", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize("image", [pa.binary_view(), pa.large_binary()])
+def test_views_and_other_spellings_of_text_and_bytes(text, image, tmp_path, settings):
+    plain = open_source(settings(rewritten(tmp_path, lambda rows: None)))
+    keys = [plain[i].key for i in range(4)]
+    rows = pq.read_table(tmp_path / "train.parquet").to_pydict()
+    columns = {"prompt": pa.array(rows["prompt"]).cast(text)} | {
+        name: pa.array(rows[name], image) for name in ("chosen", "rejected")
+    }
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    source = open_source(settings(tmp_path))
+    assert [source[i].key for i in range(4)] == keys
+    assert source.caption_keys().tolist() == plain.caption_keys().tolist()
+
+
+def test_uids_and_flags_in_views(tmp_path, settings):
+    file = next(worlds.make_pickapic(tmp_path, 3).rglob("*.parquet"))
+    table = pq.read_table(file)
+    for name, values in {
+        "image_0_uid": pa.array(["a", "b", "c"], pa.string_view()),
+        "image_1_uid": pa.array(["a", "x", "y"], pa.string_view()),
+        "has_label": pa.array(["True", "False", "yes"], pa.string_view()),
+    }.items():
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table, file)
+    source = open_source(settings(tmp_path))
+    assert describe(source) == "3 rows: 1 pairs; left out: 1 unlabelled, 1 one image twice"
+    assert {source[0].win.uid, source[0].lose.uid} == {"c", "y"}
+
+
+@pytest.mark.parametrize("start", ["", "data:image/jpeg;base64,"])
+def test_base64_cells_are_images(start, tmp_path, settings):
+    plain = open_source(settings(rewritten(tmp_path / "a", lambda rows: None)))
+
+    def change(rows):
+        for row in rows:
+            for side in ("chosen", "rejected"):
+                row[side] = start + base64.b64encode(row[side]).decode()
+
+    source = open_source(settings(rewritten(tmp_path / "b", change)))
+    assert [source[i].key for i in range(4)] == [plain[i].key for i in range(4)]
+    assert source[0].win.load() == plain[0].win.load()
+
+
+@pytest.mark.parametrize("cell", ["x" * 5000, "/9j/" + "A" * 5001, "a\0b" * 2000, b"x" * 5000])
+def test_a_cell_that_is_no_image_is_a_short_message(cell, tmp_path, settings, caplog):
+    def change(rows):
+        for row in rows:
+            row["chosen"], row["rejected"] = (cell, b"a" * 9) if isinstance(cell, bytes) else (cell, "b")
+            row["prompt"] = "y" * 5000
+
+    cfg = settings(rewritten(tmp_path, change), bad_image_limit=1.0)
+    assert not next(stream(open_source(cfg), cfg, Order(0, 0, 4, stop=4))).usable.any()
+    assert caplog.messages and all(len(text) < 400 and "\n" not in text for text in caplog.messages)
+
+
+def test_images_as_arrays_are_refused_before_any_is_read(tmp_path, settings):
+    pq.write_table(pa.table({"prompt": ["a"], "chosen": [[[1, 2]]], "rejected": [[[1, 2]]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: the images in chosen are list<.*not files: give one image file"):
+        open_source(settings(tmp_path))

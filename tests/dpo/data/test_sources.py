@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.errors import RevisionNotFoundError
 
 from dpo.common.errors import UserError
 from dpo.data.hub import split_of
+from dpo.data.listing import is_of_files
 from dpo.data.order import Order
-from dpo.data.sources import open_source, open_sources
+from dpo.data.sources import describe, open_source, open_sources
 from tests.help import worlds
 from tests.help.reading import stream
 
@@ -63,7 +66,7 @@ def test_files_without_a_split_in_their_name_are_train(tmp_path, settings):
         ("nonesuch", "no such file or folder"),
         ("non/such/place", "no such file or folder"),
         ("*.parquet", "matches no file"),
-        (".", "needs parquet, JSONL or CSV files, or folders w/ and l/, found nothing"),
+        (".", "needs parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/, found nothing"),
     ],
 )
 def test_no_such_data(data, message, tmp_path, settings, monkeypatch):
@@ -213,3 +216,102 @@ def test_hub_set_without_parquet(hub, settings):
     hub.folder(None).mkdir()
     with pytest.raises(UserError, match="has no parquet files; download it"):
         open_source(settings("someone/pairs"))
+
+
+def test_hidden_files_of_the_hub_and_upper_case_names(hub, settings):
+    worlds.make_pickapic(hub.folder(None), 5)
+    file = next(hub.folder(None).rglob("*.parquet"))
+    (file.parent / ".ipynb_checkpoints").mkdir()
+    shutil.copy(file, file.parent / ".ipynb_checkpoints" / "train-checkpoint.parquet")
+    file.rename(file.with_suffix(".PARQUET"))
+    assert len(open_source(settings("someone/pairs"))) == 5
+
+
+# --- every row and every file is in one count -----------------------------------------------------------------------
+
+
+def in_folders(folder):
+    worlds.make_folders(folder, 8, captions_in="txt")
+    shutil.copy(folder / "w" / "00001.jpg", folder / "l" / "00001.jpg")
+    (folder / "l" / "00002.jpg").unlink()
+    for name in ("w/00003.txt", "w/00004.txt"):
+        (folder / name).unlink()
+    for name in ("w/new.heic", "w/._00000.jpg", "l/Thumbs.db", "w/README", "notes.md", "l/00000.caption"):
+        (folder / name).write_bytes(b"x")
+    return folder, 8
+
+
+def in_parquet(folder):
+    worlds.make_pickapic(folder, 8, ties=2, unlabelled=1, soft=1, shards=2)
+    worlds.make_pickapic(folder, 2, seed=1, split="test")
+    for name in (".hidden.parquet", "README.md", "data/._train-00000-of-00002.parquet"):
+        (folder / name).write_bytes(b"x")
+    return folder, 12
+
+
+def in_chosen_rejected(folder):
+    file = worlds.make_chosen_rejected(folder, 6, images="raw") / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["rejected"], rows[2]["prompt"] = rows[1]["chosen"], None
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    (folder / "images").rmdir()
+    return folder, 6
+
+
+def in_tar(folder):
+    pair = worlds.make_pairs(1)[0]
+    good, bad = worlds.encode(pair["win"]), worlds.encode(pair["lose"])
+    more = {"a.w.jpg": good, "b.w.jpg": good, "b.l.jpg": good, "._a.w.jpg": b"x", "c.heic": b"x", "README": b"x"}
+    more |= {"d.w.jpg": good, "d.l.jpg": bad, "d.third.jpg": bad}
+    worlds.make_tar(folder / "train-0.tar", 5, more=more)
+    (folder / "x.md").write_bytes(b"x")
+    return folder, 8
+
+
+def in_saved(folder):
+    file = worlds.make_chosen_rejected(folder / "made", 5) / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    rows[1]["rejected"], rows[2]["prompt"] = rows[1]["chosen"], None
+    return worlds.make_saved(folder / "saved", rows), 5
+
+
+def in_table(folder):
+    path = worlds.make_table(folder, 6, kind="csv")
+    lines = path.read_text().splitlines()
+    prompt, chosen, _ = lines[2].rsplit(",", 2)
+    lines[2], lines[3] = f"{prompt},{chosen},{chosen}", "," + lines[3].split('",')[1]
+    path.write_text("\n".join(lines))
+    (folder / "._pairs.csv").write_bytes(b"x")
+    (folder / "test.csv").write_text("\n".join(lines))
+    path.rename(folder / "train.csv")
+    return folder, 6
+
+
+@pytest.mark.parametrize("make", [in_folders, in_parquet, in_chosen_rejected, in_tar, in_saved, in_table])
+@pytest.mark.parametrize("most", [None, 2])
+def test_every_row_and_file_is_in_one_count(make, most, tmp_path, settings):
+    folder, rows = make(tmp_path)
+    source = open_source(settings(folder, max_pairs=most))
+    counts = {name: count for name, count in source.summary.items() if not is_of_files(name)}
+    beyond = source.summary.get("files not read: beyond --max-pairs", 0)
+    assert most or counts["rows"] == rows
+    pairs, blank = counts.pop("pairs"), counts.pop("without a caption", 0)
+    assert pairs == len(source) and blank == [pair.caption for pair in pairs_of(source)].count("")
+    left_out = sum(counts.values()) - counts["rows"]
+    said = describe(source)
+    if most is None:
+        assert counts["rows"] == pairs + left_out and "max-pairs" not in said, said
+    elif rest := counts["rows"] - pairs - left_out:
+        assert f"{rest} by --max-pairs or as held out" in said
+    not_read = sum(count for name, count in source.summary.items() if name.startswith("files not read"))
+    texts = source.summary.get("caption files", 0)
+    if make is in_folders:
+        images = 2 * counts["rows"] - counts["without a partner"]
+        assert images + texts + not_read == sum(path.is_file() for path in folder.rglob("*"))
+    elif make in (in_parquet, in_chosen_rejected):
+        read = len(set(source.file.tolist()))
+        assert read + not_read == sum(path.is_file() for path in folder.rglob("*")) and (most or not beyond)
+    elif make is in_table:
+        assert 1 + not_read == sum(path.is_file() for path in folder.iterdir())
+    elif make is in_tar:  # members, and the file beside the shard
+        assert 2 * 7 + 1 + texts + not_read == 5 * 3 + 9 + 1

@@ -1,10 +1,14 @@
-"""JSONL, JSON, CSV and folders: paths beside the table, captions from several places, mistakes named by their line."""
+"""JSONL, JSON and CSV: paths beside the table, mistakes named by their line, no cell repeated in a message."""
 
+import base64
 import json
+import re
+import shutil
 
 import pytest
 
 from dpo.common.errors import UserError
+from dpo.data import tables
 from dpo.data.sources import describe, open_source
 from tests.dpo.data.test_parquet import is_bright
 from tests.help import worlds
@@ -78,57 +82,132 @@ def test_mistakes_are_named_with_their_line(text, message, tmp_path, settings):
         open_source(settings(tmp_path / "pairs.jsonl"))
 
 
-@pytest.mark.parametrize("captions_in", ["metadata", "captions", "txt"])
-def test_folders(captions_in, tmp_path, settings):
-    worlds.make_folders(tmp_path, 4, captions_in=captions_in)
+def test_a_path_given_twice_and_a_copied_file_are_no_pairs(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 6)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["rejected"] = "./" + rows[1]["chosen"]
+    shutil.copy(tmp_path / rows[2]["chosen"], tmp_path / rows[2]["rejected"])
+    for side in ("chosen", "rejected"):
+        (tmp_path / rows[3][side]).unlink()  # missing is not the same
+        (tmp_path / rows[4][side]).write_bytes(b"")  # nor is empty
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    source = open_source(settings(path))
+    assert [source[i].caption[-1] for i in range(4)] == ["0", "3", "4", "5"]
+    assert describe(source) == "6 rows: 4 pairs; left out: 2 one image twice"
+    few = open_source(settings(path, max_pairs=2))
+    assert describe(few) == "6 rows: 2 pairs; left out: 2 one image twice, 2 by --max-pairs or as held out"
+
+
+def test_many_files_are_compared_in_order(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(tables, "AT_ONCE", 2)
+    monkeypatch.setattr(tables, "CHUNK", 5)
+    path = worlds.make_table(tmp_path, 12)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i in (0, 3, 6):
+        rows[i]["rejected"] = rows[i]["chosen"]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    for most in (None, 1, 4, 9):
+        source = open_source(settings(path, max_pairs=most))
+        kept = [i for i in range(12) if i not in (0, 3, 6)][:most]
+        assert [source[i].caption.split()[-1] for i in range(len(source))] == [str(i) for i in kept]
+
+
+def test_a_stray_quote_is_said_with_its_line(tmp_path, settings, caplog):
+    path = worlds.make_table(tmp_path, 5, kind="csv")
+    images = [line.rsplit(",", 2)[1:] for line in path.read_text().splitlines()]
+    captions = ["prompt", "a boat", '"a fox', "a 12 cat", 'a dog 10"', "a hen"]  # opens in line 3, closes in line 5
+    lines = [",".join([text, *names]) for text, names in zip(captions, images, strict=True)]
+    path.write_text("\n".join(lines) + "\n")
+    source = open_source(settings(path))
+    assert len(source) == 3 and source[1].caption.startswith("a fox,images/")
+    assert "pairs.csv: 1 captions have line breaks, line 3 ('a fox,images" in caplog.text
+    assert "a stray double quote" in caplog.text and len(caplog.messages[0]) < len(str(path)) + 200
+
+
+def test_captions_without_a_stray_quote_are_not_said(tmp_path, settings, caplog):
+    path = worlds.make_table(tmp_path, 2, kind="csv")
+    path.write_text(path.read_text().replace("a fox at dawn, number 0", "a fox, at dawn "))
+    assert len(open_source(settings(path))) == 2 and not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
+def test_a_mark_of_byte_order_and_upper_case_names(kind, tmp_path, settings):
+    path = worlds.make_table(tmp_path, 2, kind="csv" if kind == "csv" else "jsonl")
+    text = path.read_text()
+    if kind == "json":
+        text = json.dumps([json.loads(line) for line in text.splitlines()])
+    upper = tmp_path / "in" / f"PAIRS.{kind.upper()}"
+    upper.parent.mkdir()
+    (tmp_path / "images").rename(tmp_path / "in" / "images")
+    upper.write_text("\ufeff" + text, encoding="utf-8")
+    for data in (upper, upper.parent):
+        assert len(open_source(settings(data))) == 2
+
+
+BLOB = base64.b64encode(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 800).decode()  # begins as a JPEG file does
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", f"prompt,chosen,rejected\na,{BLOB},{BLOB}\n"),
+        ("a.csv", f"prompt,chosen,rejected\na,{BLOB[1:]},{BLOB[1:]}\n"),  # not known as an image
+        ("a.csv", f"{BLOB},w.jpg,l.jpg\n"),  # no header
+        ("a.csv", f"prompt,chosen,rejected,label_0,image_0,image_1\na,,,{BLOB},w,l\n"),
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": BLOB, "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": "data:image/png;base64," + BLOB, "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": {"bytes": BLOB, "path": None}, "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({"prompt": [BLOB], "chosen": "w.jpg", "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": [BLOB], "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({BLOB: "a", "chosen": [BLOB], "rejected": "l.jpg"})),
+        ("a.jsonl", json.dumps({"prompt": "a", "image_0": "w", "image_1": "l", "label_0": BLOB})),
+        ("a.jsonl", json.dumps({"prompt": "a", "image_0": "w", "image_1": "l", "label_0": 1, "has_label": BLOB})),
+        ("a.json", "[3]"),
+        ("a.jsonl", '{"prompt": "\\ud83d", "chosen": "w.jpg", "rejected": "l.jpg"}'),
+    ],
+)
+def test_a_message_is_one_short_line_whatever_a_cell_holds(name, text, tmp_path, settings):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        open_source(settings(tmp_path / name))
+    message = str(caught.value).replace(str(tmp_path), "")
+    assert "\n" not in message and len(message) < 500 and not set(re.findall(r"[\w/+]{100,}", message))
+
+
+def test_words_of_flags(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 2)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = ["caption,image_0,image_1,label_0,has_label"]
+    lines += [f"x,{row['chosen']},{row['rejected']},1,{word}" for row, word in zip(rows, ("No", "yes"), strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert describe(open_source(settings(tmp_path / "a.csv"))) == "2 rows: 1 pairs; left out: 1 unlabelled"
+    (tmp_path / "a.csv").write_text("\n".join(lines).replace("yes", "perhaps"))
+    with pytest.raises(UserError, match="a.csv, line 3: has_label says 'perhaps', neither yes nor no"):
+        open_source(settings(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_imagefolder_of_two_images_a_row(kind, tmp_path, settings):
+    path = worlds.make_table(tmp_path, 3, kind=kind)
+    plain = open_source(settings(path))
+    text = path.read_text().replace("chosen", "chosen_file_name").replace("rejected", "rejected_file_name")
+    path.unlink()
+    (tmp_path / f"metadata.{kind}").write_text(text)
     source = open_source(settings(tmp_path))
-    pairs = [source[i] for i in range(4)]
-    assert [p.caption for p in pairs] == [pair["caption"] for pair in worlds.make_pairs(4)]
-    assert all(is_bright(p.win.load()) and not is_bright(p.lose.load()) for p in pairs)
+    assert [source[i].key for i in range(3)] == [plain[i].key for i in range(3)]
 
 
-def test_folders_without_captions_and_without_partners(tmp_path, settings):
-    worlds.make_folders(tmp_path, 4, captions_in="none")
-    (tmp_path / "l" / "00002.jpg").rename(tmp_path / "l" / "other.jpg")
-    source = open_source(settings(tmp_path))
-    assert len(source) == 3 and source[0].caption == ""
-    assert describe(source) == "5 rows: 3 pairs, 3 without a caption; left out: 2 without a partner"
+def test_images_beside_a_table_are_not_said_to_be_unread(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 2)
+    path.write_text(path.read_text().replace("images/", ""))
+    for image in (tmp_path / "images").iterdir():
+        image.rename(tmp_path / image.name)
+    (tmp_path / "notes.md").write_text("x")
+    assert describe(open_source(settings(tmp_path))) == "2 rows: 2 pairs; files not read: 1 .md"
 
 
-def test_folders_match_across_file_types_and_below(tmp_path, settings):
-    worlds.make_folders(tmp_path, 2, captions_in="none")
-    for side, kind in (("w", "png"), ("l", "jpeg")):
-        (tmp_path / side / "more").mkdir()
-        (tmp_path / side / "more" / f"picture.{kind}").write_bytes(b"x")
-    (tmp_path / "w" / "more" / "picture.txt").write_text("deep\n")
-    source = open_source(settings(tmp_path))
-    assert len(source) == 3 and source[2].win.uid == "w/more/picture.png" and source[2].caption == "deep"
-
-
-def test_folder_of_a_split(tmp_path, settings):
-    worlds.make_folders(tmp_path / "validation", 2)
-    worlds.make_folders(tmp_path / "train", 3)
-    assert len(open_source(settings(tmp_path))) == 3
-    assert len(open_source(settings(tmp_path), "validation")) == 2
-
-
-def test_empty_folders(tmp_path, settings):
-    worlds.make_folders(tmp_path, 0)
-    with pytest.raises(UserError, match="no usable pairs"):
-        open_source(settings(tmp_path))
-
-
-def test_metadata_without_names(tmp_path, settings):
-    worlds.make_folders(tmp_path, 1)
-    (tmp_path / "metadata.jsonl").write_text('{"file": "a.jpg"}\n')
-    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: needs file_name and caption, found file"):
-        open_source(settings(tmp_path))
-
-
-def test_fingerprints_and_keys_do_not_depend_on_the_place(tmp_path, settings):
-    sources = []
-    for name in ("a", "b"):
-        worlds.make_folders(tmp_path / name, 3)
-        sources.append(open_source(settings(tmp_path / name)))
-    assert sources[0].fingerprint == sources[1].fingerprint
-    assert [sources[0][i].key for i in range(3)] == [sources[1][i].key for i in range(3)]
+def test_a_quote_that_is_never_closed_is_named_with_its_line(tmp_path, settings, caplog):
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\na,w.jpg,l.jpg\n"b,w.jpg,l.jpg\nc,w.jpg,l.jpg\n')
+    with pytest.raises(UserError, match="a.csv, line 3: chosen needs the path of an image, found None"):
+        open_source(settings(tmp_path / "a.csv"))
+    assert "line 3 (" in caplog.text

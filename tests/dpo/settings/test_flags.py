@@ -16,7 +16,7 @@ from dpo.common.errors import UserError
 from dpo.settings.advice import headline, warnings
 from dpo.settings.compat import FOREIGN
 from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
-from dpo.settings.flags import help_of, help_text, load_preset, make_parser, parse, presets, shown
+from dpo.settings.flags import help_of, help_text, load_config, load_preset, make_parser, parse, presets, shown
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 from tests.dpo.settings.test_config import PAIRED, altered
 
@@ -278,6 +278,12 @@ def _shown_flags(parser):
         if action.help != argparse.SUPPRESS and action.option_strings != ["-h", "--help"]:
             takes = "switch" if action.nargs == 0 else "|".join(action.choices) if action.choices else action.metavar
             yield action.option_strings, takes + (" ..." if action.nargs in ("+", "*") else ""), action
+
+
+def test_a_file_that_begins_with_a_mark_of_its_byte_order(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("\ufeff[optim]\nsteps = 3\n", encoding="utf-8")
+    assert load_config(str(file)) == {"optim": {"steps": 3}}
 
 
 def test_no_flag_and_no_default_has_changed():

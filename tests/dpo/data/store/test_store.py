@@ -9,17 +9,22 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from csrc_triton.philox import Stream, uniform
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.data import parquet
 from dpo.data.order import Order, epoch_order
-from dpo.data.sources import open_source, open_sources
+from dpo.data.sources import describe, open_source, open_sources
 from dpo.data.store import fill
 from dpo.data.store.files import DamagedStore, open_shard, read_index
 from dpo.data.store.store import merge, open_store, read_contents, verify
+from dpo.settings.config import Data
+from tests.help import worlds
 from tests.help.children import in_child, kill_until_done
 from tests.help.reading import held_out_stream, stream
 from tests.help.stores import CFG, Encoders, Synthetic, task
@@ -403,3 +408,29 @@ def test_the_shards_are_plain_safetensors(tmp_path):
     mapped, read = open_shard(path), load_file(path)
     assert mapped.keys() == read.keys() and all(torch.equal(mapped[name], read[name]) for name in read)
     assert read_index(tmp_path)["shards"][0]["sha256"] == checksum(path)
+
+
+def test_images_of_one_shard_are_told_apart(tmp_path):
+    source = open_source(Data(data=str(worlds.make_tar(tmp_path / "x.tar", 4))))
+    assert fill.fill(task(tmp_path / "store", source, encode := Encoders()))
+    assert encode.calls["images"] == 8
+    stored = open_source(replace(CFG, data=str(tmp_path / "store")))
+    assert [stored[i].key for i in range(4)] == [source[i].key for i in range(4)]
+    assert len({*stored.contents.win.tolist(), *stored.contents.lose.tolist()}) == 8
+
+
+def test_one_image_twice_in_a_large_set_is_a_hole_of_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "WINDOW_BYTES", 10)
+    file = worlds.make_chosen_rejected(tmp_path / "set", 4, images="raw") / "train.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for row in rows[1:3]:
+        row["rejected"] = row["chosen"]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    source = open_source(Data(data=str(file)))
+    assert fill.fill(task(tmp_path / "store", source, encode := Encoders(), bad_image_limit=0.0))
+    assert encode.calls["images"] == 4
+    stored = open_source(replace(CFG, data=str(tmp_path / "store")))
+    assert describe(stored) == "4 rows: 4 pairs; left out: 2 with the same bytes twice"
+    order = Order(0, 0, 2, stop=4)
+    for batch, plain in zip(stream(stored, CFG, order, 8), stream(source, CFG, order, 8), strict=True):
+        assert batch.keys.tolist() == plain.keys.tolist() and batch.usable.tolist() == plain.usable.tolist()
