@@ -32,6 +32,7 @@ setup(
         "matplotlib>=3.9,<4",  # plots of the report
         "jinja2>=3.1,<4",  # the report's page
         "tomli_w>=1.0,<2",
+        "psutil>=5.9; platform_system == 'Windows'",  # the most memory used
     ],
     extras_require={
         "xformers": ["xformers"],

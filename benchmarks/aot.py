@@ -24,9 +24,9 @@ def write_table(rows: list[Compiled], path: Path) -> None:
     cells = [[str(getattr(row, column)) for column in COLUMNS] for row in rows]
     if path.suffix == ".md":
         lines = ["| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *cells]]
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", "utf-8")
         return
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *cells])
 
 

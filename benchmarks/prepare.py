@@ -97,7 +97,7 @@ def make_pairs(folder: Path, side: int) -> Path:
         for i in range(PAIRS):
             coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(coarse).resize((side * 5 // 4,) * 2).save(folder / half / f"{i:03d}.jpg", quality=90)
-            (folder / half / f"{i:03d}.txt").write_text(f"picture number {i}")
+            (folder / half / f"{i:03d}.txt").write_text(f"picture number {i}", "utf-8")
     return folder
 
 

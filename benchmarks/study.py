@@ -31,6 +31,7 @@ from benchmarks.evidence import table_of, write_report
 from benchmarks.measuring import markdown
 from benchmarks.study_rows import QUARTERS, ROWS, TABLED, Cell, Cells
 from dpo.common import files
+from dpo.common.machine import usable_cores
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import read_run
 from dpo.tiny import judge, paths
@@ -214,9 +215,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"of: {'; '.join(ROWS)}"
     )
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="cells at a time, one thread each"
-    )
+    parser.add_argument("--processes", type=int, default=usable_cores(), help="cells at a time, one thread each")
     parser.add_argument("--report", type=Path, help="page to write, for example docs/evidence.md")
     parser.add_argument(
         "--cells", type=Path, help="file of the finished cells, read and added to (default: OUT/cells.json)"

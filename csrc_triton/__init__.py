@@ -11,6 +11,7 @@ Import each op from its module; a module shares its name with its op, so that no
     adamw8bit        AdamW8bit
 
 Every `<op>` has a plain-torch `<op>_reference` beside it, which is also its CPU implementation. The longer kernels lie
-in a file of their own, `<module>_kernels.py`. specimen.py lists what is launched, to be compiled without a GPU. What
-the kernels compute, move and cost: docs/kernels.md.
+in a file of their own, `<module>_kernels.py`. language.py stands in for triton where there is
+none; specimen.py lists what is launched, to be compiled without a GPU. What the kernels compute, move and cost:
+docs/kernels.md.
 """

@@ -18,13 +18,12 @@ elements of an arena.
 from collections.abc import Iterable
 
 import torch
-import triton
-import triton.language as tl
 
 from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
 from csrc_triton.dynamic_map import LEVELS, MIDPOINTS
+from csrc_triton.language import HAS_TRITON, tl, triton
 from csrc_triton.philox import Stream, random_bits
-from csrc_triton.runtime import PINNED
+from csrc_triton.runtime import PINNED, on_its_device
 from csrc_triton.specimen import Specimen
 
 BLOCK = 256
@@ -54,21 +53,22 @@ def adamw_reference(w, g, m, v, factors):
 
 def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int) -> torch.Tensor:
     """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element)."""
-    words = random_bits(torch.tensor([key]), torch.tensor([step]), STREAM, seed, w.numel())[0]
+    keys, draws = torch.tensor([[key], [step]], device=w.device)
+    words = random_bits(keys, draws, STREAM, seed, w.numel())[0]
     bits = (w.view(torch.int32) + (words >> 16).to(torch.int32)) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def dequantise(codes: torch.Tensor, maxima: torch.Tensor, signed: bool) -> torch.Tensor:
     """uint8 [B, 256], fp32 [B] -> fp32 [B, 256]"""
-    return LEVELS[signed][codes.int()] * maxima[:, None]
+    return LEVELS[signed].to(codes.device)[codes.int()] * maxima[:, None]
 
 
 def quantise(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 [B, 256] -> nearest codes uint8 [B, 256] and maxima fp32 [B]; a positive unsigned value never takes code 0."""
     maxima = values.abs().amax(1)
     scaled = values / maxima.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, MIDPOINTS[signed])
+    codes = torch.bucketize(scaled, MIDPOINTS[signed].to(values.device))
     return (codes if signed else torch.where(values > 0, codes.clamp_min(1), codes)).to(torch.uint8), maxima
 
 
@@ -156,7 +156,7 @@ class AdamW8bit(torch.optim.Optimizer):
             )
         self._match_gradients()
         self._refresh_hyper()
-        if self._device.type == "cuda":
+        if HAS_TRITON and self._device.type == "cuda":
             self._launch_step(*scalars)
         else:
             self._reference_step(*scalars)
@@ -176,7 +176,7 @@ class AdamW8bit(torch.optim.Optimizer):
         The pinned source is kept, since a captured graph reads it again at every replay.
         """
         self._sources[name] = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
-        return self._sources[name].to(self._device, non_blocking=True)
+        return self._sources[name].to(self._device, non_blocking=self._device.type == "cuda")
 
     def _refresh_hyper(self) -> None:
         rows = [(g["lr"], *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
@@ -185,7 +185,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._hyper, self._hyper_values = self._upload("hyper", values, torch.float64), values
         for index, row in enumerate(rows):
             if torch.is_tensor(row[0]):
-                self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=True)
+                self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=self._device.type == "cuda")
 
     def _refresh_table(self) -> None:
         """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and
@@ -211,6 +211,7 @@ class AdamW8bit(torch.optim.Optimizer):
             ]
         self._addresses = addresses
 
+    @on_its_device
     def _launch_step(self, clip, inv_scale, found_inf) -> None:
         self._refresh_table()
         t = self._tensors

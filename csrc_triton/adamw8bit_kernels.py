@@ -1,9 +1,7 @@
 """Triton kernels of `adamw8bit.py`, which holds the equations, the legend and the launches."""
 
-import triton
-import triton.language as tl
-
 from csrc_triton.dynamic_map import quantise_signed, quantise_unsigned
+from csrc_triton.language import tl, triton
 from csrc_triton.philox import random_words
 
 

@@ -15,8 +15,8 @@ two levels is a fifth of the wide step above the edge; likewise for the steps ne
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from csrc_triton.language import tl, triton
 
 DECADES = 7
 

@@ -9,8 +9,8 @@ rounding of the steps dominates (about one unit in the last place).
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from csrc_triton.language import tl, triton
 
 LN2_HIGH = tl.constexpr(0.693145751953125)  # 12 significant bits: k * LN2_HIGH is exact for |k| < 2^12
 LN2_LOW = tl.constexpr(1.4286068203094173e-06)

@@ -11,10 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
-from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.language import tl, triton
+from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
 TILE = (
@@ -88,6 +87,7 @@ def _grid(M: int, D: int) -> tuple[int]:
     return (triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(D, blocks["BLOCK_D"]),)
 
 
+@on_its_device
 def _launch_forward(proj: torch.Tensor) -> torch.Tensor:
     D = proj.shape[-1] // 2
     out = proj.new_empty(*proj.shape[:-1], D)
@@ -96,6 +96,7 @@ def _launch_forward(proj: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@on_its_device
 def _launch_backward(grad: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
     D = grad.shape[-1]
     d_proj = torch.empty_like(proj)

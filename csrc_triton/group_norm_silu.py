@@ -16,7 +16,6 @@ BLOCK_P pixels.
 """
 
 import torch
-import triton
 
 from csrc_triton.group_norm_silu_kernels import (
     channel_gradients_kernel,
@@ -26,8 +25,9 @@ from csrc_triton.group_norm_silu_kernels import (
     group_norm_forward_kernel,
     group_statistics_kernel,
 )
+from csrc_triton.language import triton
 from csrc_triton.layer_norm import sum_partials
-from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
 WARPS = 8
@@ -57,6 +57,7 @@ def _grid(N: int, P: int, C: int, blocks: dict[str, int]) -> tuple[tuple[int], i
     return (N * runs * triton.cdiv(C, blocks["BLOCK_C"]),), runs
 
 
+@on_its_device
 def _launch_forward(x, temb, weight, bias, groups, eps, silu):
     """(y, mean, rstd, centre) of a channels_last x; centre is empty without temb."""
     N, C, P = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
@@ -82,6 +83,7 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
     return y, mean, rstd, centre
 
 
+@on_its_device
 def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight_grads):
     """(dx, dtemb, dweight, dbias); dtemb is empty without temb, the last two unless `weight_grads`."""
     N, C, P, groups = x.shape[0], x.shape[1], x.shape[2] * x.shape[3], mean.shape[1]

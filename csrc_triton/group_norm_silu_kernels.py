@@ -1,7 +1,6 @@
 """Triton kernels of `group_norm_silu.py`, which holds the equations, the legend and the launchers."""
 
-import triton
-import triton.language as tl
+from csrc_triton.language import tl, triton
 
 
 @triton.jit

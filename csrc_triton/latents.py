@@ -5,8 +5,8 @@ order; only the address depends on the memory format.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from csrc_triton.language import tl, triton
 
 
 @triton.jit

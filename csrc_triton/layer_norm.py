@@ -8,10 +8,9 @@ channels, P programs.
 """
 
 import torch
-import triton
-import triton.language as tl
 
-from csrc_triton.runtime import PINNED, registers, runs_triton, wide
+from csrc_triton.language import tl, triton
+from csrc_triton.runtime import PINNED, on_its_device, registers, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
 TILE = 2048  # elements per step of a program: one row when C > 1024, else several
@@ -156,6 +155,7 @@ def sum_partials_kernel(
         tl.store(second_ptr + col, column_sum, mask=col < C)
 
 
+@on_its_device
 def sum_partials(partial: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`partial` [P, 2, C] fp32 summed over P, always in the same order: two tensors [C] in the dtype of `like`."""
     P, two, C = partial.shape
@@ -183,6 +183,7 @@ def _programs(M: int, rows: int) -> tuple[int, int]:
     return triton.cdiv(M, per_program), per_program
 
 
+@on_its_device
 def _launch_forward(x, residual, weight, bias, eps):
     """(s or None, y, mean, rstd) for contiguous x [..., C] and an optional residual of the same shape."""
     C = x.shape[-1]
@@ -197,6 +198,7 @@ def _launch_forward(x, residual, weight, bias, eps):
     return s, y, mean, rstd
 
 
+@on_its_device
 def _launch_backward(dy, dsum, s, weight, mean, rstd, weight_grads):
     """(dx, dweight, dbias); the latter two are empty tensors unless `weight_grads`."""
     C = s.shape[-1]

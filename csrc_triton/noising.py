@@ -12,12 +12,11 @@ latents, plain torch only).
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 
+from csrc_triton.language import tl, triton
 from csrc_triton.latents import addressable, element_offsets, empty_like
 from csrc_triton.philox import Stream, normal, normal_span, seed_tensor
-from csrc_triton.runtime import PINNED, runs_triton, wide
+from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
 BLOCK = 1024  # elements of one sample per program: one 16-byte vector of a half dtype per thread
@@ -99,6 +98,7 @@ def sample_posterior_kernel(
 # -------------------------------------------------------------------------------------------------------------------- launchers
 
 
+@on_its_device
 def _launch_noise(latents, timesteps, signal, spread, keys, draws, seed, out_dtype) -> torch.Tensor:
     latents, channels_last = addressable(latents)
     samples, channels, height, width = latents.shape
@@ -112,6 +112,7 @@ def _launch_noise(latents, timesteps, signal, spread, keys, draws, seed, out_dty
     return noisy
 
 
+@on_its_device
 def _launch_posterior(mean, std, keys, draws, seed, scale: float, shift: float) -> torch.Tensor:
     (mean, mean_last), (std, std_last) = addressable(mean), addressable(std)
     samples, channels, height, width = mean.shape

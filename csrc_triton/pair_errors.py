@@ -20,8 +20,8 @@ slope (2 / n) (policy - target), n = C H W.
 from typing import NamedTuple
 
 import torch
-import triton
 
+from csrc_triton.language import triton
 from csrc_triton.latents import addressable, empty_like
 from csrc_triton.noising import pair_noise
 from csrc_triton.pair_errors_kernels import (
@@ -33,7 +33,7 @@ from csrc_triton.pair_errors_kernels import (
     pair_errors_kernel,
 )
 from csrc_triton.philox import seed_tensor
-from csrc_triton.runtime import PINNED, registers, runs_triton, wide
+from csrc_triton.runtime import PINNED, on_its_device, registers, runs_triton, wide
 
 
 class PairErrors(NamedTuple):
@@ -83,6 +83,7 @@ class Target(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------------- launchers
 
 
+@on_its_device
 def _launch_forward(policy, reference, recorded, target: Target, timesteps, prob, usable, weight, correction, beta):
     """(logit [B], difference [B], errors [4, B], gain [B], tables [2, T]) in fp32. One kernel; its ticket is zeroed
     before it.
@@ -110,6 +111,7 @@ def _launch_forward(policy, reference, recorded, target: Target, timesteps, prob
     return logit, difference, errors, gain, tables
 
 
+@on_its_device
 def _launch_backward(slopes, policy, target: Target, timesteps, usable) -> torch.Tensor:
     """The gradient [2B, C, H, W] in the policy's dtype and memory format, in one kernel."""
     policy, policy_last = addressable(policy)

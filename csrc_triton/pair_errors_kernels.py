@@ -8,9 +8,7 @@ size.
 
 from dataclasses import replace
 
-import triton
-import triton.language as tl
-
+from csrc_triton.language import tl, triton
 from csrc_triton.latents import element_offsets
 from csrc_triton.philox import Stream, normal_span
 from csrc_triton.specimen import Specimen

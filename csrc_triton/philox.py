@@ -23,10 +23,9 @@ import math
 from enum import IntEnum
 
 import torch
-import triton
-import triton.language as tl
 
 from csrc_triton.elementary import cos_sin_turns, log_fp32, torch_cos_sin_turns, torch_log_fp32, torch_sqrt_rn
+from csrc_triton.language import tl, triton
 
 MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo.common.device import moved
 from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
 
@@ -27,11 +28,7 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same pairs on another device."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in self._asdict().items()
-            if isinstance(value, Tensor)
-        }
+        moved = {name: moved(value, device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**moved, text=self.text.to(device))
 
 
@@ -65,7 +62,7 @@ class Encoder:
         wide = torch.promote_types(dtype, torch.float32)
         means, stds = [], []
         for part in pixels.split(self.vae_batch):
-            x = part.to(self.device, non_blocking=True).to(wide) / 127.5 - 1
+            x = moved(part, self.device).to(wide) / 127.5 - 1
             posterior = vae.encode(x.to(dtype)).latent_dist
             means.append(posterior.mean)
             stds.append(posterior.std)
@@ -106,4 +103,4 @@ class Encoder:
         )
 
     def _moved(self, x: Tensor) -> Tensor:
-        return x.to(self.device, non_blocking=True)
+        return moved(x, self.device)

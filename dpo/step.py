@@ -15,6 +15,7 @@ from torch import Tensor
 
 from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.pair_errors import PairErrors, pair_errors
+from dpo.common.device import moved
 from dpo.encode import Inputs
 from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
@@ -80,7 +81,7 @@ class PairStep:
             correction,
             self.beta,
             reference=reference,
-            recorded=None if recorded is None else recorded.to(t.device, non_blocking=True),
+            recorded=None if recorded is None else moved(recorded, t.device),
             noise=(x.keys, x.draws, self.seed),
             latents=latents if mixed else None,
             of_noise=self.path.of_noise if mixed else None,

@@ -2,5 +2,7 @@
 
 errors.py UserError and Stopped | files.py files written whole, checked, sealed
 console.py the log and the progress line | command.py the main of every command | stats.py intervals
-words.py words for messages | hub.py names on the hub | libraries.py quiets other libraries
+words.py words for messages | hub.py names on the hub | device.py tensors to a device and back
+libraries.py other libraries: quieted, or named where one does not fit
+machine.py what differs between Linux, macOS and Windows
 """

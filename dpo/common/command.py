@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from dpo.common.errors import UserError
+from dpo.common.libraries import misfit
 
 MISTAKE = 2
 INTERRUPTED = 130  # as a shell says of a process that Ctrl-C ended
@@ -20,12 +22,22 @@ log = logging.getLogger("dpo")
 def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
     """The exit code of a command: `work`'s own, 2 after a user's mistake (one line on stderr), 130 when interrupted.
 
+    A library that cannot be imported is a mistake of the installation, and costs one line too.
+
     When interrupted, the log says `stopped`; without it stderr says that the command was interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a Windows console may lack a character of the log: no reason to end
     try:
         return work()
     except UserError as error:
         sys.stderr.write(f"{name}: {error}\n")
+        return MISTAKE
+    except Exception as error:
+        if (line := misfit(error)) is None:
+            raise
+        sys.stderr.write(f"{name}: {line}\n")
         return MISTAKE
     except KeyboardInterrupt:
         if stopped is None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
+import stat
+import time
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +21,25 @@ from safetensors import SafetensorError
 from dpo.common.errors import UserError
 
 CHUNK = 1 << 24
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EISDIR)
+
+log = logging.getLogger("dpo")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace `path` in one step by what `write` writes to the path it is given.
+    """Replace `path` in one step by what `write` writes to the path it is given, with the permissions of a new file.
 
     A reader sees the old file or the new one, each whole. The new file lies hidden beside `path` until it is on disk,
     and is removed when anything fails. Errors are raised unchanged; `disk_error` turns them into words.
     """
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        _permit(part, mode)
+        sync_file(part)
+        replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -37,9 +47,53 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) in one step. Raises the error that `disk_error` makes of an OSError."""
     try:
-        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
     except OSError as error:
         raise disk_error(error, path) from error
+
+
+def _permit(path: Path, mode: int) -> None:
+    with suppress(OSError):  # a file system without permissions
+        path.chmod(stat.S_IMODE(mode))
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives every file below `folder` the permissions of a new file: safetensors writes for the owner's eyes alone.
+
+    The umask itself is not asked for: it can only be read by changing it, under all threads.
+    """
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _permit(path, mode)
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, tried for a second on Windows, where another program that has the file open stands in the way."""
+    for wait in (0.1, 0.2, 0.3, 0.4, 0.0):
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if not wait or getattr(error, "winerror", None) is None:
+                raise
+            time.sleep(wait)
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder that nobody needs: where the system keeps a part of it, a warning, and no error.
+
+    NFS keeps files that are open somewhere. The folder is renamed first, so that what is left of it is not taken for a
+    whole one.
+    """
+    hidden = folder.with_name(f".{folder.name}.part-{uuid.uuid4().hex[:8]}")
+    try:
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        log.warning("%s is not needed any more and cannot be deleted (%s)", folder, error.strerror or error)
 
 
 def disk_full(error: Exception, path: Path, remedy: str) -> UserError | None:
@@ -62,12 +116,25 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk: a rename inside it then outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Flush the entries of a folder to the disk: a rename inside it then outlives a power cut.
+
+    Does nothing where that is not offered: CIFS and WSL refuse it, Windows does not open folders.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with open(path, "rb+") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())
 
 
 def checksum(path: Path) -> str:

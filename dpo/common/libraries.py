@@ -1,6 +1,13 @@
-"""Quiets other libraries."""
+"""Other libraries: quieted, or named where one does not fit."""
 
 from __future__ import annotations
+
+import traceback
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+from dpo.common.words import first_line
+
+OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 
 
 def quiet() -> None:
@@ -11,3 +18,30 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def misfit(error: BaseException) -> str | None:
+    """One line on the library whose import raised `error`, with its version, torch's and the remedy; else None.
+
+    A library built for another torch fails so, far inside the import of one that needs it: torchvision under
+    transformers under diffusers.
+    """
+    while error.__cause__ not in (None, error):  # the libraries in between raise errors of their own
+        error = error.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    package = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
+    if not package or package in OWN:
+        return None
+    name = packages_distributions().get(package, [package])[0]
+    fits = "cannot be imported" if package == "torch" else f"does not fit torch {_version('torch')}"
+    return (
+        f"{name} {_version(name)} {fits} ({first_line(error)}): install the one that does (pip install -U {name}), or, "
+        f"where nothing needs it, remove it (pip uninstall {name})"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of unknown version"

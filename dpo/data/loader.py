@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dpo.common.errors import UserError
+from dpo.common.machine import start_method, usable_cores
 from dpo.common.words import first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
@@ -80,7 +81,7 @@ def load(
         prefetch_factor=prefetch if workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=start_method() if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader seeds its workers from it: the global one stays untouched
     )
@@ -159,13 +160,14 @@ def _as_it_is(batch: T) -> T:
 def _start_worker(_: int) -> None:
     """Leaves Ctrl-C to the main process; after SIGTERM a worker goes on for GRACE seconds, then ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if hasattr(signal, "SIGALRM"):  # Windows has none: there SIGTERM ends a process at once, whatever it would do
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def worker_count(workers: int) -> int:
     """Number of worker processes; -1 means half of the cores that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) // 2) if workers < 0 else workers
+    return min(8, usable_cores() // 2) if workers < 0 else workers
 
 
 def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo.common.device import moved
+
 if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder classes to a type checker
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -50,7 +52,7 @@ class TextEncoding(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEncoding:
         """The same encoding on another device, and in another dtype where one is given."""
-        return self._each(lambda x: x.to(device, dtype, non_blocking=True))
+        return self._each(lambda x: moved(x, device, dtype))
 
     def zero_where(self, rows: Tensor) -> TextEncoding:
         """The same encoding with zeros in the `rows` [B] bool."""

@@ -7,6 +7,7 @@ import typing
 import torch
 from torch import nn
 
+from csrc_triton.language import HAS_TRITON
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
@@ -20,12 +21,20 @@ WEIGHTS = {"bf16-pure": torch.bfloat16, "fp64": torch.float64}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU when there is one. Raises UserError for a GPU that is not there."""
+    """The device of that name, made the current one; "auto" is the GPU when there is one.
+
+    Raises UserError for a GPU that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"--device {name}: torch sees {count} GPU here, the last is cuda:{count - 1}")
+        torch.cuda.set_device(device)  # libraries allocate and launch on the current device
+    return device
 
 
 def load_named(config: Config) -> Model:
@@ -60,7 +69,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
         empty_is_zeros=bool(model.family.pipeline_options(model).get("force_zeros_for_empty_prompt")),
     )
-    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported())
+    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
     config, decided = resolve(config, facts, has)
     config = change(config, attention=available_attention(config.runtime.attention))  # warned once, not for each UNet
     plan = schedule.from_scheduler(

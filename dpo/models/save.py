@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo.common.files import discard, follow_umask, replace
 from dpo.models import lora as lora_layers
 from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
@@ -25,8 +26,8 @@ def _publish(part: Path, folder: Path) -> None:
     for entry in sorted(part.iterdir(), key=lambda entry: entry.name == "model_index.json"):
         target = folder / entry.name
         if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(entry, target)
+            discard(target)
+        replace(entry, target)
     part.rmdir()
 
 
@@ -38,6 +39,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        follow_umask(part)
         _publish(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from dpo.common.errors import UserError
@@ -36,6 +35,7 @@ class DeviceFacts:
 
     name: str  # as torch writes it: cpu, cuda, cuda:1
     bf16: bool = True  # whether it computes in bf16
+    triton: bool = True  # whether that package is there
 
     @property
     def gpu(self) -> bool:
@@ -65,7 +65,7 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     values |= _of_device(config, device)
     values |= _of_length(config)
     decided = change(config, **values)
-    return decided, [*_notes(config, decided), *_of_dropped(decided, model)]
+    return decided, [*_notes(config, decided, device), *_of_dropped(decided, model)]
 
 
 def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
@@ -111,6 +111,12 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         precision = "fp32"
     if runtime.kernels == "triton" and not gpu:
         raise UserError("kernels = triton needs a GPU: use --kernels torch or auto")
+    if runtime.kernels == "triton" and not device.triton:
+        raise UserError(
+            "kernels = triton: the package triton is not installed (on Linux: pip install triton); use --kernels torch or auto"
+        )
+    if runtime.compile and gpu and not device.triton:
+        raise UserError("--compile on a GPU needs the package triton, which is not installed: leave --compile out")
     optimizer = "adamw8bit" if precision == "bf16-pure" or (gpu and precision != "fp64") else "adamw"
     optimizer = optimizer if config.optim.optimizer == "auto" else config.optim.optimizer
     own_beta2 = LION_BETA2 if optimizer == "lion8bit" else ADAM_BETA2
@@ -120,9 +126,7 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         "optimizer": optimizer,
         "adam_beta2": own_beta2 if config.optim.adam_beta2 is None else config.optim.adam_beta2,
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
-        "kernels": ("triton" if gpu and find_spec("triton") else "torch")
-        if runtime.kernels == "auto"
-        else runtime.kernels,
+        "kernels": ("triton" if gpu and device.triton else "torch") if runtime.kernels == "auto" else runtime.kernels,
         "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }
 
@@ -132,11 +136,13 @@ def _of_length(config: Config) -> dict[str, Any]:
     return {"steps": steps, "epochs": config.optim.epochs if steps is None else None}
 
 
-def _notes(asked: Config, decided: Config) -> list[str]:
+def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
     before, after = flatten(asked), flatten(decided)
     told = ("precision", "optimizer", "beta", "resolution", "timesteps", "reference", "kernels")
     chosen = [f"{name} {brief(after[name])}" for name in told if before[name] != after[name]]
     notes = [f"decided: {', '.join(chosen)}"] if chosen else []
+    if not device.triton:
+        notes.append("triton is not installed: everything runs on plain torch")
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:

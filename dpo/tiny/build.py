@@ -294,7 +294,7 @@ def run_stage(name: str, job: Job) -> Figures:
     """The figures of a stage, which runs unless they are there already. `publish` always runs: it only copies."""
     path = job.work / "figures" / f"{name}.json"
     if path.exists() and name != "publish":
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     began = time.monotonic()
     figures = STAGES[name](job) | {"minutes": round((time.monotonic() - began) / 60, 1)}
     path.parent.mkdir(parents=True, exist_ok=True)

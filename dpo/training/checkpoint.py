@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.files import checksum, disk_error, sealed, sync_folder, unseal, write_text
+from dpo.common.files import (
+    checksum,
+    discard,
+    disk_error,
+    follow_umask,
+    sealed,
+    sync_file,
+    sync_folder,
+    unseal,
+    write_text,
+)
 from dpo.pages.folder import CHECKPOINTS
 
 log = logging.getLogger("dpo")
@@ -65,8 +76,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes one safetensors file, flushed to disk; returns its SHA-256, hexadecimal."""
     save_file(_storable(tensors), path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return checksum(path)
 
 
@@ -75,7 +85,7 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
 
     tensors: by group and name, a file for each group; state: a JSON object.
     """
-    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), "replaced"))
+    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), uuid.uuid4().hex[:8]))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
@@ -84,8 +94,8 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
             group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values
         }
         write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
+        follow_umask(part)
         if folder.exists():  # moved aside, not deleted: between the two renames alone neither is at its place
-            shutil.rmtree(aside, ignore_errors=True)
             os.replace(folder, aside)
         os.replace(part, folder)
         sync_folder(folder.parent)
@@ -171,7 +181,7 @@ def prune(root: Path, limit: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if limit:
         for path in listing(root)[:-limit]:
-            shutil.rmtree(path)
+            discard(path)
 
 
 def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import resource
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dpo.common import files
+from dpo.common import files, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
@@ -84,7 +83,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return machine.peak_memory() / 2**30
 
 
 def train(config: Config, notes: list[str], train_step: TrainStep) -> int:

@@ -89,7 +89,7 @@ def open_trackers(
         sinks.append(
             _open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None)
         )
-    return Trackers(path.open("a", encoding="utf-8"), [sink for sink in sinks if sink is not None])
+    return Trackers(path.open("a", encoding="utf-8", newline="\n"), [sink for sink in sinks if sink is not None])
 
 
 def rewind(path: Path, step: int) -> None:
@@ -146,9 +146,9 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
         import wandb
 
         id_file = folder / WANDB_ID_FILE
-        run_id = id_file.read_text().strip() if resumed and id_file.exists() else uuid.uuid4().hex[:8]
+        run_id = id_file.read_text("utf-8").strip() if resumed and id_file.exists() else uuid.uuid4().hex[:8]
         run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
-        id_file.write_text(run_id + "\n")
+        id_file.write_text(run_id + "\n", "utf-8")
     except Exception as error:  # the client raises its own kinds for a missing key, network or service
         log.warning(
             "W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE

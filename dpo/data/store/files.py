@@ -140,7 +140,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
     """Replaces a JSON file by `content`, with its format and a checksum of itself. Raises UserError when it cannot."""
     rest = {name: value for name, value in content.items() if name != "format"}
     text = sealed({"format": FORMAT, **rest}, SEAL)
-    _write(path, lambda part: part.write_text(text, encoding="utf-8"))
+    _write(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from dpo.common.files import write_whole
 from dpo.tiny.judge import ARCHITECTURES, Judge, pixels
 from dpo.tiny.making import loop
 from dpo.tiny.making.scenes import CANVAS, Renderer, Scenes, World
@@ -73,6 +74,5 @@ def save_judge(judge: Judge, name: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in judge.network.state_dict().items()}
     note = {"architecture": name, "objects": judge.objects, "canvas": CANVAS}
-    save_file(
-        weights, path, metadata={"judge": json.dumps(note)}
-    )  # one entry: the order of several differs from process to process
+    said = {"judge": json.dumps(note)}  # one entry: the order of several differs from process to process
+    write_whole(path, lambda part: save_file(weights, part, metadata=said))

@@ -87,7 +87,7 @@ def train(
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
         if rank == 0 and (step + 1) % 20 == 0:
             speed = (step + 1 - shown) / (time.monotonic() - began)
-            with open(folder / "log.jsonl", "a") as log:
+            with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
                 figures = {"step": step + 1, "loss": round(loss.item(), 5), "steps_per_s": round(speed, 3)}
                 log.write(json.dumps(figures) + "\n")
             began, shown = time.monotonic(), step + 1

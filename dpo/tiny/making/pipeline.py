@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpo.common.files import write_whole
+from dpo.common.files import follow_umask, write_whole
 from dpo.models.text import token_ids
 from dpo.tiny.making import loop, text, vae
 from dpo.tiny.making.scenes import PHRASES, Renderer, Scenes, World, caption
@@ -198,9 +198,8 @@ def save_pipeline(
     # The weights are stored in half precision and loaded in float32: by diffusers always, by transformers where the
     # config says so.
     config = part / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    for path in part.rglob("*.safetensors"):
-        path.chmod(0o644)
+    settings = json.loads(config.read_text("utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+    follow_umask(part)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
