@@ -28,8 +28,8 @@ class Inputs(NamedTuple):
 
     def to(self, device: torch.device | str) -> Inputs:
         """The same pairs on another device."""
-        moved = {name: moved(value, device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(**moved, text=self.text.to(device))
+        there = {name: moved(value, device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(**there, text=self.text.to(device))
 
 
 @dataclass

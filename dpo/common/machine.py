@@ -27,4 +27,4 @@ def peak_memory() -> int:
 
 def start_method() -> Literal["fork", "spawn"]:
     """How a child process starts: a copy of this one on Linux; a fresh one elsewhere, where copies crash or cannot be."""
-    return "fork" if sys.platform == "linux" else "spawn"
+    return "fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn"

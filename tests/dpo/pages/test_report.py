@@ -146,9 +146,9 @@ def test_a_foreign_picture_is_shown_whole(tmp_path, blank_charts):
 
 def test_one_line_and_no_line_make_a_page_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "No update was recorded" in Page(write_report(tmp_path).read_text()).text
+    assert "No update was recorded" in Page(write_report(tmp_path).read_text("utf-8")).text
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.69, "pairs": 4}) + "\n")
-    assert "Too early to tell" in Page(write_report(tmp_path).read_text()).text
+    assert "Too early to tell" in Page(write_report(tmp_path).read_text("utf-8")).text
 
 
 def test_the_command(tmp_path, capsys):
