@@ -25,7 +25,6 @@ TESTED_BY = {
     "dpo/step.py": "tests/runs/test_step_zero.py",
     "dpo/train.py": "tests/runs/test_keyed_runs.py",
     "dpo/common/errors.py": "tests/runs/test_bad_input.py",
-    "dpo/common/libraries.py": "tests/runs/test_end_to_end.py",
     "dpo/data/batch.py": "tests/dpo/data/test_loader.py",
     "dpo/data/hub.py": "tests/dpo/data/test_sources.py",
     "dpo/data/pairs.py": "tests/dpo/data/test_sources.py",
@@ -57,7 +56,6 @@ TESTED_BY = {
     "csrc_triton/dynamic_map.py": "tests/csrc_triton/test_adamw8bit.py",
     "csrc_triton/elementary.py": "tests/csrc_triton/test_philox.py",
     "csrc_triton/latents.py": "tests/csrc_triton/test_noising.py",
-    "csrc_triton/runtime.py": "tests/csrc_triton/test_adamw8bit.py",
 }
 
 

@@ -32,7 +32,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         if device.index >= (count := torch.cuda.device_count()):
-            raise UserError(f"--device {name}: torch sees {count} GPU here, the last is cuda:{count - 1}")
+            raise UserError(
+                f"--device {name}: torch sees {count} GPU{'s' * (count > 1)} here, the last is cuda:{count - 1}"
+            )
         torch.cuda.set_device(device)  # libraries allocate and launch on the current device
     return device
 

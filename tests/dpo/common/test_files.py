@@ -1,8 +1,12 @@
 """dpo.common.files: a file is there whole or not at all, a seal notices what was altered, a full disk is one line."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
+import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -144,3 +148,100 @@ def test_an_altered_value_is_noticed(old, new):
 def test_what_has_no_seal_is_refused(text):
     with pytest.raises(ValueError):
         files.unseal(text, "seal")
+
+
+# --- other systems --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["open", "fsync"])
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EINVAL, True), (errno.EACCES, True), (errno.EIO, False)])
+def test_a_system_that_does_not_flush_folders_is_no_reason_to_stop(tmp_path, monkeypatch, call, number, goes_on):
+    """CIFS and WSL answer EINVAL, Windows opens no folders; an error of the disk is one."""
+
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refused)
+    if goes_on:
+        files.sync_folder(tmp_path)
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.sync_folder(tmp_path)
+
+
+def test_a_file_is_flushed_by_a_descriptor_that_may_write(tmp_path, monkeypatch):
+    """Windows refuses to flush one that may only read."""
+    modes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (modes.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_RDWR), fsync(fd)))
+    files.write_text(tmp_path / "config.toml", "new")
+    assert modes == [os.O_RDWR]
+
+
+@pytest.mark.parametrize(("refusals", "replaced"), [(3, True), (9, False)])
+def test_a_file_that_another_program_has_open_is_replaced_a_moment_later(tmp_path, monkeypatch, refusals, replaced):
+    waits, left, replace = [], [refusals], os.replace
+
+    def held(source, target):
+        if left[0]:
+            left[0] -= 1
+            error = PermissionError(errno.EACCES, "used by another process")
+            error.winerror = 32
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "new").write_text("new")
+    if replaced:
+        files.replace(tmp_path / "new", tmp_path / "old")
+        assert (tmp_path / "old").read_text() == "new" and len(waits) == 3
+    else:
+        with pytest.raises(PermissionError):
+            files.replace(tmp_path / "new", tmp_path / "old")
+        assert 0.5 < sum(waits) < 2
+
+
+def test_elsewhere_a_refusal_is_final(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(FileNotFoundError):
+        files.replace(tmp_path / "none", tmp_path / "old")
+
+
+def test_lines_end_alike_on_every_system(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    files.write_text(tmp_path / "a.csv", "x\ny\n")
+    assert (tmp_path / "a.csv").read_bytes() == b"x\ny\n"
+
+
+def test_a_folder_that_cannot_be_deleted_costs_a_warning(tmp_path, monkeypatch, caplog):
+    """NFS keeps a file that is open somewhere, under another name, and its folder with it."""
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / ".nfs0001").write_text("")
+
+    def busy(path, *_, **__):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        files.discard(tmp_path / "step")
+    assert "step is not needed any more and cannot be deleted (Device or resource busy)" in caplog.text
+    assert not (tmp_path / "step").exists() and names(tmp_path)[0].startswith(".step.part-")
+    files.discard(tmp_path / "never there")
+    assert "never there" in caplog.text
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_permissions_are_those_of_a_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path, inner = tmp_path / "weights", tmp_path / "unet" / "weights"
+        files.write_whole(path, lambda part: (part.write_text("x"), part.chmod(0o600)))
+        inner.parent.mkdir()
+        inner.write_text("x")
+        inner.chmod(0o600)
+        files.follow_umask(tmp_path)
+    finally:
+        os.umask(before)
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in (path, inner)} == {oct(0o666 & ~umask)}
+    assert names(tmp_path) == ["unet", "weights"]

@@ -1,6 +1,7 @@
 """Batches: the same for any number of workers, from any position; holes; what happens when something goes wrong."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dpo.common.errors import UserError
+from dpo.data import loader
 from dpo.data.batch import PairBatch
 from dpo.data.loader import _fit_shared_memory, worker_count
 from dpo.data.order import Order, epoch_order
@@ -276,6 +278,40 @@ def test_workers_outlive_signals_to_the_group(odd):
         command, capture_output=True, text=True, timeout=300, start_new_session=True, cwd=Path(__file__).parents[3]
     )
     assert (done.returncode, done.stdout.strip()) == (0, "['INT', 'TERM']"), done.stderr
+
+
+def test_what_workers_get_can_be_sent_to_a_fresh_process(odd, settings, monkeypatch):
+    """On macOS and Windows a worker is no copy of this process: all it gets is pickled, by torch and by us."""
+    sent, made = [], []
+    cfg = settings(odd)
+    source = open_source(cfg)
+
+    class Loader(loader.DataLoader):
+        def __init__(self, dataset, sampler, **options):
+            sampler = list(sampler)
+            sent.extend([dataset, options["collate_fn"], options["worker_init_fn"], *sampler])
+            made.append(options["multiprocessing_context"])
+            alone = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None}
+            super().__init__(dataset, sampler=sampler, **options | alone)
+
+    monkeypatch.setattr(loader, "DataLoader", Loader)
+    monkeypatch.setattr(loader, "start_method", lambda: "spawn")
+    take(source, cfg, 1, workers=2)
+    assert made == ["spawn"]
+    decoder, collate, begin, *work = pickle.loads(pickle.dumps(sent))
+    assert len(work) > 2 and collate is loader._as_it_is and begin is loader._start_worker
+    assert torch.equal(decoder[work[0]].pixels, sent[0][sent[3]].pixels)
+
+
+def test_a_worker_begins_without_sigalrm_too(monkeypatch):
+    """Windows has no such signal."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.delattr(signal, "SIGALRM")
+    try:
+        loader._start_worker(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == before[1]
+    finally:
+        signal.signal(signal.SIGINT, before[0])
 
 
 def test_worker_count():

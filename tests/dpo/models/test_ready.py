@@ -20,6 +20,17 @@ def test_the_device(monkeypatch):
     assert ready.pick_device("auto").type == "cuda"
 
 
+def test_a_gpu_by_number_becomes_the_current_one(monkeypatch):
+    """Libraries, and whatever names no device, work on the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert ready.pick_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
+    with pytest.raises(UserError, match="--device cuda:2: torch sees 2 GPUs here, the last is cuda:1"):
+        ready.pick_device("cuda:2")
+
+
 @pytest.mark.parametrize(
     ("kind", "precision", "own", "vae", "text"),
     [

@@ -118,6 +118,26 @@ def test_resolve_refuses_what_the_model_or_device_cannot_do():
         decide({"window_high": 200}, num_timesteps=100)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_triton_the_plain_path_runs_and_that_is_said_once(device):
+    facts = ModelFacts("sd", "epsilon"), DeviceFacts(device, triton=False)
+    config, notes = resolve(Config(), *facts)
+    assert config.runtime.kernels == "torch"
+    assert [note for note in notes if "triton" in note] == ["triton is not installed: everything runs on plain torch"]
+    assert not any("not installed" in note for note in resolve(Config(), facts[0], DeviceFacts(device))[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [({"kernels": "triton"}, "--kernels torch"), ({"compile": True}, "--compile")]
+)
+def test_what_needs_triton_is_refused_without_it(values, words):
+    asked = from_mapping(values)
+    resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cuda"))
+    with pytest.raises(UserError, match="the package triton.* is not installed") as caught:
+        resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cuda", triton=False))
+    assert words in str(caught.value)
+
+
 def test_length_and_rate():
     cfg = from_mapping(
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}

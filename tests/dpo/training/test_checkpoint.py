@@ -193,6 +193,29 @@ def test_a_named_checkpoint_falls_back_only_to_older_ones(tmp_path, caplog):
     assert find(tmp_path, str(folder_of(tmp_path, 2))).state["step"] == 1
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    """As on NFS while another process reads it. What is left of it is not taken for a checkpoint, and goes later."""
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    rmtree = checkpoint.shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            (path / "policy.safetensors").unlink()
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        prune(tmp_path, 2)
+        write(tmp_path, 3)  # over a checkpoint of the same step, which cannot be deleted either
+        write(tmp_path, 3)
+    assert "step-00000001 is not needed any more and cannot be deleted (Directory not empty)" in caplog.text
+    assert [path.name for path in listing(tmp_path)] == ["step-00000002", "step-00000003"] and hidden(tmp_path)
+    assert checkpoint.shutil.rmtree is rmtree
+    prune(tmp_path, 2)
+    assert hidden(tmp_path) == [] and load(folder_of(tmp_path, 3)).state["step"] == 3
+
+
 def test_listing_and_prune(tmp_path):
     for step in (30, 4, 100):
         write(tmp_path, step)

@@ -1,0 +1,83 @@
+"""dpo.common.libraries: a library that does not fit costs one line, with both versions and the remedy."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.common.command import MISTAKE, run
+from dpo.common.libraries import misfit
+
+NMS = 'def register():\n    raise RuntimeError("operator torchvision::nms does not exist\\nsecond line")\nregister()\n'
+
+
+def library(folder: Path, name: str, text: str = NMS, version: str | None = "0.20.1") -> Path:
+    """A folder for the path with a library of one inner module, which holds `text`."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(f"from {name} import _inner\n", "utf-8")
+    (folder / name / "_inner.py").write_text(text, "utf-8")
+    if version is not None:
+        about = folder / f"{name}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", "utf-8")
+    return folder
+
+
+def imported(name: str) -> Exception:
+    with pytest.raises(Exception) as caught:
+        importlib.import_module(name)
+    return caught.value
+
+
+@pytest.mark.parametrize("version", ["0.20.1", None])
+def test_the_line_has_both_versions_and_the_remedy(tmp_path, monkeypatch, version):
+    monkeypatch.syspath_prepend(library(tmp_path, "brokenvision", version=version))
+    try:
+        raise ModuleNotFoundError("Could not import module 'CLIPTextModel'") from imported("brokenvision")
+    except ModuleNotFoundError as error:
+        line = misfit(error)
+    assert line == (
+        f"brokenvision {version or 'of unknown version'} does not fit torch {torch.__version__} (operator "
+        "torchvision::nms does not exist): install the one that does (pip install -U brokenvision), or, where nothing "
+        "needs it, remove it (pip uninstall brokenvision)"
+    )
+
+
+def test_errors_that_no_import_raised_keep_their_traceback(tmp_path, monkeypatch):
+    def raising(error):
+        try:
+            raise error
+        except Exception as caught:
+            return caught
+
+    assert misfit(raising(RuntimeError("a fault"))) is None
+    own = raising(OSError("a disk"))
+    own.__cause__ = own  # `raise error from error`
+    assert misfit(own) is None
+    with pytest.raises(ZeroDivisionError):
+        run("dpo.x", lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["import ctypes\nctypes.CDLL('libcudart.so.99')\n", "from torch import no_such_name\n"]
+)
+def test_a_command_ends_with_the_line(tmp_path, monkeypatch, capsys, text):
+    name = "broken" + str(len(text))
+    monkeypatch.syspath_prepend(library(tmp_path, name, text))
+    assert run("dpo.x", lambda: importlib.import_module(name)) == MISTAKE
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith(f"dpo.x: {name} 0.20.1 does not fit torch {torch.__version__} (")
+
+
+def test_a_torchvision_for_another_torch_is_one_line(tmp_path):
+    """transformers imports torchvision where it is installed, diffusers transformers."""
+    path = os.pathsep.join([str(library(tmp_path, "torchvision")), str(Path(__file__).parents[3])])
+    command = [sys.executable, "-m", "dpo.train", "--steps", "1", "--output", str(tmp_path / "out")]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    said = [line for line in ended.stderr.splitlines() if " INFO " not in line]
+    assert ended.returncode == MISTAKE and len(said) == 1, ended.stderr
+    assert said[0].startswith(f"dpo.train: torchvision 0.20.1 does not fit torch {torch.__version__} (operator")
