@@ -1,6 +1,6 @@
 """A machine that is not Linux, as far as Linux can play it: the core of the suite without triton and POSIX's own calls.
 
-    python -m tests.help.elsewhere [pytest's arguments]        by default CORE
+    python -m tests.help.elsewhere [pytest's options]          runs CORE
 
 Every process, the test's own and those that it starts, loads a sitecustomize that calls `hide`. There is no triton, as on
 macOS; no resource, termios, fork, SIGALRM or sched_getaffinity, as on Windows; folders refuse fsync, as on CIFS; text has
@@ -22,16 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CORE = (
     "tests/runs/test_elsewhere.py",
-    "tests/runs/test_end_to_end.py",
-    "tests/runs/test_old_files.py",
-    "tests/dpo/common",
+    "tests/runs/test_old_files.py",  # resume
+    "tests/dpo/common/test_command.py",
     "tests/dpo/data/test_sources.py",
     "tests/dpo/data/test_tables.py",
-    "tests/dpo/data/test_loader.py",
-    "tests/dpo/pages/test_report.py",
-    "tests/dpo/test_prepare.py",
+    "tests/dpo/data/test_loader.py::test_workers_change_nothing",  # spawned
+    "tests/dpo/pages/test_report.py::test_one_line_and_no_line_make_a_page_too",
+    "tests/dpo/test_prepare.py::test_the_command_says_when_it_is_done_and_verifies",
     "tests/dpo/training/test_loop.py",
-    "tests/dpo/training/test_checkpoint.py",
 )
 POSIX = ("resource", "termios", "fcntl", "pwd", "grp", "pty", "tty")
 SITE = "from tests.help.elsewhere import hide\nhide()\n"
@@ -71,7 +69,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="dpo-elsewhere-") as folder:
-        command = [sys.executable, "-m", "pytest", *(arguments or CORE)]
+        command = [sys.executable, "-m", "pytest", *CORE, *arguments]
         return subprocess.run(command, check=False, cwd=ROOT, env=environment(Path(folder))).returncode
 
 
