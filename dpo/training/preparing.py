@@ -208,7 +208,7 @@ def record_reference(
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
-        progress=progress_line("recorded"),
+        progress=progress_line("recorded", "draws of pairs"),
     )
     place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = (
@@ -279,8 +279,8 @@ def _record_smaller(
         log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
 
 
-def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
-    """A function (pairs done, pairs in all) that logs both, the speed and the time left, every `every` seconds."""
+def progress_line(verb: str, unit: str = "pairs", every: float = 10.0) -> Callable[[int, int], None]:
+    """A function (done, in all) that logs both, in `unit`, the speed and the time left, every `every` seconds."""
     began = said = time.monotonic()
     first: int | None = None
 
@@ -294,6 +294,6 @@ def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
         said = now
         rate = (done - first or done) / max(now - began, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9))) if total > done else "0"
-        log.info("%s %s of %s pairs, %.1f pairs/s, %s left", verb, f"{done:,}", f"{total:,}", rate, left)
+        log.info("%s %s of %s %s, %.1f a second, %s left", verb, f"{done:,}", f"{total:,}", unit, rate, left)
 
     return say

@@ -11,6 +11,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.data.store.store import read_contents, verify
 from dpo.settings.flags import parse
+from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
 from tests.help.running import QUIET, advance, everything, make_run
@@ -204,3 +205,28 @@ def _seconds(work) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
+
+
+def test_verify_tells_unfinished_from_damaged(world, tmp_path, monkeypatch, capsys):
+    """First a store, then a record on it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "progress_line", lambda *a: interrupt)
+        assert command(tmp_path / "s", "--model", world("sd15"), "--data", world("pairs")) == 130
+    capsys.readouterr()
+    assert command(tmp_path / "s", "--verify") == 1
+    said = capsys.readouterr().err
+    assert "is not finished, 16 pairs are prepared: run the same" in said and "damaged" not in said
+    store = prepared(world, "sd15", tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "progress_line", lambda *a: interrupt)
+        assert command(store, "--model", world("sd15"), "--reference", "--draws", "1") == 130
+    capsys.readouterr()
+    assert command(store, "--verify") == 1
+    said = capsys.readouterr().err
+    assert "is not finished: run the same python -m dpo.prepare --reference" in said and "damaged" not in said
+    assert command(store, "--model", world("sd15"), "--reference", "--draws", "1") == 0
+    assert command(store, "--verify") == 0
+
+
+def interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from dpo.data.order import Order, epoch_order
 from dpo.data.sources import describe, open_source, open_sources
 from dpo.data.store import fill
 from dpo.data.store.files import DamagedStore, open_shard, read_index
-from dpo.data.store.store import merge, open_store, read_contents, verify
+from dpo.data.store.store import merge, open_store, read_contents, unfinished, verify
 from dpo.settings.config import Data
 from tests.help import worlds
 from tests.help.children import in_child, kill_until_done
@@ -434,3 +434,16 @@ def test_one_image_twice_in_a_large_set_is_a_hole_of_the_store(tmp_path, monkeyp
     order = Order(0, 0, 2, stop=4)
     for batch, plain in zip(stream(stored, CFG, order, 8), stream(source, CFG, order, 8), strict=True):
         assert batch.keys.tolist() == plain.keys.tolist() and batch.usable.tolist() == plain.usable.tolist()
+
+
+def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill.fill(task(tmp_path, Synthetic(20), progress=stop))
+    assert verify(tmp_path) == []
+    assert unfinished(tmp_path) == (
+        f"{tmp_path} is not finished, 8 pairs are prepared: run the same python -m dpo.prepare command again"
+    )
+    assert fill.fill(task(tmp_path, Synthetic(20))) and unfinished(tmp_path) == ""
