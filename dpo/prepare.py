@@ -148,17 +148,23 @@ def _positive(text: str) -> int:
 def _config(folder: Path, rest: list[str]) -> Config:
     """The settings from dpo.train's flags.
 
-    Without --data, the pairs are those of the store in `folder`, if it is one.
+    Without --data, the pairs are those of the store in `folder`, if it is one; without a model too, the embedded ones.
     """
     from dpo.data.store.store import is_store
     from dpo.settings.flags import parse
+    from dpo.training.preparing import is_embedded
 
     names = {word.split("=")[0].replace("_", "-") for word in rest}
     named = names & {"--data", "--dataset-name", "--train-data-dir", "--config", "--preset"}
-    if not named and is_store(folder):
-        if not names & {"--model", "--pretrained-model-name-or-path"}:
+    model = names & {"--model", "--pretrained-model-name-or-path"}
+    if not named and is_store(folder) and not (is_embedded(folder) and not model):
+        if not model:
             raise UserError(f"{folder} is a store: give the --model that it was prepared with")
         rest = [*rest, "--data", str(folder)]
+    elif not named and model:
+        raise UserError(f"{folder} is no prepared store: correct --store, or give the --data to prepare there")
+    elif not named:
+        log.warning("no --model and no --data: %s is a store of the small world inside the package", folder)
     config, notes = parse(rest, also=[flag for action in make_parser()._actions for flag in action.option_strings])
     for note in notes:
         log.info("%s", note)

@@ -138,6 +138,15 @@ def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
     return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
 
 
+def is_embedded(folder: Path) -> bool:
+    """Whether a store, or what is prepared of it, holds the pairs of the small world inside the package alone."""
+    from dpo.tiny.paths import ASSETS, train_pairs_path
+
+    end = train_pairs_path().relative_to(ASSETS.parent).parts  # the package may have moved
+    sources = (read_index(folder) or {}).get("sources", [])
+    return bool(sources) and all(Path(source["name"]).parts[-len(end) :] == end for source in sources)
+
+
 def parts_in(folder: Path) -> list[Path]:
     """The parts that several processes made below `folder`. Raises UserError when some are missing."""
     found = sorted(folder.glob("part-*-of-*"))

@@ -9,8 +9,10 @@ import torch
 from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.data.store.files import write_index
 from dpo.data.store.store import read_contents, verify
 from dpo.settings.flags import parse
+from dpo.tiny.paths import train_pairs_path
 from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
@@ -230,3 +232,23 @@ def test_verify_tells_unfinished_from_damaged(world, tmp_path, monkeypatch, caps
 
 def interrupt(done: int, total: int) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_store_of_the_embedded_world_is_said_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    """A mistyped --store without other flags would be one."""
+    encoded, recorded = [], []
+    monkeypatch.setattr(preparing, "encode_pairs", lambda config, *a, **k: encoded.append(config.data.data))
+    monkeypatch.setattr(preparing, "record_reference", lambda config, *a, **k: recorded.append(config.data.data))
+    store = tmp_path / "s"
+    assert command(store, "--reference") == 0
+    assert f"no --model and no --data: {store} is a store of the small world" in capsys.readouterr().err
+    write_index(store, {"sources": [{"name": str(train_pairs_path())}], "shards": [], "finished": True})
+    assert command(store, "--reference") == 0 and encoded == recorded == [None, None]
+    write_index(store, {"sources": [{"name": "pairs.csv"}], "shards": [], "finished": True})
+    assert command(store, "--reference") == 2
+    assert "give the --model that it was prepared with" in capsys.readouterr().err
+
+
+def test_a_model_without_pairs_and_without_a_store(world, tmp_path, capsys):
+    assert command(tmp_path / "mistyped", "--model", world("sd15"), "--reference") == 2
+    assert "mistyped is no prepared store: correct --store, or give the --data" in capsys.readouterr().err
