@@ -173,8 +173,13 @@ class RunFolder(NamedTuple):
 
     @property
     def model_name(self) -> str:
+        return "the embedded world" if self.embedded else str(self.setting("model"))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one inside the package."""
         name = str(self.setting("model") or "")
-        return "the embedded world" if not name or Path(name).parts[-3:] == ("tiny", "assets", "pipeline") else name
+        return not name or Path(name).parts[-3:] == ("tiny", "assets", "pipeline")
 
     @property
     def done(self) -> int:
