@@ -31,7 +31,7 @@ log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when all is done, 1 when --verify found damage, 2 after a user's mistake, 130 on Ctrl-C."""
+    """The exit code: 0 when all is done, 1 when --verify found damage or unfinished work, 2 after a user's mistake, 130 on Ctrl-C."""
     return command.run("dpo.prepare", lambda: _command(sys.argv[1:] if argv is None else argv), command.GOES_ON)
 
 
@@ -45,19 +45,12 @@ def _command(argv: Sequence[str]) -> int:
 
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
-    from dpo.data.store import recorded, store
+    from dpo.data.store import store
     from dpo.training import preparing
 
     folder = Path(own.store).expanduser()
     if own.verify:
-        if not store.is_store(folder):
-            raise UserError(f"{folder}: no prepared store is there, so there is nothing to check")
-        wrong = store.verify(folder) + recorded.verify(folder)
-        for line in wrong:
-            log.error("%s", line)
-        count = f"{len(wrong)} {'file is' if len(wrong) == 1 else 'files are'} damaged"
-        log.info("%s: %s", folder, count if wrong else "every checksum is right")
-        return 1 if wrong else 0
+        return _verify(folder)
     if own.merge is not None:
         parts = [Path(part).expanduser() for part in own.merge] or preparing.parts_in(folder)
         store.merge(folder, parts)
@@ -74,6 +67,30 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     if own.reference:
         preparing.record_reference(config, folder, own.draws, shard=shard, batch_size=own.record_batch)
     return 0
+
+
+def _verify(folder: Path) -> int:
+    """Checks every byte of a store and its records, or of the parts below; 1 when one is damaged or not finished."""
+    from dpo.data.store import recorded, store
+
+    places = [folder] if store.is_store(folder) else sorted(filter(store.is_store, folder.glob("part-*-of-*")))
+    if not places:
+        raise UserError(f"{folder}: no prepared store is there, so there is nothing to check")
+    wrong = [line for place in places for line in store.verify(place) + recorded.verify(place)]
+    for line in wrong:
+        log.error("%s", line)
+    if wrong:
+        log.error("%s: %d %s damaged", folder, len(wrong), "file is" if len(wrong) == 1 else "files are")
+        return 1
+    left = list(filter(None, map(store.unfinished, places)))
+    if places != [folder]:
+        left.append(f"{folder} has parts that are not merged: prepare those that are missing, then --merge")
+    elif not left:
+        left = recorded.unfinished(folder, len(store.read_contents(folder).key))
+    for line in left:
+        log.warning("%s", line)
+    log.info("%s: every checksum is right%s", folder, " of what is there" if left else "")
+    return 1 if left else 0
 
 
 # --- command line
@@ -131,17 +148,23 @@ def _positive(text: str) -> int:
 def _config(folder: Path, rest: list[str]) -> Config:
     """The settings from dpo.train's flags.
 
-    Without --data, the pairs are those of the store in `folder`, if it is one.
+    Without --data, the pairs are those of the store in `folder`, if it is one; without a model too, the embedded ones.
     """
     from dpo.data.store.store import is_store
     from dpo.settings.flags import parse
+    from dpo.training.preparing import is_embedded
 
     names = {word.split("=")[0].replace("_", "-") for word in rest}
     named = names & {"--data", "--dataset-name", "--train-data-dir", "--config", "--preset"}
-    if not named and is_store(folder):
-        if not names & {"--model", "--pretrained-model-name-or-path"}:
+    model = names & {"--model", "--pretrained-model-name-or-path"}
+    if not named and is_store(folder) and not (is_embedded(folder) and not model):
+        if not model:
             raise UserError(f"{folder} is a store: give the --model that it was prepared with")
         rest = [*rest, "--data", str(folder)]
+    elif not named and model:
+        raise UserError(f"{folder} is no prepared store: correct --store, or give the --data to prepare there")
+    elif not named:
+        log.warning("no --model and no --data: %s is a store of the small world inside the package", folder)
     config, notes = parse(rest, also=[flag for action in make_parser()._actions for flag in action.option_strings])
     for note in notes:
         log.info("%s", note)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
-from dpo.common.words import excerpt, excerpt_of_path
-from dpo.data.images import square
+from dpo.common.words import excerpt
+from dpo.data.images import square, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, Pair, embedded_twice
 from dpo.settings.config import Data
@@ -114,8 +114,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
                 pixels[place], numbers = square(image.load(), size, decoding.crop, uniforms, flip < 0.5)
             except BadImage as error:
                 usable[i] = 0.0
-                name = excerpt_of_path(image.uid) or "(none)"
-                bad.append((pair.key, f"image {name} of {excerpt(pair.caption)}: {error}"))
+                bad.append((pair.key, unreadable(image, pair.caption, error)))
                 break
             micro[place] = torch.tensor(numbers)
         if not usable[i]:

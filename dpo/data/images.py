@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dpo.common.words import first_line
-from dpo.data.pairs import BadImage
+from dpo.common.errors import UserError
+from dpo.common.words import excerpt, excerpt_of_path, first_line
+from dpo.data.pairs import BadImage, ImageRef
 
+STOPPED = "{}; leave such pairs out with --on-bad-image skip"  # with --on-bad-image stop
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of a decompression bomb
 TURNS = {  # by EXIF orientation
@@ -33,6 +35,21 @@ TURNS = {  # by EXIF orientation
 
 # SDXL's numbers of an image: original height and width, crop top and left, target height and width.
 Micro = tuple[int, int, int, int, int, int]
+
+
+def unreadable(image: ImageRef, caption: str, error: BadImage) -> str:
+    """What is wrong with which image, for the log and for errors."""
+    return f"image {excerpt_of_path(image.uid) or '(none)'} of {excerpt(caption)}: {error}"
+
+
+def check_bad(bad: int, pairs: int, limit: float, last: str) -> None:
+    """Raises UserError when so many of the pairs have an unreadable image that a share of `limit` is exceeded.
+
+    FEW_BAD of them, or half of a small set, are never too many, unless the limit is 0. last: what is wrong with the last one.
+    """
+    allowed = max(limit * pairs, min(FEW_BAD, pairs // 2) if limit > 0 else 0)
+    if bad > allowed:
+        raise UserError(f"{bad} of {pairs} pairs have an unreadable image, the last: {last}; see --bad-image-limit")
 
 
 def square(

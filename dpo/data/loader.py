@@ -23,7 +23,7 @@ from dpo.common.machine import start_method, usable_cores
 from dpo.common.words import first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
-from dpo.data.images import FEW_BAD
+from dpo.data.images import STOPPED, check_bad
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import Pair, Source
@@ -128,19 +128,12 @@ def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: 
     """
     for key, reason in batch.bad:
         if reading.on_bad_image == "stop" and not reason.startswith(SAME):
-            raise UserError(f"{reason}; leave such pairs out with --on-bad-image skip")
+            raise UserError(STOPPED.format(reason))
         if key not in bad:
             bad[key] = reason
             logger.warning("pair left out: %s", reason)
-    allowed = reading.bad_image_limit * len(source)
-    if reading.bad_image_limit > 0:
-        allowed = max(allowed, min(FEW_BAD, len(source) // 2))
-    unreadable = [reason for reason in bad.values() if not reason.startswith(SAME)] if batch.bad else []
-    if len(unreadable) > allowed:
-        last = unreadable[-1]
-        raise UserError(
-            f"{len(unreadable)} of {len(source)} pairs have an unreadable image, the last: {last}; see --bad-image-limit"
-        )
+    if unreadable := [reason for reason in bad.values() if not reason.startswith(SAME)] if batch.bad else []:
+        check_bad(len(unreadable), len(source), reading.bad_image_limit, unreadable[-1])
 
 
 class _Decoder(Dataset[PairBatch]):

@@ -1,4 +1,4 @@
-"""What the trainer must know of an architecture. `NAMES` lists the families, one file each."""
+"""What the trainer must know of an architecture. settings/families.py lists the families, one file each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.device import moved
+from dpo.settings.families import FAMILIES
 
 if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder classes to a type checker
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -35,9 +36,6 @@ if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder
         config: CLIPTextConfig
 else:
     Denoiser = Vae = TextEncoder = nn.Module
-
-
-NAMES = ("sd", "sdxl")  # a more special family stands after a more general one: see single_file.family_by_keys
 
 
 class TextEncoding(NamedTuple):
@@ -129,5 +127,5 @@ class Family:
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by its name; a new one is a file beside sd.py and its name in NAMES."""
-    return {name: import_module(f"dpo.models.{name}").FAMILY for name in NAMES}
+    """Every family by its name; a new one is a file beside sd.py and its name in FAMILIES."""
+    return {name: import_module(f"dpo.models.{name}").FAMILY for name in FAMILIES}

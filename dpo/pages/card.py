@@ -116,9 +116,11 @@ def _usage(run: RunFolder) -> str:
     begun = (
         f"# first put the weights of {_code(unet)} into pipe.unet: the adapter was trained on them\n" if unet else ""
     )
+    within = run.embedded  # the package has its model, and knows where
     return (
-        "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(run.model_name)})\n"
+        "from diffusers import DiffusionPipeline\n"
+        + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
+        + f"\npipe = DiffusionPipeline.from_pretrained({'pipeline_path()' if within else json.dumps(run.model_name)})\n"
         f"{begun}"
         'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
     )

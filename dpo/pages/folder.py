@@ -38,6 +38,7 @@ SUMMARY_FILE = "summary.json"
 TABLES_FILE = "tables.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
+INDEX_FILE = "model_index.json"
 CURVES_FILE, DECILES_FILE, DDE_FILE = "curves.png", "deciles.png", "dde.png"
 FAILED_FILE = "failed.txt"
 WANDB_ID_FILE = "wandb_id.txt"
@@ -53,12 +54,13 @@ class Entry(NamedTuple):
     folder: bool = False
     marks_run: bool = False  # a folder that has it holds a run
     guarded: bool = False  # a folder with this file but without a run belongs to something else: it is refused
-    cleared: bool = False  # --overwrite deletes it before the first update; the other files are written over
     uploaded: bool = True  # --push-to-hub takes it along
+    inside: tuple[str, ...] = ("*",)  # what a run puts into this folder; the rest is the user's
+    beside: str = ""  # a run wrote the entry only where this file lies beside it
 
 
 ENTRIES = (
-    Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", marks_run=True, cleared=True),
+    Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", marks_run=True),
     Entry(METRICS_FILE, "one line per update, and events", "training/trackers.py"),
     Entry(
         CHECKPOINTS,
@@ -66,27 +68,40 @@ ENTRIES = (
         "training/checkpoint.py",
         folder=True,
         marks_run=True,
-        cleared=True,
         uploaded=False,
+        inside=("step-*", ".step-*"),
     ),
-    Entry(SAMPLES, "images before, during and after", "training/samples.py", folder=True, cleared=True),
-    Entry(SUMMARY_FILE, "how the run went", "training/summary.py", cleared=True),
-    Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py", cleared=True),
-    Entry(CARD_FILE, "the model card", "pages/card.py", guarded=True, cleared=True),
-    Entry(REPORT_FILE, "the page for a person", "pages/report.py", guarded=True, cleared=True),
+    Entry(
+        SAMPLES,
+        "images before, during and after",
+        "training/samples.py",
+        folder=True,
+        inside=("step-*.png", "before/*.png"),
+    ),
+    Entry(SUMMARY_FILE, "how the run went", "training/summary.py"),
+    Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py"),
+    Entry(CARD_FILE, "the model card", "pages/card.py", guarded=True),
+    Entry(REPORT_FILE, "the page for a person", "pages/report.py", guarded=True),
     Entry(CURVES_FILE, "curves over the updates", "pages/plots.py"),
     Entry(DECILES_FILE, "figures by tenth of the clock", "pages/plots.py"),
     Entry(DDE_FILE, "credit by timestep", "pages/plots.py"),
-    Entry("model_index.json", "the parts of the pipeline", "models/save.py", marks_run=True, cleared=True),
-    Entry("pytorch_lora_weights.safetensors", "the adapter, instead of a pipeline", "models/lora.py", cleared=True),
-    Entry("unet", "the aligned UNet", "models/save.py", folder=True, guarded=True),
-    Entry("vae", "as in the model", "models/save.py", folder=True, guarded=True),
-    Entry("text_encoder", "as in the model", "models/save.py", folder=True, guarded=True),
-    Entry("text_encoder_2", "as in the model (SDXL)", "models/save.py", folder=True),
-    Entry("tokenizer", "as in the model", "models/save.py", folder=True),
-    Entry("tokenizer_2", "as in the model (SDXL)", "models/save.py", folder=True),
-    Entry("scheduler", "as in the model", "models/save.py", folder=True),
-    Entry(TENSORBOARD, "its events", "training/trackers.py", folder=True, uploaded=False),
+    Entry(INDEX_FILE, "the parts of the pipeline", "models/save.py", marks_run=True),
+    Entry("pytorch_lora_weights.safetensors", "the adapter, instead of a pipeline", "models/lora.py"),
+    Entry("unet", "the aligned UNet", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
+    Entry("vae", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
+    Entry("text_encoder", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
+    Entry("text_encoder_2", "as in the model (SDXL)", "models/save.py", folder=True, beside=INDEX_FILE),
+    Entry("tokenizer", "as in the model", "models/save.py", folder=True, beside=INDEX_FILE),
+    Entry("tokenizer_2", "as in the model (SDXL)", "models/save.py", folder=True, beside=INDEX_FILE),
+    Entry("scheduler", "as in the model", "models/save.py", folder=True, beside=INDEX_FILE),
+    Entry(
+        TENSORBOARD,
+        "its events",
+        "training/trackers.py",
+        folder=True,
+        uploaded=False,
+        inside=("events.out.tfevents.*",),
+    ),
     Entry("wandb", "its own files", "training/trackers.py", folder=True, uploaded=False),
     Entry(WANDB_ID_FILE, "the W&B run that a resumed run goes on with", "training/trackers.py"),
     Entry(FAILED_FILE, "why a run of a sweep failed", "sweep.py"),
@@ -158,8 +173,13 @@ class RunFolder(NamedTuple):
 
     @property
     def model_name(self) -> str:
+        return "the embedded world" if self.embedded else str(self.setting("model"))
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one inside the package."""
         name = str(self.setting("model") or "")
-        return "the embedded world" if not name or Path(name).parts[-3:] == ("tiny", "assets", "pipeline") else name
+        return not name or Path(name).parts[-3:] == ("tiny", "assets", "pipeline")
 
     @property
     def done(self) -> int:

@@ -16,6 +16,7 @@ import tomli_w
 
 from dpo.common.errors import UserError
 from dpo.methods import METHODS, SHAPES, readers
+from dpo.settings.families import FAMILIES
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
 
@@ -48,7 +49,7 @@ class Model:
     reference_model: str = option(
         "init", "what is compared with: the starting UNet, or the model's own", choices=("init", "base")
     )
-    family: str = option("auto", "architecture; auto reads it from the model", choices=("auto", "sd", "sdxl"))
+    family: str = option("auto", "architecture; auto reads it from the model", choices=("auto", *FAMILIES))
     prediction_type: str = option(
         "auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction")
     )

@@ -43,7 +43,7 @@ from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.start import Start
-from dpo.training.state import as_before, check_resume, restore
+from dpo.training.state import as_before, check_resume, keep_trained, restore
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -136,6 +136,7 @@ def build(config: Config, notes: list[str]) -> Run:
             log.warning(
                 "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
             )
+            keep_trained(run, saved)
     elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
     if METHODS[config.method.method].correction:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.pages.folder import ENTRIES
+from dpo.pages.folder import CONFIG_FILE, ENTRIES, METRICS_FILE
 from dpo.settings.config import Config, Model, Output
 
 
@@ -56,15 +57,28 @@ def _check_parts(output: Path, named: Model) -> None:
 def clear_output(output: Path, asked: Output) -> None:
     """Makes the output folder.
 
-    With --overwrite, deletes the files of an earlier run that could be taken for this one's.
+    With --overwrite, deletes everything that an earlier run wrote there, and nothing else.
     """
-    if asked.overwrite and not asked.resume:
-        for entry in ENTRIES:
-            if entry.cleared and entry.folder:
-                shutil.rmtree(output / entry.name, ignore_errors=True)
-            elif entry.cleared:
-                (output / entry.name).unlink(missing_ok=True)
+    if asked.overwrite and not asked.resume and any((output / name).is_file() for name in (CONFIG_FILE, METRICS_FILE)):
+        for entry in [entry for entry in ENTRIES if not entry.beside or (output / entry.beside).exists()]:
+            _clear(output / entry.name, entry.inside)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {output}: {error.strerror}; choose another --output") from error
+
+
+def _clear(place: Path, inside: Iterable[str]) -> None:
+    """Deletes a file or link, or what matches `inside` in a folder, and the folders that are empty afterwards."""
+    if place.is_symlink() or not place.is_dir():
+        place.unlink(missing_ok=True)
+        return
+    found = [path for pattern in inside for path in place.glob(pattern)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in [*({path.parent for path in found} - {place}), place]:
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -123,7 +123,8 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
     )
     try:
         _begin(run, trackers)
-        files.write_text(run.output / CONFIG_FILE, to_toml(run.config))  # from here on the folder holds a run
+        if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
+            files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
         with stop_on_signals() as stop:
             updates(run, trackers, train_step, stop)
         _finish(run, trackers)

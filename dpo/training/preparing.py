@@ -95,7 +95,8 @@ def encode_pairs(
             encode=Encodings(Encoder(model, device, images), DTYPES[dtype], images, text_batch),
             pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config.data, DTYPES[dtype].itemsize),
             workers=worker_count(config.data.workers),
-            bad_image_limit=0.0 if config.data.on_bad_image == "stop" else config.data.bad_image_limit,
+            bad_image_limit=config.data.bad_image_limit,
+            stop_at_bad=config.data.on_bad_image == "stop",
             first=first,
             last=last,
             progress=progress_line("prepared"),
@@ -136,6 +137,15 @@ def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
     side = data.resolution // model.vae_scale
     pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if data.flip else 1)
     return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
+
+
+def is_embedded(folder: Path) -> bool:
+    """Whether a store, or what is prepared of it, holds the pairs of the small world inside the package alone."""
+    from dpo.tiny.paths import ASSETS, train_pairs_path
+
+    end = train_pairs_path().relative_to(ASSETS.parent).parts  # the package may have moved
+    sources = (read_index(folder) or {}).get("sources", [])
+    return bool(sources) and all(Path(source["name"]).parts[-len(end) :] == end for source in sources)
 
 
 def parts_in(folder: Path) -> list[Path]:
@@ -208,7 +218,7 @@ def record_reference(
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
-        progress=progress_line("recorded"),
+        progress=progress_line("recorded", "draws of pairs"),
     )
     place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = (
@@ -279,8 +289,8 @@ def _record_smaller(
         log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
 
 
-def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
-    """A function (pairs done, pairs in all) that logs both, the speed and the time left, every `every` seconds."""
+def progress_line(verb: str, unit: str = "pairs", every: float = 10.0) -> Callable[[int, int], None]:
+    """A function (done, in all) that logs both, in `unit`, the speed and the time left, every `every` seconds."""
     began = said = time.monotonic()
     first: int | None = None
 
@@ -294,6 +304,6 @@ def progress_line(verb: str, every: float = 10.0) -> Callable[[int, int], None]:
         said = now
         rate = (done - first or done) / max(now - began, 1e-9)
         left = time.strftime("%H:%M:%S", time.gmtime((total - done) / max(rate, 1e-9))) if total > done else "0"
-        log.info("%s %s of %s pairs, %.1f pairs/s, %s left", verb, f"{done:,}", f"{total:,}", rate, left)
+        log.info("%s %s of %s %s, %.1f a second, %s left", verb, f"{done:,}", f"{total:,}", unit, rate, left)
 
     return say

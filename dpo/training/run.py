@@ -70,6 +70,7 @@ class Run:
     metrics: StepMetrics = field(default_factory=StepMetrics)
     held_out_source: Source | None = None
     done: int = 0  # updates made
+    complete: bool = False  # all updates were made before this process: its settings trained nothing
     position: int = 0  # pairs consumed, holes included
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model

@@ -14,6 +14,8 @@ from dpo.settings.config import Config, change, flatten, from_mapping, of_before
 from dpo.training import checkpoint
 from dpo.training.run import Run
 
+TRAINED = ("method", "optim", "lora")  # the groups of settings that say how the weights were made
+
 log = logging.getLogger("dpo")
 
 
@@ -103,3 +105,13 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         )
     run.done, run.position = state["step"], state["position"]
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
+
+
+def keep_trained(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Makes a restored run without updates left the one that was trained: its length, method, optimizer and adapters.
+
+    Settings that changed since its last update have trained nothing, so neither they nor this process enter its files.
+    """
+    before = from_mapping(of_before(saved.state["config"]))
+    trained = {name: value for name, value in flatten(before).items() if specs()[name].group in TRAINED}
+    run.config, run.total, run.complete = change(run.config, **trained), run.done, True

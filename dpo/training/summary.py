@@ -7,11 +7,12 @@ import logging
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from dpo.common import files
-from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE
+from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
 from dpo.training.run import Run
 
@@ -77,9 +78,19 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "table": run.table.table,
         "correction": run.table.correction(),
     }
+    if run.complete:
+        summary = _as_trained(run, summary)
     files.write_text(run.output / SUMMARY_FILE, json.dumps(summary, indent=1))
-    files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
+    if not (run.complete and (run.output / TABLES_FILE).is_file()):
+        files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
     plots.write_plots(run.output)
     if run.config.output.model_card and status == "finished":
         card.write_model_card(run.output)
     log.info("report: %s", report_page.write_report(run.output))
+
+
+def _as_trained(run: Run, now: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run that this process found complete: what its training left, and how it stands now."""
+    before = read_run(run.output).summary
+    kept = {name: before[name] for name in now if name in before and name not in ("status", "reason", "steps")}
+    return now | kept | ({"evaluation": run.evaluation} if run.evaluation else {})

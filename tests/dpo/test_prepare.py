@@ -9,8 +9,11 @@ import torch
 from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.data.store.files import write_index
 from dpo.data.store.store import read_contents, verify
 from dpo.settings.flags import parse
+from dpo.tiny.paths import train_pairs_path
+from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
 from tests.help.running import QUIET, advance, everything, make_run
@@ -204,3 +207,48 @@ def _seconds(work) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
+
+
+def test_verify_tells_unfinished_from_damaged(world, tmp_path, monkeypatch, capsys):
+    """First a store, then a record on it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "progress_line", lambda *a: interrupt)
+        assert command(tmp_path / "s", "--model", world("sd15"), "--data", world("pairs")) == 130
+    capsys.readouterr()
+    assert command(tmp_path / "s", "--verify") == 1
+    said = capsys.readouterr().err
+    assert "is not finished, 16 pairs are prepared: run the same" in said and "damaged" not in said
+    store = prepared(world, "sd15", tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "progress_line", lambda *a: interrupt)
+        assert command(store, "--model", world("sd15"), "--reference", "--draws", "1") == 130
+    capsys.readouterr()
+    assert command(store, "--verify") == 1
+    said = capsys.readouterr().err
+    assert "is not finished: run the same python -m dpo.prepare --reference" in said and "damaged" not in said
+    assert command(store, "--model", world("sd15"), "--reference", "--draws", "1") == 0
+    assert command(store, "--verify") == 0
+
+
+def interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_store_of_the_embedded_world_is_said_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    """A mistyped --store without other flags would be one."""
+    encoded, recorded = [], []
+    monkeypatch.setattr(preparing, "encode_pairs", lambda config, *a, **k: encoded.append(config.data.data))
+    monkeypatch.setattr(preparing, "record_reference", lambda config, *a, **k: recorded.append(config.data.data))
+    store = tmp_path / "s"
+    assert command(store, "--reference") == 0
+    assert f"no --model and no --data: {store} is a store of the small world" in capsys.readouterr().err
+    write_index(store, {"sources": [{"name": str(train_pairs_path())}], "shards": [], "finished": True})
+    assert command(store, "--reference") == 0 and encoded == recorded == [None, None]
+    write_index(store, {"sources": [{"name": "pairs.csv"}], "shards": [], "finished": True})
+    assert command(store, "--reference") == 2
+    assert "give the --model that it was prepared with" in capsys.readouterr().err
+
+
+def test_a_model_without_pairs_and_without_a_store(world, tmp_path, capsys):
+    assert command(tmp_path / "mistyped", "--model", world("sd15"), "--reference") == 2
+    assert "mistyped is no prepared store: correct --store, or give the --data" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,9 +265,9 @@ def small(world, tmp_path):
     flags = ["--model", world("sd15"), *FLAGS, "--workers", "0"]
     assert prepare.main(["--store", str(store), "--data", pairs, *flags]) == 0
 
-    def make(draws: int, folder: Path = store, shard=(0, 1), pairs: str | None = None) -> Path:
+    def make(draws: int, folder: Path = store, shard=(0, 1), pairs: str | None = None, block: int = 4) -> Path:
         config = parse([*flags, "--data", pairs or str(folder)])[0]
-        return preparing.record_reference(config, folder, draws, shard=shard, block=4)
+        return preparing.record_reference(config, folder, draws, shard=shard, block=block)
 
     return store, make
 
@@ -313,15 +314,12 @@ def test_processes_share_the_work(small):
     assert not (folder / "record.json").exists()
     make(2, shard=(0, 2))
     shared = sums(folder)
-    import shutil
-
     shutil.rmtree(folder)
     assert sums(make(2)) == shared
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_record_is_the_same(small, tmp_path, kills):
-    import shutil
     import time
 
     store, make = small
@@ -332,6 +330,37 @@ def test_killed_at_random_moments_the_record_is_the_same(small, tmp_path, kills)
     kill_until_done(lambda: make(3, killed), random.Random(kills), kills, took)
     assert sums(killed / "reference") == sums(store / "reference")
     assert whole.is_dir() and recorded.verify(killed) == []
+
+
+def test_ctrl_c_keeps_what_is_finished_of_a_block(small, monkeypatch):
+    """The errors are asked for again from the batch after it, and the progress is said batch by batch."""
+    store, make = small
+    straight = sums(make(2))
+    shutil.rmtree(store / "reference")
+    asked, said, errors_of_batch = [], [], preparing._errors_of
+
+    def at_most(count):
+        def errors_of(step, encoder):
+            def errors(batch):
+                if len(asked) == count:
+                    raise KeyboardInterrupt
+                asked.append(batch.position)
+                return inner(batch)
+
+            inner = errors_of_batch(step, encoder)
+            return errors
+
+        monkeypatch.setattr(preparing, "_errors_of", errors_of)
+
+    monkeypatch.setattr(preparing, "progress_line", lambda *a: lambda done, total: said.append((done, total)))
+    for count in (1, 4):
+        at_most(count)
+        with pytest.raises(KeyboardInterrupt):
+            make(2, block=12)
+    at_most(99)
+    folder = make(2, block=12)
+    assert sums(folder) == straight
+    assert asked == [0, 4, 8, 12, 16] and said == [(4, 20), (8, 20), (12, 20), (16, 20), (20, 20)]
 
 
 def test_what_a_kill_left_behind_is_cleared(small):
@@ -372,8 +401,6 @@ def test_damage_is_found_and_named(world, small, tmp_path):
 
 
 def test_a_record_of_other_latents_is_refused(world, small, tmp_path):
-    import shutil
-
     store, make = small
     make(1)
     other = tmp_path / "other"

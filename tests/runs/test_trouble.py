@@ -212,3 +212,21 @@ def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
     data = make_pickapic(tmp_path / "sehr kleine Menge", pairs)
     said = command(capsys, *start, "--data", data, "--batch-size", "4", "--epochs", "0.5")
     assert said.code == 0 and any("step 1/1" in line for line in said.log)
+
+
+def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, capsys):
+    words = [*start, "--steps", "2", "--method", "discounted", "--beta", "500"]
+    assert command(capsys, *words).code == 0
+    out = tmp_path / "out"
+    names = ("config.toml", "summary.json", "tables.json")
+    before = {name: (out / name).read_text() for name in names}
+    changed = ["--steps", "1", "--beta", "900", "--gamma", "0.5", "--learning-rate", "0.1", "--resume", "latest"]
+    said = command(capsys, *words, *changed)
+    assert said.code == 0 and said.warnings("update 2 of 1 was made before: nothing is trained")
+    assert {name: (out / name).read_text() for name in names} == before
+    (out / "config.toml").unlink()
+    (out / "summary.json").unlink()
+    assert command(capsys, *words, *changed).code == 0
+    assert "beta = 500.0" in (out / "config.toml").read_text()
+    found = json.loads((out / "summary.json").read_text())
+    assert (found["status"], found["steps"], found["resolved"]["beta"]) == ("finished", 2, 500.0)

@@ -23,7 +23,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
-from dpo.data.images import FEW_BAD, Micro, square
+from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
@@ -78,7 +78,8 @@ class Filling:
     encode: Encode
     pairs_per_shard: int
     workers: int = 0
-    bad_image_limit: float = 0.01
+    bad_image_limit: float = 0.01  # share of the pairs
+    stop_at_bad: bool = False  # whether the first unreadable image ends it
     first: int = 0  # this process encodes the pairs first..last-1 of the source
     last: int | None = None  # None: to the source's end
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -199,9 +200,11 @@ def _shards(
 ) -> Iterator[dict[str, Any]]:
     """Makes the missing shards, one after another, and yields their entries for the index."""
     source_number = len(index["sources"]) - 1
-    bad = sum(shard["bad"] for shard in index["shards"])
+    bad = sum(_holes(open_shard(task.folder / shard["file"])) for shard in index["shards"])
+    read, last_bad = sum(shard["pairs"] for shard in index["shards"]), "see the log"
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
     first, last = mine[-1]["upto"] if mine else task.first, len(task.source) if task.last is None else task.last
+    begin = first
     skip = _AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
         skip.pass_over(int(task.source[i].key) for i in range(task.first, first))
@@ -218,7 +221,8 @@ def _shards(
                 next_image = _collect(task, pool, wanted, shard, images, captions, next_image)
                 number = len(index["shards"])
                 entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
-                bad += len(shard.bad)
+                bad += _holes(tensors)
+                last_bad = next(reversed(shard.bad.values()), last_bad)
                 entry |= {"source": source_number, "upto": stop, "pairs": len(shard.pairs), "bad": len(shard.bad)}
                 entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": tables_crc(tensors)}
                 images.settle()
@@ -226,15 +230,14 @@ def _shards(
                 first = stop
                 yield entry
                 task.progress(first - task.first, last - task.first)
-                _stop_at(bad, next_image, task, shard)
+                check_bad(bad, read + last - begin, task.bad_image_limit, last_bad)
     finally:
         stream.close()
 
 
-def _stop_at(bad: int, good: int, task: Filling, shard: Shard) -> None:
-    if bad > max(FEW_BAD if task.bad_image_limit else 0, task.bad_image_limit * (bad + good)):
-        last = next(reversed(shard.bad.values()), "see the log")
-        raise UserError(f"{bad} of {bad + good} images are unreadable, the last: {last}; see --bad-image-limit")
+def _holes(shard: Mapping[str, Tensor]) -> int:
+    """The pairs of a shard with an unreadable image."""
+    return int(((shard["pair_win"] == NOWHERE) | (shard["pair_lose"] == NOWHERE)).sum())
 
 
 def _collect(
@@ -247,7 +250,7 @@ def _collect(
     next_image: int,
 ) -> int:
     """Gives every pair of a shard its rows and encodes new images; the number of images in the store afterwards."""
-    waiting: deque[tuple[int, str, Future[Decoded]]] = deque()
+    waiting: deque[tuple[int, ImageRef, str, Future[Decoded]]] = deque()
     decoded: list[Tensor] = []
     rows: list[PairRow] = []
     begin, text_rows = next_image, len(captions.keys)
@@ -255,13 +258,15 @@ def _collect(
     def finish(count: int) -> None:
         nonlocal next_image
         while len(waiting) > count:
-            key, caption, future = waiting.popleft()
+            key, image, caption, future = waiting.popleft()
             try:
                 pixels, micro = future.result()
             except BadImage as error:
                 images.recent[key] = NOWHERE
-                shard.bad[key] = str(error)
-                log.warning("image left out, of %s: %s", excerpt(caption), error)
+                shard.bad[key] = unreadable(image, caption, error)
+                if task.stop_at_bad:
+                    raise UserError(STOPPED.format(shard.bad[key])) from error
+                log.warning("left out: %s", shard.bad[key])
                 continue
             images.recent[key] = next_image
             next_image += 1
@@ -282,7 +287,7 @@ def _collect(
         for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
                 pending.add(key)
-                waiting.append((key, pair.caption, pool.submit(_decode, image, task.settings)))
+                waiting.append((key, image, pair.caption, pool.submit(_decode, image, task.settings)))
         text = caption_key(pair.caption)
         if captions.get(text) is None:
             captions.recent[text] = text_rows + len(shard.captions)

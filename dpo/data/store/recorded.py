@@ -207,6 +207,17 @@ def bands(pieces: list[Piece]) -> dict[tuple[int, int], int]:
     return found
 
 
+def unfinished(folder: Path, pairs: int) -> list[str]:
+    """How to finish the records of a store of so many pairs, a line for each that is not finished."""
+    lines = []
+    for record in sorted((folder / FOLDER).glob("*")):
+        about = about_record(record) or {"pieces": []}
+        lacking = pairs - max((Piece(*entry["piece"]).end for entry in about["pieces"]), default=0)
+        if lacking > 0 or any(path.is_dir() for path in record.iterdir()):
+            lines.append(f"{record} is not finished: run the same python -m dpo.prepare --reference command again")
+    return lines
+
+
 def verify(folder: Path) -> list[str]:
     """What is wrong with the records of a store, a line for each file."""
     wrong = []

@@ -93,8 +93,8 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
     for number, path in enumerate(paths):
         if number % task.shard[1] == task.shard[0] and not path.exists():
             start = begin + number * step
-            write_shard(path, _block(task, pairs, start, min(start + step, -(-end // size) * size)))
-        task.progress(min((number + 1) * step, end - begin), end - begin)
+            stop = min(start + step, -(-end // size) * size)
+            write_shard(path, _block(task, pairs, range(start, stop), path, _said(task, number * step, end - begin)))
     if not all(path.exists() for path in paths):
         return None
     errors = torch.full((piece.last - piece.first, len(pairs), 2), torch.nan)
@@ -112,13 +112,34 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
     return entry | {"piece": place, "shards": number, "store": digest(*contents.sums[:number])}
 
 
-def _block(task: Recording, pairs: StoreSource, start: int, stop: int) -> dict[str, Tensor]:
-    """The N positions start..stop-1 of a run over `pairs`: "errors" [2, N], and the "pair" and "draw" [N] of each."""
-    order = Order(task.decoding.seed, start, task.batch_size, stop)
+def _said(task: Recording, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: task.progress(min(before + done, total), total)
+
+
+def _block(
+    task: Recording, pairs: StoreSource, positions: range, path: Path, said: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """The N `positions` of a run over `pairs`: "errors" [2, N], and the "pair" and "draw" [N] of each.
+
+    What is finished when Ctrl-C comes is written beside `path`, the block's file, and gone on from at the next call.
+    """
+    begun = path.with_suffix(".begun.safetensors")
+    found = [open_shard(begun)] if begun.exists() else []
+    done = sum(len(part["pair"]) for part in found)
+    order = Order(task.decoding.seed, positions.start + done, task.batch_size, positions.stop)
     stream = read(pairs, run_order(pairs, order), task.decoding)
-    found: dict[str, list[Tensor]] = {"pair": [], "draw": [], "errors": []}
-    for (_, indices, epochs), batch in zip(run_order(pairs, order), stream, strict=True):
-        found["pair"].append(torch.tensor(indices))
-        found["draw"].append(torch.tensor(epochs))
-        found["errors"].append(task.errors(batch).float().cpu())
-    return {name: torch.cat(values, dim=-1) for name, values in found.items()}
+    try:
+        for (_, indices, epochs), batch in zip(run_order(pairs, order), stream, strict=True):
+            errors = task.errors(batch).float().cpu()
+            found.append({"pair": torch.tensor(indices), "draw": torch.tensor(epochs), "errors": errors})
+            done += len(indices)
+            said(done)
+    except KeyboardInterrupt:
+        if found:
+            write_shard(begun, _joined(found))
+        raise
+    return _joined(found)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}

@@ -333,6 +333,15 @@ def _finished(folder: Path) -> dict[str, Any]:
     return index
 
 
+def unfinished(folder: Path) -> str:
+    """How much of a store is prepared and how to finish it, as one line; empty for a finished store."""
+    index = read_index(folder) or {"shards": []}
+    if index.get("finished"):
+        return ""
+    pairs = sum(entry["pairs"] for entry in index["shards"])
+    return f"{folder} is not finished, {pairs:,} pairs are prepared: run the same python -m dpo.prepare command again"
+
+
 def _parts(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
     for part in index["parts"]:
         where = folder / part["path"]
@@ -363,20 +372,17 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def verify(folder: Path) -> list[str]:
-    """Reads every byte of a store; returns a line for each file that is wrong, none when all is as it was prepared."""
+    """Reads every byte of a store; returns a line for each file that is wrong, none when all is as it was prepared.
+
+    Of an unfinished store it reads what is there.
+    """
     wrong = []
     try:
-        index = _finished(folder)
-        parts = (
-            [(folder, index)]
-            if "parts" not in index
-            else [(where, _finished(where)) for where in _parts(folder, index)]
-        )
+        index = read_index(folder) or {}
+        places = list(_parts(folder, index)) if "parts" in index else [folder]
+        parts = [(where, read_index(where) or {}) for where in places]
     except DamagedStore as error:
         return [str(error)]
-    except UserError as error:
-        wrong.append(str(error))
-        parts = [(folder, read_index(folder) or {"shards": []})]
     for where, part in parts:
         for entry in part.get("shards", ()):
             try:

@@ -4,14 +4,15 @@ import diffusers
 import pytest
 import torch
 
-from dpo.models.family import NAMES, TextEncoding, families
+from dpo.models.family import TextEncoding, families
 from dpo.models.load import load
+from dpo.settings.families import FAMILIES
 from tests.help.worlds import KINDS
 
 
 def test_every_family_is_told_apart():
     found = families()
-    assert tuple(found) == NAMES and [family.name for family in found.values()] == list(NAMES)
+    assert tuple(found) == FAMILIES and [family.name for family in found.values()] == list(FAMILIES)
     for field in ("pipeline", "single_file_key"):
         assert len({getattr(family, field) for family in found.values()}) == len(found)
     for family in found.values():

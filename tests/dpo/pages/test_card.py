@@ -5,7 +5,10 @@ import shutil
 import pytest
 
 from dpo.pages.card import model_card, write_model_card
+from dpo.tiny.paths import pipeline_path
+from dpo.training import results
 from tests.help.fake_run import KINDS, run_of
+from tests.help.running import make_run
 
 
 @pytest.fixture
@@ -103,4 +106,30 @@ def test_the_card_lies_in_the_run_folder(runs, tmp_path):
         path.parent == tmp_path / "run"
         and path.name == "README.md"
         and path.read_text(encoding="utf-8") == model_card(runs["good"])
+    )
+
+
+def code_of(card, folder):
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "THIS_FOLDER_OR_REPOSITORY" in code
+    return code.replace("THIS_FOLDER_OR_REPOSITORY", str(folder)).replace(
+        '("a prompt")', '("a prompt", num_inference_steps=1)'
+    )
+
+
+def test_the_code_of_an_adapter_on_the_embedded_world_runs(runs, world, tmp_path):
+    model = str(pipeline_path())
+    results.write(make_run(model, world("pairs"), tmp_path, "--lora", "--rank", "2", "--batch-size", "1"))
+    run = runs["lora-gpu"]
+    card = model_card(run._replace(settings={**run.settings, "model": {"model": model}}))
+    found = {}
+    exec(code_of(card, tmp_path), found)
+    assert found["image"].size == (64, 64) and "default_0" in found["pipe"].get_list_adapters()["unet"]
+
+
+def test_the_code_of_other_adapters_names_their_model(runs):
+    assert code_of(model_card(runs["lora-gpu"]), "x") == (
+        "from diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")\n'
+        'pipe.load_lora_weights("x")\nimage = pipe("a prompt", num_inference_steps=1).images[0]\n'
     )

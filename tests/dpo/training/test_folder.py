@@ -10,10 +10,6 @@ from dpo.settings.config import Config, change
 from dpo.training.folder import check_output, clear_output
 from dpo.training.results import NOT_UPLOADED
 
-CLEARED = {
-    "config.toml", "checkpoints", "samples", "summary.json", "tables.json", "README.md", "report.html", "model_index.json",
-    "pytorch_lora_weights.safetensors",
-}  # fmt: skip
 RUNS = ("config.toml", "checkpoints", "model_index.json")
 GUARDED = ("README.md", "report.html", "unet", "vae", "text_encoder")
 FOLDERS = {
@@ -64,14 +60,55 @@ def test_files_that_harm_nobody_are_no_obstacle(tmp_path):
     assert check_output(into(tmp_path)) == tmp_path
 
 
-def test_overwriting_clears_what_could_be_taken_for_this_runs(tmp_path):
-    names = {entry.name for entry in ENTRIES} | {"notes.txt"}
-    put(tmp_path, *names)
+# What a run puts into its folders, and what of a user's may lie beside it there.
+INSIDE = {"checkpoints": "step-00000002", "samples": "step-00000002.png", "tensorboard": "events.out.tfevents.1"}
+OWN = ("notes.txt", "samples/mine.png", "checkpoints/best/policy.safetensors", "tensorboard/other.txt")
+
+
+def everything(folder):
+    """All that a run of any kind leaves."""
+    put(folder, *(entry.name for entry in ENTRIES))
+    for name in FOLDERS | {"tensorboard", "wandb"}:
+        (folder / name / "inner").rmdir()
+        (folder / name / INSIDE.get(name, "inner")).write_text("x")
+    (folder / "samples" / "before").mkdir()
+    (folder / "samples" / "before" / "000.png").write_text("x")
+
+
+def paths(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_overwriting_clears_all_that_a_run_writes_and_nothing_else(tmp_path):
+    everything(tmp_path)
+    before = paths(tmp_path)
     for kept in (into(tmp_path), into(tmp_path, resume="latest")):
         clear_output(tmp_path, kept.output)
-        assert {path.name for path in tmp_path.iterdir()} == names
+        assert paths(tmp_path) == before
+    for name in OWN:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
     clear_output(tmp_path, into(tmp_path, overwrite=True).output)
-    assert {path.name for path in tmp_path.iterdir()} == names - CLEARED
+    assert paths(tmp_path) == set(OWN)
+
+
+def test_overwriting_leaves_no_empty_folders(tmp_path):
+    everything(tmp_path)
+    clear_output(tmp_path, into(tmp_path, overwrite=True).output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_deletes_no_parts_that_no_run_wrote(tmp_path):
+    """Beside a LoRA a unet/ is the user's; a pipeline without a run is his whole."""
+    lora, own = tmp_path / "lora", tmp_path / "own"
+    for folder in (lora, own):
+        folder.mkdir()
+    put(lora, "config.toml", "pytorch_lora_weights.safetensors", "unet", "vae")
+    clear_output(lora, into(lora, overwrite=True).output)
+    assert {path.name for path in lora.iterdir()} == {"unet", "vae"}
+    put(own, "model_index.json", "unet", "README.md")
+    clear_output(own, into(own, overwrite=True).output)
+    assert {path.name for path in own.iterdir()} == {"model_index.json", "unet", "README.md"}
 
 
 def test_the_folder_is_made_when_it_is_not_there(tmp_path):

@@ -18,11 +18,14 @@ from csrc_triton.philox import Stream, uniform
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.data import parquet
+from dpo.data.batch import Decoding
+from dpo.data.batches import batches
+from dpo.data.loader import Reading
 from dpo.data.order import Order, epoch_order
 from dpo.data.sources import describe, open_source, open_sources
 from dpo.data.store import fill
 from dpo.data.store.files import DamagedStore, open_shard, read_index
-from dpo.data.store.store import merge, open_store, read_contents, verify
+from dpo.data.store.store import merge, open_store, read_contents, unfinished, verify
 from dpo.settings.config import Data
 from tests.help import worlds
 from tests.help.children import in_child, kill_until_done
@@ -231,7 +234,9 @@ def test_an_unfinished_store_is_not_used(tmp_path):
 
 
 def test_too_many_unreadable_images_stop_it_and_values_that_overflow_are_refused(tmp_path):
-    with pytest.raises(UserError, match="12 of .* images are unreadable"):
+    with pytest.raises(
+        UserError, match="12 of 30 pairs have an unreadable image, the last: image lose 11 of .*caption 1"
+    ):
         fill.fill(task(tmp_path / "a", Synthetic(30, broken=tuple(range(12))), pairs_per_shard=30))
 
     class Large(Encoders):
@@ -434,3 +439,44 @@ def test_one_image_twice_in_a_large_set_is_a_hole_of_the_store(tmp_path, monkeyp
     order = Order(0, 0, 2, stop=4)
     for batch, plain in zip(stream(stored, CFG, order, 8), stream(source, CFG, order, 8), strict=True):
         assert batch.keys.tolist() == plain.keys.tolist() and batch.usable.tolist() == plain.usable.tolist()
+
+
+def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill.fill(task(tmp_path, Synthetic(20), progress=stop))
+    assert verify(tmp_path) == []
+    assert unfinished(tmp_path) == (
+        f"{tmp_path} is not finished, 8 pairs are prepared: run the same python -m dpo.prepare command again"
+    )
+    assert fill.fill(task(tmp_path, Synthetic(20))) and unfinished(tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("pairs", "broken", "changes", "said"),
+    [
+        (20, 10, {}, None),
+        (30, 10, {"bad_image_limit": 0.2}, None),
+        (20, 11, {}, "11 of 20 pairs have an unreadable image, the last: image lose 10 of "),
+        (10, 6, {}, "6 of 10 pairs have an unreadable image, the last: image lose 5 of "),
+        (9, 1, {"bad_image_limit": 0.0}, "1 of 9 pairs have an unreadable image, the last: image lose 0 of "),
+        (9, 1, {"stop_at_bad": True}, "image lose 0 of .*; leave such pairs out with --on-bad-image skip"),
+    ],
+)
+def test_the_rule_for_unreadable_images_is_that_of_training(tmp_path, pairs, broken, changes, said):
+    """The same pairs, prepared and read as they are."""
+    source = Synthetic(pairs, shared=pairs + 1, broken=tuple(range(broken)))
+    stops = "stop" if changes.get("stop_at_bad") else "skip"
+    reading = Reading(workers=0, on_bad_image=stops, bad_image_limit=changes.get("bad_image_limit", 0.01))
+    ways = (
+        lambda: fill.fill(task(tmp_path, source, pairs_per_shard=5, **changes)),
+        lambda: list(batches(source, Order(0, 0, 2, pairs), Decoding(8, 0), reading, None)),
+    )
+    for way in ways:
+        if said is None:
+            way()
+            continue
+        with pytest.raises(UserError, match=said if way is ways[0] else said.split(" the last")[0].split("0 of")[0]):
+            way()

@@ -1,0 +1,7 @@
+"""The names of the families of models: what --family offers, and what dpo/models/family.py loads. Imports no torch."""
+
+from __future__ import annotations
+
+# The families of models, each a file of that name in dpo/models/. A more special one stands after a more general one:
+# see single_file.family_by_keys.
+FAMILIES = ("sd", "sdxl")
