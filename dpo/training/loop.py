@@ -158,7 +158,7 @@ def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
     Raises Stopped when interrupted: the result is already written, and --resume judges it again.
     """
     try:
-        run.evaluation = outcome.judged(policy, run.device)
+        run.evaluation = outcome.judged(policy, run.device, run.model.scheduler_config)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     except KeyboardInterrupt:
         summary.report(run, "interrupted", "stopped while judging")

@@ -60,10 +60,13 @@ def test_a_grid_without_the_images_before(world, tmp_path):
     assert all(cell.images.keys() == {"after"} for cell in read_grid(samples.write(run)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_saved_folder_draws_the_same_images(world, tmp_path, kind):
+OTHER = ["--prediction-type", "v_prediction", "--zero-snr", "on", "--sample-guidance", "5"]
+
+
+@pytest.mark.parametrize(("kind", "flags"), [*((kind, []) for kind in KINDS), ("sd15", OTHER), ("sdxl", OTHER)])
+def test_the_saved_folder_draws_the_same_images(world, tmp_path, kind, flags):
     """What a run shows and what `from_pretrained` gives from its folder."""
-    run = start(world, tmp_path, *ASKED, kind=kind)
+    run = start(world, tmp_path, *ASKED, *flags, kind=kind)
     with torch.no_grad():
         run.model.denoiser.conv_out.bias.add_(0.3)
     samples.before(run)
