@@ -262,7 +262,7 @@ class Optim:
     eps: float = option(1e-8, "Adam's denominator offset", above=0.0, aliases=("adam_epsilon",), resume="said")
     weight_decay: float = option(1e-2, "decoupled weight decay", low=0.0, aliases=("adam_weight_decay",), resume="said")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: no clipping", low=0.0, resume="said")
-    ema: float = option(0.0, "decay of an averaged copy of the weights; 0: none", low=0.0, high=0.999999, resume="said")
+    ema: float = option(0.0, "decay of an averaged copy of the weights, which is then the result; it warms up; 0: none", low=0.0, high=0.999999, resume="said")
 
     @property
     def betas(self) -> tuple[float, float]:

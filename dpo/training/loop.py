@@ -204,7 +204,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             if run.done % out.log_every == 0 or last:
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
-                held_out = validation.accuracy(run.step, run.held_out)
+                held_out = _held_out(run, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
             progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
@@ -215,6 +215,13 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
         raise UserError(
             "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
         )
+
+
+def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
+    """Held-out accuracy of the weights that are saved: the averaged ones, which is said, where there are any."""
+    with run.updater.averaged():
+        found = validation.accuracy(run.step, pairs)
+    return {**found, "weights": "averaged"} if run.updater.ema else found
 
 
 def _stop(run: Run, trackers: Trackers) -> None:

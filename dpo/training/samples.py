@@ -51,18 +51,19 @@ def _before_paths(run: Run) -> list[Path]:
 
 
 def _drawn(run: Run) -> list[Image.Image]:
-    """Images of the fixed prompts and seeds by the current policy."""
+    """Images of the fixed prompts and seeds by the current policy, with the averaged weights if any."""
     out = run.config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
-    return draw.sample(
-        pipeline_of(run.model),
-        prompts(run),
-        out.sample_seeds,
-        device=run.device,
-        steps=out.sample_steps,
-        guidance=out.sample_guidance,
-        autocast=run.step.autocast,
-    )
+    with run.updater.averaged():
+        return draw.sample(
+            pipeline_of(run.model),
+            prompts(run),
+            out.sample_seeds,
+            device=run.device,
+            steps=out.sample_steps,
+            guidance=out.sample_guidance,
+            autocast=run.step.autocast,
+        )
 
 
 def before(run: Run) -> None:
