@@ -22,7 +22,6 @@ from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
 from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
-from dpo.models.family import Denoiser
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import Config, flatten, to_toml
@@ -142,23 +141,23 @@ def _begin(run: Run, trackers: Trackers) -> None:
 
 def _finish(run: Run, trackers: Trackers) -> None:
     """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
-    policy = results.write(run)
+    results.write(run)
     samples.write(run)
     if run.config.output.judge and outcome.is_embedded(run.model):
-        _judge(run, policy, trackers)
+        _judge(run, trackers)
     summary.report(run, "finished")
     if run.config.output.push_to_hub:
         results.upload(run)
     log.info("done: %s", run.output)
 
 
-def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
+def _judge(run: Run, trackers: Trackers) -> None:
     """Judges the result.
 
     Raises Stopped when interrupted: the result is already written, and --resume judges it again.
     """
     try:
-        run.evaluation = outcome.judged(policy, run.device, run.model.scheduler_config)
+        run.evaluation = outcome.judged(results.trained(run), run.device, run.model.scheduler_config)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     except KeyboardInterrupt:
         summary.report(run, "interrupted", "stopped while judging")
