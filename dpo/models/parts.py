@@ -55,7 +55,9 @@ def _present(place: Path, variant: str | None) -> str | None:
 def pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among the entries of a model_index.json: what is neither a component nor the library's own note."""
     return {
-        name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, (list, tuple))
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and not isinstance(value, (list, tuple))
     }
 
 

@@ -54,8 +54,9 @@ def _pictures(model: Model) -> np.ndarray:
 def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Draw the report prompts with the unchanged UNet and with `policy`, a UNet of the same shape, and compare.
 
-    scheduler: settings of the one that `policy` was trained by; None: the embedded model's. Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object
-    and colour), and how many prompts that was.
+    scheduler: settings of the one that `policy` was trained by; None: the embedded model's. Returns win_rate with its
+    95 % interval, faithfulness before and after (share of images with the caption's object and colour), and how many
+    prompts that was.
     """
     began = time.monotonic()
     log.info(
@@ -63,7 +64,9 @@ def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] 
         PAIRS,
     )
     model, before = _unchanged(device)
-    trained = replace(model, denoiser=policy.to(device).eval(), scheduler_config=dict(scheduler or model.scheduler_config))
+    trained = replace(
+        model, denoiser=policy.to(device).eval(), scheduler_config=dict(scheduler or model.scheduler_config)
+    )
     after = _pictures(trained)
     found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, after)
     log.info(

@@ -147,16 +147,17 @@ class Updater:
             self.scaler.update()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[list[Tensor]]:
         """Inside the block the parameters are the averaged weights, which are the result; without averaging, no change.
 
-        The tensors change places, and nothing is copied but to round the average to the parameters' dtype.
+        Yields the weights in training, whose places those have taken; none without averaging. The tensors change
+        places, and nothing is copied but to round the average to the parameters' dtype.
         """
         live = [p.data for p in self.parameters] if self.ema else []
         try:
             for p, e in zip(self.parameters, self.ema, strict=False):
                 p.data = e.to(p.dtype)
-            yield
+            yield live
         finally:
             for p, value in zip(self.parameters, live, strict=False):
                 p.data = value

@@ -123,12 +123,18 @@ def test_a_schedule_that_is_not_rescaled_any_more():
     config = {"_class_name": "EulerDiscreteScheduler", **NOISE, "rescale_betas_zero_snr": True}
     changed, (line,) = as_trained(config, schedule.from_scheduler(config, zero_snr=False))
     assert changed == {"rescale_betas_zero_snr": False} and line.endswith("rescale_betas_zero_snr False")
-    assert as_trained(config | {"prediction_type": "v_prediction"}, schedule.from_scheduler(config, prediction_type="v_prediction")) == ({}, [])  # fmt: skip
+    config["prediction_type"] = "v_prediction"
+    assert as_trained(config, schedule.from_scheduler(config)) == ({}, [])
 
 
 def test_a_class_that_would_not_read_its_own_setting():
     """PNDM ignores the setting that its config names; the training does not."""
-    config = {"_class_name": "PNDMScheduler", **NOISE, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    config = {
+        "_class_name": "PNDMScheduler",
+        **NOISE,
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    }
     assert as_trained(config, schedule.from_scheduler(config))[0]["_class_name"] == "DDIMScheduler"
 
 
