@@ -20,11 +20,12 @@ RESCALE = "rescale_betas_zero_snr"  # diffusers' name of zero terminal SNR (Lin 
 DDIM = "DDIMScheduler"
 
 
-def _parameters(name: str) -> set[str]:
-    """The settings that diffusers' class of that name reads."""
+def _parameters(name: str) -> dict[str, Any]:
+    """The settings that diffusers' class of that name reads, with their defaults (`inspect.Parameter.empty`: none)."""
     import diffusers
 
-    return set(inspect.signature(getattr(diffusers, name).__init__).parameters)
+    found = inspect.signature(getattr(diffusers, name).__init__).parameters
+    return {key: parameter.default for key, parameter in found.items() if key != "self"}
 
 
 def as_trained(config: Mapping[str, Any], plan: Schedule) -> tuple[dict[str, Any], list[str]]:
@@ -63,6 +64,14 @@ def scheduler_of(model: Model) -> DDIMScheduler:
     return kind.from_config(model.scheduler_config)
 
 
+def settings_of(model: Model) -> dict[str, Any]:
+    """The settings of the model's pipeline: the class's defaults, the source's, and what the family leaves out."""
+    read = _parameters(model.family.pipeline)
+    defaults = {name: value for name, value in read.items() if value is not inspect.Parameter.empty}
+    own = {name: value for name, value in model.pipeline_config.items() if name in read}
+    return defaults | own | model.family.pipeline_options(model)
+
+
 def pipeline_of(model: Model, denoiser: Denoiser | None = None) -> Pipeline:
     """A pipeline over the loaded modules (shared, not copied), with `denoiser` in place of the model's own.
 
@@ -74,7 +83,4 @@ def pipeline_of(model: Model, denoiser: Denoiser | None = None) -> Pipeline:
     parts: dict[str, Any] = {family.denoiser: denoiser if denoiser is not None else model.denoiser, "vae": model.vae}
     parts |= dict(zip(family.tokenizers, model.tokenizers, strict=True))
     parts |= {name: encoder for (name, _), encoder in zip(family.text_encoders, model.text_encoders, strict=True)}
-    read = _parameters(family.pipeline)
-    settings = {name: value for name, value in model.pipeline_config.items() if name in read}
-    options = settings | family.pipeline_options(model)
-    return getattr(diffusers, family.pipeline)(**options | parts, scheduler=scheduler_of(model))
+    return getattr(diffusers, family.pipeline)(**settings_of(model) | parts, scheduler=scheduler_of(model))
