@@ -14,10 +14,14 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
 Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
+
+BATCH = 4  # images at a time
+TILE = 512  # pixels of a side that the VAE decodes at once where memory is short
 
 
 @torch.no_grad()
@@ -30,20 +34,22 @@ def sample(
     steps: int,
     guidance: float,
     size: int | None = None,
-    batch: int = 4,
+    batch: int = BATCH,
     autocast: torch.dtype | None = None,
+    frugal: bool = False,
 ) -> list[Image.Image]:
     """One image for every prompt and seed, prompt by prompt.
 
     device: where all modules run; steps: sampling steps; guidance: guidance scale; size: pixels of a side, None for the
-    model's own; batch: images at a time; autocast: the precision that the policy is trained under. The modules' devices
-    and modes and the pipeline's scheduler are restored afterwards.
+    model's own; batch: images at a time; autocast: the precision that the policy is trained under; frugal: decode one
+    image at a time, and one larger than TILE in tiles (which meet in a blend: the image differs slightly), and keep no
+    casts of the weights. The modules' devices and modes and the pipeline's scheduler are restored afterwards.
     """
     tasks = [(prompt, seed) for prompt in prompts for seed in seeds]
     device = torch.device(device)
-    context = torch.autocast(device.type, autocast) if autocast is not None else nullcontext()
+    context = torch.autocast(device.type, autocast, cache_enabled=not frugal) if autocast else nullcontext()
     images: list[Image.Image] = []
-    with _borrowed(pipe, device), context:
+    with _borrowed(pipe, device), _tiled(pipe.vae) if frugal else nullcontext(), context:
         for start in range(0, len(tasks), batch):
             part = tasks[start : start + batch]
             result = pipe(
@@ -56,6 +62,23 @@ def sample(
             )
             images.extend(result.images)
     return images
+
+
+@contextmanager
+def _tiled(vae: AutoencoderKL) -> Iterator[None]:
+    """Inside the block `vae` decodes one image at a time, in tiles of at most TILE pixels."""
+    names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    before = {name: getattr(vae, name) for name in names}
+    vae.enable_slicing()
+    vae.enable_tiling()
+    if vae.tile_sample_min_size > TILE:
+        vae.tile_latent_min_size = vae.tile_latent_min_size * TILE // vae.tile_sample_min_size
+        vae.tile_sample_min_size = TILE
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(vae, name, value)
 
 
 @contextmanager

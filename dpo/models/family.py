@@ -79,11 +79,13 @@ class Model:
     vae: Vae
     text_encoders: list[TextEncoder]
     tokenizers: list[CLIPTokenizer]
-    scheduler_config: dict[str, Any]  # of the diffusers scheduler; "prediction_type" is final, after any override
+    scheduler_config: dict[str, Any]  # of the diffusers scheduler; once settings are decided: of what is trained
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
     merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
+    pipeline_config: dict[str, Any] = field(default_factory=dict)  # settings of the source's model_index.json
+    resampled: dict[str, Any] = field(default_factory=dict)  # where scheduler_config departs from the source's
 
     @property
     def prediction_type(self) -> str:

@@ -18,7 +18,7 @@ from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import component, is_turbo, other_vae, variants
+from dpo.models.parts import component, is_turbo, other_vae, pipeline_settings, variants
 from dpo.models.single_file import load_single_file
 from dpo.models.weights import UNET, fill, load_file_into
 
@@ -101,6 +101,7 @@ def load(
         source=model,
         folder=place,
         turbo=is_turbo(model, scheduler_config),
+        pipeline_config=pipeline_settings(index),
     )
 
 

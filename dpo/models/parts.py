@@ -52,6 +52,15 @@ def _present(place: Path, variant: str | None) -> str | None:
     return taken or None
 
 
+def pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the entries of a model_index.json: what is neither a component nor the library's own note."""
+    return {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and not isinstance(value, (list, tuple))
+    }
+
+
 def _advice(place: Path) -> str:
     """The end of the message on a module that cannot be loaded from `place`: what to do, by the files that it has."""
     found = variants(place)

@@ -13,6 +13,7 @@ from dpo.common.errors import UserError
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import load
+from dpo.models.pipeline import as_trained, settings_of
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 
@@ -69,7 +70,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         native_resolution=model.native_resolution,
         turbo=model.turbo,
         num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
-        empty_is_zeros=bool(model.family.pipeline_options(model).get("force_zeros_for_empty_prompt")),
+        empty_is_zeros=bool(settings_of(model).get("force_zeros_for_empty_prompt")),
     )
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
     config, decided = resolve(config, facts, has)
@@ -80,8 +81,9 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         turbo=config.model.timesteps == "turbo",
         zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
     )
-    model.scheduler_config["prediction_type"] = plan.prediction_type  # for sample images and the saved pipeline too
-    return config, model, plan, decided
+    model.resampled, said = as_trained(model.scheduler_config, plan)
+    model.scheduler_config |= model.resampled  # of sample images and of what is saved
+    return config, model, plan, [*decided, *said]
 
 
 def cast(model: Model, precision: str, vae: str = "auto") -> None:

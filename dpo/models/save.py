@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.common.files import discard, follow_umask, replace
 from dpo.models import lora as lora_layers
@@ -46,7 +47,7 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
-    """Writes the whole pipeline with `denoiser` (a CPU copy in fp32) so that `from_pretrained(folder)` loads it."""
+    """Writes the whole pipeline with `denoiser` (on the CPU, in fp32) so that `from_pretrained(folder)` loads it."""
     with _staged(folder) as part:
         pipeline_of(model, denoiser).save_pretrained(part, safe_serialization=True)
 
@@ -60,12 +61,22 @@ def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) ->
         lora_layers.save(denoiser, model.family, part, layout, model.merged)
 
 
-def detached(denoiser: Denoiser, weights: dict[str, Tensor] | None = None) -> Denoiser:
-    """A CPU copy of `denoiser` in fp32 (or wider), where `weights`, such as the averaged ones, replace its own."""
-    twin = copy.deepcopy(denoiser).to("cpu")
-    twin = twin if twin.dtype == torch.float64 else twin.float()
-    parameters = dict(twin.named_parameters())
-    with torch.no_grad():
-        for name, value in (weights or {}).items():
-            parameters[name].copy_(value)
-    return twin
+def detached(denoiser: Denoiser, weights: Mapping[str, Tensor] | None = None) -> Denoiser:
+    """`denoiser` on the CPU in fp32 (or wider), where `weights`, such as the averaged ones, replace its own.
+
+    Its tensors go to the host one by one, and only the modules around them are copied: the device needs no memory for
+    it. A tensor that is on the CPU in that dtype already is shared, not copied.
+    """
+    host: dict[int, Any] = {}  # what stands for each tensor when the modules are copied
+    for name, parameter in denoiser.named_parameters():
+        value = _on_host((weights or {}).get(name, parameter))
+        host[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for buffer in denoiser.buffers():
+        host[id(buffer)] = _on_host(buffer)
+    return copy.deepcopy(denoiser, host)
+
+
+def _on_host(value: Tensor) -> Tensor:
+    """On the host first, then widened: the device never holds the wide tensor."""
+    value = value.detach().to("cpu")
+    return value.float() if value.is_floating_point() and value.dtype != torch.float64 else value

@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.family import Family, Model, families
-from dpo.models.parts import is_turbo, other_vae
+from dpo.models.parts import is_turbo, other_vae, pipeline_settings
 
 
 def family_by_keys(names: set[str]) -> Family:
@@ -67,4 +67,5 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
         source=str(path),
         folder=None,
         turbo=is_turbo(str(path), scheduler_config),
+        pipeline_config=pipeline_settings(pipe.config),
     )

@@ -121,9 +121,20 @@ def _usage(run: RunFolder) -> str:
         "from diffusers import DiffusionPipeline\n"
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
         + f"\npipe = DiffusionPipeline.from_pretrained({'pipeline_path()' if within else json.dumps(run.model_name)})\n"
-        f"{begun}"
+        f"{begun}{_scheduler(run)}"
         'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
     )
+
+
+def _scheduler(run: RunFolder) -> str:
+    """The lines that give the base model the scheduler that an adapter was trained by; none where it is the base's."""
+    changed = dict(run.summary.get("scheduler") or {})
+    if not changed:
+        return ""
+    kind = changed.pop("_class_name", None)
+    imported = f"from diffusers import {kind}\n" if kind else ""
+    options = "".join(f", {name}={value!r}" for name, value in changed.items())
+    return f"{imported}pipe.scheduler = {kind or 'type(pipe.scheduler)'}.from_config(pipe.scheduler.config{options})\n"
 
 
 def _training(run: RunFolder) -> list[tuple[str, Any]]:

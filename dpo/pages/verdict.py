@@ -176,6 +176,8 @@ def _findings(run: RunFolder) -> list[str]:
             f"On {learned.cases:,} pairs that it never trained on, the model sides with the preferred image in "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); guessing gives 50%."
         )
+        if run.validations[-1].get("weights") == "averaged":
+            found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")
     elif accuracy is not None and run.pairwise:
         found.append(
             f"On the pairs it was trained on, the model sides with the preferred image in {accuracy:.0%}; guessing gives 50%."

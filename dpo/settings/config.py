@@ -263,7 +263,13 @@ class Optim:
     eps: float = option(1e-8, "Adam's denominator offset", above=0.0, aliases=("adam_epsilon",), resume="said")
     weight_decay: float = option(1e-2, "decoupled weight decay", low=0.0, aliases=("adam_weight_decay",), resume="said")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this; 0: no clipping", low=0.0, resume="said")
-    ema: float = option(0.0, "decay of an averaged copy of the weights; 0: none", low=0.0, high=0.999999, resume="said")
+    ema: float = option(
+        0.0,
+        "decay of averaged weights, which are then the result; it warms up; 0: none",
+        low=0.0,
+        high=0.999999,
+        resume="said",
+    )
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -359,6 +365,7 @@ class Output:
         aliases=("validation_steps",),
         resume="free",
     )
+    samples: bool = option(True, "draw sample images before, during and after the training", resume="free")
     sample_every: int = option(
         0, "updates between sample grids; 0: only at the end", unit="updates", low=0, resume="free"
     )
@@ -371,6 +378,13 @@ class Output:
     )
     sample_guidance: float | None = option(
         None, "guidance scale; none: 7.5 (SD), 5 (SDXL), 0 (Turbo)", low=0.0, resume="free"
+    )
+    sample_batch: int | None = option(
+        None,
+        "sample images drawn at a time; none: 4, or 1 where the GPU is short of memory",
+        unit="images",
+        low=1,
+        resume="free",
     )
     tensorboard: bool = option(False, "write TensorBoard events too", resume="free")
     wandb: bool = option(False, "log to Weights & Biases too", resume="free")

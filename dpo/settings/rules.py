@@ -16,6 +16,7 @@ from dpo.settings.fields import Spec, brief
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # read with --lora alone
+DRAWN = ("sample_every", "sample_prompts", "sample_seeds", "sample_steps", "sample_guidance", "sample_batch")
 ADAM = ("adam_beta1", "adam_beta2", "eps")
 AUTOCAST = {"fp32", "bf16", "fp16"}  # precisions that keep fp32 weights
 REFUSED = {"label_smoothing", "sft_weight"}  # refused, not only noted, with a method that does not read them
@@ -104,6 +105,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (not v.caption_dropout, ("dropped_caption",), "without --caption-dropout"),
         (v.steps is not None, ("epochs",), "because --steps is given"),
         (not v.push_to_hub, ("hub_id",), "without --push-to-hub"),
+        (not v.samples, DRAWN, "with --no-samples"),
     ]
     return [
         f"{spec.flag} has no effect {why}"

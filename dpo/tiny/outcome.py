@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
-from dpo.models.family import Model
+from dpo.models.family import Denoiser, Model
 from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
 from dpo.tiny import judge, paths, prompts
 from dpo.tiny.evaluate import compare, draw
 
 if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 log = logging.getLogger("dpo")
@@ -38,29 +37,37 @@ def is_embedded(model: Model) -> bool:
 
 
 @cache
-def _unchanged(device: torch.device) -> tuple[Callable[[UNet2DConditionModel], np.ndarray], np.ndarray]:
-    """(what draws the report prompts with a UNet, pictures of the unchanged one), kept for the process."""
-    pipe = cast("StableDiffusionPipeline", pipeline_of(load(str(paths.pipeline_path()))))
-    for module in (pipe.unet, pipe.text_encoder, pipe.vae):
+def _unchanged(device: torch.device) -> tuple[Model, np.ndarray]:
+    """(the embedded model, its pictures of the report prompts), kept for the process."""
+    model = load(str(paths.pipeline_path()))
+    for module in (model.denoiser, *model.text_encoders, model.vae):
         module.to(device)
+    return model, _pictures(model)
+
+
+def _pictures(model: Model) -> np.ndarray:
     listed = prompts.prompts("report")
-    pictures = partial(draw, pipe, listed.captions[:PAIRS], listed.seeds[:PAIRS])
-    return pictures, pictures(pipe.unet)
+    pipe = cast("StableDiffusionPipeline", pipeline_of(model))
+    return draw(pipe, listed.captions[:PAIRS], listed.seeds[:PAIRS])
 
 
-def judged(policy: nn.Module, device: torch.device) -> dict[str, Any]:
+def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Draw the report prompts with the unchanged UNet and with `policy`, a UNet of the same shape, and compare.
 
-    Returns win_rate with its 95 % interval, faithfulness before and after (share of images with the caption's object
-    and colour), and how many prompts that was.
+    scheduler: settings of the one that `policy` was trained by; None: the embedded model's. Returns win_rate with its
+    95 % interval, faithfulness before and after (share of images with the caption's object and colour), and how many
+    prompts that was.
     """
     began = time.monotonic()
     log.info(
         "judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores",
         PAIRS,
     )
-    pictures, before = _unchanged(device)
-    after = pictures(cast("UNet2DConditionModel", policy.eval()))
+    model, before = _unchanged(device)
+    trained = replace(
+        model, denoiser=policy.to(device).eval(), scheduler_config=dict(scheduler or model.scheduler_config)
+    )
+    after = _pictures(trained)
     found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, after)
     log.info(
         "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",

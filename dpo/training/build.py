@@ -317,6 +317,12 @@ def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
         f"{sum(p.numel() for p in parameters):,}",
         sum(p.numel() for p in denoiser.parameters()) / 1e6,
     )
+    if optim.ema:
+        log.info(
+            "averaged weights (--ema %g): they are the result, and held-out accuracy and sample images are theirs; "
+            "the figures of each update are of the weights in training",
+            optim.ema,
+        )
     return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
 
 

@@ -21,7 +21,6 @@ from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
 from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
-from dpo.models.family import Denoiser
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import Config, flatten, to_toml
@@ -142,23 +141,23 @@ def _begin(run: Run, trackers: Trackers) -> None:
 
 def _finish(run: Run, trackers: Trackers) -> None:
     """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
-    policy = results.write(run)
+    results.write(run)
     samples.write(run)
     if run.config.output.judge and outcome.is_embedded(run.model):
-        _judge(run, policy, trackers)
+        _judge(run, trackers)
     summary.report(run, "finished")
     if run.config.output.push_to_hub:
         results.upload(run)
     log.info("done: %s", run.output)
 
 
-def _judge(run: Run, policy: Denoiser, trackers: Trackers) -> None:
+def _judge(run: Run, trackers: Trackers) -> None:
     """Judges the result.
 
     Raises Stopped when interrupted: the result is already written, and --resume judges it again.
     """
     try:
-        run.evaluation = outcome.judged(policy, run.device)
+        run.evaluation = outcome.judged(results.trained(run), run.device, run.model.scheduler_config)
         trackers.event({"event": "judged", "step": run.done, **run.evaluation})
     except KeyboardInterrupt:
         summary.report(run, "interrupted", "stopped while judging")
@@ -204,7 +203,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             if run.done % out.log_every == 0 or last:
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
-                held_out = validation.accuracy(run.step, run.held_out)
+                held_out = _held_out(run, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
             progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
@@ -215,6 +214,13 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
         raise UserError(
             "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
         )
+
+
+def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
+    """Held-out accuracy of the weights that are saved: the averaged ones, which is said, where there are any."""
+    with run.updater.averaged():
+        found = validation.accuracy(run.step, pairs)
+    return {**found, "weights": "averaged"} if run.updater.ema else found
 
 
 def _stop(run: Run, trackers: Trackers) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +31,15 @@ def learning_rate(
     return (
         peak * {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[scheduler]
     )
+
+
+def averaging_decay(decay: float, done: int) -> float:
+    """The decay of the averaged weights in an update after `done` others: it warms up.
+
+    With a plain decay of 0.9999 the weights before training would still count 82 % after 2000 updates. The rule is
+    that of TensorFlow's ExponentialMovingAverage.
+    """
+    return min(decay, (1 + done) / (10 + done))
 
 
 def build(
@@ -105,10 +116,10 @@ class Updater:
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
 
     @torch.no_grad()
-    def update(self, lr: float, norm: Tensor) -> None:
+    def update(self, lr: float, norm: Tensor, done: int = 0) -> None:
         """One optimizer step at learning rate `lr`, clipped by `norm`, the global norm from `grad_norm`.
 
-        Also updates the averaged weights, and drops the gradients.
+        Also updates the averaged weights, and drops the gradients. done: updates made before this one.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -123,7 +134,7 @@ class Updater:
             torch._foreach_lerp_(
                 self.ema,
                 [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)],
-                1 - self.ema_decay,
+                1 - averaging_decay(self.ema_decay, done),
             )
         self.drop()
 
@@ -134,6 +145,22 @@ class Updater:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[list[Tensor]]:
+        """Inside the block the parameters are the averaged weights, which are the result; without averaging, no change.
+
+        Yields the weights in training, whose places those have taken; none without averaging. The tensors change
+        places, and nothing is copied but to round the average to the parameters' dtype.
+        """
+        live = [p.data for p in self.parameters] if self.ema else []
+        try:
+            for p, e in zip(self.parameters, self.ema, strict=False):
+                p.data = e.to(p.dtype)
+            yield live
+        finally:
+            for p, value in zip(self.parameters, live, strict=False):
+                p.data = value
 
     def drop(self) -> None:
         """Drops the gradients."""

@@ -20,18 +20,19 @@ log = logging.getLogger("dpo")
 NOT_UPLOADED = [*(f"{entry.name}/**" for entry in ENTRIES if not entry.uploaded), ".*"]
 
 
-def write(run: Run) -> Denoiser:
-    """Writes the result in diffusers layout.
-
-    Returns its denoiser: a copy on the CPU, with the averaged weights if any.
-    """
-    weights = dict(zip(run.updater.names, run.updater.ema, strict=True)) if run.updater.ema else None
-    denoiser = detached(run.model.denoiser, weights)
+def write(run: Run) -> None:
+    """Writes the result in diffusers layout: a whole pipeline, or an adapter, of which nothing else is touched."""
     if run.config.lora.lora:
-        save_lora(run.model, denoiser, run.output, layout=run.config.lora.lora_format)
+        with run.updater.averaged():
+            save_lora(run.model, run.model.denoiser, run.output, layout=run.config.lora.lora_format)
     else:
-        save_pipeline(_untouched(run), denoiser, run.output)
-    return denoiser
+        save_pipeline(_untouched(run), trained(run), run.output)
+
+
+def trained(run: Run) -> Denoiser:
+    """The denoiser that is the result: on the CPU in fp32, with the averaged weights if any."""
+    weights = dict(zip(run.updater.names, run.updater.ema, strict=True)) if run.updater.ema else None
+    return detached(run.model.denoiser, weights)
 
 
 def upload(run: Run) -> None:
@@ -56,4 +57,5 @@ def _untouched(run: Run) -> Model:
     """The model with its components in fp32: in half precision the run's text encoders and VAE are rounded."""
     if run.model.vae.dtype == torch.float32:
         return run.model
-    return replace(load_named(run.config), scheduler_config=run.model.scheduler_config)
+    own = run.model  # its denoiser stands here for the one that was just read, which is not kept
+    return replace(load_named(run.config), denoiser=own.denoiser, scheduler_config=own.scheduler_config)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.drawing import draw, grid
-from dpo.models.pipeline import pipeline_of
+from dpo.common.words import first_line
+from dpo.drawing import draw, grid, memory
+from dpo.models.pipeline import Pipeline, pipeline_of
 from dpo.pages.folder import SAMPLES
 from dpo.settings.config import Output
+from dpo.training import checkpoint
 from dpo.training.run import Run
+
+log = logging.getLogger("dpo")
 
 DEFAULT_PROMPTS = 4
 
@@ -50,33 +57,78 @@ def _before_paths(run: Run) -> list[Path]:
     return [run.output / SAMPLES / "before" / f"{index:03d}.png" for index in range(count)]
 
 
-def _drawn(run: Run) -> list[Image.Image]:
-    """Images of the fixed prompts and seeds by the current policy."""
+def _drawn(run: Run) -> list[Image.Image] | None:
+    """Images of the fixed prompts and seeds by the current policy, with the averaged weights if any.
+
+    None where the GPU has no memory for them: the log says so, and training goes on.
+    """
+    with run.updater.averaged() as unused:
+        pipe = pipeline_of(run.model)
+        batch, frugal = _within(run, pipe)
+        states = checkpoint.pack(run.updater.optimizer.state_dict())[0].values()
+        with memory.aside([*unused, *states]) if frugal else nullcontext():
+            return _sampled(run, pipe, batch, frugal)  # has let go of its memory when the states come back
+
+
+def _sampled(run: Run, pipe: Pipeline, batch: int, frugal: bool) -> list[Image.Image] | None:
     out = run.config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
-    return draw.sample(
-        pipeline_of(run.model),
-        prompts(run),
-        out.sample_seeds,
-        device=run.device,
-        steps=out.sample_steps,
-        guidance=out.sample_guidance,
-        autocast=run.step.autocast,
-    )
+    try:
+        return draw.sample(
+            pipe,
+            prompts(run),
+            out.sample_seeds,
+            device=run.device,
+            steps=out.sample_steps,
+            guidance=out.sample_guidance,
+            batch=batch,
+            autocast=run.step.autocast,
+            frugal=frugal,
+        )
+    except torch.OutOfMemoryError as error:
+        fewer = "" if batch == 1 else ", or draw fewer at a time with --sample-batch 1"
+        log.warning(
+            "out of GPU memory while drawing sample images (%s): these are left out, and training goes on; leave them "
+            "all out with --no-samples%s",
+            first_line(error).split(". ")[0],
+            fewer,
+        )
+    torch.cuda.empty_cache()  # only now: while the error is handled, its frames hold what was allocated
+    return None
+
+
+def _within(run: Run, pipe: Pipeline) -> tuple[int, bool]:
+    """How many images are drawn at a time, and whether memory is short, so that room must be made and little taken."""
+    asked, room = run.config.output.sample_batch, memory.free(run.device)
+    wanted = asked or draw.BATCH
+    need = memory.needed(pipe, run.device, wanted, run.step.autocast)
+    if room is None or need <= room:
+        return wanted, False
+    log.info(
+        "sample images: %.1f GiB wanted, %.1f GiB free, so %d at a time, the VAE in tiles, the optimizer's state on the host",
+        need / 2**30, room / 2**30, asked or 1,
+    )  # fmt: skip
+    return asked or 1, True
 
 
 def before(run: Run) -> None:
     """Draws the images of the unchanged model, which is the policy before its first update; a resumed run has them."""
-    if run.done:
+    if run.done or not run.config.output.samples:
         return
-    for path, image in zip(_before_paths(run), _drawn(run), strict=True):
+    for path, image in zip(_before_paths(run), _drawn(run) or []):
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
 
 
-def write(run: Run) -> Path:
-    """Draws the fixed prompts with the current policy; writes a PNG grid with the unchanged model's images beside."""
-    columns = {"after": _drawn(run)}
+def write(run: Run) -> Path | None:
+    """Draws the fixed prompts with the current policy; writes a PNG grid with the unchanged model's images beside.
+
+    None where no images are wanted or there is no memory for them.
+    """
+    drawn = _drawn(run) if run.config.output.samples else None
+    if drawn is None:
+        return None
+    columns = {"after": drawn}
     if all(path.exists() for path in _before_paths(run)):
         columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}
     return grid.write_grid(

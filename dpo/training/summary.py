@@ -62,6 +62,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "parameters": sum(p.numel() for p in model.denoiser.parameters()),
             "trained parameters": trained,
         },
+        "scheduler": model.resampled,
         "data": run.source.summary
         | {"usable": len(run.source), "held out": len(run.held_out_source) if run.held_out_source else 0},
         "resolved": {

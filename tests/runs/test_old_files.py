@@ -17,7 +17,7 @@ from dpo.data.store import recorded, store
 from dpo.settings.flags import parse
 from dpo.training.build import build
 from tests.help.commands import command
-from tests.help.running import everything
+from tests.help.running import advance, everything
 
 OLD = Path(__file__).parents[1] / "golden" / "v0.1"
 QUIET = [
@@ -109,6 +109,15 @@ def test_every_tensor_of_an_old_checkpoint_is_put_back(old):
     assert saved["tables.correction"].any() and any(
         value.any() for name, value in saved.items() if name.startswith("optimizer.")
     )
+
+
+def test_old_averaged_weights_go_on_with_the_decay_of_their_update(old):
+    run = build(*parse(RESUMED))
+    before = [average.clone() for average in run.updater.ema]
+    advance(run, 1)
+    rest = 1 - 3 / 12  # after two updates: below the 0.9 asked for
+    for average, value, parameter in zip(run.updater.ema, before, run.updater.parameters, strict=True):
+        torch.testing.assert_close(average, value.lerp(parameter.detach(), rest), rtol=1e-6, atol=1e-8)
 
 
 def test_an_old_run_goes_on_as_it_would_have(old, capsys):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo.drawing import draw
 from dpo.drawing.draw import sample
 from dpo.drawing.grid import read_grid, write_grid
 from dpo.models.load import load
@@ -84,6 +85,24 @@ def test_autocast_draws(model):
         pipeline_of(model), PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16
     )
     assert np.asarray(image).std() > 0
+
+
+def test_where_memory_is_short_the_vae_works_in_tiles(model, monkeypatch):
+    """An image no larger than a tile is the same bit for bit; a larger one nearly; the VAE is then as it was."""
+    pipe = pipeline_of(model)
+    settings = {"device": "cpu", "steps": 2, "guidance": 2.0, "batch": 1}
+    usual = arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings))
+    assert np.array_equal(usual, arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings, frugal=True)))
+    tiles = []
+    decode = model.vae.decoder.forward
+    monkeypatch.setattr(model.vae.decoder, "forward", lambda z, *a: tiles.append(z.shape) or decode(z, *a))
+    monkeypatch.setattr(draw, "TILE", 16)
+    tiled = arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings | {"batch": 2}, frugal=True))
+    assert max(shape[-1] for shape in tiles) == 4 and {shape[0] for shape in tiles} == {1}
+    assert tiled.shape == usual.shape and np.abs(tiled.astype(int) - usual).mean() < 40
+    vae = model.vae
+    assert not vae.use_tiling and not vae.use_slicing
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (32, 8)
 
 
 def flat(colour, side=200):

@@ -13,6 +13,7 @@ from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
 from dpo.models.save import detached, save_lora, save_pipeline
+from tests.help.allocations import Allocations
 from tests.help.worlds import KINDS, make_pipeline
 
 
@@ -156,6 +157,19 @@ def test_detached_copy(models):
         twin.conv_in.weight.zero_()
     assert half.conv_in.weight.any()
     assert detached(copy.deepcopy(half).double()).dtype == torch.float64
+
+
+def test_a_copy_allocates_each_tensor_once_on_the_host(models, monkeypatch):
+    """Nothing is copied where it lies, in the dtype it has: that copy would be made on the device."""
+    unet = copy.deepcopy(models["sdxl"].denoiser).bfloat16()
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", None)
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", None)
+    with Allocations() as made:
+        twin = detached(unet)
+    assert made.elements == sum(p.numel() for p in unet.parameters()) and twin.dtype == torch.float32
+    with Allocations() as made:
+        again = detached(twin)
+    assert not made.elements and same(again, twin), "what is on the host in that dtype already is shared"
 
 
 def test_averaged_weights_take_their_place(models):

@@ -2,6 +2,7 @@
 
 import shutil
 
+import diffusers
 import pytest
 
 from dpo.pages.card import model_card, write_model_card
@@ -81,7 +82,26 @@ def test_what_a_reader_needs(runs):
         and "load_lora_weights" not in card
     )
     assert "2411.14871" in model_card(runs["dde"]) and "2311.12908" not in model_card(runs["sft"])
-    assert 'load_lora_weights("' in model_card(runs["lora-gpu"])
+    assert 'load_lora_weights("' in model_card(runs["lora-gpu"]) and "scheduler" not in _use(runs["lora-gpu"])
+
+
+def _use(run):
+    return model_card(run).partition("## Use")[2].partition("## Training")[0]
+
+
+@pytest.mark.parametrize("kind", [None, "DDIMScheduler"])
+def test_an_adapter_is_used_with_the_scheduler_that_it_was_trained_by(runs, kind):
+    """The base model brings its own; the lines that change it run as they stand."""
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    changed |= {"_class_name": kind, "clip_sample": False} if kind else {}
+    run = runs["lora-gpu"]
+    run = run._replace(summary={**run.summary, "scheduler": changed})
+    code = _use(run).partition("```python")[2].partition("```")[0]
+    base = diffusers.DDIMScheduler() if kind is None else diffusers.PNDMScheduler()
+    pipe = type("Pipe", (), {"scheduler": base})()
+    exec("\n".join(line for line in code.splitlines() if "scheduler" in line.lower()), {"pipe": pipe})
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    assert all(pipe.scheduler.config[name] == value for name, value in changed.items() if name[0] != "_")
 
 
 def test_an_interrupted_run_says_so(runs):

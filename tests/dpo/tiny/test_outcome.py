@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
 from dpo import train
-from dpo.tiny import outcome
+from dpo.models.load import load
+from dpo.tiny import outcome, paths
 
 FLAGS = [
     "--preset",
@@ -59,6 +62,19 @@ def test_a_resumed_run_is_judged_and_says_that_nothing_was_left_to_train(unjudge
     assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in capsys.readouterr().err
     found = summary(again)["evaluation"]
     assert found["prompts"] == 4 and 0 <= found["win_rate"] <= 1 and found["faithfulness_before"] > 0.7
+
+
+def test_what_is_judged_is_drawn_by_the_scheduler_of_its_training(few_prompts, monkeypatch):
+    seen = []
+
+    def drawn(pipe, captions, seeds):
+        seen.append(pipe.scheduler.config.prediction_type)
+        return np.zeros((len(captions), 64, 64, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(outcome, "draw", drawn)
+    model = load(str(paths.pipeline_path()))
+    outcome.judged(model.denoiser, torch.device("cpu"), model.scheduler_config | {"prediction_type": "v_prediction"})
+    assert seen == ["epsilon", "v_prediction"]
 
 
 def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,13 @@
 """dpo.optimizer: learning rates, the mean over usable pairs, clipping, loss scaling, averaged weights, fallbacks."""
 
+import contextlib
 import logging
 import math
 
 import pytest
 import torch
 
-from dpo.training.optimizer import Updater, build, learning_rate
+from dpo.training.optimizer import Updater, averaging_decay, build, learning_rate
 
 
 def lr(step: int, scheduler: str = "constant", **options) -> float:
@@ -149,14 +150,43 @@ def test_averaged_weights():
     made = updater(ema_decay=0.9)
     expected = [p.detach().clone() for p in made.parameters]
     start = [p.detach().clone() for p in made.parameters]
-    for _ in range(5):
+    for done in (0, 1, 8, 200):  # decay 1/10, 2/11, 1/2, and 0.9 from update 80 on
         give_gradients(made, 0.1)
-        made.update(0.5, made.grad_norm(1.0))
-        expected = [0.9 * e + 0.1 * p.detach() for e, p in zip(expected, made.parameters, strict=True)]
+        made.update(0.5, made.grad_norm(1.0), done)
+        decay = min(0.9, (1 + done) / (10 + done))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, made.parameters, strict=True)]
     for average, value, first, parameter in zip(made.ema, expected, start, made.parameters, strict=True):
         torch.testing.assert_close(average, value)
         assert not torch.equal(average, first) and not torch.equal(average, parameter.detach())
         assert not average.requires_grad
+
+
+def test_the_start_is_forgotten():
+    """What a short run began with has no weight in the average of a large decay: 0.9999 ** 2000 is 82 %."""
+    assert math.prod(averaging_decay(0.9999, done) for done in range(2000)) < 1e-20
+    assert averaging_decay(0.9999, 10**6) == 0.9999 and averaging_decay(0.0, 50) == 0.0
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_averaged_weights_change_places_with_those_in_training(failing):
+    made = updater(ema_decay=0.9)
+    give_gradients(made)
+    made.update(0.5, made.grad_norm(1.0), 100)
+    made.parameters[1].data = made.parameters[1].data.bfloat16()  # as in bf16-pure
+    live, averages = [p.data for p in made.parameters], [e.clone() for e in made.ema]
+    with contextlib.suppress(ZeroDivisionError), made.averaged():
+        assert torch.equal(made.parameters[0], made.ema[0]) and made.parameters[0].data_ptr() == made.ema[0].data_ptr()
+        assert torch.equal(made.parameters[1], made.ema[1].bfloat16())
+        assert not torch.equal(made.parameters[0], live[0])
+        1 / (not failing)
+    assert all(p.data_ptr() == value.data_ptr() for p, value in zip(made.parameters, live, strict=True))
+    assert all(torch.equal(e, value) for e, value in zip(made.ema, averages, strict=True))
+
+
+def test_without_an_average_nothing_changes_places():
+    made = updater()
+    with made.averaged():
+        assert torch.equal(made.parameters[0], updater().parameters[0])
 
 
 def test_no_average_when_off():

@@ -5,9 +5,11 @@ import logging
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpo.models.load import load
 from dpo.training import results
+from tests.help.allocations import Allocations
 from tests.help.running import make_run
 
 
@@ -23,8 +25,8 @@ def test_the_whole_pipeline(world, tmp_path):
     run = start(world, tmp_path)
     with torch.no_grad():
         run.model.denoiser.conv_in.bias.add_(1)
-    written = results.write(run)
-    again = load(str(tmp_path))
+    results.write(run)
+    again, written = load(str(tmp_path)), results.trained(run)
     assert written is not run.model.denoiser and same(written, run.model.denoiser)
     assert same(again.denoiser, written) and same(again.vae, load(world("sd15")).vae)
 
@@ -33,7 +35,8 @@ def test_averaged_weights_are_the_result(world, tmp_path):
     run = start(world, tmp_path, "--ema", "0.9")
     for average in run.updater.ema:
         average.add_(1)
-    written = results.write(run)
+    results.write(run)
+    written = results.trained(run)
     assert torch.equal(written.conv_in.bias, run.model.denoiser.conv_in.bias + 1)
     assert same(load(str(tmp_path)).denoiser, written)
 
@@ -51,6 +54,22 @@ def test_frozen_parts_are_written_as_they_were_loaded(world, tmp_path):
 def test_an_adapter_is_written_alone(world, tmp_path):
     results.write(start(world, tmp_path, "--lora", "--rank", "2"))
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema", "0.9"], ["--lora-format", "kohya"]], ids=" ".join)
+def test_saving_an_adapter_touches_nothing_else(world, tmp_path, flags):
+    """No tensor of the UNet is copied, cast or moved; the averaged adapter changes places with that in training."""
+    run = start(world, tmp_path, "--lora", "--rank", "2", *flags)
+    for average in run.updater.ema:
+        average.fill_(0.25)
+    before = [p.data_ptr() for p in run.model.denoiser.parameters()]
+    with Allocations() as made:
+        results.write(run)
+    assert made.elements <= sum(p.numel() for p in run.updater.parameters)
+    assert [p.data_ptr() for p in run.model.denoiser.parameters()] == before
+    written = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    if run.updater.ema:
+        assert all((value == 0.25).all() for value in written.values())
 
 
 @pytest.mark.parametrize("reachable", [True, False])

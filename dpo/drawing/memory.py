@@ -1,0 +1,66 @@
+"""A GPU's memory while images are drawn beside a training run: what is free, what they take, and how room is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dpo.drawing.draw import Pipeline
+
+# Bytes at work for each byte of a feature map of full size: in the VAE's decoder one of its second width in pixels, in
+# the UNet one of its first width in latents, with and without the caption. Counted, tensor by tensor: 3 in the decoder,
+# 26 (SD 1.5) and 16 (SDXL) in the UNet, in fp32; the rest is for what a GPU's libraries take.
+DECODED, DENOISED = 4.0, 32.0
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that an allocation on `device` can still get; None on a CPU, which is never asked."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def needed(pipe: Pipeline, device: torch.device, batch: int, autocast: torch.dtype | None) -> int:
+    """Bytes that drawing takes on `device`, estimated: modules that are elsewhere, casts, and `batch` images at work."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    brought = sum(_bytes(p) for module in modules for p in module.parameters() if p.device.type != device.type)
+    width = torch.finfo(autocast).bits // 8 if autocast is not None else 0
+    # autocast keeps its casts of weights that want a gradient
+    cast = sum(p.numel() * width for p in pipe.unet.parameters() if p.requires_grad and p.element_size() > width > 0)
+    vae, unet = pipe.vae, pipe.unet
+    side, widths = int(unet.config["sample_size"]), vae.config["block_out_channels"]
+    pixels = (side * 2 ** (len(widths) - 1)) ** 2
+    decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * max(4, vae.dtype.itemsize)
+    denoised = DENOISED * 2 * unet.config["block_out_channels"][0] * side**2 * max(4, unet.dtype.itemsize)
+    return brought + cast + int(batch * max(decoded, denoised))
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+@contextmanager
+def aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Inside the block the memory of `tensors` is on the host, and nothing may read them; at its end they are back.
+
+    The tensors stay the same objects, so that whoever holds them, such as an optimizer, notices nothing. Memory that
+    another library manages (paged optimizer states) is left alone.
+    """
+    storages = {s.data_ptr(): s for s in (t.untyped_storage() for t in tensors if not getattr(t, "is_paged", False))}
+    moved: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+    try:
+        for storage in storages.values():
+            if storage.resizable() and storage.nbytes():
+                moved.append((storage, storage.clone() if storage.device.type == "cpu" else storage.cpu()))
+                storage.resize_(0)
+        yield
+    finally:
+        for storage, host in moved:
+            storage.resize_(host.nbytes())
+            storage.copy_(host)
