@@ -204,3 +204,9 @@ def _seconds(work) -> float:
     began = time.monotonic()
     work()
     return time.monotonic() - began
+
+
+def test_wrong_data_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *a, **k: pytest.fail("fetched"))
+    assert command(tmp_path / "store", "--model", "nobody/no-such-model", "--data", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err
