@@ -7,8 +7,10 @@ few timesteps (SDXL-Turbo) trains on that sub-chain: its alpha and beta are thos
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,47 @@ def noise_path(
     )
 
 
+BETAS = ("beta_start", "beta_end", "beta_schedule")
+OTHER_SCHEDULES = ("use_flow_sigmas", "snr_shift_scale")  # settings under which the betas are not all of the schedule
+
+
+def complete(config: Mapping) -> tuple[dict[str, Any], list[str]]:
+    """A diffusers scheduler config with what the training depends on said, and lines for the log on what it left out.
+
+    A missing key means what the class that the config names declares: published configs rely on that for
+    prediction_type. Betas must be said. Raises UserError for them, for a class that diffusers does not have, and for a
+    schedule that is not one of betas (EDM, flow matching), where noise is added otherwise than here.
+    """
+    import diffusers
+
+    name, known = config.get("_class_name"), dict(config)
+    missing = [key for key in ("num_train_timesteps", "prediction_type") if config.get(key) is None]
+    cls = getattr(diffusers, str(name), None)
+    if cls is None and (name is not None or missing):
+        said = f"is of a class that diffusers does not have ({name})" if name else f"says no {missing[0]} and no class"
+        raise UserError(f"the model's scheduler {said}: its noise schedule is unknown; mend scheduler_config.json")
+    if cls is not None and hasattr(
+        cls, "_backends"
+    ):  # diffusers' placeholder for a class whose libraries are not installed
+        raise UserError(f"the model's scheduler {name} needs {' and '.join(cls._backends)}: install them")
+    declared = inspect.signature(cls.__init__).parameters if cls is not None else {}
+    other = next((key for key in OTHER_SCHEDULES if config.get(key)), None)
+    if config.get("timestep_type") == "continuous":
+        other = "timestep_type continuous"
+    if (cls is not None and "beta_schedule" not in declared) or other:
+        raise UserError(
+            f"the model's scheduler {name}{f' ({other})' if other else ''} adds noise by no schedule of betas, as EDM and "
+            "flow matching do: this trainer knows models trained with betas (DDPM)"
+        )
+    absent = [key for key in BETAS if config.get(key) is None]
+    if absent and config.get("trained_betas") is None:
+        raise UserError(
+            f"the model's scheduler says no {absent[0]}: mend scheduler_config.json, a schedule is not guessed"
+        )
+    known |= {key: declared[key].default for key in missing}
+    return known, [f"the model's scheduler says no {key}: {known[key]}, the default of {name}" for key in missing]
+
+
 def from_scheduler(
     config: Mapping, *, prediction_type: str = "auto", turbo: bool = False, zero_snr: bool | None = None
 ) -> Schedule:
@@ -92,15 +135,16 @@ def from_scheduler(
 
     `turbo` confines the chain to SDXL-Turbo's four timesteps and, unless `zero_snr` says otherwise, rescales the
     schedule to zero terminal SNR (Lin et al. 2023), as the model was distilled. Raises UserError for an unknown
-    prediction type.
+    prediction type and for what `complete` refuses.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+    config, _ = complete(config)
     rescale = bool(config.get("rescale_betas_zero_snr", False)) or turbo if zero_snr is None else zero_snr
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     known = {key: config[key] for key in keys if config.get(key) is not None}
     scheduler = DDPMScheduler(**known, rescale_betas_zero_snr=rescale)
-    kind = config.get("prediction_type", "epsilon") if prediction_type == "auto" else prediction_type
+    kind = config["prediction_type"] if prediction_type == "auto" else prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the model's scheduler predicts {kind!r}; this trainer knows epsilon and v_prediction")
     return Schedule(scheduler.alphas_cumprod.double(), kind, TURBO_TIMESTEPS if turbo else None)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     from dpo.models.adapter import Adapter
+    from dpo.models.checks import Check
 
     class Denoiser(UNet2DConditionModel):
         """The network that is trained. A family whose network is of another class widens this type."""
@@ -83,6 +84,7 @@ class Model:
     source: str  # as the user named it
     folder: Path | None  # the local diffusers folder, if there is one
     turbo: bool = False
+    notes: list[str] = field(default_factory=list)  # lines for the log: what it says of itself, and what it left unsaid
     merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
     pipeline_config: dict[str, Any] = field(default_factory=dict)  # settings of the source's model_index.json
     resampled: dict[str, Any] = field(default_factory=dict)  # where scheduler_config departs from the source's
@@ -90,7 +92,7 @@ class Model:
     @property
     def prediction_type(self) -> str:
         """What the denoiser predicts: "epsilon" or "v_prediction"."""
-        return self.scheduler_config.get("prediction_type", "epsilon")
+        return self.scheduler_config["prediction_type"]
 
     @property
     def vae_scale(self) -> int:
@@ -119,6 +121,8 @@ class Family:
     pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
     single_file_key: str  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
+    checks: tuple[Check, ...] = ()  # what it assumes of the configs, beside what every family does
+    architectures: tuple[str, ...] = ()  # how `modelspec.architecture` of its single files begins
     vae_overflows_in_fp16: bool = False
     kohya_name: Callable[[str, Denoiser], str] = lambda name, denoiser: name  # of a layer, in sd-scripts' LoRA files
 

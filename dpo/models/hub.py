@@ -41,6 +41,11 @@ def locate(
         ) from error
 
 
+def on_hub(name: str) -> bool:
+    """Whether `name` stands for something on the hub: it looks like a hub id, and nothing here has that name."""
+    return is_hub_id(name) and not Path(name).expanduser().exists()
+
+
 def check_part(flag: str, source: str | None) -> None:
     """Raises UserError when `source`, which `flag` named, is no safetensors file, no folder and not like a hub id."""
     if source and (path := Path(source).expanduser()).is_file() and path.suffix != ".safetensors":

@@ -16,11 +16,13 @@ from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
 from dpo.common.libraries import quiet
 from dpo.common.words import first_line
+from dpo.models import checks
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import component, is_turbo, other_vae, pipeline_settings, variants
+from dpo.models.parts import component, config_of, is_turbo, other_vae, pipeline_settings, variants
 from dpo.models.single_file import load_single_file
 from dpo.models.weights import UNET, fill, load_file_into
+from dpo.schedule import complete
 
 log = logging.getLogger("dpo")
 
@@ -70,11 +72,13 @@ def load(
     vae: str | None = None,
     single_file_config: str | None = None,
     cache_dir: str | None = None,
+    timesteps: str = "auto",
 ) -> Model:
     """Loads every component on the CPU in fp32, frozen, in eval mode.
 
     model: a diffusers folder, hub id or .safetensors file; vae: another VAE, a folder, hub id or .safetensors file;
-    single_file_config: a diffusers folder that describes a single file. Raises UserError for what cannot be found, read or recognised.
+    single_file_config: a diffusers folder that describes a single file; timesteps: as the user chose. Raises UserError
+    for what cannot be found, read or recognised, and, before its weights are read, for what the training does not fit.
     """
     import transformers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -83,25 +87,32 @@ def load(
     quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
-        return load_single_file(place, family, single_file_config, vae, cache_dir)
+        return load_single_file(place, family, single_file_config, vae, cache_dir, timesteps)
     if variant and not any(variant in variants(part) for part in place.iterdir()):
         raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
-    scheduler_config = _scheduler_config(place)
+    scheduler_config, said = complete(_scheduler_config(place))
+    turbo = is_turbo(model, scheduler_config, timesteps)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
+    another = other_vae(vae, place / "vae", cache_dir) if vae else None  # small, and its config is checked too
+    configs: dict[str, Any] = {kind.denoiser: config_of(UNet2DConditionModel, place, kind.denoiser)}
+    configs["vae"] = another.config if another is not None else config_of(AutoencoderKL, place, "vae")
+    configs |= {name: config_of(transformers.CLIPTextConfig, place, name) for name, _ in kind.text_encoders}
+    checks.check(kind.checks, configs, model)
     encoders = [component(getattr(transformers, cls), place, name, variant) for name, cls in kind.text_encoders]
     return Model(
         family=kind,
         denoiser=component(UNet2DConditionModel, place, kind.denoiser, variant),
-        vae=other_vae(vae, place / "vae", cache_dir) if vae else component(AutoencoderKL, place, "vae", variant),
+        vae=another if another is not None else component(AutoencoderKL, place, "vae", variant),
         text_encoders=encoders,
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         source=model,
         folder=place,
-        turbo=is_turbo(model, scheduler_config),
         pipeline_config=pipeline_settings(index),
+        turbo=turbo,
+        notes=[*said, *checks.notes(configs)],
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
+from dpo.models.checks import check_stored, filled, finite
 from dpo.models.weights import VAE, load_file_into
 
 if TYPE_CHECKING:
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("dpo")
 
 
-def is_turbo(source: str, scheduler_config: dict) -> bool:
-    """Whether a model is distilled to four steps, by its name or by the published Turbo models' scheduler.
+def is_turbo(source: str, scheduler_config: Mapping[str, Any], timesteps: str = "auto") -> bool:
+    """Whether a model is distilled to four steps, by the published Turbo models' scheduler.
 
-    That scheduler is Euler-ancestral with trailing timesteps.
+    That one is Euler-ancestral with trailing timesteps, for epsilon on the plain schedule. Raises UserError when the
+    name alone says Turbo and `timesteps` leaves it open: a name proves nothing.
     """
-    named = "turbo" in Path(source).name.lower()
-    euler = scheduler_config.get("_class_name") == "EulerAncestralDiscreteScheduler"
-    return named or (euler and scheduler_config.get("timestep_spacing") == "trailing")
+    trailing = scheduler_config.get("timestep_spacing") == "trailing"
+    plain = scheduler_config["prediction_type"] == "epsilon" and not scheduler_config.get("rescale_betas_zero_snr")
+    if scheduler_config.get("_class_name") == "EulerAncestralDiscreteScheduler" and trailing and plain:
+        return True
+    if timesteps == "auto" and "turbo" in Path(source).name.lower():
+        raise UserError(
+            f"{source} is named Turbo, but its scheduler is not SDXL-Turbo's: say --timesteps turbo if it was distilled "
+            "to four steps, else --timesteps all"
+        )
+    return False
 
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model((?:\.\w+)?)(?:-\d+-of-\d+)?((?:\.\w+)?)\.safetensors")
@@ -87,6 +96,8 @@ def component(
     if subfolder:
         options["subfolder"] = subfolder
     options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
+    for path in Path(place).glob("*.safetensors"):
+        check_stored(path)
     try:
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
@@ -95,7 +106,27 @@ def component(
         raise UserError(
             f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again"
         )
+    finite(module, place)
     return module.requires_grad_(False).eval()
+
+
+def config_of(cls: Any, folder: Path, name: str) -> dict[str, Any]:
+    """The config of the part `name` of a pipeline, with its class's defaults. Raises UserError.
+
+    cls: of diffusers, or a config class of transformers.
+    """
+    place = folder / name
+    if not (place / "config.json").is_file():
+        raise UserError(f"cannot load {place}: it has no config.json; name the folder of a whole diffusers pipeline")
+    try:
+        if cls.__module__.startswith("transformers"):
+            return cls.from_pretrained(str(place), local_files_only=True).to_dict()
+        config = cls.load_config(str(place), local_files_only=True)
+    except Exception as error:  # damaged files come as several kinds
+        raise UserError(f"cannot load {place}: {first_line(error)}; fetch the model again") from error
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UserError(f"{place} is a {config['_class_name']}: this trainer knows {cls.__name__}")
+    return filled(cls, config)
 
 
 def other_vae(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Vae:

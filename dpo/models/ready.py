@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import typing
 
 import torch
@@ -16,6 +17,8 @@ from dpo.models.load import load
 from dpo.models.pipeline import as_trained, settings_of
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
+
+log = logging.getLogger("dpo")
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHTS = {"bf16-pure": torch.bfloat16, "fp64": torch.float64}
@@ -52,7 +55,23 @@ def load_named(config: Config) -> Model:
         vae=named.vae,
         single_file_config=named.single_file_config,
         cache_dir=named.cache_dir,
+        timesteps=named.timesteps,
     )
+
+
+def _against(config: Config, model: Model) -> list[str]:
+    """Lines for the log where a flag goes before what the model says of itself."""
+    named, said, lines = config.model, model.scheduler_config, []
+    if named.prediction_type not in ("auto", model.prediction_type):
+        lines.append(
+            f"--prediction-type {named.prediction_type} is followed, though the model says {model.prediction_type}"
+        )
+    zero = bool(said.get("rescale_betas_zero_snr")) or model.turbo
+    if named.zero_snr != "auto" and (named.zero_snr == "on") != zero:
+        lines.append(f"--zero-snr {named.zero_snr} is followed, though the model says {'on' if zero else 'off'}")
+    if model.turbo and named.timesteps == "all":
+        lines.append("--timesteps all is followed, though the model's scheduler is Turbo's")
+    return lines
 
 
 def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Schedule, list[str]]:
@@ -62,6 +81,10 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     do.
     """
     model = load_named(config)
+    for line in model.notes:
+        log.info("%s", line)
+    for line in _against(config, model):
+        log.warning("%s", line)
     facts = ModelFacts(
         family=model.family.name,
         prediction_type=model.prediction_type,
@@ -69,7 +92,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         guidance=model.family.guidance,
         native_resolution=model.native_resolution,
         turbo=model.turbo,
-        num_timesteps=model.scheduler_config.get("num_train_timesteps", 1000),
+        num_timesteps=model.scheduler_config["num_train_timesteps"],
         empty_is_zeros=bool(settings_of(model).get("force_zeros_for_empty_prompt")),
     )
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)

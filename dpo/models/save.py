@@ -50,6 +50,9 @@ def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
     """Writes the whole pipeline with `denoiser` (on the CPU, in fp32) so that `from_pretrained(folder)` loads it."""
     with _staged(folder) as part:
         pipeline_of(model, denoiser).save_pretrained(part, safe_serialization=True)
+        for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
+            # vocab.json and merges.txt: transformers before 5 reads a CLIP tokenizer from them, not from tokenizer.json
+            tokenizer.backend_tokenizer.model.save(str(part / name))
 
 
 def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> None:

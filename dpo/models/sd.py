@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dpo.models.checks import absent, text_width
 from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
@@ -38,4 +39,9 @@ FAMILY = Family(
     pipeline_options=pipeline_options,
     single_file_key="model.diffusion_model.",
     single_file_options={"safety_checker": None},
+    checks=(
+        text_width("text_encoder"),
+        absent("unet", "addition_embed_type", "the UNet takes pooled text, sizes or images beside the caption"),
+    ),
+    architectures=("stable-diffusion-v1", "stable-diffusion-v2"),
 )

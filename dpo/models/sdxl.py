@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo.models.checks import Configs, scaling_said, text_width
 from dpo.models.family import Denoiser, Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
@@ -36,6 +37,18 @@ def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes
 def pipeline_options(model: Model) -> dict[str, Any]:
     """A pipeline that puts no watermark into its images."""
     return {"add_watermarker": False}
+
+
+def pooled_and_sizes(configs: Configs) -> str | None:
+    """A check that the UNet takes the second encoder's pooled text and six sizes; the refiner takes five."""
+    unet, pooled = configs["unet"], configs["text_encoder_2"]["projection_dim"]
+    if unet["addition_embed_type"] != "text_time":
+        return f"unet/config.json has addition_embed_type {unet['addition_embed_type']}, where SDXL's is text_time"
+    given, taken = 6 * unet["addition_time_embed_dim"] + pooled, unet["projection_class_embeddings_input_dim"]
+    if taken == given:
+        return None
+    what = " (five sizes: the SDXL refiner)" if taken == given - unet["addition_time_embed_dim"] else ""
+    return f"the UNet takes {taken} numbers for pooled text and sizes{what}, but is given {given}"
 
 
 PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
@@ -87,6 +100,8 @@ FAMILY = Family(
     predict=predict,
     pipeline_options=pipeline_options,
     single_file_key="conditioner.embedders.1.",
+    checks=(text_width("text_encoder", "text_encoder_2"), pooled_and_sizes, scaling_said),
+    architectures=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-turbo"),
     vae_overflows_in_fp16=True,
     kohya_name=kohya_name,
 )

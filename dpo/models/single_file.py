@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
+from dpo.models import checks
+from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
 from dpo.models.parts import is_turbo, other_vae, pipeline_settings
+from dpo.schedule import complete
+
+LATENTS = 4  # channels of the latents of every model that is published in this layout
 
 
 def family_by_keys(names: set[str]) -> Family:
@@ -22,26 +28,91 @@ def family_by_keys(names: set[str]) -> Family:
     )
 
 
-def load_single_file(path: Path, family: str, config: str | None, vae: str | None, cache_dir: str | None) -> Model:
+class Said(NamedTuple):
+    """What a checkpoint says of itself, in settings of a diffusers scheduler, and lines for the log."""
+
+    scheduler: dict[str, Any]
+    lines: list[str]
+
+
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+EDM = ("edm_vpred.", "edm_mean", "edm_std")  # keys of checkpoints that are trained on noise levels without a schedule
+
+
+def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], family: Family) -> Said:
+    """What the keys `names` and the metadata of a checkpoint say of its noise and target.
+
+    The empty tensors v_pred and ztsnr are how the community marks v-prediction and zero terminal SNR; `modelspec.*` is
+    Stability's ModelSpec 1.0.0. Keys come before metadata, which merges copy from a parent. Raises UserError for what
+    this trainer does not know.
+    """
+    if edm := next((name for name in sorted(names) if name.startswith(EDM)), None):
+        raise UserError(f"{path} has the key {edm}: it was trained as EDM, without a schedule of betas (DDPM)")
+    spec = {key.removeprefix("modelspec."): value for key, value in metadata.items() if key.startswith("modelspec.")}
+    kind = spec.get("architecture", "")
+    if kind and (not kind.startswith(family.architectures) or "/" in kind or "inpaint" in kind):
+        raise UserError(f"{path} says modelspec.architecture {kind}, which is no model of the family {family.name}")
+    spoken = spec.get("prediction_type", "v" if kind.endswith("-v") else "").lower()
+    if spoken and spoken not in PREDICTIONS:
+        raise UserError(f"{path} says modelspec.prediction_type {spoken}; this trainer knows epsilon and v")
+    changes: dict[str, Any] = {"prediction_type": PREDICTIONS[spoken]} if spoken else {}
+    lines = [f"the file says {changes['prediction_type']} (modelspec)"] if spoken else []
+    if "v_pred" in names:
+        stale = f", against its modelspec: {spoken}" if changes.get("prediction_type") == "epsilon" else ""
+        lines = [f"the file says v_prediction (key v_pred){stale}"]
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        lines.append("the file says zero terminal SNR (key ztsnr)")
+        changes["rescale_betas_zero_snr"] = True
+    layer = spec.get("encoder_layer", "").strip().lower()
+    if layer not in ("", "1", "none"):
+        lines.append(
+            f"the file says modelspec.encoder_layer {layer} (clip skip): not followed, captions are encoded in full"
+        )
+    return Said(changes, lines)
+
+
+def _inputs(path: Path, shapes: Mapping[str, list[int]]) -> None:
+    """Raises UserError for a checkpoint whose UNet takes more than latents, or that is the SDXL refiner."""
+    channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", [0, LATENTS])[1]
+    if channels != LATENTS:
+        raise UserError(
+            f"{path} cannot be trained: its UNet takes {channels} channels and not {LATENTS}; it is "
+            f"{INPUTS.get(channels - LATENTS, 'of another architecture')}"
+        )
+    if any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
+        raise UserError(f"{path} cannot be trained: it has the text encoder of the SDXL refiner alone")
+
+
+def load_single_file(
+    path: Path, family: str, config: str | None, vae: str | None, cache_dir: str | None, timesteps: str = "auto"
+) -> Model:
     """Loads one .safetensors checkpoint in the original layout: fp32 on the CPU, frozen, in eval mode.
 
     family: a name or "auto"; config: a diffusers folder that describes the file, else the hub's; vae: another VAE;
-    cache_dir: where files of the hub are kept.
-    Raises UserError.
+    cache_dir: where files of the hub are kept; timesteps: as the user chose. What the file says of itself goes before
+    the configuration. Raises UserError.
     """
     import diffusers
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+    names = set(shapes)
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(
             f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init"
         )
-    kind = family_by_keys(names) if family == "auto" else families()[family]
+    checks.check_stored(path)
+    _inputs(path, shapes)
+    kind = family_by_keys(names)
+    if family not in ("auto", kind.name):
+        raise UserError(f"{path} is of family {kind.name}, not {family}: say --family {kind.name} or nothing")
+    said = said_of_itself(path, names, metadata, kind)
     options: dict[str, Any] = (
         {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     )
@@ -56,16 +127,30 @@ def load_single_file(path: Path, family: str, config: str | None, vae: str | Non
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
     own_vae = other_vae(vae, pipe.vae.config, cache_dir) if vae else pipe.vae
-    scheduler_config = dict(pipe.scheduler.config)
+    parts = {kind.denoiser: getattr(pipe, kind.denoiser), "vae": own_vae}
+    parts |= {name: encoder for (name, _), encoder in zip(kind.text_encoders, encoders, strict=True)}
+    configs = {name: _config(part) for name, part in parts.items()}
+    checks.check(kind.checks, configs, str(path))
+    for name, part in parts.items():
+        checks.finite(part, f"{path}: the {name}")
+    described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+    scheduler_config = described | said.scheduler
+    if said.scheduler.get("rescale_betas_zero_snr") and scheduler_config["prediction_type"] == "v_prediction":
+        scheduler_config["timestep_spacing"] = "trailing"  # sampling starts at the last timestep (Lin et al. 2023)
     return Model(
         family=kind,
-        denoiser=getattr(pipe, kind.denoiser).requires_grad_(False).eval(),
+        denoiser=parts[kind.denoiser].requires_grad_(False).eval(),
         vae=own_vae.requires_grad_(False).eval(),
         text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
         tokenizers=[getattr(pipe, name) for name in kind.tokenizers],
         scheduler_config=scheduler_config,
         source=str(path),
         folder=None,
-        turbo=is_turbo(str(path), scheduler_config),
         pipeline_config=pipeline_settings(pipe.config),
+        turbo=is_turbo(str(path), described | {"prediction_type": scheduler_config["prediction_type"]}, timesteps),
+        notes=[*said.lines, *lines, *checks.notes(configs)],
     )
+
+
+def _config(part: Any) -> Mapping[str, Any]:
+    return part.config.to_dict() if hasattr(part.config, "to_dict") else part.config

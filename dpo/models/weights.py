@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
+from dpo.models.checks import finite
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in diffusers' VAEs before 0.17
@@ -42,7 +43,8 @@ def load_file_into(module: Any, path: Path, part: Part, flag: str) -> None:
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], said: str, part: Part) -> None:
-    """Puts `state` into `module`. Raises UserError, which begins with `said`, where names, shapes or dtypes differ."""
+    """Puts `state` into `module`. Raises UserError, which begins with `said`, where names, shapes or dtypes differ,
+    or a value is not finite."""
     own = module.state_dict()
     wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
     wrong += [name for name in state if name not in own]
@@ -50,6 +52,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], said: str, part: Part) -> 
         raise UserError(f"{said} is of another architecture than the model's {part.name} (first mismatch: {wrong[0]})")
     if coded := next((name for name in own if state[name].dtype not in FLOATS), None):
         raise UserError(f"{said} holds {coded} as {state[coded].dtype}: use a file in fp32, bf16 or fp16")
+    finite(state, said)
     module.load_state_dict(state)
 
 

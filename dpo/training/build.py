@@ -1,6 +1,6 @@
 """From a checked config to a run that is ready for its next update: model, data, reference, optimizer, tables.
 
-Checks come in the order of their cost: output folder, model index, checkpoint, data, and only then weights.
+Checks come in the order of their cost: output folder, local model, checkpoint, data, and only then downloads and weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import fingerprint
-from dpo.models.hub import check_part, locate
+from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
 from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import advice, resolve
@@ -160,13 +160,17 @@ def _start(runtime: Runtime) -> None:
 
 
 def _check_named(named: NamedModel) -> None:
-    """Raises UserError for a named model or part of a model that does not exist; downloads a hub model."""
+    """Raises UserError for a named model or part of a model that does not exist here and is not like a hub id.
+
+    What is on the hub is fetched later: a mistake in --data must not wait for gigabytes.
+    """
     assert named.model is not None, "the embedded one where none is named"
-    locate(named.model, revision=named.revision, variant=named.variant, cache_dir=named.cache_dir)
+    if not on_hub(named.model):
+        locate(named.model)
     check_part("--vae", named.vae)
     check_part("--unet-init", named.unet_init)
-    if named.lora_init is not None:
-        lora_files.locate(named.lora_init, named.cache_dir)
+    if named.lora_init is not None and not on_hub(named.lora_init):
+        lora_files.locate(named.lora_init)
 
 
 def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:

@@ -9,6 +9,7 @@ from dpo.schedule import from_scheduler, usable_timesteps
 
 T = 1000
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD15 |= {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
 
 
 def lam(**options) -> torch.Tensor:

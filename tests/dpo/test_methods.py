@@ -29,9 +29,13 @@ def test_settings_of_a_row_are_settings():
     assert readers("weight_cap") == "dde, dde-single" and readers("gamma") == "discounted" and readers("seed") == ""
 
 
+SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD15 |= {"prediction_type": "epsilon"}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_row_has_its_weight_and_correction(method):
-    found = credit.tables(method, from_scheduler({"num_train_timesteps": 1000}))
+    found = credit.tables(method, from_scheduler(SD15))
     assert bool(found.precision.any()) == METHODS[method].correction
     assert bool((found.weight == 1).all()) == (METHODS[method].weight == "uniform")
 

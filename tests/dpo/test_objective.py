@@ -25,7 +25,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "golden_loss.npz")
 CASES = json.loads(str(GOLDEN["manifest"]))
 PEERS = ("hf-sd15", "hf-sdxl", "sf")
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # unit roundoff
-SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 LN2 = math.log(2)
 
 

@@ -35,7 +35,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
 
 def by_objective(x: dict, method: str, shape: str, beta: float, sft_weight: float, recorded: bool):
     policy = x["policy"].clone().requires_grad_()
-    table = tables(method, from_scheduler(SD15))
+    table = tables(method, from_scheduler({**SD15, "prediction_type": "epsilon"}))
     correction = x["correction"] if METHODS[method].correction else torch.zeros(1000, dtype=torch.float64)
     errors = torch.stack(
         [*sample_errors(policy, x["target"]).chunk(2), *sample_errors(x["reference"], x["target"]).chunk(2)]

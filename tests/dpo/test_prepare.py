@@ -252,3 +252,9 @@ def test_a_store_of_the_embedded_world_is_said_and_gone_on_with(tmp_path, monkey
 def test_a_model_without_pairs_and_without_a_store(world, tmp_path, capsys):
     assert command(tmp_path / "mistyped", "--model", world("sd15"), "--reference") == 2
     assert "mistyped is no prepared store: correct --store, or give the --data" in capsys.readouterr().err
+
+
+def test_wrong_data_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *a, **k: pytest.fail("fetched"))
+    assert command(tmp_path / "store", "--model", "nobody/no-such-model", "--data", str(tmp_path / "nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err

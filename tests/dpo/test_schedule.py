@@ -7,9 +7,10 @@ from torch.distributions import Normal
 
 from dpo.common.errors import UserError
 from dpo.credit import discounted_weight, single_shot_weight, step_precision
-from dpo.schedule import TURBO_TIMESTEPS, Schedule, from_scheduler, noise_path, usable_timesteps
+from dpo.schedule import TURBO_TIMESTEPS, Schedule, complete, from_scheduler, noise_path, usable_timesteps
 from tests.help.worlds import KINDS, make_pipeline
 
+EPSILON = {"prediction_type": "epsilon"}
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
@@ -77,14 +78,16 @@ def test_discounted_weight():
 def test_prediction_type_and_betas_come_from_the_model():
     assert sd15().prediction_type == "epsilon"
     assert sd15("v_prediction").prediction_type == "v_prediction"
-    assert from_scheduler(SD15).prediction_type == "epsilon"
-    assert from_scheduler(SD15, prediction_type="v_prediction").prediction_type == "v_prediction"
+    assert sd15(prediction_type="epsilon").prediction_type == "epsilon"
+    assert (
+        from_scheduler({**SD15, "_class_name": "PNDMScheduler"}).prediction_type == "epsilon"
+    )  # as its class declares
     linear = from_scheduler(
-        {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 500}
+        {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 500} | EPSILON
     )
     expected = (1 - torch.linspace(1e-4, 0.02, 500, dtype=torch.float64)).cumprod(0)
     torch.testing.assert_close(linear.alphas_cumprod, expected, rtol=1e-4, atol=0)
-    trained = from_scheduler({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 3})
+    trained = from_scheduler({"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 3} | EPSILON)
     torch.testing.assert_close(trained.alphas_cumprod, torch.tensor([0.9, 0.72, 0.36]).double(), rtol=1e-6, atol=0)
 
 
@@ -94,15 +97,58 @@ def test_unknown_prediction_type_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+PUBLISHED = {  # noise settings as they stand on the hub; what is not said means what the class declares
+    "SD 1.4": (SD15 | {"_class_name": "PNDMScheduler", "trained_betas": None, "clip_sample": False}, "epsilon"),
+    "SD 2.1": (SD15 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
+    "SDXL": (SD15 | EPSILON | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}, "epsilon"),
+    "Turbo": (SD15 | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, "epsilon"),
+    "DPM++": (SD15 | {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "epsilon"),
+}
+
+
+@pytest.mark.parametrize(("config", "kind"), PUBLISHED.values(), ids=PUBLISHED)
+def test_what_published_schedulers_leave_out_is_their_class_s_meaning(config, kind):
+    full, said = complete(config)
+    assert full["prediction_type"] == kind and full["num_train_timesteps"] == 1000 and full | config == full
+    unsaid = "prediction_type" not in config
+    assert (
+        said
+        == [f"the model's scheduler says no prediction_type: epsilon, the default of {config['_class_name']}"] * unsaid
+    )
+    assert torch.equal(from_scheduler(config).alphas_cumprod, sd15().alphas_cumprod)
+    assert complete(full) == (full, [])
+
+
+NO_BETAS = "by no schedule of betas"
+REFUSED = {
+    "EDM": ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5, **EPSILON}, NO_BETAS),
+    "flow matching": ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, NO_BETAS),
+    "flow sigmas": (SD15 | EPSILON | {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, NO_BETAS),
+    "continuous": (SD15 | {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, NO_BETAS),
+    "other alphas": (SD15 | {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, NO_BETAS),
+    "unknown class": (SD15 | EPSILON | {"_class_name": "MyScheduler"}, "does not have .MyScheduler."),
+    "no class": (SD15, "says no prediction_type and no class"),
+    "no betas": ({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}, "says no beta_start"),
+    "half of the betas": ({**SD15, "_class_name": "DDIMScheduler", "beta_schedule": None}, "says no beta_schedule"),
+}
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED.values(), ids=REFUSED)
+def test_schedules_that_would_be_made_up_are_refused(config, words):
+    with pytest.raises(UserError, match=words) as caught:
+        from_scheduler(config)
+    assert "\n" not in str(caught.value)
+
+
 def test_zero_terminal_snr_rescale():
     plain, rescaled = sd15().alphas_cumprod, sd15(zero_snr=True).alphas_cumprod
     assert rescaled[999] < 1e-12 < plain[999]
     root, expected = rescaled.sqrt(), plain.sqrt()
     expected = (expected - expected[-1]) * expected[0] / (expected[0] - expected[-1])  # Lin et al. 2023, algorithm 1
     torch.testing.assert_close(root, expected, rtol=2e-4, atol=1e-6)
-    said = from_scheduler({**SD15, "rescale_betas_zero_snr": True})
+    said = from_scheduler({**SD15, **EPSILON, "rescale_betas_zero_snr": True})
     assert torch.equal(said.alphas_cumprod, rescaled)
-    kept = from_scheduler({**SD15, "rescale_betas_zero_snr": True}, zero_snr=False)
+    kept = from_scheduler({**SD15, **EPSILON, "rescale_betas_zero_snr": True}, zero_snr=False)
     assert torch.equal(kept.alphas_cumprod, plain)
 
 

@@ -33,6 +33,7 @@ KINDS = ("good", "dde", "lora-gpu", "early", "failed", "sft", "over", "flat")
 
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE |= {"prediction_type": "epsilon"}
 
 
 PROMPTS = ("a frog on a purple background", 'a <b>cake</b> & a "quoted" cup', "a very long prompt " * 12)

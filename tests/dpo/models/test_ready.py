@@ -1,5 +1,7 @@
 """dpo.models.ready: dtypes of every precision, the device, and what the loaded model decides."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -88,3 +90,27 @@ def test_policy_and_reference_are_settled_alike(world):
     assert denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert denoiser.mid_block.gradient_checkpointing and not denoiser.down_blocks[0].gradient_checkpointing
     assert "forward" in vars(denoiser.mid_block.resnets[0]), "runs on the kernels"
+
+
+def test_a_flag_against_what_the_model_says_is_said(world, caplog):
+    against = {"prediction_type": "epsilon", "zero_snr": "on"}
+    _, _, plan, _ = ready.load_model(change(Config(), model=world("sd2v"), **against), CPU)
+    assert plan.prediction_type == "epsilon" and plan.alphas_cumprod[-1] == 0
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "--prediction-type epsilon is followed, though the model says v_prediction" in said
+    assert "--zero-snr on is followed, though the model says off" in said
+    caplog.clear()
+    ready.load_model(change(Config(), model=world("sd2v"), prediction_type="v_prediction", zero_snr="off"), CPU)
+    assert "is followed" not in caplog.text
+
+
+def test_a_name_alone_makes_no_four_step_model(world, tmp_path):
+    """The scheduler decides; where only the name says Turbo, the flag is asked for."""
+    named = shutil.copytree(world("sdxl"), tmp_path / "my-turbo")
+    with pytest.raises(UserError, match="say --timesteps turbo if .* else --timesteps all"):
+        ready.load_model(change(Config(), model=str(named)), CPU)
+    for asked in ("turbo", "all"):
+        config, _, plan, _ = ready.load_model(change(Config(), model=str(named), timesteps=asked), CPU)
+        assert config.model.timesteps == asked and (plan.chain is not None) == (asked == "turbo")
+    unnamed = shutil.copytree(world("sdxl-turbo"), tmp_path / "my-model")
+    assert ready.load_model(change(Config(), model=str(unnamed)), CPU)[2].chain == (249, 499, 749, 999)

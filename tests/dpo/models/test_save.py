@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 
 from dpo.models import lora, save
 from dpo.models.family import Model
@@ -178,3 +179,14 @@ def test_averaged_weights_take_their_place(models):
     twin = detached(unet, average)
     assert (twin.conv_in.weight == 0.5).all() and torch.equal(twin.conv_in.bias, unet.conv_in.bias)
     assert not (unet.conv_in.weight == 0.5).all()
+
+
+def test_tokenizers_are_saved_for_older_transformers_too(models, tmp_path):
+    """vocab.json and merges.txt alone, without tokenizer.json, give the same tokens."""
+    save_pipeline(models["sdxl"], models["sdxl"].denoiser, tmp_path / "out")
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), models["sdxl"].tokenizers, strict=True):
+        (tmp_path / "out" / name / "tokenizer.json").unlink()
+        again = transformers.CLIPTokenizer.from_pretrained(tmp_path / "out" / name)
+        text = "a photograph of a red fox, 狐"
+        assert again(text).input_ids == tokenizer(text).input_ids and again.get_vocab() == tokenizer.get_vocab()
+        assert (tmp_path / "out" / name / "merges.txt").read_text().startswith("#version: 0.2")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo.models.load import load
 from dpo.models.single_file import family_by_keys
+from dpo.schedule import from_scheduler
 from tests.help.ldm import write_single_file
 from tests.help.loading import refused
 
@@ -24,7 +25,8 @@ def test_single_file_in_the_original_layout(pipelines, tmp_path, kind):
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], value) and value.dtype == torch.float32 for name, value in expected.items())
     assert one.scheduler_config["beta_schedule"] == many.scheduler_config["beta_schedule"]
-    assert one.scheduler_config.get("prediction_type") == many.scheduler_config.get("prediction_type", "epsilon")
+    assert one.prediction_type == many.prediction_type and one.notes == []
+    assert one.scheduler_config["_class_name"] == many.scheduler_config["_class_name"]
     assert not any(p.requires_grad for p in one.denoiser.parameters())
 
 
@@ -53,3 +55,64 @@ def test_a_family_is_known_by_its_keys():
     assert family_by_keys({unet, "cond_stage_model.x"}).name == "sd"
     assert family_by_keys({unet, first, second}).name == "sdxl"
     assert family_by_keys({unet, first}).name == "sd"  # one text encoder: not SDXL's two
+
+
+EMPTY = torch.zeros(0)
+SAYS = {  # keys and metadata -> prediction type, zero terminal SNR, words of the log
+    "v": ({"v_pred": EMPTY}, {}, "v_prediction", False, ["v_prediction (key v_pred)"]),
+    "v, zero SNR": ({"v_pred": EMPTY, "ztsnr": EMPTY}, {}, "v_prediction", True, ["(key v_pred)", "zero terminal SNR"]),
+    "spec v": ({}, {"prediction_type": "v"}, "v_prediction", False, ["v_prediction (modelspec)"]),
+    "spec epsilon": ({}, {"prediction_type": "epsilon"}, "epsilon", False, ["epsilon (modelspec)"]),
+    "stale spec": (
+        {"v_pred": EMPTY},
+        {"prediction_type": "epsilon"},
+        "v_prediction",
+        False,
+        ["against its modelspec: epsilon"],
+    ),
+    "clip skip": ({}, {"encoder_layer": "2"}, "epsilon", False, ["encoder_layer 2 (clip skip): not followed"]),
+    "the family's": ({}, {"architecture": "stable-diffusion-xl-v1-base"}, "epsilon", False, []),
+}
+
+
+def marked(folder, path, keys, spec):
+    write_single_file(folder, path)
+    metadata = {f"modelspec.{name}": value for name, value in spec.items()}
+    save_file(load_file(path) | keys, path, metadata={"format": "pt", **metadata})
+    return str(path)
+
+
+@pytest.mark.parametrize(("keys", "spec", "kind", "zero", "words"), SAYS.values(), ids=SAYS)
+def test_what_a_checkpoint_says_of_itself_is_followed(pipelines, tmp_path, keys, spec, kind, zero, words):
+    path = marked(pipelines["sdxl"], tmp_path / "model.safetensors", keys, spec)
+    model = load(path, single_file_config=str(pipelines["sdxl"]))
+    plan = from_scheduler(model.scheduler_config)
+    assert plan.prediction_type == model.prediction_type == kind
+    assert (plan.alphas_cumprod[-1] == 0) == zero
+    assert model.scheduler_config["timestep_spacing"] == ("trailing" if zero else "leading")
+    assert len(model.notes) == len(words) and all(word in line for word, line in zip(words, model.notes, strict=True))
+
+
+CONTRADICTS = {
+    "EDM v": ({"edm_vpred.sigma_max": torch.ones(1)}, {}, "edm_vpred.sigma_max"),
+    "EDM": ({"edm_mean": torch.ones(1)}, {}, "trained as EDM"),
+    "target": ({}, {"prediction_type": "sample"}, "modelspec.prediction_type sample"),
+    "architecture": ({}, {"architecture": "stable-diffusion-v1"}, "no model of the family sdxl"),
+    "LoRA": ({}, {"architecture": "stable-diffusion-xl-v1-base/lora"}, "no model of the family sdxl"),
+}
+
+
+@pytest.mark.parametrize(("keys", "spec", "words"), CONTRADICTS.values(), ids=CONTRADICTS)
+def test_what_a_checkpoint_says_and_this_trainer_does_not_know(pipelines, tmp_path, keys, spec, words):
+    path = marked(pipelines["sdxl"], tmp_path / "model.safetensors", keys, spec)
+    assert words in refused(path, single_file_config=str(pipelines["sdxl"]))
+
+
+def test_checkpoints_with_other_inputs_or_of_another_family(pipelines, tmp_path):
+    path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
+    assert "is of family sd, not sdxl" in refused(str(path), family="sdxl")
+    weights, name = load_file(path), "model.diffusion_model.input_blocks.0.0.weight"
+    save_file(weights | {name: weights[name].repeat(1, 3, 1, 1)[:, :9].contiguous()}, path)
+    assert "takes 9 channels and not 4; it is an inpainting model" in refused(str(path))
+    save_file(weights | {"conditioner.embedders.0.model.x": torch.zeros(1)}, path)
+    assert "SDXL refiner" in refused(str(path))

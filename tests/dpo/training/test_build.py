@@ -143,3 +143,12 @@ def test_the_vae_encodes_and_decodes_in_its_own_precision(world, tmp_path, kind,
         == {"fp32": torch.float32, "bf16": torch.bfloat16}[vae]
     )
     samples.before(run)
+
+
+def test_wrong_data_is_said_before_a_model_is_fetched(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *a, **k: pytest.fail("fetched"))
+    lora = ("--lora", "--lora-init", "nobody/no-such-lora")
+    monkeypatch.setattr("dpo.models.lora_files._downloaded", lambda *a: pytest.fail("fetched"))
+    for flags in ((), lora):
+        with pytest.raises(UserError, match="nowhere"):
+            make_run("nobody/no-such-model", str(tmp_path / "nowhere"), tmp_path / "run", *flags)
