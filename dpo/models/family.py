@@ -112,6 +112,7 @@ class Family:
     name: str
     pipeline: str  # the diffusers pipeline class, as in model_index.json's `_class_name`
     denoiser: str  # the component's name in that pipeline and its folder: "unet"
+    denoiser_class: str  # of diffusers
     beta: float  # default of dpo (docs/method.md)
     guidance: float  # default guidance scale of sample images
     tokenizers: tuple[str, ...]  # component names, beside `text_encoders`
@@ -123,6 +124,7 @@ class Family:
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     checks: tuple[Check, ...] = ()  # what it assumes of the configs, beside what every family does
     architectures: tuple[str, ...] = ()  # how `modelspec.architecture` of its single files begins
+    vae_class: str = "AutoencoderKL"  # of diffusers
     vae_overflows_in_fp16: bool = False
     kohya_name: Callable[[str, Denoiser], str] = lambda name, denoiser: name  # of a layer, in sd-scripts' LoRA files
 

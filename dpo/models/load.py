@@ -80,9 +80,8 @@ def load(
     single_file_config: a diffusers folder that describes a single file; timesteps: as the user chose. Raises UserError
     for what cannot be found, read or recognised, and, before its weights are read, for what the training does not fit.
     """
+    import diffusers
     import transformers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
@@ -96,16 +95,17 @@ def load(
     turbo = is_turbo(model, scheduler_config, timesteps)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     another = other_vae(vae, place / "vae", cache_dir) if vae else None  # small, and its config is checked too
-    configs: dict[str, Any] = {kind.denoiser: config_of(UNet2DConditionModel, place, kind.denoiser)}
-    configs["vae"] = another.config if another is not None else config_of(AutoencoderKL, place, "vae")
-    configs |= {name: config_of(transformers.CLIPTextConfig, place, name) for name, _ in kind.text_encoders}
+    network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)
+    encoding = {name: getattr(transformers, cls) for name, cls in kind.text_encoders}
+    configs: dict[str, Any] = {kind.denoiser: config_of(network, place, kind.denoiser)}
+    configs["vae"] = another.config if another is not None else config_of(autoencoder, place, "vae")
+    configs |= {name: config_of(cls.config_class, place, name) for name, cls in encoding.items()}
     checks.check(kind.checks, configs, model)
-    encoders = [component(getattr(transformers, cls), place, name, variant) for name, cls in kind.text_encoders]
     return Model(
         family=kind,
-        denoiser=component(UNet2DConditionModel, place, kind.denoiser, variant),
-        vae=another if another is not None else component(AutoencoderKL, place, "vae", variant),
-        text_encoders=encoders,
+        denoiser=component(network, place, kind.denoiser, variant),
+        vae=another if another is not None else component(autoencoder, place, "vae", variant),
+        text_encoders=[component(cls, place, name, variant) for name, cls in encoding.items()],
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         source=model,
@@ -143,8 +143,6 @@ def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None
     source: a UNet folder, pipeline folder, hub id, or a .safetensors file: of a UNet in diffusers' or the original
     layout, or a whole checkpoint. Raises UserError when there are no weights or they do not fit.
     """
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
     path = Path(source).expanduser()
     if path.is_file():
         load_file_into(denoiser, path, UNET, "--unet-init")
@@ -153,5 +151,5 @@ def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None
     if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"--unet-init {source}: no such folder or file")
     nested = isinstance(folder, str) or (folder / "unet").is_dir()
-    state = component(UNet2DConditionModel, folder, "unet" if nested else None, cache_dir=cache_dir).state_dict()
+    state = component(type(denoiser), folder, "unet" if nested else None, cache_dir=cache_dir).state_dict()
     fill(denoiser, state, f"--unet-init {source}", UNET)

@@ -30,6 +30,7 @@ FAMILY = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
     beta=2000.0,
     guidance=7.5,
     tokenizers=("tokenizer",),

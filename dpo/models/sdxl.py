@@ -92,6 +92,7 @@ FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
     denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
     beta=5000.0,
     guidance=5.0,
     tokenizers=("tokenizer", "tokenizer_2"),

@@ -72,6 +72,31 @@ def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], fam
     return Said(changes, lines)
 
 
+def against(path: Path, model: Model) -> list[str]:
+    """Lines on how the weights at `path`, by what they say of themselves, are not for the noise and target of `model`.
+
+    Raises UserError for a file that cannot be read, or that says what this trainer does not know.
+    """
+    shapes, metadata = _header(path)
+    said, trained = said_of_itself(path, set(shapes), metadata, model.family).scheduler, model.scheduler_config
+    return [
+        f"{path} says {name} {value}, but the run trains {name} {trained.get(name, False)}"
+        for name, value in said.items()
+        if value != trained.get(name, False)
+    ]
+
+
+def _header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """The shapes by name, and the metadata, of a .safetensors file. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in list(file.keys())}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+
+
 def _inputs(path: Path, shapes: Mapping[str, list[int]]) -> None:
     """Raises UserError for a checkpoint whose UNet takes more than latents, or that is the SDXL refiner."""
     channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", [0, LATENTS])[1]
@@ -94,14 +119,8 @@ def load_single_file(
     the configuration. Raises UserError.
     """
     import diffusers
-    from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+    shapes, metadata = _header(path)
     names = set(shapes)
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(

@@ -6,14 +6,19 @@ the run's own adapter where nothing is compared with the start (`rules.lora_goes
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dpo.models import lora_files
 from dpo.models.adapter import Adapter, endings, even, merge_into
 from dpo.models.family import Model
 from dpo.models.load import load_weights_into
+from dpo.models.single_file import against
 from dpo.settings.config import Config, change
 from dpo.settings.rules import lora_goes_on
+
+log = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
     Raises UserError for a --lora-init that cannot be read or does not fit.
     """
     named = config.model
+    if named.unet_init and (file := Path(named.unet_init).expanduser()).is_file():
+        for line in against(file, model):
+            log.warning("--unet-init %s", line)
     start = Start(named.unet_init, cache_dir=named.cache_dir)
     if named.lora_init is None:
         return config, start, []

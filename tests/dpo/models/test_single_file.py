@@ -1,11 +1,13 @@
 """dpo.models.single_file: checkpoints in the original layout give what the diffusers folder gives, or one line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.models.load import load
-from dpo.models.single_file import family_by_keys
+from dpo.models.single_file import against, family_by_keys
 from dpo.schedule import from_scheduler
 from tests.help.ldm import write_single_file
 from tests.help.loading import refused
@@ -91,6 +93,18 @@ def test_what_a_checkpoint_says_of_itself_is_followed(pipelines, tmp_path, keys,
     assert (plan.alphas_cumprod[-1] == 0) == zero
     assert model.scheduler_config["timestep_spacing"] == ("trailing" if zero else "leading")
     assert len(model.notes) == len(words) and all(word in line for word, line in zip(words, model.notes, strict=True))
+
+
+def test_weights_that_say_otherwise_than_the_model(pipelines, tmp_path):
+    """Those of --unet-init: the run trains as its model says, and the difference is told."""
+    path = marked(pipelines["sdxl"], tmp_path / "unet.safetensors", {"v_pred": EMPTY, "ztsnr": EMPTY}, {})
+    model = load(str(pipelines["sdxl"]))
+    assert against(Path(path), model) == [
+        f"{path} says prediction_type v_prediction, but the run trains prediction_type epsilon",
+        f"{path} says rescale_betas_zero_snr True, but the run trains rescale_betas_zero_snr False",
+    ]
+    plain = marked(pipelines["sdxl"], tmp_path / "plain.safetensors", {}, {"prediction_type": "epsilon"})
+    assert against(Path(plain), model) == []
 
 
 CONTRADICTS = {
