@@ -17,6 +17,7 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 NO_SIGNAL = 1e-12  # abar at or below it is 0
@@ -143,11 +144,20 @@ def from_scheduler(
     rescale = bool(config.get("rescale_betas_zero_snr", False)) or turbo if zero_snr is None else zero_snr
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     known = {key: config[key] for key in keys if config.get(key) is not None}
-    scheduler = DDPMScheduler(**known, rescale_betas_zero_snr=rescale)
+    try:
+        abar = DDPMScheduler(**known, rescale_betas_zero_snr=rescale).alphas_cumprod.double()
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the model's scheduler has betas that cannot be made ({first_line(error)}): {known}"
+        ) from error
+    if abar.numel() != known["num_train_timesteps"]:
+        raise UserError(
+            f"the model's scheduler has {abar.numel()} trained_betas for num_train_timesteps {known['num_train_timesteps']}"
+        )
     kind = config["prediction_type"] if prediction_type == "auto" else prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the model's scheduler predicts {kind!r}; this trainer knows epsilon and v_prediction")
-    return Schedule(scheduler.alphas_cumprod.double(), kind, TURBO_TIMESTEPS if turbo else None)
+    return Schedule(abar, kind, TURBO_TIMESTEPS if turbo else None)
 
 
 def usable_timesteps(schedule: Schedule, low: int = 0, high: int | None = None) -> Tensor:

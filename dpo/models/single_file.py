@@ -36,6 +36,7 @@ class Said(NamedTuple):
 
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+PREDICTION_KEYS = ("prediction_type", "predict_key")  # of ModelSpec, and the one that ComfyUI writes instead
 EDM = ("edm_vpred.", "edm_mean", "edm_std")  # keys of checkpoints that are trained on noise levels without a schedule
 
 
@@ -52,9 +53,10 @@ def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], fam
     kind = spec.get("architecture", "")
     if kind and (not kind.startswith(family.architectures) or "/" in kind or "inpaint" in kind):
         raise UserError(f"{path} says modelspec.architecture {kind}, which is no model of the family {family.name}")
-    spoken = spec.get("prediction_type", "v" if kind.endswith("-v") else "").lower()
+    key = next((key for key in PREDICTION_KEYS if spec.get(key)), PREDICTION_KEYS[0])
+    spoken = (spec.get(key) or ("v" if kind.endswith("-v") else "")).strip().lower()
     if spoken and spoken not in PREDICTIONS:
-        raise UserError(f"{path} says modelspec.prediction_type {spoken}; this trainer knows epsilon and v")
+        raise UserError(f"{path} says modelspec.{key} {spoken}; this trainer knows epsilon and v")
     changes: dict[str, Any] = {"prediction_type": PREDICTIONS[spoken]} if spoken else {}
     lines = [f"the file says {changes['prediction_type']} (modelspec)"] if spoken else []
     if "v_pred" in names:

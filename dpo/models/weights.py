@@ -18,6 +18,7 @@ from dpo.models.checks import finite
 
 WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
 FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in diffusers' VAEs before 0.17
+MARKS = ("v_pred", "ztsnr")  # empty tensors that say what the network was trained for: no weights of it
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -74,7 +75,7 @@ def read(path: Path, part: Part, module: Any, flag: str) -> dict[str, Tensor]:
 
 def _names(names: list[str], part: Part) -> dict[str, str]:
     """Names in a file -> names inside `part`; those of other parts of a whole checkpoint are left out."""
-    plain = {name: _unwrapped(name) for name in names}
+    plain = {name: _unwrapped(name) for name in names if name not in MARKS}
     for prefix in part.prefixes:
         inside = {name: after[len(prefix) :] for name, after in plain.items() if after.startswith(prefix)}
         if inside:

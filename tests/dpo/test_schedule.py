@@ -91,6 +91,20 @@ def test_prediction_type_and_betas_come_from_the_model():
     torch.testing.assert_close(trained.alphas_cumprod, torch.tensor([0.9, 0.72, 0.36]).double(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"beta_schedule": "spiral"}, "spiral is not implemented"),
+        ({"beta_end": "0.012"}, "betas that cannot be made"),
+        ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps 1000"),
+    ],
+)
+def test_betas_that_cannot_be_made_are_one_line(wrong, why):
+    with pytest.raises(UserError, match=why) as caught:
+        from_scheduler({"_class_name": "DDPMScheduler", **SD15, "prediction_type": "epsilon", **wrong})
+    assert "\n" not in str(caught.value)
+
+
 def test_unknown_prediction_type_is_one_line():
     with pytest.raises(UserError, match="predicts 'sample'; this trainer knows epsilon and v_prediction") as caught:
         sd15("sample")

@@ -64,6 +64,7 @@ SAYS = {  # keys and metadata -> prediction type, zero terminal SNR, words of th
     "v": ({"v_pred": EMPTY}, {}, "v_prediction", False, ["v_prediction (key v_pred)"]),
     "v, zero SNR": ({"v_pred": EMPTY, "ztsnr": EMPTY}, {}, "v_prediction", True, ["(key v_pred)", "zero terminal SNR"]),
     "spec v": ({}, {"prediction_type": "v"}, "v_prediction", False, ["v_prediction (modelspec)"]),
+    "ComfyUI's key": ({}, {"predict_key": "v"}, "v_prediction", False, ["v_prediction (modelspec)"]),
     "spec epsilon": ({}, {"prediction_type": "epsilon"}, "epsilon", False, ["epsilon (modelspec)"]),
     "stale spec": (
         {"v_pred": EMPTY},

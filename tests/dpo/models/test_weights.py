@@ -27,6 +27,7 @@ def test_a_unet_in_any_layout_and_under_any_prefix(pipelines, tmp_path, kind):
         "a whole checkpoint of averaged weights too": whole | renamed(original, "model_ema."),
         "the UNet of one": renamed(original, ORIGINAL),
         "without its prefix": original,
+        "with marks of its target": wanted | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)},
         "as ComfyUI stores it": renamed(original, "diffusion_model."),
         "the state of a compiled module": renamed(wanted, "_orig_mod."),
         "of one under DistributedDataParallel": renamed(wanted, "module."),
