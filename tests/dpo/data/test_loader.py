@@ -1,5 +1,6 @@
 """Batches: the same for any number of workers, from any position; holes; what happens when something goes wrong."""
 
+import itertools
 import os
 import pickle
 import signal
@@ -288,7 +289,7 @@ def test_what_workers_get_can_be_sent_to_a_fresh_process(odd, settings, monkeypa
 
     class Loader(loader.DataLoader):
         def __init__(self, dataset, sampler, **options):
-            sampler = list(sampler)
+            sampler = list(itertools.islice(sampler, 4))
             sent.extend([dataset, options["collate_fn"], options["worker_init_fn"], *sampler])
             made.append(options["multiprocessing_context"])
             alone = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None}
