@@ -153,7 +153,7 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         ([*flags, "--verfy"], "did you mean --verify?"),
         (["--verify"], "nothing to check"),
         (["--merge"], "has no parts"),
-        (["--model", world("sd15")], "no pairs to train on"),
+        (["--model", world("sd15")], "is no prepared store: correct --store, or give the --data"),
     ]:
         assert command(store, *wrong) == 2
         error = capsys.readouterr().err

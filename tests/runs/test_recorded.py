@@ -431,11 +431,11 @@ def test_out_of_memory_halves_the_batch():
 
 def test_an_error_that_is_not_finite_is_refused(small, monkeypatch):
     _, make = small
-    monkeypatch.setattr(recording, "_block", lambda task, pairs, start, stop: _poisoned(start, stop))
+    monkeypatch.setattr(recording, "_block", lambda task, pairs, positions, *_: _poisoned(positions))
     with pytest.raises(UserError, match="not finite: try another --precision"):
         make(1)
 
 
-def _poisoned(start: int, stop: int) -> dict[str, torch.Tensor]:
-    position = torch.arange(start, stop)
+def _poisoned(positions: range) -> dict[str, torch.Tensor]:
+    position = torch.tensor(positions)
     return {"pair": position % 10, "draw": position // 10, "errors": torch.full((2, len(position)), torch.inf)}

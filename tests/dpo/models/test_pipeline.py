@@ -105,7 +105,7 @@ def drawn_by_an_exact_model(scheduler, plan: schedule.Schedule, x_0: torch.Tenso
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_zero_snr_model_is_sampled_to_its_image(name, prediction):
     """Whatever the class: a latent outside [-1, 1] comes back. With the source's own betas a brighter one would."""
-    plan = schedule.from_scheduler(NOISE, prediction_type=prediction, zero_snr=True)
+    plan = schedule.from_scheduler(NOISE | {"prediction_type": prediction}, prediction_type=prediction, zero_snr=True)
     config = {"_class_name": name, **NOISE, "steps_offset": 1, "clip_sample": False}
     changed, (line,) = as_trained(config, plan)
     assert changed["rescale_betas_zero_snr"] and "rescale_betas_zero_snr True" in line
