@@ -94,7 +94,7 @@ def text_width(*parts: str) -> Check:
         have = " + ".join(map(str, widths))
         takes = ", ".join(map(str, sorted(wanted)))
         of = " and ".join(parts)
-        return f"the UNet takes text of width {takes}, but {of} give {have}: they are of different models"
+        return f"the UNet takes text of width {takes}, but {of} {'give' if len(parts) > 1 else 'gives'} {have}: they are of different models"
 
     return check
 
