@@ -35,7 +35,7 @@ def open_folders(root: Path, data: Data) -> TableSource:
     sides = {side: list_files(root / side) for side in ("w", "l")}
     around = list_files(root, skip=("w", "l"))
     texts = _Texts(root, around, sides)
-    wins, losses = (images(sides[side].files) for side in ("w", "l"))
+    wins, losses = images(sides["w"].files, sides["l"].files)
     names = sorted(wins.keys() & losses.keys())
     first, second = (
         pa.chunked_array([pa.array([f"{side}/{found[name]}" for name in names], pa.string())])
@@ -76,14 +76,18 @@ def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in extensions()
 
 
-def images(files: Iterable[str]) -> dict[str, str]:
-    """Name -> path of the images among the files of a folder; the name has no extension unless two images share it."""
-    paths = sorted(PurePosixPath(name) for name in files if is_image(name))
-    stems = [path.with_suffix("").as_posix() for path in paths]
-    count = Counter(stems)
-    return {
-        path.as_posix() if count[stem] > 1 else stem: path.as_posix() for path, stem in zip(paths, stems, strict=True)
-    }
+def images(*folders: Iterable[str]) -> list[dict[str, str]]:
+    """Name -> path of the images among the files of each folder.
+
+    The name has no extension unless two images in one of the folders share it.
+    """
+    paths = [sorted(PurePosixPath(name) for name in files if is_image(name)) for files in folders]
+    counts = [Counter(path.with_suffix("") for path in side) for side in paths]
+    shared = {stem for count in counts for stem, times in count.items() if times > 1}
+    return [
+        {(path if (stem := path.with_suffix("")) in shared else stem).as_posix(): path.as_posix() for path in side}
+        for side in paths
+    ]
 
 
 class _Texts:
@@ -114,14 +118,22 @@ class _Texts:
                 beside = (PurePosixPath(side) / name).with_name(PurePosixPath(file).stem + suffix).as_posix()
                 if beside in self.beside:
                     self.used.add(beside)
-                    return (self.root / beside).read_text(encoding="utf-8-sig").strip()
+                    return _text(self.root / beside).strip()
         return None
+
+
+def _text(path: Path) -> str:
+    """The text of a file. Raises UserError when it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _told(path: Path) -> Iterable[tuple[str, str]]:
     """(image, caption) of a table of captions. Raises UserError for missing columns."""
     if path.name.lower() == CAPTIONS:
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
+        for line in _text(path).splitlines():
             name, tab, caption = line.partition("\t")
             if tab:
                 yield name.strip(), caption.strip()

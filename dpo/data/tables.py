@@ -138,7 +138,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 end = reader.line_num
                 if None in row:
                     raise UserError(
-                        f"{path}, line {number}: more values than columns; put a text with commas in double quotes"
+                        f"{path}, line {number}: more values than columns: a text with commas belongs in double quotes, and a double "
+                        "quote inside it is written twice"
                     )
                 yield number, row
     except csv.Error as error:

@@ -117,8 +117,9 @@ def save(
         save_file(named, folder / "pytorch_lora_weights.safetensors")
         return
     rank = next(iter(adapter.values())).rank
-    told = denoiser.peft_config["default"].to_dict() | {"r": rank, "lora_alpha": rank}
-    if merged is not None:
-        told["target_modules"] = list(adapter)
+    config = denoiser.peft_config["default"].to_dict()
+    targets = list(adapter) if merged is not None else sorted(config["target_modules"])  # peft keeps a set
+    # Dropout is for training alone: diffusers would load it switched on, and draw otherwise each time.
+    told = config | {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "target_modules": targets}
     options = {f"{family.denoiser}_lora_layers": peft(adapter), f"{family.denoiser}_lora_adapter_metadata": told}
     getattr(diffusers, family.pipeline).save_lora_weights(folder, safe_serialization=True, **options)

@@ -146,7 +146,11 @@ class Data:
         "skip", "unreadable image: count and leave a hole, or stop", choices=("skip", "stop"), resume="said"
     )
     bad_image_limit: float = option(
-        0.01, "stop when more than this share of pairs has an unreadable image", low=0.0, high=1.0, resume="free"
+        0.01,
+        "stop when more than this share of pairs has an unreadable image; a few never stop a run, unless it is 0",
+        low=0.0,
+        high=1.0,
+        resume="free",
     )
 
 

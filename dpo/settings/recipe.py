@@ -49,7 +49,9 @@ def _held_out(kept: dict[str, Any], said: Mapping[str, Any], name: str, notes: l
     if "validation_data" not in said:
         why = "--validation-fraction is given" if shares(said) else "--data is your own"
         instead = (
-            "" if none_asked(said) else "; some of --data are held out instead, or those that --validation-data names"
+            ""
+            if none_asked(said)
+            else "; of --data some are held out where it has enough pairs, or name --validation-data"
         )
         notes.append(f"{why}: the held-out pairs of {name} ({theirs}) are left out{instead}")
     return kept

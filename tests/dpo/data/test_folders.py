@@ -133,3 +133,17 @@ def test_linked_folders_are_read_and_loops_end(tmp_path, settings):
         f"w/{name}.jpg" for name in ("00000", "00001", "more/00000", "more/00001")
     ]
     assert "without a caption" not in describe(source)
+
+
+def test_an_image_of_the_same_name_is_a_partner_beside_one_of_another_extension(tmp_path, settings):
+    worlds.make_folders(tmp_path, 3)
+    shutil.copy(tmp_path / "w" / "00001.jpg", tmp_path / "w" / "00001.png")
+    source = open_source(settings(tmp_path))
+    assert source.summary["pairs"] == 3 and source.summary["without a partner"] == 1
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path, settings):
+    worlds.make_folders(tmp_path, 3, captions_in="txt")
+    (tmp_path / "w" / "00001.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"00001\.txt: not UTF-8 text"):
+        open_source(settings(tmp_path))

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dpo.common.errors import UserError
@@ -223,6 +224,20 @@ def test_metadata_is_readable_without_peft(models, tmp_path):
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     text = json.dumps(header["__metadata__"])
     assert "lora_alpha" in text and str(Path.home()) not in text
+
+
+def test_what_was_trained_with_dropout_draws_without(models, tmp_path, pipelines):
+    """diffusers puts the adapter's modules into training mode when it loads one."""
+    unet = copy.deepcopy(models["sd15"].denoiser)
+    lora.add(unet, rank=4, alpha=4, target_modules=TARGETS, dropout=0.5, seed=0)
+    save_lora(models["sd15"], unet, tmp_path, layout="diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipelines["sd15"])
+    pipe.load_lora_weights(tmp_path)
+    dropouts = [module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)]
+    assert all(module.p == 0 for module in dropouts)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert told["unet.lora_dropout"] == 0.0 and told["unet.target_modules"] == sorted(TARGETS)
 
 
 def test_dropout_is_keyed_and_each_layer_has_its_own(models):
