@@ -23,6 +23,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
+from dpo.data.contents import stamps
 from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
@@ -150,6 +151,8 @@ def fill(task: Filling) -> bool:
     index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
     _check(task, index)
     fingerprints = [source["fingerprint"] for source in index["sources"]]
+    if _fingerprint(task) in fingerprints:
+        _check_images(task, index["sources"][fingerprints.index(_fingerprint(task))])
     if index["finished"] and _fingerprint(task) in fingerprints:
         return False
     if _fingerprint(task) not in fingerprints:
@@ -181,7 +184,21 @@ def _about(task: Filling) -> dict[str, Any]:
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
+        "images": stamps(task.source).get("images"),
     }
+
+
+def _check_images(task: Filling, before: Mapping[str, Any]) -> None:
+    """Raises UserError where the files were changed in place: what is stored, holes too, is that of the old ones.
+
+    Stores of earlier versions do not know what their files were.
+    """
+    known = before.get("images")
+    if known is not None and known != stamps(task.source).get("images"):
+        raise UserError(
+            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
+            "prepare them into another --store"
+        )
 
 
 def _check(task: Filling, index: Mapping[str, Any]) -> None:
