@@ -97,7 +97,9 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
     elif before.get("images", now.get("images")) != now.get("images"):
         log.warning("image files of the training pairs were changed since the checkpoint: it goes on with the new ones")
     elif before.get("image_times", now.get("image_times")) != now.get("image_times"):
-        log.info("the image files have other times than at the checkpoint; their sizes and the contents looked at do not")
+        log.info(
+            "the image files have other times than at the checkpoint; their sizes and the contents looked at do not"
+        )
 
 
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:

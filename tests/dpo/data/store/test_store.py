@@ -224,7 +224,9 @@ def test_a_broken_image_that_was_mended_is_not_already_finished(tmp_path):
     """The hole would stay for ever, and the command say that all is done."""
     fill.fill(task(tmp_path, Synthetic(8, broken=(4,)), bad_image_limit=0.2))
     assert not fill.fill(task(tmp_path, Synthetic(8, broken=(4,)), bad_image_limit=0.2))
-    with pytest.raises(UserError, match="was prepared from other image files than synthetic has now .* another --store"):
+    with pytest.raises(
+        UserError, match="was prepared from other image files than synthetic has now .* another --store"
+    ):
         fill.fill(task(tmp_path, Synthetic(8)))
 
 
