@@ -35,7 +35,7 @@ from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import fingerprint, identity
 from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
-from dpo.pages.folder import CHECKPOINTS
+from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
@@ -193,12 +193,18 @@ def _check_named(named: NamedModel) -> None:
 def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to resume, None for a fresh start.
 
-    "latest" without any checkpoint starts afresh, with a warning.
+    "latest" without any checkpoint starts afresh, with a warning. Raises UserError where a result is there, which that
+    would replace.
     """
     which, root = output.resume, folder / CHECKPOINTS
     if which is None:
         return None
     if which == "latest" and not checkpoint.listing(root):
+        if results := [name for name in (INDEX_FILE, ADAPTER_FILE) if (folder / name).exists()]:
+            raise UserError(
+                f"{folder} has a result and no checkpoint to go on from, so training anew would replace {results[0]}: "
+                "name another --output, or replace it (--overwrite instead of --resume)"
+            )
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
     return checkpoint.find(root, which)

@@ -25,9 +25,9 @@ from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import Config, flatten, to_toml
 from dpo.tiny import outcome
-from dpo.training import build, results, samples, summary, validation
+from dpo.training import build, checkpoint, results, samples, summary, validation
 from dpo.training.folder import clear_output
-from dpo.training.run import Figures, Run
+from dpo.training.run import Diverged, Figures, Run
 from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
@@ -116,6 +116,8 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
     run = build.build(config, notes)
     clear_output(run.output, config.output)
+    if run.resumed is not None:
+        checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
     out = run.config.output
     trackers = open_trackers(
         run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
@@ -187,7 +189,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 raise
             except UserError as error:
                 run.drop()
-                path = snapshot(run)
+                path = snapshot(run, emergency=True, diverged=isinstance(error, Diverged))
                 trackers.event({"event": "failed", "step": run.done, "message": str(error)})
                 summary.report(run, "failed", str(error))
                 log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
@@ -226,7 +228,7 @@ def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
 def _stop(run: Run, trackers: Trackers) -> None:
     """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on."""
     run.drop()
-    path = snapshot(run)
+    path = snapshot(run, emergency=True)
     trackers.event({"event": "interrupted", "step": run.done})
     summary.report(run, "interrupted", "stopped by a signal")
     log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)

@@ -19,8 +19,15 @@ TRAINED = ("method", "optim", "lora")  # the groups of settings that say how the
 log = logging.getLogger("dpo")
 
 
-def snapshot(run: Run) -> Path:
-    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder."""
+def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
+    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder.
+
+    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
+    and does not replace one that was made of the same update before.
+    """
+    path = checkpoint.folder_of(run.checkpoints, run.done)
+    if diverged and path.exists():
+        return path
     optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
     names = run.updater.names
     tensors = {
@@ -37,9 +44,11 @@ def snapshot(run: Run) -> Path:
         "optimizer": optimizer_rest,
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
+        **({"diverged": True} if diverged else {}),
     }
-    path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
-    checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
+    checkpoint.save(path, tensors, state)
+    if not emergency:
+        checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
     return path
 
 
@@ -122,7 +131,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             "the checkpoint is of an earlier version: its correction table goes on as it began, one entry a timestep "
             "and without bias correction"
         )
-    run.done, run.position = state["step"], state["position"]
+    run.done, run.position, run.resumed = state["step"], state["position"], saved.path
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
 
 

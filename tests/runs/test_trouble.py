@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -230,3 +231,26 @@ def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, c
     assert "beta = 500.0" in (out / "config.toml").read_text()
     found = json.loads((out / "summary.json").read_text())
     assert (found["status"], found["steps"], found["resolved"]["beta"]) == ("finished", 2, 500.0)
+
+
+def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stopped, tmp_path, capsys, monkeypatch):
+    """Else `latest` is that of the abandoned branch, and a limit of one deletes the checkpoint just written."""
+    root = tmp_path / "out" / "checkpoints"
+    back = [*stopped, "--resume", root / "step-00000001", "--learning-rate", "2e-5", "--checkpoints-limit", "1"]
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, lambda run: signal.raise_signal(signal.SIGTERM))
+        said = command(capsys, *back)
+    assert said.code == 130 and said.warnings("step-00000002, step-00000003 were moved to")
+    assert sorted(path.name for path in (root / "abandoned-1").iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.find(root, "latest").state["config"]["learning_rate"] == 2e-5
+    assert command(capsys, *back[:-4], "--learning-rate", "2e-5", "--resume", "latest").code == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3]
+
+
+def test_a_result_without_its_checkpoints_is_not_trained_over(stopped, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    before = tree(tmp_path / "out")
+    said = command(capsys, *stopped, "--resume", "latest")
+    check_refused(said, ["has a result and no checkpoint to go on from", "another --output", "--overwrite"])
+    assert tree(tmp_path / "out") == before
