@@ -150,7 +150,8 @@ def folder_of(root: Path, step: int) -> Path:
 def find(root: Path, which: str) -> Checkpoint:
     """The checkpoint to resume: "latest" under `root`, or a path to a checkpoint, a run or its checkpoints folder.
 
-    Of several, the newest comes first, and those of runs that had diverged last. A damaged one is skipped with a warning, and the one before it is taken. Raises UserError when none can be read.
+    Of several, the newest comes first, and those of runs that had diverged last. A damaged one is skipped with a
+    warning, and the one before it is taken. Raises UserError when none can be read.
     """
     if which == "latest":
         candidates = _healthy_first(listing(root)[::-1])

@@ -121,7 +121,8 @@ class Run:
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
             raise Diverged(
                 f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at}); the state before it is saved: "
-                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last checkpoint before; if that fails too, resume an earlier checkpoint "
+                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last "
+                "checkpoint before; if that fails too, resume an earlier checkpoint "
                 "or start anew with --overwrite"
             )
 
