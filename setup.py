@@ -24,6 +24,7 @@ setup(
         "bitsandbytes>=0.48,<0.52",  # 8-bit optimizers
         "safetensors>=0.5,<1",
         "huggingface_hub>=1.0,<3",
+        "filelock>=3.10",  # one process in a folder; huggingface_hub brings it
         "datasets>=4.0,<6",  # data sets of the hub
         "pyarrow>=18",  # parquet, read by row group
         "pillow>=11",

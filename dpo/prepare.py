@@ -47,6 +47,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
     from dpo.data.store import store
     from dpo.training import preparing
+    from dpo.training.folder import check_apart
 
     folder = Path(own.store).expanduser()
     if own.verify:
@@ -58,7 +59,9 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         return 0
     shard = shard_of(own.shard)
     config = _config(folder, rest)
-    if config.data.data != str(folder):
+    there = store.is_store(folder)
+    if not there or config.data.data != str(folder):
+        check_apart("--store", folder, config, known=there)
         preparing.encode_pairs(
             config, folder, own.dtype, shard=shard, pairs_per_shard=own.pairs_per_shard, text_batch=own.text_batch
         )

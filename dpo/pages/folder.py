@@ -39,6 +39,7 @@ TABLES_FILE = "tables.json"
 REPORT_FILE = "report.html"
 CARD_FILE = "README.md"
 INDEX_FILE = "model_index.json"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 CURVES_FILE, DECILES_FILE, DDE_FILE = "curves.png", "deciles.png", "dde.png"
 FAILED_FILE = "failed.txt"
 WANDB_ID_FILE = "wandb_id.txt"
@@ -69,7 +70,7 @@ ENTRIES = (
         folder=True,
         marks_run=True,
         uploaded=False,
-        inside=("step-*", ".step-*"),
+        inside=("step-*", ".step-*", "abandoned-*"),
     ),
     Entry(
         SAMPLES,
@@ -86,7 +87,7 @@ ENTRIES = (
     Entry(DECILES_FILE, "figures by tenth of the clock", "pages/plots.py"),
     Entry(DDE_FILE, "credit by timestep", "pages/plots.py"),
     Entry(INDEX_FILE, "the parts of the pipeline", "models/save.py", marks_run=True),
-    Entry("pytorch_lora_weights.safetensors", "the adapter, instead of a pipeline", "models/lora.py"),
+    Entry(ADAPTER_FILE, "the adapter, instead of a pipeline", "models/lora.py"),
     Entry("unet", "the aligned UNet", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
     Entry("vae", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
     Entry("text_encoder", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from dpo import credit, reference, schedule
 from dpo.common.errors import UserError
+from dpo.common.words import digest
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
+from dpo.data.contents import stamps
 from dpo.data.loader import Reading
 from dpo.data.pairs import Source
 from dpo.data.sources import describe, open_sources
@@ -30,10 +32,10 @@ from dpo.models.adapter import Adapter
 from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Denoiser, Model
-from dpo.models.fingerprint import fingerprint
+from dpo.models.fingerprint import fingerprint, identity
 from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
-from dpo.pages.folder import CHECKPOINTS
+from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
@@ -74,7 +76,7 @@ def build(config: Config, notes: list[str]) -> Run:
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
-    fingerprints = {"model": fingerprint(model.denoiser), "data": source.fingerprint}
+    fingerprints = _fingerprints(model, source)
     cast(model, config.runtime.precision, config.runtime.vae_precision)
 
     twin, fingerprints["reference"] = _make_reference(config, model, begin)
@@ -144,6 +146,21 @@ def build(config: Config, notes: list[str]) -> Run:
     return run
 
 
+def _fingerprints(model: Model, source: Source) -> dict[str, str]:
+    """What the run depends on, by content, before anything is cast: a resume compares it.
+
+    Old checkpoints lack all but "model" and "data".
+    """
+    parts = identity(model)
+    return {
+        "model": fingerprint(model.denoiser),
+        "vae": parts["vae"],
+        "text": digest(*parts["text_encoders"], *parts["tokenizers"]),
+        "data": source.fingerprint,
+        **stamps(source),
+    }
+
+
 def _start(runtime: Runtime) -> None:
     """Sets what holds for the whole process: seed, threads, TF32.
 
@@ -176,12 +193,18 @@ def _check_named(named: NamedModel) -> None:
 def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to resume, None for a fresh start.
 
-    "latest" without any checkpoint starts afresh, with a warning.
+    "latest" without any checkpoint starts afresh, with a warning. Raises UserError where a result is there, which that
+    would replace.
     """
     which, root = output.resume, folder / CHECKPOINTS
     if which is None:
         return None
     if which == "latest" and not checkpoint.listing(root):
+        if results := [name for name in (INDEX_FILE, ADAPTER_FILE) if (folder / name).exists()]:
+            raise UserError(
+                f"{folder} has a result and no checkpoint to go on from, so training anew would replace {results[0]}: "
+                "name another --output, or replace it (--overwrite instead of --resume)"
+            )
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
     return checkpoint.find(root, which)

@@ -9,6 +9,8 @@ A folder appears under its name only when all of it is on disk, so a kill at any
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import os
 import re
@@ -45,6 +47,9 @@ FORMAT = 1
 
 
 NAME = re.compile(r"step-(\d{8})")
+
+
+ABANDONED = "abandoned-{}"  # the checkpoints of a branch that a run went back behind
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,11 @@ def folder_of(root: Path, step: int) -> Path:
 def find(root: Path, which: str) -> Checkpoint:
     """The checkpoint to resume: "latest" under `root`, or a path to a checkpoint, a run or its checkpoints folder.
 
-    A damaged one is skipped with a warning, and the one before it is taken. Raises UserError when none can be read.
+    Of several, the newest comes first, and those of runs that had diverged last. A damaged one is skipped with a
+    warning, and the one before it is taken. Raises UserError when none can be read.
     """
     if which == "latest":
-        candidates = listing(root)[::-1]
+        candidates = _healthy_first(listing(root)[::-1])
         if not candidates:
             raise UserError(f"nothing to resume: no checkpoint under {root}; start without --resume")
     else:
@@ -159,7 +165,7 @@ def find(root: Path, which: str) -> Checkpoint:
             )
         inside = listing(named) or listing(named / CHECKPOINTS)  # the folder of a run, or of its checkpoints
         older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
-        candidates = inside[::-1] or [named, *older]
+        candidates = _healthy_first(inside[::-1]) or [named, *older]
     reasons = []
     for path in candidates:
         try:
@@ -173,6 +179,49 @@ def find(root: Path, which: str) -> Checkpoint:
     if others:
         raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {others[0]}")
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
+
+
+def _healthy_first(newest: list[Path]) -> list[Path]:
+    """Checkpoints, newest first, with those at the end that were written as the loss or the gradient was not finite."""
+    diverged = [path for path in newest if _diverged(path)]
+    healthy = [path for path in newest if path not in diverged]
+    if diverged and healthy:
+        log.warning(
+            "%s was written when the run had diverged: %s comes first; name the other to go on from there",
+            diverged[0],
+            healthy[0],
+        )
+    return [*healthy, *diverged]
+
+
+def _diverged(folder: Path) -> bool:
+    """Whether a checkpoint says so; one that cannot be read is found damaged later."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and bool(state.get("diverged"))
+
+
+def set_aside(root: Path, resumed: Path, step: int) -> None:
+    """Moves the checkpoints of `root` that are not in the history of `resumed`, which made `step` updates, and says so.
+
+    Those are the later ones, and all where `resumed` lies elsewhere. They go to a folder abandoned-N in `root`, which
+    `listing` does not look into. Raises OSError.
+    """
+    elsewhere = resumed.resolve().parent != root.resolve()
+    moved = [path for path in listing(root) if elsewhere or path.name > folder_of(root, step).name]
+    if not moved:
+        return
+    place = next(place for i in itertools.count(1) if not (place := root / ABANDONED.format(i)).exists())
+    place.mkdir()
+    for path in reversed(moved):  # a kill between two leaves the older ones, which are no later than what is moved
+        os.replace(path, place / path.name)
+    sync_folder(root)
+    log.warning(
+        "going on from %s: %s %s moved to %s", resumed, ", ".join(path.name for path in moved),
+        "was" if len(moved) == 1 else "were", place,
+    )  # fmt: skip
 
 
 def prune(root: Path, limit: int | None) -> None:

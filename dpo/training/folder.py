@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo.common.errors import UserError
 from dpo.pages.folder import CONFIG_FILE, ENTRIES, METRICS_FILE
-from dpo.settings.config import Config, Model, Output
+from dpo.settings.config import Config, Output
 
 
 def check_output(config: Config) -> Path:
@@ -23,11 +23,8 @@ def check_output(config: Config) -> Path:
         raise UserError(f"--output {output}: {there} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: {there} is not writable; choose another folder")
-    if config.model.model and output.resolve() == Path(config.model.model).expanduser().resolve():
-        raise UserError(
-            f"--output {output} is the folder of the model itself, which would be replaced; name another folder"
-        )
-    _check_parts(output, config.model)
+    known = bool(config.output.resume) and any((output / entry.name).exists() for entry in ENTRIES if entry.marks_run)
+    check_apart("--output", output, config, known=known)
     found = [entry for entry in ENTRIES if (output / entry.name).exists()]
     occupied = any(entry.marks_run for entry in found)
     if occupied and not config.output.resume and not config.output.overwrite:
@@ -42,16 +39,31 @@ def check_output(config: Config) -> Path:
     return output
 
 
-def _check_parts(output: Path, named: Model) -> None:
-    """Raises UserError where the result would be written over a part of the model that the run is made from."""
-    for flag, source in (("--unet-init", named.unet_init), ("--lora-init", named.lora_init), ("--vae", named.vae)):
-        if not source or not (place := Path(source).expanduser().resolve()).exists():
+def check_apart(flag: str, folder: Path, config: Config, *, known: bool = False) -> None:
+    """Raises UserError where `folder` is one of the inputs, lies inside one, or has one where a run writes.
+
+    flag: that names `folder`. known: the folder lay where it is before this command, and only goes on.
+    """
+    named, data, place = config.model, config.data, folder.resolve()
+    written = [(folder / entry.name).resolve() for entry in ENTRIES]
+    for name, source in (
+        ("--model", named.model),
+        ("--unet-init", named.unet_init),
+        ("--lora-init", named.lora_init),
+        ("--vae", named.vae),
+        ("--data", data.data),
+        ("--validation-data", data.validation_data),
+    ):
+        if not source or not (found := Path(source).expanduser().resolve()).exists():
             continue
-        inside = [(output / entry.name).resolve() for entry in ENTRIES]
-        if place == output.resolve() or any(place.is_relative_to(entry) for entry in inside):
+        if place == found and name == "--model":
             raise UserError(
-                f"--output {output} has {flag} {source} in it, which would be replaced; name another folder"
+                f"{flag} {folder} is the folder of the model itself, which would be replaced; name another folder"
             )
+        if place == found or any(found.is_relative_to(entry) for entry in written):
+            raise UserError(f"{flag} {folder} has {name} {source} in it, which would be replaced; name another folder")
+        if not known and place.is_relative_to(found):
+            raise UserError(f"{flag} {folder} lies inside {name} {source}, which is only read; name a folder beside it")
 
 
 def clear_output(output: Path, asked: Output) -> None:

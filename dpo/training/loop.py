@@ -8,14 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from dpo.common import files, machine
+from dpo.common import files, locks, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
@@ -23,11 +23,11 @@ from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
-from dpo.settings.config import Config, flatten, to_toml
+from dpo.settings.config import Config, change, flatten, to_toml
 from dpo.tiny import outcome
-from dpo.training import build, results, samples, summary, validation
-from dpo.training.folder import clear_output
-from dpo.training.run import Figures, Run
+from dpo.training import build, checkpoint, results, samples, summary, validation
+from dpo.training.folder import check_output, clear_output
+from dpo.training.run import Diverged, Figures, Run
 from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
@@ -114,8 +114,23 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
 
 def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
-    run = build.build(config, notes)
-    clear_output(run.output, config.output)
+    output = check_output(config)
+    with ExitStack() as stack:
+        if there := output.is_dir():  # before its checkpoints are read
+            stack.enter_context(locks.held(output, "--output"))
+        run = build.build(config, notes)
+        if not there:  # made only now: a mistake in a setting leaves no folder behind
+            clear_output(output, config.output)
+            stack.enter_context(locks.held(output, "--output"))
+            check_output(change(config, resume=None, overwrite=False))  # another process may have made a run here
+        clear_output(output, config.output)
+        _make(run, train_step)
+
+
+def _make(run: Run, train_step: TrainStep) -> None:
+    """Everything that writes into the output folder, which this process holds."""
+    if run.resumed is not None:
+        checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
     out = run.config.output
     trackers = open_trackers(
         run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
@@ -187,7 +202,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 raise
             except UserError as error:
                 run.drop()
-                path = snapshot(run)
+                path = snapshot(run, emergency=True, diverged=isinstance(error, Diverged))
                 trackers.event({"event": "failed", "step": run.done, "message": str(error)})
                 summary.report(run, "failed", str(error))
                 log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
@@ -226,7 +241,7 @@ def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
 def _stop(run: Run, trackers: Trackers) -> None:
     """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on."""
     run.drop()
-    path = snapshot(run)
+    path = snapshot(run, emergency=True)
     trackers.event({"event": "interrupted", "step": run.done})
     summary.report(run, "interrupted", "stopped by a signal")
     log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)

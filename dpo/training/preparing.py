@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.loader import worker_count
@@ -86,22 +87,23 @@ def encode_pairs(
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     images = config.runtime.vae_batch
-    fresh = fill.fill(
-        fill.Filling(
-            folder=place,
-            name=str(config.data.data),
-            source=source,
-            settings=settings,
-            encode=Encodings(Encoder(model, device, images), DTYPES[dtype], images, text_batch),
-            pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config.data, DTYPES[dtype].itemsize),
-            workers=worker_count(config.data.workers),
-            bad_image_limit=config.data.bad_image_limit,
-            stop_at_bad=config.data.on_bad_image == "stop",
-            first=first,
-            last=last,
-            progress=progress_line("prepared"),
-        )
+    task = fill.Filling(
+        folder=place,
+        name=str(config.data.data),
+        source=source,
+        settings=settings,
+        encode=Encodings(Encoder(model, device, images), DTYPES[dtype], images, text_batch),
+        pairs_per_shard=pairs_per_shard or _pairs_per_shard(model, config.data, DTYPES[dtype].itemsize),
+        workers=worker_count(config.data.workers),
+        bad_image_limit=config.data.bad_image_limit,
+        stop_at_bad=config.data.on_bad_image == "stop",
+        first=first,
+        last=last,
+        progress=progress_line("prepared"),
     )
+    place.mkdir(parents=True, exist_ok=True)
+    with locks.held(place, "--store"):
+        fresh = fill.fill(task)
     log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")
     return fresh
 
@@ -220,7 +222,8 @@ def record_reference(
         block=block or recording.BLOCK_PAIRS,
         progress=progress_line("recorded", "draws of pairs"),
     )
-    place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
+    with locks.held(folder, "--store", "-{}-of-{}".format(*shard) if shard[1] > 1 else ""):
+        place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = (
         f"{draws} draws of each of {len(source):,} pairs"
         if complete

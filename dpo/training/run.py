@@ -71,6 +71,7 @@ class Run:
     held_out_source: Source | None = None
     done: int = 0  # updates made
     complete: bool = False  # all updates were made before this process: its settings trained nothing
+    resumed: Path | None = None  # the checkpoint that it goes on from
     position: int = 0  # pairs consumed, holes included
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model
@@ -120,7 +121,8 @@ class Run:
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
             raise Diverged(
                 f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at}); the state before it is saved: "
-                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest; if that fails at once, resume an earlier checkpoint "
+                "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last "
+                "checkpoint before; if that fails too, resume an earlier checkpoint "
                 "or start anew with --overwrite"
             )
 

@@ -19,8 +19,15 @@ TRAINED = ("method", "optim", "lora")  # the groups of settings that say how the
 log = logging.getLogger("dpo")
 
 
-def snapshot(run: Run) -> Path:
-    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder."""
+def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
+    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder.
+
+    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
+    and does not replace one that was made of the same update before.
+    """
+    path = checkpoint.folder_of(run.checkpoints, run.done)
+    if diverged and path.exists():
+        return path
     optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
     names = run.updater.names
     tensors = {
@@ -37,9 +44,11 @@ def snapshot(run: Run) -> Path:
         "optimizer": optimizer_rest,
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
+        **({"diverged": True} if diverged else {}),
     }
-    path = checkpoint.save(checkpoint.folder_of(run.checkpoints, run.done), tensors, state)
-    checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
+    checkpoint.save(path, tensors, state)
+    if not emergency:
+        checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
     return path
 
 
@@ -69,27 +78,46 @@ def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
         log.warning("changed on resume: %s", line)
 
 
+# What a run is made from, by the name of its fingerprint, as a refusal words it.
+SAME = {
+    "model": "another model than {model}; name that one or start anew",
+    "start": "other starting weights than --unet-init and --lora-init give now; put those files back or start anew",
+    "reference": "another reference than the weights that are compared with now; put those files back or start anew",
+    "vae": "another VAE than {vae} gives now; put its files back or start anew",
+    "text": "other text encoders or tokenizers than {model} has now; put their files back or start anew",
+}
+
+
+def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
+    """Raises UserError where the run is made from other weights than the checkpoint's; other pairs or images are said.
+
+    Checkpoints of earlier versions lack some fingerprints: what is not known is not compared.
+    """
+    before, now, named = saved.state["fingerprints"], run.fingerprints, run.config.model
+    for name, reason in SAME.items():
+        if name in before and name in now and before[name] != now[name]:
+            about = reason.format(model=named.model, vae=f"--vae {named.vae}" if named.vae else named.model)
+            raise UserError(f"{saved.path} was trained from {about}")
+    if before["data"] != now["data"]:
+        log.warning(
+            "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",
+            saved.state["position"],
+        )
+    elif before.get("images", now.get("images")) != now.get("images"):
+        log.warning("image files of the training pairs were changed since the checkpoint: it goes on with the new ones")
+    elif before.get("image_times", now.get("image_times")) != now.get("image_times"):
+        log.info(
+            "the image files have other times than at the checkpoint; their sizes and the contents looked at do not"
+        )
+
+
 def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     """Puts a checkpoint into a freshly built run, bit for bit; training goes on with the batch after it.
 
-    Raises UserError when the checkpoint belongs to another model.
+    Raises UserError when the checkpoint belongs to another model, start, reference, VAE or text encoder.
     """
     state, tensors = saved.state, saved.tensors
-    if state["fingerprints"]["model"] != run.fingerprints["model"]:
-        raise UserError(
-            f"{saved.path} was trained from another model than {run.config.model.model}; name that one or start anew"
-        )
-    begun, begins = state["fingerprints"].get("start"), run.fingerprints.get("start")
-    if begun and begins and begun != begins:
-        raise UserError(
-            f"{saved.path} was trained from other starting weights than --unet-init and --lora-init give now; "
-            "put those files back or start anew"
-        )
-    if state["fingerprints"]["data"] != run.fingerprints["data"]:
-        log.warning(
-            "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",
-            state["position"],
-        )
+    _check_same(run, saved)
     updater = run.updater
     checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
     if updater.ema:
@@ -103,7 +131,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             "the checkpoint is of an earlier version: its correction table goes on as it began, one entry a timestep "
             "and without bias correction"
         )
-    run.done, run.position = state["step"], state["position"]
+    run.done, run.position, run.resumed = state["step"], state["position"], saved.path
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo.common import locks
 from dpo.train import main
 
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ")
@@ -53,10 +54,11 @@ def command(capsys, *words: object) -> Said:
 
 
 def tree(folder: Path) -> dict[str, int]:
-    """Every path below a folder with the size of its file."""
+    """Every path below a folder with the size of its file; the empty file of a lock, which stays, is left out."""
     return {
         str(path.relative_to(folder)): path.stat().st_size if path.is_file() else -1
         for path in sorted(folder.rglob("*"))
+        if path.name != locks.NAME
     }
 
 

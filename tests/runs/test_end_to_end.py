@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpo.common import locks
 from dpo.data.images import decode
 from dpo.pages.folder import ENTRIES
 from dpo.settings.flags import parse
@@ -101,7 +102,7 @@ def check_files(out):
     again, _ = parse(["--config", str(out / "config.toml"), "--output", "elsewhere"])
     assert again.optim.steps == 24 and again.method.beta is not None, "the settings as they were decided"
     assert [path.name for path in out.rglob("*.part*")] == []
-    assert {path.name for path in out.iterdir()} <= {entry.name for entry in ENTRIES}, (
+    assert {path.name for path in out.iterdir()} <= {entry.name for entry in ENTRIES} | {locks.NAME}, (
         "dpo/pages/folder.py lists them all"
     )
 

@@ -5,6 +5,7 @@ A kill costs at most the work since the last checkpoint.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import time
 import pytest
 import torch
 
-from dpo.training.state import snapshot
+from dpo.common.errors import UserError
+from dpo.training import checkpoint
+from dpo.training.state import restore, snapshot
 from tests.help.children import start_command
 from tests.help.running import advance, everything, make_run
+from tests.help.worlds import make_folders, make_pipeline
 
 RUNS = {
     "full": [],
@@ -46,6 +50,61 @@ def test_resume_is_exact(world, tmp_path, flags):
     expected, found = everything(straight), everything(second)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+TINY = ["--batch-size", "2", "--accumulation", "1", "--steps", "4"]
+
+
+@pytest.fixture
+def begun(world, tmp_path):
+    """A run of two updates on copies of model and pairs, with its checkpoint; what makes it go on."""
+    model = shutil.copytree(world("sd15"), tmp_path / "model")
+    pairs = make_folders(tmp_path / "pairs", 6)
+    run = make_run(str(model), str(pairs), tmp_path / "out", *TINY)
+    advance(run, 1)
+    snapshot(run)
+    return lambda: make_run(str(model), str(pairs), tmp_path / "out", *TINY, "--resume", "latest")
+
+
+@pytest.mark.parametrize(
+    ("part", "words"), [("vae", "another VAE"), ("text_encoder", "other text encoders"), ("unet", "another model")]
+)
+def test_another_part_of_the_model_is_refused(begun, tmp_path, part, words):
+    """Under the same names the files have other weights."""
+    other = make_pipeline(tmp_path / "other", "sd15", seed=7)
+    shutil.copytree(other / part, tmp_path / "model" / part, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=f"was trained from {words}"):
+        begun()
+
+
+@pytest.mark.parametrize(("name", "words"), [("reference", "another reference"), ("start", "other starting weights")])
+def test_other_weights_to_compare_with_are_refused(begun, tmp_path, name, words):
+    run = begun()
+    run.fingerprints["start"] = run.fingerprints["reference"]
+    snapshot(run)
+    run.fingerprints[name] = "0" * 16
+    with pytest.raises(UserError, match=f"was trained from {words}"):
+        restore(run, checkpoint.find(run.checkpoints, "latest"))
+
+
+def test_images_swapped_in_place_are_said(begun, tmp_path, caplog):
+    begun()
+    assert "were changed" not in caplog.text
+    name = next(path.name for path in (tmp_path / "pairs" / "w").iterdir() if path.suffix == ".jpg")
+    win, lose = (tmp_path / "pairs" / side / name for side in "wl")
+    data = win.read_bytes(), lose.read_bytes()
+    win.write_bytes(data[1])
+    lose.write_bytes(data[0])
+    begun()
+    assert "image files of the training pairs were changed since the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_without_these_fingerprints_goes_on(begun):
+    run = begun()
+    for name in ("reference", "vae", "text", "images", "image_times"):
+        del run.fingerprints[name]
+    snapshot(run)
+    assert begun().done == 1
 
 
 def words(world, output, *flags):
@@ -84,8 +143,6 @@ def killed_at(world, output, seconds, *flags):
 
 
 def final_policy(output):
-    from dpo.training import checkpoint
-
     return checkpoint.find(output / "checkpoints", "latest").tensors["policy"]
 
 

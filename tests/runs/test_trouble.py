@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from safetensors import SafetensorError
 
 import dpo.models.load
 import dpo.train
-from dpo.training import checkpoint, samples
+from dpo import prepare
+from dpo.common import locks
+from dpo.training import checkpoint, loop, samples
 from tests.help.commands import check_refused, command, tree
 from tests.help.worlds import make_pickapic
 
@@ -230,3 +234,72 @@ def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, c
     assert "beta = 500.0" in (out / "config.toml").read_text()
     found = json.loads((out / "summary.json").read_text())
     assert (found["status"], found["steps"], found["resolved"]["beta"]) == ("finished", 2, 500.0)
+
+
+def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stopped, tmp_path, capsys, monkeypatch):
+    """Else `latest` is that of the abandoned branch, and a limit of one deletes the checkpoint just written."""
+    root = tmp_path / "out" / "checkpoints"
+    back = [*stopped, "--resume", root / "step-00000001", "--learning-rate", "2e-5", "--checkpoints-limit", "1"]
+    with monkeypatch.context() as patch:
+        at_update(patch, 3, lambda run: signal.raise_signal(signal.SIGTERM))
+        said = command(capsys, *back)
+    assert said.code == 130 and said.warnings("step-00000002, step-00000003 were moved to")
+    assert sorted(path.name for path in (root / "abandoned-1").iterdir()) == ["step-00000002", "step-00000003"]
+    assert checkpoint.find(root, "latest").state["config"]["learning_rate"] == 2e-5
+    assert command(capsys, *back[:-4], "--learning-rate", "2e-5", "--resume", "latest").code == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3]
+
+
+def test_a_result_without_its_checkpoints_is_not_trained_over(stopped, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    before = tree(tmp_path / "out")
+    said = command(capsys, *stopped, "--resume", "latest")
+    check_refused(said, ["has a result and no checkpoint to go on from", "another --output", "--overwrite"])
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_a_second_process_in_the_same_folder_is_turned_away(start, tmp_path, capsys, monkeypatch, meanwhile):
+    """Also where the first one made the folder while the second was still loading."""
+    monkeypatch.setattr(locks, "WAIT", 0.0)
+    out, build = tmp_path / "out", loop.build.build
+    with ExitStack() as first:
+
+        def begin():
+            out.mkdir()
+            first.enter_context(locks.held(out, "--output"))
+
+        def built(*words):
+            run = build(*words)
+            begin()
+            return run
+
+        if meanwhile:
+            monkeypatch.setattr(loop.build, "build", built)
+        else:
+            begin()
+        said = command(capsys, *start)
+        check_refused(said, ["out is in use by process", str(os.getpid()), "name another folder"])
+        assert sorted(path.name for path in out.iterdir()) == [".lock", ".lock.json"]
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_replaced(start, tmp_path, capsys, monkeypatch):
+    build = loop.build.build
+
+    def built(*words):
+        run = build(*words)
+        (tmp_path / "out" / STEP.format(7)).mkdir(parents=True)
+        return run
+
+    monkeypatch.setattr(loop.build, "build", built)
+    check_refused(command(capsys, *start, "--resume", "latest"), ["out holds another run"])
+
+
+def test_a_second_prepare_in_the_same_store_is_turned_away(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.0)
+    words = ["--store", str(tmp_path), "--data", world("pairs"), "--model", world("sd15"), "--workers", "0"]
+    with locks.held(tmp_path, "--store"):
+        assert prepare.main(words) == 2
+    assert f"dpo.prepare: --store {tmp_path} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -1,5 +1,6 @@
 """A prepared store: pairs encoded once.
 
-files.py the files on disk | fill.py filling a store | store.py a store as a source of pairs
-reader.py micro-batches from a store | recording.py, recorded.py the reference's errors, written and read
+files.py the files on disk | fill.py filling a store, known.py what it holds already
+store.py a store as a source of pairs | reader.py micro-batches from a store
+recording.py, recorded.py the reference's errors, written and read
 """

@@ -23,6 +23,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
+from dpo.data.contents import stamps
 from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
@@ -31,7 +32,6 @@ from dpo.data.store.files import (
     NOWHERE,
     TEXT,
     TWICE,
-    check_shard,
     open_shard,
     read_index,
     row_crcs,
@@ -40,6 +40,7 @@ from dpo.data.store.files import (
     write_index,
     write_shard,
 )
+from dpo.data.store.known import AlreadyStored, Known, known
 
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
@@ -89,34 +90,6 @@ class Filling:
 PairRow = tuple[int, int, int, int, float, int]
 
 
-class Known:
-    """A map from hash to row, in sorted arrays of 16 bytes an entry; new entries go to `recent`."""
-
-    def __init__(self) -> None:
-        self.keys = np.empty(0, dtype=np.int64)
-        self.rows = np.empty(0, dtype=np.int64)
-        self.recent: dict[int, int] = {}
-
-    def get(self, key: int) -> int | None:
-        if key in self.recent:
-            return self.recent[key]
-        at = int(np.searchsorted(self.keys, key))
-        return int(self.rows[at]) if at < len(self.keys) and self.keys[at] == key else None
-
-    def row(self, key: int) -> int:
-        """The row of a hash that is in the map."""
-        found = self.get(key)
-        assert found is not None
-        return found
-
-    def settle(self) -> None:
-        """Moves what was added since the last call to the sorted arrays."""
-        keys = np.array(sorted(self.recent), dtype=np.int64)
-        rows = np.array([self.recent[key] for key in keys.tolist()], dtype=np.int64)
-        at = np.searchsorted(self.keys, keys)
-        self.keys, self.rows, self.recent = np.insert(self.keys, at, keys), np.insert(self.rows, at, rows), {}
-
-
 @dataclass
 class Shard:
     """What a shard holds, while it is being made."""
@@ -150,6 +123,8 @@ def fill(task: Filling) -> bool:
     index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
     _check(task, index)
     fingerprints = [source["fingerprint"] for source in index["sources"]]
+    if _fingerprint(task) in fingerprints:
+        _check_images(task, index["sources"][fingerprints.index(_fingerprint(task))])
     if index["finished"] and _fingerprint(task) in fingerprints:
         return False
     if _fingerprint(task) not in fingerprints:
@@ -159,9 +134,9 @@ def fill(task: Filling) -> bool:
             )
         index["sources"].append(_about(task))
     index["finished"] = False
-    known = _known(task.folder, index)
+    held = known(task.folder, index)
     write_index(task.folder, index)
-    for shard in _shards(task, index, *known):
+    for shard in _shards(task, index, *held):
         index["shards"].append(shard)
         write_index(task.folder, index)
     index["finished"] = True
@@ -181,7 +156,21 @@ def _about(task: Filling) -> dict[str, Any]:
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
+        "images": stamps(task.source).get("images"),
     }
+
+
+def _check_images(task: Filling, before: Mapping[str, Any]) -> None:
+    """Raises UserError where the files were changed in place: what is stored, holes too, is that of the old ones.
+
+    Stores of earlier versions do not know what their files were.
+    """
+    images = before.get("images")
+    if images is not None and images != stamps(task.source).get("images"):
+        raise UserError(
+            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
+            "prepare them into another --store"
+        )
 
 
 def _check(task: Filling, index: Mapping[str, Any]) -> None:
@@ -205,7 +194,7 @@ def _shards(
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
     first, last = mine[-1]["upto"] if mine else task.first, len(task.source) if task.last is None else task.last
     begin = first
-    skip = _AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
+    skip = AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
         skip.pass_over(int(task.source[i].key) for i in range(task.first, first))
     stream = read_ahead(((i, task.source[i]) for i in range(first, last)), READ_AHEAD)
@@ -360,41 +349,3 @@ def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
                 f"{name.split('_')[0]} encodings are not finite in {found[name].dtype}: prepare with --dtype bf16 or fp32"
             )
     return found
-
-
-class _AlreadyStored:
-    """Pairs that a store already holds, counted by key, so that a set that grew adds only its new pairs."""
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self.keys, self.left = np.unique(keys, return_counts=True)
-
-    def has(self, key: int) -> bool:
-        """Whether the store holds one more pair of this key; each pair is counted off once."""
-        at = int(np.searchsorted(self.keys, key))
-        if at == len(self.keys) or self.keys[at] != key or not self.left[at]:
-            return False
-        self.left[at] -= 1
-        return True
-
-    def pass_over(self, keys: Iterator[int]) -> None:
-        for key in keys:
-            self.has(key)
-
-
-def _known(folder: Path, index: Mapping[str, Any]) -> tuple[Known, Known, np.ndarray, int]:
-    """From the shards so far: rows of images, rows of captions, keys of earlier sources' pairs, number of images."""
-    images, captions, pairs, next_image, next_caption = Known(), Known(), [np.empty(0, dtype=np.int64)], 0, 0
-    for entry in index["shards"]:
-        check_shard(folder / entry["file"], entry)
-        shard = open_shard(folder / entry["file"])
-        images.recent |= dict.fromkeys(shard["bad_key"].tolist(), NOWHERE)
-        if entry["images"]:
-            images.recent |= {key: next_image + i for i, key in enumerate(shard["image_key"].tolist())}
-        if entry["captions"]:
-            captions.recent |= {key: next_caption + i for i, key in enumerate(shard["caption_key"].tolist())}
-        next_image, next_caption = next_image + entry["images"], next_caption + entry["captions"]
-        if entry["source"] < len(index["sources"]) - 1:
-            pairs.append(shard["pair_key"].numpy().copy())
-        images.settle()
-        captions.settle()
-    return images, captions, np.concatenate(pairs), next_image

@@ -371,3 +371,44 @@ def test_copy_into_refuses_what_does_not_fit(saved, message):
     with pytest.raises(UserError, match=message) as caught:
         copy_into({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, saved, "policy")
     assert "\n" not in str(caught.value)
+
+
+# --- history ------------------------------------------------------------------------------------------------------------
+
+
+def test_going_back_moves_later_checkpoints_aside(tmp_path, caplog):
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    checkpoint.set_aside(tmp_path, folder_of(tmp_path, 4), 4)
+    assert [path.name for path in listing(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert "step-00000006, step-00000008 were moved to" in caplog.text and "abandoned-1" in caplog.text
+    assert find(tmp_path, "latest").state["step"] == 4
+    assert find(tmp_path, str(tmp_path / "abandoned-1")).state["step"] == 8
+    write(tmp_path, 6)
+    checkpoint.set_aside(tmp_path, folder_of(tmp_path, 2), 2)
+    assert sorted(path.name for path in (tmp_path / "abandoned-2").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_going_on_from_another_run_moves_all_aside(tmp_path):
+    other = write(tmp_path / "other", 4)
+    write(tmp_path / "own", 2)
+    checkpoint.set_aside(tmp_path / "own", other, 4)
+    assert listing(tmp_path / "own") == [] and listing(tmp_path / "other") == [other]
+
+
+def test_going_on_from_the_newest_moves_nothing(tmp_path):
+    write(tmp_path, 2)
+    checkpoint.set_aside(tmp_path, write(tmp_path, 4), 4)
+    assert len(listing(tmp_path)) == len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("which", ["latest", "run"])
+def test_the_last_healthy_one_comes_before_one_that_had_diverged(tmp_path, which, caplog):
+    root = tmp_path / "checkpoints"
+    write(root, 2)
+    save(folder_of(root, 3), tensors_of(3), {"step": 3, "diverged": True})
+    which = which if which == "latest" else str(tmp_path)
+    assert find(root, which).state["step"] == 2 and "had diverged" in caplog.text
+    assert find(root, str(folder_of(root, 3))).state["step"] == 3
+    (folder_of(root, 2) / "policy.safetensors").unlink()
+    assert find(root, which).state["step"] == 3  # better than nothing

@@ -4,6 +4,7 @@ pages/folder.ENTRIES.
 
 import pytest
 
+from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.pages.folder import ENTRIES
 from dpo.settings.config import Config, change
@@ -148,3 +149,35 @@ def test_what_the_run_is_made_from_is_not_written_over(tmp_path, setting, place)
     assert check_output(change(config, output=str(tmp_path / "dpo"))) == tmp_path / "dpo"
     (tmp_path / "style.safetensors").touch()
     check_output(change(config, output=str(tmp_path), **{setting: str(tmp_path / "style.safetensors")}))
+
+
+@pytest.mark.parametrize("setting", ["model", "unet_init", "lora_init", "vae", "data", "validation_data"])
+def test_a_run_does_not_write_into_what_it_reads(tmp_path, setting):
+    source = tmp_path / "in"
+    source.mkdir()
+    flag = f"--{setting.replace('_', '-')}"
+    named = {setting: str(source)}
+    with pytest.raises(UserError, match=rf"out lies inside {flag} .*in, which is only read; name a folder beside it"):
+        check_output(into(source / "deep" / "out", **named))
+    with pytest.raises(UserError, match="which would be replaced; name another folder"):
+        check_output(into(source, overwrite=True, **named))
+    assert check_output(into(tmp_path / "out", **named)) == tmp_path / "out"
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UserError, match="lies inside"):
+        check_output(into(tmp_path / "link" / "out", **named))
+
+
+def test_a_run_that_lies_there_already_goes_on(tmp_path):
+    (tmp_path / "in" / "out" / "checkpoints").mkdir(parents=True)
+    config = into(tmp_path / "in" / "out", data=str(tmp_path / "in"), resume="latest")
+    assert check_output(config) == tmp_path / "in" / "out"
+
+
+@pytest.mark.parametrize("place", ["", "store"])
+def test_a_store_is_not_made_in_what_it_is_made_from(tmp_path, capsys, place):
+    """With the same folder nothing was done, and the exit code was 0."""
+    words = ["--store", str(tmp_path / place), "--data", str(tmp_path), "--model", str(tmp_path / "model")]
+    assert prepare.main(words) == 2
+    said = capsys.readouterr().err.strip()
+    assert "--data" in said and "name a" in said and len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import torch
 from dpo.common.errors import Stopped, UserError
 from dpo.settings.config import Config, change
 from dpo.training import checkpoint, loop
+from dpo.training.run import Diverged
 from dpo.training.trackers import open_trackers
 from tests.help.running import make_run
 
@@ -69,6 +70,37 @@ def test_a_signal_stops_between_micro_batches_with_a_checkpoint(run):
     trackers.close()
     assert run.done == 1 and [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000001"]
     assert '"interrupted"' in (run.output / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("error", "latest"), [(Diverged("not finite"), 2), (UserError("a bad image"), 3)])
+def test_an_emergency_deletes_no_checkpoint(run, error, latest):
+    """After a divergence the last healthy one goes on, where there is one; a mistake of a file leaves nothing poisoned."""
+    run.config = change(run.config, checkpoints_limit=1)
+
+    def step(run, batches):
+        if run.done == 3:
+            raise error
+        return figures()
+
+    trackers = open_trackers(run.output)
+    with pytest.raises(type(error)):
+        loop.updates(run, trackers, step, threading.Event())
+    trackers.close()
+    assert [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000002", "step-00000003"]
+    assert checkpoint.find(run.checkpoints, "latest").state["step"] == latest
+
+
+def test_a_divergence_right_after_a_checkpoint_leaves_it_healthy(run):
+    def step(run, batches):
+        if run.done == 2:
+            raise Diverged("not finite")
+        return figures()
+
+    trackers = open_trackers(run.output)
+    with pytest.raises(Diverged):
+        loop.updates(run, trackers, step, threading.Event())
+    trackers.close()
+    assert "diverged" not in checkpoint.find(run.checkpoints, "latest").state
 
 
 def test_a_second_interrupt_does_not_wait():

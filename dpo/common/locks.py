@@ -1,0 +1,66 @@
+"""One process at a time in a folder that is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dpo.common.errors import UserError
+
+WAIT = 8.0  # seconds: the workers of a process that was killed hold its lock until they notice
+NAME = ".lock"  # stays, empty: deleting a lock's file would let two processes hold two of that name
+
+log = logging.getLogger("dpo")
+
+
+@contextmanager
+def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
+    """Inside the block this process alone holds `folder`, which exists; the system lets go of it when a process dies.
+
+    flag: that names the folder. part: what of the folder, where several processes share it. Who holds it, on which
+    machine and since when stands beside the lock, as a locked file cannot be read everywhere. Raises UserError when
+    another process holds it. On a file system without locks, as some network ones are, a warning is all.
+    """
+    place = folder / f"{NAME}{part}"
+    holder = place.with_name(f"{place.name}.json")
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=WAIT)
+    except Timeout:
+        raise UserError(
+            f"{flag} {folder} is in use by {_read(holder)}: wait until that ends, or name another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): start no second process in it", folder, error)
+        yield
+        return
+    try:
+        with suppress(OSError):
+            holder.write_text(json.dumps(_about()), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def _about() -> dict[str, str | int]:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return {"pid": os.getpid(), "host": platform.node(), "since": since}
+
+
+def _read(holder: Path) -> str:
+    """Who holds a lock, in words."""
+    try:
+        found = json.loads(holder.read_text(encoding="utf-8"))
+        return f"process {found['pid']} on {found['host']} since {found['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,64 @@
+"""Whether the image files of a set are still those that they were: by size and time, then by content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dpo.common.words import digest
+from dpo.data.pairs import BadImage, ImageRef, Source
+
+LOOKED_AT = 2**16  # pairs whose files are asked for size and time; of a larger set so many, evenly spread
+READ = 64  # images whose content is hashed, evenly spread
+THREADS = 16  # a network file system answers slowly, and many at once
+
+
+def stamps(source: Source) -> dict[str, str]:
+    """Two hashes of the image files of `source`: "image_times" of sizes and times, "images" of sizes and some contents.
+
+    Files that were copied or touched have other times and the same contents. {} for pairs that lie in larger files (a
+    parquet row group, a prepared store): those have their own identity. Reads at most 64 images.
+    """
+    if source.groups is not None or not len(source):
+        return {}
+    pairs = [source[int(i)] for i in _spread(len(source), LOOKED_AT)]
+    images = [image for pair in pairs for image in (pair.win, pair.lose)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(_size_and_time, images))
+        read = [images[i] for i in _spread(len(images), READ)]
+        contents = list(pool.map(_content, read))
+    sizes = digest(*(str(size) for size, _ in found))
+    return {
+        "image_times": digest(sizes, *(str(when) for _, when in found)),
+        "images": digest(sizes, *contents),
+    }
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    """At most `most` of the indices below `count`, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def _size_and_time(image: ImageRef) -> tuple[int, int]:
+    """(bytes, nanoseconds) of an image's file; -1 where there is none, no time for an image that is in memory."""
+    if image.path is None:
+        return (len(image.data) if image.data is not None else -1), 0
+    try:
+        status = os.stat(image.path)
+    except (OSError, ValueError):  # ValueError: a zero byte in the path
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _content(image: ImageRef) -> str:
+    """A hash of an image's bytes; "" for what is no file that can be read."""
+    if image.path is not None and not Path(image.path).is_file():  # a pipe would never end
+        return ""
+    try:
+        return hashlib.blake2b(image.load(), digest_size=16).hexdigest()
+    except BadImage:
+        return ""
