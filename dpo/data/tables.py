@@ -164,7 +164,7 @@ def _watched(path: Path, rows: Iterable[tuple[int, Row]], caption: str) -> Itera
         yield number, row
     if count:
         logger.warning(
-            "%s: %d captions have line breaks, %s: a stray double quote makes one caption of several rows",
+            "%s: captions with line breaks: %d, %s: a stray double quote makes one caption of several rows",
             path, count, ", ".join(found),
         )  # fmt: skip
 

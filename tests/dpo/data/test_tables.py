@@ -120,7 +120,7 @@ def test_a_stray_quote_is_said_with_its_line(tmp_path, settings, caplog):
     path.write_text("\n".join(lines) + "\n")
     source = open_source(settings(path))
     assert len(source) == 3 and source[1].caption.startswith("a fox,images/")
-    assert "pairs.csv: 1 captions have line breaks, line 3 ('a fox,images" in caplog.text
+    assert "pairs.csv: captions with line breaks: 1, line 3 ('a fox,images" in caplog.text
     assert "a stray double quote" in caplog.text and len(caplog.messages[0]) < len(str(path)) + 200
 
 
