@@ -24,8 +24,20 @@ Check = Callable[[Configs], str | None]  # what is wrong, None where all is well
 INPUTS = {  # channels that a UNet takes beyond the latents: what such a model is
     5: "an inpainting model: its UNet also takes a mask and a masked image",
     4: "an image-editing model (instruct-pix2pix): its UNet also takes an image",
+    3: "an upscaler: its UNet also takes a small image",
     1: "a depth-to-image model: its UNet also takes a depth map",
 }
+LCM = "a distilled model (LCM): its UNet also takes the guidance scale"
+PIPELINES = {  # words in the names of other pipelines: what such a model is
+    "Inpaint": INPUTS[5],
+    "Pix2Pix": INPUTS[4],
+    "Upscale": INPUTS[3],
+    "Depth2Img": INPUTS[1],
+    "LatentConsistency": LCM,
+}
+REFINER = (
+    "the SDXL refiner, which finishes images of the base model and has one of its text encoders: train the base model"
+)
 DEFAULTED = "_use_default_values"  # under which diffusers lists the keys that a config lacks
 QUANTISED = ("I8", "U8", "F8", "F6", "F4")  # how the names of such dtypes begin in safetensors
 
@@ -47,10 +59,40 @@ def notes(configs: Configs) -> list[str]:
 def absent(part: str, key: str, meaning: str) -> Check:
     """A check that `key` of a part's config is not set: the training step has nothing to give for it."""
     return lambda configs: (
-        f"{part}/config.json has {key} {configs[part][key]}: {meaning}, which this trainer does not give it"
+        f"the {part}'s config has {key} {configs[part][key]}: {meaning}, which this trainer does not give it"
         if configs[part].get(key)
         else None
     )
+
+
+def number(part: str, key: str, *kinds: type) -> Check:
+    """A check that `key` of a part's config is a number above 0, of `kinds` (default: a whole one)."""
+
+    def check(configs: Configs) -> str | None:
+        value = configs[part].get(key)
+        if isinstance(value, kinds or (int,)) and value > 0:
+            return None
+        return f"the {part}'s config has {key} {value}: a {'' if kinds else 'whole '}number above 0 is expected"
+
+    return check
+
+
+def equal(part: str, key: str, wanted: str) -> Check:
+    """A check that `key` of a part's config is `wanted`."""
+    return lambda configs: (
+        f"the {part}'s config has {key} {configs[part].get(key)}: {wanted} is expected"
+        if configs[part].get(key) != wanted
+        else None
+    )
+
+
+def _quantised(configs: Configs) -> str | None:
+    for part, config in configs.items():
+        if (stored := config.get("quantization_config")) is not None:
+            how = stored.get("quant_method", "") if isinstance(stored, Mapping) else ""
+            by = ", ".join([*([str(how)] if how else []), "in its config"])
+            return f"the {part}'s weights are quantised ({by}): use a copy in fp32, bf16 or fp16"
+    return None
 
 
 def _latents(configs: Configs) -> str | None:
@@ -75,13 +117,6 @@ def _scaling(configs: Configs) -> str | None:
     return None
 
 
-def _side(configs: Configs) -> str | None:
-    side = configs["unet"].get("sample_size")
-    if isinstance(side, int):
-        return None
-    return f"unet/config.json has sample_size {side}: the side of the latents, one number, must be there"
-
-
 def text_width(*parts: str) -> Check:
     """A check that the UNet takes hidden states as wide as those of the text encoders `parts` side by side."""
 
@@ -92,9 +127,9 @@ def text_width(*parts: str) -> Check:
         if wanted == {sum(widths)}:
             return None
         have = " + ".join(map(str, widths))
-        takes = ", ".join(map(str, sorted(wanted)))
-        of = " and ".join(parts)
-        return f"the UNet takes text of width {takes}, but {of} {'give' if len(parts) > 1 else 'gives'} {have}: they are of different models"
+        takes = ", ".join(sorted(map(str, wanted)))
+        of = " and ".join(parts) + (" give" if len(parts) > 1 else " gives")
+        return f"the UNet takes text of width {takes}, but {of} {have}: they are of different models"
 
     return check
 
@@ -102,12 +137,17 @@ def text_width(*parts: str) -> Check:
 def scaling_said(configs: Configs) -> str | None:
     """A check for families whose VAE's scale is not the one that diffusers' class declares, SD's 0.18215."""
     if "scaling_factor" in configs["vae"].get(DEFAULTED, ()):
-        return "vae/config.json has no scaling_factor: add the one that the model was trained with"
+        return "the vae's config has no scaling_factor: add the one that the model was trained with"
     return None
 
 
 COMMON: tuple[Check, ...] = (  # of every family
-    _side,
+    _quantised,
+    number("unet", "sample_size"),
+    number("unet", "in_channels"),
+    number("unet", "out_channels"),
+    number("vae", "latent_channels"),
+    number("vae", "scaling_factor", int, float),
     _latents,
     _scaling,
     absent("unet", "time_cond_proj_dim", "the UNet of a distilled model (LCM) takes its guidance scale as an input"),
@@ -115,7 +155,6 @@ COMMON: tuple[Check, ...] = (  # of every family
     absent("unet", "num_class_embeds", "the UNet takes class labels, or a noise level as upscalers do"),
     absent("unet", "encoder_hid_dim", "the UNet takes other embeddings than the text's"),
     absent("unet", "encoder_hid_dim_type", "the UNet takes other embeddings than the text's"),
-    absent("unet", "quantization_config", "its weights are quantised, with scales"),
 )
 
 

@@ -19,7 +19,16 @@ from dpo.common.words import first_line
 from dpo.models import checks
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
-from dpo.models.parts import component, config_of, is_turbo, other_vae, pipeline_settings, variants
+from dpo.models.parts import (
+    check_files,
+    component,
+    config_of,
+    is_turbo,
+    other_config,
+    other_vae,
+    pipeline_settings,
+    variants,
+)
 from dpo.models.single_file import load_single_file
 from dpo.models.weights import UNET, fill, load_file_into
 from dpo.schedule import complete
@@ -57,10 +66,13 @@ def family_of(index: dict, chosen: str = "auto") -> Family:
                     f"the model is of family {family.name}, not {chosen}: say --family {family.name} or nothing"
                 )
             return family
+    if index.get("requires_aesthetics_score") and index.get("text_encoder") in (None, [None, None]):
+        raise UserError(f"the model is {checks.REFINER}")
     if chosen != "auto":
         return families()[chosen]
     known = ", ".join(family.pipeline for family in families().values())
-    raise UserError(f"unknown model family {name!r} in model_index.json; this trainer knows {known}")
+    kind = next((f": it is {what}" for word, what in checks.PIPELINES.items() if word in str(name)), "")
+    raise UserError(f"unknown model family {name!r} in model_index.json{kind}; this trainer knows {known}")
 
 
 def load(
@@ -94,13 +106,16 @@ def load(
     scheduler_config, said = complete(_scheduler_config(place))
     turbo = is_turbo(model, scheduler_config, timesteps)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
-    another = other_vae(vae, place / "vae", cache_dir) if vae else None  # small, and its config is checked too
     network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)
     encoding = {name: getattr(transformers, cls) for name, cls in kind.text_encoders}
     configs: dict[str, Any] = {kind.denoiser: config_of(network, place, kind.denoiser)}
-    configs["vae"] = another.config if another is not None else config_of(autoencoder, place, "vae")
+    configs["vae"] = other_config(vae, place / "vae", cache_dir) if vae else config_of(autoencoder, place, "vae")
     configs |= {name: config_of(cls.config_class, place, name) for name, cls in encoding.items()}
-    checks.check(kind.checks, configs, model)
+    checks.check(kind.checks, configs, f"{model} with --vae {vae}" if vae else model)
+    for part in configs:
+        if part != "vae" or not vae:
+            check_files(place / part, variant)
+    another = other_vae(vae, configs["vae"], cache_dir) if vae else None
     return Model(
         family=kind,
         denoiser=component(network, place, kind.denoiser, variant),

@@ -49,16 +49,23 @@ def variants(place: Path) -> set[str]:
 
 
 def _present(place: Path, variant: str | None) -> str | None:
-    """`variant` where the folder has its files (or no weights); else the plain files, or the only other variant, said.
+    """`variant` where the folder has its files (or no weights); else the plain files, or the only other variant.
 
     So a folder where only some components come in half precision loads whole, as it does in diffusers.
     """
     found = variants(place)
     if not found or (variant or "") in found or not ("" in found or len(found) == 1 or "fp16" in found):
         return variant
-    taken = "" if "" in found else "fp16" if "fp16" in found else next(iter(found))
-    log.info("%s has no %s weights: its %s ones are read", place, variant or "plain", taken or "plain")
-    return taken or None
+    return ("" if "" in found else "fp16" if "fp16" in found else next(iter(found))) or None
+
+
+def check_files(place: Path, variant: str | None) -> None:
+    """Raises UserError for quantised weights among the files in a folder that are read for `variant`; reads headers."""
+    taken = _present(place, variant) or ""
+    for path in sorted(place.glob("*.safetensors")):
+        match = WEIGHTS.fullmatch(path.name)
+        if match and (match[1] or match[2]).removeprefix(".") == taken:
+            check_stored(path)
 
 
 def pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,12 +99,14 @@ def component(
     """
     place = f"{folder}/{subfolder}" if subfolder else str(folder)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": Path(folder).is_dir()}
-    options |= {"variant": _present(Path(place), variant), "cache_dir": cache_dir}
+    taken = _present(Path(place), variant)
+    if taken != variant:
+        log.info("%s has no %s weights: its %s ones are read", place, variant or "plain", taken or "plain")
+    options |= {"variant": taken, "cache_dir": cache_dir}
     if subfolder:
         options["subfolder"] = subfolder
     options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
-    for path in Path(place).glob("*.safetensors"):
-        check_stored(path)
+    check_files(Path(place), variant)
     try:
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
@@ -110,18 +119,19 @@ def component(
     return module.requires_grad_(False).eval()
 
 
-def config_of(cls: Any, folder: Path, name: str) -> dict[str, Any]:
+def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | None = None) -> dict[str, Any]:
     """The config of the part `name` of a pipeline, with its class's defaults. Raises UserError.
 
-    cls: of diffusers, or a config class of transformers.
+    cls: of diffusers, or a config class of transformers; folder: or a hub id; name: "" where the folder is the part's.
     """
-    place = folder / name
-    if not (place / "config.json").is_file():
+    local = isinstance(folder, Path)
+    place = Path(folder) / name if local else folder
+    if local and not (Path(place) / "config.json").is_file():
         raise UserError(f"cannot load {place}: it has no config.json; name the folder of a whole diffusers pipeline")
     try:
         if cls.__module__.startswith("transformers"):
             return cls.from_pretrained(str(place), local_files_only=True).to_dict()
-        config = cls.load_config(str(place), local_files_only=True)
+        config = cls.load_config(str(place), local_files_only=local, cache_dir=cache_dir)
     except Exception as error:  # damaged files come as several kinds
         raise UserError(f"cannot load {place}: {first_line(error)}; fetch the model again") from error
     if config.get("_class_name", cls.__name__) != cls.__name__:
@@ -129,21 +139,36 @@ def config_of(cls: Any, folder: Path, name: str) -> dict[str, Any]:
     return filled(cls, config)
 
 
-def other_vae(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Vae:
+def other_config(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Mapping[str, Any]:
+    """The config of the VAE of --vae, as `other_vae` names it; one file has none, and takes `own`. Raises UserError.
+
+    own: the config of the VAE that it replaces, or that VAE's folder.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return config_of(AutoencoderKL, own) if isinstance(own, Path) else own
+    if path.is_dir():
+        return config_of(AutoencoderKL, path, _inside(path))
+    return config_of(AutoencoderKL, source, cache_dir=cache_dir)
+
+
+def _inside(folder: Path) -> str:
+    return "vae" if (folder / "vae").is_dir() else ""
+
+
+def other_vae(source: str, config: Mapping[str, Any], cache_dir: str | None) -> Vae:
     """The VAE of --vae, in fp32, frozen, in eval mode: a folder or hub id, of itself or of a pipeline, or one file.
 
-    own: the config of the VAE that it replaces, or that VAE's folder; a file has none. Raises UserError.
+    config: as `other_config` found it. Raises UserError.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     path = Path(source).expanduser()
     if not path.is_file():
         folder = path if path.is_dir() else source
-        return component(AutoencoderKL, folder, "vae" if (path / "vae").is_dir() else None, cache_dir=cache_dir)
-    try:
-        config = AutoencoderKL.load_config(str(own), local_files_only=True) if isinstance(own, Path) else own
-    except Exception as error:  # missing and damaged files come as several kinds
-        raise UserError(f"cannot load {own}: {first_line(error)}; fetch the model again") from error
+        return component(AutoencoderKL, folder, (_inside(path) if path.is_dir() else "") or None, cache_dir=cache_dir)
     vae = AutoencoderKL.from_config(config).requires_grad_(False).eval()
     load_file_into(vae, path, VAE, "--vae")
     return vae

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.models.checks import Configs, scaling_said, text_width
+from dpo.models.checks import REFINER, Configs, equal, number, scaling_said, text_width
 from dpo.models.family import Denoiser, Family, Model, TextEncoding
 from dpo.models.text import run_encoder
 
@@ -42,13 +42,12 @@ def pipeline_options(model: Model) -> dict[str, Any]:
 def pooled_and_sizes(configs: Configs) -> str | None:
     """A check that the UNet takes the second encoder's pooled text and six sizes; the refiner takes five."""
     unet, pooled = configs["unet"], configs["text_encoder_2"]["projection_dim"]
-    if unet["addition_embed_type"] != "text_time":
-        return f"unet/config.json has addition_embed_type {unet['addition_embed_type']}, where SDXL's is text_time"
     given, taken = 6 * unet["addition_time_embed_dim"] + pooled, unet["projection_class_embeddings_input_dim"]
     if taken == given:
         return None
-    what = " (five sizes: the SDXL refiner)" if taken == given - unet["addition_time_embed_dim"] else ""
-    return f"the UNet takes {taken} numbers for pooled text and sizes{what}, but is given {given}"
+    if taken == given - unet["addition_time_embed_dim"]:
+        return f"the model is {REFINER}"
+    return f"the UNet takes {taken} numbers for pooled text and sizes, but is given {given}"
 
 
 PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
@@ -101,7 +100,14 @@ FAMILY = Family(
     predict=predict,
     pipeline_options=pipeline_options,
     single_file_key="conditioner.embedders.1.",
-    checks=(text_width("text_encoder", "text_encoder_2"), pooled_and_sizes, scaling_said),
+    checks=(
+        equal("unet", "addition_embed_type", "text_time"),
+        number("unet", "addition_time_embed_dim"),
+        number("unet", "projection_class_embeddings_input_dim"),
+        pooled_and_sizes,
+        text_width("text_encoder", "text_encoder_2"),
+        scaling_said,
+    ),
     architectures=("stable-diffusion-xl-v1-base", "stable-diffusion-xl-turbo"),
     vae_overflows_in_fp16=True,
     kohya_name=kohya_name,

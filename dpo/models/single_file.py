@@ -13,7 +13,7 @@ from dpo.common.words import first_line
 from dpo.models import checks
 from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
-from dpo.models.parts import is_turbo, other_vae, pipeline_settings
+from dpo.models.parts import is_turbo, other_config, other_vae, pipeline_settings
 from dpo.schedule import complete
 
 LATENTS = 4  # channels of the latents of every model that is published in this layout
@@ -108,7 +108,7 @@ def _inputs(path: Path, shapes: Mapping[str, list[int]]) -> None:
             f"{INPUTS.get(channels - LATENTS, 'of another architecture')}"
         )
     if any(name.startswith("conditioner.embedders.0.model.") for name in shapes):
-        raise UserError(f"{path} cannot be trained: it has the text encoder of the SDXL refiner alone")
+        raise UserError(f"{path} cannot be trained: the model is {checks.REFINER}")
 
 
 def load_single_file(
@@ -147,7 +147,7 @@ def load_single_file(
             "--single-file-config names a diffusers folder of the same architecture"
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
-    own_vae = other_vae(vae, pipe.vae.config, cache_dir) if vae else pipe.vae
+    own_vae = other_vae(vae, other_config(vae, pipe.vae.config, cache_dir), cache_dir) if vae else pipe.vae
     parts = {kind.denoiser: getattr(pipe, kind.denoiser), "vae": own_vae}
     parts |= {name: encoder for (name, _), encoder in zip(kind.text_encoders, encoders, strict=True)}
     configs = {name: _config(part) for name, part in parts.items()}
