@@ -65,14 +65,14 @@ def absent(part: str, key: str, meaning: str) -> Check:
     )
 
 
-def number(part: str, key: str, *kinds: type) -> Check:
-    """A check that `key` of a part's config is a number above 0, of `kinds` (default: a whole one)."""
+def number(part: str, key: str, *, whole: bool = True) -> Check:
+    """A check that `key` of a part's config is a number above 0."""
 
     def check(configs: Configs) -> str | None:
         value = configs[part].get(key)
-        if isinstance(value, kinds or (int,)) and value > 0:
+        if isinstance(value, int if whole else (int, float)) and value > 0:
             return None
-        return f"the {part}'s config has {key} {value}: a {'' if kinds else 'whole '}number above 0 is expected"
+        return f"the {part}'s config has {key} {value}: a {'whole ' if whole else ''}number above 0 is expected"
 
     return check
 
@@ -90,8 +90,7 @@ def _quantised(configs: Configs) -> str | None:
     for part, config in configs.items():
         if (stored := config.get("quantization_config")) is not None:
             how = stored.get("quant_method", "") if isinstance(stored, Mapping) else ""
-            by = ", ".join([*([str(how)] if how else []), "in its config"])
-            return f"the {part}'s weights are quantised ({by}): use a copy in fp32, bf16 or fp16"
+            return f"the {part}'s weights are quantised ({how or 'quantization_config'}, in its config): use a copy in fp32, bf16 or fp16"
     return None
 
 
@@ -147,7 +146,7 @@ COMMON: tuple[Check, ...] = (  # of every family
     number("unet", "in_channels"),
     number("unet", "out_channels"),
     number("vae", "latent_channels"),
-    number("vae", "scaling_factor", int, float),
+    number("vae", "scaling_factor", whole=False),
     _latents,
     _scaling,
     absent("unet", "time_cond_proj_dim", "the UNet of a distilled model (LCM) takes its guidance scale as an input"),

@@ -22,9 +22,8 @@ from dpo.models.hub import locate
 from dpo.models.parts import (
     check_files,
     component,
-    config_of,
+    configs_of,
     is_turbo,
-    other_config,
     other_vae,
     pipeline_settings,
     variants,
@@ -108,9 +107,7 @@ def load(
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)
     encoding = {name: getattr(transformers, cls) for name, cls in kind.text_encoders}
-    configs: dict[str, Any] = {kind.denoiser: config_of(network, place, kind.denoiser)}
-    configs["vae"] = other_config(vae, place / "vae", cache_dir) if vae else config_of(autoencoder, place, "vae")
-    configs |= {name: config_of(cls.config_class, place, name) for name, cls in encoding.items()}
+    configs = configs_of(kind, place, vae, cache_dir)
     checks.check(kind.checks, configs, f"{model} with --vae {vae}" if vae else model)
     for part in configs:
         if part != "vae" or not vae:

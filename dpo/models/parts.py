@@ -16,7 +16,7 @@ from dpo.models.checks import check_stored, filled, finite
 from dpo.models.weights import VAE, load_file_into
 
 if TYPE_CHECKING:
-    from dpo.models.family import Vae
+    from dpo.models.family import Family, Vae
 
 log = logging.getLogger("dpo")
 
@@ -137,6 +137,24 @@ def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | Non
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UserError(f"{place} is a {config['_class_name']}: this trainer knows {cls.__name__}")
     return filled(cls, config)
+
+
+def configs_of(family: Family, folder: Path, vae: str | None, cache_dir: str | None) -> dict[str, Mapping[str, Any]]:
+    """The configs, with their classes' defaults, of the parts that a family trains with. Raises UserError.
+
+    folder: of a pipeline; vae: another VAE, as --vae names it.
+    """
+    import diffusers
+    import transformers
+
+    own = folder / "vae"
+    configs: dict[str, Mapping[str, Any]] = {
+        family.denoiser: config_of(getattr(diffusers, family.denoiser_class), folder, family.denoiser),
+        "vae": other_config(vae, own, cache_dir) if vae else config_of(getattr(diffusers, family.vae_class), own),
+    }
+    for name, cls in family.text_encoders:
+        configs[name] = config_of(getattr(transformers, cls).config_class, folder, name)
+    return configs
 
 
 def other_config(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Mapping[str, Any]:

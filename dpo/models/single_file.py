@@ -13,7 +13,7 @@ from dpo.common.words import first_line
 from dpo.models import checks
 from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
-from dpo.models.parts import is_turbo, other_config, other_vae, pipeline_settings
+from dpo.models.parts import configs_of, is_turbo, other_config, other_vae, pipeline_settings
 from dpo.schedule import complete
 
 LATENTS = 4  # channels of the latents of every model that is published in this layout
@@ -134,6 +134,8 @@ def load_single_file(
     if family not in ("auto", kind.name):
         raise UserError(f"{path} is of family {kind.name}, not {family}: say --family {kind.name} or nothing")
     said = said_of_itself(path, names, metadata, kind)
+    if config and (described_by := Path(config).expanduser()).is_dir():
+        checks.check(kind.checks, configs_of(kind, described_by, vae, cache_dir), str(path))
     options: dict[str, Any] = (
         {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     )

@@ -134,6 +134,26 @@ def test_the_refiner_as_it_is_published(copies, family):
     assert "is the SDXL refiner" in refused(without_weights(folder), family=family)
 
 
+SINGLE = {
+    "shifted latents": ("sd15", VAE, {"shift_factor": 0.1}, "shift_factor 0.1"),
+    "no scale": ("sd15", VAE, {"scaling_factor": NULL}, "scaling_factor None"),
+    "unknown scale": ("sdxl", VAE, {"scaling_factor": None}, "no scaling_factor"),
+    "two sides": ("sd15", UNET, {"sample_size": [8, 8]}, "sample_size [8, 8]"),
+    "image embeddings": ("sd15", UNET, {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 32}, "encoder_hid_dim"),
+    "another text": ("sd15", UNET, {"cross_attention_dim": 48}, "takes text of width 48, but text_encoder gives 32"),
+    "quantised UNet": ("sd15", UNET, QUANTISED, "the unet's weights are quantised"),
+}
+
+
+@pytest.mark.parametrize(("kind", "file", "changes", "words"), SINGLE.values(), ids=SINGLE)
+def test_a_single_file_is_checked_by_the_configuration_that_it_gets(copies, tmp_path, kind, file, changes, words):
+    folder = copies(kind)
+    path = write_single_file(folder, tmp_path / "model.safetensors")
+    change(folder / file, **changes)
+    message = refused(str(path), single_file_config=without_weights(folder))
+    assert words in message and str(path) in message
+
+
 # The settings that the checks ask for, as the published config.json have them; the rest is the classes' own.
 SD1 = {
     "unet": {"sample_size": 64, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 768},
