@@ -14,7 +14,7 @@ from csrc_triton.philox import Stream, uniform
 from dpo.common.words import excerpt
 from dpo.data.images import square, unreadable
 from dpo.data.labels import SAME
-from dpo.data.pairs import BadImage, Pair, embedded_twice
+from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
@@ -75,12 +75,13 @@ class Decoding:
     crop: str = "center"
     flip: bool = False
     caption_dropout: float = 0.0
+    max_mib: int = MAX_MIB  # of an image file
 
     @classmethod
     def of(cls, data: Data, seed: int) -> Decoding:
         """From the settings, once the resolution is decided."""
         assert data.resolution is not None, "the resolution is decided before a batch is read"
-        return cls(data.resolution, seed, data.crop, data.flip, data.caption_dropout)
+        return cls(data.resolution, seed, data.crop, data.flip, data.caption_dropout, data.max_image_mib)
 
 
 def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, decoding: Decoding) -> PairBatch:
@@ -111,7 +112,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
             continue
         for place, image, uniforms in places:
             try:
-                pixels[place], numbers = square(image.load(), size, decoding.crop, uniforms, flip < 0.5)
+                pixels[place], numbers = square(image.load(decoding.max_mib), size, decoding.crop, uniforms, flip < 0.5)
             except BadImage as error:
                 usable[i] = 0.0
                 bad.append((pair.key, unreadable(image, pair.caption, error)))

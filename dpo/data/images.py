@@ -1,7 +1,8 @@
 """From an image file to a square of pixels: orientation, colours, mirror, resize, crop.
 
 Transparent images are laid over white. Sixteen-bit greys are scaled to eight bits. Colour profiles are ignored, as in
-the published pipelines. Of an animation the first frame is used.
+the published pipelines. Of an animation the first frame is used. Only FORMATS are read: others name programs (EPS starts
+Ghostscript), other files or the network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from dpo.data.pairs import BadImage, ImageRef
 STOPPED = "{}; leave such pairs out with --on-bad-image skip"  # with --on-bad-image stop
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of a decompression bomb
+BAND = 1 << 22  # pixels whose colours are converted at a time: one image takes 8 bytes a pixel, whatever its mode
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # what Pillow may take a file for, whatever its name
 TURNS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -92,7 +96,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats())
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width} x {image.height} pixels, more than {max_pixels}")
         image.load()
@@ -102,9 +106,16 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImage(f"too many pixels: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise BadImage("not an image" if data else "an empty file") from error
+        raise BadImage(f"not an image ({', '.join(formats())})" if data else "an empty file") from error
     except Exception as error:  # decoders raise many kinds: OSError, SyntaxError, struct.error, ...
         raise BadImage(f"cannot be decoded ({first_line(error)})") from error
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -122,14 +133,39 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _by_bands(image, _over_white)
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        values = np.nan_to_num(values)
-        full = _full_scale(image.mode, float(values.max(initial=0.0)))
-        return Image.fromarray(np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        full = _full_scale(image.mode, max(float(_values(band).max(initial=0.0)) for _, band in _bands(image)))
+        return _by_bands(
+            image,
+            lambda band: Image.fromarray(np.clip(np.rint(_values(band) * (255.0 / full)), 0, 255).astype(np.uint8)),
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    """[H, W] fp64."""
+    return np.nan_to_num(np.asarray(image, dtype=np.float64))
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in bands of BAND pixels, each with its first row."""
+    high = max(1, BAND // image.width)
+    for top in range(0, image.height, high):
+        yield top, image.crop((0, top, image.width, min(top + high, image.height)))
+
+
+def _by_bands(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`change` of each band, as RGB: the same as of the whole image, without whole copies in wider modes."""
+    rgb = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        rgb.paste(change(band).convert("RGB"), (0, top))
+    return rgb
 
 
 def _full_scale(mode: str, largest: float) -> float:

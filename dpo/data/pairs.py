@@ -7,6 +7,7 @@ import binascii
 import filecmp
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from dpo.common.words import digest, excerpt_of_path
 
 # How image files begin, in base64: JPEG, PNG, WebP, GIF, TIFF twice, BMP. No path does and is this long without a dot.
 BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk")
+MAX_MIB = 256  # an image file's largest size unless said otherwise
 BASE64_AT_LEAST = 256  # characters; the name of a file has fewer
 
 
@@ -36,14 +38,22 @@ class ImageRef:
     path: str | None = None
     span: tuple[int, int] | None = None  # offset and length, in bytes
 
-    def load(self) -> bytes:
-        """The file's bytes. Raises BadImage when there are none."""
+    def load(self, max_mib: int = MAX_MIB) -> bytes:
+        """The file's bytes. Raises BadImage when there are none, or more than `max_mib` MiB.
+
+        Only regular files are opened: a pipe would wait for ever, and a device has no end.
+        """
         if self.data is not None:
+            _check_size(len(self.data), max_mib)
             return self.data
         if self.path is None:
             raise BadImage("no image")
         begin, length = self.span or (0, -1)
         try:
+            status = os.stat(self.path)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage(f"{excerpt_of_path(self.path)}: not a regular file")
+            _check_size(status.st_size if length < 0 else length, max_mib)
             with open(self.path, "rb") as file:
                 file.seek(begin)
                 data = file.read(length)
@@ -52,6 +62,11 @@ class ImageRef:
         if len(data) < length:
             raise BadImage(f"{excerpt_of_path(self.path)}: ends within image {excerpt_of_path(self.uid)}")
         return data
+
+
+def _check_size(size: int, max_mib: int) -> None:
+    if size > max_mib << 20:
+        raise BadImage(f"a file of {size / 2**20:.0f} MiB, more than --max-image-mib {max_mib}")
 
 
 @dataclass(frozen=True)
@@ -226,7 +241,9 @@ def one_image(first: ImageRef, second: ImageRef) -> bool:
     Embedded bytes without a uid of their own have a hash of them as uid. What is empty or missing is no image.
     """
     if first.span and second.span:
-        return first.span[1] == second.span[1] > 0 and first.load() == second.load()
+        if not 0 < first.span[1] == second.span[1] <= MAX_MIB << 20:
+            return False
+        return first.load() == second.load()
     if first.path is not None and second.path is not None:
         if os.path.normpath(first.path) == os.path.normpath(second.path):
             return True

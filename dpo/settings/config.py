@@ -152,6 +152,9 @@ class Data:
         high=1.0,
         resume="free",
     )
+    max_image_mib: int = option(
+        256, "an image file larger than this is left out, as an unreadable one is", unit="MiB", low=1, resume="said"
+    )
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def encode_pairs(
         stop_at_bad=config.data.on_bad_image == "stop",
         first=first,
         last=last,
+        max_mib=config.data.max_image_mib,
         progress=progress_line("prepared"),
     )
     place.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from dpo.data.ahead import read_ahead
 from dpo.data.contents import stamps
 from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
 from dpo.data.labels import SAME
-from dpo.data.pairs import BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
+from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
     LATENTS,
     NOWHERE,
@@ -80,6 +80,7 @@ class Filling:
     pairs_per_shard: int
     workers: int = 0
     bad_image_limit: float = 0.01  # share of the pairs
+    max_mib: int = MAX_MIB  # of an image file
     stop_at_bad: bool = False  # whether the first unreadable image ends it
     first: int = 0  # this process encodes the pairs first..last-1 of the source
     last: int | None = None  # None: to the source's end
@@ -276,7 +277,7 @@ def _collect(
         for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
                 pending.add(key)
-                waiting.append((key, image, pair.caption, pool.submit(_decode, image, task.settings)))
+                waiting.append((key, image, pair.caption, pool.submit(_decode, image, task)))
         text = caption_key(pair.caption)
         if captions.get(text) is None:
             captions.recent[text] = text_rows + len(shard.captions)
@@ -297,9 +298,9 @@ def _collect(
 Decoded = tuple[list[Tensor], Micro]
 
 
-def _decode(image: ImageRef, settings: Mapping[str, Any]) -> Decoded:
+def _decode(image: ImageRef, task: Filling) -> Decoded:
     """An image's pixels (and those of its mirror image, where the store has them) and its `Micro`. Raises BadImage."""
-    data = image.load()
+    data, settings = image.load(task.max_mib), task.settings
     pixels, micro = square(data, settings["resolution"])
     mirrored = [square(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
     return [pixels, *mirrored], micro

@@ -1,6 +1,9 @@
 """Every kind of image file becomes upright RGB pixels of the wanted size, or a BadImage that says why not."""
 
 import io
+import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -8,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from dpo.data import images
 from dpo.data.images import decode, square
-from dpo.data.pairs import BadImage
+from dpo.data.pairs import BadImage, ImageRef
 from tests.help import worlds
 
 
@@ -156,3 +160,68 @@ def test_flip_mirrors_before_the_crop():
 def test_small_images_grow():
     pixels, micro = square(png(gradient(7, 5)), 64)
     assert pixels.shape == (3, 64, 64) and micro[:2] == (5, 7)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "PCX", "TGA", "ICNS", "PDF"])
+def test_other_formats_are_no_images_whatever_their_name(kind, tmp_path, monkeypatch):
+    def program(*args, **kwargs):
+        raise AssertionError("a file started a program")
+
+    monkeypatch.setattr(subprocess, "Popen", program)
+    path = tmp_path / "innocent.jpg"
+    picture(64, 64).save(path, kind)
+    with pytest.raises(BadImage, match="not an image"):
+        decode(ImageRef("", path=str(path)).load())
+
+
+def test_the_formats_are_those_that_folders_are_searched_for():
+    known = {Image.registered_extensions()[suffix] for suffix in images_of_folders()}
+    assert set(images.formats()) == known - {"MPO"}
+
+
+def images_of_folders():
+    from dpo.data.folders import extensions
+
+    return extensions()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes in folders")
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(BadImage, match="not a regular file"):
+            ImageRef("", path=str(path)).load()
+
+
+def test_a_file_larger_than_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "large.jpg"
+    with open(path, "wb") as file:
+        file.truncate((256 << 20) + 1)  # takes no space
+    for image in (ImageRef("", path=str(path)), ImageRef("", path=str(path), span=(0, (256 << 20) + 1))):
+        with pytest.raises(BadImage, match="a file of 256 MiB, more than --max-image-mib 256"):
+            image.load()
+    for image in (ImageRef("", data=bytes((1 << 20) + 1)), ImageRef("", path=str(path), span=(0, (1 << 20) + 1))):
+        with pytest.raises(BadImage, match="--max-image-mib 1"):
+            image.load(max_mib=1)
+    assert ImageRef("", path=str(path), span=(5, 7)).load(max_mib=1) == bytes(7)
+
+
+@pytest.mark.parametrize("kind", ["alpha", "gray-alpha", "palette-alpha", "sixteen-bit"])
+def test_bands_give_what_the_whole_gives(kind, monkeypatch):
+    data = worlds.encode(picture(47, 33), kind) if kind != "sixteen-bit" else png(sixteen_bit())
+    whole = np.asarray(decode(data))
+    monkeypatch.setattr(images, "BAND", 100)
+    assert np.array_equal(np.asarray(decode(data)), whole)
+
+
+def sixteen_bit():
+    values = np.random.default_rng(0).integers(0, 65536, (33, 47))
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def test_colours_are_converted_without_whole_copies_in_wide_modes(monkeypatch):
+    largest = []
+    monkeypatch.setattr(images, "BAND", 1000)
+    monkeypatch.setattr(images, "_values", lambda band, of=images._values: largest.append(band.size) or of(band))
+    decode(png(sixteen_bit()))
+    assert largest and max(width * height for width, height in largest) <= 1000
