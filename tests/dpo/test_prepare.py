@@ -145,6 +145,7 @@ def test_stores_of_another_model_are_refused(world, tmp_path):
 def test_mistakes_are_one_line(world, tmp_path, capsys):
     store = tmp_path / "store"
     flags = ["--model", world("sd15"), "--data", world("pairs")]
+    capsys.readouterr()  # what making the pipelines said
     for wrong, message in [
         ([*flags, "--crop", "random"], "one crop of each image"),
         ([*flags, "--shard", "4/4"], "expected I/N"),
