@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt_of_path, first_line, listed
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, labels_of
-from dpo.data.pairs import ImageRef, Pair, caption_key, image_ref, make_pair, one_image
+from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, one_image
 from dpo.settings.config import Data
 
 STATE, INFO = "state.json", "dataset_info.json"  # what save_to_disk writes of a set
@@ -62,29 +62,19 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 @dataclass(frozen=True)
-class ArrowSource:
+class ArrowSource(Labelled):
     """Pairs of a table in mapped memory."""
 
     table: pa.Table  # the columns in use
     columns: Columns
     root: str  # what paths in cells are relative to
     row: np.ndarray  # [n] int64
-    swap: np.ndarray  # [n] bool
-    prob: np.ndarray  # [n] fp32
-    smoothing: float
-    summary: dict[str, int]
-    fingerprint: str
-    groups: None = None
-    window: None = None
-
-    def __len__(self) -> int:
-        return len(self.row)
 
     def __getitem__(self, index: int) -> Pair:
         row = int(self.row[index])
         first, second = _images(self.table, self.columns, self.root, row)
         caption = self.table.column(self.columns.caption)[row].as_py() or ""
-        return make_pair(caption, first, second, bool(self.swap[index]), float(self.prob[index]), self.smoothing)
+        return self.labelled(index, caption, first, second)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
@@ -134,8 +124,9 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
     sizes = [str(column.nbytes) for column in table.columns]
     settings = (repr(columns), data.ties, str(data.max_pairs))
     return ArrowSource(
-        table, columns, str(folder), keep, swap, prob, data.label_smoothing, labels.counts | counts,
-        digest(str(table.num_rows), *sizes, *settings, keep.tobytes().hex(), swap.tobytes().hex(), prob.tobytes().hex()),
+        table, columns, str(folder), keep, swap=swap, prob=prob, smoothing=data.label_smoothing, summary=labels.counts | counts,
+        fingerprint=digest(str(table.num_rows), *sizes, *settings, keep.tobytes().hex(), swap.tobytes().hex(),
+            prob.tobytes().hex()),
     )  # fmt: skip
 
 

@@ -153,6 +153,26 @@ class Subset:
         return self.source.caption_keys()[self.indices]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """What sources that are read pair by pair have beside their captions and images."""
+
+    swap: np.ndarray  # [n] bool: whether the second image is the preferred one
+    prob: np.ndarray  # [n] fp32
+    smoothing: float
+    summary: dict[str, int]
+    fingerprint: str
+    groups: None = None
+    window: None = None
+
+    def __len__(self) -> int:
+        return len(self.prob)
+
+    def labelled(self, index: int, caption: str, first: ImageRef, second: ImageRef) -> Pair:
+        """Pair `index` of these images, the preferred one first."""
+        return make_pair(caption, first, second, bool(self.swap[index]), float(self.prob[index]), self.smoothing)
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A few pairs kept in memory with their image files, so that every validation pass reads nothing."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt, excerpt_of_path
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of
-from dpo.data.pairs import ImageRef, Pair, caption_key, image_ref, is_base64, make_pair, one_image
+from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
 
 CHUNK = 8192  # rows
@@ -36,7 +36,7 @@ logger = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True)
-class TableSource:
+class TableSource(Labelled):
     """Captions and image paths as Arrow strings, compact in memory; images are read where they are decoded."""
 
     captions: pa.ChunkedArray  # [n]
@@ -44,23 +44,12 @@ class TableSource:
     second: pa.ChunkedArray  # [n]
     uids: tuple[pa.ChunkedArray, pa.ChunkedArray] | None
     root: str
-    swap: np.ndarray  # [n] bool
-    prob: np.ndarray  # [n] fp32
-    smoothing: float
-    summary: dict[str, int]
-    fingerprint: str
-    groups: None = None
-    window: None = None
-
-    def __len__(self) -> int:
-        return len(self.prob)
 
     def __getitem__(self, index: int) -> Pair:
         uids = [column[index].as_py() for column in self.uids] if self.uids else [None, None]
         first = image_ref(self.first[index].as_py(), uids[0], self.root)
         second = image_ref(self.second[index].as_py(), uids[1], self.root)
-        swap, prob = bool(self.swap[index]), float(self.prob[index])
-        return make_pair(self.captions[index].as_py(), first, second, swap, prob, self.smoothing)
+        return self.labelled(index, self.captions[index].as_py(), first, second)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions."""

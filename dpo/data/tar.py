@@ -25,7 +25,7 @@ from dpo.common.words import digest, excerpt, first_line
 from dpo.data.folders import extensions
 from dpo.data.labels import BLANK, CAPTION, CHOSEN, IMAGES, REJECTED, SAME, Columns, find_columns, labels_of
 from dpo.data.listing import CAPTION_FILES, HIDDEN, NOT_READ, is_junk, not_read
-from dpo.data.pairs import ImageRef, Pair, caption_key, make_pair, one_image
+from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, one_image
 from dpo.data.tables import cell, column_of
 from dpo.settings.config import Data
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True)
-class TarSource:
+class TarSource(Labelled):
     """Captions and the places of the images in their shards."""
 
     shards: list[str]  # paths
@@ -48,16 +48,6 @@ class TarSource:
     captions: pa.ChunkedArray  # [n]
     uids: tuple[pa.ChunkedArray, pa.ChunkedArray]  # [n] each
     spans: np.ndarray  # [n, 2, 2] int64: of the first and second image, offset and length in bytes
-    swap: np.ndarray  # [n] bool
-    prob: np.ndarray  # [n] fp32
-    smoothing: float
-    summary: dict[str, int]
-    fingerprint: str
-    groups: None = None
-    window: None = None
-
-    def __len__(self) -> int:
-        return len(self.prob)
 
     def __getitem__(self, index: int) -> Pair:
         path = self.shards[self.shard[index]]
@@ -65,8 +55,7 @@ class TarSource:
             ImageRef(uids[index].as_py(), path=path, span=(int(begin), int(length)))
             for uids, (begin, length) in zip(self.uids, self.spans[index], strict=True)
         )
-        swap, prob = bool(self.swap[index]), float(self.prob[index])
-        return make_pair(self.captions[index].as_py(), first, second, swap, prob, self.smoothing)
+        return self.labelled(index, self.captions[index].as_py(), first, second)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions."""
@@ -136,8 +125,9 @@ def open_tar(paths: list[Path], data: Data, kind: str = "auto") -> TarSource:
     shard = np.repeat(np.array(list(parts), dtype=np.int32), [len(part.prob) for part in of_shards])
     blank = captions.to_pylist().count("")
     return TarSource(
-        [str(path) for path in paths], shard, captions, (uids[0], uids[1]), spans, swap, prob, data.label_smoothing,
-        dict(counts) | {BLANK: blank, "pairs": total}, _fingerprint(captions, uids, spans[..., 1], swap, prob),
+        [str(path) for path in paths], shard, captions, (uids[0], uids[1]), spans, swap=swap, prob=prob,
+        smoothing=data.label_smoothing, summary=dict(counts) | {BLANK: blank, "pairs": total},
+        fingerprint=_fingerprint(captions, uids, spans[..., 1], swap, prob),
     )  # fmt: skip
 
 
