@@ -199,7 +199,7 @@ def warnings(run: RunFolder) -> list[Caution]:
     """All reasons to be wary, the grave ones first."""
     checks = (
         _collapsed, _faithfulness, _both_errors_rise, _saturated, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
-        _ties,
+        _ties, _holes,
     )  # fmt: skip
     found = [warning for check in checks if (warning := check(run)) is not None]
     said = [text for text in run.summary.get("warnings", []) if not text.startswith("learning rate")]  # judged by _rate
@@ -343,6 +343,17 @@ def _few_held_out(run: RunFolder) -> Caution | None:
         f"Only {learned.cases} held-out pairs",
         f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; hold out more, by "
         "--validation-data, --validation-fraction or --validation-pairs.",
+    )
+
+
+def _holes(run: RunFolder) -> Caution | None:
+    holes = sum(update.get("unusable_pairs") or 0 for update in run.updates)
+    if not holes:
+        return None
+    return Caution(
+        f"{holes:,} of {holes + run.pairs_seen():,} pairs were left out while training",
+        "An image of theirs could not be read, or is the same on both sides: the log's warnings name it (those of a store "
+        "were given when it was prepared).",
     )
 
 

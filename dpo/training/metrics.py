@@ -100,6 +100,7 @@ def summarise(rows: Tensor, shape: str | None, timestep_count: int = 1000) -> di
         "reference_lose_error": _mean(row["reference_lose"]),
         "difference_mean": _mean(row["difference"]),
         "pairs": pairs,
+        "unusable_pairs": table.shape[1] - pairs,
         "nonfinite_timesteps": sorted({int(t) for t in row["timestep"][~np.isfinite(row["loss"])]}),
         "tied_pairs": int((row["prob"] == 0.5).sum()),
         "pairs_by_decile": [int((decile == index).sum()) for index in range(DECILES)],

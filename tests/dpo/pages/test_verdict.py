@@ -101,6 +101,13 @@ def test_learning_rate_far_off(runs, lora, rate, said):
     assert [title.partition(" is ")[2] for title in titles(run)] == ([said] if said else [])
 
 
+def test_pairs_with_an_unreadable_image(runs):
+    run = with_late(runs["good"], unusable_pairs=1)
+    (title,) = titles(run)
+    assert title == f"{run.done} of {run.done + run.pairs_seen():,} pairs were left out while training"
+    assert verdict(run).level == "good"
+
+
 def test_saturation(runs):
     assert titles(with_late(runs["good"], gradient_factor=0.01)) == ["The loss is saturated"]
 

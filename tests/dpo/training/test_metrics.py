@@ -40,7 +40,7 @@ def test_figures_are_those_of_the_definition():
     pw, pl, rw, rl = errors[:, kept].numpy()
     d = (pw - rw) - (pl - rl)
     z = -1000.0 * d
-    assert figures["pairs"] == int(kept.sum()) < 64
+    assert figures["pairs"] == int(kept.sum()) < 64 and figures["unusable_pairs"] == 64 - int(kept.sum())
     assert figures["loss"] == pytest.approx(np.mean(np.log1p(np.exp(-z))), rel=1e-12)
     assert figures["implicit_accuracy"] == pytest.approx(np.mean(d < 0))
     assert figures["margin_mean"] == pytest.approx(z.mean())
