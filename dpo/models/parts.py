@@ -13,6 +13,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.checks import check_stored, filled, finite
+from dpo.models.outside import ATTENTION, check_config, check_part
 from dpo.models.weights import VAE, load_file_into
 
 if TYPE_CHECKING:
@@ -105,10 +106,18 @@ def component(
     options |= {"variant": taken, "cache_dir": cache_dir}
     if subfolder:
         options["subfolder"] = subfolder
-    options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = torch.float32
+    if cls.__module__.startswith("transformers"):
+        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION}
+    else:
+        options["torch_dtype"] = torch.float32
+    check_part(Path(place))
     check_files(Path(place), variant)
     try:
+        if not options["local_files_only"]:  # the weights are not fetched before the config is checked
+            check_config(place, cls.load_config(str(folder), subfolder=subfolder, cache_dir=cache_dir))
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
+    except UserError:
+        raise
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
         raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place))}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
@@ -128,6 +137,8 @@ def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | Non
     place = Path(folder) / name if local else folder
     if local and not (Path(place) / "config.json").is_file():
         raise UserError(f"cannot load {place}: it has no config.json; name the folder of a whole diffusers pipeline")
+    if local:
+        check_part(Path(place))
     try:
         if cls.__module__.startswith("transformers"):
             return cls.from_pretrained(str(place), local_files_only=True).to_dict()

@@ -13,6 +13,7 @@ from dpo.common.words import first_line
 from dpo.models import checks
 from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
+from dpo.models.outside import check_part
 from dpo.models.parts import configs_of, is_turbo, other_config, other_vae, pipeline_settings
 from dpo.schedule import complete
 
@@ -111,6 +112,18 @@ def _inputs(path: Path, shapes: Mapping[str, list[int]]) -> None:
         raise UserError(f"{path} cannot be trained: the model is {checks.REFINER}")
 
 
+def _configs_of(source: str, cache_dir: str | None) -> Path:
+    """The folder with the configs of the parts: `source`, or those of a hub id, fetched. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    if (folder := Path(source)).is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(source, cache_dir=cache_dir, allow_patterns=["*/*config.json"]))
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise UserError(f"--single-file-config {source} cannot be fetched ({first_line(error)})") from error
+
+
 def load_single_file(
     path: Path, family: str, config: str | None, vae: str | None, cache_dir: str | None, timesteps: str = "auto"
 ) -> Model:
@@ -139,6 +152,9 @@ def load_single_file(
     options: dict[str, Any] = (
         {"config": config, **kind.single_file_options} if config else dict(kind.single_file_options)
     )
+    if config:
+        for part in filter(Path.is_dir, _configs_of(config, cache_dir).iterdir()):
+            check_part(part, overruled=False)
     try:
         pipe = getattr(diffusers, kind.pipeline).from_single_file(
             str(path), torch_dtype=torch.float32, cache_dir=cache_dir, **options

@@ -301,9 +301,8 @@ Decoded = tuple[list[Tensor], Micro]
 def _decode(image: ImageRef, task: Filling) -> Decoded:
     """An image's pixels (and those of its mirror image, where the store has them) and its `Micro`. Raises BadImage."""
     data, settings = image.load(task.max_mib), task.settings
-    pixels, micro = square(data, settings["resolution"])
-    mirrored = [square(data, settings["resolution"], flip=True)[0]] if settings["flip"] else []
-    return [pixels, *mirrored], micro
+    found = [square(data, settings["resolution"], flip=flip) for flip in (False, True)[: 1 + settings["flip"]]]
+    return [pixels for pixels, _ in found], found[0][1]
 
 
 def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
