@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dpo.common.errors import UserError
 from dpo.common.libraries import misfit
+from dpo.common.words import printable
 
 MISTAKE = 2
 INTERRUPTED = 130  # as a shell says of a process that Ctrl-C ended
@@ -32,12 +33,12 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
     try:
         return work()
     except UserError as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        sys.stderr.write(f"{name}: {printable(str(error))}\n")
         return MISTAKE
     except Exception as error:
         if (line := misfit(error)) is None:
             raise
-        sys.stderr.write(f"{name}: {line}\n")
+        sys.stderr.write(f"{name}: {printable(line)}\n")
         return MISTAKE
     except KeyboardInterrupt:
         if stopped is None:

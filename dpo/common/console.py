@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.text import Text
 
+from dpo.common.words import printable
+
 log = logging.getLogger("dpo")
 
 BAR_WIDTH = 16
@@ -29,9 +31,10 @@ def setup(level: int | str = logging.INFO, console: Console | None = None) -> Co
         handler = RichHandler(
             console=console, show_path=False, log_time_format="%H:%M:%S", rich_tracebacks=False, markup=False
         )
+        handler.setFormatter(_Printable("%(message)s"))
     else:
         handler = logging.StreamHandler(console.file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     for old in list(log.handlers):
         log.removeHandler(old)
     log.addHandler(handler)
@@ -39,6 +42,13 @@ def setup(level: int | str = logging.INFO, console: Console | None = None) -> Co
     log.propagate = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs advice when any library imports it
     return console
+
+
+class _Printable(logging.Formatter):
+    """Lines for a terminal, whatever the data says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Progress:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 
 SHOWN = 80  # characters of a cell, caption or key in a message
 LISTED = 20  # names in a message
+# Controls of the sets C0 and C1, marks of direction (which can hide what a line says), halves of surrogate pairs.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, at most 300 characters; the name of the error's class where it has no text."""
     text = str(error).strip()
     return (text.splitlines() or [type(error).__name__])[0][:300]
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may get it: characters that move its cursor, colour it or turn its direction are escaped.
+
+    Names of files and columns, captions and errors of libraries repeat what a data set says. Line breaks and tabs stay.
+    """
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def excerpt(value: object, limit: int = SHOWN) -> str:

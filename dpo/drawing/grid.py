@@ -11,6 +11,7 @@ PNG text chunk; `read_grid` cuts it into its images again.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,8 +91,8 @@ def read_grid(path: Path) -> list[Cell]:
 def _fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     """The text, cut with an ellipsis so that it is at most `width` pixels wide."""
     text = " ".join(text.split())
-    if pen.textlength(text, font) <= width:
+    if len(text) <= width and pen.textlength(text, font) <= width:
         return text
-    while text and pen.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    text = text[:width]  # a character takes a pixel at least: what is longer is not even measured
+    most = bisect_right(range(len(text) + 1), width, key=lambda count: pen.textlength(text[:count] + "…", font))
+    return text[: max(0, most - 1)].rstrip() + "…"

@@ -69,3 +69,8 @@ def test_help_of_every_command_starts_without_torch(module):
 def test_every_command_is_a_console_script():
     text = (Path(__file__).parents[3] / "setup.py").read_text("utf-8")
     assert re.findall(r'"dpo-(\w+) = (dpo\.\w+):main"', text) == list(COMMANDS.items())
+
+
+def test_a_mistakes_line_does_not_drive_the_terminal(capsys):
+    assert run("dpo.x", raising(UserError("column \x1b]0;owned\x07 of a.csv"))) == MISTAKE
+    assert capsys.readouterr().err == "dpo.x: column \\x1b]0;owned\\x07 of a.csv\n"

@@ -91,3 +91,12 @@ def test_setup_twice_does_not_double_lines(library_log):
 )
 def test_duration(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_data_says_does_not_drive_the_terminal(terminal, library_log):
+    stream = io.StringIO()
+    setup(console=Console(file=stream, force_terminal=terminal, width=200, color_system=None))
+    library_log.warning("image %s", "a\x1b[2J\x07\u202e.jpg")
+    assert "image a\\x1b[2J\\x07\\u202e.jpg" in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue() and "\x07" not in stream.getvalue()

@@ -1,6 +1,6 @@
 """dpo.common.words: words for messages."""
 
-from dpo.common.words import LISTED, SHOWN, excerpt, excerpt_of_path, first_line, listed
+from dpo.common.words import LISTED, SHOWN, excerpt, excerpt_of_path, first_line, listed, printable
 
 
 def test_the_first_line_of_an_error():
@@ -21,3 +21,10 @@ def test_names_are_listed_within_limits():
     assert listed(["a", "b"]) == "a, b"
     assert listed(["x" * 1000]) == "x" * SHOWN + "..."
     assert listed(map(str, range(50))).endswith(f", {LISTED - 1} and {50 - LISTED} more")
+
+
+def test_text_of_a_data_set_does_not_drive_a_terminal():
+    assert printable("\x1b[2J\x1b]0;owned\x07 a\rb\x9bm") == "\\x1b[2J\\x1b]0;owned\\x07 a\\rb\\x9bm"
+    assert printable("\u202egpj.exe\ud800\x7f") == "\\u202egpj.exe\\ud800\\x7f"
+    plain = "größe 漢字 🦊\tone\ntwo — ‘x’"
+    assert printable(plain) == plain

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from dpo.drawing import draw
+from dpo.drawing import draw, grid
 from dpo.drawing.draw import sample
 from dpo.drawing.grid import read_grid, write_grid
 from dpo.models.load import load
@@ -137,3 +137,23 @@ def test_small_images_are_enlarged_and_large_ones_reduced(tmp_path):
 def test_other_pngs_are_not_grids(tmp_path):
     flat("red").save(tmp_path / "x.png")
     assert read_grid(tmp_path / "x.png") == []
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "a red fox " * 1000, "iiii WWWW é漢 " * 30, "short"])
+def test_a_long_prompt_is_cut_to_the_longest_that_fits_without_measuring_it_all(text):
+    pen, font, measured = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(18), []
+
+    class Pen:
+        def textlength(self, text, font):
+            measured.append(len(text))
+            return pen.textlength(text, font)
+
+    fitted = grid._fitted(Pen(), text, font, 300)
+    assert len(measured) < 15 and max(measured) <= 302
+    text = " ".join(text.split())
+    if fitted != text:
+        longest = text[:300]  # as it was found before: one character less at a time
+        while pen.textlength(longest + "…", font) > 300:
+            longest = longest[:-1]
+        assert fitted == longest.rstrip() + "…"
+    assert pen.textlength(fitted, font) <= 300
