@@ -1,6 +1,6 @@
 """What every room may call. It calls no room.
 
-errors.py UserError and Stopped | files.py files written whole, checked, sealed | locks.py one process in a folder
+errors.py UserError, Stopped, and reading a user's file | files.py files written whole, checked, sealed | locks.py one process in a folder
 console.py the log and the progress line | command.py the main of every command | stats.py intervals
 words.py words for messages | hub.py names on the hub | device.py tensors to a device and back
 libraries.py other libraries: quieted, or named where one does not fit

@@ -6,13 +6,16 @@ import argparse
 import io
 import logging
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from dpo.common.errors import UserError
 from dpo.common.libraries import misfit
-from dpo.common.words import printable
+from dpo.common.words import first_line, printable
 
+FAULT = 1
 MISTAKE = 2
 INTERRUPTED = 130  # as a shell says of a process that Ctrl-C ended
 GOES_ON = "stopped; the same command goes on from here"
@@ -22,6 +25,8 @@ log = logging.getLogger("dpo")
 
 def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
     """The exit code of a command: `work`'s own, 2 after a user's mistake (one line on stderr), 130 when interrupted.
+
+    Anything unexpected gives 1 and one line too, which names a file with the traceback.
 
     A library that cannot be imported is a mistake of the installation, and costs one line too.
 
@@ -37,7 +42,8 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
         return MISTAKE
     except Exception as error:
         if (line := misfit(error)) is None:
-            raise
+            sys.stderr.write(f"{name}: {printable(_unexpected(error))}\n")
+            return FAULT
         sys.stderr.write(f"{name}: {printable(line)}\n")
         return MISTAKE
     except KeyboardInterrupt:
@@ -46,6 +52,19 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
         else:
             log.warning("%s", stopped)
         return INTERRUPTED
+
+
+def _unexpected(error: Exception) -> str:
+    """One line on an error that nothing foresaw; its traceback goes to a new file, which the line names."""
+    what = f"unexpected {type(error).__name__}: {first_line(error)}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dpo-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write("".join(traceback.format_exception(error)))
+    except OSError as failed:  # a full disk may be the error itself
+        return f"{what}; its traceback could not be kept ({first_line(failed)})"
+    return f"{what}; please report it with its traceback, which is in {file.name}"
 
 
 class Parser(argparse.ArgumentParser):

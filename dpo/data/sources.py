@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.common.errors import UserError
+from dpo.common.errors import UserError, reading
 from dpo.common.hub import is_hub_id
 from dpo.common.words import listed
 from dpo.data import held_out
@@ -41,12 +41,13 @@ def open_source(data: Data, split: str | None = None) -> Source:
     set; files named one by one or by a glob are all read. Raises UserError when there is no such set, it cannot be
     read, columns are missing or no pair is usable.
     """
-    try:
-        source = _find(data, split or data.split)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+    with reading(str(data.data), "mend it, or leave out the file"):
+        try:
+            source = _find(data, split or data.split)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+            ) from error
     if not len(source):
         hint = "; ties can be kept with --ties keep" if source.summary.get("ties") else ""
         raise UserError(f"{data.data}: no usable pairs ({describe(source)}){hint}")

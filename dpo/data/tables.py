@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
-from dpo.common.words import digest, excerpt, excerpt_of_path
+from dpo.common.words import digest, excerpt, excerpt_of_path, first_line
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
@@ -92,10 +92,13 @@ def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
             file.seek(0)
+            text = file.read()
             try:
-                rows = json.load(file)
+                rows = json.loads(text)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: {_beyond(error)}") from error
             yield from ((number, _named(f"{path}, row {number}", row)) for number, row in enumerate(rows, 1))
             return
         file.seek(0)
@@ -106,7 +109,14 @@ def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {_beyond(error)}") from error
             yield number, _named(f"{path}, line {number}", row)
+
+
+def _beyond(error: Exception) -> str:
+    """What JSON allows and Python does not read: values nested thousands deep, numbers of thousands of digits."""
+    return "nested too deeply" if isinstance(error, RecursionError) else f"not a number ({first_line(error)})"
 
 
 def _named(where: str, row: object) -> Row:

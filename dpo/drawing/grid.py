@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def write_grid(
 
 def read_grid(path: Path) -> list[Cell]:
     """The images of a grid by prompt and seed; empty for a PNG that `write_grid` did not make."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         text = getattr(opened, "text", {}).get(CHUNK)
         if text is None:
             return []
@@ -94,5 +95,5 @@ def _fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     if len(text) <= width and pen.textlength(text, font) <= width:
         return text
     text = text[:width]  # a character takes a pixel at least: what is longer is not even measured
-    most = bisect_right(range(len(text) + 1), width, key=lambda count: pen.textlength(text[:count] + "…", font))
+    most = bisect_right(range(len(text) + 1), width, key=lambda count: ceil(pen.textlength(text[:count] + "…", font)))
     return text[: max(0, most - 1)].rstrip() + "…"

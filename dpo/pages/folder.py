@@ -277,7 +277,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _settings(path: Path) -> dict[str, dict[str, Any]]:
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {group: values for group, values in found.items() if isinstance(values, dict)}
 

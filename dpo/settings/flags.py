@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.settings import compat, recipe
 from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, of_before, specs, to_toml
 from dpo.settings.fields import NOTHING, Spec, brief, coerce, nearest
@@ -84,8 +85,8 @@ def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text("utf-8-sig"))  # editors on Windows begin a file with a BOM
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: not TOML ({error})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, values nested thousands deep
+        raise UserError(f"{flag} {path}: not TOML ({first_line(error)})") from None
 
 
 def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import signal
@@ -32,6 +33,8 @@ from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
+
+OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
@@ -108,8 +111,20 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
             raise
         raise worker_died(error) from error
     except (OSError, SafetensorError) as error:
+        if (unread := _not_ours(error, config)) is not None:
+            raise unread from error
         raise files.disk_error(error, Path(config.output.output).expanduser()) from error
     return 0
+
+
+def _not_ours(error: Exception, config: Config) -> UserError | None:
+    """The message on a file outside of the output folder; None where the error is one of writing the output."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str) or getattr(error, "errno", None) not in OF_OTHERS:
+        return None
+    if Path(name).resolve().is_relative_to(Path(config.output.output).expanduser().resolve()):
+        return None
+    return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")
 
 
 def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:

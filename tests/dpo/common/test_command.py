@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,15 @@ def test_an_interruption_is_said_in_the_commands_words(capsys, caplog, monkeypat
     assert caplog.messages == [GOES_ON] and "interrupted" not in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run("dpo.x", lambda: 1 // 0)
+def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run("dpo.x", lambda: 1 // 0) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("dpo.x: unexpected ZeroDivisionError: ") and line.count("\n") == 1
+    (kept,) = tmp_path.iterdir()
+    assert line.endswith(f"{kept}\n") and "1 // 0" in kept.read_text() and "Traceback" in kept.read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    assert run("dpo.x", lambda: 1 // 0) == 1 and "could not be kept" in capsys.readouterr().err
 
 
 def test_argparse_raises_instead_of_exiting():

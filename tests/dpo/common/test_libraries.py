@@ -47,7 +47,7 @@ def test_the_line_has_both_versions_and_the_remedy(tmp_path, monkeypatch, versio
     )
 
 
-def test_errors_that_no_import_raised_keep_their_traceback(tmp_path, monkeypatch):
+def test_errors_that_no_import_raised_are_no_misfit(tmp_path, monkeypatch):
     def raising(error):
         try:
             raise error
@@ -58,8 +58,7 @@ def test_errors_that_no_import_raised_keep_their_traceback(tmp_path, monkeypatch
     own = raising(OSError("a disk"))
     own.__cause__ = own  # `raise error from error`
     assert misfit(own) is None
-    with pytest.raises(ZeroDivisionError):
-        run("dpo.x", lambda: 1 // 0)
+    assert run("dpo.x", lambda: 1 // 0) == 1
 
 
 @pytest.mark.parametrize(

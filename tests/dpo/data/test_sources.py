@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub.errors import RevisionNotFoundError
 
 from dpo.common.errors import UserError
+from dpo.data import sources
 from dpo.data.hub import split_of
 from dpo.data.listing import is_of_files
 from dpo.data.order import Order
@@ -315,3 +316,35 @@ def test_every_row_and_file_is_in_one_count(make, most, tmp_path, settings):
         assert 1 + not_read == sum(path.is_file() for path in folder.iterdir())
     elif make is in_tar:  # members, and the file beside the shard
         assert 2 * 7 + 1 + texts + not_read == 5 * 3 + 9 + 1
+
+
+GOOD = b'{"caption": "a", "image_0": "a.png", "image_1": "b.png", "label_0": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("deep.json", b"[" * 200_000, "deep.json: nested too deeply"),
+        ("deep.jsonl", GOOD + b'{"a":' * 200_000, "deep.jsonl, line 2: nested too deeply"),
+        ("long.json", b'[{"caption": ' + b"9" * 6000 + b"}]", "long.json: not a number"),
+        ("long.jsonl", b'{"caption": ' + b"9" * 6000 + b"}", "long.jsonl, line 1: not a number"),
+        ("latin.json", b'[{"caption": "\xff"}]', "not UTF-8"),
+    ],
+)
+def test_what_python_does_not_read_of_json_is_one_line(name, content, said, tmp_path, settings):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        open_source(settings(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "a.csv"), OverflowError("int"), MemoryError(), RecursionError()]
+)
+def test_whatever_a_library_raises_while_a_set_is_opened_is_one_line(error, tmp_path, settings, monkeypatch):
+    def broken(*args):
+        raise error
+
+    monkeypatch.setattr(sources, "_find", broken)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        open_source(settings(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -205,6 +205,8 @@ def test_mistakes_are_one_line(argv, words):
 def test_bad_config_files_are_told(tmp_path):
     for text, words in (
         ("a = ", "not TOML"),
+        ("a = " + "[" * 100_000, "not TOML"),
+        ("steps = " + "9" * 6000, "not TOML"),
         ("[optim]\nstep = 3", "did you mean steps?"),
         ("train_batch_size = 3", "batch_size"),
     ):

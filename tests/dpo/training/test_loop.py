@@ -1,5 +1,6 @@
 """dpo.training.loop: what is done around the updates and when, signals, and which errors a person sees."""
 
+import errno
 import logging
 import os
 import signal
@@ -146,3 +147,16 @@ def test_how_a_run_ends(tmp_path, monkeypatch, caplog, raised, code, said):
 def test_memory_of_the_process():
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     assert loop.peak_memory_gib(torch.device("cpu")) > 0.5 * resident
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [("elsewhere.csv", errno.EACCES, "elsewhere.csv: Permission denied"), ("out/unet", errno.EACCES, "cannot write")],
+)
+def test_an_unreadable_file_is_no_error_of_writing(tmp_path, monkeypatch, name, code, said):
+    def failing(*args):
+        raise PermissionError(code, "Permission denied", str(tmp_path / name))
+
+    monkeypatch.setattr(loop, "_train", failing)
+    with pytest.raises(UserError, match=said):
+        loop.train(change(Config(), output=str(tmp_path / "out")), [], None)
