@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import shlex
 import signal
 import threading
 import time
@@ -192,7 +193,7 @@ def _judge(run: Run, trackers: Trackers) -> None:
     except KeyboardInterrupt:
         summary.report(run, "interrupted", "stopped while judging")
         log.warning("judging was cut short; the aligned model in %s is whole", run.output)
-        log.warning("judge it with: python -m dpo.train --output %s --resume latest", run.output)
+        log.warning("judge it with: python -m dpo.train --output %s --resume latest", shlex.quote(str(run.output)))
         raise Stopped from None
 
 
@@ -260,4 +261,4 @@ def _stop(run: Run, trackers: Trackers) -> None:
     trackers.event({"event": "interrupted", "step": run.done})
     summary.report(run, "interrupted", "stopped by a signal")
     log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
-    log.warning("go on with: python -m dpo.train --output %s --resume latest", run.output)
+    log.warning("go on with: python -m dpo.train --output %s --resume latest", shlex.quote(str(run.output)))

@@ -24,6 +24,7 @@ from dpo.common.words import first_line
 
 FORMAT = 1
 INDEX = "store.json"
+PREPARE_AGAIN = "delete the store's folder and prepare it again"
 SEAL = "checksum"  # the key under which a JSON file of a store carries the digest of its rest
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -68,25 +69,24 @@ def header_digest(path: Path) -> str:
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), CHUNK))).hexdigest()
 
 
-def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False) -> None:
-    """Raises DamagedStore for a missing file, or when its size, header or (`whole`) checksum differs from its entry."""
+def check_shard(path: Path, entry: Mapping[str, Any], whole: bool = False, remedy: str = PREPARE_AGAIN) -> None:
+    """Raises DamagedStore for a missing file, or when its size, header or (`whole`) checksum differs from its entry.
+
+    remedy: what the message tells the user to do.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DamagedStore(
-            f"{path} is missing: delete the store's folder and prepare it again, or copy that file from where it came from"
-        ) from error
+        raise DamagedStore(f"{path} is missing: {remedy}, or copy that file from where it came from") from error
     if size != entry["bytes"]:
         raise DamagedStore(
-            f"{path} has {size} bytes instead of {entry['bytes']}: it was truncated or replaced; delete the store's folder and prepare it again"
+            f"{path} has {size} bytes instead of {entry['bytes']}: it was truncated or replaced; {remedy}"
         )
     if header_digest(path) != entry["header"] or (whole and checksum(path) != entry["sha256"]):
-        raise DamagedStore(
-            f"{path} was altered: its checksum is not the one in {INDEX}; delete the store's folder and prepare it again"
-        )
+        raise DamagedStore(f"{path} was altered: its checksum is not the one in {INDEX}; {remedy}")
 
 
-def open_shard(path: Path) -> dict[str, Tensor]:
+def open_shard(path: Path, remedy: str = PREPARE_AGAIN) -> dict[str, Tensor]:
     """The tensors of a safetensors file as views on a private memory map: nothing is read before it is used.
 
     safetensors' own reader copies whole tensors, and Python's mmap keeps a file descriptor per file. Raises
@@ -100,9 +100,7 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         data = raw[8 + length :]
         return {name: _view(data, entry) for name, entry in header.items()}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStore(
-            f"{path} is not safetensors ({first_line(error)}); delete the store's folder and prepare it again"
-        ) from error
+        raise DamagedStore(f"{path} is not safetensors ({first_line(error)}); {remedy}") from error
 
 
 def _view(data: Tensor, entry: Mapping[str, Any]) -> Tensor:
@@ -133,7 +131,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index of a store, None where there is none. Raises as `read_sealed` does."""
-    return read_sealed(folder / INDEX, "delete the store's folder and prepare it again")
+    return read_sealed(folder / INDEX, PREPARE_AGAIN)
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:

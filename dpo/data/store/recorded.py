@@ -176,9 +176,14 @@ def _differs(name: str, recorded: Any, wanted: Any) -> str:
     )
 
 
+def again(folder: Path) -> str:
+    """What to do about a damaged record: the store that it lies in is whole."""
+    return f"delete {folder} and record it again with python -m dpo.prepare --reference"
+
+
 def about_record(folder: Path) -> dict[str, Any] | None:
     """The content of record.json, None where there is none. Raises DamagedStore."""
-    return read_sealed(folder / "record.json", "record it again")
+    return read_sealed(folder / "record.json", again(folder))
 
 
 def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps: Tensor) -> RecordedErrors:
@@ -186,9 +191,9 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
     for entry in about["pieces"]:
         if digest(*contents.sums[: entry["shards"]]) != entry["store"]:
             raise UserError(f"{folder} was recorded from other pairs than {contents.folder} holds now: record it again")
-        check_shard(folder / entry["file"], entry, whole=True)
+        check_shard(folder / entry["file"], entry, whole=True, remedy=again(folder))
         piece = Piece(*entry["piece"])
-        pieces.append((piece, open_shard(folder / entry["file"])["errors"]))
+        pieces.append((piece, open_shard(folder / entry["file"], again(folder))["errors"]))
     draws = bands([piece for piece, _ in pieces])
     if not draws or max(end for _, end in draws) < len(contents.key):
         missing = len(contents.key) - max((end for _, end in draws), default=0)
@@ -225,7 +230,7 @@ def verify(folder: Path) -> list[str]:
         try:
             about = about_record(record)
             for entry in about["pieces"] if about else []:
-                check_shard(record / entry["file"], entry, whole=True)
+                check_shard(record / entry["file"], entry, whole=True, remedy=again(record))
         except DamagedStore as error:
             wrong.append(str(error))
     return wrong

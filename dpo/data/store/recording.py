@@ -20,7 +20,7 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.order import Order, run_order
 from dpo.data.store.files import check_shard, open_shard, sweep_away, write_sealed, write_shard
 from dpo.data.store.reader import read
-from dpo.data.store.recorded import FOLDER, Piece, about_record, bands
+from dpo.data.store.recorded import FOLDER, Piece, about_record, again, bands
 from dpo.data.store.store import Contents, StoreSource
 
 log = logging.getLogger("dpo")
@@ -55,7 +55,7 @@ def record(task: Recording) -> tuple[Path, bool]:
     folder.mkdir(parents=True, exist_ok=True)
     about = about_record(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
     for entry in about["pieces"]:
-        check_shard(folder / entry["file"], entry)
+        check_shard(folder / entry["file"], entry, remedy=again(folder))
         shutil.rmtree(folder / Piece(*entry["piece"]).name, ignore_errors=True)  # its blocks, where a kill left them
     if task.shard[1] == 1:  # with several, another process may be writing there
         sweep_away(folder)
@@ -99,7 +99,7 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
         return None
     errors = torch.full((piece.last - piece.first, len(pairs), 2), torch.nan)
     for path in paths:
-        block = open_shard(path)
+        block = open_shard(path, again(path.parent))
         wanted = (block["draw"] >= piece.first) & (block["draw"] < piece.last)
         errors[block["draw"][wanted] - piece.first, block["pair"][wanted]] = block["errors"].T[wanted]
     if not errors.isfinite().all():
@@ -124,7 +124,7 @@ def _block(
     What is finished when Ctrl-C comes is written beside `path`, the block's file, and gone on from at the next call.
     """
     begun = path.with_suffix(".begun.safetensors")
-    found = [open_shard(begun)] if begun.exists() else []
+    found = [open_shard(begun, again(path.parent))] if begun.exists() else []
     done = sum(len(part["pair"]) for part in found)
     order = Order(task.decoding.seed, positions.start + done, task.batch_size, positions.stop)
     stream = read(pairs, run_order(pairs, order), task.decoding)
