@@ -3,7 +3,7 @@
 family.py what the trainer must know of an architecture; sd.py, sdxl.py a family each | hub.py a name -> a place on disk
 load.py a diffusers folder; single_file.py a single checkpoint file; parts.py one module
 checks.py what a model must be, asked of its configs and file headers
-outside.py what its configs may not name: code, quantisers, other models
+outside.py what its configs may not name: code, other files, other models
 weights.py the weights of one network in a file of any layout
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
 kernels.py the fused kernels in a UNet | pipeline.py a diffusers pipeline, for sampling and saving

@@ -18,7 +18,6 @@ ATTENTION = "sdpa"  # of the text encoders, whatever their config says; transfor
 OWN_ATTENTION = (None, "sdpa", "eager")  # what a config may say where it cannot be overruled
 
 FOLLOWED = {  # keys of a config.json, and what the libraries would do with them
-    "quantization_config": "its weights are quantised, by a library that the config names",
     "transformers_weights": "its weights are in a file that the config names",
     "configuration_files": "its config is in another file",
     "experts_implementation": "its layers are replaced by those of another implementation",

@@ -13,7 +13,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.checks import check_stored, filled, finite
-from dpo.models.outside import ATTENTION, check_config, check_part
+from dpo.models.outside import ATTENTION, check_part
 from dpo.models.weights import VAE, load_file_into
 
 if TYPE_CHECKING:
@@ -113,11 +113,7 @@ def component(
     check_part(Path(place))
     check_files(Path(place), variant)
     try:
-        if not options["local_files_only"]:  # the weights are not fetched before the config is checked
-            check_config(place, cls.load_config(str(folder), subfolder=subfolder, cache_dir=cache_dir))
         module, report = cls.from_pretrained(str(folder), **options, output_loading_info=True)
-    except UserError:
-        raise
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
         raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place))}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers

@@ -27,7 +27,6 @@ HARMLESS = {  # the libraries keep them, or would follow what we set instead
     "custom_pipelines": {ELSEWHERE: {}},
 }
 REFUSED = {
-    "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     "transformers_weights": "../../elsewhere.safetensors",
     "configuration_files": ["config.9.9.9.json"],
     "experts_implementation": ELSEWHERE,
@@ -99,23 +98,18 @@ def test_an_adapter_beside_the_weights_names_no_base_model(model, part):
 
 
 def test_parts_that_are_named_on_their_own(model):
-    change(model, "vae", quantization_config=REFUSED["quantization_config"])
+    change(model, "vae", transformers_weights=REFUSED["transformers_weights"])
     for name, folder in (("vae", model), (None, model / "vae")):
-        with pytest.raises(UserError, match="quantization_config"):
+        with pytest.raises(UserError, match="transformers_weights"):
             component(AutoencoderKL, folder, name)
-
-
-def test_a_config_of_the_hub_is_checked_before_weights_are_fetched(monkeypatch):
-    monkeypatch.setattr(AutoencoderKL, "load_config", lambda *args, **kwargs: dict(REFUSED))
-    with pytest.raises(UserError, match="quantization_config"):
-        component(AutoencoderKL, ELSEWHERE, None)
 
 
 @pytest.mark.parametrize("where", ["top", "nested"])
 def test_the_configs_of_a_single_file_name_no_attention(pipelines, model, tmp_path, where):
     path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
     named = {"attn_implementation": ELSEWHERE}
-    change(model, "text_encoder", **named if where == "top" else {"text_config": named})
+    own = json.loads((model / "text_encoder" / "config.json").read_text())
+    change(model, "text_encoder", **named if where == "top" else {"text_config": own | named})
     assert "no attention but its own" in refused(str(path), single_file_config=str(model))
 
 
