@@ -13,7 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
-    package_data={"dpo.settings": ["presets/*.toml"], "dpo.pages": ["*.html"], "dpo.tiny": ["assets/**/*"]},
+    package_data={
+        "dpo.settings": ["presets/*.toml"],
+        "dpo.pages": ["*.html"],
+        "dpo.scorers": ["assets/*"],
+        "dpo.tiny": ["assets/**/*"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
@@ -45,6 +50,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "tensorboard>=2.16",
+            "scipy>=1.13",  # statistics to compare ours with
         ],
     },
     entry_points={

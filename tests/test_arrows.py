@@ -34,6 +34,7 @@ MAY_CALL = {
     "data": "settings schedule csrc_triton.philox",
     "pages": "drawing.grid settings",
     "drawing": "",
+    "scorers": "",
     "settings": "",
     "credit": "schedule",
     "correction": "",
