@@ -40,6 +40,7 @@ TESTED_BY = {
     "dpo/models/text.py": "tests/runs/test_parity.py",
     "dpo/pages/charts.py": "tests/dpo/pages/test_plots.py",
     "dpo/pages/sweep.py": "tests/dpo/test_sweep.py",
+    "dpo/scorers/sets.py": "tests/dpo/scorers/test_diversity.py",
     "dpo/settings/fields.py": "tests/dpo/settings/test_config.py",
     "dpo/tiny/judge.py": "tests/dpo/tiny/test_outcome.py",
     "dpo/tiny/paths.py": "tests/dpo/tiny/test_assets.py",
