@@ -14,8 +14,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +26,14 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import (
+    beside,
     checksum,
     discard,
     disk_error,
     follow_umask,
+    remove,
     sealed,
+    sweep,
     sync_file,
     sync_folder,
     unseal,
@@ -90,10 +91,9 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
 
     tensors: by group and name, a file for each group; state: a JSON object.
     """
-    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), uuid.uuid4().hex[:8]))
+    part, aside = beside(folder), beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         sums = {
             group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values
@@ -104,13 +104,13 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
             os.replace(folder, aside)
         os.replace(part, folder)
         sync_folder(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, folder) from error
     finally:
         if aside.exists() and not folder.exists():
             os.replace(aside, folder)
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
     return folder
 
 
@@ -226,8 +226,7 @@ def set_aside(root: Path, resumed: Path, step: int) -> None:
 
 def prune(root: Path, limit: int | None) -> None:
     """Keeps the newest `limit` checkpoints (None or 0: all) and deletes the unfinished ones of killed writes."""
-    for path in root.glob(".step-*.part-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    sweep(root, "step-*")
     if limit:
         for path in listing(root)[:-limit]:
             discard(path)
