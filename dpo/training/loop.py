@@ -172,13 +172,13 @@ def _begin(run: Run, trackers: Trackers) -> None:
 
 def _finish(run: Run, trackers: Trackers) -> None:
     """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
-    results.write(run)
+    written = results.write(run)
     samples.write(run)
     if run.config.output.judge and outcome.is_embedded(run.model):
         _judge(run, trackers)
     summary.report(run, "finished")
     if run.config.output.push_to_hub:
-        results.upload(run)
+        results.upload(run, written)
     log.info("done: %s", run.output)
 
 
