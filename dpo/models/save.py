@@ -19,7 +19,11 @@ from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
 
 INDEX = "model_index.json"
-WEIGHTS = ("diffusion_pytorch_model*", "model*.safetensors*", "pytorch_model*")  # what loads from a part's folder
+SPLIT = [  # weights in several files, which load in place of the one
+    pattern.format(name)
+    for name in ("diffusion_pytorch_model", "model")
+    for pattern in ("{}.safetensors.index.json", "{}-?????-of-?????.safetensors")
+]
 WRITER = ("_diffusers_version", "_name_or_path", "transformers_version")  # in a config: who wrote it, and from where
 ONE_FILE = "1000GB"  # a part's weights are one file however large: one rename replaces them
 
@@ -47,9 +51,9 @@ def _files(part: Path) -> list[str]:
 
 
 def _stale(folder: Path, names: Collection[str]) -> list[Path]:
-    """Weights in the folders of `names` that are not among them; the lists of split ones, which load first, first."""
+    """Split weights in the folders of `names` that are not among them, the lists of their files first."""
     places = {folder / name for name in names if "/" in name}
-    found = {path for place in {place.parent for place in places} for kind in WEIGHTS for path in place.glob(kind)}
+    found = {path for place in {place.parent for place in places} for kind in SPLIT for path in place.glob(kind)}
     return sorted(found - places, key=lambda path: (not path.name.endswith(".index.json"), path))
 
 
@@ -66,7 +70,7 @@ def _publish(part: Path, folder: Path) -> list[str]:
         if not place.is_dir():
             place.unlink(missing_ok=True)  # a file, or a link to nothing
         place.mkdir(parents=True, exist_ok=True)
-    if sum(not _alike(part / name, folder / name) for name in names) > 1:
+    if INDEX in names and sum(not _alike(part / name, folder / name) for name in names) > 1:
         (folder / INDEX).unlink(missing_ok=True)
     for name in [name for name in names if name != INDEX]:
         _move(part / name, folder / name)

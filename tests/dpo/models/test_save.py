@@ -218,8 +218,10 @@ def test_what_is_not_a_runs_stays_beside_a_result(models, tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "notes.txt").write_text("mine")
     (tmp_path / "vae").write_text("a file where a folder comes")
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("mine")
     assert "unet/notes.txt" not in save_pipeline(models["sd15"], models["sd15"].denoiser, tmp_path)
     assert (tmp_path / "unet" / "notes.txt").read_text() == "mine" and loaded(tmp_path)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").read_text() == "mine"
 
 
 def test_lora_is_published_the_same_way(models, tmp_path, monkeypatch):

@@ -129,7 +129,8 @@ INSIDE = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 OWN = (
-    "notes.txt", "samples/mine.png", "samples/step-7.png", "samples/before/key.png", "checkpoints/best/policy.safetensors", "checkpoints/step-500/policy.safetensors",
+    "notes.txt", "samples/mine.png", "samples/step-7.png", "samples/before/key.png", "checkpoints/best/policy.safetensors",
+    "checkpoints/step-500/policy.safetensors",
     "tensorboard/other.txt", "unet/thesis.pdf", "wandb/settings",
 )  # fmt: skip
 
