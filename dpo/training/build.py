@@ -45,7 +45,7 @@ from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.start import Start
-from dpo.training.state import as_before, check_resume, keep_trained, restore
+from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -207,7 +207,7 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
             )
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
-    return checkpoint.find(root, which)
+    return checkpoint.find(root, which, check_complete)
 
 
 def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
