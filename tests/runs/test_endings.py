@@ -1,6 +1,7 @@
 """Whatever ends the updates leaves a checkpoint of the last whole one, and a resume ends where the run would have."""
 
 import json
+import multiprocessing
 import os
 import pty
 import signal
@@ -137,8 +138,8 @@ def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys,
 
 
 def test_a_closed_terminal_is_a_stop_with_a_checkpoint(start, tmp_path, capsys):
-    """The real one: the process leads the session of a terminal whose other end goes away."""
-    words = [str(word) for word in [*start, "--steps", "100000", "--checkpoint-every", "0", "--log-every", "1"]]
+    """The real one: the process leads the session of a terminal whose other end goes away; its workers hear of it too."""
+    words = [str(word) for word in [*start, *WORDS, "--steps", "100000", "--workers", "1"]]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", TERMINAL, *words], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
@@ -181,8 +182,6 @@ def test_a_killed_worker_leaves_a_checkpoint(start, tmp_path, capsys, monkeypatc
 
     def killing(run, batches):
         if run.done == 2:
-            import multiprocessing
-
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.2)
         return work(run, batches)
