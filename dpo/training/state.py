@@ -122,7 +122,8 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
     """
     before, now, named = saved.state["fingerprints"], run.fingerprints, run.config.model
     for name, reason in SAME.items():
-        if name in before and name in now and before[name] != now[name]:
+        hashes = name, f"{name}_checksum"
+        if any(key in before and key in now and before[key] != now[key] for key in hashes):
             about = reason.format(model=named.model, vae=f"--vae {named.vae}" if named.vae else named.model)
             raise UserError(f"{saved.path} was trained from {about}")
     if before["data"] != now["data"]:
