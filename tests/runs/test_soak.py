@@ -121,4 +121,4 @@ def test_killed_forked_and_started_twice_it_ends_the_same(line, tmp_path):
         assert [name for name in tensors if not torch.equal(tensors[name], found[name])] == []
         if place == output or not made:
             assert seen == losses
-    assert not [path for path in output.rglob("*.part-*")], "what the killed left is gone"
+    assert not list(output.rglob("*.part-*")), "what the killed left is gone"
