@@ -14,15 +14,15 @@ from dpo.tiny.paths import pipeline_path
 SIDE = 28
 
 
-def save_tiny_clip(folder: Path, *, seed: int = 0, end: int = 2) -> CLIPModel:
-    """A CLIP of two layers with the embedded world's words, saved in `folder`; `end` is its config's eos_token_id."""
+def save_tiny_clip(folder: Path, *, seed: int = 0) -> CLIPModel:
+    """A CLIP of two layers with the embedded world's words, saved in `folder`; its config names a wrong end, 2, as published files do."""
     words = pipeline_path() / "tokenizer"
     count = 1 + max(json.loads((words / "vocab.json").read_text(encoding="utf-8")).values())
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = CLIPConfig(
-            text_config={**sizes, "vocab_size": count, "max_position_embeddings": 77, "eos_token_id": end},
+            text_config={**sizes, "vocab_size": count, "max_position_embeddings": 77, "eos_token_id": 2},
             vision_config={**sizes, "image_size": SIDE, "patch_size": 7},
             projection_dim=16,
         )
