@@ -65,7 +65,7 @@ def dde():
 @pytest.fixture
 def blank_charts(monkeypatch):
     """Charts take most of a page's time: empty ones for the tests of what is around them."""
-    monkeypatch.setattr("dpo.pages.report.svg", lambda chart, run: "<svg></svg>")
+    monkeypatch.setattr("dpo.pages.report.as_svg", lambda chart, run: "<svg></svg>")
 
 
 @pytest.mark.parametrize("kind", ["dde", "lora-gpu", "early", "failed", "sft"])
