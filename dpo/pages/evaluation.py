@@ -14,7 +14,7 @@ from PIL import Image
 from dpo.common.errors import UserError, reading
 from dpo.common.files import write_text
 from dpo.pages.charts import LIGHT
-from dpo.pages.plots import svg
+from dpo.pages.plots import SIZE, svg
 from dpo.pages.report import Tile, data_uri, template
 from dpo.pages.verdict import Verdict
 
@@ -143,7 +143,13 @@ def render(found: Entry) -> str:
             "verdict": verdict(found, name),
             "tiles": _tiles(found, name),
             "chart": Markup(
-                svg(f"win{number}", f"Win rates of {name}", _wins(found, name), (6.4, _height(found, name)))
+                svg(
+                    f"win{number}",
+                    f"Win rates of {name}",
+                    _wins(found, name),
+                    (SIZE[0], _height(found, name)),
+                    left=0.36,
+                )
             ),
             "examples": _examples(found, name, pictures),
             "categories": _categories(found, name),

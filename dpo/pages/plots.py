@@ -51,13 +51,15 @@ def as_svg(chart: Chart, run: RunFolder) -> str:
     return svg(chart.key, chart.title, lambda axes: chart.draw(axes, run))
 
 
-def svg(key: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> str:
+def svg(
+    key: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE, left: float = 0.195
+) -> str:
     """What `draw` draws, as an <svg> element whose colours are CSS variables and whose ids begin with `key`."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=size)
         axes = figure.add_subplot()
         draw(axes)
-        figure.subplots_adjust(left=0.195, right=0.94, bottom=0.22, top=0.87 if axes.get_legend() else 0.96)
+        figure.subplots_adjust(left=left, right=0.94, bottom=0.55 / size[1], top=0.87 if axes.get_legend() else 0.96)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
