@@ -58,7 +58,7 @@ class Table:
     """Paired scores of the base and a group, N rows, without those that lack a score."""
 
     prompts: tuple[str, ...]
-    categories: tuple[str, ...]
+    category: np.ndarray  # [N] text, "" for none
     prompt: np.ndarray  # [N] int64
     a: np.ndarray  # [N] float64
     b: np.ndarray  # [N] float64
@@ -67,29 +67,31 @@ class Table:
 
 
 def table(base: Side, group: Group, measure: Measure, scores: Scores) -> Table:
-    """The rows of every side of a group, prompts numbered alike."""
-    numbers: dict[str, int] = {}
+    """The rows of all sides of a group; prompts that one of them lacks are left out of all."""
+    rows: list[tuple[str, float, float, int, tuple[str, str]]] = []
     categories: dict[str, str] = {}
-    columns: list[list[Any]] = [[], [], [], []]
-    files: list[tuple[str, str]] = []
     for seed, side in enumerate(group.sides):
         found = matched(base, side)
         categories |= dict(zip(found.prompts, found.categories, strict=True))
         a, b = scores[base.name, measure.name][found.a], scores[side.name, measure.name][found.b]
         for row in np.flatnonzero(np.isfinite(a) & np.isfinite(b)):
-            prompt = found.prompts[found.prompt[row]]
-            values = (numbers.setdefault(prompt, len(numbers)), a[row], b[row], seed)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)
-            files.append((str(base.images[found.a[row]].path), str(side.images[found.b[row]].path)))
+            files = str(base.images[found.a[row]].path), str(side.images[found.b[row]].path)
+            rows.append((found.prompts[found.prompt[row]], float(a[row]), float(b[row]), seed, files))
+    seeds_of: dict[str, set[int]] = {}
+    for prompt, _, _, seed, _ in rows:
+        seeds_of.setdefault(prompt, set()).add(seed)
+    numbers = {
+        prompt: i for i, prompt in enumerate(p for p, seeds in seeds_of.items() if len(seeds) == len(group.sides))
+    }
+    rows = [row for row in rows if row[0] in numbers]
     return Table(
         prompts=tuple(numbers),
-        categories=tuple(categories[prompt] for prompt in numbers),
-        prompt=np.array(columns[0], dtype=np.int64),
-        a=np.array(columns[1], dtype=np.float64),
-        b=np.array(columns[2], dtype=np.float64),
-        training=np.array(columns[3], dtype=np.int64),
-        files=files,
+        category=np.array([categories[row[0]] for row in rows], dtype=object),
+        prompt=np.array([numbers[row[0]] for row in rows], dtype=np.int64),
+        a=np.array([row[1] for row in rows], dtype=np.float64),
+        b=np.array([row[2] for row in rows], dtype=np.float64),
+        training=np.array([row[3] for row in rows], dtype=np.int64),
+        files=[row[4] for row in rows],
     )
 
 
@@ -99,19 +101,39 @@ def compared(base: Side, group: Group, measure: Measure, scores: Scores) -> dict
     if not len(rows.a):
         return None
     options: dict[str, Any] = {
-        "resolution": measure.resolution, "higher_is_better": measure.higher_is_better, "seed": SEED,
-    }  # fmt: skip
-    training = rows.training if len(group.sides) > 1 else None
-    whole = compare.paired(rows.prompt, rows.a, rows.b, training=training, **options)
-    entry: dict[str, Any] = {"side": group.name, "scorer": measure.name, "paired": asdict(whole), "categories": {}}
-    kinds = np.array(rows.categories, dtype=object)[rows.prompt]
-    for kind in sorted({name for name in rows.categories if name}):
-        part = kinds == kind
-        chosen = None if training is None else training[part]
-        found = compare.paired(rows.prompt[part], rows.a[part], rows.b[part], training=chosen, **options)
-        entry["categories"][kind] = asdict(found)
-    entry |= _extremes(rows, measure.higher_is_better)
-    return entry
+        "resolution": measure.resolution,
+        "higher_is_better": measure.higher_is_better,
+        "training": rows.training,
+        "seed": SEED,
+    }
+    columns = rows.prompt, rows.a, rows.b
+    entry = {
+        "side": group.name,
+        "scorer": measure.name,
+        "paired": asdict(compare.paired(*columns, **options)),
+        "categories": {},
+        "worth": _worth(rows, measure),
+    }
+    if any(rows.category):
+        named = rows.category != ""
+        options["training"] = rows.training[named]
+        kinds = compare.by_category(rows.category[named].tolist(), *(column[named] for column in columns), **options)
+        entry["categories"] = {kind: asdict(found) for kind, found in kinds.items()}
+    return entry | _extremes(rows, measure.higher_is_better)
+
+
+def _worth(rows: Table, measure: Measure) -> dict[str, Any] | None:
+    """How many images of the base one would pick the best of; None where the base has one image a prompt."""
+    _, first, where = np.unique([base for base, _ in rows.files], return_index=True, return_inverse=True)
+    b = np.bincount(where, rows.b) / np.bincount(
+        where
+    )  # the mean over training seeds: an image of the base counts once
+    found = compare.worth(rows.prompt[first], rows.a[first], b, higher_is_better=measure.higher_is_better, seed=SEED)
+    if found is None:
+        return None
+    low, high = found.interval
+    bound = "at least " if found.n >= found.limit else "no more than " if found.n <= 1 else ""
+    return {**found._asdict(), "text": f"{bound}{found.n:.1f} ({low:.1f} to {high:.1f} of {found.limit})"}
 
 
 def _extremes(rows: Table, higher_is_better: bool) -> dict[str, list[Any]]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dpo.common.errors import UserError, reading
+from dpo.common.errors import UserError
+from dpo.common.words import excerpt
+from dpo.evaluating import tables
 from dpo.evaluating.sides import Shown, Side
 from dpo.scorers.cache import ScoreCache, image_hash
 from dpo.scorers.scorer import Scorer
@@ -33,12 +32,6 @@ class Look:
     hashes: dict[Path, str] = field(default_factory=dict)
     unusable: dict[Path, str] = field(default_factory=dict)  # why
     flat: list[Path] = field(default_factory=list)  # of one colour: a model that failed, scored all the same
-
-
-def opened(path: Path, formats: Sequence[str]) -> Image.Image:
-    """An image as RGB. Raises UserError for a file that is none."""
-    with reading(str(path), "it is left out"), Image.open(path, formats=list(formats)) as image:
-        return image.convert("RGB")
 
 
 def scores(
@@ -110,10 +103,6 @@ def _images(
             yield from pool.map(look_at, side.images[start : start + 4 * BATCH])
 
 
-FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_path", "path", "hash")
-SCORE_COLUMNS = ("score", "value", "correct", "reward")
-
-
 def table_scores(side: Side, path: Path, look: Look) -> np.ndarray:
     """The score [N] of each image of a side from a table, nan where it has none.
 
@@ -121,39 +110,19 @@ def table_scores(side: Side, path: Path, look: Look) -> np.ndarray:
     results.jsonl (filename, correct) is one. Files are compared by their path, or by its last parts. Raises UserError.
     """
     by_name: dict[str, float] = {}
-    for number, row in _rows(path):
-        name = next((str(row[column]) for column in FILE_COLUMNS if row.get(column) not in (None, "")), None)
-        value = next((row[column] for column in SCORE_COLUMNS if row.get(column) not in (None, "")), None)
+    for number, row in tables.rows(path):
+        name, value = tables.cell(row, (*tables.FILE, "hash")), tables.cell(row, tables.SCORE)
         if name is None or value is None:
             raise UserError(
-                f"{path}, row {number}: needs a file ({', '.join(FILE_COLUMNS)}) and a number ({', '.join(SCORE_COLUMNS)})"
+                f"{path}, row {number}: needs a file ({', '.join(tables.FILE)}) and a number ({', '.join(tables.SCORE)})"
             )
         try:
-            by_name[name.replace("\\", "/")] = float(value)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}, row {number}: {value!r} is not a number") from error
-    found = np.array([_of(image.path, by_name, look) for image in side.images])
+            by_name[name] = float(value)
+        except ValueError as error:
+            raise UserError(f"{path}, row {number}: {excerpt(value)} is not a number") from error
+    found = np.array(
+        [tables.of_file(image.path, by_name, math.nan, look.hashes.get(image.path)) for image in side.images]
+    )
     if not np.isfinite(found).any():
         raise UserError(f"{path} has no score for any image of {side.name} in {side.place}")
     return found
-
-
-def _of(path: Path, by_name: dict[str, float], look: Look) -> float:
-    """The entry of an image: by hash, by its whole path, or by as many of the path's last parts as the table has."""
-    parts = path.parts
-    names = [look.hashes.get(path, ""), path.as_posix(), *("/".join(parts[-n:]) for n in range(len(parts), 0, -1))]
-    return next((by_name[name] for name in names if name in by_name), math.nan)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of a table, from 1."""
-    with reading(str(path), "give a CSV, TSV or JSON lines file"), open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
-            for number, line in enumerate(filter(str.strip, file), 1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, row {number}: is no JSON object")
-                yield number, row
-        else:
-            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-            yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
+from dpo.common.words import excerpt
+from dpo.evaluating import tables
 
 log = logging.getLogger("dpo")
 
@@ -50,6 +52,44 @@ class Matched:
     b: np.ndarray  # [N] int64, of the second
     by_seed: bool  # pairs have the seed in common too
     left_out: tuple[int, int]  # images of either side without a partner
+
+
+TABLES = ("metadata.csv", "metadata.jsonl", "prompts.csv", "prompts.tsv", "prompts.jsonl")  # in a folder of images
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def of_table(name: str, folder: Path, table: Path | None) -> Side:
+    """A folder of images that somebody else made; a table says what each was drawn from.
+
+    table: rows of file, prompt and, where known, seed and category; None: one of TABLES in the folder. Images without a
+    row are left out, which is said. Raises UserError.
+    """
+    place = table or next((found for one in TABLES if (found := folder / one).is_file()), None)
+    if place is None:
+        raise UserError(
+            f"{folder} does not say what its images were drawn from: give --captions, a table of file, prompt and seed"
+        )
+    known: dict[str, tuple[str, int | None, str]] = {}
+    for number, row in tables.rows(place):
+        file, prompt = tables.cell(row, tables.FILE), tables.cell(row, tables.PROMPT)
+        if file is None or prompt is None:
+            raise UserError(
+                f"{place}, row {number}: needs a file ({', '.join(tables.FILE)}) and a prompt ({', '.join(tables.PROMPT)})"
+            )
+        seed = tables.cell(row, tables.SEED)
+        if seed is not None and not seed.lstrip("-").isdecimal():
+            raise UserError(f"{place}, row {number}: the seed {excerpt(seed)} is no whole number")
+        known[file] = (prompt, None if seed is None else int(seed), tables.cell(row, tables.CATEGORY) or "")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    found = [(path, tables.of_file(path, known, None)) for path in files]
+    images = tuple(Shown(path, *row) for path, row in found if row is not None)
+    if not images:
+        raise UserError(f"{place} names none of the {len(files)} images in {folder}")
+    if len(images) < len(files):
+        log.warning(
+            "%s: %d of %d images have no row in %s: left out", folder, len(files) - len(images), len(files), place
+        )
+    return Side(name, folder, images)
 
 
 def matched(a: Side, b: Side) -> Matched:

@@ -66,8 +66,12 @@ def verdict(found: Entry, side: str) -> Verdict:
     if better:
         by = ", ".join(entry["scorer"] for entry in better)
         return Verdict("mixed", f"{side} is better than {base} by {by}; the rest shows no difference.", sentences)
-    shown = max(entry["paired"]["detectable"] for entry in entries)
-    text = f"So many prompts show a win rate of {shown:.0%} four times in five; a smaller gain needs more."
+    shown = max(entry["paired"]["detectable"] or 1.0 for entry in entries)
+    text = (
+        f"So many prompts show a win rate of {shown:.0%} four times in five; a smaller gain needs more."
+        if shown < 1
+        else "So few prompts cannot show any: draw more."
+    )
     return Verdict("early", f"No difference between {side} and {base} can be shown.", [*sentences, text])
 
 
@@ -87,7 +91,9 @@ def rows(found: Entry) -> list[Row]:
 
 def _row(entry: Entry) -> Row:
     paired = entry["paired"]
-    low, high = paired["difference_interval"]
+    difference = f"{paired['difference']:+.4g}"
+    if interval := paired["difference_interval"]:
+        difference += f" ({interval[0]:+.4g} to {interval[1]:+.4g})"
     first, last = paired["win_interval"]
     ties = f", {paired['ties']:.0%} ties" if paired["ties"] else ""
     return Row(
@@ -95,7 +101,7 @@ def _row(entry: Entry) -> Row:
         entry["scorer"],
         f"{paired['mean_a']:.4g} ({paired['median_a']:.4g})",
         f"{paired['mean_b']:.4g} ({paired['median_b']:.4g})",
-        f"{paired['difference']:+.4g} ({low:+.4g} to {high:+.4g})",
+        difference,
         f"{paired['win_rate']:.3f} ({first:.3f} to {last:.3f}){ties}",
         f"{entry['p']:.2g}",
     )
