@@ -45,11 +45,6 @@ def cell(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def of_file(path: Path, by_name: Mapping[str, T], default: T, digest: str | None = None) -> T:
     """The entry of a file in a table: by its hash, its whole path, or as many last parts of the path as the table has."""
-    if digest in by_name:
-        return by_name[digest]
-    parts = path.parts
-    for first in range(len(parts)):
-        for name in ("/".join(parts[first:]), "\\".join(parts[first:])):
-            if name in by_name:
-                return by_name[name]
-    return by_name.get(path.as_posix(), default)
+    ends = [path.parts[first:] for first in range(len(path.parts))]
+    names = [digest or "", path.as_posix(), *(mark.join(end) for end in ends for mark in "/\\")]
+    return next((by_name[name] for name in names if name in by_name), default)
