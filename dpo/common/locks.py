@@ -22,10 +22,11 @@ log = logging.getLogger("dpo")
 
 
 @contextmanager
-def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
+def held(folder: Path, flag: str, part: str = "", wait: float = WAIT) -> Iterator[None]:
     """Inside the block this process alone holds `folder`, which exists; the system lets go of it when a process dies.
 
-    flag: that names the folder. part: what of the folder, where several processes share it. Who holds it, on which
+    flag: that names the folder. part: what of the folder, where several processes share it.
+    wait: seconds. Who holds it, on which
     machine and since when stands beside the lock, as a locked file cannot be read everywhere. Raises UserError when
     another process holds it. On a file system without locks, as some network ones are, a warning is all.
     """
@@ -33,7 +34,7 @@ def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
     holder = place.with_name(f"{place.name}.json")
     lock = FileLock(place)
     try:
-        lock.acquire(timeout=WAIT)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(
             f"{flag} {folder} is in use by {_read(holder)}: wait until that ends, or name another folder"

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,10 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
         sums = {
             group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values
         }
-        write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
+        names = {group: sorted(values) for group, values in tensors.items()}
+        write_text(
+            part / "state.json", sealed({"format": FORMAT, **state, "contents": names, "checksums": sums}, "seal")
+        )
         follow_umask(part)
         if folder.exists():  # moved aside, not deleted: between the two renames alone neither is at its place
             os.replace(folder, aside)
@@ -125,14 +128,22 @@ def load(folder: Path) -> Checkpoint:
         raise Damaged(f"{folder} has checkpoint format {form}, this version reads {FORMAT}")
     if not unaltered:
         raise Damaged(f"{folder / 'state.json'} was altered")
-    tensors = {}
-    for group, expected in state["checksums"].items():
+    tensors: dict[str, dict[str, Tensor]] = {}
+    sums, contents = state.get("checksums"), state.get("contents", {})  # earlier versions did not name the contents
+    if not isinstance(sums, dict) or {group for group, names in contents.items() if names} - sums.keys():
+        raise Damaged(f"{folder / 'state.json'} does not say what belongs to it")
+    for group, expected in sums.items():
         path = folder / f"{group}.safetensors"
         if not path.is_file():
             raise Damaged(f"{path} is missing")
         if checksum(path) != expected:
             raise Damaged(f"{path} was truncated or altered")
-        tensors[group] = load_file(path)
+        try:
+            tensors[group] = load_file(path)
+        except SafetensorError as error:
+            raise Damaged(f"{path} is no file of tensors") from error
+        if sorted(tensors[group]) != contents.get(group, sorted(tensors[group])):
+            raise Damaged(f"{path} lacks tensors that belong to it")
     return Checkpoint(folder, tensors, state)
 
 
@@ -147,11 +158,12 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def find(root: Path, which: str) -> Checkpoint:
+def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda found: None) -> Checkpoint:
     """The checkpoint to resume: "latest" under `root`, or a path to a checkpoint, a run or its checkpoints folder.
 
     Of several, the newest comes first, and those of runs that had diverged last. A damaged one is skipped with a
-    warning, and the one before it is taken. Raises UserError when none can be read.
+    warning, and the one before it is taken; so is one that `check` raises Damaged for. Raises UserError when none can
+    be read.
     """
     if which == "latest":
         candidates = _healthy_first(listing(root)[::-1])
@@ -170,6 +182,7 @@ def find(root: Path, which: str) -> Checkpoint:
     for path in candidates:
         try:
             found = load(path)
+            check(found)
         except Damaged as error:
             reasons.append(str(error))
             log.warning("checkpoint skipped: %s%s", error, "; trying the one before" if path != candidates[-1] else "")

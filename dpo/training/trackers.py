@@ -30,13 +30,15 @@ class Sink(NamedTuple):
 class Trackers:
     """The open destinations of a run; made by `open_trackers`."""
 
-    def __init__(self, lines: TextIO, sinks: list[Sink]) -> None:
+    def __init__(self, lines: TextIO, sinks: list[Sink], logged: int = 0) -> None:
         self._lines = lines
         self._sinks = sinks
+        self.logged = logged  # the last update whose figures are in metrics.jsonl
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the figures of update number `step`."""
         self._write({"step": step, **metrics})
+        self.logged = step
         self._scalars(step, flat_numbers(metrics))
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -89,7 +91,8 @@ def open_trackers(
         sinks.append(
             _open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None)
         )
-    return Trackers(path.open("a", encoding="utf-8", newline="\n"), [sink for sink in sinks if sink is not None])
+    lines = path.open("a", encoding="utf-8", newline="\n")
+    return Trackers(lines, [sink for sink in sinks if sink is not None], resume_step or 0)
 
 
 def rewind(path: Path, step: int) -> None:

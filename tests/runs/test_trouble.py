@@ -181,7 +181,7 @@ def test_an_interrupted_start_does_not_occupy_the_folder(
         assert command(capsys, *start, "--steps", "1").code == 0
 
 
-def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief):
+def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief, foreground):
     save = checkpoint.save_tensors
 
     def interrupted(path, tensors):
