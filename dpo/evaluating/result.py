@@ -153,6 +153,12 @@ def _extremes(rows: Table, higher_is_better: bool) -> dict[str, list[Any]]:
     return found
 
 
+def best(variants: Sequence[Group], measure: Measure, scores: Scores) -> Group:
+    """The one of several single sides with the best mean score."""
+    sign = 1 if measure.higher_is_better else -1
+    return max(variants, key=lambda group: sign * float(np.nanmean(scores[group.sides[0].name, measure.name])))
+
+
 def adjusted(results: Sequence[dict[str, Any]]) -> None:
     """Adds to each entry its sign test's p, Holm-adjusted over all models and scorers."""
     for entry, p in zip(results, compare.holm([entry["paired"]["p_sign"] for entry in results]), strict=True):

@@ -14,6 +14,8 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
+from dpo.data.images import decode
+from dpo.data.pairs import BadImage, ImageRef
 from dpo.evaluating import tables
 from dpo.evaluating.sides import Shown, Side
 from dpo.scorers.cache import ScoreCache, image_hash
@@ -32,6 +34,14 @@ class Look:
     hashes: dict[Path, str] = field(default_factory=dict)
     unusable: dict[Path, str] = field(default_factory=dict)  # why
     flat: list[Path] = field(default_factory=list)  # of one colour: a model that failed, scored all the same
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as RGB. Raises UserError for a file that is none, is truncated or has too many pixels."""
+    try:
+        return decode(ImageRef(path.name, path=str(path)).load())
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def scores(
@@ -59,7 +69,8 @@ def scores(
             raise UserError(f"{scorer.name} gave {values.shape} scores for {len(places)} images: one each is needed")
         found[places] = values
         keys = [look.hashes[side.images[place].path] for place in places]
-        cache.put(scorer.fingerprint, list(zip(keys, captions, values.tolist(), strict=True)))
+        finite = [row for row in zip(keys, captions, values.tolist(), strict=True) if math.isfinite(row[2])]
+        cache.put(scorer.fingerprint, finite)
         waiting.clear()
 
     for place, image in enumerate(_images(side, scorer, cache, look, read)):

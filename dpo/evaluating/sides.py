@@ -129,6 +129,14 @@ def _places(side: Side, by_seed: bool) -> dict[tuple[str, int | None], list[int]
     return found
 
 
+def _flat(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a protocol, those of a mapping behind a point: versions.torch."""
+    flat: dict[str, Any] = {}
+    for name, value in protocol.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def check_protocols(sides: Sequence[Side], may_differ: Sequence[str] = ()) -> list[str]:
     """Lines on sides whose protocol is not known.
 
@@ -136,12 +144,13 @@ def check_protocols(sides: Sequence[Side], may_differ: Sequence[str] = ()) -> li
     """
     known = [side for side in sides if side.protocol is not None]
     for side in known[1:]:
-        first, other = known[0].protocol or {}, side.protocol or {}
-        names = [name for name in {**first, **other} if name not in may_differ and first.get(name) != other.get(name)]
+        first, other = _flat(known[0].protocol or {}), _flat(side.protocol or {})
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        names = [name for name in differ if name.partition(".")[0] not in may_differ]
         if names:
             was, now = first.get(names[0]), other.get(names[0])
             raise UserError(
-                f"{known[0].name} and {side.name} were drawn by different protocols ({names[0]}: {was!r} and {now!r}), "
+                f"{known[0].name} and {side.name} were drawn by different protocols ({names[0]}: {excerpt(was)} and {excerpt(now)}), "
                 "so their scores cannot be compared: draw both alike"
             )
     unknown = [side.name for side in sides if side.protocol is None]
