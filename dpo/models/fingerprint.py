@@ -31,6 +31,17 @@ def fingerprint(module: nn.Module) -> str:
     return total.hexdigest()
 
 
+def content(*modules: nn.Module) -> str:
+    """A hash, hexadecimal, of every value of the modules' weights, in the dtype and on the device that they are in."""
+    total = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t tab", "word " * 100)
 
 
