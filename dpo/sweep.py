@@ -109,11 +109,16 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
 def _same_flags(out: Path, rest: list[str]) -> None:
     """Writes the flags that hold for all runs to flags.txt.
 
-    Raises UserError when the folder has a sweep of other flags.
+    Raises UserError when the folder has a sweep of other flags, or somebody's files under the names of a sweep's.
     """
     from dpo.common.files import write_text
+    from dpo.pages.sweep import PAGES
 
     note, flags = out / "flags.txt", " ".join(rest)
+    if not note.is_file() and (others := [name for name in (note.name, *PAGES) if (out / name).exists()]):
+        raise UserError(
+            f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
+        )
     if note.is_file() and (before := note.read_text(encoding="utf-8").strip()) != flags:
         raise UserError(f"{out} holds a sweep with other flags ({before}): give the same ones, or another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -124,20 +129,27 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     """Trains one run unless it is finished; its exit code. A user's mistake is written to failed.txt."""
     import torch
 
+    from dpo.common.files import write_text
     from dpo.pages.folder import FAILED_FILE
     from dpo.train import train_step
     from dpo.training import loop
+    from dpo.training.folder import check_output
 
     if _finished(folder, config):
         log.info("finished before: %s", folder)
         return 0
+    try:
+        check_output(config)
+    except UserError as error:  # into a folder of somebody else's no note is written
+        log.error("%s: %s", folder.name, error)
+        return 1
     (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
         return loop.train(config, notes, train_step)
     except UserError as error:
         log.error("%s: %s", folder.name, error)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILED_FILE).write_text(f"{error}\n", encoding="utf-8")
+        write_text(folder / FAILED_FILE, f"{error}\n")
         return 1
     finally:
         gc.collect()

@@ -46,6 +46,7 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     figures = run.metrics.read(run.step.shape, {"grad_norm": norm}, run.tables(correction))
     run.check_finite(figures)
     if usable:
+        run.whole = False  # until the update is counted
         run.updater.update(run.learning_rate(), norm, run.done)
         run.table.commit()
     return figures

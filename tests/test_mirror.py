@@ -51,7 +51,6 @@ TESTED_BY = {
     "dpo/tiny/making/vae.py": "tests/dpo/tiny/test_build.py",
     "dpo/training/embedded.py": "tests/dpo/tiny/test_outcome.py",
     "dpo/training/preparing.py": "tests/runs/test_recorded.py",
-    "dpo/training/state.py": "tests/runs/test_resume.py",
     "dpo/training/stored.py": "tests/runs/test_recorded.py",
     "dpo/training/validation.py": "tests/runs/test_recorded.py",
     "csrc_triton/dynamic_map.py": "tests/csrc_triton/test_adamw8bit.py",

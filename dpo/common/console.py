@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -87,12 +88,14 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):  # the terminal was closed
+                self._live.stop()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """`step` updates are done and the last one gave these metrics."""
         if self._live is not None:
-            self._live.update(self._styled(step, metrics), refresh=True)
+            with suppress(OSError):  # the terminal was closed: SIGHUP, or nohup, says whether the run goes on
+                self._live.update(self._styled(step, metrics), refresh=True)
         elif step // self._line_every > self._last_line // self._line_every or step == self.total:
             self._last_line = step
             log.info(

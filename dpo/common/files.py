@@ -30,12 +30,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Replace `path` in one step by what `write` writes to the path it is given, with the permissions of a new file.
 
     A reader sees the old file or the new one, each whole. The new file lies hidden beside `path` until it is on disk,
-    and is removed when anything fails. Errors are raised unchanged; `disk_error` turns them into words.
+    and is removed when anything fails. A link at `path` is replaced itself, and what it points to stays as it is.
+    Errors are raised unchanged; `disk_error` turns them into words.
     """
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part = beside(path)
+    mode = _create(part)
     try:
-        part.touch()
-        mode = part.stat().st_mode
         write(part)
         _permit(part, mode)
         sync_file(part)
@@ -52,6 +52,35 @@ def write_text(path: Path, text: str) -> None:
         raise disk_error(error, path) from error
 
 
+def beside(path: Path) -> Path:
+    """A hidden name beside `path` that nobody can guess, for what becomes `path`, or was; `sweep` knows it."""
+    return path.with_name(f".{path.name}.part-{uuid.uuid4().hex}")
+
+
+def sweep(folder: Path, name: str = "*") -> None:
+    """Deletes what killed processes left in `folder` under names of `beside` for a path of this name (or pattern)."""
+    for path in folder.glob(f".{name}.part-*"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder or a link (not what it points to) as far as the system lets it; raises nothing."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    """Makes an empty file and returns its mode. Raises FileExistsError where anything, a link too, has that name."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+
+
 def _permit(path: Path, mode: int) -> None:
     with suppress(OSError):  # a file system without permissions
         path.chmod(stat.S_IMODE(mode))
@@ -62,9 +91,8 @@ def follow_umask(folder: Path) -> None:
 
     The umask itself is not asked for: it can only be read by changing it, under all threads.
     """
-    probe = folder / ".permissions"
-    probe.touch()
-    mode = probe.stat().st_mode
+    probe = beside(folder / "permissions")
+    mode = _create(probe)
     probe.unlink()
     for path in folder.rglob("*"):
         if path.is_file():
@@ -88,10 +116,13 @@ def discard(folder: Path) -> None:
     NFS keeps files that are open somewhere. The folder is renamed first, so that what is left of it is not taken for a
     whole one.
     """
-    hidden = folder.with_name(f".{folder.name}.part-{uuid.uuid4().hex[:8]}")
+    hidden = beside(folder)
     try:
         os.replace(folder, hidden)
-        shutil.rmtree(hidden)
+        if hidden.is_symlink():
+            hidden.unlink()
+        else:
+            shutil.rmtree(hidden)
     except OSError as error:
         log.warning("%s is not needed any more and cannot be deleted (%s)", folder, error.strerror or error)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dpo.common.errors import UserError
+from dpo.common.files import write_whole
 
 WAIT = 8.0  # seconds: the workers of a process that was killed hold its lock until they notice
 NAME = ".lock"  # stays, empty: deleting a lock's file would let two processes hold two of that name
@@ -22,10 +23,11 @@ log = logging.getLogger("dpo")
 
 
 @contextmanager
-def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
+def held(folder: Path, flag: str, part: str = "", wait: float = WAIT) -> Iterator[None]:
     """Inside the block this process alone holds `folder`, which exists; the system lets go of it when a process dies.
 
-    flag: that names the folder. part: what of the folder, where several processes share it. Who holds it, on which
+    flag: that names the folder. part: what of the folder, where several processes share it.
+    wait: seconds. Who holds it, on which
     machine and since when stands beside the lock, as a locked file cannot be read everywhere. Raises UserError when
     another process holds it. On a file system without locks, as some network ones are, a warning is all.
     """
@@ -33,7 +35,7 @@ def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
     holder = place.with_name(f"{place.name}.json")
     lock = FileLock(place)
     try:
-        lock.acquire(timeout=WAIT)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(
             f"{flag} {folder} is in use by {_read(holder)}: wait until that ends, or name another folder"
@@ -44,7 +46,7 @@ def held(folder: Path, flag: str, part: str = "") -> Iterator[None]:
         return
     try:
         with suppress(OSError):
-            holder.write_text(json.dumps(_about()), encoding="utf-8")
+            write_whole(holder, lambda part: part.write_text(json.dumps(_about()), encoding="utf-8"))
         yield
     finally:
         with suppress(OSError):

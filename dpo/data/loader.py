@@ -151,11 +151,13 @@ def _as_it_is(batch: T) -> T:
 
 
 def _start_worker(_: int) -> None:
-    """Leaves Ctrl-C to the main process; after SIGTERM a worker goes on for GRACE seconds, then ends."""
+    """Leaves Ctrl-C to the main process; after SIGTERM or SIGHUP a worker goes on for GRACE seconds, then ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # Windows has none: there SIGTERM ends a process at once, whatever it would do
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                signal.signal(number, lambda *_: signal.alarm(GRACE))
 
 
 def worker_count(workers: int) -> int:

@@ -1,13 +1,15 @@
-"""Identities of models: short hashes that are equal for equal weights and tokenizers."""
+"""Identities of models: hashes that are equal for equal weights and tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo.common.words import digest
 from dpo.models.family import Model
@@ -31,15 +33,23 @@ def fingerprint(module: nn.Module) -> str:
     return total.hexdigest()
 
 
-def content(*modules: nn.Module) -> str:
-    """A hash, hexadecimal, of every value of the modules' weights, in the dtype and on the device that they are in."""
-    total = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy())
-    return total.hexdigest()
+def checksum(*modules: nn.Module) -> str:
+    """A 128-bit hash, hexadecimal, of every weight and buffer of some modules, with names, shapes and dtypes.
+
+    Where `fingerprint` sees a fine-tuned copy, this sees one altered number. Takes a second or less for a gigabyte.
+    """
+    tensors = [
+        (f"{i}.{name}", value) for i, one in enumerate(modules) for name, value in sorted(one.state_dict().items())
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
+        sums = list(pool.map(_content, (value for _, value in tensors)))
+    about = (f"{name} {tuple(value.shape)} {value.dtype}" for name, value in tensors)
+    return digest(*(f"{text} {found}" for text, found in zip(about, sums, strict=True)))
+
+
+def _content(value: Tensor) -> str:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t tab", "word " * 100)
@@ -53,6 +63,11 @@ def identity(model: Model) -> dict[str, Any]:
         "text_encoders": [fingerprint(encoder) for encoder in model.text_encoders],
         "tokenizers": [_tokenizer_fingerprint(tokenizer) for tokenizer in model.tokenizers],
     }
+
+
+def encoders(model: Model) -> dict[str, str]:
+    """What a store's encodings depend on to the last bit, beside `identity`; stores of earlier versions lack it."""
+    return {"encoders": checksum(model.vae, *model.text_encoders)}
 
 
 def _tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:

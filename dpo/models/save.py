@@ -3,65 +3,138 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import filecmp
+import json
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo.common.files import discard, follow_umask, replace
+from dpo.common.files import beside, discard, follow_umask, remove, replace, sweep
 from dpo.models import lora as lora_layers
 from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
 
+INDEX = "model_index.json"
+SPLIT = [  # weights in several files, which load in place of the one
+    pattern.format(name)
+    for name in ("diffusion_pytorch_model", "model")
+    for pattern in ("{}.safetensors.index.json", "{}-?????-of-?????.safetensors")
+]
+WRITER = ("_diffusers_version", "_name_or_path", "transformers_version")  # in a config: who wrote it, and from where
+ONE_FILE = "1000GB"  # a part's weights are one file however large: one rename replaces them
 
-def _publish(part: Path, folder: Path) -> None:
-    """Moves the entries of `part` into `folder`, model_index.json last: a folder that was half moved does not load."""
+
+def _alike(new: Path, old: Path) -> bool:
+    """Whether two files say the same; of configs, whatever library wrote them."""
+    if not old.is_file():
+        return False
+    if new.suffix == ".json":
+        with suppress(ValueError, AttributeError):
+            return _told(new) == _told(old)
+    return filecmp.cmp(new, old, shallow=False)
+
+
+def _told(config: Path) -> dict[str, Any]:
+    """What a JSON file says, but for the names in WRITER."""
+    return {name: value for name, value in json.loads(config.read_text("utf-8")).items() if name not in WRITER}
+
+
+def _files(part: Path) -> list[str]:
+    """The files below `part`, model_index.json last; `rglob` goes through no link, so through that of a part here."""
+    inner = [path for top in part.iterdir() if top.is_dir() for path in top.rglob("*")]
+    found = [path.relative_to(part).as_posix() for path in [*part.iterdir(), *inner] if path.is_file()]
+    return sorted(found, key=lambda name: (name == INDEX, name))
+
+
+def _stale(folder: Path, names: Collection[str]) -> list[Path]:
+    """Split weights in the folders of `names` that are not among them, the lists of their files first."""
+    places = {folder / name for name in names if "/" in name}
+    found = {path for place in {place.parent for place in places} for kind in SPLIT for path in place.glob(kind)}
+    return sorted(found - places, key=lambda path: (not path.name.endswith(".index.json"), path))
+
+
+def _publish(part: Path, folder: Path) -> list[str]:
+    """Moves the files of `part` into `folder`, through links to folders, and returns their names there.
+
+    At every moment a reader finds the earlier result or the new one, or nothing that loads, never a mixture. Two results
+    of one model differ in one file, the denoiser's weights: one rename goes from the one to the other. Where more
+    differs model_index.json, without which nothing loads, is away until all else is in place; going on with the
+    finished run publishes again.
+    """
+    names = _files(part)
+    for place in {(folder / name).parent for name in names}:
+        if not place.is_dir():
+            place.unlink(missing_ok=True)  # a file, or a link to nothing
+        place.mkdir(parents=True, exist_ok=True)
+    if INDEX in names and sum(not _alike(part / name, folder / name) for name in names) > 1:
+        (folder / INDEX).unlink(missing_ok=True)
+    for name in [name for name in names if name != INDEX]:
+        _move(part / name, folder / name)
+    for path in _stale(folder, names):
+        remove(path)
+    if INDEX in names:
+        _move(part / INDEX, folder / INDEX)
+    return names
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        discard(target)
+    replace(source, target)
+
+
+def _written(folder: Path, write: Callable[[Path], None], parts: Collection[str] = ()) -> list[str]:
+    """What `write` writes to the folder it is given, moved into `folder` when it ends well; the names of the files.
+
+    parts: its folders. Where one is a link, to a larger disk perhaps, it is written there from the start: no rename
+    goes from one disk to another.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if (part / "model_index.json").exists():
-        (folder / "model_index.json").unlink(missing_ok=True)  # that of an earlier result, which is replaced
-    for entry in sorted(part.iterdir(), key=lambda entry: entry.name == "model_index.json"):
-        target = folder / entry.name
-        if target.is_dir():
-            discard(target)
-        replace(entry, target)
-    part.rmdir()
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A hidden folder whose content is moved into `folder` when the block ends well, and deleted when it raises."""
-    part = folder / f".result.part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    linked = [folder / name for name in parts if (folder / name).is_symlink() and (folder / name).is_dir()]
+    for place in (folder, *linked):
+        sweep(place, "result")
+    part, *far = (beside(place / "result") for place in (folder, *linked))
     try:
-        part.mkdir(parents=True)
-        yield part
-        follow_umask(part)
-        _publish(part, folder)
+        for place in (part, *far):
+            place.mkdir()
+        for place, away in zip(linked, far, strict=True):
+            (part / place.name).symlink_to(away.resolve(), target_is_directory=True)
+        write(part)
+        for place in (part, *far):
+            follow_umask(place)
+        return _publish(part, folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for place in (part, *far):
+            remove(place)
 
 
-def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> None:
-    """Writes the whole pipeline with `denoiser` (on the CPU, in fp32) so that `from_pretrained(folder)` loads it."""
-    with _staged(folder) as part:
-        pipeline_of(model, denoiser).save_pretrained(part, safe_serialization=True)
+def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> list[str]:
+    """Writes the whole pipeline with `denoiser` (on the CPU, in fp32) so that `from_pretrained(folder)` loads it.
+
+    Returns the names of the files, relative to `folder`.
+    """
+    pipeline = pipeline_of(model, denoiser)
+
+    def write(part: Path) -> None:
+        pipeline.save_pretrained(part, safe_serialization=True, max_shard_size=ONE_FILE)
         for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
             # vocab.json and merges.txt: transformers before 5 reads a CLIP tokenizer from them, not from tokenizer.json
             tokenizer.backend_tokenizer.model.save(str(part / name))
 
+    return _written(folder, write, [name for name, module in pipeline.components.items() if module is not None])
 
-def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> None:
+
+def save_lora(model: Model, denoiser: Denoiser, folder: Path, *, layout: str) -> list[str]:
     """Writes the adapter of `denoiser` so that `load_lora_weights(folder)` loads it; `layout` as in `lora.save`.
 
-    On the model's own weights it gives what was trained: it contains a LoRA that was merged into the denoiser.
+    On the model's own weights it gives what was trained: it contains a LoRA that was merged into the denoiser. Returns
+    the names of the files, relative to `folder`.
     """
-    with _staged(folder) as part:
-        lora_layers.save(denoiser, model.family, part, layout, model.merged)
+    return _written(folder, lambda part: lora_layers.save(denoiser, model.family, part, layout, model.merged))
 
 
 def detached(denoiser: Denoiser, weights: Mapping[str, Tensor] | None = None) -> Denoiser:

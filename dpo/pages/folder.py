@@ -46,6 +46,11 @@ WANDB_ID_FILE = "wandb_id.txt"
 CHECKPOINTS, SAMPLES, TENSORBOARD = "checkpoints", "samples", "tensorboard"
 
 
+MODULE = ("config.json", "diffusion_pytorch_model*.safetensors*")
+ENCODER = ("config.json", "model*.safetensors*")
+TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
 class Entry(NamedTuple):
     """A file or a folder that a run leaves in its output folder."""
 
@@ -53,60 +58,118 @@ class Entry(NamedTuple):
     what: str
     writer: str  # the file of dpo/ that writes it
     folder: bool = False
-    marks_run: bool = False  # a folder that has it holds a run
-    guarded: bool = False  # a folder with this file but without a run belongs to something else: it is refused
-    uploaded: bool = True  # --push-to-hub takes it along
-    inside: tuple[str, ...] = ("*",)  # what a run puts into this folder; the rest is the user's
-    beside: str = ""  # a run wrote the entry only where this file lies beside it
+    inside: tuple[str, ...] = ()  # what a run puts into this folder; the rest is the user's
+    guarded: bool = True  # where there is no run it is somebody's, and a run that would replace it is refused
+    early: bool = False  # a start that was interrupted leaves it, beside its METRICS_FILE
+    uploaded: bool = False  # --push-to-hub takes it along; the result itself is taken as it was written
+    beside: str = ""  # part of a result: a run wrote the entry only where this file lies beside it
 
 
 ENTRIES = (
-    Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", marks_run=True),
-    Entry(METRICS_FILE, "one line per update, and events", "training/trackers.py"),
+    Entry(CONFIG_FILE, "every setting, by group", "training/loop.py", uploaded=True),
+    Entry(METRICS_FILE, "one line per update, and events", "training/trackers.py", early=True, uploaded=True),
     Entry(
         CHECKPOINTS,
         "to resume from",
         "training/checkpoint.py",
         folder=True,
-        marks_run=True,
-        uploaded=False,
-        inside=("step-*", ".step-*", "abandoned-*"),
+        inside=(f"step-{'[0-9]' * 8}", ".step-*.part-*", "abandoned-[0-9]*"),
     ),
     Entry(
         SAMPLES,
         "images before, during and after",
         "training/samples.py",
         folder=True,
-        inside=("step-*.png", "before/*.png"),
+        inside=(f"step-{'[0-9]' * 8}.png", f"before/{'[0-9]' * 3}.png"),
+        early=True,
+        uploaded=True,
     ),
-    Entry(SUMMARY_FILE, "how the run went", "training/summary.py"),
-    Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py"),
-    Entry(CARD_FILE, "the model card", "pages/card.py", guarded=True),
-    Entry(REPORT_FILE, "the page for a person", "pages/report.py", guarded=True),
-    Entry(CURVES_FILE, "curves over the updates", "pages/plots.py"),
-    Entry(DECILES_FILE, "figures by tenth of the clock", "pages/plots.py"),
-    Entry(DDE_FILE, "credit by timestep", "pages/plots.py"),
-    Entry(INDEX_FILE, "the parts of the pipeline", "models/save.py", marks_run=True),
-    Entry(ADAPTER_FILE, "the adapter, instead of a pipeline", "models/lora.py"),
-    Entry("unet", "the aligned UNet", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
-    Entry("vae", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
-    Entry("text_encoder", "as in the model", "models/save.py", folder=True, guarded=True, beside=INDEX_FILE),
-    Entry("text_encoder_2", "as in the model (SDXL)", "models/save.py", folder=True, beside=INDEX_FILE),
-    Entry("tokenizer", "as in the model", "models/save.py", folder=True, beside=INDEX_FILE),
-    Entry("tokenizer_2", "as in the model (SDXL)", "models/save.py", folder=True, beside=INDEX_FILE),
-    Entry("scheduler", "as in the model", "models/save.py", folder=True, beside=INDEX_FILE),
+    Entry(SUMMARY_FILE, "how the run went", "training/summary.py", uploaded=True),
+    Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py", uploaded=True),
+    Entry(CARD_FILE, "the model card", "pages/card.py", uploaded=True),
+    Entry(REPORT_FILE, "the page for a person", "pages/report.py", uploaded=True),
+    Entry(CURVES_FILE, "curves over the updates", "pages/plots.py", uploaded=True),
+    Entry(DECILES_FILE, "figures by tenth of the clock", "pages/plots.py", uploaded=True),
+    Entry(DDE_FILE, "credit by timestep", "pages/plots.py", uploaded=True),
+    Entry(INDEX_FILE, "the parts of the pipeline", "models/save.py", beside=INDEX_FILE),
+    Entry(ADAPTER_FILE, "the adapter, instead of a pipeline", "models/lora.py", beside=ADAPTER_FILE),
+    Entry("unet", "the aligned UNet", "models/save.py", folder=True, inside=MODULE, beside=INDEX_FILE),
+    Entry("vae", "as in the model", "models/save.py", folder=True, inside=MODULE, beside=INDEX_FILE),
+    Entry("text_encoder", "as in the model", "models/save.py", folder=True, inside=ENCODER, beside=INDEX_FILE),
+    Entry("text_encoder_2", "as in the model (SDXL)", "models/save.py", folder=True, inside=ENCODER, beside=INDEX_FILE),
+    Entry("tokenizer", "as in the model", "models/save.py", folder=True, inside=TOKENS, beside=INDEX_FILE),
+    Entry("tokenizer_2", "as in the model (SDXL)", "models/save.py", folder=True, inside=TOKENS, beside=INDEX_FILE),
+    Entry(
+        "scheduler",
+        "as in the model",
+        "models/save.py",
+        folder=True,
+        inside=("scheduler_config.json",),
+        beside=INDEX_FILE,
+    ),
     Entry(
         TENSORBOARD,
         "its events",
         "training/trackers.py",
         folder=True,
-        uploaded=False,
         inside=("events.out.tfevents.*",),
+        early=True,
     ),
-    Entry("wandb", "its own files", "training/trackers.py", folder=True, uploaded=False),
-    Entry(WANDB_ID_FILE, "the W&B run that a resumed run goes on with", "training/trackers.py"),
-    Entry(FAILED_FILE, "why a run of a sweep failed", "sweep.py"),
+    Entry(
+        "wandb",
+        "its own files",
+        "training/trackers.py",
+        folder=True,
+        inside=("run-*", "offline-run-*", "latest-run", "debug*.log"),
+        early=True,
+    ),
+    Entry(WANDB_ID_FILE, "the W&B run that a resumed run goes on with", "training/trackers.py", early=True),
+    Entry(FAILED_FILE, "why a run of a sweep failed", "sweep.py", guarded=False),
 )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a run of this trainer in `folder`: its settings, or a checkpoint that says what it is."""
+    settings = _settings(folder / CONFIG_FILE)
+    if all(name in settings.get(group, ()) for group, name in (("method", "method"), ("output", "checkpoint_every"))):
+        return True
+    return any("format" in _json(path) for path in (folder / CHECKPOINTS).glob("step-*/state.json"))
+
+
+def not_of_a_run(folder: Path) -> list[str]:
+    """The entries in `folder` that no run of this trainer wrote and a run would replace: another trainer's, a model's.
+
+    None where it holds a run; of a start that was interrupted early, all but what that leaves. Empty folders are free.
+    """
+    if holds_run(folder):
+        return []
+    left = _begun(folder / METRICS_FILE)
+    there = [entry for entry in ENTRIES if entry.guarded and _occupied(folder / entry.name)]
+    return [entry.name for entry in there if not (left and entry.early)]
+
+
+def _begun(metrics: Path) -> bool:
+    """Whether a run opened this metrics file: it is empty still, or its first line says that the run started."""
+    first = next(iter(read_records(metrics)), {})
+    return metrics.is_file() and (not metrics.stat().st_size or first.get("event") == "started")
+
+
+def _occupied(place: Path) -> bool:
+    """Whether there is anything; an empty folder, also behind a link, was made for the run to come."""
+    return any(place.iterdir()) if place.is_dir() else place.exists() or place.is_symlink()
+
+
+def own_files(folder: Path) -> list[str]:
+    """The names of a run's records, pages and images in `folder`, the result left out: what goes to the hub beside it.
+
+    Links are left out: no run writes one.
+    """
+    names = [entry.name for entry in ENTRIES if entry.uploaded and not entry.folder]
+    for entry in ENTRIES:
+        if entry.uploaded and entry.folder:
+            found = [path for pattern in entry.inside for path in (folder / entry.name).glob(pattern)]
+            names += sorted(path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
 
 
 LATE = 0.2  # "at the end of the run" means the last fifth of its updates

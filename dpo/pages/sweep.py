@@ -18,6 +18,8 @@ from dpo.pages.figures import FIGURES, SWEEP
 from dpo.pages.folder import FAILED_FILE, METRICS_FILE, read_run
 from dpo.pages.plots import STYLE
 
+PAGES = TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.csv", "sweep.md", "sweep.png"
+
 
 def name_of(cell: dict[str, str]) -> str:
     """The name of a run's folder below the sweep's: the run's settings."""
@@ -32,9 +34,9 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(out / "sweep.csv", table.getvalue())
+    write_text(out / TABLE_FILE, table.getvalue())
     lines = [columns, ["---"] * len(columns), *([_shown(row[name]) for name in columns] for row in rows)]
-    write_text(out / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    write_text(out / TEXT_FILE, "".join(f"| {' | '.join(line)} |\n" for line in lines))
     _plot(out, runs)
     return rows
 
@@ -118,4 +120,4 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
         bars.set_yticks(range(len(read)), [run.folder.name.replace("_", " ") for run in read])
         bars.invert_yaxis()
         figure.tight_layout()
-        write_whole(out / "sweep.png", lambda part: figure.savefig(part, format="png", dpi=120, facecolor="white"))
+        write_whole(out / PLOT_FILE, lambda part: figure.savefig(part, format="png", dpi=120, facecolor="white"))

@@ -15,7 +15,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
-from dpo.models.fingerprint import content, identity
+from dpo.models.fingerprint import checksum, identity
 from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
@@ -66,7 +66,7 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
         log.info("%s: a LoRA on %s", name, model.source)
     pipe = pipeline_of(model)
-    weights = content(model.denoiser, model.vae, *model.text_encoders)
+    weights = checksum(model.denoiser, model.vae, *model.text_encoders)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
     own = {key: value for key, value in settled.items() if key in ("force_zeros_for_empty_prompt", "clip_skip")}
     identities = [str(identity(model)), str(sorted(own.items()))]

@@ -345,7 +345,9 @@ class Output:
     """Results, checkpoints, logs and samples"""
 
     output: str = option("runs/dpo", "folder of the results", aliases=("output_dir",), resume="free")
-    overwrite: bool = option(False, "replace the results of another run in that folder", resume="free")
+    overwrite: bool = option(
+        False, "replace another run in that folder, or what lies there under the names of a run's files", resume="free"
+    )
     resume: str | None = option(
         None,
         "continue from latest (afresh when there is none), or from a checkpoint's path",
@@ -398,9 +400,12 @@ class Output:
     project: str = option(
         "diffusion-dpo", "project name for W&B", aliases=("tracker_project_name", "tracker_name"), resume="free"
     )
-    push_to_hub: bool = option(False, "upload the result to the hub", resume="free")
+    push_to_hub: bool = option(False, "upload what the run wrote, without checkpoints, to the hub", resume="free")
     hub_id: str | None = option(
         None, "repository to upload to; none: the output folder's name", aliases=("hub_model_id",), resume="free"
+    )
+    hub_public: bool = option(
+        False, "let everybody see the repository, where the upload makes it; otherwise it is private", resume="free"
     )
     judge: bool = option(
         True,

@@ -104,7 +104,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (not v.warmup, ("warmup_start",), "without --warmup"),
         (not v.caption_dropout, ("dropped_caption",), "without --caption-dropout"),
         (v.steps is not None, ("epochs",), "because --steps is given"),
-        (not v.push_to_hub, ("hub_id",), "without --push-to-hub"),
+        (not v.push_to_hub, ("hub_id", "hub_public"), "without --push-to-hub"),
         (not v.samples, DRAWN, "with --no-samples"),
     ]
     return [

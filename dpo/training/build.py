@@ -32,7 +32,7 @@ from dpo.models.adapter import Adapter
 from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Denoiser, Model
-from dpo.models.fingerprint import fingerprint, identity
+from dpo.models.fingerprint import checksum, fingerprint, identity
 from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
@@ -45,7 +45,7 @@ from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
 from dpo.training.start import Start
-from dpo.training.state import as_before, check_resume, keep_trained, restore
+from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -79,10 +79,11 @@ def build(config: Config, notes: list[str]) -> Run:
     fingerprints = _fingerprints(model, source)
     cast(model, config.runtime.precision, config.runtime.vae_precision)
 
-    twin, fingerprints["reference"] = _make_reference(config, model, begin)
+    twin, weights = _make_reference(config, model, begin)
+    fingerprints |= weights
     if begin.moved:
-        fingerprints["start"] = fingerprint(model.denoiser)
-    errors = _recorded(config, plan, source, fingerprints["reference"])
+        fingerprints |= _weights("start", model.denoiser)
+    errors = _recorded(config, plan, source, weights)
     if errors is not None:
         source = errors.covered(source)
 
@@ -153,12 +154,19 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
     """
     parts = identity(model)
     return {
-        "model": fingerprint(model.denoiser),
+        **_weights("model", model.denoiser),
         "vae": parts["vae"],
+        "vae_checksum": checksum(model.vae),
         "text": digest(*parts["text_encoders"], *parts["tokenizers"]),
+        "text_checksum": checksum(*model.text_encoders),
         "data": source.fingerprint,
         **stamps(source),
     }
+
+
+def _weights(name: str, denoiser: Denoiser) -> dict[str, str]:
+    """The two hashes of a denoiser's weights, by name."""
+    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser)}
 
 
 def _start(runtime: Runtime) -> None:
@@ -207,7 +215,7 @@ def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
             )
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None
-    return checkpoint.find(root, which)
+    return checkpoint.find(root, which, check_complete)
 
 
 def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
@@ -231,15 +239,18 @@ def _tell(config: Config, lines: list[str]) -> None:
     log.info("%s", advice.headline(config))
 
 
-def _recorded(config: Config, plan: schedule.Schedule, source: Source, weights: str) -> recorded.RecordedErrors | None:
+def _recorded(
+    config: Config, plan: schedule.Schedule, source: Source, weights: dict[str, str]
+) -> recorded.RecordedErrors | None:
     """The recorded reference errors that suit the run, None where it computes them.
 
-    weights: the reference's fingerprint.
+    weights: the reference's two hashes.
     """
     if config.runtime.reference != "recorded":
         return None
     timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    return recorded.find(source, recorded.identity(config.data, config.runtime, plan, weights), timesteps)
+    wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"])
+    return recorded.find(source, wanted, timesteps, weights["reference_checksum"])
 
 
 def _live_reference(config: Config) -> bool:
@@ -247,8 +258,8 @@ def _live_reference(config: Config) -> bool:
     return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
 
 
-def _make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser | None, str]:
-    """A frozen copy where the reference needs its own weights (else None), and the fingerprint of its weights.
+def _make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser | None, dict[str, str]]:
+    """A frozen copy where the reference needs its own weights (else None), and the hashes of its weights.
 
     Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
     the reference needs the copy for the held-out pairs alone.
@@ -259,7 +270,7 @@ def _make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoise
     compared = METHODS[config.method.method].reference
     own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
     twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
-    weights = fingerprint(model.denoiser)
+    weights = _weights("reference", model.denoiser)
     if apart:
         begin.put(model)
     return twin, weights

@@ -14,9 +14,7 @@ import json
 import logging
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +26,14 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import (
+    beside,
     checksum,
     discard,
     disk_error,
     follow_umask,
+    remove,
     sealed,
+    sweep,
     sync_file,
     sync_folder,
     unseal,
@@ -90,27 +91,29 @@ def save(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mappi
 
     tensors: by group and name, a file for each group; state: a JSON object.
     """
-    part, aside = (folder.with_name(f".{folder.name}.part-{kind}") for kind in (os.getpid(), uuid.uuid4().hex[:8]))
+    part, aside = beside(folder), beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         sums = {
             group: save_tensors(part / f"{group}.safetensors", values) for group, values in tensors.items() if values
         }
-        write_text(part / "state.json", sealed({"format": FORMAT, **state, "checksums": sums}, "seal"))
+        names = {group: sorted(values) for group, values in tensors.items()}
+        write_text(
+            part / "state.json", sealed({"format": FORMAT, **state, "contents": names, "checksums": sums}, "seal")
+        )
         follow_umask(part)
         if folder.exists():  # moved aside, not deleted: between the two renames alone neither is at its place
             os.replace(folder, aside)
         os.replace(part, folder)
         sync_folder(folder.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     except (OSError, SafetensorError) as error:
         raise disk_error(error, folder) from error
     finally:
         if aside.exists() and not folder.exists():
             os.replace(aside, folder)
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
     return folder
 
 
@@ -125,14 +128,22 @@ def load(folder: Path) -> Checkpoint:
         raise Damaged(f"{folder} has checkpoint format {form}, this version reads {FORMAT}")
     if not unaltered:
         raise Damaged(f"{folder / 'state.json'} was altered")
-    tensors = {}
-    for group, expected in state["checksums"].items():
+    tensors: dict[str, dict[str, Tensor]] = {}
+    sums, contents = state.get("checksums"), state.get("contents", {})  # earlier versions did not name the contents
+    if not isinstance(sums, dict) or {group for group, names in contents.items() if names} - sums.keys():
+        raise Damaged(f"{folder / 'state.json'} does not say what belongs to it")
+    for group, expected in sums.items():
         path = folder / f"{group}.safetensors"
         if not path.is_file():
             raise Damaged(f"{path} is missing")
         if checksum(path) != expected:
             raise Damaged(f"{path} was truncated or altered")
-        tensors[group] = load_file(path)
+        try:
+            tensors[group] = load_file(path)
+        except SafetensorError as error:
+            raise Damaged(f"{path} is no file of tensors") from error
+        if sorted(tensors[group]) != contents.get(group, sorted(tensors[group])):
+            raise Damaged(f"{path} lacks tensors that belong to it")
     return Checkpoint(folder, tensors, state)
 
 
@@ -147,11 +158,12 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def find(root: Path, which: str) -> Checkpoint:
+def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda found: None) -> Checkpoint:
     """The checkpoint to resume: "latest" under `root`, or a path to a checkpoint, a run or its checkpoints folder.
 
     Of several, the newest comes first, and those of runs that had diverged last. A damaged one is skipped with a
-    warning, and the one before it is taken. Raises UserError when none can be read.
+    warning, and the one before it is taken; so is one that `check` raises Damaged for. Raises UserError when none can
+    be read.
     """
     if which == "latest":
         candidates = _healthy_first(listing(root)[::-1])
@@ -170,6 +182,7 @@ def find(root: Path, which: str) -> Checkpoint:
     for path in candidates:
         try:
             found = load(path)
+            check(found)
         except Damaged as error:
             reasons.append(str(error))
             log.warning("checkpoint skipped: %s%s", error, "; trying the one before" if path != candidates[-1] else "")
@@ -226,8 +239,7 @@ def set_aside(root: Path, resumed: Path, step: int) -> None:
 
 def prune(root: Path, limit: int | None) -> None:
     """Keeps the newest `limit` checkpoints (None or 0: all) and deletes the unfinished ones of killed writes."""
-    for path in root.glob(".step-*.part-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    sweep(root, "step-*")
     if limit:
         for path in listing(root)[:-limit]:
             discard(path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.pages.folder import CONFIG_FILE, ENTRIES, METRICS_FILE
+from dpo.common.files import remove, sweep
+from dpo.pages.folder import ENTRIES, Entry, holds_run, not_of_a_run
 from dpo.settings.config import Config, Output
+
+log = logging.getLogger("dpo")
 
 
 def check_output(config: Config) -> Path:
@@ -23,18 +25,21 @@ def check_output(config: Config) -> Path:
         raise UserError(f"--output {output}: {there} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--output {output}: {there} is not writable; choose another folder")
-    known = bool(config.output.resume) and any((output / entry.name).exists() for entry in ENTRIES if entry.marks_run)
-    check_apart("--output", output, config, known=known)
-    found = [entry for entry in ENTRIES if (output / entry.name).exists()]
-    occupied = any(entry.marks_run for entry in found)
-    if occupied and not config.output.resume and not config.output.overwrite:
+    for entry in ENTRIES:
+        place = output / entry.name
+        if entry.folder and place.is_symlink() and not place.exists():
+            raise UserError(f"{place} is a link to a folder that is not there: make that, or remove the link")
+        if not entry.folder and place.is_dir():
+            raise UserError(f"{place} is a folder where a run writes a file: rename it, or name another --output")
+    occupied, out = holds_run(output), config.output
+    check_apart("--output", output, config, known=occupied and bool(out.resume))
+    if occupied and not out.resume and not out.overwrite:
         raise UserError(
             f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output"
         )
-    foreign = [entry.name for entry in found if entry.guarded]
-    if foreign and not occupied and not config.output.overwrite:
+    if (others := not_of_a_run(output)) and not out.overwrite:
         raise UserError(
-            f"{output} is no run and has {', '.join(foreign)}, which would be replaced: name another --output, or add --overwrite"
+            f"{output} is no run and has {', '.join(others)}, which would be replaced: name another --output, or add --overwrite"
         )
     return output
 
@@ -67,30 +72,44 @@ def check_apart(flag: str, folder: Path, config: Config, *, known: bool = False)
 
 
 def clear_output(output: Path, asked: Output) -> None:
-    """Makes the output folder.
+    """Makes the output folder, and deletes what killed processes left unfinished in it.
 
-    With --overwrite, deletes everything that an earlier run wrote there, and nothing else.
+    With --overwrite, deletes everything that an earlier run wrote there, and nothing else; what tells that it is a run
+    comes last, so that the same command finds it again after a kill. Where no run lies, what bears the names of a run's
+    records, pages and images is deleted, which is said; a model's files stay until the result replaces them.
     """
-    if asked.overwrite and not asked.resume and any((output / name).is_file() for name in (CONFIG_FILE, METRICS_FILE)):
-        for entry in [entry for entry in ENTRIES if not entry.beside or (output / entry.beside).exists()]:
-            _clear(output / entry.name, entry.inside)
+    if asked.overwrite and not asked.resume:
+        others = not_of_a_run(output)
+        if others:
+            log.warning(
+                "--overwrite: no run wrote %s in %s; what this one writes replaces them", ", ".join(others), output
+            )
+        results = [entry for entry in ENTRIES if entry.beside and not others and (output / entry.beside).exists()]
+        records = [entry for entry in reversed(ENTRIES) if not entry.beside and (entry.guarded or not others)]
+        for entry in [*results, *records]:
+            _clear(output / entry.name, entry)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {output}: {error.strerror}; choose another --output") from error
+    for entry in ENTRIES:
+        sweep(output, entry.name)
+    sweep(output, "result")
 
 
-def _clear(place: Path, inside: Iterable[str]) -> None:
-    """Deletes a file or link, or what matches `inside` in a folder, and the folders that are empty afterwards."""
-    if place.is_symlink() or not place.is_dir():
-        place.unlink(missing_ok=True)
+def _clear(place: Path, entry: Entry) -> None:
+    """Deletes a file or a link to one, or what a run puts into a folder, and the folders that are empty afterwards.
+
+    A link to a folder stays, and so does the folder: it was made for the run.
+    """
+    if not place.is_dir():
+        remove(place)
         return
-    found = [path for pattern in inside for path in place.glob(pattern)]
+    if not entry.folder:
+        return
+    found = [path for pattern in entry.inside for path in place.glob(pattern)]
     for path in found:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
     for folder in [*({path.parent for path in found} - {place}), place]:
-        if not any(folder.iterdir()):
+        if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()

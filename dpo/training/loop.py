@@ -9,8 +9,8 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dpo.common import files, locks, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
+from dpo.common.words import first_line
 from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
@@ -38,19 +39,23 @@ log = logging.getLogger("dpo")
 OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
+# What ends a run from outside. Windows has no SIGHUP, which a closed terminal sends.
+ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
 
 
 @contextmanager
 def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Inside the block `handler` gets these signals.
+    """Inside the block `handler` gets these signals, but those that are ignored: nohup, or a shell for a job behind `&`, asks so.
 
     Does nothing outside the main thread, which alone may set handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:
@@ -60,7 +65,7 @@ def handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """Inside the block SIGINT and SIGTERM set the event; a second SIGINT raises KeyboardInterrupt at once."""
+    """Inside the block SIGINT, SIGTERM and SIGHUP set the event; a second SIGINT raises KeyboardInterrupt at once."""
     stop = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -70,13 +75,13 @@ def stop_on_signals() -> Iterator[threading.Event]:
         name = signal.Signals(number).name
         log.warning("%s: writing a checkpoint, then stopping (press Ctrl-C again to stop without one)", name)
 
-    with handled(ask, signal.SIGINT, signal.SIGTERM):
+    with handled(ask, signal.SIGINT, *ENDS):
         yield stop
 
 
-def until(stop: threading.Event, batches: Iterator[PairBatch], count: int) -> Iterator[PairBatch]:
-    """The next `count` micro-batches. Raises Stopped before the next one once `stop` is set."""
-    for batch in itertools.islice(batches, count):
+def until(stop: threading.Event, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    """The micro-batches. Raises Stopped in place of the next one once `stop` is set."""
+    for batch in batches:
         if stop.is_set():
             raise Stopped
         yield batch
@@ -95,7 +100,7 @@ def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
     Raises UserError for what a person can mend.
     """
     try:
-        with handled(signal.default_int_handler, signal.SIGTERM):  # outside the updates it interrupts like Ctrl-C
+        with handled(signal.default_int_handler, *ENDS):  # outside the updates they interrupt like Ctrl-C
             _train(config, notes, train_step)
     except Stopped:
         return INTERRUPTED
@@ -157,9 +162,28 @@ def _make(run: Run, train_step: TrainStep) -> None:
             files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
         with stop_on_signals() as stop:
             updates(run, trackers, train_step, stop)
-        _finish(run, trackers)
-    finally:
-        trackers.close()
+        with _told_how_to_finish(run):
+            _finish(run, trackers)
+    except BaseException:
+        with suppress(Exception):  # a full disk has been said by what is raised here
+            trackers.close()
+        raise
+    trackers.close()
+
+
+def _goes_on(run: Run) -> str:
+    return f"python -m dpo.train --output {shlex.quote(str(run.output))} --resume latest"
+
+
+@contextmanager
+def _told_how_to_finish(run: Run) -> Iterator[None]:
+    """Around what follows the last update, whose checkpoint is there: an error is said to cost none of the training."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Stopped | KeyboardInterrupt):  # of those it is said elsewhere
+            log.warning("all %d updates are made and kept; finish with: %s", run.done, _goes_on(run))
+        raise
 
 
 def _begin(run: Run, trackers: Trackers) -> None:
@@ -172,13 +196,13 @@ def _begin(run: Run, trackers: Trackers) -> None:
 
 def _finish(run: Run, trackers: Trackers) -> None:
     """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
-    results.write(run)
+    written = results.write(run)
     samples.write(run)
     if run.config.output.judge and outcome.is_embedded(run.model):
         _judge(run, trackers)
     summary.report(run, "finished")
     if run.config.output.push_to_hub:
-        results.upload(run)
+        results.upload(run, written)
     log.info("done: %s", run.output)
 
 
@@ -193,45 +217,50 @@ def _judge(run: Run, trackers: Trackers) -> None:
     except KeyboardInterrupt:
         summary.report(run, "interrupted", "stopped while judging")
         log.warning("judging was cut short; the aligned model in %s is whole", run.output)
-        log.warning("judge it with: python -m dpo.train --output %s --resume latest", shlex.quote(str(run.output)))
+        log.warning("judge it with: %s", _goes_on(run))
         raise Stopped from None
 
 
 def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
     """Makes all updates that are left.
 
-    Raises Stopped after `stop` was set, and UserError when training cannot go on; both after writing a checkpoint.
+    Raises Stopped after `stop` was set, and what ended the updates, whatever it is; both after writing a checkpoint of
+    the last whole update. KeyboardInterrupt alone, the second Ctrl-C, does not wait for one. Raises UserError when no
+    pair could be used.
     """
+    first, batches = run.done, run.batches()
+    try:
+        used = _all_updates(run, trackers, train_step, until(stop, batches))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        _rescue(run, trackers, batches, error)
+        raise
+    if run.done > first and not used:
+        raise UserError(
+            "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
+        )
+
+
+def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: Iterator[PairBatch]) -> int:
+    """Makes the updates, with what belongs to each; the number of pairs that could be used."""
     out, optim = run.config.output, run.config.optim
-    batches = run.batches()
     held_out: Figures = {}
-    used, first = 0, run.done
+    used = 0
     every = out.validate_every or run.total  # decided when the run was built
     with Progress(run.total, progress_fields, run.done, out.log_every) as progress:
         while run.done < run.total:
             began = time.monotonic()
-            try:
-                rate = run.learning_rate()
-                figures = train_step(run, until(stop, batches, optim.accumulation))
-            except Stopped:
-                _stop(run, trackers)
-                raise
-            except UserError as error:
-                run.drop()
-                path = snapshot(run, emergency=True, diverged=isinstance(error, Diverged))
-                trackers.event({"event": "failed", "step": run.done, "message": str(error)})
-                summary.report(run, "failed", str(error))
-                log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
-                raise
-            run.done += 1
-            run.position += run.nominal
+            rate = run.learning_rate()
+            figures = train_step(run, itertools.islice(batches, optim.accumulation))
             used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
             figures |= run.speed.figures(figures["pairs_per_s"])
             figures["peak_memory_gib"] = peak_memory_gib(run.device)
+            run.count()
             last = run.done == run.total
-            if run.done % out.log_every == 0 or last:
+            if _is_logged(run):
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
                 held_out = _held_out(run, run.held_out)
@@ -241,10 +270,12 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
                 samples.write(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 snapshot(run)
-    if run.done > first and not used:
-        raise UserError(
-            "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
-        )
+    return used
+
+
+def _is_logged(run: Run) -> bool:
+    """Whether the figures of the last update belong into metrics.jsonl."""
+    return run.done % run.config.output.log_every == 0 or run.done == run.total
 
 
 def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
@@ -254,11 +285,43 @@ def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
     return {**found, "weights": "averaged"} if run.updater.ema else found
 
 
-def _stop(run: Run, trackers: Trackers) -> None:
-    """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on."""
-    run.drop()
-    path = snapshot(run, emergency=True)
-    trackers.event({"event": "interrupted", "step": run.done})
-    summary.report(run, "interrupted", "stopped by a signal")
-    log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
-    log.warning("go on with: python -m dpo.train --output %s --resume latest", shlex.quote(str(run.output)))
+def _rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, None], ending: BaseException) -> None:
+    """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on after `ending`.
+
+    A state that is not whole is not written: weights between two updates, or an update without its line in
+    metrics.jsonl. Raises no Exception, which would take the place of the one that ended the run.
+    """
+    whole = run.whole and (trackers.logged == run.done or not _is_logged(run))
+    path = None
+    try:
+        batches.close()  # else another dying worker interrupts what follows
+        if whole:
+            run.drop()
+            path = snapshot(run, emergency=True, diverged=isinstance(ending, Diverged))
+    except Exception as error:  # the disk is full, or the device is dead
+        log.warning("update %d could not be kept: no checkpoint can be written (%s)", run.done, first_line(error))
+    if not whole:
+        log.warning("the state is between two updates: no checkpoint is written of it")
+    try:
+        _record(run, trackers, ending)
+    except Exception as error:
+        log.warning("the end of the run is not in its report (%s)", first_line(error))
+    if path is not None:
+        log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
+    elif before := checkpoint.listing(run.checkpoints):
+        log.warning("stopped in update %d of %d; the last checkpoint is %s", run.done + 1, run.total, before[-1])
+    else:
+        log.warning("stopped with no checkpoint to go on from")
+        return
+    log.warning("go on with: %s", _goes_on(run))
+
+
+def _record(run: Run, trackers: Trackers, ending: BaseException) -> None:
+    """Writes how the updates ended into metrics.jsonl and the report."""
+    if isinstance(ending, Stopped):
+        trackers.event({"event": "interrupted", "step": run.done})
+        summary.report(run, "interrupted", "stopped by a signal")
+        return
+    reason = str(ending) if isinstance(ending, UserError) else f"{type(ending).__name__}: {first_line(ending)}"
+    trackers.event({"event": "failed", "step": run.done, "message": reason})
+    summary.report(run, "failed", reason)

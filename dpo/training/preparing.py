@@ -23,7 +23,7 @@ from dpo.data.store.store import merge, of_store
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model
-from dpo.models.fingerprint import fingerprint, identity
+from dpo.models.fingerprint import checksum, encoders, fingerprint, identity
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
 from dpo.schedule import Schedule, usable_timesteps
 from dpo.settings.config import Config, Data, Runtime, change
@@ -37,6 +37,9 @@ log = logging.getLogger("dpo")
 
 
 PART = "part-{:05d}-of-{:05d}"
+
+
+MERGING = 600.0  # seconds that the last processes wait for each other's merging
 
 
 SHARD_BYTES = 256 * 2**20  # the size that a shard should have
@@ -77,12 +80,16 @@ def encode_pairs(
     source = open_source(config.data)
     log.info("pairs: %s", describe(source))
     config, model, _, _ = load_model(config, device)
-    settings = identity(model) | {  # before the weights are cast: the identity is that of the stored model
-        "resolution": config.data.resolution,
-        "flip": config.data.flip,
-        "dtype": dtype,
-        "precision": _encoded_in(config.runtime),
-    }
+    settings = (
+        identity(model)
+        | encoders(model)
+        | {  # before the weights are cast: the identity is that of the stored model
+            "resolution": config.data.resolution,
+            "flip": config.data.flip,
+            "dtype": dtype,
+            "precision": _encoded_in(config.runtime),
+        }
+    )
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
@@ -172,7 +179,8 @@ def merge_when_complete(folder: Path, count: int) -> bool:
     if not all((index := read_index(part)) is not None and index["finished"] for part in parts):
         log.info("this part is done; %s becomes a store when the others are", folder)
         return False
-    merge(folder, parts)
+    with locks.held(folder, "--store", wait=MERGING):
+        merge(folder, parts)
     log.info("%s: %d parts merged", folder, count)
     return True
 
@@ -212,7 +220,8 @@ def record_reference(
     encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(
         contents=store.contents,
-        identity=recorded.identity(config.data, config.runtime, plan, weights),
+        identity=recorded.identity(config.data, config.runtime, plan, weights[0]),
+        checksum=weights[1],
         timesteps=tuple(timesteps.tolist()),
         made_with=_made_with(config.runtime, model, device),
         draws=draws,
@@ -236,13 +245,13 @@ def record_reference(
 
 def _reference_step(
     config: Config, model: Model, plan: Schedule, device: torch.device, begin: Start
-) -> tuple[str, PairStep]:
-    """The reference's fingerprint, and its forward in the precision and layout of training."""
+) -> tuple[tuple[str, str], PairStep]:
+    """The reference's fingerprint and checksum, and its forward in the precision and layout of training."""
     precision = config.runtime.precision
     cast(model, precision)
     if config.model.reference_model == "init":
         begin.put(model)
-    weights = fingerprint(model.denoiser)
+    weights = fingerprint(model.denoiser), checksum(model.denoiser)
     if precision in HALF:
         halve(model.denoiser, HALF[precision])
     reference = model.family.denoise(settle(replace(config.runtime, checkpointing="off"), model.denoiser, device))

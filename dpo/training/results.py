@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,22 +13,21 @@ from dpo.common.words import first_line
 from dpo.models.family import Denoiser, Model
 from dpo.models.ready import load_named
 from dpo.models.save import detached, save_lora, save_pipeline
-from dpo.pages.folder import ENTRIES
+from dpo.pages.folder import own_files
 from dpo.training.run import Run
 
 log = logging.getLogger("dpo")
 
 
-NOT_UPLOADED = [*(f"{entry.name}/**" for entry in ENTRIES if not entry.uploaded), ".*"]
+def write(run: Run) -> list[str]:
+    """Writes the result in diffusers layout: a whole pipeline, or an adapter, of which nothing else is touched.
 
-
-def write(run: Run) -> None:
-    """Writes the result in diffusers layout: a whole pipeline, or an adapter, of which nothing else is touched."""
+    Returns the names of its files, relative to the output folder.
+    """
     if run.config.lora.lora:
         with run.updater.averaged():
-            save_lora(run.model, run.model.denoiser, run.output, layout=run.config.lora.lora_format)
-    else:
-        save_pipeline(_untouched(run), trained(run), run.output)
+            return save_lora(run.model, run.model.denoiser, run.output, layout=run.config.lora.lora_format)
+    return save_pipeline(_untouched(run), trained(run), run.output)
 
 
 def trained(run: Run) -> Denoiser:
@@ -35,22 +36,40 @@ def trained(run: Run) -> Denoiser:
     return detached(run.model.denoiser, weights)
 
 
-def upload(run: Run) -> None:
-    """Uploads the run folder to the hub, without checkpoints; a failure is one warning that says how to do it later."""
+def upload(run: Run, written: Sequence[str]) -> None:
+    """Uploads the result and the run's records, pages and images to the hub, file by file, and nothing else.
+
+    written: the result's files, as `write` names them. The log lists all names first. A new repository is private
+    unless --hub-public is given; one that exists keeps who may see it. A failure is one warning that says how to do it
+    later.
+    """
     import huggingface_hub
 
-    name = run.config.output.hub_id or run.output.resolve().name
+    out = run.config.output
+    name = out.hub_id or run.output.resolve().name
+    names = [*written, *own_files(run.output)]
     try:
         hub = huggingface_hub.HfApi()
-        name = hub.create_repo(name, exist_ok=True).repo_id
-        hub.upload_folder(repo_id=name, folder_path=run.output, ignore_patterns=NOT_UPLOADED)
+        name = hub.create_repo(name, private=not out.hub_public, exist_ok=True).repo_id
+        private = bool(hub.model_info(name).private)
+        if private == out.hub_public:
+            log.warning("%s was there before and stays %s", name, "private" if private else "public: all see the files")
+        log.info("to the hub, %s (%s): %s", name, "private" if private else "public", ", ".join(names))
+        files = [huggingface_hub.CommitOperationAdd(file, run.output / file) for file in names]
+        hub.create_commit(name, files, commit_message="The result of a run")
     except Exception as error:  # the hub client raises a dozen kinds: offline, not logged in, no right to the name
         reason = first_line(error).rstrip(".")
-        log.warning(
-            "not uploaded to the hub (%s); later: hf upload %s %s --exclude 'checkpoints/**'", reason, name, run.output
-        )
+        log.warning("not uploaded to the hub (%s); later: %s", reason, _later(run))
         return
     log.info("uploaded: https://huggingface.co/%s", name)
+
+
+def _later(run: Run) -> str:
+    """The command that uploads the finished run: it trains nothing, and takes the same files."""
+    out = run.config.output
+    public, named = ["--hub-public"] * out.hub_public, ["--hub-id", out.hub_id] if out.hub_id else []
+    words = ["python", "-m", "dpo.train", "--output", str(run.output), "--resume", "latest", "--push-to-hub"]
+    return shlex.join([*words, *public, *named])
 
 
 def _untouched(run: Run) -> Model:

@@ -73,6 +73,7 @@ class Run:
     complete: bool = False  # all updates were made before this process: its settings trained nothing
     resumed: Path | None = None  # the checkpoint that it goes on from
     position: int = 0  # pairs consumed, holes included
+    whole: bool = True  # False while weights, table and counters are not all of the same update
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model
     evaluation: Figures = field(default_factory=dict)  # the judge's figures on the result; empty without a judge
@@ -106,6 +107,13 @@ class Run:
         """DDE's table M and C [T] for the figures; empty for a method without the stepwise correction."""
         stepwise = METHODS[self.config.method.method].correction
         return {"table": self.table.table, "correction": correction} if stepwise else {}
+
+    def count(self) -> None:
+        """Counts the update that was made."""
+        self.whole = False
+        self.done += 1
+        self.position += self.nominal
+        self.whole = True
 
     def drop(self) -> None:
         """Drops the gradients, sums and metrics of the update in progress."""

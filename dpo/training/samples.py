@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from dpo.common.errors import UserError
+from dpo.common.files import write_whole
 from dpo.common.words import first_line
 from dpo.drawing import draw, grid, memory
 from dpo.models.pipeline import Pipeline, pipeline_of
@@ -117,7 +119,7 @@ def before(run: Run) -> None:
         return
     for path, image in zip(_before_paths(run), _drawn(run) or []):
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        write_whole(path, functools.partial(image.save, format="PNG"))
 
 
 def write(run: Run) -> Path | None:

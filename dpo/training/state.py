@@ -16,7 +16,34 @@ from dpo.training.run import Run
 
 TRAINED = ("method", "optim", "lora")  # the groups of settings that say how the weights were made
 
+# What every checkpoint of a run holds, of whatever version: `snapshot` writes it, `check_complete` asks for it.
+GROUPS = {"policy": (), "tables": ("correction",)}  # and tensors that each must have
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "position": int, "config": dict, "fingerprints": dict, "optimizer": dict, "scaler": (dict, type(None)),
+}  # fmt: skip
+
 log = logging.getLogger("dpo")
+
+
+def check_complete(saved: checkpoint.Checkpoint) -> None:
+    """Raises Damaged where a checkpoint lacks what a run goes on from, though all that it names is there."""
+    state, tensors = saved.state, saved.tensors
+    lacking = [name for name, kind in KEYS.items() if name not in state or not isinstance(state[name], kind)]
+    lacking += [f"{group}.safetensors" for group in GROUPS if not tensors.get(group)]
+    lacking += [
+        name for group, names in GROUPS.items() if tensors.get(group) for name in names if name not in tensors[group]
+    ]
+    if not lacking:
+        groups = state["optimizer"].get("param_groups", [])  # csrc_triton's AdamW8bit does not number its weights
+        if "format" not in state["optimizer"] and sum(len(g["params"]) for g in groups) != len(tensors["policy"]):
+            lacking.append("weights that its optimizer trains")
+        untouched = not state["step"] or state.get("contents", {}).get("optimizer") == []  # no pair could be used yet
+        if not untouched and "optimizer" not in tensors:
+            lacking.append("optimizer.safetensors")
+        if "ema" in tensors and tensors["ema"].keys() != tensors["policy"].keys():
+            lacking.append("averaged weights")
+    if lacking:
+        raise checkpoint.Damaged(f"{saved.path} is incomplete: it lacks {', '.join(lacking)}")
 
 
 def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
@@ -95,7 +122,8 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
     """
     before, now, named = saved.state["fingerprints"], run.fingerprints, run.config.model
     for name, reason in SAME.items():
-        if name in before and name in now and before[name] != now[name]:
+        hashes = name, f"{name}_checksum"
+        if any(key in before and key in now and before[key] != now[key] for key in hashes):
             about = reason.format(model=named.model, vae=f"--vae {named.vae}" if named.vae else named.model)
             raise UserError(f"{saved.path} was trained from {about}")
     if before["data"] != now["data"]:

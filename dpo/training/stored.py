@@ -10,14 +10,21 @@ import torch
 from dpo.common.errors import UserError
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import Source
+from dpo.data.store.files import NOT_ALWAYS
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.models.family import Model
-from dpo.models.fingerprint import identity
+from dpo.models.fingerprint import encoders, identity
 from dpo.settings.config import Config, change
 from dpo.step import PairStep
 
-NAMES = {"family": "model family", "vae": "VAE", "text_encoders": "text encoder", "tokenizers": "tokenizer"}
+NAMES = {
+    "family": "model family",
+    "vae": "VAE",
+    "text_encoders": "text encoder",
+    "tokenizers": "tokenizer",
+    "encoders": "VAE or text encoder",
+}
 
 
 def adopt(config: Config, source: Source) -> Config:
@@ -33,10 +40,11 @@ def adopt(config: Config, source: Source) -> Config:
 def check(model: Model, *sources: Source | None) -> None:
     """Raises UserError when a source is a store that was encoded with other encoders than `model`'s."""
     stores = [store for source in sources if source is not None and (store := of_store(source)) is not None]
-    own = identity(model) if stores else {}
+    own = identity(model) | encoders(model) if stores else {}
     for store in stores:
         for name, value in own.items():
-            if store.contents.settings[name] != value:
+            there = store.contents.settings.get(name)
+            if there != value and not (there is None and name in NOT_ALWAYS):
                 raise UserError(
                     f"{store.contents.folder} was prepared with another {NAMES[name]} than {model.source} has: "
                     "name that model, or prepare a store with this one"

@@ -30,13 +30,15 @@ class Sink(NamedTuple):
 class Trackers:
     """The open destinations of a run; made by `open_trackers`."""
 
-    def __init__(self, lines: TextIO, sinks: list[Sink]) -> None:
+    def __init__(self, lines: TextIO, sinks: list[Sink], logged: int = 0) -> None:
         self._lines = lines
         self._sinks = sinks
+        self.logged = logged  # the last update whose figures are in metrics.jsonl
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the figures of update number `step`."""
         self._write({"step": step, **metrics})
+        self.logged = step
         self._scalars(step, flat_numbers(metrics))
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -82,6 +84,9 @@ def open_trackers(
         path.unlink(missing_ok=True)
     else:
         rewind(path, resume_step)
+    lines = path.open(
+        "a", encoding="utf-8", newline="\n"
+    )  # first: it tells a run that was killed below from others' files
     sinks = []
     if tensorboard:
         sinks.append(_open_tensorboard(folder, resume_step))
@@ -89,12 +94,15 @@ def open_trackers(
         sinks.append(
             _open_wandb(folder, project, run_name or folder.resolve().name, dict(config or {}), resume_step is not None)
         )
-    return Trackers(path.open("a", encoding="utf-8", newline="\n"), [sink for sink in sinks if sink is not None])
+    return Trackers(lines, [sink for sink in sinks if sink is not None], resume_step or 0)
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops the lines of a metrics file after `step`, and torn ones; the file is replaced in one step."""
-    if not path.exists():
+    """Drops the lines of a metrics file after `step`, and torn ones; the file is replaced in one step.
+
+    A link gives way to a file: what is appended must not land where it points.
+    """
+    if not path.exists() and not path.is_symlink():
         return
     kept = [record for record in read_records(path) if record.get("step", 0) <= step]
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
@@ -148,7 +156,7 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
         id_file = folder / WANDB_ID_FILE
         run_id = id_file.read_text("utf-8").strip() if resumed and id_file.exists() else uuid.uuid4().hex[:8]
         run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
-        id_file.write_text(run_id + "\n", "utf-8")
+        write_text(id_file, run_id + "\n")
     except Exception as error:  # the client raises its own kinds for a missing key, network or service
         log.warning(
             "W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE

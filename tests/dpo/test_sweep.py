@@ -132,6 +132,48 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch
     assert (out / "beta-1" / "failed.txt").read_text() == "it diverged\n"
 
 
+@pytest.mark.parametrize("name", ["flags.txt", "sweep.csv", "sweep.md", "sweep.png"])
+def test_no_table_of_somebody_elses_is_written_over(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(loop, "train", lambda config, notes, step: 0)
+    out = tmp_path / "sweep"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert sweep.main(["--out", str(out), "--loss", "sigmoid,ipo", "--steps", "2"]) == 2
+    said = capsys.readouterr().err
+    assert (name in said and "name another --out" in said) or "a sweep with other flags (mine)" in said
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
+def test_no_note_is_written_among_somebody_elses_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "train", lambda config, notes, step: pytest.fail("trained"))
+    mine = tmp_path / "sweep" / "loss-ipo"
+    mine.mkdir(parents=True)
+    for name in ("model_index.json", "failed.txt"):
+        (mine / name).write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "cells", lambda grid: [{"loss": "ipo"}])
+        assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 1
+    assert "loss-ipo is no run and has model_index.json" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {
+        "model_index.json": "mine",
+        "failed.txt": "mine",
+    }
+
+
+def test_a_note_replaces_a_link_not_what_it_points_to(tmp_path, monkeypatch):
+    def train(config, notes, step):
+        note = tmp_path / "sweep" / f"loss-{config.method.loss}" / "failed.txt"
+        note.parent.mkdir(parents=True)
+        note.symlink_to(tmp_path / "key")
+        raise UserError("it diverged")
+
+    (tmp_path / "key").write_text("mine")
+    monkeypatch.setattr(loop, "train", train)
+    assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 1
+    assert (tmp_path / "key").read_text() == "mine"
+    assert (tmp_path / "sweep" / "loss-ipo" / "failed.txt").read_text() == "it diverged\n"
+
+
 def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
     begun = []

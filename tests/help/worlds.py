@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.help.pipelines import KINDS, make_pipeline
 
@@ -333,3 +335,13 @@ def make_saved(folder: str | Path, rows: list[dict], split: str | None = None) -
     saved = datasets.Dataset.from_list(rows)
     (saved if split is None else datasets.DatasetDict({split: saved})).save_to_disk(str(folder))
     return Path(folder)
+
+
+def alter_one(path: Path) -> None:
+    """Alters one value of the largest tensor in a file, which lies between those that a short fingerprint reads."""
+    tensors = load_file(path)
+    largest = max(tensors.values(), key=torch.numel).reshape(-1)
+    read = torch.linspace(0, largest.numel() - 1, 64, dtype=torch.float64).long()
+    place = next(i for i in range(largest.numel()) if i not in read)
+    largest[place] += 1.0
+    save_file(tensors, path)

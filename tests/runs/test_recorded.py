@@ -20,11 +20,11 @@ from dpo.models import lora
 from dpo.models.load import load
 from dpo.models.save import save_lora
 from dpo.settings.flags import parse
-from dpo.training import preparing, stored
+from dpo.training import build, preparing, stored
 from tests.dpo.models.test_lora import train
 from tests.help.children import kill_until_done
 from tests.help.running import advance, everything, make_run
-from tests.help.worlds import make_pickapic, make_pipeline
+from tests.help.worlds import alter_one, make_pickapic, make_pipeline
 
 FLAGS = ["--batch-size", "4", "--seed", "3"]
 
@@ -361,6 +361,74 @@ def test_ctrl_c_keeps_what_is_finished_of_a_block(small, monkeypatch):
     folder = make(2, block=12)
     assert sums(folder) == straight
     assert asked == [0, 4, 8, 12, 16] and said == [(4, 20), (8, 20), (12, 20), (16, 20), (20, 20)]
+
+
+def spoil(path: Path) -> None:
+    """Alters one byte near the end of a file."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+
+
+@pytest.mark.parametrize("kept", ["batch-00004-000000000008.safetensors", "batch-00004-000000000008.json"])
+def test_an_altered_block_is_recorded_again(small, caplog, monkeypatch, kept):
+    """A number changed on disk between two runs of the command is not sealed as right."""
+    store, make = small
+    straight = sums(make(2))
+    shutil.rmtree(store / "reference")
+    write = recording.write_shard
+
+    def at_last(path, tensors):
+        if path.name.startswith("pairs-"):
+            raise KeyboardInterrupt
+        return write(path, tensors)
+
+    monkeypatch.setattr(recording, "write_shard", at_last)
+    with pytest.raises(KeyboardInterrupt):
+        make(2)
+    monkeypatch.undo()
+    spoil(next((store / "reference").rglob(kept)))
+    folder = make(2)
+    assert sums(folder) == straight
+    assert "batch-00004-000000000008" in caplog.text and "altered" in caplog.text and "is recorded again" in caplog.text
+
+
+def test_what_was_begun_of_a_block_is_not_trusted_when_altered(small, monkeypatch):
+    store, make = small
+    straight = sums(make(2))
+    shutil.rmtree(store / "reference")
+    errors_of, calls = preparing._errors_of, []
+
+    def once(step, encoder):
+        inner = errors_of(step, encoder)
+
+        def errors(batch):
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(batch)
+            return inner(batch)
+
+        return errors
+
+    monkeypatch.setattr(preparing, "_errors_of", once)
+    with pytest.raises(KeyboardInterrupt):
+        make(2, block=12)
+    monkeypatch.undo()
+    spoil(next((store / "reference").rglob("*.begun.safetensors")))
+    assert sums(make(2, block=12)) == straight
+
+
+def test_a_reference_that_differs_in_one_weight_is_another(world, small, tmp_path):
+    """Also where the few values that its short fingerprint reads are equal."""
+    store, make = small
+    make(2)
+    model = shutil.copytree(world("sd15"), tmp_path / "model")
+    alter_one(model / "unet" / "diffusion_pytorch_model.safetensors")
+    flags = ["--model", str(model), "--data", str(store), "--output", str(tmp_path / "run"), *FLAGS]
+    config, notes = parse([*flags, "--reference", "recorded"])
+    with pytest.raises(UserError, match="it was recorded with another reference"):
+        build.build(config, notes)
+    with pytest.raises(UserError, match="recorded with another reference, which differs in few weights"):
+        preparing.record_reference(config, store, 3)
 
 
 def test_what_a_kill_left_behind_is_cleared(small):

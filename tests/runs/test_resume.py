@@ -19,7 +19,7 @@ from dpo.training import checkpoint
 from dpo.training.state import restore, snapshot
 from tests.help.children import start_command
 from tests.help.running import advance, everything, make_run
-from tests.help.worlds import make_folders, make_pipeline
+from tests.help.worlds import alter_one, make_folders, make_pipeline
 
 RUNS = {
     "full": [],
@@ -77,6 +77,16 @@ def test_another_part_of_the_model_is_refused(begun, tmp_path, part, words):
         begun()
 
 
+@pytest.mark.parametrize(
+    ("part", "words"), [("vae", "another VAE"), ("text_encoder", "other text encoders"), ("unet", "another model")]
+)
+def test_one_altered_weight_is_refused(begun, tmp_path, part, words):
+    """Of a tensor of thousands, a value that the short fingerprint does not read."""
+    alter_one(next((tmp_path / "model" / part).glob("*.safetensors")))
+    with pytest.raises(UserError, match=f"was trained from {words}"):
+        begun()
+
+
 @pytest.mark.parametrize(("name", "words"), [("reference", "another reference"), ("start", "other starting weights")])
 def test_other_weights_to_compare_with_are_refused(begun, tmp_path, name, words):
     run = begun()
@@ -101,7 +111,7 @@ def test_images_swapped_in_place_are_said(begun, tmp_path, caplog):
 
 def test_a_checkpoint_without_these_fingerprints_goes_on(begun):
     run = begun()
-    for name in ("reference", "vae", "text", "images", "image_times"):
+    for name in ("reference", "vae", "text", "images", "image_times", "model_checksum", "vae_checksum"):
         del run.fingerprints[name]
     snapshot(run)
     assert begun().done == 1

@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
+import types
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,11 +72,54 @@ def test_out_of_gpu_memory_says_what_to_change(start, tmp_path, capsys, monkeypa
 
 
 def test_a_folder_of_other_things_is_not_written_into(start, tmp_path, capsys, brief):
-    (tmp_path / "mine" / "unet").mkdir(parents=True)
+    (tmp_path / "mine" / "unet" / "inner").mkdir(parents=True)
     (tmp_path / "mine" / "README.md").write_text("mine")
     said = command(capsys, *start, "--steps", "1", "--output", str(tmp_path / "mine"))
     check_refused(said, ["is no run", "README.md, unet", "--overwrite"])
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("peer", ["hf-sd15", "sf"])
+def test_another_trainers_results_are_not_replaced_by_its_command_line(world, tmp_path, capsys, brief, peer):
+    """--compat takes over the folder that it names; `sf` resumes whatever is there."""
+    out = tmp_path / "out"
+    for name in (
+        "pytorch_lora_weights.safetensors",
+        "model_index.json",
+        "unet/config.json",
+        "scheduler/a",
+        "curves.png",
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("of another trainer")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = ["--pretrained_model_name_or_path", world("sd15"), "--dataset_name", world("pairs"), "--resolution", "32"]
+    words += ["--output_dir", str(out), "--max_train_steps", "1", "--compat", peer]
+    check_refused(command(capsys, *words), ["is no run", "pytorch_lora_weights.safetensors", "scheduler", "curves.png"])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_on_linked_folders_is_made_anew_and_goes_on(start, tmp_path, capsys, brief):
+    """Checkpoints and weights on a larger disk: --overwrite empties them, and the links stay."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir()
+    for name in ("checkpoints", "unet", "samples"):
+        (disk / name).mkdir(parents=True)
+        (out / name).symlink_to(disk / name)
+    steps = [*start, "--checkpoint-every", "1", "--steps"]
+    assert command(capsys, *steps, "3").code == 0
+    (disk / "unet" / "notes.txt").write_text("mine")
+    assert command(capsys, *steps, "1", "--overwrite").code == 0
+    assert [path.name for path in (disk / "checkpoints").iterdir()] == ["step-00000001"]
+    assert command(capsys, *steps, "2", "--resume", "latest").code == 0
+    assert all((out / name).is_symlink() for name in ("checkpoints", "unet", "samples"))
+    assert {path.name for path in (disk / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
+    assert {path.name for path in (disk / "unet").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "notes.txt",
+    }
+    assert dpo.models.load.load(str(out)).family.name == "sd"
 
 
 def test_a_worker_that_dies_in_the_middle_of_an_update_is_one_line(start, tmp_path, capsys, monkeypatch, brief):
@@ -140,21 +185,35 @@ def test_xformers_wandb_and_hub_cost_one_warning_each(start, tmp_path, capsys, m
 
 
 def test_the_result_is_uploaded_without_its_checkpoints(start, tmp_path, capsys, monkeypatch, brief):
+    """And again, by the command that is named when it fails, without training anew."""
     calls = []
 
     class Hub:
-        def create_repo(self, name, exist_ok):
-            return type("Repo", (), {"repo_id": f"me/{name}"})
+        def create_repo(self, name, private, exist_ok):
+            if not calls:
+                calls.append({})
+                raise OSError("no network")
+            return types.SimpleNamespace(repo_id=f"me/{name}")
 
-        def upload_folder(self, **options):
-            calls.append(options)
+        def model_info(self, name):
+            return types.SimpleNamespace(private=True)
+
+        def create_commit(self, name, operations, commit_message):
+            calls.append({one.path_in_repo: name for one in operations})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     said = command(capsys, *start, "--steps", "1", "--push-to-hub")
-    assert said.code == 0 and any("https://huggingface.co/me/out" in line for line in said.log)
-    (options,) = calls
-    assert (options["repo_id"], options["folder_path"]) == ("me/out", tmp_path / "out")
-    assert "checkpoints/**" in options["ignore_patterns"]
+    (line,) = said.warnings("not uploaded to the hub")
+    (tmp_path / "out" / ".env").write_text("secret")
+    (tmp_path / "out" / "unet" / "key.pem").write_text("secret")
+    again = command(capsys, *shlex.split(line.partition("python -m dpo.train ")[2]))
+    assert again.code == 0 and any("https://huggingface.co/me/out" in row for row in again.log)
+    _, uploaded = calls
+    out = tmp_path / "out"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    kept = {name for name in files if name.startswith(("checkpoints/", ".")) or name.endswith(".pem")}
+    assert set(uploaded) == files - kept and set(uploaded.values()) == {"me/out"}
+    assert {"unet/diffusion_pytorch_model.safetensors", "model_index.json", "config.toml"} <= set(uploaded)
 
 
 # --- starting over
@@ -181,7 +240,7 @@ def test_an_interrupted_start_does_not_occupy_the_folder(
         assert command(capsys, *start, "--steps", "1").code == 0
 
 
-def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief):
+def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, monkeypatch, brief, foreground):
     save = checkpoint.save_tensors
 
     def interrupted(path, tensors):
@@ -290,6 +349,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_replaced(start, tmp_pa
     def built(*words):
         run = build(*words)
         (tmp_path / "out" / STEP.format(7)).mkdir(parents=True)
+        (tmp_path / "out" / STEP.format(7) / "state.json").write_text('{"format": 1}')
         return run
 
     monkeypatch.setattr(loop.build, "build", built)

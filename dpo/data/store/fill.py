@@ -29,6 +29,7 @@ from dpo.data.labels import SAME
 from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
     LATENTS,
+    NOT_ALWAYS,
     NOWHERE,
     TEXT,
     TWICE,
@@ -179,7 +180,7 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
         raise UserError(f"{task.folder} was merged from parts: add data to a part of its own, then merge again")
     for name, value in task.settings.items():
         found = index["settings"].get(name)
-        if found != value:
+        if found != value and not (found is None and name in NOT_ALWAYS):
             raise UserError(
                 f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"
             )

@@ -133,10 +133,11 @@ def _chunks(keys: np.ndarray, size: int = 1 << 16) -> Iterator[np.ndarray]:
     return (keys[begin : begin + size] for begin in range(0, len(keys), size))
 
 
-def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> RecordedErrors:
+def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor, checksum: str | None = None) -> RecordedErrors:
     """The record in the store of `source` that suits a run: its `identity` is `wanted`, and it has the run's timesteps.
 
-    timesteps [K] int64: those that the run draws from; the record may have more. Raises UserError that names the
+    timesteps [K] int64: those that the run draws from; the record may have more. checksum: of all the reference's
+    weights, where the record has it too (those of earlier versions do not). Raises UserError that names the
     difference when no record suits, or the record was made from other pairs than the store holds.
     """
     store = of_store(source)
@@ -152,6 +153,8 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> Record
             continue
         was, run = UNNAMED | about["identity"], UNNAMED | dict(wanted)
         differs = list(filter(None, (_differs(name, was.get(name), value) for name, value in run.items())))
+        if not differs and not same_weights(about, checksum):
+            differs = ["it was recorded with another reference"]
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
         if differs or missing:
             lacks = [*differs, *([f"its timesteps lack {missing} of the run's"] if missing else [])]
@@ -164,6 +167,11 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor) -> Record
             f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference"
         )
     return _open(*min(found, key=lambda item: item[0])[1:], store.contents, timesteps)
+
+
+def same_weights(about: Mapping[str, Any], checksum: str | None) -> bool:
+    """Whether a record was made with the weights of this checksum, as far as both are known."""
+    return checksum is None or about.get("reference_checksum") in (None, checksum)
 
 
 def _differs(name: str, recorded: Any, wanted: Any) -> str:

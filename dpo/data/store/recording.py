@@ -18,9 +18,17 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.order import Order, run_order
-from dpo.data.store.files import check_shard, open_shard, sweep_away, write_sealed, write_shard
+from dpo.data.store.files import (
+    DamagedStore,
+    check_shard,
+    open_shard,
+    read_sealed,
+    sweep_away,
+    write_sealed,
+    write_shard,
+)
 from dpo.data.store.reader import read
-from dpo.data.store.recorded import FOLDER, Piece, about_record, again, bands
+from dpo.data.store.recorded import FOLDER, Piece, about_record, again, bands, same_weights
 from dpo.data.store.store import Contents, StoreSource
 
 log = logging.getLogger("dpo")
@@ -34,6 +42,7 @@ class Recording:
 
     contents: Contents
     identity: Mapping[str, Any]  # see recorded.identity
+    checksum: str  # of all the reference's weights
     timesteps: tuple[int, ...]
     made_with: Mapping[str, Any]  # for people to read
     draws: int
@@ -53,7 +62,14 @@ def record(task: Recording) -> tuple[Path, bool]:
     named = json.dumps([dict(task.identity), list(task.timesteps)], sort_keys=True)
     folder = task.contents.folder / FOLDER / digest(named)[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    about = about_record(folder) or {"identity": dict(task.identity), "timesteps": list(task.timesteps), "pieces": []}
+    about = about_record(folder) or {
+        "identity": dict(task.identity),
+        "reference_checksum": task.checksum,
+        "timesteps": list(task.timesteps),
+        "pieces": [],
+    }
+    if not same_weights(about, task.checksum):
+        raise UserError(f"{folder} was recorded with another reference, which differs in few weights; {again(folder)}")
     for entry in about["pieces"]:
         check_shard(folder / entry["file"], entry, remedy=again(folder))
         shutil.rmtree(folder / Piece(*entry["piece"]).name, ignore_errors=True)  # its blocks, where a kill left them
@@ -91,15 +107,15 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
     work = folder / piece.name
     paths = [work / f"batch-{size:05d}-{start:012d}.safetensors" for start in range(begin, end, step)]
     for number, path in enumerate(paths):
-        if number % task.shard[1] == task.shard[0] and not path.exists():
+        if number % task.shard[1] == task.shard[0] and _kept(path, "is recorded again") is None:
             start = begin + number * step
             stop = min(start + step, -(-end // size) * size)
-            write_shard(path, _block(task, pairs, range(start, stop), path, _said(task, number * step, end - begin)))
-    if not all(path.exists() for path in paths):
-        return None
+            _keep(path, _block(task, pairs, range(start, stop), path, _said(task, number * step, end - begin)))
     errors = torch.full((piece.last - piece.first, len(pairs), 2), torch.nan)
     for path in paths:
-        block = open_shard(path, again(path.parent))
+        block = _kept(path, "belongs to another process, which should be started again")
+        if block is None:
+            return None
         wanted = (block["draw"] >= piece.first) & (block["draw"] < piece.last)
         errors[block["draw"][wanted] - piece.first, block["pair"][wanted]] = block["errors"].T[wanted]
     if not errors.isfinite().all():
@@ -124,7 +140,7 @@ def _block(
     What is finished when Ctrl-C comes is written beside `path`, the block's file, and gone on from at the next call.
     """
     begun = path.with_suffix(".begun.safetensors")
-    found = [open_shard(begun, again(path.parent))] if begun.exists() else []
+    found = list(filter(None, [_kept(begun, "is recorded again")]))
     done = sum(len(part["pair"]) for part in found)
     order = Order(task.decoding.seed, positions.start + done, task.batch_size, positions.stop)
     stream = read(pairs, run_order(pairs, order), task.decoding)
@@ -136,9 +152,33 @@ def _block(
             said(done)
     except KeyboardInterrupt:
         if found:
-            write_shard(begun, _joined(found))
+            _keep(begun, _joined(found))
         raise
     return _joined(found)
+
+
+def _keep(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a block, and beside it what `_kept` checks it by."""
+    path.with_suffix(".json").unlink(missing_ok=True)  # that of a block that is replaced
+    write_sealed(path.with_suffix(".json"), write_shard(path, tensors))
+
+
+def _kept(path: Path, then: str) -> dict[str, Tensor] | None:
+    """A block that `_keep` wrote; None where a kill left it unfinished, or it was altered since.
+
+    then: what the warning says of an altered one.
+    """
+    about = path.with_suffix(".json")
+    if not path.exists() or not about.exists():  # the checksum comes last
+        return None
+    try:
+        entry = read_sealed(about, then)
+        assert entry is not None, "it exists"
+        check_shard(path, entry, whole=True, remedy=then)
+        return open_shard(path, then)
+    except DamagedStore as error:
+        log.warning("%s", error)
+        return None
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

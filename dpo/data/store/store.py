@@ -24,6 +24,7 @@ from dpo.data.pairs import ImageRef, Pair, Source, Subset
 from dpo.data.store.files import (
     INDEX,
     LATENTS,
+    NOT_ALWAYS,
     NOWHERE,
     TEXT,
     TWICE,
@@ -246,7 +247,8 @@ def read_contents(folder: Path) -> Contents:
     )
     for where, part in parts:
         for name, value in part["settings"].items():
-            if parts[0][1]["settings"][name] != value:
+            first = parts[0][1]["settings"].get(name)
+            if first != value and not (first is None and name in NOT_ALWAYS):
                 raise UserError(
                     f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike"
                 )

@@ -37,6 +37,39 @@ def test_a_new_file_lies_hidden_beside_its_place_until_it_is_whole(tmp_path):
     assert path.read_text() == "new" and names(tmp_path) == ["grid.png"]
 
 
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    target, path = tmp_path / "key", tmp_path / "config.toml"
+    target.write_text("mine")
+    path.symlink_to(target)
+    files.write_text(path, "new")
+    assert target.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
+
+
+def test_a_hidden_name_is_no_one_elses(tmp_path, monkeypatch):
+    """Nobody can put a link there beforehand: it cannot be guessed, and where it is taken nothing is written."""
+    names_of_two = {files.beside(tmp_path / "x").name for _ in range(2)}
+    assert len(names_of_two) == 2 and not any(str(os.getpid()) == name.rpartition("-")[2] for name in names_of_two)
+    target = tmp_path / "key"
+    target.write_text("mine")
+    monkeypatch.setattr(files, "beside", lambda path: tmp_path / "guessed")
+    (tmp_path / "guessed").symlink_to(target)
+    with pytest.raises(FileExistsError):
+        files.write_whole(tmp_path / "x", lambda part: part.write_text("new"))
+    with pytest.raises(FileExistsError):
+        files.follow_umask(tmp_path)
+    assert target.read_text() == "mine"
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    for name in (".a.part-7", ".a.part-0f", ".b.part-7", "a", ".a"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".a.part-8").mkdir()
+    (tmp_path / ".a.part-8" / "inner").write_text("x")
+    (tmp_path / ".a.part-9").symlink_to(tmp_path / "a")
+    files.sweep(tmp_path, "a")
+    assert names(tmp_path) == [".a", ".b.part-7", "a"]
+
+
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("flushed"), fsync(descriptor)))
@@ -227,6 +260,9 @@ def test_a_folder_that_cannot_be_deleted_costs_a_warning(tmp_path, monkeypatch, 
         files.discard(tmp_path / "step")
     assert "step is not needed any more and cannot be deleted (Device or resource busy)" in caplog.text
     assert not (tmp_path / "step").exists() and names(tmp_path)[0].startswith(".step.part-")
+    (tmp_path / "link").symlink_to(tmp_path)
+    files.discard(tmp_path / "link")
+    assert tmp_path.is_dir() and not (tmp_path / "link").is_symlink()
     files.discard(tmp_path / "never there")
     assert "never there" in caplog.text
 

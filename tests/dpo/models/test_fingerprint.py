@@ -2,7 +2,7 @@
 
 import torch
 
-from dpo.models.fingerprint import fingerprint, identity
+from dpo.models.fingerprint import checksum, fingerprint, identity
 from dpo.models.load import load
 from tests.help.worlds import make_pipeline
 
@@ -15,6 +15,17 @@ def test_fingerprint(pipelines, tmp_path):
         for parameter in same.parameters():
             parameter.add_(1e-5)
     assert fingerprint(one) != fingerprint(same)
+
+
+def test_a_checksum_sees_every_number(pipelines):
+    one, same = load(str(pipelines["sd15"])).denoiser, load(str(pipelines["sd15"])).denoiser
+    assert checksum(one) == checksum(same) != checksum(one, same)
+    weight = max(same.parameters(), key=torch.numel).data.view(-1)
+    weight[1] += 1e-3  # lies between those that the short hash reads
+    assert fingerprint(one) == fingerprint(same) and checksum(one) != checksum(same)
+    weight[1] -= 1e-3
+    same.load_state_dict(one.state_dict())
+    assert checksum(one) == checksum(same) != checksum(same.to(torch.bfloat16))
 
 
 def test_identity_is_of_what_encodes(pipelines, tmp_path):

@@ -2,6 +2,10 @@
 
 import copy
 import errno
+import itertools
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -116,25 +120,108 @@ def test_failure_while_writing_leaves_the_earlier_result(models, tmp_path, monke
     assert left(out) == before and same(load(str(out)).denoiser, unet)
 
 
-@pytest.mark.parametrize("moves", [0, 1, 3])
-def test_a_half_published_folder_does_not_load_as_a_mixture(models, tmp_path, monkeypatch, moves):
-    """Stopped between two moves over an earlier result: model_index.json is away until everything else is in place."""
-    out = tmp_path / "out"
-    save_pipeline(models["sd15"], models["sd15"].denoiser, out)
-    done, replace = [], save.replace
+def killed_at(number: int, call) -> bool:
+    """Whether `call`, made in a process of its own, was killed just before its change number `number` to the folder."""
+    pid = os.fork()
+    if not pid:
+        left = [number]
 
-    def stop(source, target):
-        if len(done) == moves and Path(source).parent.name.startswith(".result"):
-            raise KeyboardInterrupt
-        done.append(source)
-        replace(source, target)
+        def counted(change):
+            def made(*args, **named):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return change(*args, **named)
 
-    unet = detached(trained(models["sd15"]))
-    with monkeypatch.context() as patch:
-        patch.setattr(save, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            save_pipeline(models["sd15"], unet, out)
-    assert "model_index.json" not in left(out) and not any(name.startswith(".") for name in left(out))
+            return made
+
+        for name in ("replace", "rename", "unlink", "rmdir", "remove"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            call()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def loaded(folder: Path) -> dict[str, torch.nn.Module] | None:
+    """What diffusers loads from the folder; None where it refuses it."""
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    except OSError:
+        return None
+    return {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+
+
+def is_result(found: dict[str, torch.nn.Module], model: Model, unet: torch.nn.Module) -> bool:
+    frozen = same(found["vae"], model.vae) and same(found["text_encoder"], model.text_encoders[0])
+    return frozen and same(found["unet"], unet)
+
+
+@pytest.mark.parametrize("before", ["the same model", "in several files", "another model", "nothing"])
+def test_a_kill_at_any_moment_leaves_a_whole_result(models, tmp_path, before):
+    """The earlier one or the new one; of another model's, or of none, also nothing that loads, but never a mixture."""
+    model, new = models["sd15"], detached(trained(models["sd15"]))
+    other = replace(model, vae=trained(replace(model, denoiser=model.vae)))
+    early = {"another model": other}.get(before, model)
+    save_pipeline(model, new, tmp_path / "new")
+    if before != "nothing":
+        size = "200KB" if before == "in several files" else "10GB"
+        save_pipeline(early, early.denoiser, tmp_path / "old")
+        shutil.rmtree(tmp_path / "old" / "unet")
+        early.denoiser.save_pretrained(tmp_path / "old" / "unet", max_shard_size=size)
+        assert loaded(tmp_path / "old") is not None
+    config = tmp_path / "old" / "vae" / "config.json"
+    if config.is_file():  # a library of another version wrote it: it says the same
+        config.write_text(config.read_text().replace('_diffusers_version": "', '_diffusers_version": "0.'))
+    seen = []
+    for number in itertools.count():
+        part, out = tmp_path / f"part-{number}", tmp_path / f"out-{number}"
+        shutil.copytree(tmp_path / "new", part)
+        shutil.copytree(tmp_path / "old", out) if before != "nothing" else out.mkdir()
+        killed = killed_at(number, lambda part=part, out=out: save._publish(part, out))
+        found = loaded(out)
+        whole = [found is not None and is_result(found, *one) for one in ((early, early.denoiser), (model, new))]
+        assert sum(whole) == (found is not None), f"a mixture after {number} changes"
+        seen.append("nothing" if found is None else "old" if whole[0] else "new")
+        if not killed:
+            break
+        if not number % 8:  # the next start
+            save_pipeline(model, new, out)
+            assert is_result(loaded(out), model, new)
+    assert number > 5 and seen[-1] == "new"
+    between = [] if before in ("the same model", "in several files") else ["nothing"]
+    first = ["old"] if before != "nothing" else []
+    assert list(dict.fromkeys(seen)) == [*first, *between, "new"], seen
+    assert not list((out / "unet").glob("*-of-*"))
+
+
+def test_a_linked_part_is_written_where_the_link_points(models, tmp_path):
+    """To another disk, perhaps: nothing is staged outside of it, and what is not a run's stays."""
+    out, far = tmp_path / "out", tmp_path / "far"
+    for folder in (out, far):
+        folder.mkdir()
+    (far / "notes.txt").write_text("mine")
+    (far / ".result.part-1").mkdir()  # of a run that was killed
+    (out / "unet").symlink_to(far)
+    for unet in (models["sd15"].denoiser, trained(models["sd15"])):
+        names = save_pipeline(models["sd15"], unet, out)
+        assert (out / "unet").is_symlink() and same(loaded(out)["unet"], unet)
+    assert left(far) == ["config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
+    assert sorted(names) == sorted(
+        path.relative_to(out).as_posix() for path in [*out.rglob("*"), *(out / "unet").iterdir()]
+        if path.is_file() and path.name != "notes.txt"
+    )  # fmt: skip
+
+
+def test_what_is_not_a_runs_stays_beside_a_result(models, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "notes.txt").write_text("mine")
+    (tmp_path / "vae").write_text("a file where a folder comes")
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("mine")
+    assert "unet/notes.txt" not in save_pipeline(models["sd15"], models["sd15"].denoiser, tmp_path)
+    assert (tmp_path / "unet" / "notes.txt").read_text() == "mine" and loaded(tmp_path)
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").read_text() == "mine"
 
 
 def test_lora_is_published_the_same_way(models, tmp_path, monkeypatch):

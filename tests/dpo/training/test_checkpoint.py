@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_no_reason_to_stop(tmp_path,
     """As on NFS while another process reads it. What is left of it is not taken for a checkpoint, and goes later."""
     for step in (1, 2, 3):
         write(tmp_path, step)
-    rmtree = checkpoint.shutil.rmtree
+    rmtree = shutil.rmtree
 
     def busy(path, ignore_errors=False):
         if not ignore_errors:
@@ -205,13 +206,13 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_no_reason_to_stop(tmp_path,
             raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", busy)
+        patch.setattr(shutil, "rmtree", busy)
         prune(tmp_path, 2)
         write(tmp_path, 3)  # over a checkpoint of the same step, which cannot be deleted either
         write(tmp_path, 3)
     assert "step-00000001 is not needed any more and cannot be deleted (Directory not empty)" in caplog.text
     assert [path.name for path in listing(tmp_path)] == ["step-00000002", "step-00000003"] and hidden(tmp_path)
-    assert checkpoint.shutil.rmtree is rmtree
+    assert shutil.rmtree is rmtree
     prune(tmp_path, 2)
     assert hidden(tmp_path) == [] and load(folder_of(tmp_path, 3)).state["step"] == 3
 

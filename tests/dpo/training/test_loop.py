@@ -104,12 +104,33 @@ def test_a_divergence_right_after_a_checkpoint_leaves_it_healthy(run):
     assert "diverged" not in checkpoint.find(run.checkpoints, "latest").state
 
 
-def test_a_second_interrupt_does_not_wait():
+@pytest.fixture
+def foreground():
+    """SIGINT interrupts, as on a terminal; a shell's background job, in which tests may run, ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_does_not_wait(foreground):
     with pytest.raises(KeyboardInterrupt), loop.stop_on_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, *loop.ENDS])
+def test_a_signal_that_is_ignored_stays_ignored(number):
+    """nohup ignores SIGHUP, a shell the SIGINT of a job behind `&`: that of the foreground must not end it."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with loop.stop_on_signals() as stop:
+            signal.raise_signal(number)
+            assert not stop.is_set()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_nothing_trained_is_said(run):

@@ -60,6 +60,15 @@ def test_before_and_after(world, tmp_path):
         assert not np.array_equal(*(np.asarray(image) for image in cell.images.values()))
 
 
+def test_a_link_among_the_images_is_replaced_not_followed(world, tmp_path):
+    target, place = tmp_path / "key", tmp_path / "out" / "samples" / "before" / "000.png"
+    target.write_text("mine")
+    place.parent.mkdir(parents=True)
+    place.symlink_to(target)
+    samples.before(start(world, tmp_path / "out", "--overwrite", *ASKED))
+    assert target.read_text() == "mine" and not place.is_symlink()
+
+
 def test_a_grid_without_the_images_before(world, tmp_path):
     run = start(world, tmp_path, *ASKED)
     assert all(cell.images.keys() == {"after"} for cell in read_grid(samples.write(run)))

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from dpo.pages.folder import METRICS_FILE, read_records
+from dpo.pages.folder import METRICS_FILE, WANDB_ID_FILE, read_records
 from dpo.training.trackers import open_trackers
 
 
@@ -85,6 +85,35 @@ def test_new_run_begins_anew(tmp_path):
     run(tmp_path, range(1, 4))
     run(tmp_path, [1])
     assert steps_in(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("resume_step", [None, 1])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_gives_way_to_a_file(tmp_path, monkeypatch, resume_step, there):
+    """Lines that are appended through it would land in somebody else's file; so would the id of the W&B run."""
+    out, target = tmp_path / "out", tmp_path / "mine"
+    out.mkdir()
+    if there:
+        target.write_text('{"step": 1}\n')
+    for name in (METRICS_FILE, WANDB_ID_FILE):
+        (out / name).symlink_to(target)
+    fake_wandb(monkeypatch, [])
+    run(out, [2], resume_step=resume_step, wandb=True)
+    assert steps_in(out) == [1, 2][not (resume_step and there) :] and not (out / METRICS_FILE).is_symlink()
+    assert not (out / WANDB_ID_FILE).is_symlink() and len((out / WANDB_ID_FILE).read_text()) > 8
+    assert target.read_text() == '{"step": 1}\n' if there else not target.exists()
+
+
+def test_the_metrics_file_is_there_before_the_trackers_files(tmp_path, monkeypatch):
+    """It tells a start that was killed in between from a folder of somebody else's."""
+
+    def killed(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=killed))
+    with pytest.raises(KeyboardInterrupt):
+        open_trackers(tmp_path, wandb=True)
+    assert (tmp_path / METRICS_FILE).read_bytes() == b""
 
 
 def test_missing_file_is_no_records(tmp_path):
