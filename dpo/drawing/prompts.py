@@ -68,14 +68,13 @@ class Published:
     repo: str  # data set on the hub
     files: tuple[str, ...]  # paths or patterns in the repository; on disk their last parts
     count: int
-    licence: str
     column: str | None = None  # None: of COLUMNS, or a list of texts
     file_is_category: bool = False
 
 
 def _pickapic(version: int, split: str) -> Published:
     title = f"Pick-a-Pic v{version} {split}"
-    return Published(title, f"yuvalkirstain/pickapic_v{version}", (f"data/{split}-*.parquet",), 500, "MIT", "caption")
+    return Published(title, f"yuvalkirstain/pickapic_v{version}", (f"data/{split}-*.parquet",), 500, "caption")
 
 
 PUBLISHED = {
@@ -84,25 +83,16 @@ PUBLISHED = {
     "pickapic-v2-validation": _pickapic(2, "validation_unique"),
     "pickapic-v2-test": _pickapic(2, "test_unique"),
     "partiprompts": Published(
-        "PartiPrompts", "nateraw/parti-prompts", ("PartiPrompts.tsv",), 1632, "Apache-2.0", "Prompt"
+        "PartiPrompts", "nateraw/parti-prompts", ("PartiPrompts.tsv",), 1632, "Prompt"
     ),
     "hpsv2": Published(
         "HPSv2 benchmark",
         "zhwang/HPDv2",
         tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
         3200,
-        "Apache-2.0",
         file_is_category=True,
     ),
 }  # fmt: skip
-
-
-def listing() -> str:
-    """The named sets, a line each."""
-    return "\n".join(
-        f"{name:24} {one.title}, {one.count} prompts; {one.repo} on the hub; {one.licence}"
-        for name, one in PUBLISHED.items()
-    )
 
 
 def opened(asked: Sequence[str], column: str | None = None) -> PromptSet:

@@ -79,6 +79,8 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
 
     shard: this process of so many. Raises UserError.
     """
+    if asked.layout is not None and asked.init_image is not None:
+        raise UserError(f"--layout {asked.layout} wants images from prompts alone: leave --init-image out")
     init = _layouts(asked)
     chosen = _prompts(asked, init)
     if asked.layout is not None:
@@ -99,13 +101,7 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
 
 def finish(asked: Asked, folder: Path, chosen: PromptSet) -> list[Drawn]:
     """Sheets and benchmark folder of images that are all there, whose faults it names; the images."""
-    drawn = images.read_set(folder)
-    sets = {"image": drawn} if asked.base is None else {"base": images.read_set(folder / BASE), "aligned": drawn}
-    for each in sets.values():
-        for line in images.faults(each):
-            log.warning("%s", line)
-    if paths := sheet.write_sheets(folder, sets, asked.sheets):
-        log.info("contact sheets: %s", listed(map(str, paths)))
+    drawn = _shown(folder, asked.base is not None, asked.sheets)
     if asked.layout is not None:
         log.info("%s: %s", asked.layout, layouts.lay_out(asked.layout, drawn, chosen.prompts, folder))
     return drawn
@@ -117,12 +113,24 @@ def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
     Raises UserError where the parts differ in their protocol, or images are missing.
     """
     _make(folder)
+    with_base = any((part / BASE).is_dir() for part in parts)
     with locks.held(folder, "--output"):
-        log.info("%s: %d images of %d parts", folder, images.merge(folder, parts), len(parts))
-        drawn = images.read_set(folder)
-        for line in images.faults(drawn):
+        count = images.merge(folder, parts)
+        if with_base:
+            count += images.merge(folder / BASE, [part / BASE for part in parts])
+        log.info("%s: %d images of %d parts", folder, count, len(parts))
+        return _shown(folder, with_base, sheets)
+
+
+def _shown(folder: Path, with_base: bool, sheets: int) -> list[Drawn]:
+    """The images of a set that is all there, its faults named, on at most so many sheets, with the base's beside."""
+    drawn = images.read_set(folder)
+    sets = {"base": images.read_set(folder / BASE), "aligned": drawn} if with_base else {"image": drawn}
+    for each in sets.values():
+        for line in images.faults(each):
             log.warning("%s", line)
-        sheet.write_sheets(folder, {"image": drawn}, sheets)
+    if paths := sheet.write_sheets(folder, sets, sheets):
+        log.info("contact sheets: %d in %s", len(paths), paths[0].parent)
     return drawn
 
 
@@ -234,6 +242,8 @@ def _make(folder: Path) -> None:
 def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
     """The prompts that are asked for. Raises UserError."""
     if not asked.prompts and init:
+        if asked.subset is not None:
+            raise UserError("--subset chooses among --prompts: give those, or fewer layouts")
         found = PromptSet("the layouts' names", tuple(Prompt(layout.prompt) for layout in init))
     elif asked.prompts in ((named.EMBEDDED,), (f"{named.EMBEDDED}:tuning",)) or (
         not asked.prompts and asked.model == named.EMBEDDED

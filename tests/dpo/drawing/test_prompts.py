@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.drawing.prompts import PUBLISHED, Prompt, PromptSet, listing, opened
+from dpo.drawing.prompts import PUBLISHED, Prompt, PromptSet, opened
 
 TEXTS = ["a red fox", 'quotes "and", commas', "ünï 🦊"]
 
@@ -116,4 +116,3 @@ def test_without_a_network_a_public_set_is_one_line(name, monkeypatch):
     with pytest.raises(UserError) as refused:
         opened([name])
     assert f"--prompts {name}:FOLDER" in str(refused.value) and "\n" not in str(refused.value)
-    assert name in listing()

@@ -94,6 +94,30 @@ def test_too_little_strength_and_no_layout_are_one_line(world, tmp_path):
         draw(Asked(world("sd15"), init_image=str(tmp_path / "x.png"), strength=(0.5,), **QUICK), tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", [{"subset": 1}, {"layout": "dpg", "prompts": ("a",)}])
+def test_what_does_not_go_with_a_layout_is_one_line(world, tmp_path, change):
+    with pytest.raises(UserError, match="--subset chooses|leave --init-image out"):
+        draw(Asked(world("sd15"), init_image="examples", strength=(0.5,), **QUICK, **change), tmp_path / "out")
+
+
+def test_bases_drawn_apart_are_merged_too(world, tmp_path):
+    asked = Asked(world("sd15"), base=world("sd2v"), prompts=("a", "b", "c"), batch=1, **QUICK)
+    parts = [tmp_path / f"p{part}" for part in range(2)]
+    for place, part in enumerate(parts):
+        draw(asked, part, (place, 2))
+    assert len(work.merge(tmp_path / "out", parts, 1)) == 3
+    assert len(read_set(tmp_path / "out/base")) == 3
+    assert list(read_grid(tmp_path / "out/sheets/sheet-000.png")[0].images) == ["base", "aligned"]
+
+
+def test_half_precision_keeps_sdxls_vae_finite(world, tmp_path):
+    asked = Asked(world("sdxl"), prompts=("a",), init_image="examples", strength=(0.5, 1.0), precision="bf16", **QUICK)
+    found = draw(asked, tmp_path)
+    protocol, _ = read_protocol(tmp_path)
+    assert (protocol.precision, protocol.vae_precision) == ("bf16", "fp32") and len(found) == 6
+    assert {one.fault for one in found} == {""}
+
+
 def test_faults_are_counted_and_named(world, tmp_path, monkeypatch, caplog):
     from diffusers import AutoencoderKL
 
