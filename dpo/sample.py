@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--batch",
         type=_above(0),
         metavar="N",
-        help="images drawn together; rounding depends on it (default: 4; on a GPU up to 16, as the model needs)",
+        help="images drawn together; rounding depends on it (default: 4; on a GPU up to 32, as the model needs)",
     )
     add(
         "--precision",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # 26 (SD 1.5) and 16 (SDXL) in the UNet, in fp32; the rest is for what a GPU's libraries take.
 DECODED, DENOISED = 4.0, 32.0
 DENOISED_AT_LEAST = 16.0
-GROUPS = (4, 8, 16)  # images drawn together
+GROUPS = (4, 8, 16, 32)  # images drawn together
 
 
 def free(device: torch.device) -> int | None:
@@ -43,10 +43,11 @@ def needed(pipe: Pipeline, device: torch.device, batch: int, autocast: torch.dty
     return brought + cast + int(batch * max(decoded, denoised))
 
 
-def group_for(pipe: Pipeline, device: torch.device, width: int, height: int) -> int:
+def group_for(pipe: Pipeline, device: torch.device, width: int, height: int, guided: bool) -> int:
     """Images to draw together: on a GPU so many that the UNet takes at least what the VAE takes to decode one.
 
-    Then decoding is never what needs the most memory. width, height: of the images, pixels.
+    Then decoding is never what needs the most memory. width, height: of the images, pixels; guided: the UNet
+    sees each twice, with its caption and without.
     """
     if device.type != "cuda":
         return GROUPS[0]
@@ -54,7 +55,7 @@ def group_for(pipe: Pipeline, device: torch.device, width: int, height: int) -> 
     widths, pixels = vae.config["block_out_channels"], width * height
     latents = pixels / 4 ** (len(widths) - 1)
     decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * vae.dtype.itemsize
-    denoised = DENOISED_AT_LEAST * 2 * unet.config["block_out_channels"][0] * latents * unet.dtype.itemsize
+    denoised = DENOISED_AT_LEAST * (1 + guided) * unet.config["block_out_channels"][0] * latents * unet.dtype.itemsize
     return next((count for count in GROUPS if count * denoised >= decoded), GROUPS[-1])
 
 

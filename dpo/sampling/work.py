@@ -172,6 +172,7 @@ def _draw_one(
     samplers.use(opened.pipe, asked.sampler)
     width, height = asked.width or opened.side, asked.height or opened.side
     steps = asked.steps or opened.steps
+    guidance = opened.guidance if asked.guidance is None else asked.guidance
     for strength in asked.strength:
         if int(steps * strength) < 1:
             raise UserError(f"--strength {strength:g} of {steps} steps is no step at all: give more of either")
@@ -184,10 +185,10 @@ def _draw_one(
         sampler=type(opened.pipe.scheduler).__name__,
         sampler_settings=samplers.settings(opened.pipe),
         steps=steps,
-        guidance=opened.guidance if asked.guidance is None else asked.guidance,
+        guidance=guidance,
         width=width,
         height=height,
-        group=asked.batch or memory.group_for(opened.pipe, device, width, height),
+        group=asked.batch or memory.group_for(opened.pipe, device, width, height, guidance > 1),
         precision=precision,
         vae_precision=opened.vae_precision,
         vae_tile=asked.vae_tile,
