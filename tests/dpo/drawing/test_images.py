@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dpo.common.errors import UserError
 from dpo.drawing import images
@@ -94,6 +94,12 @@ def foreign(path):
     picture(TASKS[0]).save(path)
 
 
+def repainted(path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("dpo", json.dumps(said(path)))
+    picture(TASKS[0]).save(path, pnginfo=info)
+
+
 def gone(path):
     path.unlink()
 
@@ -102,7 +108,7 @@ def anothers(path):
     path.write_bytes((path.parent / place(path.parents[1], TASKS[0], protocol()).name).read_bytes())
 
 
-@pytest.mark.parametrize("spoil", [cut, flipped, empty, text, foreign, gone, anothers])
+@pytest.mark.parametrize("spoil", [cut, flipped, empty, text, foreign, repainted, gone, anothers])
 def test_a_broken_image_makes_its_group_drawn_again(tmp_path, drawer, spoil):
     draw(tmp_path)
     whole = files(tmp_path)
