@@ -13,7 +13,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
-    package_data={"dpo.settings": ["presets/*.toml"], "dpo.pages": ["*.html"], "dpo.tiny": ["assets/**/*"]},
+    package_data={
+        "dpo.drawing": ["examples/*.png"],
+        "dpo.settings": ["presets/*.toml"],
+        "dpo.pages": ["*.html"],
+        "dpo.tiny": ["assets/**/*"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
@@ -53,6 +58,7 @@ setup(
             "dpo-prepare = dpo.prepare:main",
             "dpo-sweep = dpo.sweep:main",
             "dpo-report = dpo.report:main",
+            "dpo-sample = dpo.sample:main",
         ]
     },
 )

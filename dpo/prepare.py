@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +58,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
             store.merge(folder, parts)
         log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).key):,}")
         return 0
-    shard = shard_of(own.shard)
+    shard = command.shard_of(own.shard)
     config = _config(folder, rest)
     there = store.is_store(folder)
     if not there or config.data.data != str(folder):
@@ -175,16 +173,6 @@ def _config(folder: Path, rest: list[str]) -> Config:
     for note in notes:
         log.info("%s", note)
     return config
-
-
-def shard_of(text: str | None) -> tuple[int, int]:
-    """(process, number of processes) from "I/N", else from torchrun's environment. Raises UserError."""
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -17,14 +17,21 @@ SOURCE = modules(ROOT, "dpo", "csrc_triton")
 ALL = SOURCE | modules(ROOT, "benchmarks")
 ARROWS = imports(ALL)
 
-COMMANDS = ("train", "prepare", "sweep", "report")  # dpo/*.py that a person runs; the other files there are the method
+COMMANDS = (
+    "train",
+    "prepare",
+    "sweep",
+    "report",
+    "sample",
+)  # dpo/*.py that a person runs; the other files there are the method
 
 # A room -> what it may call besides itself. "room" allows all of a room, "room.file" that file alone. A file of dpo/ that is no
 # command is a room of its own. Everybody may call `common` and `methods`, except csrc_triton and these two themselves.
 MAY_CALL = {
     "benchmarks": "anything",
-    "commands": "training tiny models data drawing pages settings step objective",
+    "commands": "training sampling tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
+    "sampling": "tiny models drawing settings",
     "tiny": "drawing models",
     "tiny.making": "training tiny drawing models",  # and tiny/build.py, the command that makes the embedded world again
     "step": "encode objective reference schedule models data.batch csrc_triton",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
+import re
 import sys
 import tempfile
 import traceback
@@ -72,3 +74,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(process, number of processes) from "I/N", else from torchrun's environment. Raises UserError."""
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4")
+    return int(found[1]), int(found[2])

@@ -7,4 +7,5 @@ commands.py the command itself, what it wrote and left | children.py forked chil
 stores.py small stores without a model | fake_run.py run folders that look like real ones
 elsewhere.py a machine without triton and without what only POSIX has | allocations.py tensors made inside a block
 imports.py the imports of a source tree | oracle.py the pairwise loss from predictions, in plain torch
+drawing.py dpo.sample in the test's own process
 """
