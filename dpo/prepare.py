@@ -44,6 +44,7 @@ def _command(argv: Sequence[str]) -> int:
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
     from dpo.common import locks
+    from dpo.common.files import make_folder
     from dpo.data.store import store
     from dpo.training import preparing
     from dpo.training.folder import check_apart
@@ -53,7 +54,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         return _verify(folder)
     if own.merge is not None:
         parts = [Path(part).expanduser() for part in own.merge] or preparing.parts_in(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--store")
         with locks.held(folder, "--store"):
             store.merge(folder, parts)
         log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).key):,}")

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from dpo.common import locks
+from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
+from dpo.common.files import make_folder
 from dpo.common.words import digest, listed
 from dpo.drawing import images, layouts, memory, prompts, sheet
 from dpo.drawing.images import Drawn, Pace
@@ -89,7 +91,7 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
     with ExitStack() as stack:
-        _make(folder)
+        make_folder(folder, "--output")
         stack.enter_context(locks.held(folder, "--output", part))
         for name, place in sets:
             _draw_one(asked, name, place, chosen, init, device, shard)
@@ -112,7 +114,7 @@ def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
 
     Raises UserError where the parts differ in their protocol, or images are missing.
     """
-    _make(folder)
+    make_folder(folder, "--output")
     with_base = any((part / BASE).is_dir() for part in parts)
     with locks.held(folder, "--output"):
         count = images.merge(folder, parts)
@@ -227,17 +229,9 @@ def _fields(metrics: Mapping[str, Any]) -> list[str]:
 
 def _device(name: str) -> torch.device:
     """The device of that name; "auto" under torchrun is the GPU of this process."""
-    local = os.environ.get("LOCAL_RANK")
-    if name == "auto" and local is not None and torch.cuda.is_available():
-        name = f"cuda:{local}"
+    if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        name = f"cuda:{of_launcher('LOCAL_RANK', 0)}"
     return pick_device(name)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
 
 
 def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
