@@ -14,9 +14,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
     package_data={
+        "dpo.drawing": ["examples/*.png"],
         "dpo.settings": ["presets/*.toml"],
         "dpo.pages": ["*.html"],
         "dpo.scorers": ["assets/*"],
+        "dpo.evaluating": ["*.toml"],
         "dpo.tiny": ["assets/**/*"],
     },
     install_requires=[
@@ -59,6 +61,8 @@ setup(
             "dpo-prepare = dpo.prepare:main",
             "dpo-sweep = dpo.sweep:main",
             "dpo-report = dpo.report:main",
+            "dpo-evaluate = dpo.evaluate:main",
+            "dpo-sample = dpo.sample:main",
         ]
     },
 )

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +44,7 @@ def _command(argv: Sequence[str]) -> int:
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
     from dpo.common import locks
+    from dpo.common.files import make_folder
     from dpo.data.store import store
     from dpo.training import preparing
     from dpo.training.folder import check_apart
@@ -55,12 +54,12 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         return _verify(folder)
     if own.merge is not None:
         parts = [Path(part).expanduser() for part in own.merge] or preparing.parts_in(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--store")
         with locks.held(folder, "--store"):
             store.merge(folder, parts)
         log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).key):,}")
         return 0
-    shard = shard_of(own.shard)
+    shard = command.shard_of(own.shard)
     config = _config(folder, rest)
     there = store.is_store(folder)
     if not there or config.data.data != str(folder):
@@ -175,16 +174,6 @@ def _config(folder: Path, rest: list[str]) -> Config:
     for note in notes:
         log.info("%s", note)
     return config
-
-
-def shard_of(text: str | None) -> tuple[int, int]:
-    """(process, number of processes) from "I/N", else from torchrun's environment. Raises UserError."""
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

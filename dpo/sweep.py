@@ -16,10 +16,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.settings.config import Config, change, specs
+from dpo.settings.fields import coerce
 
 # What may be an axis: the settings of these groups, and these single settings.
 GROUPS = ("method", "optim", "lora")
@@ -64,7 +66,10 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
             values = [part.strip() for part in value.split(",")]
             if "" in values:
                 raise UserError(f"{name} {value}: a value between the commas is empty")
-            grid[spec.name] = list(dict.fromkeys(values))
+            distinct: dict[Any, str] = {}
+            for one in values:
+                distinct.setdefault(coerce(spec, one), one)  # 1e3 is 1000
+            grid[spec.name] = list(distinct.values())
         else:
             rest.append(word)
     if out is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import os
+import re
 import sys
 import tempfile
 import traceback
@@ -72,3 +74,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def of_launcher(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment. Raises UserError where something else stands there."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment has {name}={text[:80]}, which is no number: unset it, or start with torchrun")
+    return int(text)
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(process, number of processes) from "I/N", else from torchrun's environment. Raises UserError."""
+    if text is None:
+        return of_launcher("RANK", 0), of_launcher("WORLD_SIZE", 1)
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N-1, such as 0/4")
+    return int(found[1]), int(found[2])

@@ -56,7 +56,8 @@ class Progress:
     """The progress of a run, used as a context manager around the training loop.
 
     On a terminal one line is redrawn in place. Elsewhere (CI, nohup) a log line comes every `log_every` updates and
-    after the last one, at most PLAIN_LINES in a run. `fields` turns an update's figures into words.
+    after the last one, at most PLAIN_LINES in a run. `fields` turns an update's figures into words; `unit` is
+    what is counted.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Progress:
         log_every: int = 10,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        unit: str = "step",
     ) -> None:
-        self.total, self.start, self._fields = total, start, fields
+        self.total, self.start, self._fields, self._unit = total, start, fields, unit
         self._line_every = max(1, log_every, -(-total // PLAIN_LINES))
         self._last_line = start
         self._clock = clock
@@ -96,7 +98,9 @@ class Progress:
                 self._live.update(self._styled(step, metrics), refresh=True)
         elif step // self._line_every > self._last_line // self._line_every or step == self.total:
             self._last_line = step
-            log.info("%s", "  ".join([f"step {step}/{self.total}", *self._fields(metrics), self._time_left(step)]))
+            log.info(
+                "%s", "  ".join([f"{self._unit} {step}/{self.total}", *self._fields(metrics), self._time_left(step)])
+            )
 
     def _styled(self, step: int, metrics: Mapping[str, Any]) -> Text:
         done = BAR_WIDTH * step // max(1, self.total)

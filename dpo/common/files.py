@@ -44,6 +44,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Makes a folder, and those above it. Raises UserError, naming the `flag` that named it, when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{flag} {folder}: a file is there; name a folder") from error
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be made ({error.strerror}); name another folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) in one step. Raises the error that `disk_error` makes of an OSError."""
     try:
@@ -139,6 +149,8 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
     """What to raise when a run cannot write `path`: a UserError where a person can mend it, else the system's error."""
     if full := disk_full(error, path, "go on with --resume latest"):
         return full
+    if getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error):
+        return UserError(f"{path} may not grow so large here: raise the limit (ulimit -f), or choose another --output")
     if isinstance(error, SafetensorError):  # safetensors gives the system's error as text only
         return OSError(errno.EIO, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def well_formed(text: str) -> str:
+    """`text` as it can be written as UTF-8: halves of surrogate pairs, which JSON lets pass, are question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def excerpt(value: object, limit: int = SHOWN) -> str:
     """A value from a file as a message shows it: quoted, on one line, and at most `limit` characters of it.
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dpo.common.errors import UserError
+from dpo.common.errors import UserError, reading
 from dpo.common.words import digest, excerpt_of_path, first_line, listed
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, labels_of
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, one_image
@@ -72,14 +72,16 @@ class ArrowSource(Labelled):
 
     def __getitem__(self, index: int) -> Pair:
         row = int(self.row[index])
-        first, second = _images(self.table, self.columns, self.root, row)
-        caption = self.table.column(self.columns.caption)[row].as_py() or ""
+        with reading(f"{self.root}, row {row}", "write the set again"):
+            first, second = _images(self.table, self.columns, self.root, row)
+            caption = self.table.column(self.columns.caption)[row].as_py() or ""
         return self.labelled(index, caption, first, second)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
         captions = self.table.column(self.columns.caption)
-        return np.array([caption_key(captions[row].as_py() or "") for row in self.row.tolist()], dtype=np.int64)
+        with reading(self.root, "write the set again"):
+            return np.array([caption_key(captions[row].as_py() or "") for row in self.row.tolist()], dtype=np.int64)
 
 
 def _images(table: pa.Table, columns: Columns, root: str, row: int) -> tuple[ImageRef, ImageRef]:

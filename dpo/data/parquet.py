@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo.common.errors import UserError
+from dpo.common.errors import OF_READING, UserError, reading
 from dpo.common.words import digest, first_line, listed
 from dpo.data.arrow import check_schema
 from dpo.data.labels import BLANK, SAME, Columns, RowLabels, find_columns, labels_of
@@ -103,7 +103,7 @@ class _opened:
     def __enter__(self) -> pq.ParquetFile:
         try:
             self.file = pq.ParquetFile(self.files.open(self.name))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, *OF_READING) as error:
             raise self._unreadable(error) from error
         return self.file
 
@@ -111,7 +111,7 @@ class _opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close(force=True)
-        if isinstance(error, (pa.ArrowException, OSError)):
+        if isinstance(error, (pa.ArrowException, *OF_READING)):
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> UserError:
@@ -149,11 +149,13 @@ class ParquetSource:
         def cell(name: str | None) -> Any:
             return None if name is None else table.column(name)[row].as_py()
 
-        root = self.root(index)
-        first = image_ref(cell(columns.first), cell(columns.uid_0), root)
-        second = image_ref(cell(columns.second), cell(columns.uid_1), root)
+        root, name = self.root(index), self.files.names[self.file[index]]
+        with reading(f"{name}, row {row} of row group {self.group[index]}", "fetch it again or leave it out"):
+            first = image_ref(cell(columns.first), cell(columns.uid_0), root)
+            second = image_ref(cell(columns.second), cell(columns.uid_1), root)
+            caption = cell(columns.caption) or ""
         swap, prob = bool(self.swap[index]), float(self.prob[index])
-        return make_pair(cell(columns.caption) or "", first, second, swap, prob, self.smoothing)
+        return make_pair(caption, first, second, swap, prob, self.smoothing)
 
     def _read(self, index: int) -> pa.Table:
         """The row group of a pair, from memory or from its file."""

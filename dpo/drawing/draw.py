@@ -49,7 +49,7 @@ def sample(
     device = torch.device(device)
     context = torch.autocast(device.type, autocast, cache_enabled=not frugal) if autocast else nullcontext()
     images: list[Image.Image] = []
-    with _borrowed(pipe, device), _tiled(pipe.vae) if frugal else nullcontext(), context:
+    with borrowed(pipe, device), tiled(pipe.vae, TILE if frugal else 0), context:
         for start in range(0, len(tasks), batch):
             part = tasks[start : start + batch]
             result = pipe(
@@ -65,15 +65,18 @@ def sample(
 
 
 @contextmanager
-def _tiled(vae: AutoencoderKL) -> Iterator[None]:
-    """Inside the block `vae` decodes one image at a time, in tiles of at most TILE pixels."""
+def tiled(vae: AutoencoderKL, side: int) -> Iterator[None]:
+    """Inside the block `vae` decodes one image at a time, in tiles of at most `side` pixels; 0: as it is set."""
+    if not side:
+        yield
+        return
     names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     before = {name: getattr(vae, name) for name in names}
     vae.enable_slicing()
     vae.enable_tiling()
-    if vae.tile_sample_min_size > TILE:
-        vae.tile_latent_min_size = vae.tile_latent_min_size * TILE // vae.tile_sample_min_size
-        vae.tile_sample_min_size = TILE
+    if vae.tile_sample_min_size > side:
+        vae.tile_latent_min_size = vae.tile_latent_min_size * side // vae.tile_sample_min_size
+        vae.tile_sample_min_size = side
     try:
         yield
     finally:
@@ -82,7 +85,7 @@ def _tiled(vae: AutoencoderKL) -> Iterator[None]:
 
 
 @contextmanager
-def _borrowed(pipe: Pipeline, device: torch.device) -> Iterator[None]:
+def borrowed(pipe: Pipeline, device: torch.device) -> Iterator[None]:
     """Inside the block: all modules on `device` in eval mode, a fresh scheduler, no progress bar.
 
     Restored at its end.

@@ -11,6 +11,7 @@ PNG text chunk; `read_grid` cuts it into its images again.
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dpo.common.files import write_whole
+from dpo.common.words import first_line
+
+log = logging.getLogger("dpo")
 
 CHUNK = "dpo-grid"  # the keyword of the text chunk
 
@@ -76,17 +80,31 @@ def write_grid(
 
 def read_grid(path: Path) -> list[Cell]:
     """The images of a grid by prompt and seed; empty for a PNG that `write_grid` did not make."""
-    with Image.open(path, formats=("PNG",)) as opened:
-        text = getattr(opened, "text", {}).get(CHUNK)
-        if text is None:
-            return []
-        layout = json.loads(text)
-        picture = opened.convert("RGB")
+    if (picture := read_picture(path)) is None or CHUNK not in picture.info:
+        return []
     cells: dict[tuple[int, int], Cell] = {}
-    for row, seed, name, left, top, side in layout["boxes"]:
-        cell = cells.setdefault((row, seed), Cell(layout["prompts"][row], seed, {}))
-        cell.images[name] = picture.crop((left, top, left + side, top + side))
+    try:
+        layout = json.loads(picture.info[CHUNK])
+        for row, seed, name, left, top, side in layout["boxes"]:
+            if not (side > 0 and 0 <= left <= picture.width - side and 0 <= top <= picture.height - side):
+                return []
+            cell = cells.setdefault((row, seed), Cell(str(layout["prompts"][row]), int(seed), {}))
+            cell.images[str(name)] = picture.crop((left, top, left + side, top + side))
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):  # another program's chunk
+        return []
     return list(cells.values())
+
+
+def read_picture(path: Path) -> Image.Image | None:
+    """A PNG as RGB; None, with a warning, for one that cannot be read: anybody may have put it there."""
+    try:
+        with Image.open(path, formats=("PNG",)) as opened:
+            found = opened.convert("RGB")
+            found.info = {**opened.info, **getattr(opened, "text", {})}
+            return found
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        log.warning("%s cannot be read and is left out (%s)", path, first_line(error))
+        return None
 
 
 def _fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:

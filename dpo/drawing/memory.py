@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # the UNet one of its first width in latents, with and without the caption. Counted, tensor by tensor: 3 in the decoder,
 # 26 (SD 1.5) and 16 (SDXL) in the UNet, in fp32; the rest is for what a GPU's libraries take.
 DECODED, DENOISED = 4.0, 32.0
+DENOISED_AT_LEAST = 16.0
+GROUPS = (4, 8, 16, 32)  # images drawn together
 
 
 def free(device: torch.device) -> int | None:
@@ -39,6 +41,22 @@ def needed(pipe: Pipeline, device: torch.device, batch: int, autocast: torch.dty
     decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * max(4, vae.dtype.itemsize)
     denoised = DENOISED * 2 * unet.config["block_out_channels"][0] * side**2 * max(4, unet.dtype.itemsize)
     return brought + cast + int(batch * max(decoded, denoised))
+
+
+def group_for(pipe: Pipeline, device: torch.device, width: int, height: int, guided: bool) -> int:
+    """Images to draw together: on a GPU so many that the UNet takes at least what the VAE takes to decode one.
+
+    Then decoding is never what needs the most memory. width, height: of the images, pixels; guided: the UNet
+    sees each twice, with its caption and without.
+    """
+    if device.type != "cuda":
+        return GROUPS[0]
+    vae, unet = pipe.vae, pipe.unet
+    widths, pixels = vae.config["block_out_channels"], width * height
+    latents = pixels / 4 ** (len(widths) - 1)
+    decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * vae.dtype.itemsize
+    denoised = DENOISED_AT_LEAST * (1 + guided) * unet.config["block_out_channels"][0] * latents * unet.dtype.itemsize
+    return next((count for count in GROUPS if count * denoised >= decoded), GROUPS[-1])
 
 
 def _bytes(value: Tensor) -> int:

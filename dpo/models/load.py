@@ -34,6 +34,8 @@ from dpo.schedule import complete
 
 log = logging.getLogger("dpo")
 
+LONGEST_CAPTION = 10_000  # tokens; CLIP has 77
+
 
 def read_index(folder: Path) -> dict:
     """model_index.json of a pipeline folder as a dict. Raises UserError when it is damaged."""
@@ -144,9 +146,15 @@ def _tokenizer(folder: Path, name: str) -> Any:
     if not (folder / name).is_dir():
         raise UserError(f"{folder} has no {name}/ folder: name the folder of a whole diffusers pipeline")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
+        found = CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
+    if found.model_max_length > LONGEST_CAPTION:  # transformers' word for "not said"
+        raise UserError(
+            f"{folder / name} does not say how long a caption may be (model_max_length in tokenizer_config.json): "
+            "fetch the model again"
+        )
+    return found
 
 
 def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo.common.files import write_text
 from dpo.common.hub import is_hub_id
+from dpo.common.words import well_formed
 from dpo.methods import own_settings
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import CARD_FILE, CONFIG_FILE, RunFolder, read_run
@@ -30,7 +31,7 @@ def write_model_card(run_folder: Path | str) -> Path:
     """
     run = read_run(run_folder)
     path = run.folder / CARD_FILE
-    write_text(path, model_card(run))
+    write_text(path, well_formed(model_card(run)))
     return path
 
 

@@ -324,7 +324,7 @@ def read_run(folder: Path | str) -> RunFolder:
         summary=summary,
         updates=[by_step[step] for step in sorted(by_step)],
         events=[record for record in records if "event" in record],
-        tables={name: np.array(values, dtype=float) for name, values in tables.items()},
+        tables={name: np.array(values, dtype=float) for name, values in tables.items() if values is not None},
         grids=sorted((folder / SAMPLES).glob("*.png")),
     )
 

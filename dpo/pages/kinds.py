@@ -91,6 +91,10 @@ def check_summary(summary: dict[str, Any], place: str) -> None:
 def check_tables(tables: dict[str, Any], place: str) -> None:
     """Raises UserError, beginning with `place`, for a table that is no list of numbers."""
     _check(tables, dict.fromkeys(tables, Kind("a list of numbers", _is_list)), place)
+    lengths = {name: len(values) for name, values in tables.items() if values is not None}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f'"{name}" {length}' for name, length in lengths.items())
+        raise UserError(f"{place}: its tables are of different lengths ({told[:LONGEST]}); put them back, or delete it")
 
 
 def check_settings(settings: dict[str, dict[str, Any]], place: str) -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from dpo.common.console import duration
 from dpo.common.files import write_text
-from dpo.drawing.grid import read_grid
+from dpo.common.words import well_formed
+from dpo.drawing.grid import read_grid, read_picture
 from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
@@ -72,7 +73,7 @@ def write_report(run_folder: Path | str) -> Path:
     """
     run = read_run(run_folder)
     path = run.folder / REPORT_FILE
-    write_text(path, render(run))
+    write_text(path, well_formed(render(run)))
     return path
 
 
@@ -166,16 +167,19 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, str]:
-    """The last grid: cells with images as data URIs, the number of other cells, a foreign picture whole, the step."""
-    if not run.grids:
+    """The last grid: cells with images as data URIs, the number of other cells, a foreign picture whole, the step.
+
+    One that cannot be read is passed over.
+    """
+    readable = ((path, picture) for path in reversed(run.grids) if (picture := read_picture(path)) is not None)
+    last, picture = next(readable, (None, None))
+    if last is None or picture is None:
         return [], 0, None, "after it"
-    last = run.grids[-1]
     digits = re.search(r"\d+$", last.stem)
     step = f"after {int(digits.group()):,} updates" if digits else "after it"
     cells = read_grid(last)
     if not cells:
-        with Image.open(last) as picture:
-            return [], 0, data_uri(picture), step
+        return [], 0, data_uri(picture), step
     shown = [
         {
             "prompt": cell.prompt,

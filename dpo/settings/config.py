@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from dpo.common.errors import UserError
+from dpo.common.words import SHOWN, listed
 from dpo.methods import METHODS, SHAPES, readers
 from dpo.settings.families import FAMILIES
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
@@ -504,7 +505,7 @@ def unknown_setting(name: str) -> str:
     for spec in specs().values():
         if name in spec.meta["aliases"]:
             return f"unknown setting {name}: it is called {spec.name} here"
-    like = nearest(name, specs())
+    like, name = nearest(name[:SHOWN], specs()), listed([name])
     return f"unknown setting {name}: " + (
         f"did you mean {like}?" if like else "python -m dpo.train --help lists them all"
     )

@@ -6,7 +6,6 @@ Checks come in the order of their cost: output folder, local model, checkpoint, 
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo import credit, reference, schedule
+from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
 from dpo.common.words import digest
 from dpo.correction import CorrectionTable
@@ -174,7 +174,7 @@ def _start(runtime: Runtime) -> None:
 
     Raises UserError when it is one of several processes: each would train the same model on its own.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (processes := of_launcher("WORLD_SIZE", 1)) > 1:
         raise UserError(
             f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
         )

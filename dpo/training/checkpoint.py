@@ -39,6 +39,7 @@ from dpo.common.files import (
     unseal,
     write_text,
 )
+from dpo.common.words import excerpt
 from dpo.pages.folder import CHECKPOINTS
 
 log = logging.getLogger("dpo")
@@ -125,7 +126,7 @@ def load(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{folder} has no readable state.json") from error
     if form != FORMAT:
-        raise Damaged(f"{folder} has checkpoint format {form}, this version reads {FORMAT}")
+        raise Damaged(f"{folder} has checkpoint format {excerpt(form)}, this version reads {FORMAT}")
     if not unaltered:
         raise Damaged(f"{folder / 'state.json'} was altered")
     tensors: dict[str, dict[str, Tensor]] = {}

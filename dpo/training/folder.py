@@ -6,7 +6,7 @@ import logging
 import os
 from pathlib import Path
 
-from dpo.common.errors import UserError
+from dpo.common.errors import UserError, reading
 from dpo.common.files import remove, sweep
 from dpo.pages.folder import ENTRIES, Entry, holds_run, not_of_a_run
 from dpo.settings.config import Config, Output
@@ -20,7 +20,8 @@ def check_output(config: Config) -> Path:
     Raises UserError when it cannot be written, or holds a run that is neither resumed nor replaced.
     """
     output = Path(config.output.output).expanduser()
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    with reading(f"--output {str(output)[:80]}", "name another folder"):  # a name may be too long to be asked for
+        there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"--output {output}: {there} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):

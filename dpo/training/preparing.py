@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo.common import locks
 from dpo.common.errors import UserError
+from dpo.common.files import make_folder
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.loader import worker_count
 from dpo.data.sources import describe, open_source
@@ -109,7 +110,7 @@ def encode_pairs(
         max_mib=config.data.max_image_mib,
         progress=progress_line("prepared"),
     )
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place, "--store")
     with locks.held(place, "--store"):
         fresh = fill.fill(task)
     log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")

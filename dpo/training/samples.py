@@ -132,7 +132,9 @@ def write(run: Run) -> Path | None:
         return None
     columns = {"after": drawn}
     if all(path.exists() for path in _before_paths(run)):
-        columns = {"before": [Image.open(path).convert("RGB") for path in _before_paths(run)], **columns}
+        first = [image for path in _before_paths(run) if (image := grid.read_picture(path)) is not None]
+        if len(first) == len(drawn):
+            columns = {"before": first, **columns}
     return grid.write_grid(
         run.output / SAMPLES / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
     )

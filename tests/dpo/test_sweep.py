@@ -184,3 +184,10 @@ def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     ]  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["--loss"], row["loss"]) for row in rows] == [("sigmoid", ""), ("ipo", "")]
+
+
+def test_a_value_spelt_twice_is_one_run():
+    """In whatever spelling; a value that the setting does not take is found at once."""
+    assert sweep.read(["--out", "o", "--beta", "1e3,2000,1000,2e3"])[1] == {"beta": ["1e3", "2000"]}
+    with pytest.raises(UserError, match="beta = many"):
+        sweep.read(["--out", "o", "--beta", "1000,many"])

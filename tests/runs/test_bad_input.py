@@ -1,5 +1,6 @@
 """Bad input: exit code 2 and one line that says what is wrong and what to do; nothing half-written is left behind."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -10,20 +11,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import dpo.models.load
 import dpo.train
+from dpo.common.errors import UserError
+from dpo.settings.flags import parse
 from dpo.training import checkpoint
 from tests.help.commands import check_refused, command, tree
 from tests.help.worlds import make_pickapic
 
 STEP = "checkpoints/step-{:08d}"
+OF_A_RUN = '[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 1\n'
 
 
 def write(path: Path, text: str = "") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def damaged(folder: Path) -> Path:
+    """A run whose only checkpoint is torn."""
+    write(folder / "config.toml", OF_A_RUN)
+    return write(folder / "checkpoints/step-00000001/state.json", "{").parents[2]
 
 
 def parquet(path: Path, **columns: list) -> Path:
@@ -83,7 +94,7 @@ OUTPUT = {
     "a file": (lambda at: ["--output", write(at / "f")], ["--output", "f is a file"]),
     "below a file": (lambda at: ["--output", write(at / "f") / "below"], ["--output", "f is a file"]),
     "another run": (
-        lambda at: ["--output", write(at / "o/config.toml").parent],
+        lambda at: ["--output", write(at / "o/config.toml", OF_A_RUN).parent],
         ["holds another run", "--resume latest", "--overwrite"],
     ),
     "the model itself": (
@@ -93,7 +104,7 @@ OUTPUT = {
     "resume of nothing": (lambda at: ["--resume", at / "nowhere"], ["no such checkpoint", "nowhere", "--resume latest"]),
     "resume and overwrite": (lambda at: ["--resume", "latest", "--overwrite"], ["--resume", "--overwrite", "give one"]),
     "damaged checkpoints": (
-        lambda at: ["--output", write(at / "o/checkpoints/step-00000001/state.json", "{").parents[2], "--resume", "latest"],
+        lambda at: ["--output", damaged(at / "o"), "--resume", "latest"],
         ["no checkpoint can be read", "state.json", "--overwrite"],
     ),
 }  # fmt: skip
@@ -261,3 +272,40 @@ def test_a_run_without_a_usable_pair_says_so(start, tmp_path, capsys, brief):
     assert len(said.warnings("pair left out")) == 2
     figures = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pairs"] for line in figures if "loss" in line] == [0, 0]
+
+
+# --- the surroundings
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK"])
+def test_an_environment_that_says_nonsense(name, monkeypatch):
+    from dpo.common.command import shard_of
+
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(UserError, match=f"the environment has {name}=abc, which is no number"):
+        shard_of(None)
+
+
+def test_a_store_on_a_file_and_a_name_that_is_too_long(tmp_path, world, capsys):
+    (tmp_path / "file").touch()
+    flags = ["--model", world("sd15"), "--data", world("pairs"), "--workers", "0"]
+    check_refused(command(capsys, "--output", tmp_path / ("x" * 300)), ["--output", "too long", "name another folder"])
+    with pytest.raises(UserError, match=r"--store .*file: a file is there; name a folder"):
+        from dpo.training import preparing
+
+        preparing.encode_pairs(parse(flags)[0], tmp_path / "file", text_batch=4)
+
+
+def test_a_tokenizer_that_does_not_say_how_long_a_caption_is(tmp_path, world):
+    model = Path(shutil.copytree(world("sd15"), tmp_path / "model"))
+    (model / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="tokenizer does not say how long a caption may be"):
+        dpo.models.load.load(str(model))
+
+
+def test_a_limit_on_the_size_of_files_is_said(tmp_path):
+    from dpo.common.files import disk_error
+
+    for error in (OSError(errno.EFBIG, "File too large"), SafetensorError("I/O error: File too large (os error 27)")):
+        found = disk_error(error, tmp_path / "x")
+        assert isinstance(found, UserError) and "may not grow so large here" in str(found)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum, disk_full, sealed, unseal, write_whole
-from dpo.common.words import first_line
+from dpo.common.words import excerpt, first_line
 
 FORMAT = 1
 INDEX = "store.json"
@@ -154,7 +154,7 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise DamagedStore(f"{path} was truncated or altered; {remedy}") from error
     if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}, this version reads {FORMAT}: {remedy}")
+        raise UserError(f"{path} has format {excerpt(content.get('format'))}, this version reads {FORMAT}: {remedy}")
     if not unaltered:
         raise DamagedStore(f"{path} was altered: its checksum is wrong; {remedy}")
     return content

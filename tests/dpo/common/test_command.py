@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run
+from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run, shard_of
 from dpo.common.errors import UserError
 
-COMMANDS = {"train": "dpo.train", "prepare": "dpo.prepare", "sweep": "dpo.sweep", "report": "dpo.report"}
+COMMANDS = {name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample")}
 
 
 def raising(error):
@@ -76,6 +76,19 @@ def test_help_of_every_command_starts_without_torch(module):
 def test_every_command_is_a_console_script():
     text = (Path(__file__).parents[3] / "setup.py").read_text("utf-8")
     assert re.findall(r'"dpo-(\w+) = (dpo\.\w+):main"', text) == list(COMMANDS.items())
+
+
+@pytest.mark.parametrize("text", ["4/4", "x", "1/0", "-1/2", ""])
+def test_a_shard_is_one_of_so_many(text):
+    with pytest.raises(UserError, match="expected I/N"):
+        shard_of(text)
+
+
+def test_a_shard_comes_from_the_flag_else_from_torchrun(monkeypatch):
+    assert shard_of(None) == (0, 1) and shard_of("2/3") == (2, 3)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert shard_of(None) == (1, 4) and shard_of("2/3") == (2, 3)
 
 
 def test_a_mistakes_line_does_not_drive_the_terminal(capsys):

@@ -63,6 +63,41 @@ def test_what_drawing_takes_covers_what_is_counted_for_stable_diffusion(monkeypa
     assert 1.2 * denoised < memory.needed(pipe, CPU, 1, None) < 2 * denoised
 
 
+SD = {"sample_size": 64, "cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280)}
+SDXL = {
+    "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "vae_dtype", "guided"),
+    [(SD, torch.float16, True), (SDXL, torch.float32, True), ({**SDXL, "sample_size": 64}, torch.float32, False)],
+    ids=["sd15", "sdxl", "turbo"],
+)
+def test_decoding_one_image_takes_no_more_than_the_unet_takes_for_a_group(monkeypatch, config, vae_dtype, guided):
+    """Real shapes, without memory behind them, in the precisions of a GPU."""
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config).half()
+        downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=downs, up_block_types=ups, layers_per_block=2
+        ).to(vae_dtype)
+        side = config["sample_size"]
+        pipe = SimpleNamespace(unet=unet, vae=vae)
+        group = memory.group_for(pipe, torch.device("cuda"), 8 * side, 8 * side, guided)
+        seen = group * (1 + guided)
+        x, t = torch.empty(seen, 4, side, side, dtype=torch.float16), torch.empty(seen)
+        states = torch.empty(seen, 77, config["cross_attention_dim"], dtype=torch.float16)
+        decoded, denoised = most(lambda: vae.decode(x[:1].to(vae_dtype))), most(lambda: unet(x, t, states))
+    assert decoded <= denoised
+    assert group == 4 or denoised < 4 * decoded  # and no more than that takes
+    assert memory.group_for(pipe, CPU, 8 * side, 8 * side, guided) == 4
+
+
 def test_modules_that_must_be_brought_and_casts_that_autocast_keeps_count():
     layer = torch.nn.Linear(1000, 1000, bias=False)
     config = {"sample_size": 1, "block_out_channels": (1,)}

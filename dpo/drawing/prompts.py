@@ -1,0 +1,285 @@
+"""Prompts to draw: one by one, from a file or folder, or a set that papers use, from disk or from the hub.
+
+The hub's sets are read as tables and lists: no data set script runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo.common.errors import UserError, reading
+from dpo.common.words import digest, excerpt, first_line, listed
+
+log = logging.getLogger("dpo")
+
+LONGEST = 100_000  # characters of a prompt; a text encoder reads some 300 of them
+COLUMNS = ("prompt", "caption", "text", "Prompt", "TEXT", "Caption")  # of a table, the first that it has
+CATEGORIES = ("category", "Category", "tag", "style")
+REMEDY = "mend the file or name another"
+
+
+class Prompt(NamedTuple):
+    """A prompt, and what a table says of it."""
+
+    text: str
+    category: str = ""
+    seed: int = 0  # its own number, to which the numbers of the seeds are added
+    name: str = ""  # of the file that holds it alone
+    row: str = ""  # the row of a JSONL file, as JSON
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in their order, under the full name of the set."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Name, count and hash, for the protocol."""
+        parts = [f"{prompt.seed} {prompt.text}" for prompt in self.prompts]
+        return {"name": self.name, "count": len(parts), "hash": digest(*parts)}
+
+    def subset(self, count: int, seed: int = 0) -> PromptSet:
+        """`count` prompts, chosen by a hash of `seed`, own number and text: whatever the order, and what else is in the set.
+
+        They keep their order. Raises UserError when there are not so many.
+        """
+        if not 0 < count <= len(self.prompts):
+            raise UserError(f"--subset {count}: {self.name} has {len(self.prompts)} prompts; choose 1 to that many")
+        keys = [digest(str(seed), str(prompt.seed), prompt.text) for prompt in self.prompts]
+        chosen = sorted(sorted(range(len(keys)), key=lambda place: (keys[place], place))[:count])
+        return replace(self, name=f"{self.name}, {count} by hash", prompts=tuple(self.prompts[i] for i in chosen))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set of prompts that papers use."""
+
+    title: str
+    repo: str  # data set on the hub
+    files: tuple[str, ...]  # paths or patterns in the repository; on disk their last parts
+    count: int
+    column: str | None = None  # None: of COLUMNS, or a list of texts
+    file_is_category: bool = False
+
+
+def _pickapic(version: int, split: str) -> Published:
+    title = f"Pick-a-Pic v{version} {split}"
+    return Published(title, f"yuvalkirstain/pickapic_v{version}", (f"data/{split}-*.parquet",), 500, "caption")
+
+
+PUBLISHED = {
+    "pickapic-v1-validation": _pickapic(1, "validation_unique"),
+    "pickapic-v1-test": _pickapic(1, "test_unique"),
+    "pickapic-v2-validation": _pickapic(2, "validation_unique"),
+    "pickapic-v2-test": _pickapic(2, "test_unique"),
+    "partiprompts": Published(
+        "PartiPrompts", "nateraw/parti-prompts", ("PartiPrompts.tsv",), 1632, "Prompt"
+    ),
+    "hpsv2": Published(
+        "HPSv2 benchmark",
+        "zhwang/HPDv2",
+        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+        3200,
+        file_is_category=True,
+    ),
+}  # fmt: skip
+
+
+def opened(asked: Sequence[str], column: str | None = None) -> PromptSet:
+    """The prompts that --prompts names.
+
+    asked: a file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files with one prompt each, a name of
+    PUBLISHED or NAME:PLACE with its files on disk, or else prompts themselves. column: of a table. Raises UserError.
+    """
+    if len(asked) != 1:
+        return _checked("prompts", ((f"prompt {n}", Prompt(text)) for n, text in enumerate(asked, 1)))
+    name, _, place = asked[0].partition(":")
+    if name in PUBLISHED:
+        return _published(name, place)
+    path = Path(asked[0]).expanduser() if len(asked[0]) < 1000 and "\0" not in asked[0] else Path(" ")
+    if _there(path.is_dir):
+        return _checked(path.name, _of_folder(path))
+    if path.suffix.lower() in READERS and (_there(path.is_file) or " " not in asked[0]):
+        return _checked(path.name, _of_file(path, column))
+    return _checked("prompts", [("prompt 1", Prompt(asked[0]))])
+
+
+def _there(ask: Callable[[], bool]) -> bool:
+    try:
+        return ask()
+    except OSError:  # a prompt may be no path at all
+        return False
+
+
+def _checked(name: str, found: Iterable[tuple[str, Prompt]]) -> PromptSet:
+    """The set of these (place, prompt); blank ones are left out. Raises UserError for one that no model can read."""
+    prompts, blank = [], 0
+    for where, prompt in found:
+        if not prompt.text.strip():
+            blank += 1
+            continue
+        if len(prompt.text) > LONGEST:
+            raise UserError(f"{name}, {where}: a prompt of {len(prompt.text):,} characters; {LONGEST:,} at most")
+        try:
+            prompt.text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{name}, {where}: {excerpt(prompt.text, 40)} holds half a character; mend the escape"
+            ) from None
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(
+            f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed(PUBLISHED)}"
+        )
+    if blank:
+        log.warning("%s: %d blank prompts are left out", name, blank)
+    if repeated := len(prompts) - len({prompt.text for prompt in prompts}):
+        log.info("%s: %d of %d prompts repeat another", name, repeated, len(prompts))
+    return PromptSet(name, tuple(prompts))
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[str, Prompt]]:
+    for path in sorted(folder.glob("*.txt")):
+        with reading(str(path), REMEDY):
+            text = path.read_text("utf-8-sig").strip()
+        yield path.name, Prompt(text, name=path.stem)
+
+
+def _of_file(path: Path, column: str | None, category: str = "") -> list[tuple[str, Prompt]]:
+    with reading(str(path), REMEDY):
+        found = READERS[path.suffix.lower()](path)
+        return [(f"row {n}", _prompt(row, column, category, f"{path}, row {n}")) for n, row in enumerate(found, 1)]
+
+
+def _prompt(row: object, column: str | None, category: str, where: str) -> Prompt:
+    """The prompt in a row of a table, or a row that is a text. Raises UserError."""
+    if isinstance(row, str):
+        return Prompt(row, category)
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a text or an object with a prompt, found {type(row).__name__}")
+    name = column or next((one for one in COLUMNS if one in row), None)
+    if name is None or name not in row:
+        raise UserError(
+            f"{where}: no column {name or COLUMNS[0]!r}, found {listed(map(str, row))}; name it with --prompt-column"
+        )
+    text, seed = row[name], row.get("seed")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: {name} needs text, found {excerpt(text)}")
+    try:
+        number = 0 if seed in (None, "") else int(seed)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{where}: seed needs a whole number, found {excerpt(seed)}") from None
+    said = next((row[one] for one in CATEGORIES if row.get(one)), category)
+    plain = json.dumps(row, default=str)
+    return Prompt(text or "", str(said), number, row=plain if len(plain) < LONGEST else "")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    return (line for line in path.read_text("utf-8-sig").split("\n") if line.strip())
+
+
+def _text(path: Path) -> list[str]:
+    return [line.strip() for line in _lines(path)]
+
+
+def _json(path: Path) -> list[Any]:
+    if path.suffix.lower() == ".jsonl":
+        return [json.loads(line) for line in _lines(path)]
+    found = json.loads(path.read_text("utf-8-sig"))
+    if not isinstance(found, list):
+        raise ValueError("it holds no list")
+    return found
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # length is judged afterwards, by LONGEST
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            tabs = path.suffix.lower() == ".tsv"
+            rows = csv.DictReader(file, delimiter="\t" if tabs else ",")
+            return [{str(key): value for key, value in row.items()} for row in rows]
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(file: Any, column: str | None = None) -> list[dict[str, Any]]:
+    """Rows of the small columns alone: images lie beside the captions in such files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as table:
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer)
+        plain = [each.name for each in table.schema_arrow if any(kind(each.type) for kind in kinds)]
+        return table.read(columns=plain if column is None else [column]).to_pylist()
+
+
+READERS: dict[str, Callable[[Path], Sequence[Any]]] = {
+    ".txt": _text, ".csv": _csv, ".tsv": _csv, ".jsonl": _json, ".json": _json, ".parquet": _parquet
+}  # fmt: skip
+
+
+def _published(name: str, place: str) -> PromptSet:
+    """A set of PUBLISHED, from the folder or file `place`, or the hub where that is empty. Raises UserError."""
+    one = PUBLISHED[name]
+    found: list[tuple[str, Prompt]] = []
+    for file in _on_disk(name, place) if place else _from_hub(name):
+        category = file.stem if one.file_is_category else ""
+        found += _of_file(file, one.column, category) if isinstance(file, Path) else file.prompts
+    got = _checked(one.title, found)
+    if len(got.prompts) != one.count:
+        log.warning("%s: %d prompts, where %d are published", one.title, len(got.prompts), one.count)
+    return got
+
+
+def _on_disk(name: str, place: str) -> list[Path]:
+    folder = Path(place).expanduser()
+    if folder.is_file():
+        return [folder]
+    patterns = [Path(pattern).name for pattern in PUBLISHED[name].files]
+    found = [path for pattern in patterns for path in sorted(folder.rglob(pattern))]
+    if not found or len(found) < len(patterns):
+        raise UserError(f"--prompts {name}:{place}: expected the files {listed(patterns)} there; name their folder")
+    return found
+
+
+class _Remote(NamedTuple):
+    """A table on the hub, of which the captions alone are fetched."""
+
+    stem: str
+    prompts: list[tuple[str, Prompt]]
+
+
+def _from_hub(name: str) -> list[Path | _Remote]:
+    import huggingface_hub
+
+    one = PUBLISHED[name]
+    try:
+        if not any("*" in pattern for pattern in one.files):
+            fetch = huggingface_hub.hf_hub_download
+            return [Path(fetch(one.repo, file, repo_type="dataset")) for file in one.files]
+        hub = huggingface_hub.HfFileSystem()
+        tables: list[Path | _Remote] = []
+        for pattern in one.files:
+            for path in sorted(hub.glob(f"datasets/{one.repo}/{pattern}")):
+                with hub.open(path, "rb") as file:
+                    rows = _parquet(file, one.column)
+                prompts = [(f"row {n}", _prompt(row, one.column, "", f"{path}, row {n}")) for n, row in enumerate(rows)]
+                tables.append(_Remote(Path(path).stem, prompts))
+        return tables
+    except UserError:
+        raise
+    except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing
+        raise UserError(
+            f"cannot get the prompts {name} from the hub ({one.repo}: {first_line(error)}); check the network, or name "
+            f"their folder here: --prompts {name}:FOLDER"
+        ) from error

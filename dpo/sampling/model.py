@@ -1,0 +1,141 @@
+"""What a user names as a model, as a diffusers pipeline: a pipeline folder, a hub id, a LoRA, or a training output."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.common.words import digest, first_line
+from dpo.models import lora_files
+from dpo.models.adapter import merge_into
+from dpo.models.fingerprint import checksum, identity
+from dpo.models.load import load_weights_into
+from dpo.models.pipeline import pipeline_of
+from dpo.models.ready import load_model
+from dpo.settings import config as settings
+from dpo.settings.flags import load_config
+from dpo.tiny import paths
+
+if TYPE_CHECKING:
+    from dpo.drawing.draw import Pipeline
+
+EMBEDDED = "embedded"  # the pipeline inside the package
+CONFIG = "config.toml"  # beside the result of a run
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+EXAMPLES = (
+    "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
+    "a .safetensors file, a LoRA with --lora-base, or embedded, the small model inside the package"
+)
+
+log = logging.getLogger("dpo")
+
+
+class Opened(NamedTuple):
+    """A pipeline in the asked precision, and what the protocol says of it."""
+
+    pipe: Pipeline
+    fingerprint: str  # of all weights before they are cast, tokenizers, and what the pipeline does beside them
+    vae_precision: str
+    steps: int  # defaults of this model
+    guidance: float
+    side: int  # pixels that it was trained at
+
+
+def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
+    """The pipeline that `name` stands for, on the CPU.
+
+    precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32; lora_base: the
+    model that a LoRA belongs to, None: what its run says. Raises UserError.
+    """
+    lora = _lora_file(name, lora_base, cache_dir)
+    wanted = _config_of_lora(name, lora, lora_base) if lora is not None else _of_model(name)
+    if cache_dir is not None:
+        wanted["cache_dir"] = cache_dir
+    config, model, _, _ = load_model(settings.from_mapping(wanted), device)
+    if config.model.unet_init is not None:
+        load_weights_into(model.denoiser, config.model.unet_init, cache_dir=cache_dir)
+    if lora is not None:
+        with _plainly():
+            merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
+        log.info("%s: a LoRA on %s", name, model.source)
+    pipe = pipeline_of(model)
+    weights = checksum(model.denoiser, model.vae, *model.text_encoders)
+    settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
+    own = {key: value for key, value in settled.items() if key in ("force_zeros_for_empty_prompt", "clip_skip")}
+    identities = [str(identity(model)), str(sorted(own.items()))]
+    half = HALF.get(precision)
+    wide = half is not None and model.family.vae_overflows_in_fp16
+    if half is not None:
+        for module in (model.denoiser, *model.text_encoders, *([] if wide else [model.vae])):
+            module.to(half)
+    out = config.output
+    assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
+    return Opened(
+        pipe=pipe,
+        fingerprint=digest(weights, *identities),
+        vae_precision="fp32" if wide else precision,
+        steps=out.sample_steps,
+        guidance=out.sample_guidance,
+        side=model.native_resolution,
+    )
+
+
+def _of_model(name: str) -> dict[str, Any]:
+    return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
+
+
+def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
+    """The file of a LoRA, where `name` is one: a folder without a pipeline, a file with a LoRA's names, or so asked."""
+    path = Path(name).expanduser()
+    if name == EMBEDDED or (path / "model_index.json").is_file():
+        return None
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        is_lora = True
+    else:
+        is_lora = lora_base is not None or (path.suffix == ".safetensors" and path.is_file() and _names_lora(path))
+    if not is_lora:
+        return None
+    with _plainly():
+        return lora_files.locate(name, cache_dir)
+
+
+def _names_lora(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any("lora" in key.lower() for key in file.keys())  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+
+
+def _config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, Any]:
+    """The settings that give the model under a LoRA: `lora_base`, or that of the run which left it. Raises UserError."""
+    if lora_base is not None:
+        return _of_model(lora_base)
+    beside = lora.parent / CONFIG
+    if not beside.is_file():
+        raise UserError(f"{name} is a LoRA, and no {CONFIG} beside it names its model: give that with --lora-base")
+    flat = settings.flat_settings(load_config(str(beside), "the run's"))
+    own = {field.name for field in dataclasses.fields(settings.Model)} - {"lora_init", "reference_model", "cache_dir"}
+    wanted = {key: value for key, value in flat.items() if key in own}
+    named = str(wanted.get("model") or "")
+    if not named or Path(named).parts[-3:] == paths.pipeline_path().parts[-3:]:
+        wanted["model"] = str(paths.pipeline_path())  # the package may lie elsewhere by now
+    return wanted
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Around the reading of a LoRA: its mistakes do not name the flag of the training, which nobody gave here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(lora_files.FLAG, "the LoRA")) from error

@@ -1,0 +1,118 @@
+"""dpo.drawing.prompts: texts, files, public sets from disk and hub, and a subset that does not depend on the order."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.drawing.prompts import PUBLISHED, Prompt, PromptSet, opened
+
+TEXTS = ["a red fox", 'quotes "and", commas', "ünï 🦊"]
+
+
+def table(folder, kind):
+    path = folder / f"p.{kind}"
+    rows = [{"prompt": text, "category": f"c{n}", "n": n} for n, text in enumerate(TEXTS)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([{**row, "image": b"png"} for row in rows]), path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows), "utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    else:
+        import csv
+
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_table_gives_prompts_and_categories(tmp_path, kind):
+    found = opened([str(table(tmp_path, kind))])
+    assert [(one.text, one.category) for one in found.prompts] == [(text, f"c{n}") for n, text in enumerate(TEXTS)]
+    assert found.about == {**PromptSet("x", found.prompts).about, "name": f"p.{kind}"}
+    assert [one.text for one in opened([str(table(tmp_path, kind))], "category").prompts] == ["c0", "c1", "c2"]
+
+
+def test_texts_files_of_lines_and_folders_of_files(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n two \n", "utf-8")
+    assert [one.text for one in opened([str(tmp_path / "p.txt")]).prompts] == ["one", "two"]
+    (tmp_path / "dpg").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "dpg" / f"{name}.txt").write_text(f"the {name}\n", "utf-8")
+    assert [one.text for one in opened([str(tmp_path / "dpg")]).prompts] == ["the a", "the b"]
+    assert [one.name for one in opened([str(tmp_path / "dpg")]).prompts] == ["a", "b"]
+    assert [one.text for one in opened(["a fox", "a/../boat.png"]).prompts] == ["a fox", "a/../boat.png"]
+    assert opened(["x" * 10_000]).prompts[0].text == "x" * 10_000
+    assert opened(["a sign that says hello.txt"]).prompts[0].text == "a sign that says hello.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', ["p.jsonl", "cannot be read"]),
+        ("p.jsonl", b'{"prompt": 3}', ["row 1", "needs text"]),
+        ("p.jsonl", b"7", ["row 1", "found int"]),
+        ("p.jsonl", b'{"words": "a"}', ["'prompt'", "words", "--prompt-column"]),
+        ("p.jsonl", b'{"prompt": "\\ud800"}', ["half a character"]),
+        ("p.jsonl", b'{"prompt": "a", "seed": "x"}', ["seed", "whole number"]),
+        ("p.json", b"{}", ["cannot be read", "no list"]),
+        ("p.json", b"[" * 100_000, ["cannot be read"]),
+        ("p.txt", b"\xff\xfe\xff", ["cannot be read"]),
+        ("p.txt", b"\n \n", ["no prompt"]),
+        ("p.txt", b"x" * 100_001, ["100,001 characters"]),
+        ("p.csv", b"", ["no prompt"]),
+        ("p.parquet", b"PAR1 not", ["cannot be read"]),
+        (None, b"", ["cannot be read", "none.csv"]),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path, name, content, words):
+    path = tmp_path / (name or "none.csv")
+    if name:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        opened([str(path)])
+    assert [word for word in words if word not in str(refused.value)] == [] and "\n" not in str(refused.value)
+
+
+def test_a_subset_is_chosen_by_each_prompt_alone():
+    prompts = tuple(Prompt(f"prompt {n}") for n in range(200))
+    chosen = PromptSet("all", prompts).subset(20)
+    assert len(chosen.prompts) == 20 and list(chosen.prompts) == sorted(chosen.prompts, key=prompts.index)
+    assert set(PromptSet("all", prompts[::-1]).subset(20).prompts) == set(chosen.prompts)
+    assert set(chosen.prompts) < set(PromptSet("all", prompts).subset(30).prompts)
+    assert set(PromptSet("all", prompts).subset(20, 1).prompts) != set(chosen.prompts)
+    with pytest.raises(UserError, match="has 200 prompts"):
+        PromptSet("all", prompts).subset(201)
+
+
+def test_public_sets_come_from_disk(tmp_path, caplog):
+    for style in ("anime", "concept-art", "paintings", "photo"):
+        (tmp_path / f"{style}.json").write_text(json.dumps([f"{style} {n}" for n in range(3)]), "utf-8")
+    found = opened([f"hpsv2:{tmp_path}"])
+    assert found.name == "HPSv2 benchmark" and len(found.prompts) == 12
+    assert found.prompts[4] == Prompt("concept-art 1", "concept-art")
+    assert "12 prompts, where 3200 are published" in caplog.text
+    (tmp_path / "PartiPrompts.tsv").write_text('Prompt\tCategory\tChallenge\tNote\na "b" c\tArts\tBasic\t\n', "utf-8")
+    assert opened([f"partiprompts:{tmp_path}"]).prompts[0][:2] == ('a "b" c', "Arts")
+    rows = [{"caption": "x", "jpg_0": b"bytes"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test_unique-00000-of-00001.parquet")
+    assert [one.text for one in opened([f"pickapic-v1-test:{tmp_path}"]).prompts] == ["x"]
+    with pytest.raises(UserError, match="validation_unique-"):
+        opened([f"pickapic-v1-validation:{tmp_path}"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_without_a_network_a_public_set_is_one_line(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "glob", lambda *_: 1 / 0)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError) as refused:
+        opened([name])
+    assert f"--prompts {name}:FOLDER" in str(refused.value) and "\n" not in str(refused.value)

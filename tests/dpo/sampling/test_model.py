@@ -1,0 +1,132 @@
+"""dpo.sampling.model: folders, LoRAs, training outputs; the fingerprint tells any two apart."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo.common.errors import UserError
+from dpo.models.ready import load_named
+from dpo.sampling.model import opened
+from dpo.settings.config import Config, change, to_toml
+from dpo.tiny.paths import pipeline_path
+from tests.help.commands import SMALL
+
+CPU = torch.device("cpu")
+
+
+def find(name, **options):
+    return opened(str(name), device=CPU, **{"precision": "fp32", "lora_base": None, "cache_dir": None} | options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, world):
+    """A run's LoRA on the tiny SD 1.5."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    from dpo.train import main
+
+    words = ["--model", world("sd15"), "--data", world("pairs"), "--output", str(folder), "--lora", "--steps", "2"]
+    assert main([*words, "--batch-size", "4", "--learning-rate", "0.01", "--no-samples", *SMALL[:4]]) == 0
+    return folder
+
+
+def weight(found):
+    return dict(found.pipe.unet.state_dict())
+
+
+def differ(one, other):
+    return any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_embedded_model_and_defaults():
+    found = find("embedded")
+    assert found.side == 64 and found.steps == 50 and found.guidance == 7.5
+    assert found.fingerprint == find(pipeline_path()).fingerprint
+
+
+def test_turbo_draws_in_few_steps_without_guidance(world):
+    found = find(world("sdxl-turbo"))
+    assert found.steps == 4 and found.guidance == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sdxls_vae_stays_in_fp32(world, precision):
+    xl, sd = find(world("sdxl"), precision=precision), find(world("sd15"), precision=precision)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert (xl.vae_precision, sd.vae_precision) == ("fp32", precision)
+    assert (xl.pipe.unet.dtype, xl.pipe.vae.dtype, xl.pipe.text_encoder.dtype) == (half, torch.float32, half)
+    assert (sd.pipe.unet.dtype, sd.pipe.vae.dtype) == (half, half)
+    assert xl.fingerprint == find(world("sdxl")).fingerprint
+
+
+def test_one_changed_weight_is_another_model(world, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(world("sd15"), folder)
+    before = find(folder).fingerprint
+    path = next((folder / "vae").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name].view(-1)[101] += 1e-3  # not one of a few values that are looked at
+    save_file(tensors, path, {"format": "pt"})
+    assert find(folder).fingerprint != before
+
+
+def test_a_runs_lora_finds_its_base(trained, world):
+    found = find(trained)
+    assert differ(weight(found), weight(find(world("sd15"))))
+    from diffusers import DiffusionPipeline
+
+    plain = DiffusionPipeline.from_pretrained(world("sd15"))
+    plain.load_lora_weights(str(trained))
+    plain.fuse_lora()
+    plain.unload_lora_weights()
+    own = weight(found)
+    for name, value in plain.unet.state_dict().items():
+        torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_alone_wants_its_base(trained, world, tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    shutil.copy(trained / file.name, file)
+    for name in (file, tmp_path):
+        with pytest.raises(UserError, match="--lora-base"):
+            find(name)
+        assert find(name, lora_base=world("sd15")).fingerprint == find(trained).fingerprint
+    with pytest.raises(UserError) as refused:
+        find(file, lora_base=world("sdxl"))
+    assert "--lora-init" not in str(refused.value) and "the LoRA" in str(refused.value)
+
+
+def test_a_run_that_began_elsewhere_has_its_starting_unet(trained, world, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    start = load_named(change(Config(), model=world("sd15"), data="x")).denoiser
+    with torch.no_grad():
+        start.conv_out.bias.add_(1.0)
+    start.save_pretrained(tmp_path / "unet")
+    config = change(Config(), model=world("sd15"), data="x", unet_init=str(tmp_path / "unet"), lora_init="gone")
+    (folder / "config.toml").write_text(to_toml(config), "utf-8")
+    assert torch.equal(find(folder).pipe.unet.conv_out.bias, start.conv_out.bias)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("model = 3", ["model"]), ("no toml", ["not TOML"]), ("[model]\nmodel = 'gone/for ever'", ["gone/for ever"])],
+)
+def test_a_runs_broken_config_is_one_line(trained, tmp_path, content, words):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "config.toml").write_text(content, "utf-8")
+    with pytest.raises(UserError) as refused:
+        find(folder)
+    assert [word for word in words if word not in str(refused.value)] == [] and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_none_is_one_line(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match="fetch it again"):
+        find(path)
+    with pytest.raises(UserError, match="no such model"):
+        find(tmp_path / "nowhere at all")

@@ -1,0 +1,173 @@
+"""python -m dpo.sample: killed and resumed, shared, merged, locked; a mistake costs one line."""
+
+import json
+import os
+import random
+import re
+
+import pytest
+
+from dpo import sample
+from dpo.common import locks
+from dpo.drawing.images import read_set
+from tests.help.children import kill_until_done
+from tests.help.drawing import QUICK, drawn, files
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    rows = ["<script>alert(1)</script>", "../../x", "x" * 10_000, "🦊 \u202e rtl", "a\0b", "two\nlines"]
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in rows), "utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def words(world, prompts):
+    return [world("sd15"), "--prompts", prompts, "--seeds", "3", "--batch", "3", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert sample.main([*words, "--output", str(folder)]) == 0
+    return files(folder)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is a fork here")
+def test_killed_and_started_again_it_gives_the_same_bytes(words, whole, tmp_path, kills):
+    out = tmp_path / "out"
+    kill_until_done(lambda: sample.main([*words, "--output", str(out)]), random.Random(kills), kills, 1.5)
+    assert files(out) == whole
+
+
+def test_hostile_prompts_are_kept_as_they_are(whole, words, tmp_path):
+    assert sum(name.startswith("images/") for name in whole) == 18 and set(whole) - {"protocol.json"} == {
+        name for name in whole if name.startswith("images/")
+    }
+
+
+def test_shards_share_a_folder_and_the_last_one_finishes(words, whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    code, err = drawn(capsys, *words, "--output", out, "--shard", "1/2")
+    assert code == 0 and "the last one writes the sheets" in err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert drawn(capsys, *words[:-4], "--output", out, "--device", "cpu")[0] == 0  # with sheets
+    sheets = [name for name in files(out) if name.startswith("sheets/")]
+    assert sheets == ["sheets/sheet-000.png"]
+    assert {name: data for name, data in files(out).items() if name not in sheets} == whole
+
+
+def test_folders_of_shards_are_merged(words, whole, tmp_path, capsys):
+    for part in range(2):
+        assert drawn(capsys, *words, "--output", tmp_path / f"p{part}", "--shard", f"{part}/2")[0] == 0
+    code, err = drawn(capsys, "--merge", tmp_path / "p0", "--output", tmp_path / "out", "--sheets", "0")
+    assert code == 2 and "9 of 18 images are missing" in err
+    assert (
+        drawn(capsys, "--merge", tmp_path / "p0", tmp_path / "p1", "--output", tmp_path / "out", "--sheets", "0")[0]
+        == 0
+    )
+    assert files(tmp_path / "out") == whole
+
+
+def test_two_processes_do_not_share_a_folder(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "WAIT", 0.1)
+    out = tmp_path / "out"
+    out.mkdir()
+    with locks.held(out, "--output"):
+        code, err = drawn(capsys, *words, "--output", out)
+    assert code == 2 and f"dpo.sample: --output {out} is in use by process {os.getpid()}" in err
+
+
+def test_progress_says_images_a_second_and_the_share_outside_the_unet(words, tmp_path, capsys):
+    _, err = drawn(capsys, *words, "--output", tmp_path / "out")
+    assert (
+        "image 18/18" in err
+        and re.search(r"image 6/18  .* images/s  ETA \d+s", err)
+        and "% of the time outside the UNet" in err
+    )
+
+
+def test_another_protocol_is_refused(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert drawn(capsys, *words, "--output", out)[0] == 0
+    code, err = drawn(capsys, *words, "--output", out, "--sampler", "euler")
+    assert code == 2 and 'sampler: "PNDMScheduler" there, "EulerDiscreteScheduler" now' in err
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ([], "name the folder of a run"),
+        (["m", "--strength", "0.5"], "--init-image"),
+        (["m"], "no prompts: give --prompts"),
+        (["m", "--prompts", "x", "--width", "500"], "no multiple of 8"),
+        (["m", "--prompts", "x", "--seeds", "0"], "0 is not above 0"),
+        (["m", "--prompts", "x", "--steps", "many"], "invalid whole number value"),
+        (["m", "--prompts", "x", "--first-seed", "-1"], "is not in 0 to 2^32"),
+        (["m", "--prompts", "x", "--init-image", "examples", "--strength", "0.5,1.5"], "at most 1"),
+        (["m", "--prompts", "x", "--sampler", "magic"], "invalid choice"),
+        (["m", "--prompts", "x", "--shard", "2/2"], "--shard 2/2"),
+        (["m", "--prompts", "x", "--layout", "dpg"], "--seeds 4"),
+        (["m", "--prompts", "x"], "no such model"),
+        (["m", "--prompts", "partiprompts"], "partiprompts:FOLDER"),
+        (["m", "--prompts", "x", "--guidance", "nan"], "nan is not in 0 to 1000"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, extra, told):
+    code, err = drawn(capsys, *extra, "--output", tmp_path / "out")
+    lines = [line for line in err.splitlines() if line.startswith("dpo.sample: ")]
+    assert code == 2 and len(lines) == 1 and told in lines[0] and "Traceback" not in err
+
+
+def test_help_is_in_groups_and_fits_the_sets(capsys):
+    from dpo.drawing.layouts import LAYOUTS
+    from dpo.drawing.prompts import PUBLISHED
+
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert [name for name in PUBLISHED if name not in text] == [] and tuple(LAYOUTS) == sample.LAYOUTS
+    assert "how: the protocol:" in text and "from an image (SDEdit):" in text
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_five_thousand_images(world, tmp_path, capsys):
+    import threading
+    import time
+    from pathlib import Path
+
+    statm, page = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
+    seen, over = [], threading.Event()
+
+    def watch():
+        while not over.wait(1.0):
+            seen.append((time.monotonic(), int(statm.read_text().split()[1]) * page))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        words = [
+            world("sd15"),
+            "--prompts",
+            "a",
+            "b",
+            "--seeds",
+            "2500",
+            "--steps",
+            "1",
+            "--guidance",
+            "1",
+            "--batch",
+            "10",
+        ]
+        assert drawn(capsys, *words, "--sheets", "1", "--device", "cpu", "--output", tmp_path / "out")[0] == 0
+    finally:
+        over.set()
+        watcher.join()
+    third = len(seen) // 3
+    early, late = (max(rss for _, rss in part) for part in (seen[third : 2 * third], seen[2 * third :]))
+    assert len(read_set(tmp_path / "out")) == 5000
+    assert late - early < 32 * 2**20
