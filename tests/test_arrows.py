@@ -33,7 +33,7 @@ MAY_CALL = {
     "commands": "training sampling evaluating scorers tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
     "sampling": "tiny models drawing settings",
-    "evaluating": "sampling scorers training encode objective models data drawing pages settings",
+    "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
     "scorers": "",
     "tiny": "drawing models",
     "tiny.making": "training tiny drawing models",  # and tiny/build.py, the command that makes the embedded world again
@@ -44,7 +44,6 @@ MAY_CALL = {
     "data": "settings schedule csrc_triton.philox",
     "pages": "drawing.grid settings",
     "drawing": "",
-    "scorers": "",
     "settings": "",
     "credit": "schedule",
     "correction": "",
@@ -181,6 +180,7 @@ def test_no_file_is_longer_than_400_lines():
 PARSER = "it reads the command line"
 LOUD = {  # files that may print, parse arguments or exit, besides the commands, and why
     "dpo.settings.flags": PARSER,
+    "dpo.sampling.flags": PARSER,
     "dpo.tiny.build": "a command",
     "dpo.common.command": "what all commands share: the line on stderr and the exit code",
 }

@@ -13,12 +13,13 @@ import numpy as np
 from PIL import Image
 
 from dpo.common.errors import UserError
+from dpo.common.pictures import pixel_hash
 from dpo.common.words import excerpt
 from dpo.data.images import decode
 from dpo.data.pairs import BadImage, ImageRef
 from dpo.evaluating import tables
 from dpo.evaluating.sides import Shown, Side
-from dpo.scorers.cache import ScoreCache, image_hash
+from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer
 
 log = logging.getLogger("dpo")
@@ -103,7 +104,7 @@ def _images(
             except UserError as error:
                 look.unusable[shown.path] = str(error)
                 return None
-            look.hashes[shown.path] = image_hash(image)
+            look.hashes[shown.path] = pixel_hash(image)
             if all(low == high for low, high in image.getextrema()):
                 look.flat.append(shown.path)
         known = cache.get(look.hashes[shown.path], scorer.fingerprint, shown.prompt)

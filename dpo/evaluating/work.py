@@ -215,6 +215,7 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
     from dpo.evaluating.accuracy import by_side
     from dpo.sampling import model
     from dpo.settings.flags import parse
+    from dpo.tiny import paths
 
     device = pick_device(asked.draw.device)
     assert asked.pairs is not None
@@ -227,14 +228,14 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
 
     flags = ["--data", asked.pairs, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
     flags += ["--split", asked.split] if asked.split else []
-    config, _ = parse([*flags, "--model", model.folder_of(asked.base.place)])
+    config, _ = parse(
+        [*flags, "--model", str(paths.pipeline_path()) if asked.base.place == model.EMBEDDED else asked.base.place]
+    )
     models = {named.name: named for group in asked.others for named in group}
     yield from by_side(config, {name: lambda named=named: denoiser(named) for name, named in models.items()})
 
 
-def _published(
-    name: str, groups: Sequence[Group], found: dict[tuple[str, str], np.ndarray]
-) -> dict[str, Any]:
+def _published(name: str, groups: Sequence[Group], found: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:
     """One's own figures beside a published table's."""
     chosen = reproduce.table(name)
     statistic = np.nanmedian if chosen.statistic == "median" else np.nanmean

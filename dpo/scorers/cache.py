@@ -13,17 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from PIL import Image
-
 from dpo.common.errors import UserError
 
 WAIT = 30.0  # seconds for another process's write
-
-
-def image_hash(image: Image.Image) -> str:
-    """A hash, hexadecimal, of an image's size and RGB pixels: equal for equal pictures, however they are stored."""
-    rgb = image.convert("RGB")
-    return hashlib.sha256(f"{rgb.width}x{rgb.height} ".encode() + rgb.tobytes()).hexdigest()
 
 
 class ScoreCache:

@@ -15,7 +15,7 @@ from dpo.common.words import first_line
 
 def converted(name: str, source: str, place: str | None) -> Path:
     """The safetensors file of scorer `name` at `place`, a file or a folder with one. Raises UserError where there is none."""
-    remedy = f"convert {source} once (python -m dpo.evaluate --convert {name}) and name the file, {name}:FILE"
+    remedy = f"convert {source} once (python -m dpo.evaluate --convert FILE) and name what that writes, {name}:FILE"
     if place is None:
         raise UserError(f"{name}: its weights are published as a pickle, which is not read here; {remedy}")
     path = Path(place).expanduser()

@@ -58,6 +58,20 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed("tiny-b", "dpo.tiny.scorer:judge_b", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
     Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", "in the package", "Apache-2.0", 0.001, "0 or 1"),
+    Listed(
+        "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
+        note="learned from Pick-a-Pic, as models trained on those pairs are",
+    ),
+    Listed("clip-l14", "dpo.scorers.clip:clip_l14", "openai/clip-vit-large-patch14", "MIT", 1.7, "cosine"),
+    Listed("clip-h14", "dpo.scorers.clip:clip_h14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine"),
+    Listed(
+        "clip-h14-pad", "dpo.scorers.clip:clip_h14_pad", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine",
+        note="the whole image padded to a square, as Diffusion-DPO's own evaluation does",
+    ),
+    Listed(
+        "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
+        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
+    ),
 )  # fmt: skip
 
 

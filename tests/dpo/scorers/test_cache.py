@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.scorers.cache import ScoreCache, image_hash
+from dpo.common.pictures import pixel_hash
+from dpo.scorers.cache import ScoreCache
 from tests.help.children import kill_until_done
 
 
@@ -24,12 +25,12 @@ def test_equal_pictures_have_equal_hashes(tmp_path):
     image = Image.linear_gradient("L").convert("RGB")
     image.save(tmp_path / "a.png", compress_level=1)
     image.save(tmp_path / "b.webp", lossless=True)
-    hashes = {image_hash(Image.open(tmp_path / name)) for name in ("a.png", "b.webp")} | {image_hash(image)}
+    hashes = {pixel_hash(Image.open(tmp_path / name)) for name in ("a.png", "b.webp")} | {pixel_hash(image)}
     assert len(hashes) == 1
     wide, tall = Image.new("RGB", (2, 8)), Image.new("RGB", (8, 2))
-    assert image_hash(wide) != image_hash(tall)
+    assert pixel_hash(wide) != pixel_hash(tall)
     image.putpixel((0, 0), (1, 0, 0))
-    assert image_hash(image) not in hashes
+    assert pixel_hash(image) not in hashes
 
 
 def test_kills_leave_whole_batches(tmp_path):
