@@ -196,7 +196,7 @@ def load_single_file(
     checks.check(kind.checks, configs, str(path))
     for name, part in parts.items():
         checks.finite(part, f"{path}: the {name}")
-    described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+    described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, f"{path}: ")
     scheduler_config = described | said.scheduler
     if said.scheduler.get("rescale_betas_zero_snr") and scheduler_config["prediction_type"] == "v_prediction":
         scheduler_config["timestep_spacing"] = "trailing"  # sampling starts at the last timestep (Lin et al. 2023)
