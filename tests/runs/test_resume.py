@@ -217,7 +217,9 @@ def test_ctrl_c_ends_the_program_itself_in_order(world, tmp_path):
     """Started as a person does: also what `python -m dpo.train` does after `main` is tested."""
     output = tmp_path / "stopped"
     line = [sys.executable, "-m", "dpo.train", *words(world, output, "--steps", "100000")]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` hands on that it is ignored
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heard)
     wait_for(lambda: figures_of_three_updates(output), process.pid)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
