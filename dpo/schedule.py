@@ -92,12 +92,13 @@ BETAS = ("beta_start", "beta_end", "beta_schedule")
 OTHER_SCHEDULES = ("use_flow_sigmas", "snr_shift_scale")  # settings under which the betas are not all of the schedule
 
 
-def complete(config: Mapping) -> tuple[dict[str, Any], list[str]]:
+def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str]]:
     """A diffusers scheduler config with what the training depends on said, and lines for the log on what it left out.
 
     A missing key means what the class that the config names declares: published configs rely on that for
-    prediction_type. Betas must be said. Raises UserError for them, for a class that diffusers does not have, and for a
-    schedule that is not one of betas (EDM, flow matching), where noise is added otherwise than here.
+    prediction_type. `about`, the model's name, begins the messages. Betas must be said.
+    Raises UserError for them, for a class that diffusers does not have, and for a schedule that is not one of betas
+    (EDM, flow matching), where noise is added otherwise than here.
     """
     import diffusers
 
@@ -106,24 +107,26 @@ def complete(config: Mapping) -> tuple[dict[str, Any], list[str]]:
     cls = getattr(diffusers, str(name), None)
     if cls is None and (name is not None or missing):
         said = f"is of a class that diffusers does not have ({name})" if name else f"says no {missing[0]} and no class"
-        raise UserError(f"the model's scheduler {said}: its noise schedule is unknown; mend scheduler_config.json")
+        raise UserError(
+            f"{about}the model's scheduler {said}: its noise schedule is unknown; mend scheduler_config.json"
+        )
     if cls is not None and hasattr(
         cls, "_backends"
     ):  # diffusers' placeholder for a class whose libraries are not installed
-        raise UserError(f"the model's scheduler {name} needs {' and '.join(cls._backends)}: install them")
+        raise UserError(f"{about}the model's scheduler {name} needs {' and '.join(cls._backends)}: install them")
     declared = inspect.signature(cls.__init__).parameters if cls is not None else {}
     other = next((key for key in OTHER_SCHEDULES if config.get(key)), None)
     if config.get("timestep_type") == "continuous":
         other = "timestep_type continuous"
     if (cls is not None and "beta_schedule" not in declared) or other:
         raise UserError(
-            f"the model's scheduler {name}{f' ({other})' if other else ''} adds noise by no schedule of betas, as EDM and "
+            f"{about}the model's scheduler {name}{f' ({other})' if other else ''} adds noise by no schedule of betas, as EDM and "
             "flow matching do: this trainer knows models trained with betas (DDPM)"
         )
     absent = [key for key in BETAS if config.get(key) is None]
     if absent and config.get("trained_betas") is None:
         raise UserError(
-            f"the model's scheduler says no {absent[0]}: mend scheduler_config.json, a schedule is not guessed"
+            f"{about}the model's scheduler says no {absent[0]}: mend scheduler_config.json, a schedule is not guessed"
         )
     known |= {key: declared[key].default for key in missing}
     return known, [f"the model's scheduler says no {key}: {known[key]}, the default of {name}" for key in missing]

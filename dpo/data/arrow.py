@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from dpo.common.errors import UserError, reading
 from dpo.common.words import digest, excerpt_of_path, first_line, listed
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, labels_of
+from dpo.data.listing import NoSplit
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, one_image
 from dpo.settings.config import Data
 
@@ -110,7 +111,7 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
         chosen = next((name for name in (split, names.get(split)) if name in found), None)
         chosen = chosen or next((name for name in found if names.get(name, name) == names.get(split, split)), None)
         if chosen is None:
-            raise UserError(f"{folder}: has no split {split!r}, found {listed(found)}; choose one with --split")
+            raise NoSplit(f"{folder}: has no split {split!r}, found {listed(found)}")
         folder = folder / chosen
     table = _table(folder)
     columns = find_columns(table.column_names, data, str(folder), kind)

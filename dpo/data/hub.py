@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line, listed
-from dpo.data.listing import is_junk
+from dpo.data.listing import NoSplit, is_junk
 from dpo.data.parquet import Files
 from dpo.settings.config import Data
 
@@ -48,14 +48,12 @@ def split_of(name: str) -> str | None:
 def files_of_split(names: list[str], split: str, where: str) -> list[str]:
     """The files of a split, sorted; a file whose path names no split is "train".
 
-    Raises UserError when there are none.
+    Raises NoSplit when there are none.
     """
     splits = {name: split_of(name) or "train" for name in names}
     chosen = sorted(name for name in names if splits[name] == SPLITS.get(split, split))
     if not chosen:
-        raise UserError(
-            f"{where}: has no split {split!r}, found {listed(sorted(set(splits.values())))}; choose one with --split"
-        )
+        raise NoSplit(f"{where}: has no split {split!r}, found {listed(sorted(set(splits.values())))}")
     return chosen
 
 

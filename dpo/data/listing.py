@@ -25,6 +25,10 @@ JUNK = {
 }  # fmt: skip
 
 
+class NoSplit(UserError):
+    """The wanted split is not among those found; `open_source` adds the flag that chooses one."""
+
+
 @dataclass
 class Listing:
     """The files below a folder, by their path in it with forward slashes, sorted."""

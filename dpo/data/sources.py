@@ -19,7 +19,7 @@ from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
-from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, is_of_files, list_files, not_read
+from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, NoSplit, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
 from dpo.data.parquet import Files, open_parquet
@@ -34,7 +34,9 @@ LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
-    """The pairs that data.data names, usable ones only; `split` defaults to data.split.
+    """The pairs that data.data names, usable ones only.
+
+    split: that of held-out pairs; None for training pairs, which have data.split.
 
     data.data is a parquet, tar, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, one that
     `save_to_disk` wrote, a prepared store, a glob, or a hub id. A split chooses among the files of a folder or hub data
@@ -48,8 +50,11 @@ def open_source(data: Data, split: str | None = None) -> Source:
             raise UserError(
                 f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
             ) from error
+        except NoSplit as error:
+            flag = "--split" if split is None else "--validation-split"
+            raise UserError(f"{error}; choose one with {flag}") from error
     if not len(source):
-        hint = "; ties can be kept with --ties keep" if source.summary.get("ties") else ""
+        hint = "; ties can be kept with --ties keep" if source.summary.get("ties") and split is None else ""
         raise UserError(f"{data.data}: no usable pairs ({describe(source)}){hint}")
     return source
 

@@ -65,7 +65,7 @@ class Published:
     """A set of prompts that papers use."""
 
     title: str
-    repo: str  # data set on the hub
+    repo: str | None  # data set on the hub; None: it was withdrawn there
     files: tuple[str, ...]  # paths or patterns in the repository; on disk their last parts
     count: int
     column: str | None = None  # None: of COLUMNS, or a list of texts
@@ -73,8 +73,8 @@ class Published:
 
 
 def _pickapic(version: int, split: str) -> Published:
-    title = f"Pick-a-Pic v{version} {split}"
-    return Published(title, f"yuvalkirstain/pickapic_v{version}", (f"data/{split}-*.parquet",), 500, "caption")
+    title, repo = f"Pick-a-Pic v{version} {split}", {2: "liuhuohuo2/pick-a-pic-v2"}.get(version)
+    return Published(title, repo, (f"data/{split}-*.parquet",), 500, "caption")
 
 
 PUBLISHED = {
@@ -263,6 +263,10 @@ def _from_hub(name: str) -> list[Path | _Remote]:
     import huggingface_hub
 
     one = PUBLISHED[name]
+    if one.repo is None:
+        raise UserError(
+            f"--prompts {name}: {one.title} was withdrawn from the hub; give your own copy: --prompts {name}:FOLDER"
+        )
     try:
         if not any("*" in pattern for pattern in one.files):
             fetch = huggingface_hub.hf_hub_download

@@ -8,6 +8,9 @@ from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
 from dpo.common.words import first_line
 
+LORA = "is a LoRA, not a whole model: give it as --lora-init, and name the model it belongs to with --model"
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
+
 
 def locate(
     model: str, *, revision: str | None = None, variant: str | None = None, cache_dir: str | None = None
@@ -23,6 +26,8 @@ def locate(
         return path
     if path.is_dir():
         if not (path / "model_index.json").is_file():
+            if any((path / name).is_file() for name in LORA_FILES):
+                raise UserError(f"{model} {LORA}")
             raise UserError(f"{model} has no model_index.json: name the folder of a whole diffusers pipeline")
         return path
     if not is_hub_id(model):
@@ -37,7 +42,8 @@ def locate(
         )
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing, no safetensors
         raise UserError(
-            f"cannot get the model {model} from the hub ({first_line(error)}); check name and network, or name a local folder"
+            f"there is no folder {model} here, and cannot get the model {model} from the hub ({first_line(error)}); "
+            "check name and network, or name a local folder"
         ) from error
 
 

@@ -104,7 +104,7 @@ def load(
         raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
-    scheduler_config, said = complete(_scheduler_config(place))
+    scheduler_config, said = complete(_scheduler_config(place), f"{model}: ")
     turbo = is_turbo(model, scheduler_config, timesteps)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from dpo.common.words import first_line
 from dpo.models import checks
 from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
+from dpo.models.hub import LORA
 from dpo.models.outside import check_part
 from dpo.models.parts import configs_of, is_turbo, other_config, other_vae, pipeline_settings
 from dpo.schedule import complete
@@ -27,6 +29,27 @@ def family_by_keys(names: set[str]) -> Family:
         for family in reversed(families().values())
         if any(name.startswith(family.single_file_key) for name in names)
     )
+
+
+# Parts of keys that only checkpoints of other families have, bare or below model.diffusion_model.
+FOREIGN = {
+    "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "FLUX",
+    "cap_embedder.": "Lumina",
+    "clip_txt_mapper.": "Stable Cascade",
+}
+OF_LORA = re.compile(r"lora_(up|down|unet|te\d?)[._]|\.lora(_[AB]\b|\.(up|down)\b)")
+
+
+def _foreign(path: Path, names: set[str]) -> None:
+    """Raises UserError for a LoRA, and for a checkpoint of a family that this trainer does not know, by its keys."""
+    if any(OF_LORA.search(name) for name in names):
+        raise UserError(f"{path} {LORA}")
+    bare = {name.removeprefix("model.diffusion_model.") for name in names}
+    for key, kind in FOREIGN.items():
+        if any(name.startswith(key) for name in bare):
+            known = ", ".join(family.pipeline for family in families().values())
+            raise UserError(f"{path} is a {kind} model, which is not supported; this trainer knows {known}")
 
 
 class Said(NamedTuple):
@@ -137,6 +160,7 @@ def load_single_file(
 
     shapes, metadata = _header(path)
     names = set(shapes)
+    _foreign(path, names)
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(
             f"{path} is not a whole Stable Diffusion checkpoint; to start from its UNet alone use --unet-init"
@@ -172,7 +196,7 @@ def load_single_file(
     checks.check(kind.checks, configs, str(path))
     for name, part in parts.items():
         checks.finite(part, f"{path}: the {name}")
-    described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config})
+    described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, f"{path}: ")
     scheduler_config = described | said.scheduler
     if said.scheduler.get("rescale_betas_zero_snr") and scheduler_config["prediction_type"] == "v_prediction":
         scheduler_config["timestep_spacing"] = "trailing"  # sampling starts at the last timestep (Lin et al. 2023)

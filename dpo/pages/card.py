@@ -18,7 +18,7 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 SETTINGS = (
-    "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "window_low", "window_high", "learning_rate", "scheduler",
+    "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "learning_rate", "scheduler",
     "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
     "caption_dropout", "precision", "unet_init", "lora_init",
 )  # fmt: skip
@@ -145,6 +145,8 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
         for name in SETTINGS
         if name not in unused and run.setting(name) != 0
     ]
+    if (end := run.setting("window_high")) is not None:  # the timestep after the last
+        rows.append(("timesteps", f"{run.setting('window_low', 0)} to {end - 1}"))
     rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
     return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
 

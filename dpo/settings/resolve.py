@@ -110,7 +110,8 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
     if precision == "fp16" and not gpu:
         precision = "fp32"
     if runtime.kernels == "triton" and not gpu:
-        raise UserError("kernels = triton needs a GPU: use --kernels torch or auto")
+        missing = "a GPU" if device.triton else "a GPU and the package triton, which is not installed"
+        raise UserError(f"kernels = triton needs {missing}: use --kernels torch or auto")
     if runtime.kernels == "triton" and not device.triton:
         raise UserError(
             "kernels = triton: the package triton is not installed (on Linux: pip install triton); use --kernels torch or auto"

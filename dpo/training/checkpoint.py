@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
         named = Path(which).expanduser()
         if not named.is_dir():
             raise UserError(
-                f"no such checkpoint: {which}; use --resume latest or name a folder such as {root}/step-00000500"
+                f"no such checkpoint: {which}; use --resume latest or name a folder such as {shlex.quote(str(folder_of(root, 500)))}"
             )
         inside = listing(named) or listing(named / CHECKPOINTS)  # the folder of a run, or of its checkpoints
         older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
@@ -191,7 +192,7 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
         return found
     others = [path for path in listing(root) if path not in candidates][::-1]
     if others:
-        raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {others[0]}")
+        raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {shlex.quote(str(others[0]))}")
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
 
 

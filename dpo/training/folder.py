@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from dpo.common.errors import UserError, reading
@@ -42,7 +44,28 @@ def check_output(config: Config) -> Path:
         raise UserError(
             f"{output} is no run and has {', '.join(others)}, which would be replaced: name another --output, or add --overwrite"
         )
+    _try(output)
     return output
+
+
+def _try(output: Path) -> None:
+    """Makes the folder and a file in it, and takes both away again. Raises UserError when either is refused.
+
+    Permissions do not tell: the superuser has them all, and a file system may refuse whatever they say.
+    """
+    missing = [path for path in (output, *output.absolute().parents) if not path.exists()]
+    done = "cannot be made"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        done = "takes no file"
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: it {done} ({error.strerror}); choose another folder") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # not made, or another process put something there
+                folder.rmdir()
 
 
 def check_apart(flag: str, folder: Path, config: Config, *, known: bool = False) -> None:

@@ -127,12 +127,25 @@ class Run:
         if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
             self.drop()
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
+            broken = f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at})"
+            if not self.done:
+                raise Diverged(f"{broken}, and no weight has changed yet: {self._other_causes()}")
             raise Diverged(
-                f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at}); the state before it is saved: "
+                f"{broken}; the state before it is saved: "
                 "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last "
                 "checkpoint before; if that fails too, resume an earlier checkpoint "
                 "or start anew with --overwrite"
             )
+
+    def _other_causes(self) -> str:
+        """What to do where the learning rate cannot be the cause, in words."""
+        config = self.config
+        others = {"fp32": "", "fp64": "", "fp16": "use --precision bf16 or fp32, or "}
+        precision = others.get(config.runtime.precision, "use --precision fp32, or ")
+        return (
+            f"{precision}mend the weights of --model {config.model.model} or the images of --data {config.data.data}, "
+            "then start anew with --overwrite"
+        )
 
     def batches(self) -> Generator[PairBatch, None, None]:
         """Micro-batches from the run's position on, without end. Close the generator to end its workers or thread."""

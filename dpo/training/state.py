@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
-from dpo.settings import rules
+from dpo.settings import resolve, rules
 from dpo.settings.config import Config, change, flatten, from_mapping, of_before, specs
 from dpo.training import checkpoint
 from dpo.training.run import Run
@@ -160,7 +161,17 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             "and without bias correction"
         )
     run.done, run.position, run.resumed = state["step"], state["position"], saved.path
+    _say_rate(run, from_mapping(of_before(state["config"])))
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
+
+
+def _say_rate(run: Run, before: Config) -> None:
+    """Warns where the next update has another learning rate than by the settings of the checkpoint."""
+    if run.done >= run.total:
+        return
+    old = replace(run, config=before, total=resolve.total_steps(before, len(run.source))).learning_rate()
+    if (new := run.learning_rate()) != old:
+        log.warning("learning rate of update %d: %g by the checkpoint's schedule, now %g", run.done + 1, old, new)
 
 
 def keep_trained(run: Run, saved: checkpoint.Checkpoint) -> None:

@@ -217,7 +217,9 @@ def test_ctrl_c_ends_the_program_itself_in_order(world, tmp_path):
     """Started as a person does: also what `python -m dpo.train` does after `main` is tested."""
     output = tmp_path / "stopped"
     line = [sys.executable, "-m", "dpo.train", *words(world, output, "--steps", "100000")]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` hands on that it is ignored
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heard)
     wait_for(lambda: figures_of_three_updates(output), process.pid)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
@@ -233,3 +235,19 @@ def wait_for(condition, child, seconds=300):
         )
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changed", "said"),
+    [("cosine", ["--steps", "8"], True), ("constant", ["--steps", "8"], False), ("linear", [], False)],
+)
+def test_a_learning_rate_that_jumps_on_resume_is_said(world, tmp_path, caplog, scheduler, changed, said):
+    flags = ["--scheduler", scheduler, "--steps", "4", "--learning-rate", "1e-5", *TINY]
+    run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
+    advance(run, 2)
+    snapshot(run)
+    caplog.clear()
+    make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags, *changed, "--resume", "latest")
+    told = [record.getMessage() for record in caplog.records if "learning rate of update 3" in record.getMessage()]
+    assert bool(told) == said
+    assert not said or "5e-06 by the checkpoint's schedule, now 8.53553e-06" in told[0]

@@ -1,6 +1,7 @@
 """What `data` may name, splits, held-out pairs, and the hub as far as it can be shown without a network."""
 
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -49,7 +50,8 @@ def test_splits_of_a_folder(tmp_path, settings):
     ]
     assert len(open_source(settings(tmp_path / "data" / "*.parquet"))) == 10
     with pytest.raises(
-        UserError, match="has no split 'test', found train, validation, validation_unique; choose one with --split"
+        UserError,
+        match="has no split 'test', found train, validation, validation_unique; choose one with --validation-split",
     ):
         open_source(settings(tmp_path), "test")
 
@@ -348,3 +350,14 @@ def test_whatever_a_library_raises_while_a_set_is_opened_is_one_line(error, tmp_
     with pytest.raises(UserError, match="cannot be read") as caught:
         open_source(settings(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_flag_of_the_split_that_is_missing_is_named(tmp_path, settings):
+    """Also for held-out pairs, which have a flag of their own and never keep ties."""
+    worlds.make_pickapic(tmp_path / "train", 8, split="train")
+    worlds.make_pickapic(tmp_path / "other", 8, split="test")
+    data = replace(settings(tmp_path / "train"), validation_data=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"has no split 'validation', found test; choose one with --validation-split$"):
+        open_sources(data)
+    with pytest.raises(UserError, match=r"has no split 'train', found test; choose one with --split$"):
+        open_source(settings(tmp_path / "other"))

@@ -116,3 +116,10 @@ def test_without_a_network_a_public_set_is_one_line(name, monkeypatch):
     with pytest.raises(UserError) as refused:
         opened([name])
     assert f"--prompts {name}:FOLDER" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_set_that_was_withdrawn_asks_for_ones_own_copy():
+    with pytest.raises(
+        UserError, match=r"was withdrawn from the hub; give your own copy: --prompts pickapic-v1-test:FOLDER"
+    ):
+        opened(["pickapic-v1-test"])

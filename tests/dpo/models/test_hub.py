@@ -25,6 +25,7 @@ def test_no_such_model(tmp_path):
 
 def test_unreachable_hub_id():
     message = refused("nobody/no-such-model-on-earth")
+    assert message.startswith("there is no folder nobody/no-such-model-on-earth here, and cannot")
     assert "cannot get the model nobody/no-such-model-on-earth from the hub" in message and "local folder" in message
 
 

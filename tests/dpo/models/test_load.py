@@ -284,3 +284,11 @@ def test_start_from_a_unet_that_does_not_fit(pipelines, tmp_path):
             load_weights_into(unet, source)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_a_scheduler_that_is_refused_names_its_model(broken):
+    path = broken / "scheduler" / "scheduler_config.json"
+    path.write_text(
+        json.dumps({"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon"})
+    )
+    assert refused(str(broken)).startswith(f"{broken}: the model's scheduler EDMEulerScheduler adds noise")

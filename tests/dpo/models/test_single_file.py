@@ -131,3 +131,29 @@ def test_checkpoints_with_other_inputs_or_of_another_family(pipelines, tmp_path)
     assert "takes 9 channels and not 4; it is an inpainting model" in refused(str(path))
     save_file(weights | {"conditioner.embedders.0.model.x": torch.zeros(1)}, path)
     assert "SDXL refiner" in refused(str(path))
+
+
+OTHERS = {
+    "Stable Diffusion 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+    "FLUX": "double_blocks.0.img_attn.qkv.weight",
+    "FLUX, as ComfyUI keeps it": "model.diffusion_model.double_blocks.0.img_attn.qkv.weight",
+    "Lumina": "model.diffusion_model.cap_embedder.0.weight",
+    "Stable Cascade": "model.diffusion_model.clip_txt_mapper.weight",
+}
+
+
+@pytest.mark.parametrize(("family", "key"), OTHERS.items(), ids=OTHERS)
+def test_a_file_of_another_family_is_named_as_what_it_is(tmp_path, family, key):
+    path = tmp_path / "model.safetensors"
+    save_file({key: torch.zeros(1)}, path)
+    message = refused(str(path))
+    assert f"is a {family.split(',')[0]} model" in message and "not supported" in message
+    assert "StableDiffusionPipeline, StableDiffusionXLPipeline" in message and "again" not in message
+
+
+@pytest.mark.parametrize("key", ["lora_unet_mid_block.lora_down.weight", "unet.mid_block.to_q.lora_A.weight"])
+def test_a_lora_is_no_model(tmp_path, key):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({key: torch.zeros(1)}, path)
+    assert "is a LoRA, not a whole model: give it as --lora-init" in refused(str(path))
+    assert "is a LoRA, not a whole model: give it as --lora-init" in refused(str(tmp_path))

@@ -150,3 +150,12 @@ def test_length_and_rate():
 def test_the_weight_of_single_shot_estimation_is_large_on_the_epsilon_error_alone():
     assert {name for name in METHODS if large_weight(name, "epsilon")} == {"dde", "dde-single"}
     assert not any(large_weight(name, "v_prediction") for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("there", "words"), [(True, "needs a GPU: use"), (False, "needs a GPU and the package triton")]
+)
+def test_all_that_the_kernels_lack_is_named(there, words):
+    asked = change(Config(), kernels="triton")
+    with pytest.raises(UserError, match=words):
+        resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cpu", triton=there))

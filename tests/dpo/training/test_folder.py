@@ -2,6 +2,9 @@
 pages/folder.ENTRIES.
 """
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from dpo import prepare
@@ -294,3 +297,32 @@ def test_a_store_is_not_made_in_what_it_is_made_from(tmp_path, capsys, place):
     said = capsys.readouterr().err.strip()
     assert "--data" in said and "name a" in said and len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    """Permissions alone do not tell: the superuser has them all, and some file systems refuse whatever they say."""
+
+    def refuse(self, *args, **options):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"out: .*cannot be made \(Read-only file system\); choose another folder"):
+        check_output(into(tmp_path / "deep" / "out"))
+
+
+def test_a_folder_that_takes_no_file_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"takes no file \(No space left on device\); choose another folder"):
+        check_output(into(tmp_path / "deep" / "out"))
+    assert list(tmp_path.iterdir()) == [], "what was tried is gone again"
+
+
+@pytest.mark.parametrize("there", ["", "deep", "deep/out"])
+def test_trying_a_folder_leaves_nothing_behind(tmp_path, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert check_output(into(tmp_path / "deep" / "out")) == tmp_path / "deep" / "out"
+    assert sorted(tmp_path.rglob("*")) == before

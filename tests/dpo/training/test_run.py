@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from dpo.settings.config import change
 from dpo.training.run import Diverged, Speed
 from tests.help.running import make_run
 
@@ -43,6 +44,22 @@ def test_what_is_not_finite_stops_the_run_and_drops_the_update(run, figures):
         run.check_finite(figures | {"pairs": 4})
     assert ("3, 7" in str(caught.value)) is bool(figures["nonfinite_timesteps"])
     assert parameter.grad is None
+
+
+def test_the_first_update_is_not_blamed_on_the_learning_rate(run):
+    """No weight has changed before it; what has no checkpoint cannot be resumed from an earlier one."""
+    figures = {"nonfinite_timesteps": [3], "grad_norm": 1.0, "pairs": 4}
+    with pytest.raises(Diverged, match="no weight has changed yet") as caught:
+        run.check_finite(figures)
+    message = str(caught.value)
+    assert run.config.model.model in message and run.config.data.data in message and "--overwrite" in message
+    assert not any(word in message for word in ("learning-rate", "resume", "--precision", "\n")), "fp32 already"
+    run.config = change(run.config, precision="fp16")
+    with pytest.raises(Diverged, match="use --precision bf16 or fp32"):
+        run.check_finite(figures)
+    run.done = 1
+    with pytest.raises(Diverged, match="lower --learning-rate.*--resume latest"):
+        run.check_finite(figures)
 
 
 def test_what_is_finite_or_has_no_pair_goes_on(run):
