@@ -61,8 +61,8 @@ setup(
             "dpo-prepare = dpo.prepare:main",
             "dpo-sweep = dpo.sweep:main",
             "dpo-report = dpo.report:main",
-            "dpo-evaluate = dpo.evaluate:main",
             "dpo-sample = dpo.sample:main",
+            "dpo-evaluate = dpo.evaluate:main",
         ]
     },
 )

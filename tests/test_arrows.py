@@ -22,8 +22,8 @@ COMMANDS = (
     "prepare",
     "sweep",
     "report",
-    "evaluate",
     "sample",
+    "evaluate",
 )  # dpo/*.py that a person runs; the other files there are the method
 
 # A room -> what it may call besides itself. "room" allows all of a room, "room.file" that file alone. A file of dpo/ that is no

@@ -105,7 +105,7 @@ def _images(
                 look.unusable[shown.path] = str(error)
                 return None
             look.hashes[shown.path] = pixel_hash(image)
-            if all(low == high for low, high in image.getextrema()):
+            if image.getcolors(1) is not None:
                 look.flat.append(shown.path)
         known = cache.get(look.hashes[shown.path], scorer.fingerprint, shown.prompt)
         return known if known is not None else image or read(shown.path)

@@ -81,8 +81,8 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
             raise UserError(f"{place}, row {number}: the seed {excerpt(seed)} is no whole number")
         known[file] = (prompt, None if seed is None else int(seed), tables.cell(row, tables.CATEGORY) or "")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
-    found = [(path, tables.of_file(path, known, None)) for path in files]
-    images = tuple(Shown(path, *row) for path, row in found if row is not None)
+    rows = [(path, tables.of_file(path, known, None)) for path in files]
+    images = tuple(Shown(path, *row) for path, row in rows if row is not None)
     if not images:
         raise UserError(f"{place} names none of the {len(files)} images in {folder}")
     if len(images) < len(files):

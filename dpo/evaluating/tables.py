@@ -18,6 +18,7 @@ SEED = ("seed",)
 CATEGORY = ("category", "style", "tag")
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -43,7 +44,7 @@ def cell(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return None if value is None else str(value)
 
 
-def of_file(path: Path, by_name: Mapping[str, T], default: T, digest: str | None = None) -> T:
+def of_file(path: Path, by_name: Mapping[str, T], default: D, digest: str | None = None) -> T | D:
     """The entry of a file in a table: by its hash, its whole path, or as many last parts of the path as the table has."""
     ends = [path.parts[first:] for first in range(len(path.parts))]
     names = [digest or "", path.as_posix(), *(mark.join(end) for end in ends for mark in "/\\")]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +233,7 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
         [*flags, "--model", str(paths.pipeline_path()) if asked.base.place == model.EMBEDDED else asked.base.place]
     )
     models = {named.name: named for group in asked.others for named in group}
-    yield from by_side(config, {name: lambda named=named: denoiser(named) for name, named in models.items()})
+    yield from by_side(config, {name: partial(denoiser, named) for name, named in models.items()})
 
 
 def _published(name: str, groups: Sequence[Group], found: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:

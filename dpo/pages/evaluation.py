@@ -107,6 +107,16 @@ def _row(entry: Entry) -> Row:
     )
 
 
+def _at_best(found: Entry) -> list[tuple[str, str, str, Row]]:
+    """(side, scorer, name of the base, figures) of every comparison with the base at its best guidance."""
+    entries = [entry for entry in found["results"] if (entry.get("best_guidance") or {}).get("paired")]
+    return [
+        (entry["side"], entry["scorer"], at["base"], _row({**entry, "paired": at["paired"]}))
+        for entry in entries
+        for at in [entry["best_guidance"]]
+    ]
+
+
 def markdown(found: Entry) -> str:
     """The figures as a Markdown table, with what they were measured on."""
     base = found["sides"][0]
@@ -172,6 +182,8 @@ def render(found: Entry) -> str:
         everyone=found["sides"],
         sets=found.get("sets") or [],
         accuracy=found.get("accuracy") or [],
+        published=found.get("published"),
+        at_best=_at_best(found),
         warnings=found.get("warnings") or [],
         made=[(name, _value(value)) for name, value in (found.get("made") or {}).items()],
         large=pictures.large,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo.common.errors import OF_READING, UserError
+from dpo.common.errors import UserError
 from dpo.common.files import checksum, write_whole
 from dpo.common.words import first_line
 
@@ -25,7 +24,7 @@ def convert(source: Path, target: Path | None = None) -> Path:
     target = source.with_suffix(".safetensors") if target is None else target
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
-    except (*OF_READING, RuntimeError, pickle.UnpicklingError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # an unpickler that meets bytes of any kind raises any kind
         raise UserError(
             f"{source} cannot be read as a file of weights ({first_line(error)}); fetch it again"
         ) from error
