@@ -355,7 +355,15 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name, count, examples, tm
 
 
 # Seeds of files that once ended in a traceback or, the first, in Arrow's end of the whole process.
-FOUND = [("saved", 1389), ("chosen-rejected", 2006), ("chosen-rejected", 2192), ("settings", 2572), ("run folder", 110)]
+FOUND = [
+    ("saved", 1389),
+    ("chosen-rejected", 2006),
+    ("chosen-rejected", 2192),
+    ("settings", 2572),
+    ("run folder", 110),
+    ("store", 2939),
+    ("checkpoint", 2503),
+]
 
 
 @pytest.mark.parametrize(("name", "seed"), FOUND)
