@@ -149,7 +149,8 @@ def _tokenizer(folder: Path, name: str) -> Any:
         found = CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
-    if found.model_max_length > LONGEST_CAPTION:  # transformers' word for "not said"
+    longest = found.model_max_length  # "not said" is a number beyond all captions
+    if not isinstance(longest, int) or not 0 < longest <= LONGEST_CAPTION:
         raise UserError(
             f"{folder / name} does not say how long a caption may be (model_max_length in tokenizer_config.json): "
             "fetch the model again"

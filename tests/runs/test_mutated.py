@@ -363,6 +363,7 @@ FOUND = [
     ("run folder", 110),
     ("store", 2939),
     ("checkpoint", 2503),
+    ("model vocabulary", 1173),
 ]
 
 
