@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import SHOWN, first_line
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 NO_SIGNAL = 1e-12  # abar at or below it is 0
@@ -104,9 +104,13 @@ def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str
 
     name, known = config.get("_class_name"), dict(config)
     missing = [key for key in ("num_train_timesteps", "prediction_type") if config.get(key) is None]
-    cls = getattr(diffusers, str(name), None)
+    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if cls is None and (name is not None or missing):
-        said = f"is of a class that diffusers does not have ({name})" if name else f"says no {missing[0]} and no class"
+        said = (
+            f"is of a class that diffusers does not have ({str(name)[:SHOWN]})"
+            if name
+            else f"says no {missing[0]} and no class"
+        )
         raise UserError(
             f"{about}the model's scheduler {said}: its noise schedule is unknown; mend scheduler_config.json"
         )

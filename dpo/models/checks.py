@@ -109,7 +109,8 @@ def _latents(configs: Configs) -> str | None:
 def _scaling(configs: Configs) -> str | None:
     vae = configs["vae"]
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
-    if any(mean or ()) or any(value != 1 for value in std or ()):
+    plain = all(isinstance(values, (list, tuple, type(None))) for values in (mean, std))
+    if not plain or any(mean or ()) or any(value != 1 for value in std or ()):
         return "the VAE scales each channel of its latents (latents_mean, latents_std), not all by one scaling_factor"
     if vae.get("shift_factor"):
         return f"the VAE shifts its latents (shift_factor {vae['shift_factor']}): the family's pipelines do not"

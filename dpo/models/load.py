@@ -15,7 +15,7 @@ from torch import nn
 from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
 from dpo.common.libraries import quiet
-from dpo.common.words import first_line
+from dpo.common.words import excerpt, first_line
 from dpo.models import checks
 from dpo.models.family import Family, Model, families
 from dpo.models.hub import locate
@@ -48,7 +48,10 @@ def read_index(folder: Path) -> dict:
 
 def _mapping(path: Path) -> dict:
     """A JSON file that holds one object. Raises OSError or ValueError."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__} where names and values belong")
     return value
@@ -73,7 +76,7 @@ def family_of(index: dict, chosen: str = "auto") -> Family:
         return families()[chosen]
     known = ", ".join(family.pipeline for family in families().values())
     kind = next((f": it is {what}" for word, what in checks.PIPELINES.items() if word in str(name)), "")
-    raise UserError(f"unknown model family {name!r} in model_index.json{kind}; this trainer knows {known}")
+    raise UserError(f"unknown model family {excerpt(name)} in model_index.json{kind}; this trainer knows {known}")
 
 
 def load(

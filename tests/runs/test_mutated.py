@@ -364,6 +364,7 @@ FOUND = [
     ("store", 2939),
     ("checkpoint", 2503),
     ("model vocabulary", 1173),
+    *(("model configs", seed) for seed in (1307, 1360, 1590, 1810, 2017)),
 ]
 
 
