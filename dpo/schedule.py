@@ -108,7 +108,7 @@ def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str
     if cls is None and (name is not None or missing):
         said = (
             f"is of a class that diffusers does not have ({str(name)[:SHOWN]})"
-            if name
+            if name is not None
             else f"says no {missing[0]} and no class"
         )
         raise UserError(
