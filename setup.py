@@ -17,6 +17,8 @@ setup(
         "dpo.drawing": ["examples/*.png"],
         "dpo.settings": ["presets/*.toml"],
         "dpo.pages": ["*.html"],
+        "dpo.scorers": ["assets/*"],
+        "dpo.evaluating": ["*.toml"],
         "dpo.tiny": ["assets/**/*"],
     },
     install_requires=[
@@ -50,6 +52,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "tensorboard>=2.16",
+            "scipy>=1.13",  # statistics to compare ours with
         ],
     },
     entry_points={
@@ -59,6 +62,7 @@ setup(
             "dpo-sweep = dpo.sweep:main",
             "dpo-report = dpo.report:main",
             "dpo-sample = dpo.sample:main",
+            "dpo-evaluate = dpo.evaluate:main",
         ]
     },
 )

@@ -62,8 +62,6 @@ def train(argv: Sequence[str]) -> int:
     from dpo.settings.flags import parse
 
     config, notes = parse(argv)
-    # OpenMP threads wait for work by spinning. Without it a run takes a third longer; spinning long starves a busy CPU.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from dpo.common import console
     from dpo.training import loop
 

@@ -23,15 +23,18 @@ COMMANDS = (
     "sweep",
     "report",
     "sample",
+    "evaluate",
 )  # dpo/*.py that a person runs; the other files there are the method
 
 # A room -> what it may call besides itself. "room" allows all of a room, "room.file" that file alone. A file of dpo/ that is no
 # command is a room of its own. Everybody may call `common` and `methods`, except csrc_triton and these two themselves.
 MAY_CALL = {
     "benchmarks": "anything",
-    "commands": "training sampling tiny models data drawing pages settings step objective",
+    "commands": "training sampling evaluating scorers tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
     "sampling": "tiny models drawing settings",
+    "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
+    "scorers": "",
     "tiny": "drawing models",
     "tiny.making": "training tiny drawing models",  # and tiny/build.py, the command that makes the embedded world again
     "step": "encode objective reference schedule models data.batch csrc_triton",
@@ -177,6 +180,7 @@ def test_no_file_is_longer_than_400_lines():
 PARSER = "it reads the command line"
 LOUD = {  # files that may print, parse arguments or exit, besides the commands, and why
     "dpo.settings.flags": PARSER,
+    "dpo.sampling.flags": PARSER,
     "dpo.tiny.build": "a command",
     "dpo.common.command": "what all commands share: the line on stderr and the exit code",
 }

@@ -200,7 +200,10 @@ def unseal(text: str, key: str) -> tuple[dict[str, Any], bool]:
 
     Raises ValueError for text not made by `sealed`.
     """
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(content, dict) or key not in content:
         raise ValueError(f"not a JSON object with {key!r}")
     found = content.pop(key)

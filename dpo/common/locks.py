@@ -23,11 +23,11 @@ log = logging.getLogger("dpo")
 
 
 @contextmanager
-def held(folder: Path, flag: str, part: str = "", wait: float = WAIT) -> Iterator[None]:
+def held(folder: Path, flag: str, part: str = "", wait: float | None = None) -> Iterator[None]:
     """Inside the block this process alone holds `folder`, which exists; the system lets go of it when a process dies.
 
     flag: that names the folder. part: what of the folder, where several processes share it.
-    wait: seconds. Who holds it, on which
+    wait: seconds, WAIT unless said. Who holds it, on which
     machine and since when stands beside the lock, as a locked file cannot be read everywhere. Raises UserError when
     another process holds it. On a file system without locks, as some network ones are, a warning is all.
     """
@@ -35,7 +35,7 @@ def held(folder: Path, flag: str, part: str = "", wait: float = WAIT) -> Iterato
     holder = place.with_name(f"{place.name}.json")
     lock = FileLock(place)
     try:
-        lock.acquire(timeout=wait)
+        _acquire(lock, folder, WAIT if wait is None else wait)
     except Timeout:
         raise UserError(
             f"{flag} {folder} is in use by {_read(holder)}: wait until that ends, or name another folder"
@@ -52,6 +52,17 @@ def held(folder: Path, flag: str, part: str = "", wait: float = WAIT) -> Iterato
         with suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, wait: float) -> None:
+    """Acquires the lock; where another process took away the folder, which it had found empty, that is made again."""
+    for _ in range(3):
+        try:
+            lock.acquire(timeout=wait)
+            return
+        except FileNotFoundError:
+            folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire(timeout=wait)
 
 
 def _about() -> dict[str, str | int]:

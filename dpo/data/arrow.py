@@ -117,6 +117,8 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
     columns = find_columns(table.column_names, data, str(folder), kind)
     check_schema(table.schema, columns, str(folder))
     table = table.select(list(dict.fromkeys(columns.read + columns.decided_by)))
+    with reading(str(folder), "save it again"):  # Arrow ends the process where it meets offsets that lead out of a file
+        table.validate(full=True)  # of images their offsets alone are read
     decided_by = {name: table.column(name).to_numpy() for name in columns.decided_by}
     labels = labels_of(decided_by, columns, table.num_rows, data.ties, str(folder))
     same = _one_image_twice(table, columns, str(folder), labels.keep)

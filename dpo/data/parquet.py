@@ -33,6 +33,9 @@ WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value change
 SAID_BYTES = 2**28  # what takes longer than seconds to read over a network is said
 SCANNERS, AT_ONCE = 8, 256  # files opened side by side, and pairs that a thread compares at a time
 
+# What reading a damaged file raises: columns of different lengths end in the last two.
+DAMAGED = (pa.ArrowException, *OF_READING, IndexError, StopIteration)
+
 logger = logging.getLogger("dpo")
 
 
@@ -103,7 +106,7 @@ class _opened:
     def __enter__(self) -> pq.ParquetFile:
         try:
             self.file = pq.ParquetFile(self.files.open(self.name))
-        except (pa.ArrowException, *OF_READING) as error:
+        except DAMAGED as error:
             raise self._unreadable(error) from error
         return self.file
 
@@ -111,7 +114,7 @@ class _opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close(force=True)
-        if isinstance(error, (pa.ArrowException, *OF_READING)):
+        if isinstance(error, DAMAGED):
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> UserError:
@@ -277,16 +280,16 @@ def _alike(source: ParquetSource, begin: int, end: int) -> np.ndarray:
     names = [source.columns.first, source.columns.second]
     with _opened(source.files, source.files.names[source.file[begin]]) as file:
         table = file.read_row_group(int(source.group[begin]), columns=names)
-    root = source.root(begin)
+        root = source.root(begin)
 
-    def alike(rows: np.ndarray) -> list[bool]:
-        cells = ((table.column(name)[row].as_py() for name in names) for row in rows.tolist())
-        return [one_image(*(image_ref(cell, None, root) for cell in pair)) for pair in cells]
+        def alike(rows: np.ndarray) -> list[bool]:
+            cells = ((table.column(name)[row].as_py() for name in names) for row in rows.tolist())
+            return [one_image(*(image_ref(cell, None, root) for cell in pair)) for pair in cells]
 
-    rows = source.row[begin:end]
-    with ThreadPoolExecutor(SCANNERS) as pool:  # where cells are paths, each costs a look at two files
-        parts = pool.map(alike, (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)))
-        return np.array([same for part in parts for same in part], dtype=bool)
+        rows = source.row[begin:end]
+        with ThreadPoolExecutor(SCANNERS) as pool:  # where cells are paths, each costs a look at two files
+            parts = pool.map(alike, (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE)))
+            return np.array([same for part in parts for same in part], dtype=bool)
 
 
 def _scans(files: Files, columns: Columns, ties: str) -> Iterator[tuple[str, _Scan]]:

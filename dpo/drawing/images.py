@@ -9,7 +9,6 @@ broken or of something else is drawn again whole: the same bytes, however often 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -26,6 +25,7 @@ from PIL import Image, PngImagePlugin
 
 from dpo.common.errors import UserError
 from dpo.common.files import disk_full, write_text, write_whole
+from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, first_line, listed
 from dpo.drawing.protocol import Protocol
 from dpo.drawing.render import Rendered, Task, ready, render
@@ -73,12 +73,6 @@ class Pace(NamedTuple):
     def outside(self) -> float:
         """Share of the time outside the UNet."""
         return max(0.0, 1 - self.unet / self.seconds) if self.seconds else 0.0
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """SHA-256 of an image's RGB pixels and size, hexadecimal: equal whatever the file says beside them."""
-    plain = image.convert("RGB")
-    return hashlib.sha256(f"{plain.width}x{plain.height} ".encode() + plain.tobytes()).hexdigest()
 
 
 def place(folder: Path, task: Task, protocol: Protocol) -> Path:

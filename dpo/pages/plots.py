@@ -6,13 +6,15 @@ In SVG the colours are CSS variables (`var(--policy)`), so that a page can be li
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -44,27 +46,33 @@ STYLE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def svg(chart: Chart, run: RunFolder) -> str:
-    """The chart as an <svg> element whose colours are CSS variables and whose ids begin with the chart's key."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.key}):
-        figure = Figure(figsize=SIZE)
+def as_svg(chart: Chart, run: RunFolder) -> str:
+    """A chart of a run as an <svg> element."""
+    return svg(chart.key, chart.title, lambda axes: chart.draw(axes, run))
+
+
+def svg(
+    key: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = SIZE, left: float = 0.195
+) -> str:
+    """What `draw` draws, as an <svg> element whose colours are CSS variables and whose ids begin with `key`."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": key}):
+        figure = Figure(figsize=size)
         axes = figure.add_subplot()
-        chart.draw(axes, run)
-        figure.subplots_adjust(left=0.195, right=0.94, bottom=0.22, top=0.87 if axes.get_legend() else 0.96)
+        draw(axes)
+        figure.subplots_adjust(left=left, right=0.94, bottom=0.55 / size[1], top=0.87 if axes.get_legend() else 0.96)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.key}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{key}-", text)
     for name, value in LIGHT.items():
         text = text.replace(value, f"var(--{name})")
-    size = r'<svg [^>]*?(viewBox="[^"]+")[^>]*>'
-    return re.sub(
-        size,
-        rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img" aria-label="{chart.title}">',
-        text,
-        count=1,
-    )
+    opening = r'<svg [^>]*?(viewBox="[^"]+")[^>]*>'
+    label = html.escape(title)
+    found = re.search(opening, text)
+    assert found is not None
+    head = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {found[1]} role="img" aria-label="{label}">'
+    return text[: found.start()] + head + text[found.end() :]
 
 
 def write_plots(run_folder: Path | str) -> list[Path]:

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
@@ -25,7 +25,7 @@ from dpo.drawing.grid import read_grid, read_picture
 from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
-from dpo.pages.plots import DARK, svg
+from dpo.pages.plots import DARK, as_svg
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
 
@@ -77,18 +77,22 @@ def write_report(run_folder: Path | str) -> Path:
     return path
 
 
-def render(run: RunFolder) -> str:
-    """The page of a run, as HTML."""
+def template(name: str) -> Template:
+    """A page's template: everything that is put into it is escaped, and a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("dpo.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.globals |= {"light": Markup(_variables(LIGHT)), "dark": Markup(_variables(DARK))}
+    return environment.get_template(name)
+
+
+def render(run: RunFolder) -> str:
+    """The page of a run, as HTML."""
     cells, hidden, whole, step = _pictures(run)
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         title=f"{run.model_name}: alignment report",
         subtitle=_subtitle(run),
         run=run,
-        light=Markup(_variables(LIGHT)),
-        dark=Markup(_variables(DARK)),
         verdict=verdict(run),
         warnings=warnings(run),
         tiles=_tiles(run),
@@ -153,7 +157,7 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
     sections = []
     for group, title, text in SECTIONS:
         chosen = [
-            {"title": chart.title, "meaning": chart.meaning, "svg": Markup(svg(chart, run))}
+            {"title": chart.title, "meaning": chart.meaning, "svg": Markup(as_svg(chart, run))}
             for chart in found
             if chart.group == group
         ]
@@ -175,19 +179,19 @@ def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, st
     step = f"after {int(digits.group()):,} updates" if digits else "after it"
     cells = read_grid(last)
     if not cells:
-        return [], 0, _data_uri(picture), step
+        return [], 0, data_uri(picture), step
     shown = [
         {
             "prompt": cell.prompt,
             "seed": cell.seed,
-            "images": {label: _data_uri(image) for label, image in cell.images.items()},
+            "images": {label: data_uri(image) for label, image in cell.images.items()},
         }
         for cell in cells[:MOST_CELLS]
     ]
     return shown, max(0, len(cells) - MOST_CELLS), None, step
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """The data URI of an image, as WebP."""
     image = image.convert("RGB")
     if image.width > WIDEST_IMAGE:

@@ -19,6 +19,7 @@ from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
 from dpo.common.files import make_folder
+from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, listed
 from dpo.drawing import images, layouts, memory, prompts, sheet
 from dpo.drawing.images import Drawn, Pace
@@ -35,6 +36,11 @@ log = logging.getLogger("dpo")
 EXAMPLES = Path(prompts.__file__).parent / "examples"  # layouts to try SDEdit with
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 BASE = "base"  # the folder of the base's images, inside that of the model's
+OF_WORLD = {  # prompts of the embedded world by name: which list, and how many of it (None: all)
+    (named.EMBEDDED,): ("report", None),
+    (f"{named.EMBEDDED}:judged",): ("report", world.JUDGED),
+    (f"{named.EMBEDDED}:tuning",): ("tuning", None),
+}
 VERSIONS = ("torch", "diffusers", "transformers")
 
 
@@ -197,7 +203,7 @@ def _draw_one(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         versions={library: version(library) for library in VERSIONS},
         strengths=asked.strength,
-        init_images=tuple(map(images.pixel_hash, pixels)),
+        init_images=tuple(map(pixel_hash, pixels)),
     )
     log.info(
         "%s: %s, %d steps, guidance %g, %d x %d, %s, %d together, on %s; %d prompts of %s",
@@ -240,13 +246,11 @@ def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
         if asked.subset is not None:
             raise UserError("--subset chooses among --prompts: give those, or fewer layouts")
         found = PromptSet("the layouts' names", tuple(Prompt(layout.prompt) for layout in init))
-    elif asked.prompts in ((named.EMBEDDED,), (f"{named.EMBEDDED}:tuning",)) or (
-        not asked.prompts and asked.model == named.EMBEDDED
-    ):
-        kind = "tuning" if asked.prompts and asked.prompts[0].endswith(":tuning") else "report"
+    elif (name := asked.prompts or ((named.EMBEDDED,) if asked.model == named.EMBEDDED else ())) in OF_WORLD:
+        kind, count = OF_WORLD[name]
         rows = world.prompts(kind)
-        pairs = zip(rows.captions, rows.seeds, strict=True)
-        found = PromptSet(f"embedded world, {kind}", tuple(Prompt(text, seed=seed) for text, seed in pairs))
+        pairs = list(zip(rows.captions, rows.seeds, strict=True))[:count]
+        found = PromptSet(f"{name[0]}, {kind}", tuple(Prompt(text, seed=seed) for text, seed in pairs))
     elif asked.prompts:
         found = prompts.opened(asked.prompts, asked.prompt_column)
     else:

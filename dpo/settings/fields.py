@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
+from dpo.common.words import SHOWN
 
 NOTHING = ("none", "")  # values of a flag that unset a setting that may be None
 
@@ -133,7 +134,8 @@ def _check(spec: Spec, value: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, (int, float, str)) and value != "" else repr(value)
+    text = str(value) if isinstance(value, (int, float, str)) and value != "" else repr(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def brief(value: Any) -> str:

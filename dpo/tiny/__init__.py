@@ -5,6 +5,7 @@ What a run uses:
     prompts.py   captions and seeds to draw: "tuning" to choose settings with, "report" for figures that are shown
     world.py     what a picture can show, what its caption names, what the hidden taste prefers
     judge.py     networks that read pictures: "a" labelled the pairs, "b" is kept for reported figures
+    scorer.py    the judges as scorers of python -m dpo.evaluate
     evaluate.py  draws pictures and compares two sets of them
     outcome.py   what judge "b" says of a finished run
 

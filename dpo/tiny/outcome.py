@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dpo")
 
-PAIRS = 160  # prompts drawn, at most
 JUDGE = "b"
 
 
@@ -48,7 +47,7 @@ def _unchanged(device: torch.device) -> tuple[Model, np.ndarray]:
 def _pictures(model: Model) -> np.ndarray:
     listed = prompts.prompts("report")
     pipe = cast("StableDiffusionPipeline", pipeline_of(model))
-    return draw(pipe, listed.captions[:PAIRS], listed.seeds[:PAIRS])
+    return draw(pipe, listed.captions[: prompts.JUDGED], listed.seeds[: prompts.JUDGED])
 
 
 def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -61,14 +60,14 @@ def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] 
     began = time.monotonic()
     log.info(
         "judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores",
-        PAIRS,
+        prompts.JUDGED,
     )
     model, before = _unchanged(device)
     trained = replace(
         model, denoiser=policy.to(device).eval(), scheduler_config=dict(scheduler or model.scheduler_config)
     )
     after = _pictures(trained)
-    found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[:PAIRS], before, after)
+    found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[: prompts.JUDGED], before, after)
     log.info(
         "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",
         time.monotonic() - began, found.win_rate, found.low, found.high, found.pairs, found.faithful_base, found.faithful_policy,

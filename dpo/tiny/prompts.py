@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dpo.tiny.paths import ASSETS
 
+JUDGED = 160  # of the "report" prompts, those that a finished run is judged by
+
 
 @dataclass(frozen=True)
 class Prompts:

@@ -213,7 +213,7 @@ def _diverged(folder: Path) -> bool:
     """Whether a checkpoint says so; one that cannot be read is found damaged later."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(state, dict) and bool(state.get("diverged"))
 

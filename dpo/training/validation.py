@@ -61,20 +61,36 @@ def encode_held_out(
     return HeldOut(encoded, _errors(step, encoded, draws), draws, step.path.timesteps)
 
 
-def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
-    """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
+def differences(step: PairStep, held_out: HeldOut) -> Tensor:
+    """d [S, N] of the N labelled pairs (without ties and pairs that cannot be used) in each of S draws, on the CPU."""
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
     errors = _errors(there, held_out.batches, held_out.draws) - held_out.reference_errors
-    d = (errors[:, 0] - errors[:, 1]).mean(0).cpu()
-    usable = torch.cat([x.usable for x in held_out.batches]).bool() & (
-        torch.cat([x.prob for x in held_out.batches]) > 0.5
-    )
-    right = implicit_accuracy(d[usable])
-    count = int(usable.sum())
+    return (errors[:, 0] - errors[:, 1]).cpu()[:, labelled(held_out)]
+
+
+def labelled(held_out: HeldOut) -> Tensor:
+    """Which of the held-out pairs [N] bool can be used and have a preferred image."""
+    usable = torch.cat([x.usable for x in held_out.batches]).bool()
+    return (usable & (torch.cat([x.prob for x in held_out.batches]) > 0.5)).cpu()
+
+
+def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
+    """The timestep [S, N] int64 of each draw of those pairs, on the CPU."""
+    there = replace(step.path, timesteps=held_out.timesteps)
+    keys = torch.cat([x.keys for x in held_out.batches])[labelled(held_out)].to(step.weight.device)
+    rows = [there.draw(keys, torch.full_like(keys, draw), step.seed).cpu() for draw in range(held_out.draws)]
+    return torch.stack(rows)
+
+
+def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
+    """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
+    d = differences(step, held_out).mean(0)
+    right = implicit_accuracy(d)
+    count = len(d)
     low, high = share_interval(float(right.sum()), count)
     return {
         "heldout_accuracy": float(right.mean()) if count else 0.5,
         "heldout_interval": [low, high],
-        "heldout_difference": float(d[usable].mean()) if count else 0.0,
+        "heldout_difference": float(d.mean()) if count else 0.0,
         "heldout_pairs": count,
     }

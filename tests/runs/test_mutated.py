@@ -354,6 +354,24 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name, count, examples, tm
     assert len(ended) >= count // 2
 
 
+# Seeds of files that once ended in a traceback or, the first, in Arrow's end of the whole process.
+FOUND = [
+    ("saved", 1389),
+    ("chosen-rejected", 2006),
+    ("chosen-rejected", 2192),
+    ("settings", 2572),
+    ("run folder", 110),
+    ("store", 2939),
+    ("checkpoint", 2503),
+]
+
+
+@pytest.mark.parametrize(("name", "seed"), FOUND)
+def test_what_was_found_before(name, seed, examples, tmp_path):
+    example = examples(name)
+    check(name, example, shutil.copytree(example, tmp_path / "place"), random.Random(seed))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_examples_are_valid(name, examples, tmp_path):
     FORMATS[name].read(shutil.copytree(examples(name), tmp_path / "place"))

@@ -15,7 +15,7 @@ import pytest
 from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run, shard_of
 from dpo.common.errors import UserError
 
-COMMANDS = {name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample")}
+COMMANDS = {name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample", "evaluate")}
 
 
 def raising(error):

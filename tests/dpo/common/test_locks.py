@@ -49,3 +49,21 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     with locks.held(tmp_path, "--output"):
         pass
     assert "cannot be locked" in caplog.text and "start no second process" in caplog.text
+
+
+def test_a_folder_that_another_process_takes_away_is_made_again(tmp_path, monkeypatch, caplog):
+    """It had found the folder empty, just before the lock's file was made in it."""
+    place, acquire, calls = tmp_path / "out", FileLock.acquire, []
+
+    def late(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            place.rmdir()
+            raise FileNotFoundError(2, "No such file or directory")
+        return acquire(self, *args, **options)
+
+    place.mkdir()
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with locks.held(place, "--output"):
+        assert (place / locks.NAME).exists() and len(calls) == 2
+    assert "cannot be locked" not in caplog.text

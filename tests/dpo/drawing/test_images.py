@@ -9,6 +9,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from dpo.common.errors import UserError
+from dpo.common.pictures import pixel_hash
 from dpo.drawing import images
 from dpo.drawing.images import draw_set, merge, place, read_protocol, read_set
 from dpo.drawing.render import Rendered, Task
@@ -57,7 +58,7 @@ def test_what_a_set_holds(tmp_path, drawer):
     assert [(one.prompt, one.seed, one.index, one.category) for one in found] == [
         (task.prompt, task.seed, task.index, "c") for task in TASKS
     ]
-    assert found[0].hash == images.pixel_hash(picture(TASKS[0]))
+    assert found[0].hash == pixel_hash(picture(TASKS[0]))
     assert images.faults(found) == [f"1 of 7 images are flat: {found[3].path.name}"]
     assert read_protocol(tmp_path) == (protocol(), 7)
     chunk = said(found[2].path)
@@ -68,8 +69,8 @@ def test_the_pixels_hash_does_not_depend_on_the_file(tmp_path):
     image = picture(TASKS[0])
     image.save(tmp_path / "a.png", compress_level=0)
     image.convert("RGBA").save(tmp_path / "b.png")
-    assert {images.pixel_hash(Image.open(tmp_path / name)) for name in ("a.png", "b.png")} == {images.pixel_hash(image)}
-    assert images.pixel_hash(image.resize((8, 32))) != images.pixel_hash(image.resize((32, 8)))
+    assert {pixel_hash(Image.open(tmp_path / name)) for name in ("a.png", "b.png")} == {pixel_hash(image)}
+    assert pixel_hash(image.resize((8, 32))) != pixel_hash(image.resize((32, 8)))
 
 
 def cut(path):

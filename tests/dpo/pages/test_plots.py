@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dpo.pages.charts import LIGHT, _moving_mean, _short, _thinned, charts
-from dpo.pages.plots import DARK, svg, write_plots
+from dpo.pages.plots import DARK, as_svg, write_plots
 from tests.help.fake_run import KINDS, run_of
 
 
@@ -73,7 +73,9 @@ def test_the_error_chart_has_winner_below_loser(runs):
 
 def test_svg_is_wellformed_themed_and_free_of_clashing_ids(runs):
     pages = [
-        svg(chart, runs["dde"]) for chart in charts(runs["dde"]) if chart.key in ("accuracy", "margin", "convergence")
+        as_svg(chart, runs["dde"])
+        for chart in charts(runs["dde"])
+        if chart.key in ("accuracy", "margin", "convergence")
     ]
     ids = [found for page in pages for found in re.findall(r'\bid="([^"]+)"', page)]
     assert len(pages) == 3 and len(ids) == len(set(ids))
@@ -100,7 +102,7 @@ def test_pngs_of_a_run(runs, tmp_path):
 
 def test_plots_leave_the_callers_matplotlib_alone(runs):
     before = dict(matplotlib.rcParams), matplotlib.get_backend()
-    svg(charts(runs["good"])[0], runs["good"])
+    as_svg(charts(runs["good"])[0], runs["good"])
     assert (dict(matplotlib.rcParams), matplotlib.get_backend()) == before
 
 

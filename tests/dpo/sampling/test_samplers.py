@@ -2,15 +2,14 @@
 
 import pytest
 
-from dpo import sample
 from dpo.common.errors import UserError
 from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
-from dpo.sampling import samplers
+from dpo.sampling import flags, samplers
 
 
 def test_the_command_offers_them_all():
-    assert (samplers.OWN, *samplers.SAMPLERS) == sample.SAMPLERS
+    assert (samplers.OWN, *samplers.SAMPLERS) == flags.SAMPLERS
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)

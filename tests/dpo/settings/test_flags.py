@@ -294,12 +294,12 @@ def test_no_flag_and_no_default_has_changed():
     )
 
 
-if __name__ == "__main__":
-    sys.stdout.write(flag_list())
-
-
 def test_a_presets_validation_can_be_switched_off():
     """Whatever a preset sets can be unset on the command line."""
     config, _ = parse(["--preset", "sd15", "--validation-data", "none", "--validation-fraction", "0"])
     assert config.data.validation_data is None and config.data.validation_fraction == 0.0
     assert parse(["--preset", "sd15"])[0].data.validation_data is not None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(flag_list())

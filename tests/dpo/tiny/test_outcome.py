@@ -50,7 +50,7 @@ def test_judging_can_be_left_out(unjudged):
 @pytest.fixture
 def few_prompts(monkeypatch):
     """Four instead of all; the pictures of the unchanged model are kept for no other test."""
-    monkeypatch.setattr(outcome, "PAIRS", 4)
+    monkeypatch.setattr(outcome.prompts, "JUDGED", 4)
     outcome._unchanged.cache_clear()
     yield
     outcome._unchanged.cache_clear()

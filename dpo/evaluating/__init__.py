@@ -1,0 +1,10 @@
+"""Is it better? Images of several models on the same prompts and seeds: scored, compared, and put into one result.
+
+work.py       from what a user asks for to evaluation.json and its pages
+sides.py      what is compared: images with their prompts and seeds, read from a folder; which belongs to which
+tables.py     prompts and scores that other programs wrote
+scoring.py    a number for every image, from a scorer or a table
+result.py     the statistics of all of it, as one JSON object (evaluation.json)
+accuracy.py   implicit preference accuracy on labelled pairs
+reproduce.py  published tables (published.toml) beside one's own figures
+"""

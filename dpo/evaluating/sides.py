@@ -1,0 +1,159 @@
+"""What is compared: images with their prompts and seeds, and which image of one side belongs to which of the other."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo.common.errors import UserError
+from dpo.common.words import excerpt
+from dpo.evaluating import tables
+
+log = logging.getLogger("dpo")
+
+
+class Shown(NamedTuple):
+    """An image and what it was drawn from."""
+
+    path: Path
+    prompt: str
+    seed: int | None = None  # None: not known
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The images of one model, or of a folder that somebody else made."""
+
+    name: str
+    place: Path
+    images: tuple[Shown, ...]
+    protocol: Mapping[str, Any] | None = None  # how they were drawn; None where nobody wrote it down
+
+    @property
+    def prompts(self) -> int:
+        return len({image.prompt for image in self.images})
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pairs of images, one of each side, drawn from one prompt. N pairs, P prompts."""
+
+    prompts: tuple[str, ...]  # [P], in the order of the first side
+    categories: tuple[str, ...]  # [P]
+    prompt: np.ndarray  # [N] int64, index into `prompts`
+    a: np.ndarray  # [N] int64, index into the images of the first side
+    b: np.ndarray  # [N] int64, of the second
+    by_seed: bool  # pairs have the seed in common too
+    left_out: tuple[int, int]  # images of either side without a partner
+
+
+TABLES = ("metadata.csv", "metadata.jsonl", "prompts.csv", "prompts.tsv", "prompts.jsonl")  # in a folder of images
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def of_table(name: str, folder: Path, table: Path | None) -> Side:
+    """A folder of images that somebody else made; a table says what each was drawn from.
+
+    table: rows of file, prompt and, where known, seed and category; None: one of TABLES in the folder. Images without a
+    row are left out, which is said. Raises UserError.
+    """
+    place = table or next((found for one in TABLES if (found := folder / one).is_file()), None)
+    if place is None:
+        raise UserError(
+            f"{folder} does not say what its images were drawn from: give --captions, a table of file, prompt and seed"
+        )
+    known: dict[str, tuple[str, int | None, str]] = {}
+    for number, row in tables.rows(place):
+        file, prompt = tables.cell(row, tables.FILE), tables.cell(row, tables.PROMPT)
+        if file is None or prompt is None:
+            raise UserError(
+                f"{place}, row {number}: needs a file ({', '.join(tables.FILE)}) and a prompt ({', '.join(tables.PROMPT)})"
+            )
+        seed = tables.cell(row, tables.SEED)
+        if seed is not None and not seed.lstrip("-").isdecimal():
+            raise UserError(f"{place}, row {number}: the seed {excerpt(seed)} is no whole number")
+        known[file] = (prompt, None if seed is None else int(seed), tables.cell(row, tables.CATEGORY) or "")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+    rows = [(path, tables.of_file(path, known, None)) for path in files]
+    images = tuple(Shown(path, *row) for path, row in rows if row is not None)
+    if not images:
+        raise UserError(f"{place} names none of the {len(files)} images in {folder}")
+    if len(images) < len(files):
+        log.warning(
+            "%s: %d of %d images have no row in %s: left out", folder, len(files) - len(images), len(files), place
+        )
+    return Side(name, folder, images)
+
+
+def matched(a: Side, b: Side) -> Matched:
+    """Pairs the images of two sides by prompt and seed; by prompt, in the order of each, where a seed is not known.
+
+    Raises UserError where the sides have no prompt in common.
+    """
+    by_seed = all(image.seed is not None for side in (a, b) for image in side.images)
+    mine, theirs = _places(a, by_seed), _places(b, by_seed)
+    prompts: dict[str, int] = {}
+    rows: list[tuple[int, int, int]] = []
+    for key, places in mine.items():
+        for one, other in zip(places, theirs.get(key, [])):  # a prompt may have more images on one side
+            rows.append((prompts.setdefault(key[0], len(prompts)), one, other))
+    if not rows:
+        seeds = " with the same seed" if by_seed else ""
+        raise UserError(
+            f"{a.name} ({a.place}) and {b.name} ({b.place}) have no prompt{seeds} in common: draw both from one --prompts"
+        )
+    categories = {image.prompt: image.category for image in (*b.images, *a.images)}
+    prompt, first, second = (np.array(column, dtype=np.int64) for column in zip(*rows, strict=True))
+    return Matched(
+        prompts=tuple(prompts),
+        categories=tuple(categories[text] for text in prompts),
+        prompt=prompt,
+        a=first,
+        b=second,
+        by_seed=by_seed,
+        left_out=(len(a.images) - len(rows), len(b.images) - len(rows)),
+    )
+
+
+def _places(side: Side, by_seed: bool) -> dict[tuple[str, int | None], list[int]]:
+    found: dict[tuple[str, int | None], list[int]] = defaultdict(list)
+    for place, image in enumerate(side.images):
+        found[image.prompt, image.seed if by_seed else None].append(place)
+    return found
+
+
+def _flat(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a protocol, those of a mapping behind a point: versions.torch."""
+    flat: dict[str, Any] = {}
+    for name, value in protocol.items():
+        flat |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def check_protocols(sides: Sequence[Side], may_differ: Sequence[str] = ()) -> list[str]:
+    """Lines on sides whose protocol is not known.
+
+    Raises UserError that names the first field in which two known protocols differ, but for those that `may_differ`.
+    """
+    known = [side for side in sides if side.protocol is not None]
+    for side in known[1:]:
+        first, other = _flat(known[0].protocol or {}), _flat(side.protocol or {})
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        names = [name for name in differ if name.partition(".")[0] not in may_differ]
+        if names:
+            was, now = first.get(names[0]), other.get(names[0])
+            raise UserError(
+                f"{known[0].name} and {side.name} were drawn by different protocols ({names[0]}: {excerpt(was)} and {excerpt(now)}), "
+                "so their scores cannot be compared: draw both alike"
+            )
+    unknown = [side.name for side in sides if side.protocol is None]
+    return [f"how the images of {', '.join(unknown)} were drawn is not known: the comparison may not be fair"] * bool(
+        unknown
+    )

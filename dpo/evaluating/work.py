@@ -1,0 +1,252 @@
+"""From what a user asks for to evaluation.json: images drawn or read, scored, compared, and the pages made of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dpo.common import locks
+from dpo.common.console import Progress
+from dpo.common.errors import UserError
+from dpo.common.files import write_text
+from dpo.drawing import images
+from dpo.evaluating import reproduce, result
+from dpo.evaluating.result import Group, Measure
+from dpo.evaluating.scoring import Look, read_image, scores, table_scores
+from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
+from dpo.models.ready import pick_device
+from dpo.pages import evaluation as pages
+from dpo.pages.folder import INDEX_FILE
+from dpo.sampling import work as sampling
+from dpo.scorers.cache import ScoreCache
+from dpo.scorers.scorer import listed, opened
+
+log = logging.getLogger("dpo")
+
+DRAWN, CACHE = "images", "scores.sqlite"
+MAY_DIFFER = ("model",)  # of two protocols that are compared
+VERSIONS = ("torch", "diffusers", "transformers")
+
+
+class Named(NamedTuple):
+    """A side as the command line gives it."""
+
+    name: str
+    place: str  # of a model or of images
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate."""
+
+    base: Named
+    others: tuple[tuple[Named, ...], ...]  # each a method: one model, or several training seeds of it
+    draw: sampling.Asked  # how the models are drawn; its `model` is put in for each
+    scorers: tuple[str, ...]
+    tables: tuple[tuple[str, Path], ...] = ()  # scores of other programs, by name
+    captions: Path | None = None  # prompts of folders that somebody else made
+    guidance: tuple[float, ...] = ()  # the base is drawn with each; the rest with the first
+    pairs: str | None = None  # labelled, for the implicit accuracy
+    split: str | None = None
+    half: bool = False  # towers of the scorers in bf16
+    reproduce: str | None = None  # a published table
+    command: str = ""  # as it was given, for the result
+
+
+def evaluate(asked: Asked, folder: Path) -> Path:
+    """Draws, scores and compares into `folder`; the path of its evaluation.json. Raises UserError."""
+    began = time.monotonic()
+    device = pick_device(asked.draw.device)
+    for name in asked.scorers:  # a misspelt one is found before anything is drawn
+        if listed(name) is None:
+            opened(name, device=device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
+    with ExitStack() as stack:
+        stack.enter_context(locks.held(folder, "--output"))
+        base, *rest = _sides(asked, folder)
+        groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
+        sides = [side for group in (base, *groups, *variants) for side in group.sides]
+        lines = check_protocols([side for group in (base, *groups) for side in group.sides], MAY_DIFFER)
+        cache = stack.enter_context(ScoreCache(folder / CACHE))
+        look = Look()
+        measures, found = _measured(asked, sides, cache, look, device)
+        content = _content(base.sides[0], groups, variants, measures, found, look)
+        content["warnings"] = lines + content["warnings"]
+        if asked.pairs is not None:
+            content["accuracy"] = list(_accuracies(asked))
+        if asked.reproduce is not None:
+            content["published"] = _published(asked.reproduce, [base, *groups], found)
+        content["made"] = {
+            "command": asked.command,
+            "seconds": round(time.monotonic() - began, 1),
+            "device": str(device),
+            "versions": {library: version(library) for library in VERSIONS},
+        }
+        path = folder / result.FILE
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False))
+        made = pages.write_pages(path)
+    for line in content["warnings"]:
+        log.warning("%s", line)
+    for line in pages.headline(content):
+        log.info("%s", line)
+    log.info("%s, %s", path, ", ".join(one.name for one in made))
+    return path
+
+
+def _sides(asked: Asked, folder: Path) -> Iterator[Group]:
+    """The images of everything that is compared: the base, the others, the base at its further guidances."""
+    first = asked.guidance[0] if asked.guidance else asked.draw.guidance
+    draw = replace(asked.draw, guidance=first)
+    yield Group(asked.base.name, (_side(asked.base, draw, folder, asked.captions),))
+    for group in asked.others:
+        sides = tuple(_side(named, draw, folder, asked.captions) for named in group)
+        yield Group(", ".join(named.name for named in group), sides)
+    for scale in asked.guidance[1:]:
+        named = Named(f"{asked.base.name}, guidance {scale:g}", asked.base.place)
+        yield Group(named.name, (_side(named, replace(asked.draw, guidance=scale), folder, asked.captions),))
+
+
+def _side(named: Named, draw: sampling.Asked, folder: Path, captions: Path | None) -> Side:
+    """The images of one side: those of a folder, or drawn with a model into a folder of its own."""
+    place = Path(named.place).expanduser()
+    if (place / images.PROTOCOL).is_file():
+        return _of_set(named.name, place)
+    if is_of_images(place):
+        return of_table(named.name, place, captions)
+    own = folder / DRAWN / re.sub(r"[^\w.-]+", "-", named.name)
+    log.info("%s: drawing with %s", named.name, named.place)
+    sampling.draw(replace(draw, model=named.place), own)
+    return _of_set(named.name, own)
+
+
+def _of_set(name: str, folder: Path) -> Side:
+    known = images.read_protocol(folder)
+    shown = tuple(Shown(one.path, one.prompt, one.seed, one.category) for one in images.read_set(folder))
+    return Side(name, folder, shown, known[0].to_json() if known else None)
+
+
+def is_of_images(place: Path) -> bool:
+    """Whether a folder holds images that another program made, and no model."""
+    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
+        return False
+    return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
+
+
+def _measured(
+    asked: Asked, sides: Sequence[Side], cache: ScoreCache, look: Look, device: torch.device
+) -> tuple[list[Measure], dict[tuple[str, str], np.ndarray]]:
+    """Every measure, and the scores of each side by it. One scorer is in memory at a time."""
+    measures: list[Measure] = []
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for name in asked.scorers:
+        dtype = torch.bfloat16 if asked.half else torch.float32
+        scorer, known = opened(name, device=device, dtype=dtype, cache_dir=asked.draw.cache_dir), listed(name)
+        about = known._asdict() if known is not None else {}
+        shown = {key: about[key] for key in ("scale", "higher_is_better", "resolution", "note") if key in about}
+        measures.append(Measure(scorer.name, scorer.fingerprint, **shown))
+        total = sum(len(side.images) for side in sides)
+        before = 0
+        with Progress(total, lambda figures: [str(figures["what"])], unit="image") as progress:
+            for side in sides:
+
+                def said(done: int, of: int, before: int = before, what: str = f"{scorer.name}, {side.name}") -> None:
+                    progress.update(before + done, {"what": what})
+
+                found[side.name, scorer.name] = scores(side, scorer, cache, look, read_image, said)
+                before += len(side.images)
+        del scorer
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for name, path in asked.tables:
+        measures.append(Measure(name, f"table {path.name}", scale="as the table has it", note=str(path)))
+        for side in sides:
+            found[side.name, name] = table_scores(side, path, look)
+    return measures, found
+
+
+def _content(
+    base: Side,
+    groups: Sequence[Group],
+    variants: Sequence[Group],
+    measures: Sequence[Measure],
+    found: dict[tuple[str, str], np.ndarray],
+    look: Look,
+) -> dict[str, Any]:
+    """The statistics of all sides."""
+    results = [
+        entry for group in groups for one in measures if (entry := result.compared(base, group, one, found)) is not None
+    ]
+    result.adjusted(results)
+    if variants:
+        at_best = {one.name: result.best([Group(base.name, (base,)), *variants], one, found) for one in measures}
+        for entry in results:
+            group = next(group for group in groups if group.name == entry["side"])
+            one = next(one for one in measures if one.name == entry["scorer"])
+            best = at_best[one.name]
+            beaten = result.compared(best.sides[0], group, one, found)
+            entry["best_guidance"] = {"base": best.name, "paired": beaten["paired"] if beaten else None}
+    entries = [result.side_entry(side, look) for group in (Group(base.name, (base,)), *groups) for side in group.sides]
+    return {
+        "format": result.FORMAT,
+        "sides": entries,
+        "scorers": [asdict(one) for one in measures],
+        "results": results,
+        "matching": {side.name: result.matching_entry(matched(base, side)) for group in groups for side in group.sides},
+        "warnings": result.cautions(results, entries),
+    }
+
+
+def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
+    """The implicit preference accuracy of every model, in reference to the base."""
+    from dpo.evaluating.accuracy import by_side
+    from dpo.sampling import model
+    from dpo.settings.flags import parse
+    from dpo.tiny import paths
+
+    device = pick_device(asked.draw.device)
+    assert asked.pairs is not None
+
+    def denoiser(named: Named) -> Any:
+        found = model.opened(
+            named.place, device=device, precision="fp32", lora_base=asked.draw.lora_base, cache_dir=asked.draw.cache_dir
+        )
+        return found.pipe.unet
+
+    flags = ["--data", asked.pairs, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
+    flags += ["--split", asked.split] if asked.split else []
+    config, _ = parse(
+        [*flags, "--model", str(paths.pipeline_path()) if asked.base.place == model.EMBEDDED else asked.base.place]
+    )
+    models = {named.name: named for group in asked.others for named in group}
+    yield from by_side(config, {name: partial(denoiser, named) for name, named in models.items()})
+
+
+def _published(name: str, groups: Sequence[Group], found: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:
+    """One's own figures beside a published table's."""
+    chosen = reproduce.table(name)
+    statistic = np.nanmedian if chosen.statistic == "median" else np.nanmean
+    ours: dict[str, dict[str, float]] = {}
+    for (side, scorer), values in found.items():
+        ours.setdefault(side, {})[scorer] = float(statistic(values))
+    lines = reproduce.beside(chosen, {name: ours[name] for group in groups for name in [group.sides[0].name]})
+    return {
+        "title": chosen.title,
+        "source": chosen.source,
+        "protocol": dict(chosen.protocol),
+        "lines": [{**line._asdict(), "difference": line.difference} for line in lines],
+    }

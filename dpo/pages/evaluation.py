@@ -1,0 +1,292 @@
+"""evaluation.html and evaluation.md: is it better, by how much and how surely, from evaluation.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from PIL import Image
+
+from dpo.common.errors import UserError, reading
+from dpo.common.files import write_text
+from dpo.pages.charts import LIGHT
+from dpo.pages.plots import SIZE, svg
+from dpo.pages.report import Tile, data_uri, template
+from dpo.pages.verdict import Verdict
+
+PAGE, TABLE = "evaluation.html", "evaluation.md"
+SMALL = 256  # pixels of the side of a picture in the page's rows; a click shows it as it is
+
+Entry = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """A line of the table of figures, as texts."""
+
+    side: str
+    scorer: str
+    base: str
+    other: str
+    difference: str
+    win_rate: str
+    p: str
+
+
+def write_pages(path: Path) -> list[Path]:
+    """Writes page and table beside an evaluation.json; their paths. Raises UserError where that is none."""
+    with reading(str(path), "run python -m dpo.evaluate again"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("results"), list):
+        raise UserError(f"{path} is no evaluation: run python -m dpo.evaluate again")
+    page, table = path.with_name(PAGE), path.with_name(TABLE)
+    write_text(table, markdown(found))
+    write_text(page, render(found))
+    return [page, table]
+
+
+def verdict(found: Entry, side: str) -> Verdict:
+    """The judgement on one side: what all of its scorers say together."""
+    entries = [entry for entry in found["results"] if entry["side"] == side]
+    base = found["sides"][0]["name"]
+    better = [entry for entry in entries if entry["paired"]["win_interval"][0] > 0.5]
+    worse = [entry for entry in entries if entry["paired"]["win_interval"][1] < 0.5]
+    sentences = [_sentence(entry, base) for entry in entries]
+    if not entries:
+        return Verdict("early", f"{side} was not scored.", [])
+    if better and worse:
+        return Verdict("mixed", f"The scorers disagree on {side}.", sentences)
+    if worse:
+        return Verdict("poor", f"{side} is worse than {base}.", sentences)
+    if len(better) == len(entries):
+        return Verdict("good", f"{side} is better than {base}.", sentences)
+    if better:
+        by = ", ".join(entry["scorer"] for entry in better)
+        return Verdict("mixed", f"{side} is better than {base} by {by}; the rest shows no difference.", sentences)
+    shown = max(entry["paired"]["detectable"] or 1.0 for entry in entries)
+    text = (
+        f"So many prompts show a win rate of {shown:.0%} four times in five; a smaller gain needs more."
+        if shown < 1
+        else "So few prompts cannot show any: draw more."
+    )
+    return Verdict("early", f"No difference between {side} and {base} can be shown.", [*sentences, text])
+
+
+def _sentence(entry: Entry, base: str) -> str:
+    paired = entry["paired"]
+    low, high = paired["win_interval"]
+    return (
+        f"By {entry['scorer']} its image beats that of {base} in {paired['win_rate']:.0%} of {paired['prompts']:,} prompts "
+        f"(95 % interval {low:.0%} to {high:.0%})."
+    )
+
+
+def rows(found: Entry) -> list[Row]:
+    """The table of figures, one row for each side and scorer."""
+    return [_row(entry) for entry in found["results"]]
+
+
+def _row(entry: Entry) -> Row:
+    paired = entry["paired"]
+    difference = f"{paired['difference']:+.4g}"
+    if interval := paired["difference_interval"]:
+        difference += f" ({interval[0]:+.4g} to {interval[1]:+.4g})"
+    first, last = paired["win_interval"]
+    ties = f", {paired['ties']:.0%} ties" if paired["ties"] else ""
+    return Row(
+        entry["side"],
+        entry["scorer"],
+        f"{paired['mean_a']:.4g} ({paired['median_a']:.4g})",
+        f"{paired['mean_b']:.4g} ({paired['median_b']:.4g})",
+        difference,
+        f"{paired['win_rate']:.3f} ({first:.3f} to {last:.3f}){ties}",
+        f"{entry['p']:.2g}",
+    )
+
+
+def _at_best(found: Entry) -> list[tuple[str, str, str, Row]]:
+    """(side, scorer, name of the base, figures) of every comparison with the base at its best guidance."""
+    entries = [entry for entry in found["results"] if (entry.get("best_guidance") or {}).get("paired")]
+    return [
+        (entry["side"], entry["scorer"], at["base"], _row({**entry, "paired": at["paired"]}))
+        for entry in entries
+        for at in [entry["best_guidance"]]
+    ]
+
+
+def markdown(found: Entry) -> str:
+    """The figures as a Markdown table, with what they were measured on."""
+    base = found["sides"][0]
+    head = Row("model", "scorer", f"{base['name']}, mean (median)", "its own", "difference", "win rate", "p (Holm)")
+    lines = [head, Row(*["---"] * len(head)), *rows(found)]
+    table = ["| " + " | ".join(_cell(text) for text in line) + " |" for line in lines]
+    said = [f"{verdict(found, name).headline}" for name in _others(found)]
+    about = [f"{name}: {value}" for name, value in protocol(found)]
+    return "\n\n".join([" ".join(said), "\n".join(table), "; ".join(about), *found.get("warnings", [])]) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _others(found: Entry) -> list[str]:
+    return list(dict.fromkeys(entry["side"] for entry in found["results"]))
+
+
+def protocol(found: Entry) -> list[tuple[str, str]]:
+    """How the images of the base were made, by field; what is not known is named so."""
+    known = found["sides"][0].get("protocol")
+    if not known:
+        return [("protocol", "not known: the images were drawn by another program")]
+    return [(name.replace("_", " "), _value(value)) for name, value in known.items() if value is not None]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items() if item is not None)
+    return ", ".join(map(_value, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def render(found: Entry) -> str:
+    """The page, as HTML without script or network."""
+    pictures = _Pictures()
+    sides = [
+        {
+            "name": name,
+            "verdict": verdict(found, name),
+            "tiles": _tiles(found, name),
+            "chart": Markup(
+                svg(
+                    f"win{number}",
+                    f"Win rates of {name}",
+                    _wins(found, name),
+                    (SIZE[0], _height(found, name)),
+                    left=0.36,
+                )
+            ),
+            "examples": _examples(found, name, pictures),
+            "categories": _categories(found, name),
+        }
+        for number, name in enumerate(_others(found))
+    ]
+    return template("evaluation.html").render(
+        title=f"Is it better than {found['sides'][0]['name']}?",
+        base=found["sides"][0]["name"],
+        sides=sides,
+        rows=rows(found),
+        scorers=found["scorers"],
+        protocol=protocol(found),
+        everyone=found["sides"],
+        sets=found.get("sets") or [],
+        accuracy=found.get("accuracy") or [],
+        published=found.get("published"),
+        at_best=_at_best(found),
+        warnings=found.get("warnings") or [],
+        made=[(name, _value(value)) for name, value in (found.get("made") or {}).items()],
+        large=pictures.large,
+    )
+
+
+def _tiles(found: Entry, side: str) -> list[Tile]:
+    entries = [entry for entry in found["results"] if entry["side"] == side]
+    return [
+        Tile(
+            f"Win rate by {entry['scorer']}",
+            f"{entry['paired']['win_rate']:.0%}",
+            f"{entry['paired']['win_interval'][0]:.0%} to {entry['paired']['win_interval'][1]:.0%}; no change: 50%",
+        )
+        for entry in entries
+    ] + [
+        Tile(f"Worth by {entry['scorer']}", entry["worth"]["text"], "the base's best of so many images is as good")
+        for entry in entries
+        if entry.get("worth")
+    ]
+
+
+def _height(found: Entry, side: str) -> float:
+    """Inches of the chart of win rates: a line for each scorer."""
+    return 1.1 + 0.42 * sum(entry["side"] == side for entry in found["results"])
+
+
+def _wins(found: Entry, side: str) -> Callable[[Axes], None]:
+    """Draws the win rate of a side with its interval, one line a scorer; a dashed line marks one half."""
+    entries = [entry for entry in found["results"] if entry["side"] == side][::-1]
+
+    def draw(axes: Axes) -> None:
+        for place, entry in enumerate(entries):
+            low, high = entry["paired"]["win_interval"]
+            axes.plot([low, high], [place, place], color=LIGHT["policy"], linewidth=2.5)
+            axes.plot([entry["paired"]["win_rate"]], [place], "o", color=LIGHT["policy"], markersize=7)
+        axes.axvline(0.5, color=LIGHT["quiet"], linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.6, len(entries) - 0.4)
+        axes.set_yticks(range(len(entries)), [entry["scorer"] for entry in entries])
+        axes.set_xlabel("share of prompts won")
+
+    return draw
+
+
+def _categories(found: Entry, side: str) -> list[tuple[str, list[str]]]:
+    """Win rates by category and scorer, as texts; empty without categories."""
+    entries = [entry for entry in found["results"] if entry["side"] == side]
+    kinds = sorted({kind for entry in entries for kind in entry["categories"]})
+    return [
+        (
+            kind,
+            [
+                f"{one['win_rate']:.2f} ({one['win_interval'][0]:.2f} to {one['win_interval'][1]:.2f})" if one else ""
+                for one in (entry["categories"].get(kind) for entry in entries)
+            ],
+        )
+        for kind in kinds
+    ]
+
+
+class _Pictures:
+    """Pictures of a page: small in its rows, and each once more as large as it is, which a click shows."""
+
+    def __init__(self) -> None:
+        self.large: list[tuple[str, str]] = []  # (id, data URI)
+        self._known: dict[str, tuple[str, str] | None] = {}
+
+    def of(self, path: str) -> tuple[str, str] | None:
+        """(id, data URI of the small one); None for a file that is gone or is no image."""
+        if path not in self._known:
+            self._known[path] = self._read(path)
+        return self._known[path]
+
+    def _read(self, path: str) -> tuple[str, str] | None:
+        try:
+            with reading(path, ""), Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as opened:
+                image = opened.convert("RGB")
+        except UserError:
+            return None
+        name = f"picture-{len(self.large)}"
+        self.large.append((name, data_uri(image)))
+        image.thumbnail((SMALL, SMALL))
+        return name, data_uri(image)
+
+
+def _examples(found: Entry, side: str, pictures: _Pictures) -> list[dict[str, Any]]:
+    """The prompts with the largest gains and losses of a side by its first scorer, with both images."""
+    entry = next(entry for entry in found["results"] if entry["side"] == side)
+    shown = []
+    for name in ("gains", "losses"):
+        cells = []
+        for prompt, difference, base, other in entry[name]:
+            images = [(label, pictures.of(path)) for label, path in (("before", base), ("after", other))]
+            if all(image for _, image in images):
+                cells.append({"prompt": prompt, "difference": f"{difference:+.3g}", "images": images})
+        if cells:
+            shown.append({"title": f"Largest {name} by {entry['scorer']}", "cells": cells})
+    return shown
+
+
+def headline(found: Entry) -> Sequence[str]:
+    """The verdicts of all sides, a line each, for the console."""
+    return [
+        " ".join([judged.headline, *judged.sentences]) for judged in (verdict(found, name) for name in _others(found))
+    ]

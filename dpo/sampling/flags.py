@@ -1,0 +1,109 @@
+"""Flags of what is drawn and how: those of dpo.sample and of every command that draws by a protocol. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SAMPLERS = ("model", "ddim", "ddpm", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc")
+
+
+def add_drawn(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose prompts and seeds."""
+    add = parser.add_argument_group("what is drawn").add_argument
+    add(
+        "--prompts",
+        nargs="+",
+        default=[],
+        metavar="PROMPT",
+        help="texts, one file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files, or a set by name, from "
+        "the hub or NAME:FOLDER: pickapic-v1-validation, pickapic-v1-test, pickapic-v2-validation, pickapic-v2-test, "
+        "partiprompts, hpsv2, embedded (default with the embedded model; embedded:judged are the first 160)",
+    )
+    add("--prompt-column", metavar="NAME", help="column of a table (default: prompt, caption or text)")
+    add("--subset", type=above(0), metavar="N", help="N of the prompts, by a hash of each: stable whatever their order")
+    add("--subset-seed", type=int, default=0, metavar="SEED", help="another such choice (default: 0)")
+    add("--seeds", type=above(0), default=1, metavar="N", help="images of each prompt (default: 1)")
+    add("--first-seed", type=seed, default=0, metavar="SEED", help="number of the first seed (default: 0)")
+    add(
+        "--same-noise",
+        action="store_true",
+        help="one noise for all prompts: the number seeds an image, not a hash with the prompt",
+    )
+
+
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how an image is drawn, but for the guidance, of which a command may take several."""
+    add = parser.add_argument_group("how: the protocol").add_argument
+    add("--sampler", default="model", choices=SAMPLERS, help="(default: model, the one that it comes with)")
+    add("--steps", type=above(0), metavar="N", help="denoising steps (default: 50; Turbo 4)")
+    add("--width", type=side, metavar="PIXELS", help="of an image (default: as the model was trained)")
+    add("--height", type=side, metavar="PIXELS", help="of an image (default: as the model was trained)")
+    add(
+        "--batch",
+        type=above(0),
+        metavar="N",
+        help="images drawn together; rounding depends on it (default: 4; on a GPU up to 32, as the model needs)",
+    )
+    add(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="(default: fp32 on a CPU, fp16 on a GPU; SDXL's VAE always fp32)",
+    )
+    add(
+        "--vae-tile",
+        type=side,
+        default=0,
+        metavar="PIXELS",
+        help="decode in tiles of this side: less memory, slightly other images",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def above(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        value = int(text)
+        if value <= least:
+            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+        return value
+
+    whole.__name__ = "whole number"
+    return whole
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 2^32 - 1")
+    return value
+
+
+def side(text: str) -> int:
+    value = int(text)
+    if value < 8 or value % 8:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 8")
+    return value
+
+
+def guidance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 1000")
+    return value
+
+
+def guidances(text: str) -> tuple[float, ...]:
+    """One guidance scale, or several between commas."""
+    values = tuple(guidance(part) for part in text.split(","))
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: expected different numbers")
+    return values
+
+
+def strengths(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split(","))
+    if not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: expected different numbers above 0 and at most 1")
+    return values

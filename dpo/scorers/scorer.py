@@ -1,0 +1,141 @@
+"""What a scorer is, which there are, and how one is opened from the name that a person gives.
+
+A scorer gives each image a number, seeing its caption. Its name says which weights and which preprocessing: two
+versions of one model are two names. Its fingerprint is of the weights' content, the preprocessing and the dtype, so
+that scores of different ones are never mixed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.common.words import first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Scorer(Protocol):
+    """Gives images numbers. `score` is called with keyword arguments."""
+
+    name: str  # as in --scorers
+    fingerprint: str  # of weights, preprocessing and dtype
+
+    def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """[N] float32 on the CPU: one number for each image (RGB) and its caption."""
+        ...
+
+
+class Listed(NamedTuple):
+    """A scorer that comes with the package, and what a person should know of it."""
+
+    name: str
+    make: str  # "module:function", called as Opener is
+    source: str  # the hub id of its weights, or where else they are
+    licence: str
+    gib: float  # of its weights
+    scale: str  # in words
+    higher_is_better: bool = True
+    resolution: float = 0.0  # differences up to this are ties
+    note: str = ""
+
+
+# (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> Scorer
+Opener = Callable[..., Scorer]
+
+LISTED: tuple[Listed, ...] = (
+    Listed(
+        "tiny-a", "dpo.tiny.scorer:judge_a", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3,
+        note="labelled the embedded pairs: use tiny-b to evaluate",
+    ),
+    Listed("tiny-b", "dpo.tiny.scorer:judge_b", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
+    Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", "in the package", "Apache-2.0", 0.001, "0 or 1"),
+    Listed(
+        "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
+        note="learned from Pick-a-Pic, as models trained on those pairs are",
+    ),
+    Listed("clip-l14", "dpo.scorers.clip:clip_l14", "openai/clip-vit-large-patch14", "MIT", 1.7, "cosine"),
+    Listed("clip-h14", "dpo.scorers.clip:clip_h14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine"),
+    Listed(
+        "clip-h14-pad", "dpo.scorers.clip:clip_h14_pad", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine",
+        note="the whole image padded to a square, as Diffusion-DPO's own evaluation does",
+    ),
+    Listed(
+        "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
+        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
+    ),
+)  # fmt: skip
+
+
+def listing() -> str:
+    """The table of all scorers, as text."""
+    head = ("name", "scale", "direction", "GiB", "licence", "from")
+    rows = [
+        (
+            s.name,
+            s.scale,
+            "higher is better" if s.higher_is_better else "lower is better",
+            f"{s.gib:g}",
+            s.licence,
+            s.source,
+        )
+        for s in LISTED
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+    notes = [f"{one.name}: {one.note}" for one in LISTED if one.note]
+    own = (
+        "Your own: package.module:attribute, an object (or a function that makes one) with name, fingerprint and score."
+    )
+    place = "NAME:PLACE takes the weights from a local folder or file."
+    return "\n".join([*lines, "", *notes, place, own])
+
+
+def listed(name: str) -> Listed | None:
+    """The entry of a scorer in the list; None for a user's own."""
+    return next((one for one in LISTED if one.name == name.partition(":")[0]), None)
+
+
+def opened(
+    name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, cache_dir: str | Path | None = None
+) -> Scorer:
+    """The scorer of that name: "NAME", "NAME:PLACE" with local weights, or "package.module:attribute".
+
+    Raises UserError for a name that is none, and where its weights cannot be had.
+    """
+    known, (first, _, rest) = listed(name), name.partition(":")
+    if known is not None:
+        make = _attribute(known.make)
+        return cast(Scorer, make(place=rest or None, device=device, dtype=dtype, cache_dir=cache_dir))
+    if not rest:
+        near = difflib.get_close_matches(first, [one.name for one in LISTED], 1)
+        hint = f"did you mean {near[0]}?" if near else "--scorers help lists them"
+        raise UserError(f"--scorers {name}: there is no such scorer; {hint}")
+    found = _attribute(name)
+    try:
+        scorer = found if hasattr(found, "fingerprint") and not isinstance(found, type) else found()
+    except Exception as error:  # the user's own code
+        raise UserError(f"--scorers {name}: cannot be made ({first_line(error)})") from error
+    missing = [part for part in ("name", "fingerprint", "score") if not hasattr(scorer, part)]
+    if missing:
+        raise UserError(f"--scorers {name}: it has no {', '.join(missing)}; a scorer needs name, fingerprint and score")
+    return cast(Scorer, scorer)
+
+
+def _attribute(path: str) -> Any:
+    """What an import path "package.module:attribute" names. Raises UserError."""
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--scorers {path}: cannot be imported ({first_line(error)})") from error

@@ -1,0 +1,203 @@
+"""CLIP's two towers as scorers use them: one preprocessing by name, one text pooling, unit vectors in float32.
+
+The vector of a caption is read at the largest token id, which is the end of the text in every CLIP vocabulary; what the
+model's config says of its end token (2 in many published files, which is not the vocabulary's) plays no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.common.files import checksum
+from dpo.common.hub import is_hub_id
+from dpo.common.words import first_line
+from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, normalised, whole
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
+
+BATCH, TOKENS = 32, 77
+FILES = ("config.json", "model*.safetensors", "tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+WORDS = ("tokenizer.json", "vocab.json")  # a folder with one of these has a tokenizer
+
+
+def crop(image: Image.Image, side: int) -> Tensor:
+    """[3, side, side] float32, normalised: the shortest side to `side` (bicubic), the middle cut out.
+
+    An odd rest leaves the corner rounded down, as transformers' processor does; `pixels.cropped` rounds as torchvision.
+    """
+    least = min(image.size)
+    width, height = (int(side * length / least) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return normalised([whole(resized.crop((left, top, left + side, top + side)))], CLIP_MEAN, CLIP_SPREAD)[0]
+
+
+def pad(image: Image.Image, side: int, *, antialias: bool = True) -> Tensor:
+    """[3, side, side] float32, normalised: the longest side to `side` (bicubic), black bands make it square.
+
+    Resized as a tensor in 0..1 without clamping, and the bands are put on before the normalisation: both as HPSv2 does.
+    """
+    x = whole(image).float() / 255
+    scale = side / max(image.size)
+    height, width = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    if scale != 1.0:
+        resized = torch.nn.functional.interpolate(
+            x[None], (height, width), mode="bicubic", align_corners=False, antialias=antialias
+        )
+        x = resized[0]
+    above, before = (side - height) // 2, (side - width) // 2
+    x = torch.nn.functional.pad(x, (before, side - width - before, above, side - height - above))
+    return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_SPREAD).view(3, 1, 1)
+
+
+def pad_without_antialias(image: Image.Image, side: int) -> Tensor:
+    """As `pad`, resized without antialiasing: what torchvision before 0.17 did."""
+    return pad(image, side, antialias=False)
+
+
+Preprocessing = Callable[[Image.Image, int], Tensor]
+PREPROCESSING: dict[str, Preprocessing] = {"crop": crop, "pad": pad, "pad-no-antialias": pad_without_antialias}
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A CLIP model that gives unit vectors, and what its numbers depend on."""
+
+    model: CLIPModel
+    tokenizer: PreTrainedTokenizerBase
+    preprocessing: str  # of PREPROCESSING
+    scale: float  # exp(logit_scale), read in float32 whatever the towers' dtype
+    fingerprint: str  # of weights, preprocessing and dtype
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config  # transformers types its parts as optional
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """[N, D] float32 on the CPU, each of length 1."""
+        side, prepare = self._config.vision_config.image_size, PREPROCESSING[self.preprocessing]
+        weight = self.model.visual_projection.weight
+        parts = [torch.empty(0, len(weight))]
+        for start in range(0, len(images), BATCH):
+            pixels = torch.stack([prepare(image, side) for image in images[start : start + BATCH]])
+            seen = self.model.vision_model(pixel_values=pixels.to(weight.device, weight.dtype)).pooler_output
+            parts.append(_unit(self.model.visual_projection(seen)))
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """[N, D] float32 on the CPU, each of length 1; a caption is cut to 77 tokens."""
+        weight = self.model.text_projection.weight
+        length = min(TOKENS, self._config.text_config.max_position_embeddings)
+        parts = [torch.empty(0, len(weight))]
+        for start in range(0, len(captions), BATCH):
+            words = self.tokenizer(
+                list(captions[start : start + BATCH]),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+            )
+            ids = words["input_ids"].to(weight.device)
+            states = self.model.text_model(input_ids=ids).last_hidden_state
+            pooled = states[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]
+            parts.append(_unit(self.model.text_projection(pooled)))
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """A scorer: a factor times the cosine of an image and its caption."""
+
+    name: str
+    towers: Towers
+    factor: float
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name} {self.towers.fingerprint}"
+
+    def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """[N] float32 on the CPU. Raises ValueError unless there is a caption for each image."""
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images, {len(captions)} captions")
+        return self.factor * (self.towers.images(images) * self.towers.texts(captions)).sum(-1)
+
+
+def loaded(
+    name: str,
+    source: str,
+    *,
+    preprocessing: str,
+    place: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    cache_dir: str | None,
+    words: str | None = None,
+) -> Towers:
+    """The towers of scorer `name` from the folder `place`, else from `source` on the hub, in evaluation mode.
+
+    A folder without a tokenizer takes that of `words`, else of `source`. Raises UserError for what is not to be had.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    folder = _folder(name, place or source, cache_dir)
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights or not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name}: {folder} has no config.json and model.safetensors; name a folder that has, {name}:FOLDER"
+        )
+    own = any((folder / file).is_file() for file in WORDS)
+    spelling = folder if own else _folder(name, words or source, cache_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spelling)
+        read: Any = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # configs, tokenizers and weights fail in a dozen ways
+        raise UserError(f"{name}: {folder} cannot be read ({first_line(error)}); get its files again") from error
+    model, report = read
+    if report["missing_keys"]:
+        raise UserError(f"{name}: {folder} lacks {len(report['missing_keys'])} of CLIP's weights; get its files again")
+    scale = float(model.logit_scale.detach().exp())
+    content = " ".join(_checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
+    model.to(device, dtype).eval().requires_grad_(False)
+    side = model.config.vision_config.image_size
+    return Towers(model, tokenizer, preprocessing, scale, f"{content} {preprocessing}-{side}-bicubic {dtype}")
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
+
+
+def _folder(name: str, place: str, cache_dir: str | None) -> Path:
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not is_hub_id(place):
+        raise UserError(f"{name}: {place} is no folder; name one with config.json and model.safetensors, {name}:FOLDER")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place, allow_patterns=list(FILES), cache_dir=cache_dir))
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise UserError(
+            f"{name}: cannot get {place} from the hub ({first_line(error)}); check the network, or name a folder, {name}:FOLDER"
+        ) from error
+
+
+@lru_cache
+def _checksum(path: Path, size: int, changed: int) -> str:
+    """The checksum of a file's bytes, computed once a process for each state (size, time of change) of the file."""
+    return checksum(path)

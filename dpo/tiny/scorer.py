@@ -1,0 +1,61 @@
+"""The embedded world's judges as scorers: its hidden taste, and whether a picture shows what its caption says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dpo.common.errors import UserError
+from dpo.common.files import checksum
+from dpo.tiny.judge import Judge, load_judge, score
+from dpo.tiny.paths import ASSETS
+
+SIDE = 64  # pixels that a judge sees
+
+
+@dataclass(frozen=True)
+class OfJudge:
+    """A judge of the embedded world, which looks at pictures of 64 x 64 pixels."""
+
+    name: str
+    fingerprint: str
+    judge: Judge
+    faithful: bool  # whether it asks for object and colour, instead of the taste
+
+    def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """[N] float32: the taste's score, 0 to 3; or 1 where object and colour are the caption's, else 0.
+
+        Raises UserError for images of another size.
+        """
+        if other := next((image.size for image in images if image.size != (SIDE, SIDE)), None):
+            raise UserError(f"{self.name} judges images of {SIDE} x {SIDE} pixels, not {other[0]} x {other[1]}")
+        seen = self.judge.read(np.stack([np.asarray(image) for image in images]))
+        found = self.judge.faithful(seen, list(captions)) if self.faithful else score(seen)
+        return torch.from_numpy(np.asarray(found, dtype=np.float32))
+
+
+def _opened(judge: str, faithful: bool) -> OfJudge:
+    name = f"tiny-{judge}" + ("-faithful" if faithful else "")
+    content = checksum(ASSETS / "judges" / f"{judge}.safetensors")[:32]
+    return OfJudge(name, f"{name} {content} float32", load_judge(judge), faithful)
+
+
+def judge_a(**unused: Any) -> OfJudge:
+    """Judge a, which labelled the embedded pairs."""
+    return _opened("a", False)
+
+
+def judge_b(**unused: Any) -> OfJudge:
+    """Judge b, which labelled nothing."""
+    return _opened("b", False)
+
+
+def faithful_b(**unused: Any) -> OfJudge:
+    """Whether judge b sees the object and the colour that the caption names."""
+    return _opened("b", True)

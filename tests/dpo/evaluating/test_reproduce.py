@@ -1,0 +1,32 @@
+"""Published tables as data: complete, with what is unstated said, and a tolerance that two papers give."""
+
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.evaluating import reproduce
+
+
+def test_every_table_says_how_it_was_made():
+    for table in reproduce.tables().values():
+        assert table.source.startswith("arXiv ") and table.statistic in ("mean", "median")
+        assert {"prompts", "count", "sampler", "steps", "guidance", "seeds"} <= table.protocol.keys()
+        assert "seeds" not in table.stated() and table.stated()["steps"] == 20
+        assert all(isinstance(value, float) for scores in table.models.values() for value in scores.values())
+
+
+def test_ours_beside_theirs():
+    lines = reproduce.beside(
+        reproduce.table("lpo"), {"SD1.5": {"pickscore": 20.50, "clip-h14": 0.3}, "mine": {"pickscore": 1}}
+    )
+    (line,) = lines
+    assert (line.model, line.scorer, line.published) == ("SD1.5", "pickscore", 20.56)
+    assert line.difference == pytest.approx(-0.06) and line.tolerance == pytest.approx(0.03)
+    (line,) = reproduce.beside(reproduce.table("lpo"), {"SD2.1": {"pickscore": 20.92}})
+    assert line.tolerance is None
+
+
+def test_what_is_not_there_is_one_line():
+    with pytest.raises(UserError, match="--reproduce dde: no such table; there are lpo, spo"):
+        reproduce.table("dde")
+    with pytest.raises(UserError, match=r"none of these models: call one NAME=MODEL, with a name of SD1\.5, "):
+        reproduce.beside(reproduce.table("spo"), {"mine": {"pickscore": 1.0}})

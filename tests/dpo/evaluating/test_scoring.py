@@ -1,0 +1,130 @@
+"""Scores of a side's images: one for each, through the cache, flat memory, and what cannot be read is named."""
+
+import tracemalloc
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.evaluating.scoring import Look, read_image, scores, table_scores
+from dpo.evaluating.sides import Shown, Side
+from dpo.scorers.cache import ScoreCache
+
+
+@dataclass
+class Red:
+    """The red of the first pixel, plus the length of the caption."""
+
+    name: str = "red"
+    fingerprint: str = "red 1"
+    seen: list[int] = field(default_factory=list)
+
+    def score(self, *, images, captions):
+        self.seen.append(len(images))
+        return torch.tensor(
+            [image.getpixel((0, 0))[0] + len(text) for image, text in zip(images, captions, strict=True)]
+        ).float()
+
+
+@pytest.fixture
+def side(tmp_path):
+    rng = np.random.default_rng(0)
+    shown = []
+    for i in range(37):
+        path = tmp_path / "images" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+        shown.append(Shown(path, "x" * (i % 3)))
+    return Side("b", tmp_path / "images", tuple(shown))
+
+
+def expected(side):
+    return [Image.open(image.path).getpixel((0, 0))[0] + len(image.prompt) for image in side.images]
+
+
+def test_every_image_once_and_then_from_the_cache(side, tmp_path):
+    scorer, said = Red(), []
+    with ScoreCache(tmp_path / "c") as cache:
+        found = scores(side, scorer, cache, Look(), read_image, lambda done, total: said.append((done, total)))
+        assert found.tolist() == expected(side) and sum(scorer.seen) == 37 and said[-1] == (37, 37)
+        again = Red()
+        assert scores(side, again, cache, Look(), read_image).tolist() == expected(side) and again.seen == []
+        renamed = Red(fingerprint="red 2")
+        look = Look()
+        scores(side, again, cache, look, read_image)
+        calls = []
+        scores(side, renamed, cache, look, lambda path: calls.append(path) or read_image(path))
+        assert len(calls) == 37, "another fingerprint is another scorer"
+        calls.clear()
+        scores(side, renamed, cache, look, lambda path: calls.append(path) or read_image(path))
+        assert calls == [], "known images are not even read"
+
+
+def test_what_cannot_be_read_is_named_and_left_out(side, tmp_path, caplog):
+    side.images[3].path.write_bytes(b"not an image")
+    side.images[5].path.unlink()
+    side.images[7].path.write_bytes(side.images[7].path.read_bytes()[:60])
+    Image.new("RGB", (16, 16), "white").save(side.images[9].path)
+    look = Look()
+    with ScoreCache(tmp_path / "c") as cache:
+        found = scores(side, Red(), cache, look, read_image)
+    assert np.flatnonzero(np.isnan(found)).tolist() == [3, 5, 7]
+    assert {path.name for path in look.unusable} == {"003.png", "005.png", "007.png"}
+    assert [path.name for path in look.flat] == ["009.png"] and found[9] == 255
+
+
+def test_a_bomb_is_left_out_and_not_decoded(side, tmp_path):
+    Image.new("L", (20000, 20000)).save(side.images[0].path)
+    look = Look()
+    with ScoreCache(tmp_path / "c") as cache:
+        assert np.isnan(scores(side, Red(), cache, look, read_image)[0])
+    assert "pixels" in next(iter(look.unusable.values()))
+
+
+def test_a_scorer_that_gives_too_few_or_no_numbers(side, tmp_path, caplog):
+    few, none = Red(), Red(fingerprint="none")
+    few.score = lambda *, images, captions: torch.zeros(1)
+    none.score = lambda *, images, captions: torch.full((len(images),), torch.nan)
+    with ScoreCache(tmp_path / "c") as cache:
+        with pytest.raises(UserError, match=r"red gave \(1,\) scores for 16 images"):
+            scores(side, few, cache, Look(), read_image)
+        assert np.isnan(scores(side, none, cache, Look(), read_image)).all()
+    assert "no finite score to 37 images" in caplog.text
+
+
+def test_memory_is_flat(side, tmp_path):
+    many = Side("b", side.place, side.images * 60)
+    Image.new("RGB", (512, 512), "red").save(big := tmp_path / "big.png")
+    large = Side("b", tmp_path, tuple(Shown(big, str(i)) for i in range(600)))
+    peaks = []
+    for one in (Side("b", tmp_path, large.images[:100]), large):
+        with ScoreCache(tmp_path / f"c{len(one.images)}") as cache:
+            tracemalloc.start()
+            scores(one, Red(), cache, Look(), read_image)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0] + 2**20 and len(many.images) == 37 * 60
+
+
+def test_scores_of_another_program(side, tmp_path):
+    table = tmp_path / "geneval.jsonl"
+    lines = [
+        f'{{"filename": "{image.path}", "correct": {"true" if i % 2 else "false"}}}'
+        for i, image in enumerate(side.images[:30])
+    ]
+    table.write_text("\n".join(lines))
+    found = table_scores(side, table, Look())
+    assert found[:30].tolist() == [i % 2 for i in range(30)] and np.isnan(found[30:]).all()
+    for text, words in (
+        ("file,score\nother.png,1\n", "has no score for any image of b"),
+        ("file,score\n000.png,much\n", "row 1: 'much' is not a number"),
+        ("file,points\n000.png,1\n", r"row 1: needs a file"),
+    ):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(UserError, match=words):
+            table_scores(side, tmp_path / "x.csv", Look())
+    assert Path(table).exists()

@@ -1,0 +1,147 @@
+"""evaluation.html and evaluation.md, from evaluation.json alone."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.pages.evaluation import headline, markdown, render, verdict, write_pages
+from tests.help.pages import Page, look
+
+EVIL = '</td><script>alert(1)</script><img src="http://x.example/" onerror="x"> | {{ 7 * 6 }} & "'
+
+
+def paired(win=(0.62, 0.57, 0.67), difference=(0.43, 0.31, 0.55)):
+    return {
+        "prompts": 500, "images": 500, "mean_a": 20.56, "mean_b": 20.99, "median_a": 20.5, "median_b": 21.0,
+        "difference": difference[0], "difference_interval": difference[1:], "win_rate": win[0], "win_interval": win[1:],
+        "ties": 0.01, "p_sign": 1e-4, "detectable": 0.56,
+    }  # fmt: skip
+
+
+def entry(scorer="pickscore", side="dpo", **more):
+    found = {"side": side, "scorer": scorer, "paired": paired(), "p": 2e-4, "categories": {}, "gains": [], "losses": []}
+    return found | {"worth": None} | more
+
+
+def evaluation(*results, base="start", prompt="a fox"):
+    names = list(dict.fromkeys([base, *(one["side"] for one in results)]))
+    sides = [
+        {"name": name, "place": f"runs/{name}", "images": 500, "prompts": 500, "unusable": [], "flat": [],
+         "protocol": {"sampler": "DDIM", "steps": 20, "guidance": 5.0}}
+        for name in names
+    ]  # fmt: skip
+    scorers = [{"name": one["scorer"], "fingerprint": "ab12", "scale": "20..23", "note": ""} for one in results]
+    return {"format": 1, "sides": sides, "scorers": scorers, "results": list(results), "warnings": [prompt], "made": {}}
+
+
+WORSE, NONE = paired((0.4, 0.35, 0.45), (-0.4, -0.5, -0.3)), paired((0.51, 0.46, 0.55), (0.01, -0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("results", "level", "words"),
+    [
+        ([entry()], "good", "dpo is better than start"),
+        ([entry(paired=WORSE)], "poor", "dpo is worse than start"),
+        ([entry(paired=NONE)], "early", "No difference between dpo and start can be shown"),
+        ([entry(), entry("hpsv2.1", paired=WORSE)], "mixed", "The scorers disagree on dpo"),
+        ([entry(), entry("hpsv2.1", paired=NONE)], "mixed", "better than start by pickscore; the rest"),
+    ],
+)
+def test_one_verdict(results, level, words):
+    found = verdict(evaluation(*results), "dpo")
+    assert found.level == level and words in found.headline
+    assert all(str(f"{one['paired']['win_rate']:.0%}") in " ".join(found.sentences) for one in results)
+
+
+def test_what_could_have_been_shown_is_said():
+    assert "a win rate of 56% four times in five" in " ".join(verdict(evaluation(entry(paired=NONE)), "dpo").sentences)
+
+
+def test_the_table_has_a_row_for_each_side_and_scorer():
+    text = markdown(evaluation(entry(), entry("hpsv2.1", "dde")))
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and all(line.count("|") == 8 for line in rows)
+    assert "| dpo | pickscore | 20.56 (20.5) | 20.99 (21) | +0.43 (+0.31 to +0.55) | 0.620 (0.570 to 0.670)" in text
+    assert "sampler: DDIM; steps: 20" in text
+    assert len(headline(evaluation(entry(), entry("hpsv2.1", "dde")))) == 2
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    names = []
+    for number, colour in enumerate(("red", "blue", "green", "white")):
+        names.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (640, 640), colour).save(names[-1])
+    return names
+
+
+def rich(pictures, prompt="a fox"):
+    """An evaluation with everything that a page can show."""
+    gains, losses = (
+        [[prompt, 1.5, *pictures[:2]]],
+        [[prompt, -0.5, *pictures[2:]], [prompt, -0.1, "gone.png", "gone.png"]],
+    )
+    kinds = {"animals": paired(), "food": paired((0.5, 0.4, 0.6))}
+    worth = {"n": 2.0, "text": "2.0 (1.7 to 2.4)"}
+    found = evaluation(entry(gains=gains, losses=losses, categories=kinds, worth=worth), prompt=prompt)
+    found["results"][0]["best_guidance"] = {"base": "start, guidance 7.5", "paired": paired((0.55, 0.5, 0.6))}
+    line = {
+        "model": "SD1.5",
+        "scorer": "pickscore",
+        "ours": 20.5,
+        "published": 20.56,
+        "difference": -0.06,
+        "tolerance": 0.03,
+    }
+    return found | {
+        "published": {"title": "LPO", "source": "arXiv 2502.01051", "protocol": {"seeds": "unstated"}, "lines": [line]},
+        "sets": [{"scorer": "diversity", "side": "dpo", "value": 0.3, "interval": [0.2, 0.4]}],
+        "accuracy": [{"side": "dpo", "accuracy": 0.608, "interval": [0.59, 0.62], "pairs": 1000}],
+    }
+
+
+def test_the_page_stands_alone_and_is_whole(pictures):
+    page = Page(text := render(rich(pictures)))
+    assert "script" not in page.tags and all(ref.startswith(("data:", "#")) for ref in page.refs)
+    assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
+    assert len(page.ids) == len(set(page.ids))
+    order = ["dpo is better than start", "Win rate by pickscore", "Worth by pickscore", "The figures", "by category",
+             "Largest gains", "Largest losses", "Figures of a whole set", "Implicit preference accuracy",
+             "Beside published numbers", "seeds unstated",
+             "Against the base at its best guidance", "0.550", "What was compared"]  # fmt: skip
+    places = [page.text.index(part) for part in order]
+    assert places == sorted(places)
+    assert page.tags.count("img") == 4 + 4, "each small in its row and once large"
+
+
+def test_nothing_of_the_users_is_markup(pictures):
+    found = rich(pictures, EVIL)
+    found["sides"][0]["name"] = found["sides"][1]["place"] = EVIL
+    found["sides"][0]["protocol"] = {EVIL: EVIL}
+    found["scorers"][0] |= {"scale": EVIL, "note": EVIL}
+    found["results"][0]["categories"] = {EVIL: paired()}
+    page = Page(render(found))
+    assert "script" not in page.tags and all(ref.startswith(("data:", "#")) for ref in page.refs)
+    assert "{{ 7 * 6 }}" in page.text
+    assert all(
+        line.count("|") - line.count("\\|") == 8 for line in markdown(found).splitlines() if line.startswith("|")
+    )
+
+
+def test_a_browser_shows_it(pictures, tmp_path):
+    for width, columns in ((360, 1), (1200, 3)):
+        seen, said = look(render(rich(pictures)), tmp_path, width)
+        assert said == [] and seen["overflow"] == 0 and seen["columns"] == columns and seen["text"] >= 11
+
+
+def test_written_beside_the_figures(tmp_path):
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(evaluation(entry())))
+    assert [made.name for made in write_pages(path)] == ["evaluation.html", "evaluation.md"]
+    for text in ("", "[]", "{}", "{" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="python -m dpo.evaluate again"):
+            write_pages(path)

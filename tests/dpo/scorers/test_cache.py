@@ -1,0 +1,56 @@
+"""Scores kept in a file: found again, kept apart, whole after a kill and with two processes."""
+
+import random
+
+import pytest
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.common.pictures import pixel_hash
+from dpo.scorers.cache import ScoreCache
+from tests.help.children import kill_until_done
+
+
+def test_what_was_put_is_found_and_nothing_else(tmp_path):
+    with ScoreCache(tmp_path / "deep" / "scores.sqlite") as cache:
+        cache.put("clip", [("image", "a fox", 0.1), ("image", "a cat", -2.5)])
+        assert (cache.get("image", "clip", "a fox"), cache.get("image", "clip", "a cat")) == (0.1, -2.5)
+        assert cache.get("image", "other", "a fox") is cache.get("else", "clip", "a fox") is None
+        cache.put("clip", [("image", "a fox", 0.2), ("image", "\ud800\0", 7.0)])
+    with ScoreCache(tmp_path / "deep" / "scores.sqlite") as cache:
+        assert (cache.get("image", "clip", "a fox"), cache.get("image", "clip", "\ud800\0")) == (0.2, 7.0)
+
+
+def test_equal_pictures_have_equal_hashes(tmp_path):
+    image = Image.linear_gradient("L").convert("RGB")
+    image.save(tmp_path / "a.png", compress_level=1)
+    image.save(tmp_path / "b.webp", lossless=True)
+    hashes = {pixel_hash(Image.open(tmp_path / name)) for name in ("a.png", "b.webp")} | {pixel_hash(image)}
+    assert len(hashes) == 1
+    wide, tall = Image.new("RGB", (2, 8)), Image.new("RGB", (8, 2))
+    assert pixel_hash(wide) != pixel_hash(tall)
+    image.putpixel((0, 0), (1, 0, 0))
+    assert pixel_hash(image) not in hashes
+
+
+def test_kills_leave_whole_batches(tmp_path):
+    path = tmp_path / "scores.sqlite"
+
+    def work():
+        with ScoreCache(path) as cache:
+            for batch in range(200):
+                cache.put("s", [(f"{batch}-{i}", "", float(i)) for i in range(20)])
+
+    kill_until_done(work, random.Random(0), 3, 0.2)
+    with ScoreCache(path) as cache:
+        for batch in range(200):
+            assert [cache.get(f"{batch}-{i}", "s", "") for i in range(20)] == [float(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("content", [b"not a database at all, but text", b"SQLite format 3\0" + bytes(200)])
+def test_a_file_that_is_no_cache_is_one_line(tmp_path, content):
+    (tmp_path / "scores.sqlite").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be used as a cache of scores"):
+        ScoreCache(tmp_path / "scores.sqlite")
+    with pytest.raises(UserError, match="cannot be used as a cache of scores"):
+        ScoreCache(tmp_path)

@@ -1,0 +1,64 @@
+"""From a name to a scorer: the list, a user's own, and mistakes in one line."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.scorers.scorer import LISTED, listed, listing, opened
+
+CPU = torch.device("cpu")
+OWN = """
+import torch
+
+class Brightness:
+    name, fingerprint = "brightness", "brightness 1"
+    def score(self, *, images, captions):
+        return torch.tensor([float(sum(image.getpixel((0, 0)))) for image in images])
+
+made = Brightness()
+class Without: name = "half"
+broken = 7
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_scorers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_scorers", None)
+
+
+def test_the_list_says_everything_and_every_entry_can_be_imported():
+    text = listing()
+    for one in LISTED:
+        assert one.name in text and one.licence and one.source and one.scale
+        assert listed(one.name) is one and listed(f"{one.name}:/weights") is one
+    assert len({one.name for one in LISTED}) == len(LISTED)
+
+
+def test_a_users_own_by_import_path(own):
+    images = [Image.new("RGB", (4, 4), (1, 2, 3)), Image.new("RGB", (4, 4), (9, 9, 9))]
+    for name in ("my_scorers:made", "my_scorers:Brightness"):
+        scorer = opened(name, device=CPU)
+        assert scorer.score(images=images, captions=["", ""]).tolist() == [6.0, 27.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tiny-c", "there is no such scorer; did you mean tiny-"),
+        ("zzz", "there is no such scorer; --scorers help lists them"),
+        ("my_scorers:Nothing", "cannot be imported"),
+        ("no.such.module:thing", "cannot be imported"),
+        ("my_scorers:Without", "it has no fingerprint, score; a scorer needs"),
+        ("my_scorers:broken", "cannot be made"),
+    ],
+)
+def test_a_name_that_is_none_is_one_line(own, name, words):
+    with pytest.raises(UserError, match=words) as caught:
+        opened(name, device=CPU)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,199 @@
+"""dpo.evaluate, from its command line to the page: models and folders of images, kept between calls, mistakes in one line."""
+
+import json
+import logging
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from dpo.evaluate import main
+from dpo.evaluating import work
+from tests.help.pages import Page
+
+DRAW = ["--prompts", "a red frog", "a blue cup", "a green boat", "--steps", "2", "--guidance", "3", "--batch", "3"]
+SCORER = """
+import torch
+from pathlib import Path
+
+class Redness:
+    name, fingerprint = "redness", "redness 1"
+    def score(self, *, images, captions):
+        with open(Path(__file__).with_name("calls.txt"), "a") as file:
+            file.write("x" * len(images))
+        return torch.tensor([image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images])
+"""
+
+
+@pytest.fixture
+def redness(tmp_path, monkeypatch):
+    """The import path of a user's own scorer, and a function that says how many images it has seen."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "redness.py").write_text(SCORER)
+    monkeypatch.syspath_prepend(str(folder))
+    yield "redness:Redness", lambda: len((folder / "calls.txt").read_text()) if (folder / "calls.txt").exists() else 0
+    sys.modules.pop("redness", None)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*words) -> (exit code, lines on stderr, the result); loggers restored afterwards."""
+    log = logging.getLogger("dpo")
+    before = log.handlers[:], log.level, log.propagate
+
+    def call(*words, output=None):
+        capsys.readouterr()
+        code = main([*map(str, words), *(["--output", str(output)] if output else [])])
+        log.handlers[:], log.level, log.propagate = before
+        found = (
+            json.loads((output / "evaluation.json").read_text())
+            if output and (output / "evaluation.json").exists()
+            else None
+        )
+        return code, capsys.readouterr().err.splitlines(), found
+
+    yield call
+    log.handlers[:], log.level, log.propagate = before
+
+
+def folder_of(place, shades, prompts=True):
+    """Images of somebody else: a shade of red each, with a table of prompts."""
+    place.mkdir(parents=True)
+    for i, shade in enumerate(shades):
+        Image.new("RGB", (16, 16), (shade, 0, 0)).save(place / f"{i}.png")
+    if prompts:
+        rows = "".join(f"{i}.png,prompt {i},{i % 2}\n" for i in range(len(shades)))
+        (place / "prompts.csv").write_text("file,prompt,category\n" + rows)
+    return place
+
+
+def test_two_folders_of_images(tmp_path, run, redness):
+    a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(20, 220, 10))
+    code, errors, found = run(a, b, "--scorers", redness[0], output=tmp_path / "out")
+    assert code == 0, errors
+    (entry,) = found["results"]
+    assert entry["paired"]["win_rate"] == 1.0 and entry["paired"]["difference"] == pytest.approx(20 / 255)
+    assert entry["categories"].keys() == {"0", "1"} and not found["matching"]["b"]["by_seed"]
+    assert any("how the images of a, b were drawn is not known" in line for line in found["warnings"])
+    page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
+    assert "b is better than a" in page.text and "Largest gains by redness" in page.text
+    assert "b is better than a" in (tmp_path / "out" / "evaluation.md").read_text("utf-8")
+    assert redness[1]() == 40
+    assert run(a, b, "--scorers", redness[0], output=tmp_path / "out")[0] == 0 and redness[1]() == 40, "from the cache"
+
+
+def test_a_folder_given_twice_is_no_better_than_itself_and_sides_mirror(tmp_path, run, redness):
+    a, b = folder_of(tmp_path / "a", [10, 90, 40, 70, 20, 30]), folder_of(tmp_path / "b", [20, 80, 60, 90, 10, 70])
+    scorer = ["--scorers", redness[0]]
+    same = run(f"one={a}", f"two={a}", *scorer, output=tmp_path / "same")[2]["results"][0]["paired"]
+    assert same["win_rate"] == 0.5 and same["ties"] == 1.0 and same["difference"] == 0.0
+    there, back = (
+        run(x, y, *scorer, output=tmp_path / f"{x.name}{y.name}")[2]["results"][0]["paired"]
+        for x, y in ((a, b), (b, a))
+    )
+    assert there["win_rate"] == 1 - back["win_rate"] and there["difference"] == -back["difference"]
+
+
+def test_models_are_drawn_alike_and_a_folder_of_their_images_gives_their_figures(world, tmp_path, run, redness):
+    base, other = world("sd15"), world("sd2v")
+    words = [f"base={base}", f"again={base}", f"other={other}", *DRAW, "--sampler", "ddim", "--scorers", redness[0]]
+    code, errors, found = run(*words, output=tmp_path / "out")
+    assert code == 2 and "different protocols" in errors[-1] and "\n" not in errors[-1]
+    code, errors, found = run(*words[:2], *words[3:], output=tmp_path / "out")
+    assert code == 0, errors
+    assert found["results"][0]["paired"]["win_rate"] == 0.5
+    assert found["sides"][0]["protocol"]["steps"] == 2 and found["matching"]["again"]["by_seed"]
+    seen = redness[1]()
+    images = tmp_path / "out" / work.DRAWN / "base"
+    code, errors, again = run(
+        f"base={images}", f"again={base}", *DRAW, "--sampler", "ddim", "--scorers", redness[0], output=tmp_path / "two"
+    )
+    assert code == 0 and again["results"][0]["paired"] == found["results"][0]["paired"] and redness[1]() > seen
+
+
+def test_several_guidances_of_the_base_and_training_seeds(world, tmp_path, run, redness):
+    model = world("sd15")
+    sides = [f"base={model}", f"one={model},two={model}"]
+    words = [*DRAW[:6], "--guidance", "1,3", "--batch", "3", "--seeds", "2", "--scorers", redness[0]]
+    code, errors, found = run(*sides, *words, output=tmp_path / "out")
+    assert code == 0, errors
+    (entry,) = found["results"]
+    assert entry["paired"]["training_seeds"] == 2 and entry["worth"]["limit"] == 2
+    assert entry["best_guidance"]["base"] in ("base", "base, guidance 3")
+
+
+def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness):
+    a, b = folder_of(tmp_path / "a", [10, 20, 30]), folder_of(tmp_path / "b", [30, 20, 10])
+    table = tmp_path / "theirs.csv"
+    table.write_text(
+        "file,score\n" + "".join(f"{side}/{i}.png,{i * (side == 'b')}\n" for side in "ab" for i in range(3))
+    )
+    code, errors, found = run(a, b, "--scores", f"theirs={table}", output=tmp_path / "out")
+    assert code == 0 and found["results"][0]["scorer"] == "theirs" and found["results"][0]["paired"]["mean_b"] == 1.0
+    code, errors, _ = run(
+        a, b, "--scores", f"pickscore={table}", "--reproduce", "lpo", "--scorers", redness[0], output=tmp_path / "p"
+    )
+    assert code == 2 and "call one NAME=MODEL, with a name of SD1.5" in errors[-1]
+    words = [
+        f"SD1.5={a}",
+        f"SD1.5 Diffusion-DPO={b}",
+        "--scores",
+        f"pickscore={table}",
+        "--reproduce",
+        "lpo",
+        "--scorers",
+        redness[0],
+    ]
+    code, errors, found = run(*words, output=tmp_path / "q")
+    assert code == 0, errors
+    assert [(line["model"], line["published"]) for line in found["published"]["lines"]] == [
+        ("SD1.5", 20.56),
+        ("SD1.5 Diffusion-DPO", 20.99),
+    ]
+    assert "unstated" in json.dumps(found["published"]["protocol"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a"], "name at least two"),
+        (["a", "b"], "nothing to measure by"),
+        (["a", "b", "--scorers", "tiny-c"], "did you mean tiny-"),
+        (["a,b", "c", "--scorers", "tiny-b"], "the base is one model"),
+        (["a", "x/a", "--scorers", "tiny-b"], "two sides are called a"),
+        (["a", "b", "--scorers", "tiny-b", "--guidance", "much"], "--guidance"),
+        (["a", "b", "--scores", "x"], "expected NAME=TABLE"),
+        (["a", "b", "--reproduce", "dde"], "no such table"),
+        (["nowhere", "b", "--scorers", "tiny-b", "--prompts", "x"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, run, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    code, errors, _ = run(*words)
+    mine = [line for line in errors if line.startswith("dpo.evaluate: ")]
+    assert code == 2 and len(mine) == 1 and said in mine[0]
+
+
+def test_without_a_run_the_way_to_one_is_said(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, errors, _ = run()
+    assert code == 2 and "make one with python -m dpo.train" in errors[-1]
+
+
+def test_hostile_images_and_prompts_leave_the_page_whole(tmp_path, run, redness):
+    a, b = folder_of(tmp_path / "a", [10, 20, 30, 40]), folder_of(tmp_path / "b", [30, 20, 10, 90])
+    evil = ["</td><script>alert(1)</script>", "../../etc/passwd", "x" * 10_000, "\u202e\u0000 🦊"]
+    for side in (a, b):
+        rows = [{"file": f"{i}.png", "prompt": text} for i, text in enumerate(evil)]
+        (side / "prompts.csv").unlink()
+        (side / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (b / "1.png").write_bytes(b"no image")
+    code, errors, found = run(a, b, "--scorers", redness[0], output=tmp_path / "out")
+    assert code == 0, errors
+    assert len(found["sides"][1]["unusable"]) == 1 and found["results"][0]["paired"]["images"] == 3
+    page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
+    assert "script" not in page.tags
+    shutil.rmtree(a)
+    assert run(a, b, "--scorers", redness[0], output=tmp_path / "out")[0] == 2
