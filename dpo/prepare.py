@@ -57,7 +57,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         make_folder(folder, "--store")
         with locks.held(folder, "--store"):
             store.merge(folder, parts)
-        log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).key):,}")
+        log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).order):,}")
         return 0
     shard = command.shard_of(own.shard)
     config = _config(folder, rest)

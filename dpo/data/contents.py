@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +18,12 @@ READ = 64  # images whose content is hashed, evenly spread
 THREADS = 16  # a network file system answers slowly, and many at once
 
 
-def stamps(source: Source) -> dict[str, str]:
+def stamps(source: Source, was: Callable[[ImageRef], tuple[int, str] | None] = lambda image: None) -> dict[str, str]:
     """Two hashes of the image files of `source`: "image_times" of sizes and times, "images" of sizes and some contents.
 
     Files that were copied or touched have other times and the same contents. {} for pairs that lie in larger files (a
-    parquet row group, a prepared store): those have their own identity. Reads at most 64 images.
+    parquet row group, a prepared store): those have their own identity. Reads at most 64 images. An image for which
+    `was` knows a `state` counts with that one, whatever its file is now; several threads call it.
     """
     if source.groups is not None or not len(source):
         return {}
@@ -29,13 +31,19 @@ def stamps(source: Source) -> dict[str, str]:
     images = [image for pair in pairs for image in (pair.win, pair.lose)]
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(_size_and_time, images))
-        read = [images[i] for i in _spread(len(images), READ)]
-        contents = list(pool.map(_content, read))
-    sizes = digest(*(str(size) for size, _ in found))
+        before = list(pool.map(was, images))
+        read = [(images[i], before[i]) for i in _spread(len(images), READ)]
+        contents = list(pool.map(lambda item: _content(item[0]) if item[1] is None else item[1][1], read))
+    sizes = digest(*(str(size if old is None else old[0]) for (size, _), old in zip(found, before, strict=True)))
     return {
         "image_times": digest(sizes, *(str(when) for _, when in found)),
         "images": digest(sizes, *contents),
     }
+
+
+def state(image: ImageRef) -> tuple[int, str]:
+    """(bytes, a hash of the content) of an image's file; -1 where there is none, "" where it cannot be read."""
+    return _size_and_time(image)[0], _content(image)
 
 
 def _spread(count: int, most: int) -> np.ndarray:

@@ -2,17 +2,17 @@
 
 A shard holds its pairs and those images and captions that no earlier shard has. It is one file, so that a kill costs
 the work on one shard. The rows of images and captions in earlier shards are read back from them and kept in memory, 16
-bytes each.
+bytes each. Pairs that were left out for an unreadable image are tried again: see mended.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data.ahead import read_ahead
-from dpo.data.contents import stamps
+from dpo.data.contents import state
 from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
@@ -33,7 +33,6 @@ from dpo.data.store.files import (
     NOWHERE,
     TEXT,
     TWICE,
-    open_shard,
     read_index,
     row_crcs,
     sweep_away,
@@ -41,7 +40,8 @@ from dpo.data.store.files import (
     write_index,
     write_shard,
 )
-from dpo.data.store.known import AlreadyStored, Known, known
+from dpo.data.store.known import AlreadyStored, Known, image_key, known
+from dpo.data.store.mended import holes, in_order, same_files, stamp
 
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
@@ -101,78 +101,83 @@ class Shard:
     latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both when mirrored)
     micro: list[Micro] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)  # image key -> what is wrong
+    again: Collection[int] = ()  # keys of images that were unreadable before
+    files: dict[int, tuple[int, str]] = field(default_factory=dict)  # image key -> `state`, of the bad and `again`
     captions: list[str] = field(default_factory=list)
-
-
-def image_key(image: ImageRef) -> int:
-    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
-    name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
-    name += f"\0{image.span[0]}" if image.span else ""
-    return int.from_bytes(
-        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
-    )
 
 
 def fill(task: Filling) -> bool:
     """Encodes every pair of the source into the store in task.folder. False when the store already holds them all.
 
     Goes on where a killed process stopped. A source that is new to the store is appended, without the pairs that the
-    store already holds. Raises UserError when the store was made with other settings, or too many images are
-    unreadable.
+    store already holds. Pairs that it holds without their images are encoded if those are readable now. Raises
+    UserError when the store was made with other settings, or too many images are unreadable.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     sweep_away(task.folder)
     index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
     _check(task, index)
-    fingerprints = [source["fingerprint"] for source in index["sources"]]
-    if _fingerprint(task) in fingerprints:
-        _check_images(task, index["sources"][fingerprints.index(_fingerprint(task))])
-    if index["finished"] and _fingerprint(task) in fingerprints:
+    sources, shards = index["sources"], index["shards"]
+    own, fingerprints = _fingerprint(task), [source["fingerprint"] for source in sources]
+    new = own not in fingerprints
+    if not new and not same_files(sources[fingerprints.index(own)], task.source, task.first, _last(task), shards):
+        raise UserError(
+            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
+            "prepare them into another --store"
+        )
+    if index["finished"] and not new and (not any(shard["bad"] for shard in shards) or _inside(task)):
         return False
-    if _fingerprint(task) not in fingerprints:
-        if index["sources"] and not index["finished"]:
-            raise UserError(
-                f"{task.folder} is not finished: go on with {index['sources'][-1]['name']} before adding {task.name}"
-            )
-        index["sources"].append(_about(task))
-    index["finished"] = False
-    held = known(task.folder, index)
-    write_index(task.folder, index)
+    if sources and not index["finished"] and fingerprints[-1] != own:
+        raise UserError(f"{task.folder} is not finished: go on with {sources[-1]['name']} before adding {task.name}")
+    if new:
+        sources.append(_about(task, shards))
+    number = len(sources) - 1 if new else fingerprints.index(own)
+    index["finished"] = index["finished"] and not new
+    held, before = known(task.folder, index), len(shards)
+    if not index["finished"]:
+        write_index(task.folder, index)
+    begun = any(shard["source"] == number and "instead" not in shard for shard in shards)
+    for shard in [] if begun and _inside(task) else _mended(task, index, number, held[0], held[1], held[3]):
+        shards.append(shard)
+        write_index(task.folder, index)
+    if len(shards) > before:
+        held = known(task.folder, index)
+        pairs = sum(shard["pairs"] for shard in shards[before:])
+        log.info("%s: pairs that were left out and have readable images now: %d", task.folder, pairs)
+    if index["finished"]:
+        return len(shards) > before
     for shard in _shards(task, index, *held):
-        index["shards"].append(shard)
+        shards.append(shard)
         write_index(task.folder, index)
     index["finished"] = True
     write_index(task.folder, index)
     return True
 
 
+def _last(task: Filling) -> int:
+    return len(task.source) if task.last is None else task.last
+
+
 def _fingerprint(task: Filling) -> str:
-    last = len(task.source) if task.last is None else task.last
-    return f"{task.source.fingerprint}:{task.first}:{last}"
+    return f"{task.source.fingerprint}:{task.first}:{_last(task)}"
 
 
-def _about(task: Filling) -> dict[str, Any]:
+def _inside(task: Filling) -> bool:
+    """Whether the images lie inside of the set's own files: with others it would be another set."""
+    if task.source.groups is None:
+        return False
+    pairs = [task.source[i] for i in range(task.first, min(task.first + 1, _last(task)))]
+    return all(image.path is None for pair in pairs for image in (pair.win, pair.lose))
+
+
+def _about(task: Filling, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": task.name,
         "fingerprint": _fingerprint(task),
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
-        "images": stamps(task.source).get("images"),
-    }
-
-
-def _check_images(task: Filling, before: Mapping[str, Any]) -> None:
-    """Raises UserError where the files were changed in place: what is stored, holes too, is that of the old ones.
-
-    Stores of earlier versions do not know what their files were.
-    """
-    images = before.get("images")
-    if images is not None and images != stamps(task.source).get("images"):
-        raise UserError(
-            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
-            "prepare them into another --store"
-        )
+    } | stamp(task.source, task.first, _last(task), shards)
 
 
 def _check(task: Filling, index: Mapping[str, Any]) -> None:
@@ -186,15 +191,61 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
             )
 
 
+def _mended(
+    task: Filling, index: dict[str, Any], number: int, images: Known, captions: Known, next_image: int
+) -> Iterator[dict[str, Any]]:
+    """Tries the images of the pairs that are holes again, and yields an entry for each shard of those readable now.
+
+    number: the place of the task's source in the index. Images that are still unreadable stay what they were.
+    """
+    left = holes(task.folder, index["shards"])
+    upto = [shard["upto"] for shard in index["shards"] if shard["source"] == number]
+    again = frozenset(images.keys[images.rows == NOWHERE].tolist())
+    images, taken = images.usable(), []  # the rows of a shard's holes
+
+    def wanted() -> Iterator[tuple[int, Pair]]:
+        for i in range(task.first, _last(task)) if left else ():
+            if rows := left.get((pair := task.source[i]).key):
+                taken.append(rows.pop(0))
+                yield i, pair
+
+    pairs = wanted()
+    with ThreadPoolExecutor(max(1, task.workers)) as pool:
+        while True:
+            taken.clear()
+            shard = Shard(again=again)
+            next_image = _collect(task, pool, islice(pairs, task.pairs_per_shard), shard, images, captions, next_image)
+            if not taken:
+                return
+            whole = [win >= 0 and lose >= 0 for _, win, lose, *_ in shard.pairs]
+            shard.pairs = [pair for pair, good in zip(shard.pairs, whole, strict=True) if good]
+            shard.bad.clear()
+            if shard.image_keys or shard.pairs:
+                entry = _write(task, index, number, upto[-1] if upto else task.first, shard)
+                entry["instead"] = [row for row, good in zip(taken, whole, strict=True) if good]
+                yield entry | {"mended": {str(key): shard.files[key] for key in shard.image_keys if key in again}}
+            images.settle()
+
+
+def _write(task: Filling, index: Mapping[str, Any], number: int, upto: int, shard: Shard) -> dict[str, Any]:
+    """Writes the next shard, of the pairs before `upto` of source `number`; its entry for the index."""
+    name = f"{len(index['shards']):06d}.safetensors"
+    entry = write_shard(task.folder / name, tensors := _tensors(shard, task.encode))
+    entry |= {"source": number, "upto": upto, "pairs": len(shard.pairs), "bad": len(shard.bad)}
+    entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": tables_crc(tensors)}
+    files = {str(key): shard.files[key] for key in shard.bad}
+    return entry | ({"bad_files": files} if files else {})
+
+
 def _shards(
     task: Filling, index: dict[str, Any], images: Known, captions: Known, stored: np.ndarray, next_image: int
 ) -> Iterator[dict[str, Any]]:
     """Makes the missing shards, one after another, and yields their entries for the index."""
     source_number = len(index["sources"]) - 1
-    bad = sum(_holes(open_shard(task.folder / shard["file"])) for shard in index["shards"])
-    read, last_bad = sum(shard["pairs"] for shard in index["shards"]), "see the log"
+    bad = sum(map(len, holes(task.folder, index["shards"]).values()))
+    read, last_bad = len(in_order([index["shards"]])), "see the log"
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
-    first, last = mine[-1]["upto"] if mine else task.first, len(task.source) if task.last is None else task.last
+    first, last = mine[-1]["upto"] if mine else task.first, _last(task)
     begin = first
     skip = AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
@@ -210,12 +261,9 @@ def _shards(
                     shard.captions.append("")
                 wanted = ((i, pair) for _, (i, pair) in zip(range(first, stop), stream) if not skip.has(pair.key))
                 next_image = _collect(task, pool, wanted, shard, images, captions, next_image)
-                number = len(index["shards"])
-                entry = write_shard(task.folder / f"{number:06d}.safetensors", tensors := _tensors(shard, task.encode))
-                bad += _holes(tensors)
+                entry = _write(task, index, source_number, stop, shard)
+                bad += sum(NOWHERE in (win, lose) for _, win, lose, *_ in shard.pairs)
                 last_bad = next(reversed(shard.bad.values()), last_bad)
-                entry |= {"source": source_number, "upto": stop, "pairs": len(shard.pairs), "bad": len(shard.bad)}
-                entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": tables_crc(tensors)}
                 images.settle()
                 captions.settle()
                 first = stop
@@ -224,11 +272,6 @@ def _shards(
                 check_bad(bad, read + last - begin, task.bad_image_limit, last_bad)
     finally:
         stream.close()
-
-
-def _holes(shard: Mapping[str, Tensor]) -> int:
-    """The pairs of a shard with an unreadable image."""
-    return int(((shard["pair_win"] == NOWHERE) | (shard["pair_lose"] == NOWHERE)).sum())
 
 
 def _collect(
@@ -255,12 +298,15 @@ def _collect(
             except BadImage as error:
                 images.recent[key] = NOWHERE
                 shard.bad[key] = unreadable(image, caption, error)
+                shard.files[key] = state(image)
                 if task.stop_at_bad:
                     raise UserError(STOPPED.format(shard.bad[key])) from error
                 log.warning("left out: %s", shard.bad[key])
                 continue
             images.recent[key] = next_image
             next_image += 1
+            if key in shard.again:
+                shard.files[key] = state(image)
             shard.image_keys.append(key)
             shard.micro.append(micro)
             decoded.append(torch.stack(pixels))

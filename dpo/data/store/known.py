@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo.data.pairs import ImageRef
 from dpo.data.store.files import NOWHERE, check_shard, open_shard
+
+
+def image_key(image: ImageRef) -> int:
+    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
+    name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
+    name += f"\0{image.span[0]}" if image.span else ""
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
+    )
 
 
 class Known:
@@ -32,11 +43,17 @@ class Known:
         return found
 
     def settle(self) -> None:
-        """Moves what was added since the last call to the sorted arrays."""
+        """Moves what was added since the last call to the sorted arrays; an entry of the same hash is hidden by it."""
         keys = np.array(sorted(self.recent), dtype=np.int64)
         rows = np.array([self.recent[key] for key in keys.tolist()], dtype=np.int64)
         at = np.searchsorted(self.keys, keys)
         self.keys, self.rows, self.recent = np.insert(self.keys, at, keys), np.insert(self.rows, at, rows), {}
+
+    def usable(self) -> Known:
+        """The settled entries that have a row: what is unreadable is unknown there, and so is tried again."""
+        found, kept = Known(), self.rows >= 0
+        found.keys, found.rows = self.keys[kept], self.rows[kept]
+        return found
 
 
 class AlreadyStored:
@@ -70,7 +87,7 @@ def known(folder: Path, index: Mapping[str, Any]) -> tuple[Known, Known, np.ndar
         if entry["captions"]:
             captions.recent |= {key: next_caption + i for i, key in enumerate(shard["caption_key"].tolist())}
         next_image, next_caption = next_image + entry["images"], next_caption + entry["captions"]
-        if entry["source"] < len(index["sources"]) - 1:
+        if entry["source"] < len(index["sources"]) - 1 and "instead" not in entry:  # those are counted as holes
             pairs.append(shard["pair_key"].numpy().copy())
         images.settle()
         captions.settle()

@@ -36,6 +36,7 @@ from dpo.data.store.files import (
     tables_crc,
     write_index,
 )
+from dpo.data.store.mended import in_order
 from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
@@ -66,6 +67,7 @@ class Contents:
     pairs: Rows
     images: Rows
     captions: Rows
+    order: np.ndarray  # [m] int64: the pairs in the order of the data, without the holes that others stand for
     key: np.ndarray  # [n] int64
     win: np.ndarray  # [n] int64, row of an image
     lose: np.ndarray  # [n] int64
@@ -217,9 +219,9 @@ def open_store(folder: Path, data: Data) -> StoreSource:
     """
     contents = read_contents(folder)
     _suit(contents, data)
-    pairs = np.arange(len(contents.key))
+    pairs = contents.order
     if data.ties == "drop":
-        pairs = pairs[contents.prob > 0.5]
+        pairs = pairs[contents.prob[pairs] > 0.5]
     return StoreSource(contents, pairs[: data.max_pairs], data.label_smoothing)
 
 
@@ -271,6 +273,7 @@ def read_contents(folder: Path) -> Contents:
         caption_base += sum(entry["captions"] for entry in part["shards"])
     table = {name: np.concatenate(values) for name, values in columns.items()}
     group, window = _groups(parts, table["group"])
+    order = in_order([part["shards"] for _, part in parts])
     return Contents(
         folder=folder,
         settings=parts[0][1]["settings"],
@@ -279,6 +282,7 @@ def read_contents(folder: Path) -> Contents:
         pairs=_starts([entry["pairs"] for _, entry in entries]),
         images=_starts([entry["images"] for _, entry in entries]),
         captions=_starts([entry["captions"] for _, entry in entries]),
+        order=order,
         key=table["key"],
         win=table["win"],
         lose=table["lose"],
@@ -287,7 +291,7 @@ def read_contents(folder: Path) -> Contents:
         group=group,
         window=window,
         caption_hash=table["hash"],
-        summary=_summary(parts, table["win"], table["lose"]),
+        summary=_summary(parts, table["win"][order], table["lose"][order]),
         fingerprint=digest(*(entry["sha256"] for _, entry in entries)),
     )
 

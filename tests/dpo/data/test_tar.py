@@ -14,7 +14,7 @@ from dpo.common.errors import UserError
 from dpo.data.order import Order
 from dpo.data.pairs import ImageRef
 from dpo.data.sources import describe, open_source
-from dpo.data.store import fill
+from dpo.data.store.known import image_key
 from tests.dpo.data.test_parquet import is_bright
 from tests.help import worlds
 from tests.help.reading import stream
@@ -39,7 +39,7 @@ def test_shards_of_a_folder_and_of_a_glob(tmp_path, settings):
     assert all(is_bright(p.win.load()) and not is_bright(p.lose.load()) for p in pairs)
     assert [p.caption for p in pairs[:3]] == [pair["caption"] for pair in worlds.make_pairs(3)]
     assert pairs[3].win.uid == "train-00001.tar/00000.w.jpg" and len({p.key for p in pairs}) == 6
-    assert len({fill.image_key(image) for p in pairs for image in (p.win, p.lose)}) == 12
+    assert len({image_key(image) for p in pairs for image in (p.win, p.lose)}) == 12
     by_glob = open_source(settings(tmp_path / "train-*.tar"))
     assert [p.key for p in pairs_of(by_glob)] == [p.key for p in pairs] and by_glob.fingerprint == source.fingerprint
     shutil.move(tmp_path, tmp_path.with_name("moved"))

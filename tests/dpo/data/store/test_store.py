@@ -220,16 +220,6 @@ def test_other_settings_do_not_mix_in_one_store(tmp_path):
         fill.fill(replace(plain, source=Synthetic(9), settings=plain.settings | {"dtype": "bf16"}))
 
 
-def test_a_broken_image_that_was_mended_is_not_already_finished(tmp_path):
-    """The hole would stay for ever, and the command say that all is done."""
-    fill.fill(task(tmp_path, Synthetic(8, broken=(4,)), bad_image_limit=0.2))
-    assert not fill.fill(task(tmp_path, Synthetic(8, broken=(4,)), bad_image_limit=0.2))
-    with pytest.raises(
-        UserError, match="was prepared from other image files than synthetic has now .* another --store"
-    ):
-        fill.fill(task(tmp_path, Synthetic(8)))
-
-
 def test_an_unfinished_store_is_not_used(tmp_path):
     def stop(done, total):
         raise KeyboardInterrupt
