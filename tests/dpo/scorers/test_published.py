@@ -19,7 +19,7 @@ def test_a_file_is_found_by_name_and_alone_in_its_folder(tmp_path):
 
 def test_a_pickle_is_not_read(tmp_path):
     torch.save({}, tmp_path / "x.pt")
-    remedy = r"convert SOURCE once \(python -m dpo.evaluate --convert x\) and name the file, x:FILE$"
+    remedy = r"convert SOURCE once \(python -m dpo.evaluate --convert FILE\) and name what that writes, x:FILE$"
     with pytest.raises(UserError, match=rf"^x: .*x.pt is no .safetensors file; {remedy}"):
         converted("x", "SOURCE", str(tmp_path / "x.pt"))
     with pytest.raises(UserError, match=rf"^x: its weights are published as a pickle, .*; {remedy}"):
