@@ -182,6 +182,7 @@ def test_a_killed_worker_leaves_a_checkpoint(start, tmp_path, capsys, monkeypatc
 
     def killing(run, batches):
         if run.done == 2:
+            time.sleep(0.5)  # it has read ahead and waits: killed inside torch's lock it would take that with it
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
             time.sleep(0.2)
         return work(run, batches)
