@@ -47,7 +47,7 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     from dpo.common.files import make_folder
     from dpo.data.store import store
     from dpo.training import preparing
-    from dpo.training.folder import check_apart
+    from dpo.training.folder import check_apart, check_own
 
     folder = Path(own.store).expanduser()
     if own.verify:
@@ -62,8 +62,16 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
     shard = command.shard_of(own.shard)
     config = _config(folder, rest)
     there = store.is_store(folder)
-    if not there or config.data.data != str(folder):
+    itself = there and config.data.data == str(folder)
+    if itself and not own.reference:
+        raise UserError(
+            f"--data {folder} is the prepared store itself, so there is nothing to prepare: add --reference to record errors, "
+            "--verify to check it, or name the --data that it is made from"
+        )
+    if not itself:
         check_apart("--store", folder, config, known=there)
+        if not there:
+            check_own("--store", folder)
         preparing.encode_pairs(
             config, folder, own.dtype, shard=shard, pairs_per_shard=own.pairs_per_shard, text_batch=own.text_batch
         )

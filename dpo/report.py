@@ -7,7 +7,6 @@ Works on any run folder (see dpo/pages/folder.py), also on that of an interrupte
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from dpo.common import command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: write the report and say where it is; 2 after a mistake of the user's, 130 when interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m dpo.report", description="Write report.html of a run folder.")
+    parser = command.Parser(prog="python -m dpo.report", description="Write report.html of a run folder.")
     parser.add_argument("folder", type=Path, help="output folder of a run")
     return command.run("dpo.report", lambda: report(parser.parse_args(arguments).folder))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
-from dpo.common.words import SHOWN, first_line
+from dpo.common.words import SHOWN, excerpt, first_line
 
 TURBO_TIMESTEPS = (249, 499, 749, 999)
 NO_SIGNAL = 1e-12  # abar at or below it is 0
@@ -88,6 +88,7 @@ def noise_path(
     )
 
 
+LONGEST = 1000  # timesteps, as the settings of the window have it
 BETAS = ("beta_start", "beta_end", "beta_schedule")
 OTHER_SCHEDULES = ("use_flow_sigmas", "snr_shift_scale")  # settings under which the betas are not all of the schedule
 
@@ -103,20 +104,22 @@ def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str
     import diffusers
 
     name, known = config.get("_class_name"), dict(config)
-    missing = [key for key in ("num_train_timesteps", "prediction_type") if config.get(key) is None]
-    cls = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if cls is None and (name is not None or missing):
-        said = (
-            f"is of a class that diffusers does not have ({str(name)[:SHOWN]})"
-            if name is not None
-            else f"says no {missing[0]} and no class"
-        )
+    if name is not None and not isinstance(name, str):
         raise UserError(
-            f"{about}the model's scheduler {said}: its noise schedule is unknown; mend scheduler_config.json"
+            f"{about}the model's scheduler needs the name of a class, found {excerpt(name)}; mend scheduler_config.json"
         )
-    if cls is not None and hasattr(
-        cls, "_backends"
-    ):  # diffusers' placeholder for a class whose libraries are not installed
+    if name is None:
+        known.pop("_class_name", None)  # null is what diffusers refuses
+    missing = [key for key in ("num_train_timesteps", "prediction_type") if config.get(key) is None]
+    found = getattr(diffusers, name, None) if name is not None and name.isidentifier() else None
+    cls = found if isinstance(found, type) else None  # a module of diffusers has a name too
+    if cls is None and (name is not None or missing):
+        unknown = "" if name is None else f"is of a class that diffusers does not have ({name[:SHOWN]})"
+        raise UserError(
+            f"{about}the model's scheduler {unknown or f'says no {missing[0]} and no class'}: its noise schedule is "
+            "unknown; mend scheduler_config.json"
+        )
+    if hasattr(cls, "_backends"):  # what diffusers has in place of a class whose libraries are not installed
         raise UserError(f"{about}the model's scheduler {name} needs {' and '.join(cls._backends)}: install them")
     declared = inspect.signature(cls.__init__).parameters if cls is not None else {}
     other = next((key for key in OTHER_SCHEDULES if config.get(key)), None)
@@ -133,6 +136,11 @@ def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str
             f"{about}the model's scheduler says no {absent[0]}: mend scheduler_config.json, a schedule is not guessed"
         )
     known |= {key: declared[key].default for key in missing}
+    length = known["num_train_timesteps"]
+    if type(length) is not int or not 1 <= length <= LONGEST:
+        raise UserError(
+            f"{about}the model's scheduler says num_train_timesteps {excerpt(length)}: this trainer knows 1 to {LONGEST}"
+        )
     return known, [f"the model's scheduler says no {key}: {known[key]}, the default of {name}" for key in missing]
 
 
@@ -161,6 +169,8 @@ def from_scheduler(
         raise UserError(
             f"the model's scheduler has {abar.numel()} trained_betas for num_train_timesteps {known['num_train_timesteps']}"
         )
+    if not ((abar >= 0) & (abar <= 1)).all() or (abar.diff() > 0).any():  # NaN is not either
+        raise UserError(f"the model's scheduler has betas that are not between 0 and 1: {known}")
     kind = config["prediction_type"] if prediction_type == "auto" else prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"the model's scheduler predicts {kind!r}; this trainer knows epsilon and v_prediction")

@@ -10,12 +10,12 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from dpo.common.errors import UserError
 from dpo.common.libraries import misfit
-from dpo.common.words import first_line, printable
+from dpo.common.words import first_line, is_plain, printable
 
 FAULT = 1
 MISTAKE = 2
@@ -73,6 +73,13 @@ def _unexpected(error: Exception) -> str:
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises UserError for a mistake, instead of printing its usage and exiting."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does it. Raises UserError for a word that no file could have as its name."""
+        for word in sys.argv[1:] if args is None else args:
+            if not is_plain(word):
+                raise UserError(f"{word[:80]!a} has a character that no file or text has: it is not UTF-8, or NUL")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

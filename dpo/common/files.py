@@ -158,6 +158,30 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
     return error
 
 
+Stamp = tuple[int, int, int]
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells the content of a file from a later one without reading it: inode, bytes, time of the last change [ns]."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: Stamp) -> None:
+    """Raises UserError when a file that is mapped into memory was cut short or overwritten after `before`.
+
+    A read beyond its new end would kill the process. A file that was deleted or replaced stays for who has mapped it.
+    """
+    try:
+        now = stamp(path)
+    except OSError:
+        return
+    if now[0] == before[0] and now != before:
+        raise UserError(
+            f"{path} was changed while it was in use: put it back as it was, then go on with --resume latest"
+        )
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the entries of a folder to the disk: a rename inside it then outlives a power cut.
 

@@ -31,6 +31,14 @@ def well_formed(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def is_plain(text: str) -> bool:
+    """Whether `text` can be a name or a text in any file: it is Unicode (no half of a surrogate pair) without NUL."""
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
 def excerpt(value: object, limit: int = SHOWN) -> str:
     """A value from a file as a message shows it: quoted, on one line, and at most `limit` characters of it.
 

@@ -15,7 +15,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import listed
 from dpo.data.labels import BLANK, CAPTION, SAME
 from dpo.data.listing import CAPTION_FILES, Listing, list_files, not_read
-from dpo.data.tables import DELIMITERS, TableSource, csv_rows, fingerprint_of, json_rows, leave_out_same
+from dpo.data.tables import DELIMITERS, TableSource, csv_rows, fingerprint_of, in_utf8, json_rows, leave_out_same
 from dpo.settings.config import Data
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -124,10 +124,8 @@ class _Texts:
 
 def _text(path: Path) -> str:
     """The text of a file. Raises UserError when it is not UTF-8."""
-    try:
+    with in_utf8(path):
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _told(path: Path) -> Iterable[tuple[str, str]]:

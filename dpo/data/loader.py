@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -30,6 +31,7 @@ from dpo.data.pairs import Pair, Source
 from dpo.settings.config import Data
 
 READ_AHEAD = 2  # batches read before a worker asks for them
+LOCK_WAIT = 2.0  # seconds for a lock of the workers, which one that was killed may have taken with it
 GRACE = 20  # seconds that a worker lives on after SIGTERM, while the main process writes its checkpoint
 
 T = TypeVar("T")
@@ -88,6 +90,8 @@ def load(
     iterator: Iterator[PairBatch] | None = None
     try:
         iterator = iter(loader)
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._workers_done_event = _Ending(iterator._workers_done_event)
         while (batch := _next(iterator, workers)) is not None:
             _look_after(batch, bad, source, reading)
             yield batch
@@ -95,6 +99,28 @@ def load(
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()  # now: a traceback may hold the iterator, and with it the workers, for long
         ahead.close()
+
+
+class _Ending:
+    """The event by which torch tells workers to end, as the main process uses it: without waiting for its lock for ever.
+
+    A worker that is killed while it asks the event takes the lock with it. torch's own handling of a dead worker would
+    wait for that.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event, self._told = event, False
+
+    def is_set(self) -> bool:
+        return self._told
+
+    def set(self) -> None:
+        self._told = True
+        telling = threading.Thread(
+            target=self._event.set, daemon=True
+        )  # where the lock is lost it ends with the process
+        telling.start()
+        telling.join(LOCK_WAIT)  # then torch ends the workers that were not told
 
 
 def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:

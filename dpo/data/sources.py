@@ -46,10 +46,6 @@ def open_source(data: Data, split: str | None = None) -> Source:
     with reading(str(data.data), "mend it, or leave out the file"):
         try:
             source = _find(data, split or data.split)
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{data.data}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-            ) from error
         except NoSplit as error:
             flag = "--split" if split is None else "--validation-split"
             raise UserError(f"{error}; choose one with {flag}") from error

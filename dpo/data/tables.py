@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -87,9 +88,18 @@ def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
     )  # fmt: skip
 
 
+@contextmanager
+def in_utf8(path: Path) -> Iterator[None]:
+    """Around the reading of a text file: raises UserError, which names it, where it is not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
 def json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(line number, object) of a JSONL file; (number, object) of a JSON file that holds one list. Raises UserError."""
-    with path.open(encoding="utf-8-sig") as file:
+    with in_utf8(path), path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
             file.seek(0)
             text = file.read()
@@ -129,7 +139,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(number of its first line, row) of a CSV or TSV file. Raises UserError."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell is not refused here for being an image
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with in_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()])
             end = 0
             for row in reader:  # the first line of a row; a quote that is never closed takes the file's end with it

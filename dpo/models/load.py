@@ -152,8 +152,8 @@ def _tokenizer(folder: Path, name: str) -> Any:
         found = CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
-    longest = found.model_max_length  # "not said" is a number beyond all captions
-    if not isinstance(longest, int) or not 0 < longest <= LONGEST_CAPTION:
+    length = found.model_max_length
+    if type(length) is not int or not 1 <= length <= LONGEST_CAPTION:  # transformers' word for "not said" is 10**30
         raise UserError(
             f"{folder / name} does not say how long a caption may be (model_max_length in tokenizer_config.json): "
             "fetch the model again"

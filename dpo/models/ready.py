@@ -11,10 +11,11 @@ from torch import nn
 from csrc_triton.language import HAS_TRITON
 from dpo import schedule
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import load
-from dpo.models.pipeline import as_trained, settings_of
+from dpo.models.pipeline import as_trained, scheduler_of, settings_of
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 
@@ -106,6 +107,14 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     )
     model.resampled, said = as_trained(model.scheduler_config, plan)
     model.scheduler_config |= model.resampled  # of sample images and of what is saved
+    steps = config.output.sample_steps
+    assert steps is not None  # decided by `resolve`
+    try:
+        scheduler_of(model).set_timesteps(steps)
+    except Exception as error:  # each class has checks of its own
+        raise UserError(
+            f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"
+        ) from error
     return config, model, plan, [*decided, *said]
 
 

@@ -184,6 +184,8 @@ def load_single_file(
             str(path), torch_dtype=torch.float32, cache_dir=cache_dir, **options
         )
     except Exception as error:
+        if "meta tensor" in str(error):  # a weight that the file did not fill
+            raise UserError(f"{path} lacks weights of its parts (UNet, VAE or text encoder): fetch it again") from error
         raise UserError(
             f"cannot read {path} as {kind.pipeline} ({first_line(error)}); its configuration comes from the hub unless "
             "--single-file-config names a diffusers folder of the same architecture"
@@ -195,6 +197,8 @@ def load_single_file(
     configs = {name: _config(part) for name, part in parts.items()}
     checks.check(kind.checks, configs, str(path))
     for name, part in parts.items():
+        if empty := next((key for key, value in part.state_dict().items() if value.is_meta), None):
+            raise UserError(f"{path} lacks weights of its parts ({name}: {empty}): fetch it again")
         checks.finite(part, f"{path}: the {name}")
     described, lines = complete({"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}, f"{path}: ")
     scheduler_config = described | said.scheduler

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo.common.errors import UserError
+from dpo.common.errors import UserError, reading
 from dpo.methods import METHODS, SHAPES, Method, Start
 from dpo.pages import kinds
 from dpo.pages.figures import DECILES
@@ -301,7 +301,9 @@ class RunFolder(NamedTuple):
 def read_run(folder: Path | str) -> RunFolder:
     """Reads a run folder. Raises UserError when there is no run in it, or a value in its files is of a wrong kind."""
     folder = Path(folder)
-    if not (folder / METRICS_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+    with reading(str(folder), "name a run's output folder"):  # a name may be too long to be asked for
+        there = (folder / METRICS_FILE).is_file() or (folder / CONFIG_FILE).is_file()
+    if not there:
         raise UserError(
             f"{folder} holds no run: it has neither {CONFIG_FILE} nor {METRICS_FILE}; name a run's output folder"
         )
@@ -334,7 +336,8 @@ def _json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _settings(path: Path) -> dict[str, dict[str, Any]]:

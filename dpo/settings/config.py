@@ -382,7 +382,9 @@ class Output:
     sample_prompts: tuple[str, ...] = option(
         (), "prompts of the sample grid, or one .txt file", separator="", resume="free"
     )
-    sample_seeds: tuple[int, ...] = option((0, 1), "seeds of the sample grid", resume="free")
+    sample_seeds: tuple[int, ...] = option(
+        (0, 1), "seeds of the sample grid", low=-(2**63), high=2**64 - 1, resume="free"
+    )
     sample_steps: int | None = option(
         None, "sampling steps; none: 50, or 4 for Turbo", unit="steps", low=1, resume="free"
     )

@@ -11,8 +11,9 @@ from dataclasses import MISSING, Field, field, fields
 from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
-from dpo.common.words import SHOWN
+from dpo.common.words import is_plain
 
+LONGEST = 200  # characters of a value in a message
 NOTHING = ("none", "")  # values of a flag that unset a setting that may be None
 
 
@@ -84,6 +85,10 @@ def coerce(spec: Spec, value: Any) -> Any:
     converted = _CONVERT[spec.kind](value)
     if converted is None:
         raise UserError(f"{spec.name} = {_shown(value)}: {allowed(spec)}")
+    if isinstance(converted, str) and not is_plain(converted):
+        raise UserError(
+            f"{spec.name} = {_shown(value)} has a character that no file or text has: it is not UTF-8, or NUL"
+        )
     _check(spec, converted)
     return converted
 
@@ -135,7 +140,8 @@ def _check(spec: Spec, value: Any) -> None:
 
 def _shown(value: Any) -> str:
     text = str(value) if isinstance(value, (int, float, str)) and value != "" else repr(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    text = ascii(text)[1:-1] if len(text.splitlines()) > 1 else text
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} in all)"
 
 
 def brief(value: Any) -> str:

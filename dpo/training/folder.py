@@ -95,6 +95,13 @@ def check_apart(flag: str, folder: Path, config: Config, *, known: bool = False)
             raise UserError(f"{flag} {folder} lies inside {name} {source}, which is only read; name a folder beside it")
 
 
+def check_own(flag: str, folder: Path) -> None:
+    """Raises UserError where `folder` holds a model or a run, which other files do not belong into."""
+    model = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    if model or holds_run(folder):
+        raise UserError(f"{flag} {folder} holds {'a model' if model else 'a run'}: name a folder of its own")
+
+
 def clear_output(output: Path, asked: Output) -> None:
     """Makes the output folder, and deletes what killed processes left unfinished in it.
 

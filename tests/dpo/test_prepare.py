@@ -1,6 +1,7 @@
 """dpo.prepare end to end: training from a store is training from the images; restarts, parts, refusals."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from dpo.tiny.paths import train_pairs_path
 from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
+from tests.help.fake_run import write_run
 from tests.help.running import QUIET, advance, everything, make_run
 from tests.help.worlds import make_pickapic, make_pipeline
 
@@ -253,6 +255,28 @@ def test_a_store_of_the_embedded_world_is_said_and_gone_on_with(tmp_path, monkey
 def test_a_model_without_pairs_and_without_a_store(world, tmp_path, capsys):
     assert command(tmp_path / "mistyped", "--model", world("sd15"), "--reference") == 2
     assert "mistyped is no prepared store: correct --store, or give the --data" in capsys.readouterr().err
+
+
+def test_a_store_is_not_put_into_a_model_or_a_run(world, tmp_path, capsys):
+    flags = ["--model", world("sd15"), "--data", world("pairs")]
+    model = Path(shutil.copytree(world("sd15"), tmp_path / "model"))
+    write_run(tmp_path / "run", "dde", updates=4)
+    capsys.readouterr()
+    for place, what in ((model, "a model"), (model / "unet", "a model"), (tmp_path / "run", "a run")):
+        before = sums(place)
+        assert command(place, *flags) == 2
+        said = capsys.readouterr().err
+        assert f"--store {place} holds {what}: name a folder of its own" in said and said.count("\n") == 1
+        assert sums(place) == before
+
+
+def test_nothing_asked_of_a_store_is_said(world, tmp_path, capsys):
+    store = prepared(world, "sd15", tmp_path / "store")
+    for flags in (["--model", world("sd15")], ["--model", world("sd15"), "--data", str(store)]):
+        capsys.readouterr()
+        assert command(store, *flags) == 2
+        said = capsys.readouterr().err
+        assert "is the prepared store itself" in said and "--reference" in said and said.count("\n") == 1
 
 
 def test_wrong_data_is_said_before_a_model_is_fetched(tmp_path, monkeypatch, capsys):

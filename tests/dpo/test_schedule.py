@@ -97,6 +97,15 @@ def test_prediction_type_and_betas_come_from_the_model():
         ({"beta_schedule": "spiral"}, "spiral is not implemented"),
         ({"beta_end": "0.012"}, "betas that cannot be made"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps 1000"),
+        ({"beta_end": float("inf")}, "betas that are not between 0 and 1"),
+        ({"beta_start": -0.1, "beta_schedule": "linear"}, "betas that are not between 0 and 1"),
+        ({"beta_end": 30.0}, "betas that are not between 0 and 1"),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps 'x': this trainer knows 1 to 1000"),
+        ({"num_train_timesteps": 1000.0}, "num_train_timesteps 1000.0: this trainer knows 1 to 1000"),
+        ({"num_train_timesteps": 10**30}, "this trainer knows 1 to 1000"),
+        ({"num_train_timesteps": 0}, "this trainer knows 1 to 1000"),
+        ({"_class_name": [], "num_train_timesteps": None}, "needs the name of a class"),
+        ({"_class_name": {"a": 1}}, "needs the name of a class"),
     ],
 )
 def test_betas_that_cannot_be_made_are_one_line(wrong, why):
@@ -131,6 +140,10 @@ def test_what_published_schedulers_leave_out_is_their_class_s_meaning(config, ki
     )
     assert torch.equal(from_scheduler(config).alphas_cumprod, sd15().alphas_cumprod)
     assert complete(full) == (full, [])
+
+
+def test_a_class_that_is_null_is_none():
+    assert complete({**SD15, **EPSILON, "_class_name": None}) == complete({**SD15, **EPSILON})
 
 
 NO_BETAS = "by no schedule of betas"

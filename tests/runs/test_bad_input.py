@@ -303,6 +303,16 @@ def test_a_tokenizer_that_does_not_say_how_long_a_caption_is(tmp_path, world):
         dpo.models.load.load(str(model))
 
 
+@pytest.mark.parametrize("length", ["77", [77], {"a": 1}, 0, -1, True, 2.5])
+def test_a_tokenizer_whose_length_is_no_number_of_tokens(tmp_path, world, length):
+    model = Path(shutil.copytree(world("sd15"), tmp_path / "model"))
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"model_max_length": length}), "utf-8")
+    with pytest.raises(UserError, match="tokenizer does not say how long a caption may be") as caught:
+        dpo.models.load.load(str(model))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_limit_on_the_size_of_files_is_said(tmp_path):
     from dpo.common.files import disk_error
 

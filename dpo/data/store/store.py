@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.files import checksum
+from dpo.common.files import Stamp, check_unchanged, checksum, stamp
 from dpo.common.words import digest
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.pairs import ImageRef, Pair, Source, Subset
@@ -80,9 +80,14 @@ class Contents:
     fingerprint: str
 
     @functools.lru_cache(OPEN_SHARDS)  # noqa: B019  (a run has one or two stores, and keeps them)
+    def _opened(self, number: int) -> tuple[dict[str, Tensor], Stamp]:
+        return open_shard(self.shards[number]), stamp(self.shards[number])
+
     def shard(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard, as views on its file."""
-        return open_shard(self.shards[number])
+        """The tensors of a shard, as views on its file. Raises UserError when that was changed since it was opened."""
+        tensors, before = self._opened(number)
+        check_unchanged(self.shards[number], before)
+        return tensors
 
     def __hash__(self) -> int:
         return id(self)

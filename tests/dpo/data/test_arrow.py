@@ -1,5 +1,8 @@
 """Folders of `save_to_disk`, and which types of columns hold images."""
 
+import os
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -68,6 +71,27 @@ def test_the_fingerprint_is_of_the_content(tmp_path, settings):
         for name, part in (("a", rows), ("b", rows), ("c", rows[1:]))
     )
     assert a == b != c
+
+
+@pytest.mark.parametrize("change", ["cut", "overwritten", "replaced"])
+def test_a_set_that_changes_while_it_is_read(change, tmp_path, settings):
+    """The files are mapped: where one is cut short, a read beyond its end kills the process."""
+    saved = worlds.make_saved(tmp_path / "saved", rows_of(tmp_path))
+    source = open_source(settings(saved))
+    first = source[0].caption
+    path = next(saved.glob("*.arrow"))
+    if change == "replaced":  # what was mapped stays
+        shutil.copyfile(path, saved / "new")
+        (saved / "new").replace(path)
+        assert source[0].caption == first
+        return
+    if change == "cut":
+        os.truncate(path, 100)
+    else:
+        path.write_bytes(b"\xff" * (path.stat().st_size + 1))
+    for read in (lambda: source[0], source.caption_keys):
+        with pytest.raises(UserError, match=rf"{path.name} was changed while it was in use: .*--resume latest"):
+            read()
 
 
 def test_a_damaged_saved_set_is_one_line(tmp_path, settings):

@@ -1,12 +1,14 @@
 """Batches: the same for any number of workers, from any position; holes; what happens when something goes wrong."""
 
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -241,6 +243,33 @@ def test_a_killed_worker_is_one_line(odd, settings):
     os.kill((set(children()) - before).pop(), signal.SIGKILL)
     with pytest.raises(UserError, match=r"a data worker died .*fewer --workers"):
         list(islice(made, 50))
+
+
+def test_a_lock_that_a_killed_worker_took_with_it_is_not_waited_for(odd, settings, monkeypatch):
+    """torch asks an event about every dead worker, and a worker that was killed while it asked never lets go of its lock."""
+    monkeypatch.setattr(loader, "LOCK_WAIT", 0.1)
+    cfg = settings(odd)
+    made = stream(open_source(cfg), cfg, Order(0, 0, 2), workers=1)
+    next(made)
+    ending = made.gi_frame.f_locals["iterator"]._workers_done_event
+    lost = multiprocessing.Event()
+    taken = threading.Thread(target=lost._cond.acquire)
+    taken.start()
+    taken.join()
+    answers = []
+
+    def ask(event):
+        answers.append(event.is_set())
+        event.set()
+        answers.append(event.is_set())
+
+    for event in (type(ending)(lost), ending):  # of a lost lock, and the one that torch has here
+        asking = threading.Thread(target=ask, args=[event], daemon=True)
+        asking.start()
+        asking.join(20)
+    assert answers == [False, True, False, True]
+    assert ending._event.is_set(), "its workers are told"
+    made.close()
 
 
 def test_an_error_in_the_reading_thread_reaches_the_caller(odd, settings):

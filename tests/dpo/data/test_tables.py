@@ -174,6 +174,15 @@ def test_a_message_is_one_short_line_whatever_a_cell_holds(name, text, tmp_path,
     assert "\n" not in message and len(message) < 500 and not set(re.findall(r"[\w/+]{100,}", message))
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
+def test_a_file_in_a_folder_that_is_not_utf_8_is_named(kind, tmp_path, settings):
+    worlds.make_table(tmp_path / "d", 2)
+    (tmp_path / "d" / "pairs.jsonl").unlink()
+    (tmp_path / "d" / f"pairs.{kind}").write_bytes(b'[{"prompt": "\xff"}]')
+    with pytest.raises(UserError, match=rf"pairs\.{kind}: not UTF-8 text \(.* at byte \d+\); save it as UTF-8"):
+        open_source(settings(tmp_path / "d"))
+
+
 def test_words_of_flags(tmp_path, settings):
     path = worlds.make_table(tmp_path, 2)
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,6 +1,8 @@
 """dpo.models.ready: dtypes of every precision, the device, and what the loaded model decides."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,18 @@ def test_a_flag_against_what_the_model_says_is_said(world, caplog):
     caplog.clear()
     ready.load_model(change(Config(), model=world("sd2v"), prediction_type="v_prediction", zero_snr="off"), CPU)
     assert "is followed" not in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [{"timestep_spacing": "foo"}, {"_class_name": None, "timestep_spacing": 3}])
+def test_a_scheduler_that_cannot_sample_is_said_before_the_training(world, tmp_path, wrong):
+    model = Path(shutil.copytree(world("sd15"), tmp_path / "model"))
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | wrong), "utf-8")
+    with pytest.raises(
+        UserError, match=r"model: the scheduler cannot sample \(.* is not supported.*\); mend"
+    ) as caught:
+        ready.load_model(change(Config(), model=str(model)), CPU)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_name_alone_makes_no_four_step_model(world, tmp_path):

@@ -47,6 +47,16 @@ def test_single_files_that_are_refused(pipelines, tmp_path):
     assert "not a whole Stable Diffusion checkpoint" in refused(str(unet)) and "--unet-init" in refused(str(unet))
 
 
+@pytest.mark.parametrize("layer", ["final_layer_norm", "diffusion_model.out.2", "decoder.conv_out"])
+def test_a_single_file_that_lacks_a_layer_names_it(pipelines, tmp_path, layer):
+    path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
+    kept = {name: value for name, value in load_file(path).items() if layer not in name}
+    assert len(kept) < len(load_file(path))
+    save_file(kept, path)
+    said = refused(str(path), single_file_config=str(pipelines["sd15"]))
+    assert f"{path} lacks weights of its parts (" in said and "fetch it again" in said and "meta" not in said
+
+
 def test_single_file_without_its_configuration_offline(pipelines, tmp_path):
     path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")
     assert "--single-file-config names a diffusers folder" in refused(str(path))

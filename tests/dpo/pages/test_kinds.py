@@ -61,6 +61,29 @@ def test_summary_tables_and_settings(whole, folder):
     assert "learning_rate" in refused(folder, "config.toml")
 
 
+def test_what_is_null_is_what_is_missing(whole, folder):
+    for file in ("summary.json", "tables.json"):
+        good = json.loads((whole / file).read_text("utf-8"))
+        for name in good:
+            (folder / file).write_text(json.dumps(good | {name: None}), "utf-8")
+            assert report.main([str(folder)]) == 0, name
+        (folder / file).write_text(json.dumps(good), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 300, "name a run's output folder"),
+        ("a\0b", "it is not UTF-8, or NUL"),
+        ("\udcff", "it is not UTF-8, or NUL"),
+    ],
+)
+def test_a_name_that_no_folder_can_have(name, words, capsys):
+    assert report.main([name]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and len(said) < 900
+
+
 def test_the_command_ends_with_one_line(folder, capsys):
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": "abc"}\n', "utf-8")
     assert report.main([str(folder)]) == 2

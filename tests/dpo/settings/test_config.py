@@ -117,13 +117,23 @@ def test_toml_is_grouped_and_explains_itself():
         ({"sample_seeds": 3}, "expected a list"),
         ({"sample_seeds": [1, "x"]}, "whole number"),
         ({"caption_dropout": 1.5}, "at most 1"),
+        ({"sample_seeds": [10**26]}, "at least -9223372036854775808 and at most 18446744073709551615"),
+        ({"method": "d" + "9" * 6000}, "... (6001 in all): one of dpo"),
+        ({"method": "a\nb"}, "method = a\\nb: one of dpo"),
+        ({"model": "a\0b"}, "a character that no file or text has"),
+        ({"sample_prompts": ["a \ud800 fox"]}, "a character that no file or text has"),
         ({"seed": 2**32}, "seed = 4294967296: expected a whole number at least 0 and at most 4294967295"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(mapping, words):
     with pytest.raises(UserError) as caught:
         from_mapping(mapping)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_seed_of_a_sample_is_one_that_torch_takes():
+    for seed in (-(2**63), 2**64 - 1):
+        torch.Generator().manual_seed(from_mapping({"sample_seeds": [seed]}).output.sample_seeds[0])
 
 
 def test_seeds_are_those_that_keyed_numbers_tell_apart():

@@ -5,6 +5,7 @@ named.
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import replace
 
@@ -480,3 +481,23 @@ def test_the_rule_for_unreadable_images_is_that_of_training(tmp_path, pairs, bro
             continue
         with pytest.raises(UserError, match=said if way is ways[0] else said.split(" the last")[0].split("0 of")[0]):
             way()
+
+
+@pytest.mark.parametrize("change", ["cut", "overwritten", "replaced"])
+def test_a_store_that_changes_while_it_is_read(change, tmp_path):
+    """The files are mapped: where one is cut short, a read beyond its end kills the process."""
+    fill.fill(task(tmp_path, Synthetic(6)))
+    contents = open_store(tmp_path, CFG).contents
+    before = contents.rows("image", ["image_mean"], [0])[0].clone()
+    path = contents.shards[0]
+    if change == "replaced":  # what was mapped stays
+        shutil.copyfile(path, tmp_path / "new")
+        (tmp_path / "new").replace(path)
+        assert torch.equal(contents.rows("image", ["image_mean"], [0])[0], before)
+        return
+    if change == "cut":
+        os.truncate(path, 8)
+    else:
+        path.write_bytes(b"\xff" * (path.stat().st_size + 1))
+    with pytest.raises(UserError, match=rf"{path.name} was changed while it was in use: .*--resume latest"):
+        contents.rows("image", ["image_mean"], [0])
