@@ -11,7 +11,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from dpo.common.errors import UserError
 
 CHUNK = 1 << 24
+LOOK = 1.0  # seconds between two looks at files that are mapped: a set may have hundreds
 NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 log = logging.getLogger("dpo")
@@ -158,28 +159,36 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
     return error
 
 
-Stamp = tuple[int, int, int]
+class Mapped:
+    """Files that are mapped into memory: a read beyond the end of one that was cut short would kill the process.
+
+    A file that was deleted or replaced stays for who has mapped it.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._before = {path: _stamp(path) for path in paths}
+        self._next = 0.0
+
+    def check(self) -> None:
+        """Raises UserError when a file was cut short or overwritten in place. Looks once in LOOK seconds at most."""
+        if time.monotonic() < self._next:
+            return
+        for path, before in self._before.items():
+            try:
+                now = _stamp(path)
+            except OSError:
+                continue
+            if now[0] == before[0] and now != before:
+                raise UserError(
+                    f"{path} was changed while it was in use: put it back as it was, then go on with --resume latest"
+                )
+        self._next = time.monotonic() + LOOK
 
 
-def stamp(path: Path) -> Stamp:
+def _stamp(path: Path) -> tuple[int, int, int]:
     """What tells the content of a file from a later one without reading it: inode, bytes, time of the last change [ns]."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def check_unchanged(path: Path, before: Stamp) -> None:
-    """Raises UserError when a file that is mapped into memory was cut short or overwritten after `before`.
-
-    A read beyond its new end would kill the process. A file that was deleted or replaced stays for who has mapped it.
-    """
-    try:
-        now = stamp(path)
-    except OSError:
-        return
-    if now[0] == before[0] and now != before:
-        raise UserError(
-            f"{path} was changed while it was in use: put it back as it was, then go on with --resume latest"
-        )
 
 
 def sync_folder(folder: Path) -> None:

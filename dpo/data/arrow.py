@@ -6,7 +6,6 @@ The files of such a folder are mapped into memory: a row costs the reading of th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.common.errors import UserError, reading
-from dpo.common.files import Stamp, check_unchanged, stamp
+from dpo.common.files import Mapped
 from dpo.common.words import digest, excerpt_of_path, first_line, listed
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, labels_of
 from dpo.data.listing import NoSplit
@@ -72,11 +71,11 @@ class ArrowSource(Labelled):
     columns: Columns
     root: str  # what paths in cells are relative to
     row: np.ndarray  # [n] int64
-    mapped: Mapping[Path, Stamp]  # the files of the set
+    mapped: Mapped  # the files of the set
 
     def __getitem__(self, index: int) -> Pair:
         row = int(self.row[index])
-        self._check_files()
+        self.mapped.check()
         with reading(f"{self.root}, row {row}", "write the set again"):
             first, second = _images(self.table, self.columns, self.root, row)
             caption = self.table.column(self.columns.caption)[row].as_py() or ""
@@ -85,13 +84,9 @@ class ArrowSource(Labelled):
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
         captions = self.table.column(self.columns.caption)
-        self._check_files()
+        self.mapped.check()
         with reading(self.root, "write the set again"):
             return np.array([caption_key(captions[row].as_py() or "") for row in self.row.tolist()], dtype=np.int64)
-
-    def _check_files(self) -> None:
-        for path, before in self.mapped.items():
-            check_unchanged(path, before)
 
 
 def _images(table: pa.Table, columns: Columns, root: str, row: int) -> tuple[ImageRef, ImageRef]:
@@ -122,7 +117,7 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
         if chosen is None:
             raise NoSplit(f"{folder}: has no split {split!r}, found {listed(found)}")
         folder = folder / chosen
-    mapped = {path: stamp(path) for path in sorted(folder.glob("*.arrow"))}
+    mapped = Mapped(sorted(folder.glob("*.arrow")))
     table = _table(folder)
     columns = find_columns(table.column_names, data, str(folder), kind)
     check_schema(table.schema, columns, str(folder))

@@ -5,6 +5,7 @@ repeated; numbers, strings and whole values of JSON replaced by odd ones; keys l
 of each format.
 """
 
+import csv
 import json
 import random
 import re
@@ -16,8 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies
+from PIL import Image
 
+from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.data.images import square
 from dpo.data.pairs import BadImage
@@ -155,6 +159,46 @@ def _prompts(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a red fox\na blue boat\n")
 
 
+def _tsv(folder: Path) -> None:
+    _csv = next(make_table(folder / "data", 4, kind="csv").parent.rglob("*.csv"))
+    rows = list(csv.reader(_csv.read_text("utf-8").splitlines()))
+    _csv.with_suffix(".tsv").write_text("\n".join("\t".join(row) for row in rows), "utf-8")
+    _csv.unlink()
+
+
+def _list(folder: Path) -> None:
+    path = next(make_table(folder / "data", 4, kind="jsonl").parent.rglob("*.jsonl"))
+    path.with_suffix(".json").write_text(
+        json.dumps([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+    )
+    path.unlink()
+
+
+def _images(folder: Path) -> None:
+    """Pairs in every format of images that is common."""
+    for side, turn in (("w", 0), ("l", 90)):
+        (folder / "data" / side).mkdir(parents=True)
+        picture = Image.linear_gradient("L").resize((24, 24)).rotate(turn).convert("RGB")
+        for name, kind in {"a.png": "PNG", "b.webp": "WEBP", "c.gif": "GIF", "d.tif": "TIFF", "e.bmp": "BMP"}.items():
+            picture.save(folder / "data" / side / name, kind)
+    (folder / "data" / "captions.txt").write_text("".join(f"{name}\ta fox {name}\n" for name in "abcde"))
+
+
+def _record(folder: Path) -> None:
+    pairs, model = make_folders(folder / "pairs", 4), _model(folder)
+    flags = ["--model", str(model), "--data", str(pairs), "--workers", "0", "--batch-size", "2", "--dtype", "fp32"]
+    assert prepare.main(["--store", str(folder / "store"), "--reference", "--draws", "2", *flags]) == 0
+
+
+def of_record(folder: Path) -> None:
+    source = open_source(Data(data=str(folder / "store")))
+    (record,) = (folder / "store" / "reference").iterdir()
+    about = recorded.about_record(record)
+    assert about is not None
+    found = recorded.find(source, about["identity"], torch.tensor(about["timesteps"]), about["reference_checksum"])
+    assert found.errors(np.arange(4), torch.zeros(4, dtype=torch.int64)).isfinite().all()
+
+
 def _saved(folder: Path) -> None:
     image = (Path(__file__).parents[2] / "dpo").exists() and make_folders(folder / "from", 2)
     bytes_of = [path.read_bytes() for path in sorted(Path(image).rglob("*.jpg"))[:2]]
@@ -167,6 +211,10 @@ FORMATS = {
     "settings": Format(_settings, "run.toml", lambda at: parse(["--config", str(at / "run.toml")])),
     "csv": Format(lambda at: make_table(at / "data", 4, kind="csv"), "data/**/*.csv", pairs("data")),
     "jsonl": Format(lambda at: make_table(at / "data", 4, kind="jsonl"), "data/**/*.jsonl", pairs("data")),
+    "tsv": Format(lambda at: _tsv(at), "data/*.tsv", pairs("data")),
+    "list of objects": Format(lambda at: _list(at), "data/*.json", pairs("data")),
+    "images": Format(_images, "data/?/*", pairs("data")),
+    "record": Format(_record, "store/reference/*/*", of_record),
     "parquet": Format(lambda at: make_pickapic(at / "data", 4), "data/**/*.parquet", pairs("data")),
     "chosen-rejected": Format(lambda at: make_chosen_rejected(at / "data", 4), "data/**/*.parquet", pairs("data")),
     "tar": Format(lambda at: make_tar(at / "data.tar", 4), "data.tar", pairs("data.tar")),

@@ -201,7 +201,8 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
             raise UserError(f"{folder} was recorded from other pairs than {contents.folder} holds now: record it again")
         check_shard(folder / entry["file"], entry, whole=True, remedy=again(folder))
         piece = Piece(*entry["piece"])
-        pieces.append((piece, open_shard(folder / entry["file"], again(folder))["errors"]))
+        errors = open_shard(folder / entry["file"], again(folder))["errors"].clone()  # a few bytes a pair: not mapped
+        pieces.append((piece, errors))
     draws = bands([piece for piece, _ in pieces])
     if not draws or max(end for _, end in draws) < len(contents.key):
         missing = len(contents.key) - max((end for _, end in draws), default=0)

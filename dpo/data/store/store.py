@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.files import Stamp, check_unchanged, checksum, stamp
+from dpo.common.files import Mapped, checksum
 from dpo.common.words import digest
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.pairs import ImageRef, Pair, Source, Subset
@@ -80,13 +80,14 @@ class Contents:
     fingerprint: str
 
     @functools.lru_cache(OPEN_SHARDS)  # noqa: B019  (a run has one or two stores, and keeps them)
-    def _opened(self, number: int) -> tuple[dict[str, Tensor], Stamp]:
-        return open_shard(self.shards[number]), stamp(self.shards[number])
+    def _opened(self, number: int) -> tuple[dict[str, Tensor], Mapped]:
+        tensors = open_shard(self.shards[number])  # first: it has words for a file that is missing
+        return tensors, Mapped([self.shards[number]])
 
     def shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard, as views on its file. Raises UserError when that was changed since it was opened."""
-        tensors, before = self._opened(number)
-        check_unchanged(self.shards[number], before)
+        tensors, mapped = self._opened(number)
+        mapped.check()
         return tensors
 
     def __hash__(self) -> int:

@@ -88,7 +88,7 @@ def test_damage_is_raised_to_the_caller_and_the_thread_ends(store):
     mean = np.frombuffer(store.contents.shard(0)["image_mean"].numpy().tobytes(), dtype=np.uint8).tobytes()
     whole[bytes(whole).index(mean)] ^= 1
     path.write_bytes(whole)
-    store.contents.shard.cache_clear()
+    store.contents._opened.cache_clear()
     with pytest.raises(DamagedStore, match="was altered"):
         list(read(store, stored_order(store, 4), PLAIN))
     assert not [thread for thread in threading.enumerate() if thread.name == "dpo-read-ahead"]
