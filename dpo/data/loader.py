@@ -97,7 +97,7 @@ def load(
             yield batch
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # now: a traceback may hold the iterator, and with it the workers, for long
+            _end(iterator)  # now: a traceback may hold the iterator, and with it the workers, for long
         ahead.close()
 
 
@@ -133,6 +133,15 @@ def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
         if not workers or (isinstance(error, RuntimeError) and not of_dead_worker(error)):
             raise
         raise worker_died(error) from error
+
+
+def _end(iterator: _MultiProcessingDataLoaderIter) -> None:
+    """Ends the workers. One that dies of that, as a library's threads make it at times, has done its work."""
+    try:
+        iterator._shutdown_workers()
+    except RuntimeError as error:
+        if not of_dead_worker(error):
+            raise
 
 
 def of_dead_worker(error: Exception) -> bool:

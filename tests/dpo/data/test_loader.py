@@ -245,6 +245,29 @@ def test_a_killed_worker_is_one_line(odd, settings):
         list(islice(made, 50))
 
 
+@pytest.mark.parametrize(
+    ("said", "passes"), [("DataLoader worker (pid 7) is killed by signal: Aborted.", False), ("x", True)]
+)
+def test_a_worker_that_dies_as_it_is_ended_has_done_its_work(odd, settings, monkeypatch, said, passes):
+    cfg = settings(odd)
+    made = stream(open_source(cfg), cfg, Order(0, 0, 2), workers=1)
+    next(made)
+    iterator = made.gi_frame.f_locals["iterator"]
+    end = type(iterator)._shutdown_workers
+
+    def dying(self):
+        end(self)
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(type(iterator), "_shutdown_workers", dying)
+    if passes:
+        with pytest.raises(RuntimeError, match="x"):
+            made.close()
+    else:
+        made.close()
+    monkeypatch.undo()
+
+
 def test_a_lock_that_a_killed_worker_took_with_it_is_not_waited_for(odd, settings, monkeypatch):
     """torch asks an event about every dead worker, and a worker that was killed while it asked never lets go of its lock."""
     monkeypatch.setattr(loader, "LOCK_WAIT", 0.1)
