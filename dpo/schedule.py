@@ -112,15 +112,15 @@ def complete(config: Mapping, about: str = "") -> tuple[dict[str, Any], list[str
         known.pop("_class_name", None)  # null is what diffusers refuses
     missing = [key for key in ("num_train_timesteps", "prediction_type") if config.get(key) is None]
     found = getattr(diffusers, name, None) if name is not None and name.isidentifier() else None
-    cls = found if isinstance(found, type) else None  # a module of diffusers has a name too
+    cls: Any = found if isinstance(found, type) else None  # a module of diffusers has a name too
     if cls is None and (name is not None or missing):
         unknown = "" if name is None else f"is of a class that diffusers does not have ({name[:SHOWN]})"
         raise UserError(
             f"{about}the model's scheduler {unknown or f'says no {missing[0]} and no class'}: its noise schedule is "
             "unknown; mend scheduler_config.json"
         )
-    if hasattr(cls, "_backends"):  # what diffusers has in place of a class whose libraries are not installed
-        raise UserError(f"{about}the model's scheduler {name} needs {' and '.join(cls._backends)}: install them")
+    if backends := getattr(cls, "_backends", None):  # diffusers' stand-in for a class whose libraries are not installed
+        raise UserError(f"{about}the model's scheduler {name} needs {' and '.join(backends)}: install them")
     declared = inspect.signature(cls.__init__).parameters if cls is not None else {}
     other = next((key for key in OTHER_SCHEDULES if config.get(key)), None)
     if config.get("timestep_type") == "continuous":

@@ -91,7 +91,7 @@ def load(
     try:
         iterator = iter(loader)
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._workers_done_event = _Ending(iterator._workers_done_event)
+            iterator._workers_done_event = _Ending(iterator._workers_done_event)  # type: ignore[assignment]  # acts as one
         while (batch := _next(iterator, workers)) is not None:
             _look_after(batch, bad, source, reading)
             yield batch
