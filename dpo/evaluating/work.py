@@ -38,6 +38,7 @@ log = logging.getLogger("dpo")
 DRAWN, CACHE = "images", "scores.sqlite"
 MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
+LINES = 4  # of progress for a scorer, where there is no terminal
 
 
 class Named(NamedTuple):
@@ -158,16 +159,19 @@ def _measured(
         scorer, known = opened(name, device=device, dtype=dtype, cache_dir=asked.draw.cache_dir), listed(name)
         about = known._asdict() if known is not None else {}
         shown = {key: about[key] for key in ("scale", "higher_is_better", "resolution", "note") if key in about}
-        measures.append(Measure(scorer.name, scorer.fingerprint, **shown))
+        label = f"{scorer.name}, bf16" if "bfloat16" in scorer.fingerprint else scorer.name  # never mixed with fp32
+        measures.append(Measure(label, scorer.fingerprint, **shown))
         total = sum(len(side.images) for side in sides)
         before = 0
-        with Progress(total, lambda figures: [str(figures["what"])], unit="image") as progress:
+        with Progress(
+            total, lambda figures: [str(figures["what"])], 0, max(1, total // LINES), unit="image"
+        ) as progress:
             for side in sides:
 
-                def said(done: int, of: int, before: int = before, what: str = f"{scorer.name}, {side.name}") -> None:
+                def said(done: int, of: int, before: int = before, what: str = f"{label}, {side.name}") -> None:
                     progress.update(before + done, {"what": what})
 
-                found[side.name, scorer.name] = scores(side, scorer, cache, look, read_image, said)
+                found[side.name, label] = scores(side, scorer, cache, look, read_image, said)
                 before += len(side.images)
         del scorer
         if device.type == "cuda":

@@ -121,7 +121,10 @@ def test_several_guidances_of_the_base_and_training_seeds(world, tmp_path, run, 
     assert code == 0, errors
     (entry,) = found["results"]
     assert entry["paired"]["training_seeds"] == 2 and entry["worth"]["limit"] == 2
-    assert entry["best_guidance"]["base"] in ("base", "base, guidance 3")
+    at = entry["best_guidance"]
+    assert at["paired"]["mean_a"] >= entry["paired"]["mean_a"] and at["paired"]["mean_b"] == entry["paired"]["mean_b"]
+    assert (at["base"] == "base") == (at["paired"]["mean_a"] == entry["paired"]["mean_a"])
+    assert at["base"] in ("base", "base, guidance 3")
 
 
 def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness):

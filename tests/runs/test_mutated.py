@@ -292,37 +292,31 @@ def odd_value(data: bytes, dice: random.Random) -> bytes:
     """A value somewhere in the JSON (of a line of it) is another, or its key is gone."""
     lines = data.split(b"\n") if data.count(b"\n{") else [data]
     place = dice.randrange(len(lines))
-    try:
-        whole = json.loads(lines[place])
-    except (ValueError, RecursionError):
-        return data
-    inner, key = _somewhere(whole, dice)
-    if inner is None:
-        return data
-    if isinstance(inner, dict) and dice.random() < 0.3:
-        del inner[key]
-    else:
-        inner[key] = dice.choice(ODD)
-    lines[place] = _json(whole)
-    return b"\n".join(lines)
+    changed = _changed(lines[place], dice, ODD)
+    return data if changed is None else b"\n".join([*lines[:place], changed, *lines[place + 1 :]])
 
 
 def odd_header(data: bytes, dice: random.Random) -> bytes:
     """A value in the header of a safetensors file is another; the length fits."""
     length = int.from_bytes(data[:8], "little")
+    header = _changed(data[8 : 8 + length], dice, [*ODD, "F16", "I64", [0, 4], [2, 2], -5])
+    return data if header is None else len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def _changed(text: bytes, dice: random.Random, odd: list) -> bytes | None:
+    """JSON in which one value is one of `odd`, or its key is gone; None where there is none to change."""
     try:
-        whole = json.loads(data[8 : 8 + length])
+        whole = json.loads(text)
     except (ValueError, RecursionError):
-        return data
+        return None
     inner, key = _somewhere(whole, dice)
     if inner is None:
-        return data
+        return None
     if isinstance(inner, dict) and dice.random() < 0.3:
         del inner[key]
     else:
-        inner[key] = dice.choice([*ODD, "F16", "I64", [0, 4], [2, 2], -5])
-    header = _json(whole)
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+        inner[key] = dice.choice(odd)
+    return _json(whole)
 
 
 def _json(value: object) -> bytes:
