@@ -25,26 +25,12 @@ from typing import TYPE_CHECKING
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.sampling import flags
+from dpo.tiny import outcome
 
 if TYPE_CHECKING:  # torch is imported only once the command line is read
     from dpo.evaluating import work
 
 RUNS = Path("runs")
-EMBEDDED = "embedded"
-WORLD = (
-    "--prompts",
-    "embedded:judged",
-    "--same-noise",
-    "--sampler",
-    "ddim",
-    "--steps",
-    "20",
-    "--guidance",
-    "3",
-    "--batch",
-    "20",
-)
-JUDGES = ["tiny-b", "tiny-b-faithful"]
 
 log = logging.getLogger("dpo")
 
@@ -64,14 +50,30 @@ def _command(argv: Sequence[str]) -> int:
         return 0
     if "--convert" in argv:
         return _convert([word for word in argv if word != "--convert"])
-    words = list(argv) if argv else _of_world()
-    given = make_parser().parse_args(words)
     console.setup()
+    evaluated(argv or _of_world())
+    return 0
+
+
+def evaluated(words: Sequence[str]) -> Path:
+    """Evaluates as a command line says; the path of its evaluation.json. Raises UserError."""
+    given = make_parser().parse_args(list(words))
     from dpo.evaluating import work
 
+    check_scorers(given.scorers)  # a misspelt one is found before anything is drawn
     asked = _asked(given, shlex.join(["python", "-m", "dpo.evaluate", *words]))
-    work.evaluate(asked, Path(given.output).expanduser())
-    return 0
+    return work.evaluate(asked, Path(given.output).expanduser())
+
+
+def check_scorers(names: Sequence[str]) -> None:
+    """Raises UserError for a scorer that there is not; weights are not looked for."""
+    import torch
+
+    from dpo.scorers.scorer import listed, opened
+
+    for name in names:
+        if listed(name) is None:
+            opened(name, device=torch.device("cpu"))
 
 
 def _convert(words: Sequence[str]) -> int:
@@ -98,7 +100,8 @@ def _of_world() -> list[str]:
         )
     newest = max(mine, key=lambda folder: (folder / SUMMARY_FILE).stat().st_mtime)
     log.info("comparing the embedded model with %s", newest)
-    return [f"start={EMBEDDED}", f"{newest.name}={newest}", *WORLD, "--scorers", *JUDGES]
+    sides = [f"start=start:{newest}", f"{newest.name}={newest}"]
+    return [*sides, "--prompts", outcome.PROMPTS, *outcome.DRAWN, "--scorers", outcome.JUDGE, outcome.FAITHFUL]
 
 
 def _asked(given: argparse.Namespace, words: str) -> work.Asked:
@@ -120,7 +123,7 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
         raise UserError("name at least two: the base, and what is compared with it (a model or a folder of images)")
     if not scorers and not given.scores and given.pairs is None:
         raise UserError("nothing to measure by: give --scorers (--scorers help lists them), --scores or --pairs")
-    base, *others = [tuple(_named(part) for part in side.split(",")) for side in given.sides]
+    base, *others = [tuple(_named(part) for part in _parts(side)) for side in given.sides]
     if len(base) > 1:
         raise UserError(f"{given.sides[0]}: the base is one model; several training seeds are compared with it")
     sides = [named.name for group in (base, *others) for named in group]
@@ -142,6 +145,14 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
         reproduce=given.reproduce,
         command=words,
     )
+
+
+def _parts(side: str) -> list[str]:
+    """The models between the commas of a side; a folder whose own name has a comma is one."""
+    from dpo.sampling.model import START
+
+    place = side.partition("=")[2] or side
+    return [side] if Path(place.removeprefix(START)).expanduser().exists() else side.split(",")
 
 
 def _named(text: str) -> work.Named:

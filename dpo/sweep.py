@@ -89,6 +89,7 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     """Makes the runs that are not finished, one after another, and writes the comparison after each; the exit code."""
+    from dpo.evaluate import check_scorers
     from dpo.pages.sweep import compare, name_of
     from dpo.settings.flags import parse
 
@@ -98,6 +99,7 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         flags = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
         config, notes = parse([*rest, *flags, "--output", str(out / name_of(cell))])
         configs.append((change(config, resume="latest"), notes))
+    check_scorers(configs[0][0].output.evaluate)
     _same_flags(out, rest)
     codes: list[int] = []
     for number, (cell, (config, notes)) in enumerate(zip(runs, configs, strict=True), 1):
@@ -134,6 +136,7 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     """Trains one run unless it is finished; its exit code. A user's mistake is written to failed.txt."""
     import torch
 
+    from dpo import evaluate
     from dpo.common.files import write_text
     from dpo.pages.folder import FAILED_FILE
     from dpo.train import train_step
@@ -150,7 +153,7 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
         return 1
     (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
-        return loop.train(config, notes, train_step)
+        return loop.train(config, notes, train_step, evaluate.evaluated)
     except UserError as error:
         log.error("%s: %s", folder.name, error)
         folder.mkdir(parents=True, exist_ok=True)

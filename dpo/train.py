@@ -62,11 +62,13 @@ def train(argv: Sequence[str]) -> int:
     from dpo.settings.flags import parse
 
     config, notes = parse(argv)
+    from dpo import evaluate
     from dpo.common import console
     from dpo.training import loop
 
     console.setup()
-    return loop.train(config, notes, train_step)
+    evaluate.check_scorers(config.output.evaluate)
+    return loop.train(config, notes, train_step, evaluate.evaluated)
 
 
 if __name__ == "__main__":

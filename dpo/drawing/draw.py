@@ -6,9 +6,12 @@ generator is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
@@ -22,13 +25,16 @@ Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 BATCH = 4  # images at a time
 TILE = 512  # pixels of a side that the VAE decodes at once where memory is short
+SMALL = 50_000_000  # weights of a UNet that one core draws with faster than all cores do in turn
+
+Group = TypeVar("Group")
+Made = TypeVar("Made")
 
 
 @torch.no_grad()
 def sample(
     pipe: Pipeline,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    tasks: Sequence[tuple[str, int]],
     *,
     device: torch.device | str,
     steps: int,
@@ -38,30 +44,77 @@ def sample(
     autocast: torch.dtype | None = None,
     frugal: bool = False,
 ) -> list[Image.Image]:
-    """One image for every prompt and seed, prompt by prompt.
+    """One image for each prompt and its seed.
 
     device: where all modules run; steps: sampling steps; guidance: guidance scale; size: pixels of a side, None for the
     model's own; batch: images at a time; autocast: the precision that the policy is trained under; frugal: decode one
     image at a time, and one larger than TILE in tiles (which meet in a blend: the image differs slightly), and keep no
     casts of the weights. The modules' devices and modes and the pipeline's scheduler are restored afterwards.
     """
-    tasks = [(prompt, seed) for prompt in prompts for seed in seeds]
     device = torch.device(device)
-    context = torch.autocast(device.type, autocast, cache_enabled=not frugal) if autocast else nullcontext()
-    images: list[Image.Image] = []
-    with borrowed(pipe, device), tiled(pipe.vae, TILE if frugal else 0), context:
-        for start in range(0, len(tasks), batch):
-            part = tasks[start : start + batch]
-            result = pipe(
+
+    @torch.no_grad()  # here too: both are settings of a thread
+    def together(pipe: Pipeline, part: Sequence[tuple[str, int]]) -> list[Image.Image]:
+        with torch.autocast(device.type, autocast, cache_enabled=not frugal) if autocast else nullcontext():
+            return pipe(
                 [prompt for prompt, _ in part],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 height=size,
                 width=size,
-            )
-            images.extend(result.images)
-    return images
+            ).images
+
+    groups = [tasks[start : start + batch] for start in range(0, len(tasks), batch)]
+    with borrowed(pipe, device), tiled(pipe.vae, TILE if frugal else 0), side_by_side(pipe, device) as each:
+        return [image for images in each(together, groups) for image in images]
+
+
+class Hands:
+    """How many groups of images are drawn at the same time, and by whom."""
+
+    def __init__(self, pipe: Pipeline, count: int, pool: ThreadPoolExecutor | None, own: threading.local) -> None:
+        self._pipe, self._pool, self._own, self.count = pipe, pool, own, count
+
+    def __call__(self, work: Callable[[Pipeline, Group], Made], groups: Iterable[Group]) -> Iterator[Made]:
+        """work(pipe, group) of each group, in order."""
+        if self._pool is None:
+            return (work(self._pipe, group) for group in groups)
+        return self._pool.map(lambda group: work(self._own.pipe, group), groups)
+
+
+@contextmanager
+def side_by_side(pipe: Pipeline, device: torch.device) -> Iterator[Hands]:
+    """Inside the block, a way to draw groups: one after another, or on a CPU, with a small UNet, each on a core of its own.
+
+    That is 1.5 times as fast there as all cores on one group, and what a group gives does not depend on how many cores
+    there are.
+    """
+    cores = torch.get_num_threads()
+    own = threading.local()
+    if device.type != "cpu" or cores == 1 or sum(p.numel() for p in pipe.unet.parameters()) > SMALL:
+        yield Hands(pipe, 1, None, own)
+        return
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        own.pipe = _alike(pipe)
+
+    pool = ThreadPoolExecutor(cores, initializer=start)
+    try:
+        yield Hands(pipe, cores, pool, own)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def _alike(pipe: Pipeline) -> Pipeline:
+    """A pipeline over the same modules whose sampler and tokenizers, which keep state, are its own."""
+    made = copy.copy(pipe)
+    for name, part in pipe.components.items():
+        if part is not None and not isinstance(part, torch.nn.Module):
+            setattr(made, name, copy.deepcopy(part))
+    return made
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import disk_full, write_text, write_whole
 from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, first_line, listed
+from dpo.drawing.draw import side_by_side
 from dpo.drawing.protocol import Protocol
 from dpo.drawing.render import Rendered, Task, ready, render
 
@@ -62,7 +63,7 @@ class Pace(NamedTuple):
     total: int  # images of this process
     drawn: int  # of those, drawn now
     seconds: float  # for those
-    unet: float  # seconds of those in the UNet
+    unet: float  # seconds of those in the UNet, where groups are drawn side by side the mean of them
 
     @property
     def rate(self) -> float:
@@ -108,14 +109,18 @@ def draw_set(
         return pace
     if pace.done:
         log.info("%s: %d of %d images are there", folder, pace.done, total)
-    with ready(pipe, device, protocol) as watch:
+    with ready(pipe, device, protocol) as watch, side_by_side(pipe, device) as each:
         begun = time.monotonic()
         told(pace)
-        for group in left:
-            for task, rendered in zip(group, render(pipe, group, protocol, layouts), strict=True):
+
+        def drawn_by(pipe: Pipeline, group: Sequence[Task]) -> list[Rendered]:
+            return render(pipe, group, protocol, layouts)
+
+        for group, images in zip(left, each(drawn_by, left), strict=True):
+            for task, rendered in zip(group, images, strict=True):
                 _write(folder, task, rendered, protocol)
             done, drawn = pace.done + len(group), pace.drawn + len(group)
-            pace = Pace(done, total, drawn, time.monotonic() - begun, watch.seconds())
+            pace = Pace(done, total, drawn, time.monotonic() - begun, watch.seconds() / each.count)
             told(pace)
     return pace
 

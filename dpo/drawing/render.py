@@ -6,6 +6,8 @@ its own too. The VAE decodes one image at a time.
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,32 +50,36 @@ class Rendered(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds that a module's forward passes take, summed; a GPU is asked only when the sum is read."""
+    """Seconds that a module's forward passes take, summed over threads; a GPU is asked only when the sum is read."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device, self._total = device, 0.0
-        self._marks: list[Any] = []
+        self._own, self._ended = threading.local(), queue.SimpleQueue[tuple[Any, Any]]()
         self._hooks = [
-            module.register_forward_pre_hook(lambda *_: self._mark()),
-            module.register_forward_hook(lambda *_: self._mark()),
+            module.register_forward_pre_hook(lambda *_: self._begin()),
+            module.register_forward_hook(lambda *_: self._end()),
         ]
 
-    def _mark(self) -> None:
+    def _now(self) -> Any:
         if self._device.type != "cuda":
-            self._marks.append(time.perf_counter())
-            return
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
-        self._marks.append(event)
+        return event
+
+    def _begin(self) -> None:
+        self._own.begun = self._now()
+
+    def _end(self) -> None:
+        self._ended.put((self._own.begun, self._now()))
 
     def seconds(self) -> float:
         """All so far."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for start, end in zip(self._marks[::2], self._marks[1::2]):
-            cuda = self._device.type == "cuda"
-            self._total += start.elapsed_time(end) / 1000 if cuda else end - start
-        self._marks.clear()
+        while not self._ended.empty():
+            begun, ended = self._ended.get()
+            self._total += begun.elapsed_time(ended) / 1000 if self._device.type == "cuda" else ended - begun
         return self._total
 
     def stop(self) -> None:

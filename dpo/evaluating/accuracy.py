@@ -6,7 +6,7 @@ the other one (Rafailov et al. 2023, arXiv 2305.18290, for language; Wallace et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,21 +26,25 @@ from dpo.training import validation
 from dpo.training.build import pair_step
 
 
-def by_side(config: Config, policies: dict[str, Callable[[], Denoiser]]) -> Iterator[dict[str, Any]]:
-    """The accuracy of each policy on the pairs of config.data, in reference to the model of config.model.
+def by_side(
+    config: Config, base: Callable[[], Denoiser], policies: Mapping[str, Callable[[], Denoiser]]
+) -> Iterator[dict[str, Any]]:
+    """The accuracy of each policy on the pairs of config.data, in reference to `base`.
 
-    policies: the denoiser of each side by name, loaded only when its turn comes, in fp32 on the CPU. Yields
+    config.model: whose VAE and text encoders see the pairs. base, policies: the denoiser of the base and of each side by
+    name, loaded only when its turn comes, in fp32 on the CPU. Yields
     {side, accuracy, interval, pairs, draws, deciles: [10] accuracy by tenth of the clock, None where nothing was
     drawn}. Raises UserError where the pairs or the base cannot be loaded.
     """
     device = pick_device(config.runtime.device)
     source = open_source(config.data)
-    config, model, plan, _ = load_model(config, device)
+    config, loaded, plan, _ = load_model(config, device)
+    model = replace(loaded, denoiser=base().eval())
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     family, data = model.family, config.data
     assert data.resolution is not None, "decided when the model was loaded"
-    base = family.denoise(settle(config.runtime, model.denoiser.eval(), device))
-    step, _ = pair_step(config, model, plan, base, None, device)
+    reference = family.denoise(settle(config.runtime, model.denoiser, device))
+    step, _ = pair_step(config, model, plan, reference, None, device)
     encoder = Encoder(model, device, config.runtime.vae_batch)
     pairs = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
     held_out = validation.encode_held_out(step, encoder, pairs, data.validation_draws, None)

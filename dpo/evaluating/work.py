@@ -70,9 +70,6 @@ def evaluate(asked: Asked, folder: Path) -> Path:
     """Draws, scores and compares into `folder`; the path of its evaluation.json. Raises UserError."""
     began = time.monotonic()
     device = pick_device(asked.draw.device)
-    for name in asked.scorers:  # a misspelt one is found before anything is drawn
-        if listed(name) is None:
-            opened(name, device=device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,8 +216,8 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
     """The implicit preference accuracy of every model, in reference to the base."""
     from dpo.evaluating.accuracy import by_side
     from dpo.sampling import model
+    from dpo.settings.config import change
     from dpo.settings.flags import parse
-    from dpo.tiny import paths
 
     device = pick_device(asked.draw.device)
     assert asked.pairs is not None
@@ -233,11 +230,12 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
 
     flags = ["--data", asked.pairs, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
     flags += ["--split", asked.split] if asked.split else []
-    config, _ = parse(
-        [*flags, "--model", str(paths.pipeline_path()) if asked.base.place == model.EMBEDDED else asked.base.place]
-    )
+    base = model.settings_of(asked.base.place)
+    config, _ = parse([*flags, "--model", base["model"]])
+    config = change(config, **base)
     models = {named.name: named for group in asked.others for named in group}
-    yield from by_side(config, {name: partial(denoiser, named) for name, named in models.items()})
+    policies = {name: partial(denoiser, named) for name, named in models.items()}
+    yield from by_side(config, partial(denoiser, asked.base), policies)
 
 
 def _published(name: str, groups: Sequence[Group], found: dict[tuple[str, str], np.ndarray]) -> dict[str, Any]:

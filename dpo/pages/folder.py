@@ -9,7 +9,8 @@
         model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)
         data          {name: value}, shown as it is; "usable" is the number of training pairs
         processes     number of processes that shared the work, 1 if missing
-        evaluation    win_rate, win_rate_interval [low, high], prompts, faithfulness_before, faithfulness_after, judge
+        evaluation    win_rate, win_rate_interval [low, high], prompts, score_before, score_after, judge, and of further
+                      scorers faithfulness_before, faithfulness_after, win_rate_by_<scorer>
         notes, warnings   lists of lines
     tables.json       weight, precision, table, correction: [T] each (methods dde*); weight for the others too
     samples/*.png     grids of dpo.drawing.grid, in the order of their names
@@ -43,7 +44,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 CURVES_FILE, DECILES_FILE, DDE_FILE = "curves.png", "deciles.png", "dde.png"
 FAILED_FILE = "failed.txt"
 WANDB_ID_FILE = "wandb_id.txt"
-CHECKPOINTS, SAMPLES, TENSORBOARD = "checkpoints", "samples", "tensorboard"
+CHECKPOINTS, SAMPLES, TENSORBOARD, EVALUATION = "checkpoints", "samples", "tensorboard", "evaluation"
 
 
 MODULE = ("config.json", "diffusion_pytorch_model*.safetensors*")
@@ -83,6 +84,20 @@ ENTRIES = (
         inside=(f"step-{'[0-9]' * 8}.png", f"before/{'[0-9]' * 3}.png"),
         early=True,
         uploaded=True,
+    ),
+    Entry(
+        EVALUATION,
+        "the result against its start: page, figures, images",
+        "training/judging.py",
+        folder=True,
+        inside=(
+            "evaluation.*",
+            "scores.sqlite*",
+            "prompts.jsonl",
+            "images/*/protocol.json",
+            "images/*/images/*.png",
+            "images/*/sheets/*.png",
+        ),
     ),
     Entry(SUMMARY_FILE, "how the run went", "training/summary.py", uploaded=True),
     Entry(TABLES_FILE, "weight and correction by timestep", "training/summary.py", uploaded=True),

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from dpo.drawing.draw import Pipeline
 
 EMBEDDED = "embedded"  # the pipeline inside the package
+START = "start:"  # before the folder of a run: the model that it started from
 CONFIG = "config.toml"  # beside the result of a run
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXAMPLES = (
     "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
-    "a .safetensors file, a LoRA with --lora-base, or embedded, the small model inside the package"
+    "a .safetensors file, a LoRA with --lora-base, start:FOLDER, what a run started from, or embedded, the small model "
+    "inside the package"
 )
 
 log = logging.getLogger("dpo")
@@ -55,12 +57,14 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     model that a LoRA belongs to, None: what its run says. Raises UserError.
     """
     lora = _lora_file(name, lora_base, cache_dir)
-    wanted = _config_of_lora(name, lora, lora_base) if lora is not None else _of_model(name)
+    wanted = _config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
     if cache_dir is not None:
         wanted["cache_dir"] = cache_dir
     config, model, _, _ = load_model(settings.from_mapping(wanted), device)
     if config.model.unet_init is not None:
         load_weights_into(model.denoiser, config.model.unet_init, cache_dir=cache_dir)
+    if lora is None and config.model.lora_init is not None:
+        lora = lora_files.locate(config.model.lora_init, cache_dir)
     if lora is not None:
         with _plainly():
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
@@ -87,7 +91,10 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     )
 
 
-def _of_model(name: str) -> dict[str, Any]:
+def settings_of(name: str) -> dict[str, Any]:
+    """The settings, by name, that load what is no LoRA. Raises UserError."""
+    if name.startswith(START):
+        return _config_of_run(Path(name.removeprefix(START)).expanduser() / CONFIG, {"reference_model"})
     return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
 
 
@@ -119,12 +126,19 @@ def _names_lora(path: Path) -> bool:
 def _config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, Any]:
     """The settings that give the model under a LoRA: `lora_base`, or that of the run which left it. Raises UserError."""
     if lora_base is not None:
-        return _of_model(lora_base)
+        return settings_of(lora_base)
     beside = lora.parent / CONFIG
     if not beside.is_file():
         raise UserError(f"{name} is a LoRA, and no {CONFIG} beside it names its model: give that with --lora-base")
-    flat = settings.flat_settings(load_config(str(beside), "the run's"))
-    own = {field.name for field in dataclasses.fields(settings.Model)} - {"lora_init", "reference_model", "cache_dir"}
+    return _config_of_run(beside, {"lora_init", "reference_model"})
+
+
+def _config_of_run(path: Path, without: set[str]) -> dict[str, Any]:
+    """The settings of the model in a run's config.toml, some left out. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no run: it has no {CONFIG}; name a run's output folder")
+    flat = settings.flat_settings(load_config(str(path), "the run's"))
+    own = {field.name for field in dataclasses.fields(settings.Model)} - {"cache_dir", *without}
     wanted = {key: value for key, value in flat.items() if key in own}
     named = str(wanted.get("model") or "")
     if not named or Path(named).parts[-3:] == paths.pipeline_path().parts[-3:]:

@@ -415,6 +415,18 @@ class Output:
         "after a run of the small world inside the package: draw its report prompts before and after, and judge",
         resume="free",
     )
+    evaluate: tuple[str, ...] = option(
+        (),
+        "scorers that compare the result with its start when the run ends (python -m dpo.evaluate --scorers help)",
+        separator=" ",
+        resume="free",
+    )
+    evaluate_prompts: tuple[str, ...] = option(
+        (),
+        "prompts of that comparison: texts, a file, or a named set; none: captions of the held-out pairs",
+        separator="",
+        resume="free",
+    )
     model_card: bool = option(True, "write README.md with method, data, settings and figures", resume="free")
 
 

@@ -6,8 +6,7 @@ What a run uses:
     world.py     what a picture can show, what its caption names, what the hidden taste prefers
     judge.py     networks that read pictures: "a" labelled the pairs, "b" is kept for reported figures
     scorer.py    the judges as scorers of python -m dpo.evaluate
-    evaluate.py  draws pictures and compares two sets of them
-    outcome.py   what judge "b" says of a finished run
+    outcome.py   how a model is judged on it, and what a run's summary keeps of that
 
 What makes the world again, which nothing else imports:
     build.py     the command, python -m dpo.tiny.build

@@ -20,19 +20,21 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from dpo.common import command, files
-from dpo.tiny import evaluate, judge
+from dpo.drawing.draw import sample
+from dpo.tiny import judge, outcome
 from dpo.tiny.making import judges, loop, pairs, pipeline, sprites, text, vae
 from dpo.tiny.making.scenes import CANVAS, PHRASES, Renderer, Scenes, World, caption, world
 from dpo.tiny.paths import ASSETS
@@ -206,6 +208,20 @@ def build_base(job: Job) -> Figures:
     return {"plan": asdict(job.plan(job.recipe.base)), **fidelity(job)}
 
 
+def drawn(pipe: StableDiffusionPipeline, captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] of N captions and seeds, drawn as the world's judges see a model."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    images = sample(
+        pipe,
+        list(zip(captions, seeds, strict=True)),
+        device="cpu",
+        steps=outcome.STEPS,
+        guidance=outcome.GUIDANCE,
+        batch=outcome.BATCH,
+    )
+    return np.stack([np.asarray(image) for image in images])
+
+
 def fidelity(job: Job) -> Figures:
     """Share of drawings with the caption's object and colour, by judge, on combinations trained on and held out."""
     pipe, scenery = job.pipeline(), job.world
@@ -214,7 +230,7 @@ def fidelity(job: Job) -> Figures:
     for kind, allowed in {"seen": ~scenery.held_out, "held_out": scenery.held_out}.items():
         chosen = np.argwhere(allowed)[rng.integers(allowed.sum(), size=job.recipe.check)]
         captions = [caption(scenery.objects[o], list(COLOURS)[c], int(rng.integers(len(PHRASES)))) for o, c in chosen]
-        images = evaluate.draw(pipe, captions, list(range(CHECK_SEED, CHECK_SEED + len(captions))))
+        images = drawn(pipe, captions, range(CHECK_SEED, CHECK_SEED + len(captions)))
         for name in job.recipe.judges:
             found = job.judge(name)
             reading = found.read(images)
@@ -232,7 +248,7 @@ def draw_share(rank: int, job: Job) -> None:
     for kind, n in job.recipe.pairs.items():
         prompts = pairs.prompts_of(job.world, kind, 2 * n)
         share = slice(rank, None, job.recipe.base.processes)
-        images = evaluate.draw(pipe, (prompts.captions[:n] * 2)[share], prompts.seeds[share])
+        images = drawn(pipe, (prompts.captions[:n] * 2)[share], prompts.seeds[share])
         np.save(job.work / "drawn" / f"{kind}-{rank}.npy", images)
 
 

@@ -1,33 +1,26 @@
-"""What the embedded world's second judge says of a run: prompts won, and captions still obeyed.
+"""How a model is judged on the embedded world: prompts, seeds, sampler and judges, and the figures that a summary keeps.
 
-This judge neither labelled the training pairs nor chose the settings, and its prompts and seeds were used for neither.
+Judge "b" neither labelled the training pairs nor chose the settings, and its prompts and seeds were used for neither.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from dpo.models.family import Denoiser, Model
-from dpo.models.load import load
-from dpo.models.pipeline import pipeline_of
-from dpo.tiny import judge, paths, prompts
-from dpo.tiny.evaluate import compare, draw
+from dpo.tiny import paths
 
 if TYPE_CHECKING:
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from dpo.models.family import Model
 
-log = logging.getLogger("dpo")
-
-JUDGE = "b"
+STEPS, GUIDANCE, BATCH = 20, 3.0, 20
+PROMPTS = "embedded:judged"
+# Flags of python -m dpo.evaluate. The sampler is DDIM (Song et al. 2021, arXiv 2010.02502); a seed is its own noise.
+DRAWN = (
+    "--same-noise", "--sampler", "ddim", "--steps", str(STEPS), "--guidance", f"{GUIDANCE:g}", "--batch", str(BATCH),
+)  # fmt: skip
+JUDGE, FAITHFUL = "tiny-b", "tiny-b-faithful"
 
 
 def is_embedded(model: Model) -> bool:
@@ -35,50 +28,27 @@ def is_embedded(model: Model) -> bool:
     return model.folder is not None and Path(model.folder).resolve() == paths.pipeline_path().resolve()
 
 
-@cache
-def _unchanged(device: torch.device) -> tuple[Model, np.ndarray]:
-    """(the embedded model, its pictures of the report prompts), kept for the process."""
-    model = load(str(paths.pipeline_path()))
-    for module in (model.denoiser, *model.text_encoders, model.vae):
-        module.to(device)
-    return model, _pictures(model)
+def figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the summary of a run keeps of an evaluation's "results", those of one side against the base.
 
-
-def _pictures(model: Model) -> np.ndarray:
-    listed = prompts.prompts("report")
-    pipe = cast("StableDiffusionPipeline", pipeline_of(model))
-    return draw(pipe, listed.captions[: prompts.JUDGED], listed.seeds[: prompts.JUDGED])
-
-
-def judged(policy: Denoiser, device: torch.device, scheduler: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Draw the report prompts with the unchanged UNet and with `policy`, a UNet of the same shape, and compare.
-
-    scheduler: settings of the one that `policy` was trained by; None: the embedded model's. Returns win_rate with its
-    95 % interval, faithfulness before and after (share of images with the caption's object and colour), and how many
-    prompts that was.
+    The first scorer is the judge: win_rate with its 95 % interval, over so many prompts, mean scores before and after.
+    faithfulness_before and _after are shares of images that show what the caption says, where a scorer tells; of every
+    further scorer its win rate stays.
     """
-    began = time.monotonic()
-    log.info(
-        "judging: %d prompts drawn with the unchanged and with the aligned model, about a minute on two free cores",
-        prompts.JUDGED,
-    )
-    model, before = _unchanged(device)
-    trained = replace(
-        model, denoiser=policy.to(device).eval(), scheduler_config=dict(scheduler or model.scheduler_config)
-    )
-    after = _pictures(trained)
-    found = compare(judge.load_judge(JUDGE), prompts.prompts("report").captions[: prompts.JUDGED], before, after)
-    log.info(
-        "judged in %.0f s: win rate over the unchanged model %.3f (95 %% interval %.3f to %.3f, %d prompts), captions obeyed %.3f -> %.3f",
-        time.monotonic() - began, found.win_rate, found.low, found.high, found.pairs, found.faithful_base, found.faithful_policy,
-    )  # fmt: skip
-    return {
-        "win_rate": found.win_rate,
-        "win_rate_interval": [found.low, found.high],
-        "prompts": found.pairs,
-        "faithfulness_before": found.faithful_base,
-        "faithfulness_after": found.faithful_policy,
-        "score_before": found.score_base,
-        "score_after": found.score_policy,
-        "judge": JUDGE,
+    first, *others = results
+    paired = first["paired"]
+    found = {
+        "win_rate": paired["win_rate"],
+        "win_rate_interval": list(paired["win_interval"]),
+        "prompts": paired["prompts"],
+        "score_before": paired["mean_a"],
+        "score_after": paired["mean_b"],
+        "judge": first["scorer"],
     }
+    for entry in others:
+        if entry["scorer"] == FAITHFUL:
+            found["faithfulness_before"] = entry["paired"]["mean_a"]
+            found["faithfulness_after"] = entry["paired"]["mean_b"]
+        else:
+            found[f"win_rate_by_{entry['scorer']}"] = entry["paired"]["win_rate"]
+    return found

@@ -118,7 +118,7 @@ def clear_output(output: Path, asked: Output) -> None:
         results = [entry for entry in ENTRIES if entry.beside and not others and (output / entry.beside).exists()]
         records = [entry for entry in reversed(ENTRIES) if not entry.beside and (entry.guarded or not others)]
         for entry in [*results, *records]:
-            _clear(output / entry.name, entry)
+            clear_entry(output / entry.name, entry)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,7 +128,7 @@ def clear_output(output: Path, asked: Output) -> None:
     sweep(output, "result")
 
 
-def _clear(place: Path, entry: Entry) -> None:
+def clear_entry(place: Path, entry: Entry) -> None:
     """Deletes a file or a link to one, or what a run puts into a folder, and the folders that are empty afterwards.
 
     A link to a folder stays, and so does the folder: it was made for the run.
@@ -141,6 +141,7 @@ def _clear(place: Path, entry: Entry) -> None:
     found = [path for pattern in entry.inside for path in place.glob(pattern)]
     for path in found:
         remove(path)
-    for folder in [*({path.parent for path in found} - {place}), place]:
+    parents = {place / parent for path in found for parent in path.relative_to(place).parents} | {place}
+    for folder in sorted(parents, key=lambda folder: -len(folder.parts)):
         if not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import logging
 import shlex
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +27,10 @@ from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CONFIG_FILE
-from dpo.settings.config import Config, change, flatten, to_toml
-from dpo.tiny import outcome
-from dpo.training import build, checkpoint, results, samples, summary, validation
+from dpo.settings.config import Config, Output, change, flatten, to_toml
+from dpo.training import build, checkpoint, judging, results, samples, summary, validation
 from dpo.training.folder import check_output, clear_output
+from dpo.training.judging import Evaluate
 from dpo.training.run import Diverged, Figures, Run
 from dpo.training.state import snapshot
 from dpo.training.trackers import Trackers, open_trackers
@@ -41,6 +42,8 @@ OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDI
 
 # What ends a run from outside. Windows has no SIGHUP, which a closed terminal sends.
 ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+NOT_COMPARED = "its result is not compared with its start yet"
 
 TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
 
@@ -94,14 +97,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return machine.peak_memory() / 2**30
 
 
-def train(config: Config, notes: list[str], train_step: TrainStep) -> int:
+def train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate) -> int:
     """Trains the run of `config` to its end, from its checkpoint where it is resumed; the exit code.
 
     Raises UserError for what a person can mend.
     """
     try:
         with handled(signal.default_int_handler, *ENDS):  # outside the updates they interrupt like Ctrl-C
-            _train(config, notes, train_step)
+            _train(config, notes, train_step, evaluate)
     except Stopped:
         return INTERRUPTED
     except KeyboardInterrupt:
@@ -133,7 +136,7 @@ def _not_ours(error: Exception, config: Config) -> UserError | None:
     return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")
 
 
-def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
+def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
     output = check_output(config)
     with ExitStack() as stack:
@@ -145,25 +148,35 @@ def _train(config: Config, notes: list[str], train_step: TrainStep) -> None:
             stack.enter_context(locks.held(output, "--output"))
             check_output(change(config, resume=None, overwrite=False))  # another process may have made a run here
         clear_output(output, config.output)
-        _make(run, train_step)
+        if run.resumed is not None:
+            checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
+        with _tracking(run.output, run.config, run.done) as trackers:
+            ending = _make(run, trackers, train_step)
+            del run
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what is drawn and scored now finds the memory free
+            with _told_how_to_finish(ending.output, ending.step):
+                _conclude(ending, trackers, evaluate)
 
 
-def _make(run: Run, train_step: TrainStep) -> None:
-    """Everything that writes into the output folder, which this process holds."""
-    if run.resumed is not None:
-        checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
-    out = run.config.output
-    trackers = open_trackers(
-        run.output, out.tensorboard, out.wandb, out.project, None, flatten(run.config), run.done if run.done else None
-    )
+class Ending(NamedTuple):
+    """What is left to do of a run whose result is on disk, once its model, data and optimizer are gone."""
+
+    output: Path
+    asked: Output
+    step: int
+    written: list[str]  # files of the result
+    compared: list[str]  # words of python -m dpo.evaluate; empty where no comparison is wanted
+
+
+@contextmanager
+def _tracking(output: Path, config: Config, done: int) -> Iterator[Trackers]:
+    """The trackers of a run at update `done`, closed at the end of the block."""
+    out = config.output
+    trackers = open_trackers(output, out.tensorboard, out.wandb, out.project, None, flatten(config), done or None)
     try:
-        _begin(run, trackers)
-        if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
-            files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
-        with stop_on_signals() as stop:
-            updates(run, trackers, train_step, stop)
-        with _told_how_to_finish(run):
-            _finish(run, trackers)
+        yield trackers
     except BaseException:
         with suppress(Exception):  # a full disk has been said by what is raised here
             trackers.close()
@@ -171,18 +184,55 @@ def _make(run: Run, train_step: TrainStep) -> None:
     trackers.close()
 
 
-def _goes_on(run: Run) -> str:
-    return f"python -m dpo.train --output {shlex.quote(str(run.output))} --resume latest"
+def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
+    """Everything that needs the run: updates, result, last sample images, report."""
+    compared = judging.words(run)  # refuses what could not be compared before anything is trained
+    _begin(run, trackers)
+    if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
+        files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
+    with stop_on_signals() as stop:
+        updates(run, trackers, train_step, stop)
+    with _told_how_to_finish(run.output, run.done):
+        if compared:
+            judging.prepare(run)
+        written = results.write(run)
+        samples.write(run)
+        summary.report(run, *(("interrupted", NOT_COMPARED) if compared else ("finished", "")))
+    return Ending(run.output, run.config.output, run.done, written, compared)
+
+
+def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
+    """Compares the result with its start, and uploads what was made.
+
+    Raises Stopped when interrupted: the result is already written, and --resume compares it.
+    """
+    if ending.compared:
+        try:
+            found = judging.evaluated(evaluate, ending.compared)
+        except KeyboardInterrupt:
+            log.warning("the comparison was cut short; the aligned model in %s is whole", ending.output)
+            log.warning("go on with: %s", _goes_on(ending.output))
+            raise Stopped from None
+        if found:
+            trackers.event({"event": "judged", "step": ending.step, **found})
+        summary.conclude(ending.output, found, ending.asked.model_card)
+    if ending.asked.push_to_hub:
+        results.upload(ending.output, ending.asked, ending.written)
+    log.info("done: %s", ending.output)
+
+
+def _goes_on(output: Path) -> str:
+    return f"python -m dpo.train --output {shlex.quote(str(output))} --resume latest"
 
 
 @contextmanager
-def _told_how_to_finish(run: Run) -> Iterator[None]:
+def _told_how_to_finish(output: Path, done: int) -> Iterator[None]:
     """Around what follows the last update, whose checkpoint is there: an error is said to cost none of the training."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Stopped | KeyboardInterrupt):  # of those it is said elsewhere
-            log.warning("all %d updates are made and kept; finish with: %s", run.done, _goes_on(run))
+            log.warning("all %d updates are made and kept; finish with: %s", done, _goes_on(output))
         raise
 
 
@@ -192,33 +242,6 @@ def _begin(run: Run, trackers: Trackers) -> None:
     )
     run.started = time.time()
     samples.before(run)
-
-
-def _finish(run: Run, trackers: Trackers) -> None:
-    """Writes the result, the last sample images, the figures of the embedded world's judge, and the pages."""
-    written = results.write(run)
-    samples.write(run)
-    if run.config.output.judge and outcome.is_embedded(run.model):
-        _judge(run, trackers)
-    summary.report(run, "finished")
-    if run.config.output.push_to_hub:
-        results.upload(run, written)
-    log.info("done: %s", run.output)
-
-
-def _judge(run: Run, trackers: Trackers) -> None:
-    """Judges the result.
-
-    Raises Stopped when interrupted: the result is already written, and --resume judges it again.
-    """
-    try:
-        run.evaluation = outcome.judged(results.trained(run), run.device, run.model.scheduler_config)
-        trackers.event({"event": "judged", "step": run.done, **run.evaluation})
-    except KeyboardInterrupt:
-        summary.report(run, "interrupted", "stopped while judging")
-        log.warning("judging was cut short; the aligned model in %s is whole", run.output)
-        log.warning("judge it with: %s", _goes_on(run))
-        raise Stopped from None
 
 
 def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading.Event) -> None:
@@ -313,7 +336,7 @@ def _rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, No
     else:
         log.warning("stopped with no checkpoint to go on from")
         return
-    log.warning("go on with: %s", _goes_on(run))
+    log.warning("go on with: %s", _goes_on(run.output))
 
 
 def _record(run: Run, trackers: Trackers, ending: BaseException) -> None:

@@ -6,6 +6,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,7 @@ from dpo.models.family import Denoiser, Model
 from dpo.models.ready import load_named
 from dpo.models.save import detached, save_lora, save_pipeline
 from dpo.pages.folder import own_files
+from dpo.settings.config import Output
 from dpo.training.run import Run
 
 log = logging.getLogger("dpo")
@@ -36,7 +38,7 @@ def trained(run: Run) -> Denoiser:
     return detached(run.model.denoiser, weights)
 
 
-def upload(run: Run, written: Sequence[str]) -> None:
+def upload(output: Path, out: Output, written: Sequence[str]) -> None:
     """Uploads the result and the run's records, pages and images to the hub, file by file, and nothing else.
 
     written: the result's files, as `write` names them. The log lists all names first. A new repository is private
@@ -45,9 +47,8 @@ def upload(run: Run, written: Sequence[str]) -> None:
     """
     import huggingface_hub
 
-    out = run.config.output
-    name = out.hub_id or run.output.resolve().name
-    names = [*written, *own_files(run.output)]
+    name = out.hub_id or output.resolve().name
+    names = [*written, *own_files(output)]
     try:
         hub = huggingface_hub.HfApi()
         name = hub.create_repo(name, private=not out.hub_public, exist_ok=True).repo_id
@@ -55,20 +56,19 @@ def upload(run: Run, written: Sequence[str]) -> None:
         if private == out.hub_public:
             log.warning("%s was there before and stays %s", name, "private" if private else "public: all see the files")
         log.info("to the hub, %s (%s): %s", name, "private" if private else "public", ", ".join(names))
-        files = [huggingface_hub.CommitOperationAdd(file, run.output / file) for file in names]
+        files = [huggingface_hub.CommitOperationAdd(file, output / file) for file in names]
         hub.create_commit(name, files, commit_message="The result of a run")
     except Exception as error:  # the hub client raises a dozen kinds: offline, not logged in, no right to the name
         reason = first_line(error).rstrip(".")
-        log.warning("not uploaded to the hub (%s); later: %s", reason, _later(run))
+        log.warning("not uploaded to the hub (%s); later: %s", reason, _later(output, out))
         return
     log.info("uploaded: https://huggingface.co/%s", name)
 
 
-def _later(run: Run) -> str:
+def _later(output: Path, out: Output) -> str:
     """The command that uploads the finished run: it trains nothing, and takes the same files."""
-    out = run.config.output
     public, named = ["--hub-public"] * out.hub_public, ["--hub-id", out.hub_id] if out.hub_id else []
-    words = ["python", "-m", "dpo.train", "--output", str(run.output), "--resume", "latest", "--push-to-hub"]
+    words = ["python", "-m", "dpo.train", "--output", str(output), "--resume", "latest", "--push-to-hub"]
     return shlex.join([*words, *public, *named])
 
 

@@ -76,7 +76,6 @@ class Run:
     whole: bool = True  # False while weights, table and counters are not all of the same update
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model
-    evaluation: Figures = field(default_factory=dict)  # the judge's figures on the result; empty without a judge
 
     @property
     def nominal(self) -> int:

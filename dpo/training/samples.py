@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -78,8 +79,7 @@ def _sampled(run: Run, pipe: Pipeline, batch: int, frugal: bool) -> list[Image.I
     try:
         return draw.sample(
             pipe,
-            prompts(run),
-            out.sample_seeds,
+            list(itertools.product(prompts(run), out.sample_seeds)),
             device=run.device,
             steps=out.sample_steps,
             guidance=out.sample_guidance,

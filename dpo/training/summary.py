@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from dpo.common import files
 from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
-from dpo.training.run import Run
+from dpo.training.run import Figures, Run
 
 log = logging.getLogger("dpo")
 
@@ -43,9 +44,6 @@ def report(run: Run, status: str, reason: str = "") -> None:
     status: "finished", "interrupted" or "failed"; reason: one line for the last two. Only a finished run gets a model
     card.
     """
-    from dpo.pages import card, plots
-    from dpo.pages import report as report_page
-
     model = run.model
     trained = sum(p.numel() for p in run.updater.parameters)
     summary = {
@@ -70,7 +68,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "learning_rate": resolve.learning_rate(run.config),
             "effective_batch": run.nominal,
         },
-        "evaluation": run.evaluation,
+        "evaluation": {},
         "warnings": advice.warnings(run.config),
     }
     tables = {
@@ -84,14 +82,31 @@ def report(run: Run, status: str, reason: str = "") -> None:
     files.write_text(run.output / SUMMARY_FILE, json.dumps(summary, indent=1))
     if not (run.complete and (run.output / TABLES_FILE).is_file()):
         files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
-    plots.write_plots(run.output)
-    if run.config.output.model_card and status == "finished":
-        card.write_model_card(run.output)
-    log.info("report: %s", report_page.write_report(run.output))
+    _write_pages(run.output, run.config.output.model_card and status == "finished")
+
+
+def conclude(output: Path, evaluation: Figures, model_card: bool) -> None:
+    """Puts the comparison with the start into the summary that `report` wrote, and makes the run a finished one.
+
+    An empty comparison leaves what was there.
+    """
+    summary = read_run(output).summary | {"status": "finished", "reason": ""}
+    summary |= {"evaluation": evaluation} if evaluation else {}
+    files.write_text(output / SUMMARY_FILE, json.dumps(summary, indent=1))
+    _write_pages(output, model_card)
+
+
+def _write_pages(output: Path, model_card: bool) -> None:
+    from dpo.pages import card, plots, report
+
+    plots.write_plots(output)
+    if model_card:
+        card.write_model_card(output)
+    log.info("report: %s", report.write_report(output))
 
 
 def _as_trained(run: Run, now: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run that this process found complete: what its training left, and how it stands now."""
     before = read_run(run.output).summary
     kept = {name: before[name] for name in now if name in before and name not in ("status", "reason", "steps")}
-    return now | kept | ({"evaluation": run.evaluation} if run.evaluation else {})
+    return now | kept

@@ -94,15 +94,15 @@ def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch):
     command = ["--out", str(out), "--method", "dpo,dde", *flags]
     real, started = loop.train, []
 
-    def interrupted(config, notes, step):
+    def interrupted(config, notes, *own):
         started.append(config.method.method)
-        return real(config, notes, step) if len(started) == 1 else 130
+        return real(config, notes, *own) if len(started) == 1 else 130
 
     monkeypatch.setattr(loop, "train", interrupted)
     assert sweep.main(command) == 130
     assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["finished", "not started"]
     monkeypatch.setattr(
-        loop, "train", lambda config, notes, step: started.append(config.method.method) or real(config, notes, step)
+        loop, "train", lambda config, notes, *own: started.append(config.method.method) or real(config, notes, *own)
     )
     assert sweep.main(command) == 0
     assert started == ["dpo", "dde", "dde"]  # the finished run is not repeated

@@ -38,7 +38,7 @@ def test_figures_and_pictures_are_of_what_is_saved(world, tmp_path, capsys):
     assert found["heldout_difference"] != 0 and event == {**event, **found, "weights": "averaged"}
     assert "of the averaged weights, which are saved" in " ".join(verdict(read_run(out)).sentences)
 
-    images = sample(pipe, ["a fox"], [3], device="cpu", steps=2, guidance=7.5)
+    images = sample(pipe, [("a fox", 3)], device="cpu", steps=2, guidance=7.5)
     expected = read_grid(write_grid(tmp_path / "grid.png", ["a fox"], [3], {"after": images}))[0].images["after"]
     drawn = read_grid(out / "samples" / "step-00000006.png")[0].images
     assert np.array_equal(drawn["after"], expected) and not np.array_equal(drawn["before"], expected)

@@ -1,5 +1,7 @@
 """dpo.drawing: images depend on prompt and seed alone, nothing else is disturbed, and a grid can be read back."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,10 @@ def model(request, tmp_path_factory):
     return load(str(make_pipeline(tmp_path_factory.mktemp("model"), request.param)))
 
 
+def tasks(prompts, seeds):
+    return list(itertools.product(prompts, seeds))
+
+
 def arrays(images):
     return np.stack([np.asarray(image) for image in images])
 
@@ -31,9 +37,9 @@ def differ(images, others):
 def test_an_image_depends_on_prompt_and_seed_alone(model):
     pipe = pipeline_of(model)
     settings = {"device": "cpu", "steps": 2, "guidance": 2.0}
-    together = sample(pipe, PROMPTS, [3, 4], **settings, batch=4)
+    together = sample(pipe, tasks(PROMPTS, [3, 4]), **settings, batch=4)
     torch.rand(7)
-    alone = sample(pipe, PROMPTS[1:], [4], **settings, batch=1)
+    alone = sample(pipe, tasks(PROMPTS[1:], [4]), **settings, batch=1)
     assert together[0].size == (32, 32) and len(together) == 4
     assert np.abs(arrays(together[3:]).astype(int) - arrays(alone)).max() <= 1
     assert all(differ(together[:1] * 3, together[1:]))
@@ -45,7 +51,7 @@ def test_nothing_else_is_disturbed(model):
     model.denoiser.conv_out.eval()
     state, scheduler, weights = torch.get_rng_state(), pipe.scheduler, model.denoiser.conv_in.weight.clone()
     before = dict(scheduler.__dict__)
-    sample(pipe, PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0)
+    sample(pipe, tasks(PROMPTS[:1], [0]), device="cpu", steps=2, guidance=2.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.denoiser.training and model.denoiser.mid_block.training and not model.denoiser.conv_out.training
     assert pipe.scheduler is scheduler and {k: v is before[k] for k, v in scheduler.__dict__.items()} == dict.fromkeys(
@@ -59,14 +65,14 @@ def test_nothing_else_is_disturbed(model):
 
 def test_policy_beside_reference(model, tmp_path):
     pipe = pipeline_of(model)
-    before = sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)
+    before = sample(pipe, tasks(PROMPTS, [0]), device="cpu", steps=2, guidance=1.0)
     policy = type(model.denoiser).from_config(model.denoiser.config)
     policy.load_state_dict(model.denoiser.state_dict())
     pipe.unet = policy
-    assert not any(differ(before, sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)))
+    assert not any(differ(before, sample(pipe, tasks(PROMPTS, [0]), device="cpu", steps=2, guidance=1.0)))
     with torch.no_grad():
         policy.conv_out.bias += 0.5
-    assert all(differ(before, sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)))
+    assert all(differ(before, sample(pipe, tasks(PROMPTS, [0]), device="cpu", steps=2, guidance=1.0)))
 
 
 def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
@@ -75,14 +81,14 @@ def test_interrupted_drawing_gives_everything_back(model, monkeypatch):
     scheduler = pipe.scheduler
     monkeypatch.setattr(model.denoiser, "forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sample(pipe, PROMPTS, [0], device="cpu", steps=2, guidance=1.0)
+        sample(pipe, tasks(PROMPTS, [0]), device="cpu", steps=2, guidance=1.0)
     assert model.denoiser.training and pipe.scheduler is scheduler
     model.denoiser.eval()
 
 
 def test_autocast_draws(model):
     (image,) = sample(
-        pipeline_of(model), PROMPTS[:1], [0], device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16
+        pipeline_of(model), tasks(PROMPTS[:1], [0]), device="cpu", steps=2, guidance=2.0, autocast=torch.bfloat16
     )
     assert np.asarray(image).std() > 0
 
@@ -91,13 +97,13 @@ def test_where_memory_is_short_the_vae_works_in_tiles(model, monkeypatch):
     """An image no larger than a tile is the same bit for bit; a larger one nearly; the VAE is then as it was."""
     pipe = pipeline_of(model)
     settings = {"device": "cpu", "steps": 2, "guidance": 2.0, "batch": 1}
-    usual = arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings))
-    assert np.array_equal(usual, arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings, frugal=True)))
+    usual = arrays(sample(pipe, tasks(PROMPTS[:1], [3, 4]), **settings))
+    assert np.array_equal(usual, arrays(sample(pipe, tasks(PROMPTS[:1], [3, 4]), **settings, frugal=True)))
     tiles = []
     decode = model.vae.decoder.forward
     monkeypatch.setattr(model.vae.decoder, "forward", lambda z, *a: tiles.append(z.shape) or decode(z, *a))
     monkeypatch.setattr(draw, "TILE", 16)
-    tiled = arrays(sample(pipe, PROMPTS[:1], [3, 4], **settings | {"batch": 2}, frugal=True))
+    tiled = arrays(sample(pipe, tasks(PROMPTS[:1], [3, 4]), **settings | {"batch": 2}, frugal=True))
     assert max(shape[-1] for shape in tiles) == 4 and {shape[0] for shape in tiles} == {1}
     assert tiled.shape == usual.shape and np.abs(tiled.astype(int) - usual).mean() < 40
     vae = model.vae

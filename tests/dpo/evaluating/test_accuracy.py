@@ -36,9 +36,11 @@ def run(world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(world, run):
     config, _ = parse(["--model", world("sd15"), "--data", world("pairs"), "--validation-draws", str(DRAWS)])
-    base = {"itself": lambda: make_run(world("sd15"), world("pairs"), run.output).model.denoiser}
-    trained = {"trained": lambda: copy.deepcopy(run.model.denoiser)}
-    return {row["side"]: row for row in by_side(config, base | trained)}
+    policies = {
+        "itself": lambda: make_run(world("sd15"), world("pairs"), run.output).model.denoiser,
+        "trained": lambda: copy.deepcopy(run.model.denoiser),
+    }
+    return {row["side"]: row for row in by_side(config, policies["itself"], policies)}
 
 
 def test_a_model_against_itself_is_one_half(found):

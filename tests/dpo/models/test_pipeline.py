@@ -28,7 +28,7 @@ def decided(folder, **settings):
 
 
 def drawn(pipe, guidance: float = 2.0) -> np.ndarray:
-    images = sample(pipe, ["a fox", ""], [3], device="cpu", steps=3, guidance=guidance)
+    images = sample(pipe, [("a fox", 3), ("", 3)], device="cpu", steps=3, guidance=guidance)
     return np.stack([np.asarray(image) for image in images])
 
 

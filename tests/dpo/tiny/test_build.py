@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
 from diffusers import StableDiffusionPipeline
 
 from dpo.common import files
-from dpo.tiny import build, evaluate
+from dpo.tiny import build, outcome
 from dpo.tiny.making import loop, pipeline, vae
 
 
@@ -44,7 +43,7 @@ def rebuild(tmp_path, arguments=()):
 def test_every_stage_runs_and_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "CHUNK", 32)
     monkeypatch.setattr(vae, "CHECK", 32)
-    monkeypatch.setattr(evaluate, "draw", partial(evaluate.draw, steps=4))
+    monkeypatch.setattr(outcome, "STEPS", 4)
     monkeypatch.setattr(build, "MINIATURE", shorter(build.MINIATURE, steps=2, pictures=2))
     record = rebuild(tmp_path)
     assert record["seed"] == 0 and record["stages"]["base"]["plan"]["steps"] == 2

@@ -159,10 +159,10 @@ def test_how_a_run_ends(tmp_path, monkeypatch, caplog, raised, code, said):
     config = change(Config(), output=str(tmp_path))
     with caplog.at_level(logging.WARNING, "dpo"):
         if isinstance(code, int):
-            assert loop.train(config, [], fail) == code and said in caplog.text
+            assert loop.train(config, [], fail, fail) == code and said in caplog.text
         else:
             with pytest.raises(code, match=said):
-                loop.train(config, [], fail)
+                loop.train(config, [], fail, fail)
 
 
 def test_memory_of_the_process():
@@ -180,4 +180,4 @@ def test_an_unreadable_file_is_no_error_of_writing(tmp_path, monkeypatch, name, 
 
     monkeypatch.setattr(loop, "_train", failing)
     with pytest.raises(UserError, match=said):
-        loop.train(change(Config(), output=str(tmp_path / "out")), [], None)
+        loop.train(change(Config(), output=str(tmp_path / "out")), [], None, None)

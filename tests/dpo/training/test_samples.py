@@ -88,7 +88,9 @@ def test_the_saved_folder_draws_the_same_images(world, tmp_path, kind, flags):
     results.write(run)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
     out = run.config.output
-    again = sample(pipe, ["a red fox"], out.sample_seeds, device="cpu", steps=2, guidance=out.sample_guidance)
+    again = sample(
+        pipe, [("a red fox", seed) for seed in out.sample_seeds], device="cpu", steps=2, guidance=out.sample_guidance
+    )
     assert len(shown) == 2 and all(np.array_equal(one, np.asarray(two)) for one, two in zip(shown, again, strict=True))
 
 

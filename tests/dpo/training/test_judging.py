@@ -1,0 +1,185 @@
+"""The end of a run: its result compared with its start, or not, or cut short, or failed; the run is whole all the same."""
+
+import gc
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from dpo import evaluate, train
+from dpo.common.errors import UserError
+from dpo.sampling import work as sampling
+from dpo.training import build
+
+FLAGS = [
+    "--preset",
+    "tiny",
+    "--steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--validate-every",
+    "0",
+    "--no-samples",
+    "--threads",
+    "1",
+]
+
+
+def run(folder, *flags) -> int:
+    return train.main([*FLAGS, "--output", str(folder), *flags])
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unjudged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unjudged") / "run"
+    assert run(folder, "--no-judge") == 0
+    return folder
+
+
+@pytest.fixture
+def again(unjudged, tmp_path):
+    """A finished run that nothing is compared of, yet."""
+    return shutil.copytree(unjudged, tmp_path / "run")
+
+
+@pytest.fixture
+def few_prompts(monkeypatch):
+    """Four prompts of the embedded world instead of all."""
+    monkeypatch.setitem(sampling.OF_WORLD, ("embedded:judged",), ("report", 4))
+
+
+def test_judging_can_be_left_out(unjudged):
+    assert summary(unjudged)["status"] == "finished" and not summary(unjudged)["evaluation"]
+    assert (unjudged / "report.html").exists() and (unjudged / "model_index.json").exists()
+    assert not (unjudged / "evaluation").exists()
+
+
+def test_a_run_is_judged_and_says_that_nothing_was_left_to_train(again, few_prompts, capsys):
+    assert train.main(["--output", str(again), "--resume", "latest", "--judge"]) == 0
+    said = capsys.readouterr().err
+    assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in said
+    found = summary(again)
+    figures = found["evaluation"]
+    assert found["status"] == "finished" and not found["reason"]
+    assert figures["prompts"] == 4 and 0 <= figures["win_rate"] <= 1 and figures["faithfulness_before"] > 0.7
+    assert figures["judge"] == "tiny-b"
+    content = json.loads((again / "evaluation" / "evaluation.json").read_text())
+    assert content["results"][0]["paired"]["win_rate"] == figures["win_rate"]
+    assert (again / "evaluation" / "evaluation.html").is_file() and "Win rate over the start" in (
+        again / "report.html"
+    ).read_text("utf-8")
+    events = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in events if event.get("event") == "judged"][-1]["win_rate"] == figures["win_rate"]
+    assert train.main(["--output", str(again), "--resume", "latest", "--no-judge"]) == 0
+    assert summary(again)["evaluation"] == figures, "a later visit keeps what is known"
+
+
+def test_images_of_weights_that_were_trained_on_are_drawn_again(again, few_prompts):
+    words = ["--output", str(again), "--resume", "latest", "--judge"]
+    assert train.main(words) == 0
+    (again / "evaluation" / "note.txt").write_text("mine")
+    drawn = sorted((again / "evaluation" / "images" / "aligned" / "images").glob("*.png"))
+    before = [path.read_bytes() for path in drawn]
+    assert train.main([*words, "--steps", "2"]) == 0
+    after = [path.read_bytes() for path in sorted((again / "evaluation/images/aligned/images").glob("*.png"))]
+    assert len(before) == len(after) == 4 and before != after
+    assert (again / "evaluation" / "note.txt").read_text() == "mine" and summary(again)["evaluation"]["prompts"] == 4
+
+
+def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluated", interrupted)
+    folder = tmp_path / "run"
+    assert run(folder) == 130
+    said = capsys.readouterr().err
+    assert "the comparison was cut short; the aligned model in" in said
+    assert f"--output {folder} --resume latest" in said
+    assert (
+        summary(folder)["status"] == "interrupted" and not summary(folder)["evaluation"]
+    )  # a sweep will go on with it
+    assert (folder / "report.html").exists() and (folder / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("error", [UserError("no network"), RuntimeError("a fault"), torch.OutOfMemoryError("full")])
+def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsys, error):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate, "evaluated", failing)
+    assert train.main(["--output", str(again), "--resume", "latest", "--judge"]) == 0
+    said = capsys.readouterr().err
+    assert f"not compared with its start ({error})" in said and "Later: python -m dpo.evaluate start=" in said
+    assert summary(again)["status"] == "finished" and not summary(again)["evaluation"]
+
+
+def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch):
+    kept, alive = [], []
+    make = build.build
+
+    def built(*args):
+        made = make(*args)
+        kept.extend([weakref.ref(made), weakref.ref(made.model.denoiser), weakref.ref(made.updater.optimizer)])
+        return made
+
+    def seen(words):
+        gc.collect()
+        alive.extend(ref() is not None for ref in kept)
+        raise UserError("seen")
+
+    monkeypatch.setattr(build, "build", built)
+    monkeypatch.setattr(evaluate, "evaluated", seen)
+    assert run(tmp_path / "run") == 0
+    assert alive == [False, False, False]
+
+
+def test_scorers_and_prompts_of_ones_own(world, tmp_path, capsys, monkeypatch):
+    """A LoRA on another start than the model's own: what it is compared with is that start, on held-out captions."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Grey:\n"
+        "    name, fingerprint = 'grey', 'grey 1'\n"
+        "    def score(self, *, images, captions):\n"
+        "        return torch.tensor([float(image.convert('L').resize((1, 1)).getpixel((0, 0))) for image in images])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = [
+        "--model", str(world("sd15")), "--data", str(world("pairs")), "--lora", "--rank", "2", "--steps", "1",
+        "--validation-fraction", "0.25", "--validate-every", "0", "--no-samples", "--evaluate", "own:Grey",
+        "--sample-steps", "2",
+    ]  # fmt: skip
+    folder = tmp_path / "runs, all" / "one"
+    assert train.main([*words, "--output", str(folder)]) == 0, capsys.readouterr().err
+    found = summary(folder)["evaluation"]
+    assert found["judge"] == "grey" and found["prompts"] > 0
+    content = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert [side["name"] for side in content["sides"]] == ["start", "aligned"]
+    assert content["sides"][0]["protocol"]["steps"] == 2
+    prompts = [json.loads(line)["prompt"] for line in (folder / "evaluation/prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == found["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--evaluate", "tiny-c"], "did you mean tiny-"),
+        (["--evaluate", "nowhere:Scorer"], "cannot be imported"),
+    ],
+)
+def test_a_misspelt_scorer_is_one_line_before_anything_is_trained(tmp_path, capsys, flags, said):
+    assert run(tmp_path / "run", *flags) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def test_without_held_out_captions_prompts_are_asked_for(world, tmp_path, capsys):
+    words = ["--model", str(world("sd15")), "--data", str(world("pairs")), "--steps", "1", "--validation-fraction", "0"]
+    assert train.main([*words, "--output", str(tmp_path / "run"), "--evaluate", "tiny-b"]) == 2
+    assert "give --evaluate-prompts" in capsys.readouterr().err.splitlines()[-1]
