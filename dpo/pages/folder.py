@@ -91,7 +91,9 @@ ENTRIES = (
         "training/judging.py",
         folder=True,
         inside=(
-            "evaluation.*",
+            "evaluation.json",
+            "evaluation.md",
+            "evaluation.html",
             "scores.sqlite*",
             "prompts.jsonl",
             "images/*/protocol.json",

@@ -120,7 +120,7 @@ def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch):
 
 
 def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch):
-    def train(config, notes, step):
+    def train(config, *others):
         if config.method.beta == 1:
             raise UserError("it diverged")
         return 0
@@ -161,7 +161,7 @@ def test_no_note_is_written_among_somebody_elses_files(tmp_path, monkeypatch, ca
 
 
 def test_a_note_replaces_a_link_not_what_it_points_to(tmp_path, monkeypatch):
-    def train(config, notes, step):
+    def train(config, *others):
         note = tmp_path / "sweep" / f"loss-{config.method.loss}" / "failed.txt"
         note.parent.mkdir(parents=True)
         note.symlink_to(tmp_path / "key")
@@ -177,7 +177,7 @@ def test_a_note_replaces_a_link_not_what_it_points_to(tmp_path, monkeypatch):
 def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
     begun = []
-    monkeypatch.setattr(loop, "train", lambda config, notes, step: begun.append(config) or 0)
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
     assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 0
     assert [(c.method.loss, c.optim.steps, c.output.resume, c.output.overwrite) for c in begun] == [
         ("sigmoid", 2, "latest", False), ("ipo", 2, "latest", False),

@@ -119,6 +119,7 @@ def test_what_cannot_be_written_is_said_at_the_start(tmp_path, overwrite):
 
 # What a run puts into its folders, and what of a user's may lie beside it there.
 INSIDE = {
+    "evaluation": "evaluation.html",
     "checkpoints": "step-00000002",
     "samples": "step-00000002.png",
     "tensorboard": "events.out.tfevents.1",
@@ -134,7 +135,7 @@ INSIDE = {
 OWN = (
     "notes.txt", "samples/mine.png", "samples/step-7.png", "samples/before/key.png", "checkpoints/best/policy.safetensors",
     "checkpoints/step-500/policy.safetensors",
-    "tensorboard/other.txt", "unet/thesis.pdf", "wandb/settings",
+    "evaluation/notes.txt", "evaluation/images/aligned/images/mine.jpg", "tensorboard/other.txt", "unet/thesis.pdf", "wandb/settings",
 )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def test_what_the_run_wrote_is_uploaded_and_nothing_else(world, tmp_path, monkey
             (out / name).write_text("x")
         if lora:  # a model of somebody's beside the adapter
             (out / "unet" / "config.json").write_text("x")
-        results.upload(run, written)
+        results.upload(run.output, run.config.output, written)
     assert set(hub.uploaded) == result | records and (len(result) == 1) == lora
     assert all(str(path) == str(out / name) for name, path in hub.uploaded.items())
     assert hub.asked == {"name": "mine", "private": True, "exist_ok": True}
@@ -152,7 +152,7 @@ def test_who_sees_the_repository(world, tmp_path, monkeypatch, caplog, flags, pu
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     run = start(world, tmp_path / "mine", "--push-to-hub", *flags)
     caplog.clear()
-    results.upload(run, [])
+    results.upload(run.output, run.config.output, [])
     assert hub.asked["private"] == (not flags)
     assert [row.message for row in caplog.records if row.levelno == logging.WARNING] == ([said] if said else [])
 
@@ -162,7 +162,7 @@ def test_an_upload_that_fails_says_how_to_do_it_later(world, tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(reachable=False))
     run = start(world, tmp_path / "my run", "--push-to-hub", "--hub-id", "a/b", "--hub-public")
     caplog.clear()
-    results.upload(run, [])
+    results.upload(run.output, run.config.output, [])
     command = (
         f"python -m dpo.train --output '{tmp_path / 'my run'}' --resume latest --push-to-hub --hub-public --hub-id a/b"
     )

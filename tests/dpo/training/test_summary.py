@@ -14,7 +14,6 @@ from tests.help.running import make_run
 def run(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--method", "dde", "--steps", "3")
     (run.output / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
-    run.evaluation = {"win_rate": 0.5, "win_rate_interval": [0.4, 0.6], "prompts": 9, "judge": "b"}
     return run
 
 
@@ -25,13 +24,26 @@ def test_what_a_whole_run_leaves(run, world):
     assert found["model"]["source"] == world("sd15") and found["model"]["prediction type"] == "epsilon"
     assert found["model"]["parameters"] == found["model"]["trained parameters"] > 100_000
     assert found["data"]["usable"] == 48 and found["resolved"]["effective_batch"] == run.nominal
-    assert found["evaluation"] == run.evaluation and found["versions"]["torch"] == version("torch")
+    assert not found["evaluation"] and found["versions"]["torch"] == version("torch")
     tables = json.loads((run.output / "tables.json").read_text())
     assert {name: len(values) for name, values in tables.items()} == dict.fromkeys(
         ["weight", "precision", "table", "correction"], 1000
     )
     assert tables["weight"] == run.step.weight.tolist()
     assert (run.output / "README.md").is_file() and (run.output / "report.html").is_file()
+
+
+def test_a_comparison_is_put_in_afterwards_and_stays(run):
+    """What is compared is what was saved, when the run itself is gone."""
+    summary.report(run, "interrupted", "not compared yet")
+    assert not (run.output / "README.md").exists()
+    figures = {"win_rate": 0.5, "win_rate_interval": [0.4, 0.6], "prompts": 9, "judge": "b"}
+    summary.conclude(run.output, figures, True)
+    found = json.loads((run.output / "summary.json").read_text())
+    assert (found["status"], found["reason"], found["evaluation"]) == ("finished", "", figures)
+    assert "win rate | 0.5" in (run.output / "README.md").read_text("utf-8")
+    summary.conclude(run.output, {}, True)
+    assert json.loads((run.output / "summary.json").read_text()) == found
 
 
 def test_a_broken_off_run_has_a_reason_and_no_model_card(run):
