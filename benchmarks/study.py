@@ -19,7 +19,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
@@ -44,7 +44,6 @@ def soft_pairs(path: Path) -> Path:
     """The training pairs with each label replaced by the probability of the taste that drew it, read by the judge that
     labelled.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -60,6 +59,24 @@ def soft_pairs(path: Path) -> Path:
         return score(labeller.read(np.stack(images)))
 
     first = 1 / (1 + np.exp(-SLOPE * (scores("jpg_0") - scores("jpg_1"))))
+    return relabelled(path, table, first)
+
+
+def swapped_pairs(path: Path) -> Path:
+    """The training pairs with winner and loser exchanged: a trainer that learns from labels learns the opposite."""
+    import pyarrow.parquet as pq
+
+    if path.exists():
+        return path
+    table = pq.read_table(paths.train_pairs_path())
+    return relabelled(path, table, table["label_1"].to_numpy())
+
+
+def relabelled(path: Path, table: Any, first: np.ndarray) -> Path:
+    """Writes the pairs with `first` [N] as the probability that jpg_0 is the better one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     for name, values in (("label_0", first), ("label_1", 1 - first)):
         index = table.schema.get_field_index(name)
         table = table.set_column(
@@ -70,16 +87,26 @@ def soft_pairs(path: Path) -> Path:
     return path
 
 
+# What a row is trained on whose name says so, instead of the shipped pairs.
+LABELS: dict[str, Callable[[Path], Path]] = {"soft labels": soft_pairs, "swapped labels": swapped_pairs}
+
+
+def labels_of(row: str) -> str | None:
+    """The entry of LABELS that the name of a row has."""
+    return next((name for name in LABELS if name in row), None)
+
+
 def store_of(out: Path, row: str) -> Path:
-    return out / ("store-soft" if "soft labels" in row else "store")
+    labels = labels_of(row)
+    return out / (f"store-{labels.split()[0]}" if labels else "store")
 
 
 def prepare_stores(out: Path, rows: Iterable[str]) -> None:
     """Encode the pairs that the rows train on, once."""
     from dpo import prepare
 
-    for store in {store_of(out, row) for row in rows}:
-        pairs = soft_pairs(out / "soft.parquet") if store.name == "store-soft" else paths.train_pairs_path()
+    for store, labels in {store_of(out, row): labels_of(row) for row in rows}.items():
+        pairs = LABELS[labels](out / f"{labels.split()[0]}.parquet") if labels else paths.train_pairs_path()
         flags = [
             "--store",
             store,

@@ -187,3 +187,17 @@ def test_soft_labels_are_the_taste_s_probabilities(tmp_path):
     assert abs(first + second - 1).max() < 1e-6 and ((first > 0) & (first < 1)).mean() > 0.9
     clear = hard != 0.5
     assert 0.75 < ((first > 0.5) == (hard > 0.5))[clear].mean() < 0.99  # the labels were drawn, not decided
+
+
+def test_swapped_labels_are_the_shipped_ones_the_other_way_round(tmp_path):
+    import pyarrow.parquet as pq
+
+    from dpo.tiny import paths
+
+    shipped = pq.read_table(paths.train_pairs_path())
+    table = pq.read_table(study.swapped_pairs(tmp_path / "swapped.parquet"))
+    assert table["label_0"].to_pylist() == shipped["label_1"].to_pylist() != shipped["label_0"].to_pylist()
+    assert table["label_1"].to_pylist() == shipped["label_0"].to_pylist()
+    assert table["jpg_0"].to_pylist() == shipped["jpg_0"].to_pylist()
+    stores = {row: study.store_of(tmp_path, row).name for row in ("dpo", "dpo, soft labels", "dpo, swapped labels")}
+    assert list(stores.values()) == ["store", "store-soft", "store-swapped"]
