@@ -14,10 +14,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
     package_data={
-        "dpo.drawing": ["examples/*.png"],
+        "dpo.drawing": ["assets/*", "examples/*.png"],
         "dpo.settings": ["presets/*.toml"],
         "dpo.pages": ["*.html"],
-        "dpo.scorers": ["assets/*"],
         "dpo.evaluating": ["*.toml"],
         "dpo.tiny": ["assets/**/*"],
     },

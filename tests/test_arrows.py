@@ -35,7 +35,7 @@ MAY_CALL = {
     "sampling": "tiny models drawing settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
     "scorers": "",
-    "tiny": "drawing models",
+    "tiny": "scorers drawing models",
     "tiny.making": "training tiny drawing models",  # and tiny/build.py, the command that makes the embedded world again
     "step": "encode objective reference schedule models data.batch csrc_triton",
     "encode": "models data.batch csrc_triton",

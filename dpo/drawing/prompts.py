@@ -1,6 +1,6 @@
 """Prompts to draw: one by one, from a file or folder, or a set that papers use, from disk or from the hub.
 
-The hub's sets are read as tables and lists: no data set script runs.
+The hub's sets are read as tables and lists: no data set script runs. assets/ has the set that comes with the package.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,23 +96,38 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+CLASSES = "imagenet-classes"  # the set inside the package: the prompts of the Inception Score in the DDE paper
+NAMES = (*PUBLISHED, CLASSES)
+
+
 def opened(asked: Sequence[str], column: str | None = None) -> PromptSet:
     """The prompts that --prompts names.
 
     asked: a file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files with one prompt each, a name of
-    PUBLISHED or NAME:PLACE with its files on disk, or else prompts themselves. column: of a table. Raises UserError.
+    NAMES or, of PUBLISHED, NAME:PLACE with its files on disk, or else prompts themselves. column: of a table. Raises
+    UserError.
     """
     if len(asked) != 1:
         return _checked("prompts", ((f"prompt {n}", Prompt(text)) for n, text in enumerate(asked, 1)))
     name, _, place = asked[0].partition(":")
     if name in PUBLISHED:
         return _published(name, place)
+    if name == CLASSES:
+        if place:
+            raise UserError(f"--prompts {asked[0]}: {CLASSES} lies in the package and takes no place")
+        return _checked("ImageNet classes", [(f"class {n}", Prompt(text)) for n, text in enumerate(class_prompts(), 1)])
     path = Path(asked[0]).expanduser() if len(asked[0]) < 1000 and "\0" not in asked[0] else Path(" ")
     if _there(path.is_dir):
         return _checked(path.name, _of_folder(path))
     if path.suffix.lower() in READERS and (_there(path.is_file) or " " not in asked[0]):
         return _checked(path.name, _of_file(path, column))
     return _checked("prompts", [("prompt 1", Prompt(asked[0]))])
+
+
+def class_prompts() -> list[str]:
+    """The 1000 prompts "A photo of ...", in the order of ImageNet's classes."""
+    names = files("dpo.drawing").joinpath("assets/classes.txt").read_text(encoding="utf-8").splitlines()
+    return [f"A photo of {name}" for name in names]
 
 
 def _there(ask: Callable[[], bool]) -> bool:
@@ -138,9 +154,7 @@ def _checked(name: str, found: Iterable[tuple[str, Prompt]]) -> PromptSet:
             ) from None
         prompts.append(prompt)
     if not prompts:
-        raise UserError(
-            f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed(PUBLISHED)}"
-        )
+        raise UserError(f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed(NAMES)}")
     if blank:
         log.warning("%s: %d blank prompts are left out", name, blank)
     if repeated := len(prompts) - len({prompt.text for prompt in prompts}):

@@ -3,7 +3,8 @@
 work.py       from what a user asks for to evaluation.json and its pages
 sides.py      what is compared: images with their prompts and seeds, read from a folder; which belongs to which
 tables.py     prompts and scores that other programs wrote
-scoring.py    a number for every image, from a scorer or a table
+scoring.py    a number for every image, from a scorer or a table; features of every image
+sets.py       a number for all images of a side together
 result.py     the statistics of all of it, as one JSON object (evaluation.json)
 accuracy.py   implicit preference accuracy on labelled pairs
 reproduce.py  published tables (published.toml) beside one's own figures

@@ -5,7 +5,8 @@ sides       [{name, place, images, prompts, unusable: [[file, why]], flat: [file
 scorers     [{name, fingerprint, scale, higher_is_better, resolution, note}]
 results     [{side, scorer, paired: {...}, p: Holm-adjusted, categories: {name: paired}, worth, best_guidance,
              gains, losses: [[prompt, difference, file of the base, file of the other]]}]
-sets        [{scorer, side, value, interval}]; a figure of all images of a side together
+sets        [{scorer, side, value, interval, images, difference, difference_interval}]; a figure of all images of a
+             side together, for each side by each scorer of sets; its difference to the base's, None for that itself
 accuracy    implicit preference accuracy on labelled pairs, by side
 warnings    [lines]
 matching    {side: {by_seed, left_out}}

@@ -6,13 +6,13 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,16 +22,17 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import write_text
 from dpo.drawing import images
-from dpo.evaluating import reproduce, result
+from dpo.evaluating import reproduce, result, sets
 from dpo.evaluating.result import Group, Measure
-from dpo.evaluating.scoring import Look, read_image, scores, table_scores
+from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
 from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
 from dpo.models.ready import pick_device
 from dpo.pages import evaluation as pages
 from dpo.pages.folder import INDEX_FILE
 from dpo.sampling import work as sampling
 from dpo.scorers.cache import ScoreCache
-from dpo.scorers.scorer import listed, opened
+from dpo.scorers.scorer import Scorer, listed, opened
+from dpo.scorers.sets import SetScorer
 
 log = logging.getLogger("dpo")
 
@@ -39,6 +40,8 @@ DRAWN, CACHE = "images", "scores.sqlite"
 MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
 LINES = 4  # of progress for a scorer, where there is no terminal
+
+T = TypeVar("T")
 
 
 class Named(NamedTuple):
@@ -78,17 +81,17 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         stack.enter_context(locks.held(folder, "--output"))
         base, *rest = _sides(asked, folder)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
-        sides = [side for group in (base, *groups, *variants) for side in group.sides]
-        lines = check_protocols([side for group in (base, *groups) for side in group.sides], MAY_DIFFER)
+        compared = [side for group in (base, *groups) for side in group.sides]
+        lines = check_protocols(compared, MAY_DIFFER)
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         look = Look()
-        measures, found = _measured(asked, sides, cache, look, device)
-        content = _content(base.sides[0], groups, variants, measures, found, look)
+        found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
+        content = _content(base.sides[0], groups, variants, found, look)
         content["warnings"] = lines + content["warnings"]
         if asked.pairs is not None:
             content["accuracy"] = list(_accuracies(asked))
         if asked.reproduce is not None:
-            content["published"] = _published(asked.reproduce, [base, *groups], found)
+            content["published"] = _published(asked.reproduce, [base, *groups], found.scores)
         content["made"] = {
             "command": asked.command,
             "seconds": round(time.monotonic() - began, 1),
@@ -145,50 +148,95 @@ def is_of_images(place: Path) -> bool:
     return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
 
+@dataclass
+class Scored:
+    """What all scorers say."""
+
+    measures: list[Measure] = field(default_factory=list)  # of an image each
+    scores: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)  # of each side by each measure
+    of_sets: list[Measure] = field(default_factory=list)  # of all images of a side together
+    sets: list[dict[str, Any]] = field(default_factory=list)  # as in the result
+    lines: list[str] = field(default_factory=list)  # cautions
+
+
 def _measured(
-    asked: Asked, sides: Sequence[Side], cache: ScoreCache, look: Look, device: torch.device
-) -> tuple[list[Measure], dict[tuple[str, str], np.ndarray]]:
-    """Every measure, and the scores of each side by it. One scorer is in memory at a time."""
-    measures: list[Measure] = []
-    found: dict[tuple[str, str], np.ndarray] = {}
+    asked: Asked,
+    compared: Sequence[Side],
+    variants: Sequence[Side],
+    cache: ScoreCache,
+    look: Look,
+    device: torch.device,
+) -> Scored:
+    """All numbers of the sides that are compared, the base first, and the scores of its variants. One scorer is in memory at a time."""
+    found = Scored()
     for name in asked.scorers:
         dtype = torch.bfloat16 if asked.half else torch.float32
         scorer, known = opened(name, device=device, dtype=dtype, cache_dir=asked.draw.cache_dir), listed(name)
         about = known._asdict() if known is not None else {}
         shown = {key: about[key] for key in ("scale", "higher_is_better", "resolution", "note") if key in about}
         label = f"{scorer.name}, bf16" if "bfloat16" in scorer.fingerprint else scorer.name  # never mixed with fp32
-        measures.append(Measure(label, scorer.fingerprint, **shown))
-        total = sum(len(side.images) for side in sides)
-        before = 0
-        with Progress(
-            total, lambda figures: [str(figures["what"])], 0, max(1, total // LINES), unit="image"
-        ) as progress:
-            for side in sides:
-
-                def said(done: int, of: int, before: int = before, what: str = f"{label}, {side.name}") -> None:
-                    progress.update(before + done, {"what": what})
-
-                found[side.name, label] = scores(side, scorer, cache, look, read_image, said)
-                before += len(side.images)
+        measure = Measure(label, scorer.fingerprint, **shown)
+        if isinstance(scorer, SetScorer):
+            found.of_sets.append(measure)
+            of_side = partial(_of_side, scorer, cache, look, found.lines)
+            numbers = {side: number for side, number in _told(label, compared, of_side) if number is not None}
+            made, lines = sets.entries(measure, compared[0].name, numbers)
+            found.sets += made
+            found.lines += lines
+        else:
+            found.measures.append(measure)
+            of_images = partial(_of_images, scorer, cache, look)
+            scored = _told(label, [*compared, *variants], of_images)
+            found.scores |= {(side, label): values for side, values in scored}
         del scorer
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for name, path in asked.tables:
-        measures.append(Measure(name, f"table {path.name}", scale="as the table has it", note=str(path)))
+        found.measures.append(Measure(name, f"table {path.name}", scale="as the table has it", note=str(path)))
+        for side in (*compared, *variants):
+            found.scores[side.name, name] = table_scores(side, path, look)
+    return found
+
+
+def _told(label: str, sides: Sequence[Side], one: Callable[[Side, Said], T]) -> Iterator[tuple[str, T]]:
+    """`one` of each side, by name; a line says how far all of them are."""
+    total, before = sum(len(side.images) for side in sides), 0
+    with Progress(total, lambda figures: [str(figures["what"])], 0, max(1, total // LINES), unit="image") as progress:
         for side in sides:
-            found[side.name, name] = table_scores(side, path, look)
-    return measures, found
+
+            def said(done: int, of: int, before: int = before, what: str = f"{label}, {side.name}") -> None:
+                progress.update(before + done, {"what": what})
+
+            yield side.name, one(side, said)
+            before += len(side.images)
+
+
+def _of_images(scorer: Scorer, cache: ScoreCache, look: Look, side: Side, said: Said) -> np.ndarray:
+    return scores(side, scorer, cache, look, read_image, said)
+
+
+def _of_side(
+    scorer: SetScorer, cache: ScoreCache, look: Look, lines: list[str], side: Side, said: Said
+) -> sets.Found | None:
+    """The number of a side; None where its images are too few, which a line then says."""
+    rows = features(side, scorer, cache, look, read_image, said)
+    try:
+        return sets.of_side(side, rows, look.hashes, scorer)
+    except UserError as error:
+        if str(error) not in lines:
+            lines.append(str(error))
+        return None
 
 
 def _content(
     base: Side,
     groups: Sequence[Group],
     variants: Sequence[Group],
-    measures: Sequence[Measure],
-    found: dict[tuple[str, str], np.ndarray],
+    scored: Scored,
     look: Look,
 ) -> dict[str, Any]:
     """The statistics of all sides."""
+    measures, found = scored.measures, scored.scores
     results = [
         entry for group in groups for one in measures if (entry := result.compared(base, group, one, found)) is not None
     ]
@@ -205,10 +253,11 @@ def _content(
     return {
         "format": result.FORMAT,
         "sides": entries,
-        "scorers": [asdict(one) for one in measures],
+        "scorers": [asdict(one) for one in (*measures, *scored.of_sets)],
         "results": results,
+        "sets": scored.sets,
         "matching": {side.name: result.matching_entry(matched(base, side)) for group in groups for side in group.sides},
-        "warnings": result.cautions(results, entries),
+        "warnings": [*result.cautions(results, entries), *scored.lines],
     }
 
 

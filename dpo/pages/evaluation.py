@@ -36,6 +36,16 @@ class Row(NamedTuple):
     p: str
 
 
+class SetRow(NamedTuple):
+    """A line of the table of what all images of a side score together, as texts."""
+
+    side: str
+    scorer: str
+    value: str
+    difference: str
+    better: str
+
+
 def write_pages(path: Path) -> list[Path]:
     """Writes page and table beside an evaluation.json; their paths. Raises UserError where that is none."""
     with reading(str(path), "run python -m dpo.evaluate again"):
@@ -91,9 +101,7 @@ def rows(found: Entry) -> list[Row]:
 
 def _row(entry: Entry) -> Row:
     paired = entry["paired"]
-    difference = f"{paired['difference']:+.4g}"
-    if interval := paired["difference_interval"]:
-        difference += f" ({interval[0]:+.4g} to {interval[1]:+.4g})"
+    difference = _with_interval(f"{paired['difference']:+.4g}", paired["difference_interval"], "+.4g")
     first, last = paired["win_interval"]
     ties = f", {paired['ties']:.0%} ties" if paired["ties"] else ""
     return Row(
@@ -105,6 +113,26 @@ def _row(entry: Entry) -> Row:
         f"{paired['win_rate']:.3f} ({first:.3f} to {last:.3f}){ties}",
         f"{entry['p']:.2g}",
     )
+
+
+def set_rows(found: Entry) -> list[SetRow]:
+    """The table of scores of whole sets, one row for each side and scorer; the base has no difference."""
+    lower = {one["name"] for one in found["scorers"] if not one.get("higher_is_better", True)}
+    return [
+        SetRow(
+            entry["side"],
+            entry["scorer"],
+            _with_interval(f"{entry['value']:.4g}", entry["interval"], ".4g"),
+            "" if apart is None else _with_interval(f"{apart:+.4g}", entry.get("difference_interval"), "+.4g"),
+            "lower" if entry["scorer"] in lower else "higher",
+        )
+        for entry in found.get("sets") or []
+        for apart in [entry.get("difference")]
+    ]
+
+
+def _with_interval(text: str, interval: Sequence[float] | None, form: str) -> str:
+    return text if interval is None else f"{text} ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
 def _at_best(found: Entry) -> list[tuple[str, str, str, Row]]:
@@ -119,13 +147,19 @@ def _at_best(found: Entry) -> list[tuple[str, str, str, Row]]:
 
 def markdown(found: Entry) -> str:
     """The figures as a Markdown table, with what they were measured on."""
-    base = found["sides"][0]
-    head = Row("model", "scorer", f"{base['name']}, mean (median)", "its own", "difference", "win rate", "p (Holm)")
-    lines = [head, Row(*["---"] * len(head)), *rows(found)]
-    table = ["| " + " | ".join(_cell(text) for text in line) + " |" for line in lines]
-    said = [f"{verdict(found, name).headline}" for name in _others(found)]
-    about = [f"{name}: {value}" for name, value in protocol(found)]
-    return "\n\n".join([" ".join(said), "\n".join(table), "; ".join(about), *found.get("warnings", [])]) + "\n"
+    base = found["sides"][0]["name"]
+    head = Row("model", "scorer", f"{base}, mean (median)", "its own", "difference", "win rate", "p (Holm)")
+    of_sets = SetRow("images", "score of the whole set", "value", f"difference to {base}", "better")
+    said = " ".join(f"{verdict(found, name).headline}" for name in _others(found))
+    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found))]
+    about = "; ".join(f"{name}: {value}" for name, value in protocol(found))
+    return "\n\n".join(filter(None, [said, *tables, about, *found.get("warnings", [])])) + "\n"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; empty without lines."""
+    whole = [head, ["---"] * len(head), *lines] if lines else []
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in whole)
 
 
 def _cell(text: str) -> str:
@@ -180,7 +214,7 @@ def render(found: Entry) -> str:
         scorers=found["scorers"],
         protocol=protocol(found),
         everyone=found["sides"],
-        sets=found.get("sets") or [],
+        sets=set_rows(found),
         accuracy=found.get("accuracy") or [],
         published=found.get("published"),
         at_best=_at_best(found),
@@ -286,7 +320,10 @@ def _examples(found: Entry, side: str, pictures: _Pictures) -> list[dict[str, An
 
 
 def headline(found: Entry) -> Sequence[str]:
-    """The verdicts of all sides, a line each, for the console."""
-    return [
-        " ".join([judged.headline, *judged.sentences]) for judged in (verdict(found, name) for name in _others(found))
+    """The verdicts of all sides and the scores of their whole sets, a line each, for the console."""
+    verdicts = [verdict(found, name) for name in _others(found)]
+    return [" ".join([judged.headline, *judged.sentences]) for judged in verdicts] + [
+        f"{row.scorer} of all images of {row.side}: {row.value}"
+        + (f", {row.difference} to {found['sides'][0]['name']} ({row.better} is better)" if row.difference else "")
+        for row in set_rows(found)
     ]

@@ -19,7 +19,7 @@ def add_drawn(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPT",
         help="texts, one file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files, or a set by name, from "
         "the hub or NAME:FOLDER: pickapic-v1-validation, pickapic-v1-test, pickapic-v2-validation, pickapic-v2-test, "
-        "partiprompts, hpsv2, embedded (default with the embedded model; embedded:judged are the first 160)",
+        "partiprompts, hpsv2, imagenet-classes (in the package), embedded (default with the embedded model; embedded:judged are the first 160)",
     )
     add("--prompt-column", metavar="NAME", help="column of a table (default: prompt, caption or text)")
     add("--subset", type=above(0), metavar="N", help="N of the prompts, by a hash of each: stable whatever their order")

@@ -255,7 +255,7 @@ def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
         found = prompts.opened(asked.prompts, asked.prompt_column)
     else:
         raise UserError(
-            f"no prompts: give --prompts with texts, a file, or a name: {listed([*prompts.PUBLISHED, named.EMBEDDED])}"
+            f"no prompts: give --prompts with texts, a file, or a name: {listed([*prompts.NAMES, named.EMBEDDED])}"
         )
     return found if asked.subset is None else found.subset(asked.subset, asked.subset_seed)
 

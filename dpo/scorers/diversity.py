@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.scorers.compare import Interval, mean_interval
+from dpo.scorers.towers import loaded
+
+SOURCE = "openai/clip-vit-large-patch14"
 
 
 def distances(features: Tensor, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,6 +48,10 @@ class Diversity:
         """[N, D] float32 on the CPU."""
         return self.embed(images).float().cpu()
 
+    def by_prompt(self, features: Tensor, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`distances`."""
+        return distances(features, prompts)
+
     def score(self, features: Tensor, prompts: np.ndarray) -> tuple[float, Interval | None]:
         """Mean distance over prompts and its 95 % interval over prompts, None below five.
 
@@ -52,5 +59,15 @@ class Diversity:
         """
         _, found = distances(features, prompts)
         if not len(found):
-            raise UserError("diversity compares the images of a prompt: draw two seeds or more of each")
+            raise UserError(f"{self.name} compares the images of a prompt: draw two seeds or more of each (--seeds 2)")
         return float(found.mean()), mean_interval(found)
+
+
+def opened(
+    *, place: str | None, device: torch.device | str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None
+) -> Diversity:
+    """`diversity` by OpenAI's CLIP ViT-L-14, cropped. Raises UserError where its weights are not to be had."""
+    towers = loaded(
+        "diversity", SOURCE, preprocessing="crop", place=place, device=device, dtype=dtype, cache_dir=cache_dir
+    )
+    return Diversity(towers.images, f"diversity {towers.fingerprint}")

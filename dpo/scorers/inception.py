@@ -3,15 +3,14 @@
 The published weights are two networks, not one, and their scores differ, so they have two names. `inception-tv` is
 torchvision's: 1000 classes, average pools that count the padding. `inception-tf` is TensorFlow's of 2015, by which the
 score was defined (the file that FID tools use, in the same key names): 1008 classes read without their bias, average
-pools that leave the padding out, a maximum in the last block, TensorFlow's own resizing. `class_prompts` are the DDE
-paper's: 50 images of each of 1000 classes, ten splits.
+pools that leave the padding out, a maximum in the last block, TensorFlow's own resizing. The DDE paper scores 50 images
+of each of 1000 prompts, `imagenet-classes` of dpo/drawing/prompts.py, in ten splits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
@@ -300,12 +299,6 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, Interval]:
         scores.append(float((part.exp() * (part - of_all)).sum(-1).mean().exp()))
     value, half = float(np.mean(scores)), T95 * float(np.std(scores, ddof=1)) / SPLITS**0.5
     return value, (value - half, value + half)
-
-
-def class_prompts() -> list[str]:
-    """The 1000 prompts, in the order of ImageNet's classes."""
-    names = files("dpo.scorers").joinpath("assets/classes.txt").read_text(encoding="utf-8").splitlines()
-    return [f"A photo of {name}" for name in names]
 
 
 def torchvision(

@@ -1,8 +1,8 @@
 """What a scorer is, which there are, and how one is opened from the name that a person gives.
 
-A scorer gives each image a number, seeing its caption. Its name says which weights and which preprocessing: two
-versions of one model are two names. Its fingerprint is of the weights' content, the preprocessing and the dtype, so
-that scores of different ones are never mixed.
+A scorer gives each image a number, seeing its caption; one of a set gives all images together a number (sets.py). Its
+name says which weights and which preprocessing: two versions of one model are two names. Its fingerprint is of the weights'
+content, the preprocessing and the dtype, so that scores of different ones are never mixed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
+from dpo.scorers.sets import SetScorer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,10 +47,11 @@ class Listed(NamedTuple):
     higher_is_better: bool = True
     resolution: float = 0.0  # differences up to this are ties
     note: str = ""
+    of_set: bool = False  # a SetScorer
 
 
-# (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> Scorer
-Opener = Callable[..., Scorer]
+# (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> a scorer
+Opener = Callable[..., Scorer | SetScorer]
 
 LISTED: tuple[Listed, ...] = (
     Listed(
@@ -72,15 +74,35 @@ LISTED: tuple[Listed, ...] = (
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
         note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
     ),
+    Listed(
+        "diversity", "dpo.scorers.diversity:opened", "openai/clip-vit-large-patch14", "MIT", 1.7, "0 to 2", of_set=True,
+        note="how far apart the images of a prompt are; wants --seeds 2 or more",
+    ),
+    Listed(
+        "tiny-diversity", "dpo.tiny.scorer:diversity_b", "in the package", "Apache-2.0", 0.001, "0 to 2", of_set=True,
+        note="the same by what judge b sees; wants --seeds 2 or more",
+    ),
+    Listed(
+        "inception-tv", "dpo.scorers.inception:torchvision", "torchvision, converted", "BSD-3-Clause", 0.1, "1 to 1000",
+        of_set=True,
+        note="Inception Score: --convert inception_v3_google-0cc3c7bd.pth, then inception-tv:FILE; --prompts imagenet-classes "
+        "--seeds 50",
+    ),
+    Listed(
+        "inception-tf", "dpo.scorers.inception:tensorflow", "TensorFlow, converted", "Apache-2.0", 0.1, "1 to 1008",
+        of_set=True,
+        note="the same by the network that defined it: --convert weights-inception-2015-12-05-6726825d.pth, then inception-tf:FILE",
+    ),
 )  # fmt: skip
 
 
 def listing() -> str:
     """The table of all scorers, as text."""
-    head = ("name", "scale", "direction", "GiB", "licence", "from")
+    head = ("name", "of", "scale", "direction", "GiB", "licence", "from")
     rows = [
         (
             s.name,
+            "a whole set" if s.of_set else "an image",
             s.scale,
             "higher is better" if s.higher_is_better else "lower is better",
             f"{s.gib:g}",
@@ -95,7 +117,8 @@ def listing() -> str:
     ]
     notes = [f"{one.name}: {one.note}" for one in LISTED if one.note]
     own = (
-        "Your own: package.module:attribute, an object (or a function that makes one) with name, fingerprint and score."
+        "Your own: package.module:attribute, an object (or a function that makes one) with name, fingerprint and score; "
+        "one of a set has features too."
     )
     place = "NAME:PLACE takes the weights from a local folder or file."
     return "\n".join([*lines, "", *notes, place, own])
@@ -108,15 +131,15 @@ def listed(name: str) -> Listed | None:
 
 def opened(
     name: str, *, device: torch.device, dtype: torch.dtype = torch.float32, cache_dir: str | Path | None = None
-) -> Scorer:
+) -> Scorer | SetScorer:
     """The scorer of that name: "NAME", "NAME:PLACE" with local weights, or "package.module:attribute".
 
-    Raises UserError for a name that is none, and where its weights cannot be had.
+    One with features is a SetScorer. Raises UserError for a name that is none, and where its weights cannot be had.
     """
     known, (first, _, rest) = listed(name), name.partition(":")
     if known is not None:
         make = _attribute(known.make)
-        return cast(Scorer, make(place=rest or None, device=device, dtype=dtype, cache_dir=cache_dir))
+        return cast(Opener, make)(place=rest or None, device=device, dtype=dtype, cache_dir=cache_dir)
     if not rest:
         near = difflib.get_close_matches(first, [one.name for one in LISTED], 1)
         hint = f"did you mean {near[0]}?" if near else "--scorers help lists them"

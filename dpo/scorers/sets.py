@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -12,8 +12,9 @@ from torch import Tensor
 from dpo.scorers.compare import Interval
 
 
+@runtime_checkable
 class SetScorer(Protocol):
-    """`features` may be cached by (image, fingerprint): no feature depends on the other images."""
+    """`features` may be cached by (image, fingerprint): no feature depends on the other images or on a caption."""
 
     name: str
     fingerprint: str  # of weights (full content), preprocessing and dtype
@@ -27,4 +28,13 @@ class SetScorer(Protocol):
 
         Raises UserError for too few images.
         """
+        ...
+
+
+@runtime_checkable
+class OverPrompts(SetScorer, Protocol):
+    """One whose number is a mean over prompts: two sets are then compared prompt by prompt, which shows more."""
+
+    def by_prompt(self, features: Tensor, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts that have a number, ascending int [P], and their numbers, float64 [P]. Arguments as of `score`."""
         ...

@@ -46,8 +46,14 @@ def score(reading: Reading) -> np.ndarray:
 class Judge:
     """A trained network and the objects that it tells apart, in the order of its classes."""
 
-    network: nn.Module  # float [N, 3, 64, 64] in -1..1 -> {head: [N, outputs]}
+    network: nn.Sequential  # ending in Heads; float [N, 3, 64, 64] in -1..1 -> {head: [N, outputs]}
     objects: tuple[str, ...]
+
+    @torch.no_grad()
+    def features(self, images_NHWC: np.ndarray, batch: int = 128) -> torch.Tensor:
+        """What the heads read the traits from, float32 [N, width], of pictures, uint8 [N, 64, 64, 3]."""
+        trunk = self.network[:-1]
+        return torch.cat([trunk(pixels(images_NHWC[i : i + batch])) for i in range(0, len(images_NHWC), batch)])
 
     @torch.no_grad()
     def read(self, images_NHWC: np.ndarray, batch: int = 128) -> Reading:
@@ -100,7 +106,7 @@ def norm_conv(inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn
     return nn.Sequential(nn.GroupNorm(8, inside), nn.SiLU(), convolution)
 
 
-def plain_pyramid(objects: int) -> nn.Module:
+def plain_pyramid(objects: int) -> nn.Sequential:
     """Judge a: strided 3x3 convolutions with one residual block per scale; mean and maximum pooled."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 4, 2, 1),  # 32x32
@@ -118,7 +124,7 @@ def plain_pyramid(objects: int) -> nn.Module:
     )
 
 
-def patch_mixer(objects: int) -> nn.Module:
+def patch_mixer(objects: int) -> nn.Sequential:
     """Judge b: 4x4 patches, wide depthwise convolutions and pointwise layers; averaged over places."""
 
     def block(width: int) -> Residual:

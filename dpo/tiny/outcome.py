@@ -33,8 +33,10 @@ def figures(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     The first scorer is the judge: win_rate with its 95 % interval, over so many prompts, mean scores before and after.
     faithfulness_before and _after are shares of images that show what the caption says, where a scorer tells; of every
-    further scorer its win rate stays.
+    further scorer its win rate stays. Empty without results, as where only whole sets were scored.
     """
+    if not results:
+        return {}
     first, *others = results
     paired = first["paired"]
     found = {

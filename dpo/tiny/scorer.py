@@ -1,4 +1,4 @@
-"""The embedded world's judges as scorers: its hidden taste, and whether a picture shows what its caption says."""
+"""The embedded world's judges as scorers: its hidden taste, whether a picture shows what its caption says, diversity."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.scorers.diversity import Diversity
 from dpo.tiny.judge import Judge, load_judge, score
 from dpo.tiny.paths import ASSETS
 
@@ -33,17 +34,25 @@ class OfJudge:
 
         Raises UserError for images of another size.
         """
-        if other := next((image.size for image in images if image.size != (SIDE, SIDE)), None):
-            raise UserError(f"{self.name} judges images of {SIDE} x {SIDE} pixels, not {other[0]} x {other[1]}")
-        seen = self.judge.read(np.stack([np.asarray(image) for image in images]))
+        seen = self.judge.read(_pixels(self.name, images))
         found = self.judge.faithful(seen, list(captions)) if self.faithful else score(seen)
         return torch.from_numpy(np.asarray(found, dtype=np.float32))
 
 
+def _pixels(name: str, images: Sequence[Image.Image]) -> np.ndarray:
+    """uint8 [N, 64, 64, 3]. Raises UserError for images of another size."""
+    if other := next((image.size for image in images if image.size != (SIDE, SIDE)), None):
+        raise UserError(f"{name} judges images of {SIDE} x {SIDE} pixels, not {other[0]} x {other[1]}")
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _fingerprint(name: str, judge: str) -> str:
+    return f"{name} {checksum(ASSETS / 'judges' / f'{judge}.safetensors')[:32]} float32"
+
+
 def _opened(judge: str, faithful: bool) -> OfJudge:
     name = f"tiny-{judge}" + ("-faithful" if faithful else "")
-    content = checksum(ASSETS / "judges" / f"{judge}.safetensors")[:32]
-    return OfJudge(name, f"{name} {content} float32", load_judge(judge), faithful)
+    return OfJudge(name, _fingerprint(name, judge), load_judge(judge), faithful)
 
 
 def judge_a(**unused: Any) -> OfJudge:
@@ -59,3 +68,9 @@ def judge_b(**unused: Any) -> OfJudge:
 def faithful_b(**unused: Any) -> OfJudge:
     """Whether judge b sees the object and the colour that the caption names."""
     return _opened("b", True)
+
+
+def diversity_b(**unused: Any) -> Diversity:
+    """How far apart the pictures of a caption lie in what judge b reads their traits from."""
+    name, judge = "tiny-diversity", load_judge("b")
+    return Diversity(lambda images: judge.features(_pixels(name, images)), _fingerprint(name, "b"), name)

@@ -11,6 +11,7 @@ from PIL import Image
 from dpo.evaluate import main
 from dpo.evaluating import work
 from tests.help.pages import Page
+from tests.help.towers import save_tiny_clip
 
 DRAW = ["--prompts", "a red frog", "a blue cup", "a green boat", "--steps", "2", "--guidance", "3", "--batch", "3"]
 SCORER = """
@@ -23,6 +24,14 @@ class Redness:
         with open(Path(__file__).with_name("calls.txt"), "a") as file:
             file.write("x" * len(images))
         return torch.tensor([image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images])
+
+class Reds:
+    name, fingerprint = "reds", "reds 1"
+    def features(self, *, images):
+        return Redness().score(images=images, captions=[])[:, None]
+    def score(self, features, prompts):
+        value = float(features.sum())
+        return value, (value - 0.5, value + 0.5)
 """
 
 
@@ -125,6 +134,60 @@ def test_several_guidances_of_the_base_and_training_seeds(world, tmp_path, run, 
     assert at["paired"]["mean_a"] >= entry["paired"]["mean_a"] and at["paired"]["mean_b"] == entry["paired"]["mean_b"]
     assert (at["base"] == "base") == (at["paired"]["mean_a"] == entry["paired"]["mean_a"])
     assert at["base"] in ("base", "base, guidance 3")
+
+
+def test_a_model_against_itself_has_the_same_set_scores_and_so_has_a_folder_of_its_images(
+    world, tmp_path, run, redness
+):
+    save_tiny_clip(tmp_path / "clip")
+    base, draw = world("sd15"), [*DRAW, "--sampler", "ddim", "--seeds", "2"]
+    scorers = ["--scorers", redness[0], f"diversity:{tmp_path / 'clip'}", redness[0].replace("Redness", "Reds")]
+    code, errors, found = run(f"base={base}", f"again={base}", *draw, *scorers, output=tmp_path / "out")
+    assert code == 0, errors
+    diversity, reds = found["sets"][:2], found["sets"][2:]
+    assert [(entry["scorer"], entry["side"], entry["images"]) for entry in diversity] == [
+        ("diversity", "base", 6), ("diversity", "again", 6),
+    ]  # fmt: skip
+    assert diversity[0]["value"] == diversity[1]["value"] > 0 and diversity[1]["difference"] == 0.0
+    assert reds[0]["value"] == reds[1]["value"] and reds[1]["difference"] == 0.0
+    low, high = reds[1]["difference_interval"]
+    assert low == -high == pytest.approx(-(0.5**0.5))
+    assert [one["name"] for one in found["scorers"]] == ["redness", "diversity", "reds"]
+    assert {entry["scorer"] for entry in found["results"]} == {"redness"}
+    seen = redness[1]()
+    images = tmp_path / "out" / work.DRAWN / "again"
+    code, errors, again = run(f"base={base}", f"again={images}", *draw, *scorers, output=tmp_path / "two")
+    assert code == 0 and again["sets"] == found["sets"] and redness[1]() > seen
+    assert again["results"][0]["paired"] == found["results"][0]["paired"]
+    seen = redness[1]()
+    assert run(f"base={base}", f"again={base}", *draw, *scorers, output=tmp_path / "out")[2]["sets"] == found["sets"]
+    assert redness[1]() == seen, "from the cache"
+
+
+def test_the_score_of_a_set_alone_and_what_falls(tmp_path, run, redness):
+    a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(0, 100, 5))
+    scorers = ["--scorers", redness[0].replace("Redness", "Reds")]
+    code, errors, found = run(a, b, *scorers, output=tmp_path / "out")
+    assert code == 0 and found["results"] == [], errors
+    falls = f"reds falls: b has {950 / 255:.4g}, {-950 / 255:+.4g} against a (95 % interval "
+    assert [line for line in found["warnings"] if line.startswith(falls)]
+    assert any(falls in line for line in errors) and any("reds of all images of a: 7.451" in line for line in errors)
+    page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
+    assert "Scores of the whole set" in page.text and "reds falls: b has" in page.text
+    assert "| b | reds | 3.725 (3.225 to 4.225) |" in (tmp_path / "out" / "evaluation.md").read_text("utf-8")
+    (b / "19.png").unlink()
+    found = run(a, b, *scorers, output=tmp_path / "less")[2]
+    assert found["sets"][1]["difference"] is None
+    assert "reds saw 20 images of a and 19 of b, which cannot be compared: draw both alike" in found["warnings"]
+
+
+def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path, run, redness):
+    save_tiny_clip(tmp_path / "clip")
+    a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(20, 220, 10))
+    code, errors, found = run(a, b, "--scorers", f"diversity:{tmp_path / 'clip'}", redness[0], output=tmp_path / "out")
+    assert code == 0 and found["sets"] == [] and found["results"][0]["paired"]["win_rate"] == 1.0
+    said = "diversity compares the images of a prompt: draw two seeds or more of each (--seeds 2)"
+    assert found["warnings"].count(said) == 1 and sum(said in line for line in errors) == 1
 
 
 def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness):

@@ -1,13 +1,16 @@
 """dpo.drawing.prompts: texts, files, public sets from disk and hub, and a subset that does not depend on the order."""
 
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.drawing.prompts import PUBLISHED, Prompt, PromptSet, opened
+from dpo.drawing.prompts import NAMES, PUBLISHED, Prompt, PromptSet, class_prompts, opened
+from dpo.sample import make_parser
+from tests.help.torchvision import torchvision
 
 TEXTS = ["a red fox", 'quotes "and", commas', "ünï 🦊"]
 
@@ -123,3 +126,30 @@ def test_a_set_that_was_withdrawn_asks_for_ones_own_copy():
         UserError, match=r"was withdrawn from the hub; give your own copy: --prompts pickapic-v1-test:FOLDER"
     ):
         opened(["pickapic-v1-test"])
+
+
+def test_the_classes_are_a_set_by_name_in_order_and_told_apart():
+    found = opened(["imagenet-classes"])
+    texts = [one.text for one in found.prompts]
+    assert texts == class_prompts() and len(set(texts)) == 1000
+    assert [texts[i] for i in (0, 134, 517, 638, 639, 999)] == [
+        "A photo of tench", "A photo of bird crane", "A photo of machine crane",
+        "A photo of maillot swimsuit", "A photo of maillot tanksuit", "A photo of toilet tissue",
+    ]  # fmt: skip
+    assert found.about["name"] == "ImageNet classes" and found.about["count"] == 1000
+    with pytest.raises(UserError, match="imagenet-classes lies in the package and takes no place"):
+        opened(["imagenet-classes:/folder"])
+    with pytest.raises(UserError, match="imagenet-classes"):
+        opened([""])
+
+
+def test_the_names_of_the_classes_are_torchvisions_but_for_four():
+    theirs = torchvision("torchvision.models._meta")._IMAGENET_CATEGORIES
+    different = [i for i, (ours, name) in enumerate(zip(class_prompts(), theirs)) if ours != f"A photo of {name}"]
+    assert different == [134, 517, 638, 639]
+
+
+def test_every_set_by_name_is_in_the_help_and_in_the_docs():
+    help_text = "".join(make_parser().format_help().split())  # lines break at hyphens too
+    docs = Path(__file__).parents[3].joinpath("docs", "sample.md").read_text("utf-8")
+    assert [name for name in NAMES if name not in help_text or f"`{name}`" not in docs] == []

@@ -1,6 +1,8 @@
 """Scores of a side's images: one for each, through the cache, flat memory, and what cannot be read is named."""
 
+import random
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +13,10 @@ import torch
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.evaluating.scoring import BATCH, Look, read_image, scores, table_scores
+from dpo.evaluating.scoring import BATCH, Look, features, read_image, scores, table_scores
 from dpo.evaluating.sides import Shown, Side
 from dpo.scorers.cache import ScoreCache
+from tests.help.children import kill_until_done
 
 
 @dataclass
@@ -29,6 +32,17 @@ class Red:
         return torch.tensor(
             [image.getpixel((0, 0))[0] + len(text) for image, text in zip(images, captions, strict=True)]
         ).float()
+
+
+@dataclass
+class Colours(Red):
+    """A scorer of a set, whose features are the first pixel, and how many images it has seen by then."""
+
+    fingerprint: str = "colours 1"
+
+    def features(self, *, images):
+        self.seen.append(len(images))
+        return torch.tensor([[*image.getpixel((0, 0)), sum(self.seen)] for image in images]).float()
 
 
 @pytest.fixture
@@ -97,7 +111,8 @@ def test_a_scorer_that_gives_too_few_or_no_numbers(side, tmp_path, caplog):
     assert "no finite score to 37 images" in caplog.text
 
 
-def test_memory_is_flat(tmp_path):
+@pytest.mark.parametrize("compute", [scores, features])
+def test_memory_is_flat(tmp_path, compute):
     """However many images a side has, few of them are in memory at once."""
     Image.new("RGB", (64, 64), "red").save(path := tmp_path / "x.png")
     many = Side("b", tmp_path, tuple(Shown(path, str(i)) for i in range(1500)))
@@ -118,8 +133,80 @@ def test_memory_is_flat(tmp_path):
         return image
 
     with ScoreCache(tmp_path / "c") as cache:
-        scores(many, Red(), cache, Look(), read)
+        compute(many, Colours(), cache, Look(), read)
     assert BATCH <= most <= 6 * BATCH, "a stretch that is read ahead, and a batch that waits"
+
+
+def test_features_are_computed_once_an_image(side, tmp_path):
+    scorer, said = Colours(), []
+    pixels = [list(Image.open(image.path).getpixel((0, 0))) for image in side.images]
+    with ScoreCache(tmp_path / "c") as cache:
+        found = features(side, scorer, cache, Look(), read_image, lambda done, total: said.append((done, total)))
+        assert found.dtype == np.float32 and found[:, :3].tolist() == pixels
+        assert scorer.seen == [16, 16, 5] and said[-1] == (37, 37)
+        renamed = Side("c", side.place, tuple(image._replace(prompt="another") for image in side.images))
+        again = Colours()
+        assert np.array_equal(features(renamed, again, cache, Look(), read_image), found) and again.seen == []
+        assert features(side, Colours(fingerprint="colours 2"), cache, Look(), read_image, batch=5)[0, 3] == 5
+
+
+def test_equal_images_have_equal_features(side, tmp_path):
+    """Also where they are computed in other batches, in which the numbers round otherwise."""
+    image = side.images[0].path.read_bytes()
+    for place in (1, 20, 36):
+        side.images[place].path.write_bytes(image)
+    scorer = Colours()
+    with ScoreCache(tmp_path / "c") as cache:
+        found = features(side, scorer, cache, Look(), read_image)
+        assert (found[[1, 20, 36]] == found[0]).all() and sum(scorer.seen) == 34
+        assert np.array_equal(features(side, scorer, cache, Look(), read_image), found)
+
+
+def test_features_of_what_cannot_be_read_are_nan(side, tmp_path, caplog):
+    side.images[3].path.unlink()
+    look, scorer = Look(), Colours()
+    with ScoreCache(tmp_path / "c") as cache:
+        assert np.flatnonzero(np.isnan(features(side, scorer, cache, look, read_image)).all(1)).tolist() == [3]
+        assert {path.name for path in look.unusable} == {"003.png"} and caplog.text == ""
+        scorer.features = lambda *, images: torch.full((len(images), 4), torch.nan)
+        scorer.fingerprint = "none"
+        assert np.isnan(features(side, scorer, cache, look, read_image)).all()
+        assert "red gave no finite features to 36 images of b: they are left out" in caplog.text
+        for wrong in (torch.zeros(16), torch.zeros(1, 4)):
+            scorer.features = lambda *, images, wrong=wrong: wrong
+            with pytest.raises(UserError, match=r"red gave \(\d+(,|, 4)\) features for 16 images: a row each"):
+                features(side, scorer, cache, look, read_image)
+        widths = iter((4, 5, 6))
+        scorer.features = lambda *, images: torch.zeros(len(images), next(widths))
+        with pytest.raises(UserError, match="features of 4 and of 5 numbers"):
+            features(side, scorer, cache, look, read_image)
+
+
+def test_an_interrupted_run_goes_on_with_the_features_that_it_has(tmp_path):
+    """Killed at any moment: each process computes what the ones before had not kept, and the result is the same."""
+    shown = []
+    for i in range(96):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(path := tmp_path / f"{i:03d}.png")
+        shown.append(Shown(path, "x"))
+    many, calls = Side("b", tmp_path, tuple(shown)), tmp_path / "calls"
+
+    @dataclass
+    class Slow(Colours):
+        def features(self, *, images):
+            time.sleep(0.02)
+            with calls.open("a") as file:
+                file.write("x" * len(images))
+            return torch.tensor([image.getpixel((0, 0)) for image in images]).float()
+
+    def work():
+        with ScoreCache(tmp_path / "c") as cache:
+            assert features(many, Slow(), cache, Look(), read_image)[:, 0].tolist() == list(range(96))
+
+    kill_until_done(work, random.Random(0), 4, 0.15)
+    seen = len(calls.read_text())
+    assert 96 <= seen <= 96 + 4 * BATCH, "at most the batch that was being computed is lost by a kill"
+    work()
+    assert len(calls.read_text()) == seen
 
 
 def test_scores_of_another_program(side, tmp_path):

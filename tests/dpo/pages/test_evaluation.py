@@ -34,6 +34,7 @@ def evaluation(*results, base="start", prompt="a fox"):
         for name in names
     ]  # fmt: skip
     scorers = [{"name": one["scorer"], "fingerprint": "ab12", "scale": "20..23", "note": ""} for one in results]
+    scorers.append({"name": "fid", "fingerprint": "ab12", "scale": "", "note": "", "higher_is_better": False})
     return {"format": 1, "sides": sides, "scorers": scorers, "results": list(results), "warnings": [prompt], "made": {}}
 
 
@@ -78,6 +79,40 @@ def pictures(tmp_path):
     return names
 
 
+def of_set(scorer, side, value, interval=None, difference=None, between=None):
+    found = {"scorer": scorer, "side": side, "value": value, "interval": interval, "images": 9}
+    return found | {"difference": difference, "difference_interval": between}
+
+
+SETS = [
+    of_set("diversity", "start", 0.4, [0.3, 0.5]),
+    of_set("diversity", "dpo", 0.3, [0.2, 0.4], -0.1, [-0.12, -0.08]),
+    of_set("fid", "dpo", 12.0, difference=2.0),
+]
+
+
+def test_scores_of_sets_have_a_table_and_a_line_each():
+    found = evaluation(entry()) | {"sets": SETS}
+    text = markdown(found)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in rows] == [8] * 3 + [6] * 5
+    assert rows[-3:] == [
+        "| start | diversity | 0.4 (0.3 to 0.5) |  | higher |",
+        "| dpo | diversity | 0.3 (0.2 to 0.4) | -0.1 (-0.12 to -0.08) | higher |",
+        "| dpo | fid | 12 | +2 | lower |",
+    ]
+    assert list(headline(found))[1:] == [
+        "diversity of all images of start: 0.4 (0.3 to 0.5)",
+        "diversity of all images of dpo: 0.3 (0.2 to 0.4), -0.1 (-0.12 to -0.08) to start (higher is better)",
+        "fid of all images of dpo: 12, +2 to start (lower is better)",
+    ]
+    alone = evaluation() | {"sets": SETS}
+    assert [line.count("|") for line in markdown(alone).splitlines() if line.startswith("|")] == [6] * 5
+    assert len(headline(alone)) == 3
+    page = Page(render(alone))
+    assert "Scores of the whole set" in page.text and "The figures" not in page.text
+
+
 def rich(pictures, prompt="a fox"):
     """An evaluation with everything that a page can show."""
     gains, losses = (
@@ -98,7 +133,7 @@ def rich(pictures, prompt="a fox"):
     }
     return found | {
         "published": {"title": "LPO", "source": "arXiv 2502.01051", "protocol": {"seeds": "unstated"}, "lines": [line]},
-        "sets": [{"scorer": "diversity", "side": "dpo", "value": 0.3, "interval": [0.2, 0.4]}],
+        "sets": SETS,
         "accuracy": [{"side": "dpo", "accuracy": 0.608, "interval": [0.59, 0.62], "pairs": 1000}],
     }
 
@@ -109,7 +144,7 @@ def test_the_page_stands_alone_and_is_whole(pictures):
     assert not re.findall(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", text)
     assert len(page.ids) == len(set(page.ids))
     order = ["dpo is better than start", "Win rate by pickscore", "Worth by pickscore", "The figures", "by category",
-             "Largest gains", "Largest losses", "Figures of a whole set", "Implicit preference accuracy",
+             "Largest gains", "Largest losses", "Scores of the whole set", "+2", "Implicit preference accuracy",
              "Beside published numbers", "seeds unstated",
              "Against the base at its best guidance", "0.550", "What was compared"]  # fmt: skip
     places = [page.text.index(part) for part in order]
@@ -122,13 +157,13 @@ def test_nothing_of_the_users_is_markup(pictures):
     found["sides"][0]["name"] = found["sides"][1]["place"] = EVIL
     found["sides"][0]["protocol"] = {EVIL: EVIL}
     found["scorers"][0] |= {"scale": EVIL, "note": EVIL}
+    found["sets"] = [{**one, "side": EVIL, "scorer": EVIL} for one in SETS]
     found["results"][0]["categories"] = {EVIL: paired()}
     page = Page(render(found))
     assert "script" not in page.tags and all(ref.startswith(("data:", "#")) for ref in page.refs)
     assert "{{ 7 * 6 }}" in page.text
-    assert all(
-        line.count("|") - line.count("\\|") == 8 for line in markdown(found).splitlines() if line.startswith("|")
-    )
+    lines = [line for line in markdown(found).splitlines() if line.startswith("|")]
+    assert [line.count("|") - line.count("\\|") for line in lines] == [8] * 3 + [6] * 5
 
 
 def test_a_browser_shows_it(pictures, tmp_path):

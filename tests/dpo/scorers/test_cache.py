@@ -1,7 +1,9 @@
 """Scores kept in a file: found again, kept apart, whole after a kill and with two processes."""
 
 import random
+import sqlite3
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,6 +21,22 @@ def test_what_was_put_is_found_and_nothing_else(tmp_path):
         cache.put("clip", [("image", "a fox", 0.2), ("image", "\ud800\0", 7.0)])
     with ScoreCache(tmp_path / "deep" / "scores.sqlite") as cache:
         assert (cache.get("image", "clip", "a fox"), cache.get("image", "clip", "\ud800\0")) == (0.2, 7.0)
+
+
+def test_features_are_found_to_the_last_bit_also_in_a_file_of_an_earlier_version(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    with sqlite3.connect(path) as old:
+        old.execute("CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID")
+    old.close()
+    row = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    with ScoreCache(path) as cache:
+        cache.put_features("clip", [("image", row), ("other", -row)])
+    with ScoreCache(path) as cache:
+        found = cache.get_features("image", "clip")
+        assert found.dtype == np.float32 and found.tobytes() == row.tobytes()
+        assert cache.get_features("other", "clip").tobytes() == (-row).tobytes()
+        assert cache.get_features("image", "else") is cache.get_features("none", "clip") is None
+        assert cache.get("image", "clip", "") is None, "scores are apart"
 
 
 def test_equal_pictures_have_equal_hashes(tmp_path):
@@ -40,11 +58,13 @@ def test_kills_leave_whole_batches(tmp_path):
         with ScoreCache(path) as cache:
             for batch in range(200):
                 cache.put("s", [(f"{batch}-{i}", "", float(i)) for i in range(20)])
+                cache.put_features("s", [(f"{batch}-{i}", np.full(64, i, np.float32)) for i in range(20)])
 
     kill_until_done(work, random.Random(0), 3, 0.2)
     with ScoreCache(path) as cache:
         for batch in range(200):
             assert [cache.get(f"{batch}-{i}", "s", "") for i in range(20)] == [float(i) for i in range(20)]
+            assert [cache.get_features(f"{batch}-{i}", "s").mean() for i in range(20)] == list(range(20))
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but text", b"SQLite format 3\0" + bytes(200)])

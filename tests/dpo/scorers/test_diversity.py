@@ -5,11 +5,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.spatial.distance import cosine
 
 from dpo.common.errors import UserError
-from dpo.scorers.diversity import Diversity, distances
-from dpo.scorers.sets import SetScorer
+from dpo.scorers.clip import clip_l14
+from dpo.scorers.diversity import Diversity, distances, opened
+from dpo.scorers.sets import OverPrompts, SetScorer
+from tests.help.towers import save_tiny_clip
 
 PROMPTS = np.array([4, 2, 4, 9, 2, 4, 7])
 
@@ -33,7 +36,7 @@ def test_like_images_have_no_distance_and_opposite_ones_two():
 
 def test_a_set_scorer_averages_over_prompts_with_an_interval():
     scorer: SetScorer = Diversity(embed=lambda images: torch.stack([torch.tensor(i) for i in images]), fingerprint="x")
-    assert {name for name in vars(SetScorer) if not name.startswith("_")} <= set(dir(scorer))
+    assert isinstance(scorer, SetScorer) and isinstance(scorer, OverPrompts)
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(30), 3)
     features = scorer.features(images=list(rng.normal(size=(90, 8))))
@@ -46,5 +49,22 @@ def test_a_set_scorer_averages_over_prompts_with_an_interval():
 
 def test_single_images_have_no_diversity():
     scorer = Diversity(embed=lambda images: torch.eye(4), fingerprint="x")
-    with pytest.raises(UserError, match="^diversity compares the images of a prompt: draw two seeds or more of each$"):
+    with pytest.raises(
+        UserError, match="^diversity compares the images of a prompt: draw two seeds or more of each \\(--seeds 2\\)$"
+    ):
         scorer.score(torch.eye(4), np.arange(4))
+
+
+def test_it_is_the_cosine_of_clips_image_tower(tmp_path):
+    save_tiny_clip(tmp_path)
+    found = opened(place=str(tmp_path), device="cpu", dtype=torch.float32, cache_dir=None)
+    scorer = clip_l14(place=str(tmp_path), device="cpu", dtype=torch.float32, cache_dir=None)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
+    images = [Image.fromarray(one) for one in noise]
+    features = found.features(images=images)
+    assert torch.equal(features, scorer.towers.images(images)) and features.shape == (4, 16)
+    value, interval = found.score(features, np.zeros(4, int))
+    assert interval is None and value == pytest.approx(
+        np.mean([cosine(a, b) for a, b in combinations(features.double(), 2)]), abs=1e-6
+    )
+    assert found.name == "diversity" and found.fingerprint != scorer.fingerprint

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dpo.common.errors import UserError
 from dpo.scorers import inception
-from dpo.scorers.inception import TF, TV, InceptionV3, class_prompts, from_published, inception_score, prepared
+from dpo.scorers.inception import TF, TV, InceptionV3, from_published, inception_score, prepared
 from tests.help.torchvision import torchvision
 
 OPENED = {TV: inception.torchvision, TF: inception.tensorflow}
@@ -177,18 +177,3 @@ def test_a_set_of_one_kind_scores_one_and_sure_classes_their_number():
 def test_too_few_images_are_one_line():
     with pytest.raises(UserError, match="^an Inception Score needs 20 images or more"):
         inception_score(torch.ones(19, 5))
-
-
-def test_the_prompts_are_the_classes_in_order_and_told_apart():
-    prompts = class_prompts()
-    assert len(prompts) == len(set(prompts)) == 1000
-    assert [prompts[i] for i in (0, 134, 517, 638, 639, 999)] == [
-        "A photo of tench", "A photo of bird crane", "A photo of machine crane",
-        "A photo of maillot swimsuit", "A photo of maillot tanksuit", "A photo of toilet tissue",
-    ]  # fmt: skip
-
-
-def test_the_names_are_torchvisions_but_for_four():
-    theirs = torchvision("torchvision.models._meta")._IMAGENET_CATEGORIES
-    different = [i for i, (ours, name) in enumerate(zip(class_prompts(), theirs)) if ours != f"A photo of {name}"]
-    assert different == [134, 517, 638, 639]

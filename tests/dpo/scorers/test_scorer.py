@@ -8,6 +8,8 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.scorers.scorer import LISTED, listed, listing, opened
+from dpo.scorers.sets import OverPrompts, SetScorer
+from tests.help.towers import save_tiny_clip
 
 CPU = torch.device("cpu")
 OWN = """
@@ -38,6 +40,21 @@ def test_the_list_says_everything_and_every_entry_can_be_imported():
         assert one.name in text and one.licence and one.source and one.scale
         assert listed(one.name) is one and listed(f"{one.name}:/weights") is one
     assert len({one.name for one in LISTED}) == len(LISTED)
+
+
+def test_scores_of_a_set_are_marked_and_are_of_the_second_kind(tmp_path):
+    rows = [line for line in listing().splitlines() if "a whole set" in line]
+    of_sets = {one.name for one in LISTED if one.of_set}
+    assert (
+        {row.split()[0] for row in rows} == of_sets == {"diversity", "tiny-diversity", "inception-tv", "inception-tf"}
+    )
+    save_tiny_clip(tmp_path / "clip")
+    assert isinstance(opened(f"diversity:{tmp_path / 'clip'}", device=CPU), OverPrompts)
+    assert isinstance(opened("tiny-diversity", device=CPU), OverPrompts)
+    assert not isinstance(opened("tiny-b", device=CPU), SetScorer)
+    for name in ("inception-tv", "inception-tf"):
+        with pytest.raises(UserError, match=f"{name}: its weights are published as a pickle"):
+            opened(name, device=CPU)
 
 
 def test_a_users_own_by_import_path(own):

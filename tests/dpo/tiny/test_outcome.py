@@ -16,3 +16,4 @@ def test_the_first_scorer_is_the_judge_and_of_others_the_win_rate_stays():
     assert (found["score_before"], found["score_after"], found["judge"]) == (0.20, 0.25, "clip-l14")
     assert (found["faithfulness_before"], found["faithfulness_after"]) == (0.9, 0.8)
     assert found["win_rate_by_pickscore"] == 0.7
+    assert figures([]) == {}
