@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch.nn as nn
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +25,15 @@ def converted(name: str, source: str, place: str | None) -> Path:
     if found[0].suffix != ".safetensors" or not found[0].is_file():
         raise UserError(f"{name}: {found[0]} is no .safetensors file; {remedy}")
     return found[0]
+
+
+def source_of(path: Path) -> str:
+    """The name of the file that was converted, where this package converted it, else of the file itself. Raises UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("source", path.name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); convert the published file again") from error
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -71,6 +71,31 @@ LISTED: tuple[Listed, ...] = (
         note="the whole image padded to a square, as Diffusion-DPO's own evaluation does",
     ),
     Listed(
+        "hpsv2.0", "dpo.scorers.hpsv2:hpsv20", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 24 to 29",
+        note="published as a pickle: --convert HPS_v2_compressed.pt, then hpsv2.0:FILE; not comparable with 2.1",
+    ),
+    Listed(
+        "hpsv2.1", "dpo.scorers.hpsv2:hpsv21", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 20 to 34",
+        note="published as a pickle: --convert HPS_v2.1_compressed.pt, then hpsv2.1:FILE; not comparable with 2.0",
+    ),
+    Listed(
+        "hpsv2.0-no-antialias", "dpo.scorers.hpsv2:hpsv20_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
+        "100 x cosine", note="images resized as torchvision before 0.17 did, when some tables were made",
+    ),
+    Listed(
+        "hpsv2.1-no-antialias", "dpo.scorers.hpsv2:hpsv21_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
+        "100 x cosine", note="as hpsv2.0-no-antialias",
+    ),
+    Listed(
+        "aesthetic-v1", "dpo.scorers.aesthetic:aesthetic_v1", "LAION-AI/aesthetic-predictor, converted", "MIT", 1.7,
+        "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth",
+    ),
+    Listed(
+        "aesthetic-v2", "dpo.scorers.aesthetic:aesthetic_v2", "christophschuhmann/improved-aesthetic-predictor, converted",
+        "Apache-2.0", 1.7, "about 1 to 10",
+        note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth",
+    ),
+    Listed(
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
         note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
     ),

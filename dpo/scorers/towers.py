@@ -150,7 +150,7 @@ def loaded(
 
     A folder without a tokenizer takes that of `words`, else of `source`. Raises UserError for what is not to be had.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
     folder = _folder(name, place or source, cache_dir)
     weights = sorted(folder.glob("model*.safetensors"))
@@ -158,14 +158,12 @@ def loaded(
         raise UserError(
             f"{name}: {folder} has no config.json and model.safetensors; name a folder that has, {name}:FOLDER"
         )
-    own = any((folder / file).is_file() for file in WORDS)
-    spelling = folder if own else _folder(name, words or source, cache_dir)
+    tokenizer = tokenizer_of(name, folder, words or source, cache_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spelling)
         read: Any = CLIPModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # configs, tokenizers and weights fail in a dozen ways
+    except Exception as error:  # configs and weights fail in a dozen ways
         raise UserError(f"{name}: {folder} cannot be read ({first_line(error)}); get its files again") from error
     model, report = read
     if report["missing_keys"]:
@@ -175,6 +173,20 @@ def loaded(
     model.to(device, dtype).eval().requires_grad_(False)
     side = model.config.vision_config.image_size
     return Towers(model, tokenizer, preprocessing, scale, f"{content} {preprocessing}-{side}-bicubic {dtype}")
+
+
+def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of scorer `name`: that in `folder` where there is one, else that of `words` on the hub. Raises UserError."""
+    from transformers import AutoTokenizer
+
+    own = any((folder / file).is_file() for file in WORDS)
+    place = folder if own else _folder(name, words, cache_dir)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # they fail in a dozen ways
+        raise UserError(
+            f"{name}: the tokenizer in {place} cannot be read ({first_line(error)}); get its files again"
+        ) from error
 
 
 def _unit(vectors: Tensor) -> Tensor:

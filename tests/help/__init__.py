@@ -7,7 +7,7 @@ commands.py the command itself, what it wrote and left | children.py forked chil
 stores.py small stores without a model | fake_run.py run folders that look like real ones
 elsewhere.py a machine without triton and without what only POSIX has | allocations.py tensors made inside a block
 imports.py the imports of a source tree | oracle.py the pairwise loss from predictions, in plain torch
-torchvision.py torchvision, where it is installed to compare with | towers.py tiny CLIP models
+originals.py torchvision and open_clip, where they are installed to compare with | towers.py tiny CLIP models
 pages.py pages as a parser and a browser see them
 drawing.py dpo.sample in the test's own process
 """

@@ -10,7 +10,7 @@ import pytest
 from dpo.common.errors import UserError
 from dpo.drawing.prompts import NAMES, PUBLISHED, Prompt, PromptSet, class_prompts, opened
 from dpo.sample import make_parser
-from tests.help.torchvision import torchvision
+from tests.help.originals import original
 
 TEXTS = ["a red fox", 'quotes "and", commas', "ünï 🦊"]
 
@@ -144,7 +144,7 @@ def test_the_classes_are_a_set_by_name_in_order_and_told_apart():
 
 
 def test_the_names_of_the_classes_are_torchvisions_but_for_four():
-    theirs = torchvision("torchvision.models._meta")._IMAGENET_CATEGORIES
+    theirs = original("torchvision.models._meta")._IMAGENET_CATEGORIES
     different = [i for i, (ours, name) in enumerate(zip(class_prompts(), theirs)) if ours != f"A photo of {name}"]
     assert different == [134, 517, 638, 639]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dpo.common.errors import UserError
 from dpo.scorers import inception
 from dpo.scorers.inception import TF, TV, InceptionV3, from_published, inception_score, prepared
-from tests.help.torchvision import torchvision
+from tests.help.originals import original
 
 OPENED = {TV: inception.torchvision, TF: inception.tensorflow}
 
@@ -50,7 +50,7 @@ def picture(width, height, seed=0):
 @pytest.mark.parametrize("kind", [TV, TF], ids=lambda kind: kind.name)
 def test_the_network_is_torchvisions(kind, monkeypatch):
     """TensorFlow's by torchvision's blocks with the pools that the published port changes: all nine averages."""
-    theirs = torchvision("torchvision.models.inception")
+    theirs = original("torchvision.models.inception")
     calls = []
 
     def pool(x, kernel_size, stride, padding):
@@ -128,7 +128,7 @@ def test_the_wrong_weights_are_one_line(tmp_path):
 @pytest.mark.parametrize("size", [(512, 512), (640, 400), (100, 77)])
 def test_torchvisions_network_sees_torchvisions_preprocessing(size):
     """Its weights come with ImageNet's mean and spread, and the network undoes them: what is left is 2 x - 1."""
-    models = torchvision("torchvision.models")
+    models = original("torchvision.models")
     with torch.device("meta"):
         undo = models.Inception3(transform_input=True, init_weights=False)._transform_input
     expected = undo(models.Inception_V3_Weights.IMAGENET1K_V1.transforms()(picture(*size))[None])

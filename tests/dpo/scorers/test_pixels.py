@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, cropped, normalised, whole
-from tests.help.torchvision import torchvision
+from tests.help.originals import original
 
 SIZES = [(64, 64), (97, 61), (61, 97), (300, 100), (33, 32), (32, 47), (224, 225)]
 
@@ -20,7 +20,7 @@ def picture(width, height, mode="RGB"):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("filter", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
 def test_resizing_and_cropping_are_torchvisions(size, filter):
-    transforms = torchvision("torchvision.transforms")
+    transforms = original("torchvision.transforms")
     mode = getattr(transforms.InterpolationMode, filter.name)
     theirs = transforms.Compose(
         [
