@@ -80,4 +80,14 @@ def evaluated(evaluate: Evaluate, asked: Sequence[str]) -> Figures:
             shlex.join(asked),
         )
         return {}
-    return outcome.figures(found["results"])
+    figures = outcome.figures(found["results"])
+    if figures:
+        low, high = figures["win_rate_interval"]
+        obeyed = ""
+        if "faithfulness_before" in figures:
+            obeyed = f", captions obeyed {figures['faithfulness_before']:.3f} -> {figures['faithfulness_after']:.3f}"
+        log.info(
+            "win rate over the start by %s %.3f (95 %% interval %.3f to %.3f, %d prompts)%s",
+            figures["judge"], figures["win_rate"], low, high, figures["prompts"], obeyed,
+        )  # fmt: skip
+    return figures
