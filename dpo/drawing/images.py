@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,7 +100,7 @@ def draw_set(
     _begin(folder, protocol, len(tasks))
     size = protocol.group
     groups = [tasks[at : at + size] for at in range(0, len(tasks), size)][shard[0] :: shard[1]]
-    _sweep(folder, groups, protocol)
+    _sweep(folder, {place(folder, task, protocol).name for group in groups for task in group})
     left = [group for group in groups if not _whole(folder, group, protocol)]
     total = sum(map(len, groups))
     pace = Pace(total - sum(map(len, left)), total, 0, 0.0, 0.0)
@@ -173,6 +173,7 @@ def merge(folder: Path, parts: Sequence[Path]) -> int:
         protocol = read_protocol(part)
         assert protocol is not None, "read above"
         (folder / IMAGES).mkdir(exist_ok=True)
+        _sweep(folder, {path.name for path in _files(part)})
         for one in _found(part, protocol[0]):
             target = folder / IMAGES / one.path.name
             write_whole(target, partial(shutil.copyfile, one.path))
@@ -203,9 +204,8 @@ def _begin(folder: Path, protocol: Protocol, count: int) -> None:
         raise UserError(f"{folder} holds images of another protocol ({first}{more}): name another folder")
 
 
-def _sweep(folder: Path, groups: Sequence[Sequence[Task]], protocol: Protocol) -> None:
-    """Deletes what a killed process left of the images of `groups`."""
-    own = {place(folder, task, protocol).name for group in groups for task in group}
+def _sweep(folder: Path, own: Container[str]) -> None:
+    """Deletes what a killed process left of the images of these names: those of others may be written just now."""
     for path in (folder / IMAGES).glob(".*.part-*"):
         if path.name[1:].rpartition(".part-")[0] in own:
             with suppress(OSError):

@@ -58,27 +58,36 @@ def scores(
 
     read: gives the image of a path, or raises UserError. said: told how many of all are done. What the cache has is
     not computed again, and an image whose hash is known from `look` is then not even read.
+
+    Rounding depends on what is scored together, so that each picture and caption is scored once: however often scoring
+    was interrupted, the rest then comes in the same batches.
     """
     found = np.full(len(side.images), np.nan)
-    waiting: list[tuple[int, Image.Image]] = []
+    waiting: dict[tuple[str, str], tuple[Image.Image, list[int]]] = {}  # (hash, caption) -> the image, and its places
 
     def compute() -> None:
-        places = [place for place, _ in waiting]
-        captions = [side.images[place].prompt for place in places]
-        values = scorer.score(images=[image for _, image in waiting], captions=captions).double().numpy()
-        if values.shape != (len(places),):
-            raise UserError(f"{scorer.name} gave {values.shape} scores for {len(places)} images: one each is needed")
-        found[places] = values
-        keys = [look.hashes[side.images[place].path] for place in places]
-        finite = [row for row in zip(keys, captions, values.tolist(), strict=True) if math.isfinite(row[2])]
-        cache.put(scorer.fingerprint, finite)
+        captions = [caption for _, caption in waiting]
+        values = scorer.score(images=[image for image, _ in waiting.values()], captions=captions).double().numpy()
+        if values.shape != (len(waiting),):
+            raise UserError(f"{scorer.name} gave {values.shape} scores for {len(waiting)} images: one each is needed")
+        for (_, places), value in zip(waiting.values(), values, strict=True):
+            found[places] = value
+        rows = [(key, caption, value) for (key, caption), value in zip(waiting, values.tolist(), strict=True)]
+        cache.put(scorer.fingerprint, [row for row in rows if math.isfinite(row[2])])
         waiting.clear()
 
     for place, image in enumerate(_images(side, scorer, cache, look, read)):
         if isinstance(image, float):
             found[place] = image
         elif image is not None:
-            waiting.append((place, image))
+            shown = side.images[place]
+            key = look.hashes[shown.path], shown.prompt
+            if key in waiting:
+                waiting[key][1].append(place)
+            elif (known := cache.get(key[0], scorer.fingerprint, key[1])) is not None:  # scored since it was read
+                found[place] = known
+            else:
+                waiting[key] = image, [place]
             if len(waiting) == batch:
                 compute()
         said(place + 1, len(side.images))

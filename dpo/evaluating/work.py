@@ -20,7 +20,7 @@ import torch
 from dpo.common import locks
 from dpo.common.console import Progress
 from dpo.common.errors import UserError
-from dpo.common.files import write_text
+from dpo.common.files import sweep, write_text
 from dpo.drawing import images
 from dpo.evaluating import reproduce, result
 from dpo.evaluating.result import Group, Measure
@@ -79,6 +79,8 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output"))
+        for name in (result.FILE, pages.PAGE, pages.TABLE):
+            sweep(folder, name)
         base, *rest = _sides(asked, folder)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
         sides = [side for group in (base, *groups, *variants) for side in group.sides]
