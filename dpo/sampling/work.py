@@ -18,7 +18,7 @@ from dpo.common import locks
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
-from dpo.common.files import make_folder, sweep
+from dpo.common.files import AGAIN, make_folder, sweep, writing
 from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, listed
 from dpo.drawing import images, layouts, memory, prompts, sheet
@@ -106,7 +106,8 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
             log.info("%s: this process has drawn its part; the last one writes the sheets", folder)
             return []
         with locks.held(folder, "--output", "-sheets", FINISHING):  # two processes may find all images there
-            return finish(asked, folder, chosen)
+            with writing(folder, AGAIN):
+                return finish(asked, folder, chosen)
 
 
 def finish(asked: Asked, folder: Path, chosen: PromptSet) -> list[Drawn]:
@@ -129,7 +130,8 @@ def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
         if with_base:
             count += images.merge(folder / BASE, [part / BASE for part in parts])
         log.info("%s: %d images of %d parts", folder, count, len(parts))
-        return _shown(folder, with_base, sheets)
+        with writing(folder, AGAIN):
+            return _shown(folder, with_base, sheets)
 
 
 def _shown(folder: Path, with_base: bool, sheets: int) -> list[Drawn]:

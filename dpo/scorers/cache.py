@@ -8,51 +8,82 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from dpo.common.errors import UserError
+from dpo.common.words import excerpt, first_line, listed
 
 WAIT = 30.0  # seconds for another process's write
+REMEDIES = {  # by what SQLite says; otherwise the file is damaged, or not ours
+    "attempt to write a readonly database": "let it be written, or name another --output",
+    "unable to open database file": "let its folder be written, or name another --output",
+    "database or disk is full": "free some space, then start the same command again",
+    "database is locked": "wait until the other process ends",
+}
+REMEDY = "delete it or name another --output"
 
 
 class ScoreCache:
     """The scores in a file, which is made where it is missing; a context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError for a file that is no such cache."""
+        """Raises UserError for a file that is no such cache: another program's database stays as it is."""
         self._lock = threading.Lock()
-        try:
+        self._path = path
+        with self._usable():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(path, timeout=WAIT, check_same_thread=False, isolation_level=None)
-            self._base.execute(
-                "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
-            )
-            self._base.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
-        except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{path} cannot be used as a cache of scores ({error}); delete it") from error
+            try:
+                names = {str(name) for (name,) in self._base.execute("SELECT name FROM sqlite_master")}
+                if others := sorted(name for name in names - {"scores"} if not name.startswith("sqlite_")):
+                    raise ValueError(f"it is another program's, with {listed(others)}")
+                self._base.execute(
+                    "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID"
+                )
+                self._base.execute("SELECT key, value FROM scores LIMIT 1").fetchone()
+            except BaseException:
+                self._base.close()
+                raise
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Around every use: what is wrong with the file becomes a UserError."""
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+            why = first_line(error)
+            remedy = REMEDIES.get(why, REMEDY)
+            raise UserError(f"{self._path} cannot be used as a cache of scores ({why}); {remedy}") from error
 
     def get(self, image: str, scorer: str, caption: str) -> float | None:
-        """The score of an image (its hash) by a scorer (its fingerprint) with a caption; None where it is not known."""
-        with self._lock:
+        """The score of an image (its hash) by a scorer (its fingerprint) with a caption; None where it is not known.
+
+        Raises UserError for a damaged file.
+        """
+        with self._lock, self._usable():
             found = self._base.execute(
                 "SELECT value FROM scores WHERE key = ?", (_key(image, scorer, caption),)
             ).fetchone()
-        return None if found is None else float(found[0])
+            if found is not None and not isinstance(found[0], float):
+                raise ValueError(f"a score is {excerpt(found[0])}")
+        return None if found is None else found[0]
 
     def put(self, scorer: str, scores: Sequence[tuple[str, str, float]]) -> None:
-        """Keeps scores (image's hash, caption, value) of one scorer, all of them or none."""
+        """Keeps scores (image's hash, caption, value) of one scorer, all of them or none. Raises UserError."""
         rows = [(_key(image, scorer, caption), value) for image, caption, value in scores]
-        with self._lock:
+        with self._lock, self._usable():
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 self._base.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+                self._base.execute("COMMIT")
             except BaseException:
-                self._base.execute("ROLLBACK")
+                with suppress(sqlite3.Error):  # a full disk may have ended the transaction already
+                    self._base.execute("ROLLBACK")
                 raise
-            self._base.execute("COMMIT")
 
     def __enter__(self) -> Self:
         return self
