@@ -11,8 +11,8 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from dpo.common.errors import UserError
 
 CHUNK = 1 << 24
 LOOK = 1.0  # seconds between two looks at files that are mapped: a set may have hundreds
+RESUME = "go on with --resume latest"
+AGAIN = "start the same command again"
 NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 log = logging.getLogger("dpo")
@@ -55,12 +57,19 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot be made ({error.strerror}); name another folder") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, remedy: str = RESUME) -> None:
     """Replace `path` by `text` (UTF-8) in one step. Raises the error that `disk_error` makes of an OSError."""
-    try:
+    with writing(path, remedy):
         write_whole(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
+
+
+@contextmanager
+def writing(path: Path, remedy: str = RESUME) -> Iterator[None]:
+    """Around the writing of `path`: raises what `disk_error` makes of an OSError."""
+    try:
+        yield
     except OSError as error:
-        raise disk_error(error, path) from error
+        raise disk_error(error, path, remedy) from error
 
 
 def beside(path: Path) -> Path:
@@ -146,15 +155,18 @@ def disk_full(error: Exception, path: Path, remedy: str) -> UserError | None:
     return UserError(f"the disk is full ({free:.1f} GiB left at {path.parent}): free some space, then {remedy}")
 
 
-def disk_error(error: OSError | SafetensorError, path: Path) -> Exception:
-    """What to raise when a run cannot write `path`: a UserError where a person can mend it, else the system's error."""
-    if full := disk_full(error, path, "go on with --resume latest"):
+def disk_error(error: OSError | SafetensorError, path: Path, remedy: str = RESUME) -> Exception:
+    """What to raise when `path` cannot be written: a UserError where a person can mend it, else the system's error.
+
+    remedy: how the command goes on once a full disk has some space.
+    """
+    if full := disk_full(error, path, remedy):
         return full
     if getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error):
         return UserError(f"{path} may not grow so large here: raise the limit (ulimit -f), or choose another --output")
     if isinstance(error, SafetensorError):  # safetensors gives the system's error as text only
         return OSError(errno.EIO, str(error))
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
     return error
 

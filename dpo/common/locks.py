@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dpo.common.errors import UserError
-from dpo.common.files import write_whole
+from dpo.common.files import sweep, write_whole
 
 WAIT = 8.0  # seconds: the workers of a process that was killed hold its lock until they notice
 NAME = ".lock"  # stays, empty: deleting a lock's file would let two processes hold two of that name
@@ -45,6 +45,7 @@ def held(folder: Path, flag: str, part: str = "", wait: float | None = None) -> 
         yield
         return
     try:
+        sweep(folder, holder.name)
         with suppress(OSError):
             write_whole(holder, lambda part: part.write_text(json.dumps(_about()), encoding="utf-8"))
         yield

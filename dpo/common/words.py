@@ -31,12 +31,14 @@ def well_formed(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: no half of a surrogate pair is in it."""
+    return well_formed(text) == text
+
+
 def is_plain(text: str) -> bool:
-    """Whether `text` can be a name or a text in any file: it is Unicode (no half of a surrogate pair) without NUL."""
-    try:
-        return b"\0" not in text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
+    """Whether `text` can be a name or a text in any file: it is Unicode without NUL."""
+    return "\0" not in text and is_unicode(text)
 
 
 def excerpt(value: object, limit: int = SHOWN) -> str:

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,9 +24,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from dpo.common.errors import UserError
-from dpo.common.files import disk_full, write_text, write_whole
+from dpo.common.files import AGAIN, make_folder, write_text, write_whole, writing
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import digest, first_line, listed
+from dpo.common.words import digest, first_line, is_unicode, listed
 from dpo.drawing.draw import side_by_side
 from dpo.drawing.protocol import Protocol
 from dpo.drawing.render import Rendered, Task, ready, render
@@ -101,7 +101,7 @@ def draw_set(
     _begin(folder, protocol, len(tasks))
     size = protocol.group
     groups = [tasks[at : at + size] for at in range(0, len(tasks), size)][shard[0] :: shard[1]]
-    _sweep(folder, groups, protocol)
+    _sweep(folder, {place(folder, task, protocol).name for group in groups for task in group})
     left = [group for group in groups if not _whole(folder, group, protocol)]
     total = sum(map(len, groups))
     pace = Pace(total - sum(map(len, left)), total, 0, 0.0, 0.0)
@@ -131,7 +131,7 @@ def read_protocol(folder: Path) -> tuple[Protocol, int] | None:
     try:
         found = json.loads(path.read_text("utf-8"))
         protocol, count = Protocol.from_json(found["protocol"]), found["images"]
-        if protocol.hash != found["hash"] or not isinstance(count, int):
+        if protocol.hash != found["hash"] or type(count) is not int or count < 1:
             raise ValueError("it was changed")
         return protocol, count
     except FileNotFoundError:
@@ -152,10 +152,11 @@ def read_set(folder: Path) -> list[Drawn]:
         raise UserError(f"{folder} holds no images with a {PROTOCOL}: draw them with python -m dpo.sample")
     protocol, count = known
     found = {one.index: one for one in _found(folder, protocol)}
-    if missing := [index for index in range(count) if index not in found]:
+    if missing := count - sum(0 <= index < count for index in found):
+        first = next(index for index in range(count) if index not in found)
         raise UserError(
-            f"{folder}: {len(missing)} of {count} images are missing or broken, the first is {missing[0]}: the command "
-            "that draws them goes on from here"
+            f"{folder}: {missing} of {count} images are missing or broken, the first is {first}: the command that draws "
+            "them goes on from here"
         )
     return [found[index] for index in range(count)]
 
@@ -178,9 +179,11 @@ def merge(folder: Path, parts: Sequence[Path]) -> int:
         protocol = read_protocol(part)
         assert protocol is not None, "read above"
         (folder / IMAGES).mkdir(exist_ok=True)
+        _sweep(folder, {path.name for path in _files(part)})
         for one in _found(part, protocol[0]):
             target = folder / IMAGES / one.path.name
-            write_whole(target, partial(shutil.copyfile, one.path))
+            with writing(target, AGAIN):
+                write_whole(target, partial(shutil.copyfile, one.path))
             copied += 1
     return copied
 
@@ -195,22 +198,24 @@ def _begin(folder: Path, protocol: Protocol, count: int) -> None:
     """Writes the protocol of a new set. Raises UserError where the folder holds another."""
     known = read_protocol(folder)
     if known is None:
-        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / IMAGES, "--output")
         write_text(
             folder / PROTOCOL,
             json.dumps({"hash": protocol.hash, "images": count, "protocol": protocol.to_json()}, indent=1),
+            AGAIN,
         )
         return
-    there = known[0]
+    there, images = known
+    if there == protocol and images != count:
+        raise UserError(f"{folder / PROTOCOL} was changed: it says {images} images, not {count}; delete it")
     if names := there.differs(protocol):
         first = f"{names[0]}: {there.told(names[0])} there, {protocol.told(names[0])} now"
         more = f", and {listed(names[1:])}" if names[1:] else ""
         raise UserError(f"{folder} holds images of another protocol ({first}{more}): name another folder")
 
 
-def _sweep(folder: Path, groups: Sequence[Sequence[Task]], protocol: Protocol) -> None:
-    """Deletes what a killed process left of the images of `groups`."""
-    own = {place(folder, task, protocol).name for group in groups for task in group}
+def _sweep(folder: Path, own: Container[str]) -> None:
+    """Deletes what a killed process left of the images of these names: those of others may be written just now."""
     for path in (folder / IMAGES).glob(".*.part-*"):
         if path.name[1:].rpartition(".part-")[0] in own:
             with suppress(OSError):
@@ -238,20 +243,30 @@ def _write(folder: Path, task: Task, rendered: Rendered, protocol: Protocol) -> 
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps(said))  # plain ASCII: JSON escapes what a prompt may hold
     path = place(folder, task, protocol)
-    try:
+    with writing(path, AGAIN):
         write_whole(path, lambda part: rendered.image.save(part, format="PNG", pnginfo=info))
-    except OSError as error:
-        raise disk_full(error, path, "start the same command again: it goes on from here") or error from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """What the chunk of a PNG says; None for a file that is no image of ours, or not as it was written."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            return None
         with Image.open(path, formats=("PNG",)) as image:
             said = json.loads(getattr(image, "text", {})[CHUNK])
-            return said if said["pixels"] == pixel_hash(image) else None
+            return said if said["pixels"] == pixel_hash(image) and _is_drawn(said) else None
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, RecursionError, Image.DecompressionBombError):
         return None
+
+
+def _is_drawn(said: dict[str, Any]) -> bool:
+    """Whether what a chunk says can be the fields of a Drawn: anybody may have written it."""
+    whole, texts = ("index", "seed", "number", "layout"), ("prompt", "category", "fault", "pixels", "protocol")
+    return (
+        all(type(said.get(name, 0)) is int for name in whole)
+        and all(isinstance(said.get(name, ""), str) and is_unicode(said.get(name, "")) for name in texts)
+        and isinstance(said.get("strength"), (int, float, type(None)))
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.common.files import write_text, write_whole
+from dpo.common.files import sweep, write_text, write_whole
 from dpo.common.words import listed
 from dpo.drawing.images import Drawn
 from dpo.drawing.prompts import Prompt
@@ -26,6 +26,8 @@ def lay_out(name: str, images: Sequence[Drawn], prompts: Sequence[Prompt], folde
     images: all of a set, prompt by prompt, as many for each of `prompts`. Raises UserError where they do not fit it.
     """
     target = folder / f"layout-{name}"
+    for place in (target, *(path for path in target.rglob("*") if path.is_dir())):
+        sweep(place)
     each = len(images) // len(prompts)
     parts = [list(images[at : at + each]) for at in range(0, len(images), each)]
     LAYOUTS[name](list(zip(prompts, parts, strict=True)), target)

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo.common.words import listed
 from dpo.evaluating.scoring import Look
 from dpo.evaluating.sides import Matched, Side, matched
 from dpo.scorers import compare
@@ -189,7 +191,8 @@ def cautions(results: Sequence[Mapping[str, Any]], sides: Sequence[Mapping[str, 
     lines = []
     for side in sides:
         if side["unusable"]:
-            lines.append(f"{len(side['unusable'])} images of {side['name']} cannot be read and are left out")
+            which = [f"{Path(path).name} ({why.removeprefix(f'{path}: ')})" for path, why in side["unusable"]]
+            lines.append(f"{len(which)} images of {side['name']} cannot be read and are left out: {listed(which)}")
         if side["flat"]:
             lines.append(f"{len(side['flat'])} images of {side['name']} are of one colour: {side['flat'][0]}")
     for name in dict.fromkeys(entry["side"] for entry in results):

@@ -1,10 +1,10 @@
-"""Numbers for every image of a side: from a scorer, through a cache, or from a table that another program wrote."""
+"""A number for every image of a side: from a scorer, through a cache, or from a table that another program wrote."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import excerpt
+from dpo.common.words import excerpt, excerpt_of_path
 from dpo.data.images import decode
 from dpo.data.pairs import BadImage, ImageRef
 from dpo.evaluating import tables
@@ -27,6 +27,7 @@ from dpo.scorers.sets import SetScorer
 log = logging.getLogger("dpo")
 
 BATCH = 16  # images that a scorer sees at once
+NARROW = 64  # times that the long side of an image may be the short one
 READERS = 2  # threads that decode images
 
 
@@ -40,16 +41,24 @@ class Look:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as RGB. Raises UserError for a file that is none, is truncated or has too many pixels."""
+    """An image as RGB.
+
+    Raises UserError for a file that is none, is truncated, has too many pixels, or is so narrow that a scorer, which
+    brings its short side to a few hundred pixels, would make a huge one of it.
+    """
     try:
-        return decode(ImageRef(path.name, path=str(path)).load())
+        image = decode(ImageRef(path.name, path=str(path)).load())
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
+    if max(image.size) > NARROW * min(image.size):
+        raise UserError(f"{path}: {image.width} x {image.height} pixels, one side over {NARROW} times the other")
+    return image
 
 
 Said = Callable[[int, int], None]  # told how many images of all are done
 Read = Callable[[Path], Image.Image]  # an image of a path; raises UserError
-T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T", float, np.ndarray)
 
 
 def scores(
@@ -64,25 +73,28 @@ def scores(
     """The score [N] float64 of each image of a side; nan for one that cannot be read.
 
     What the cache has is not computed again, and an image whose hash is known from `look` is then not even read.
+
+    Rounding depends on what is scored together, so that each picture and caption is scored once: however often scoring
+    was interrupted, the rest then comes in the same batches.
     """
     found = np.full(len(side.images), np.nan)
 
-    def known(shown: Shown) -> float | None:
-        return cache.get(look.hashes[shown.path], scorer.fingerprint, shown.prompt)
+    def key(shown: Shown) -> tuple[str, str]:
+        return look.hashes[shown.path], shown.prompt
 
-    def compute(places: list[int], images: list[Image.Image]) -> Sequence[float]:
-        captions = [side.images[place].prompt for place in places]
-        values = scorer.score(images=images, captions=captions).double().numpy()
-        if values.shape != (len(places),):
-            raise UserError(f"{scorer.name} gave {values.shape} scores for {len(places)} images: one each is needed")
-        keys = [look.hashes[side.images[place].path] for place in places]
-        finite = [row for row in zip(keys, captions, values.tolist(), strict=True) if math.isfinite(row[2])]
-        cache.put(scorer.fingerprint, finite)
+    def known(key: tuple[str, str]) -> float | None:
+        return cache.get(key[0], scorer.fingerprint, key[1])
+
+    def compute(keys: list[tuple[str, str]], images: list[Image.Image]) -> Sequence[float]:
+        values = scorer.score(images=images, captions=[caption for _, caption in keys]).double().numpy()
+        if values.shape != (len(keys),):
+            raise UserError(f"{scorer.name} gave {values.shape} scores for {len(keys)} images: one each is needed")
+        rows = [(image, caption, value) for (image, caption), value in zip(keys, values.tolist(), strict=True)]
+        cache.put(scorer.fingerprint, [row for row in rows if math.isfinite(row[2])])
         return values.tolist()
 
-    for place, value in _each(side, look, read, known, compute, said, batch):
+    for place, value in _each(side, scorer, look, read, key, known, compute, said, batch):
         found[place] = value
-    _say_missing(side, scorer.name, "score", np.isfinite(found), look)
     return found
 
 
@@ -100,28 +112,22 @@ def features(
     Equal images have equal features to the last bit, so that a set scores the same whoever it is called.
     """
     found = np.full((len(side.images), 0), np.nan, np.float32)
-    first: dict[str, int] = {}  # the place of an image by its hash
 
-    def known(shown: Shown) -> np.ndarray | None:
-        return cache.get_features(look.hashes[shown.path], scorer.fingerprint)
+    def key(shown: Shown) -> str:
+        return look.hashes[shown.path]
 
-    def compute(places: list[int], images: list[Image.Image]) -> Sequence[np.ndarray]:
-        hashes = [look.hashes[side.images[place].path] for place in places]
-        fresh = {key: image for key, image in zip(hashes, images, strict=True) if key not in first}
-        rows: dict[str, np.ndarray] = {}
-        if fresh:
-            values = scorer.features(images=list(fresh.values())).float().numpy()
-            if values.ndim != 2 or len(values) != len(fresh):
-                raise UserError(
-                    f"{scorer.name} gave {values.shape} features for {len(fresh)} images: a row each is needed"
-                )
-            rows = dict(zip(fresh, values, strict=True))
-            cache.put_features(scorer.fingerprint, [row for row in rows.items() if np.isfinite(row[1]).all()])
-        for key, place in zip(hashes, places, strict=True):
-            first.setdefault(key, place)
-        return [rows[key] if key in rows else found[first[key]] for key in hashes]
+    def known(key: str) -> np.ndarray | None:
+        return cache.get_features(key, scorer.fingerprint)
 
-    for place, row in _each(side, look, read, known, compute, said, batch):
+    def compute(keys: list[str], images: list[Image.Image]) -> Sequence[np.ndarray]:
+        values = scorer.features(images=images).float().numpy()
+        if values.ndim != 2 or len(values) != len(keys):
+            raise UserError(f"{scorer.name} gave {values.shape} features for {len(keys)} images: a row each is needed")
+        finite = [row for row in zip(keys, values, strict=True) if np.isfinite(row[1]).all()]
+        cache.put_features(scorer.fingerprint, finite)
+        return list(values)
+
+    for place, row in _each(side, scorer, look, read, key, known, compute, said, batch):
         if not found.shape[1]:
             found = np.full((len(side.images), len(row)), np.nan, np.float32)
         if len(row) != found.shape[1]:
@@ -130,48 +136,72 @@ def features(
                 "another fingerprint"
             )
         found[place] = row
-    _say_missing(side, scorer.name, "features", np.asarray(np.isfinite(found).all(1)), look)
     return found
-
-
-def _say_missing(side: Side, scorer: str, what: str, finite: np.ndarray, look: Look) -> None:
-    unusable = np.array([image.path in look.unusable for image in side.images])
-    if bad := int((~finite & ~unusable).sum()):
-        log.warning("%s gave no finite %s to %d images of %s: they are left out", scorer, what, bad, side.name)
 
 
 def _each(
     side: Side,
+    scorer: Scorer | SetScorer,
     look: Look,
     read: Read,
-    known: Callable[[Shown], T | None],
-    compute: Callable[[list[int], list[Image.Image]], Sequence[T]],
+    key: Callable[[Shown], K],
+    known: Callable[[K], T | None],
+    compute: Callable[[list[K], list[Image.Image]], Sequence[T]],
     said: Said,
     batch: int,
 ) -> Iterator[tuple[int, T]]:
-    """(place, value) of every image of a side that can be read: known, or computed `batch` images at a time."""
-    waiting: list[tuple[int, Image.Image]] = []
+    """(place, value) of every image of a side that can be read: known by its key, or computed, `batch` keys at a time.
+
+    Images of another size than the scorer's, and those without a finite value, are counted and said.
+    """
+    size: tuple[int, int] | None = getattr(scorer, "size", None)
+    misfits: list[str] = []
+    waiting: dict[K, tuple[Image.Image, list[int]]] = {}  # the image, and its places
+    bad = 0
 
     def computed() -> Iterator[tuple[int, T]]:
-        places = [place for place, _ in waiting]
-        values = compute(places, [image for _, image in waiting])
+        values = compute(list(waiting), [image for image, _ in waiting.values()])
+        places = [places for _, places in waiting.values()]
         waiting.clear()
-        yield from zip(places, values, strict=True)
+        for value, here in zip(values, places, strict=True):
+            yield from ((place, value) for place in here)
 
-    for place, (value, image) in enumerate(_images(side, look, read, known)):
-        if value is not None:
-            yield place, value
-        elif image is not None:
-            waiting.append((place, image))
-            if len(waiting) == batch:
-                yield from computed()
-        said(place + 1, len(side.images))
-    if waiting:
-        yield from computed()
+    def found() -> Iterator[tuple[int, T]]:
+        for place, (value, image) in enumerate(_images(side, look, read, key, known)):
+            if value is not None:
+                yield place, value
+            elif image is not None and size is not None and image.size != size:
+                misfits.append(f"{image.width} x {image.height}")
+            elif image is not None:
+                own = key(side.images[place])
+                if own in waiting:
+                    waiting[own][1].append(place)
+                elif (value := known(own)) is not None:  # computed since the image was read
+                    yield place, value
+                else:
+                    waiting[own] = image, [place]
+                if len(waiting) == batch:
+                    yield from computed()
+            said(place + 1, len(side.images))
+        if waiting:
+            yield from computed()
+
+    for place, value in found():
+        bad += not np.isfinite(value).all()
+        yield place, value
+    if misfits:
+        assert size is not None, "which they do not have"
+        line = f"{scorer.name} judges images of {size[0]} x {size[1]} pixels, not {misfits[0]}"
+        if len(misfits) == len(side.images):
+            raise UserError(f"{line} as those of {side.name} are: name another scorer")
+        log.warning("%s: %d of %d images of %s are left out", line, len(misfits), len(side.images), side.name)
+    if bad:
+        what = "features" if isinstance(scorer, SetScorer) else "score"
+        log.warning("%s gave no finite %s to %d images of %s: they are left out", scorer.name, what, bad, side.name)
 
 
 def _images(
-    side: Side, look: Look, read: Read, known: Callable[[Shown], T | None]
+    side: Side, look: Look, read: Read, key: Callable[[Shown], K], known: Callable[[K], T | None]
 ) -> Iterator[tuple[T | None, Image.Image | None]]:
     """For each image of a side what is known of it, else the image; neither for one that cannot be read."""
 
@@ -179,16 +209,9 @@ def _images(
         image = None
         if shown.path in look.unusable:
             return None, None
-        if shown.path not in look.hashes:
-            try:
-                image = read(shown.path)
-            except UserError as error:
-                look.unusable[shown.path] = str(error)
-                return None, None
-            look.hashes[shown.path] = pixel_hash(image)
-            if image.getcolors(1) is not None:
-                look.flat.append(shown.path)
-        value = known(shown)
+        if shown.path not in look.hashes and (image := _seen(shown.path, look, read)) is None:
+            return None, None
+        value = known(key(shown))
         return value, None if value is not None else image or read(shown.path)
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -196,26 +219,61 @@ def _images(
             yield from pool.map(look_at, side.images[start : start + 4 * BATCH])
 
 
-def table_scores(side: Side, path: Path, look: Look) -> np.ndarray:
-    """The score [N] of each image of a side from a table, nan where it has none.
+def _seen(path: Path, look: Look, read: Read) -> Image.Image | None:
+    """The image of a path, and what there is to know of it put into `look`; None for one that cannot be read."""
+    try:
+        image = read(path)
+    except UserError as error:
+        look.unusable[path] = str(error)
+        return None
+    look.hashes[path] = pixel_hash(image)
+    if image.getcolors(1) is not None:
+        look.flat.append(path)
+    return image
+
+
+def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) -> np.ndarray:
+    """The score [N] of each image of a side from a table, nan where it has none, which is said.
 
     The table is CSV, TSV or JSON lines with a file (or the hash of an image) and a number in each row; GenEval's
-    results.jsonl (filename, correct) is one. Files are compared by their path, or by its last parts. Raises UserError.
+    results.jsonl (filename, correct) is one. Files are compared by their path, or by its last parts; an image is read
+    only where a hash must tell. Raises UserError.
     """
-    by_name: dict[str, float] = {}
+    by_file: dict[str, tuple[int, float]] = {}  # the row, and its score
+    by_hash: dict[str, tuple[int, float]] = {}
     for number, row in tables.rows(path):
-        name, value = tables.cell(row, (*tables.FILE, "hash")), tables.cell(row, tables.SCORE)
-        if name is None or value is None:
+        where = f"{path}, row {number}"
+        file, key = tables.cell(row, tables.FILE, where), tables.cell(row, ("hash",), where)
+        value = tables.cell(row, tables.SCORE, where)
+        if (file is None and key is None) or value is None:
             raise UserError(
-                f"{path}, row {number}: needs a file ({', '.join(tables.FILE)}) and a number ({', '.join(tables.SCORE)})"
+                f"{where}: needs a file ({', '.join(tables.FILE)}) and a number ({', '.join(tables.SCORE)})"
             )
         try:
-            by_name[name] = float(value)
+            score = float(value)
         except ValueError as error:
-            raise UserError(f"{path}, row {number}: {excerpt(value)} is not a number") from error
-    found = np.array(
-        [tables.of_file(image.path, by_name, math.nan, look.hashes.get(image.path)) for image in side.images]
-    )
-    if not np.isfinite(found).any():
+            raise UserError(f"{where}: {excerpt(value)} is not a number") from error
+        for name, known in ((file, by_file), (key and key.lower(), by_hash)):
+            first, before = known.setdefault(name, (number, score)) if name else (number, score)
+            if name and before != score and not math.isnan(before + score):
+                if known is by_hash and file is not None:  # one picture of two prompts: its files tell them apart
+                    by_hash[name] = (number, math.nan)
+                    continue
+                raise UserError(
+                    f"{path}: rows {first} and {number} give {excerpt_of_path(name)} different scores, {before:g} and {score:g}"
+                )
+    rows = [tables.of_file(image.path, by_file, None) for image in side.images]
+    for place, image in enumerate(side.images):
+        if rows[place] is None and by_hash:
+            if image.path not in look.hashes and image.path not in look.unusable:
+                _seen(image.path, look, read)
+            rows[place] = by_hash.get(look.hashes.get(image.path, ""))
+    found = np.array([math.nan if row is None else row[1] for row in rows])
+    finite = int(np.isfinite(found).sum())
+    if not finite:
         raise UserError(f"{path} has no score for any image of {side.name} in {side.place}")
+    if finite < len(found):
+        log.warning(
+            "%d of %d images of %s have no score in %s: left out", len(found) - finite, len(found), side.name, path
+        )
     return found

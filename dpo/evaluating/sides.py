@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt
+from dpo.common.words import excerpt, excerpt_of_path, is_unicode
 from dpo.evaluating import tables
 
 log = logging.getLogger("dpo")
@@ -71,25 +72,44 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
         )
     known: dict[str, tuple[str, int | None, str]] = {}
     for number, row in tables.rows(place):
-        file, prompt = tables.cell(row, tables.FILE), tables.cell(row, tables.PROMPT)
+        where = f"{place}, row {number}"
+        file, prompt = tables.cell(row, tables.FILE, where), tables.cell(row, tables.PROMPT, where)
         if file is None or prompt is None:
             raise UserError(
-                f"{place}, row {number}: needs a file ({', '.join(tables.FILE)}) and a prompt ({', '.join(tables.PROMPT)})"
+                f"{where}: needs a file ({', '.join(tables.FILE)}) and a prompt ({', '.join(tables.PROMPT)})"
             )
-        seed = tables.cell(row, tables.SEED)
-        if seed is not None and not seed.lstrip("-").isdecimal():
-            raise UserError(f"{place}, row {number}: the seed {excerpt(seed)} is no whole number")
-        known[file] = (prompt, None if seed is None else int(seed), tables.cell(row, tables.CATEGORY) or "")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
-    rows = [(path, tables.of_file(path, known, None)) for path in files]
-    images = tuple(Shown(path, *row) for path, row in rows if row is not None)
+        category = tables.cell(row, tables.CATEGORY, where) or ""
+        for what, text in (("prompt", prompt), ("category", category)):
+            if not is_unicode(text):
+                raise UserError(f"{where}: the {what} {excerpt(text)} holds half a character; mend the escape")
+        entry = (prompt, _seed(tables.cell(row, tables.SEED, where), where), category)
+        if known.setdefault(file, entry) != entry:
+            raise UserError(f"{where}: 2 rows name {excerpt_of_path(file)}, and they differ; keep one")
+    # pipes and broken links too: what cannot be read is counted later
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and not path.is_dir())
+    names = [tables.name_of(path, known) for path in files]
+    images = tuple(Shown(path, *known[named]) for path, named in zip(files, names, strict=True) if named is not None)
     if not images:
         raise UserError(f"{place} names none of the {len(files)} images in {folder}")
     if len(images) < len(files):
         log.warning(
             "%s: %d of %d images have no row in %s: left out", folder, len(files) - len(images), len(files), place
         )
+    if gone := [file for file in known if file not in names]:
+        log.warning(
+            "%s: %d of %d rows name no image in %s: left out, the first is %s",
+            place, len(gone), len(known), folder, excerpt_of_path(gone[0]),
+        )  # fmt: skip
     return Side(name, folder, images)
+
+
+def _seed(text: str | None, where: str) -> int | None:
+    """The seed in a cell. Raises UserError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"-?[0-9]{1,20}", text):
+        raise UserError(f"{where}: the seed {excerpt(text)} is no whole number")
+    return int(text)
 
 
 def matched(a: Side, b: Side) -> Matched:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo.common.errors import UserError, reading
+from dpo.common.words import excerpt
 
 # Names of columns, the first of which is there and not empty counts.
 FILE = ("file", "file_name", "filename", "image", "image_path", "path")
@@ -35,17 +36,29 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
 
 
-def cell(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first cell of these names, in any case, that is not empty, as text; true and false are 1 and 0."""
+def cell(row: Mapping[str, Any], names: Sequence[str], where: str = "") -> str | None:
+    """The first cell of these names, in any case, that is not empty, as text; true and false are 1 and 0.
+
+    where: the table and row, for the UserError that a list or an object in such a cell raises.
+    """
     found = {str(name).lower(): value for name, value in row.items()}
-    value = next((found[name] for name in names if found.get(name) not in (None, "")), None)
+    name = next((name for name in names if found.get(name) not in (None, "")), None)
+    value = None if name is None else found[name]
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: {name} needs text, found {excerpt(value)}")
     if isinstance(value, bool):
         return str(int(value))
     return None if value is None else str(value)
 
 
-def of_file(path: Path, by_name: Mapping[str, T], default: D, digest: str | None = None) -> T | D:
-    """The entry of a file in a table: by its hash, its whole path, or as many last parts of the path as the table has."""
+def name_of(path: Path, names: Container[str]) -> str | None:
+    """What a table calls a file: its whole path, or as many last parts of the path as the table has."""
     ends = [path.parts[first:] for first in range(len(path.parts))]
-    names = [digest or "", path.as_posix(), *(mark.join(end) for end in ends for mark in "/\\")]
-    return next((by_name[name] for name in names if name in by_name), default)
+    ways = [path.as_posix(), *(mark.join(end) for end in ends for mark in "/\\")]
+    return next((way for way in ways if way in names), None)
+
+
+def of_file(path: Path, by_name: Mapping[str, T], default: D) -> T | D:
+    """The entry of a file in a table, by the name that `name_of` finds."""
+    name = name_of(path, by_name)
+    return default if name is None else by_name[name]

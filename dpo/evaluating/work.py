@@ -20,7 +20,8 @@ import torch
 from dpo.common import locks
 from dpo.common.console import Progress
 from dpo.common.errors import UserError
-from dpo.common.files import write_text
+from dpo.common.files import AGAIN, sweep, write_text
+from dpo.common.words import digest
 from dpo.drawing import images
 from dpo.evaluating import reproduce, result, sets
 from dpo.evaluating.result import Group, Measure
@@ -39,6 +40,7 @@ log = logging.getLogger("dpo")
 DRAWN, CACHE = "images", "scores.sqlite"
 MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
+LONGEST = 100  # bytes of the name of a folder
 LINES = 4  # of progress for a scorer, where there is no terminal
 
 T = TypeVar("T")
@@ -79,6 +81,8 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output"))
+        for name in (result.FILE, pages.PAGE, pages.TABLE):
+            sweep(folder, name)
         base, *rest = _sides(asked, folder)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
         compared = [side for group in (base, *groups) for side in group.sides]
@@ -88,6 +92,10 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
         content = _content(base.sides[0], groups, variants, found, look)
         content["warnings"] = lines + content["warnings"]
+        if not (content["results"] or content["sets"]) and asked.pairs is None:
+            for line in content["warnings"]:
+                log.warning("%s", line)
+            raise UserError("nothing can be compared: no prompt has images with a score on both sides")
         if asked.pairs is not None:
             content["accuracy"] = list(_accuracies(asked))
         if asked.reproduce is not None:
@@ -99,7 +107,7 @@ def evaluate(asked: Asked, folder: Path) -> Path:
             "versions": {library: version(library) for library in VERSIONS},
         }
         path = folder / result.FILE
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False))
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False), AGAIN)
         made = pages.write_pages(path)
     for line in content["warnings"]:
         log.warning("%s", line)
@@ -111,14 +119,15 @@ def evaluate(asked: Asked, folder: Path) -> Path:
 
 def _sides(asked: Asked, folder: Path) -> Iterator[Group]:
     """The images of everything that is compared: the base, the others, the base at its further guidances."""
+    scales = [Named(f"{asked.base.name}, guidance {scale:g}", asked.base.place) for scale in asked.guidance[1:]]
+    _check_folders([one.name for one in (asked.base, *(named for group in asked.others for named in group), *scales)])
     first = asked.guidance[0] if asked.guidance else asked.draw.guidance
     draw = replace(asked.draw, guidance=first)
     yield Group(asked.base.name, (_side(asked.base, draw, folder, asked.captions),))
     for group in asked.others:
         sides = tuple(_side(named, draw, folder, asked.captions) for named in group)
         yield Group(", ".join(named.name for named in group), sides)
-    for scale in asked.guidance[1:]:
-        named = Named(f"{asked.base.name}, guidance {scale:g}", asked.base.place)
+    for named, scale in zip(scales, asked.guidance[1:], strict=True):
         yield Group(named.name, (_side(named, replace(asked.draw, guidance=scale), folder, asked.captions),))
 
 
@@ -129,10 +138,26 @@ def _side(named: Named, draw: sampling.Asked, folder: Path, captions: Path | Non
         return _of_set(named.name, place)
     if is_of_images(place):
         return of_table(named.name, place, captions)
-    own = folder / DRAWN / re.sub(r"[^\w.-]+", "-", named.name)
+    own = folder / DRAWN / _folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
     sampling.draw(replace(draw, model=named.place), own)
     return _of_set(named.name, own)
+
+
+def _folder_of(name: str) -> str:
+    """The folder that a side of this name is drawn into: no path, whatever the name says."""
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    if plain.strip(".") and len(plain.encode()) <= LONGEST:
+        return plain
+    return f"{plain.strip('.')[:40]}-{digest(name)[:8]}"
+
+
+def _check_folders(names: Sequence[str]) -> None:
+    """Raises UserError for two names that give one folder; to some systems large and small letters are the same."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(_folder_of(name).casefold(), name)) != name:
+            raise UserError(f"{other} and {name} would be drawn into one folder: call them apart, as NAME=MODEL")
 
 
 def _of_set(name: str, folder: Path) -> Side:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import UndefinedError
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from PIL import Image
 
-from dpo.common.errors import UserError, reading
-from dpo.common.files import write_text
+from dpo.common.errors import OF_READING, UserError, reading
+from dpo.common.files import AGAIN, write_text
+from dpo.common.words import first_line, printable, well_formed
 from dpo.pages.charts import LIGHT
 from dpo.pages.plots import SIZE, svg
 from dpo.pages.report import Tile, data_uri, template
 from dpo.pages.verdict import Verdict
 
 PAGE, TABLE = "evaluation.html", "evaluation.md"
+SPECIAL = re.compile(r"[&<>|\\`*\[\]]")  # what Markdown reads as more than a character
+LABEL = 40  # characters of a scorer's name in a chart
+OF_CONTENT = (  # what a changed evaluation.json makes of its reading
+    AttributeError, LookupError, TypeError, ValueError, ArithmeticError, StopIteration, UndefinedError, RecursionError,
+)  # fmt: skip
 SMALL = 256  # pixels of the side of a picture in the page's rows; a click shows it as it is
 
 Entry = Mapping[str, Any]
@@ -53,8 +61,15 @@ def write_pages(path: Path) -> list[Path]:
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
         raise UserError(f"{path} is no evaluation: run python -m dpo.evaluate again")
     page, table = path.with_name(PAGE), path.with_name(TABLE)
-    write_text(table, markdown(found))
-    write_text(page, render(found))
+    try:
+        texts = {table: markdown(found), page: render(found)}
+    except OF_CONTENT as error:
+        raise UserError(
+            f"{path} is no evaluation of this version ({type(error).__name__}: {first_line(error)}): run python -m "
+            "dpo.evaluate again"
+        ) from error
+    for place, text in texts.items():
+        write_text(place, well_formed(text), AGAIN)
     return [page, table]
 
 
@@ -151,9 +166,10 @@ def markdown(found: Entry) -> str:
     head = Row("model", "scorer", f"{base}, mean (median)", "its own", "difference", "win rate", "p (Holm)")
     of_sets = SetRow("images", "score of the whole set", "value", f"difference to {base}", "better")
     said = " ".join(f"{verdict(found, name).headline}" for name in _others(found))
-    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found))]
     about = "; ".join(f"{name}: {value}" for name, value in protocol(found))
-    return "\n\n".join(filter(None, [said, *tables, about, *found.get("warnings", [])])) + "\n"
+    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found))]
+    parts = [_cell(said), *tables, *map(_cell, [about, *found.get("warnings", [])])]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -163,7 +179,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    """A text on one line of Markdown that makes no cell, no tag and no link of it, and that a terminal may show."""
+    return SPECIAL.sub(lambda found: f"&#{ord(found[0])};", " ".join(printable(text).split()))
 
 
 def _others(found: Entry) -> list[str]:
@@ -257,7 +274,8 @@ def _wins(found: Entry, side: str) -> Callable[[Axes], None]:
         axes.axvline(0.5, color=LIGHT["quiet"], linestyle=(0, (4, 3)), linewidth=1)
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.6, len(entries) - 0.4)
-        axes.set_yticks(range(len(entries)), [entry["scorer"] for entry in entries])
+        names = [printable(entry["scorer"])[:LABEL] for entry in entries]
+        axes.set_yticks(range(len(entries)), names, parse_math=False)
         axes.set_xlabel("share of prompts won")
 
     return draw
@@ -294,9 +312,11 @@ class _Pictures:
 
     def _read(self, path: str) -> tuple[str, str] | None:
         try:
-            with reading(path, ""), Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as opened:
+            if not Path(path).is_file():  # a pipe would wait for ever
+                return None
+            with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as opened:
                 image = opened.convert("RGB")
-        except UserError:
+        except (*OF_READING, SyntaxError, Image.DecompressionBombError):
             return None
         name = f"picture-{len(self.large)}"
         self.large.append((name, data_uri(image)))

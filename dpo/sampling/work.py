@@ -18,7 +18,7 @@ from dpo.common import locks
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
-from dpo.common.files import make_folder
+from dpo.common.files import AGAIN, make_folder, sweep, writing
 from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, listed
 from dpo.drawing import images, layouts, memory, prompts, sheet
@@ -41,6 +41,7 @@ OF_WORLD = {  # prompts of the embedded world by name: which list, and how many 
     (f"{named.EMBEDDED}:judged",): ("report", world.JUDGED),
     (f"{named.EMBEDDED}:tuning",): ("tuning", None),
 }
+FINISHING = 600.0  # seconds to wait while another process writes the sheets
 VERSIONS = ("torch", "diffusers", "transformers")
 
 
@@ -104,7 +105,9 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
         if not all(images.complete(place) for _, place in sets):
             log.info("%s: this process has drawn its part; the last one writes the sheets", folder)
             return []
-        return finish(asked, folder, chosen)
+        with locks.held(folder, "--output", "-sheets", FINISHING):  # two processes may find all images there
+            with writing(folder, AGAIN):
+                return finish(asked, folder, chosen)
 
 
 def finish(asked: Asked, folder: Path, chosen: PromptSet) -> list[Drawn]:
@@ -127,13 +130,17 @@ def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
         if with_base:
             count += images.merge(folder / BASE, [part / BASE for part in parts])
         log.info("%s: %d images of %d parts", folder, count, len(parts))
-        return _shown(folder, with_base, sheets)
+        with writing(folder, AGAIN):
+            return _shown(folder, with_base, sheets)
 
 
 def _shown(folder: Path, with_base: bool, sheets: int) -> list[Drawn]:
     """The images of a set that is all there, its faults named, on at most so many sheets, with the base's beside."""
     drawn = images.read_set(folder)
     sets = {"base": images.read_set(folder / BASE), "aligned": drawn} if with_base else {"image": drawn}
+    for place in (folder, folder / BASE):
+        sweep(place, images.PROTOCOL)  # all images are there: nobody writes one any more
+    sweep(folder / sheet.SHEETS)
     for each in sets.values():
         for line in images.faults(each):
             log.warning("%s", line)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """Gives images numbers. `score` is called with keyword arguments."""
+    """Gives images numbers. `score` is called with keyword arguments.
+
+    One with an attribute `size` (width, height) is shown images of that size alone; others are left out, which is said.
+    """
 
     name: str  # as in --scorers
     fingerprint: str  # of weights, preprocessing and dtype

@@ -28,6 +28,7 @@ class OfJudge:
     fingerprint: str
     judge: Judge
     faithful: bool  # whether it asks for object and colour, instead of the taste
+    size = (SIDE, SIDE)  # of the pictures that it can judge
 
     def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """[N] float32: the taste's score, 0 to 3; or 1 where object and colour are the caption's, else 0.

@@ -32,10 +32,11 @@ def start(work: Callable[[], Any], write: int | None = None) -> int:
         os._exit(code)
 
 
-def start_command(words: list[str], said: Path) -> int:
-    """Forks a child that is `python -m dpo.train words...` from there on; its process id.
+def start_command(words: list[str], said: Path, main: Callable[[list[str]], int] = main, *, fresh: bool = False) -> int:
+    """Forks a child that is `python -m COMMAND words...` from there on; its process id.
 
-    `said` gets what it writes.
+    main: of the command, dpo.train unless said; `said` gets what it writes. fresh: in a new interpreter, which imports
+    everything itself and hears Ctrl-C as from a terminal.
     """
     child = os.fork()
     if child:
@@ -45,6 +46,9 @@ def start_command(words: list[str], said: Path) -> int:
         with open(said, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        if fresh:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.execv(sys.executable, [sys.executable, "-m", main.__module__, *words])
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         logging.getLogger("dpo").handlers.clear()
         code = main(words)

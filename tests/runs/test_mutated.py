@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies
 from PIL import Image
 
-from dpo import prepare
+from dpo import evaluate, prepare
 from dpo.common.errors import UserError
 from dpo.data.images import square
 from dpo.data.pairs import BadImage
@@ -29,9 +29,12 @@ from dpo.data.sources import open_source
 from dpo.data.store import recorded
 from dpo.data.store.files import DamagedStore
 from dpo.data.store.store import is_store, open_store, read_contents
+from dpo.evaluating import work as evaluating
 from dpo.models import lora_files
 from dpo.models.load import load
+from dpo.pages.evaluation import write_pages
 from dpo.pages.report import write_report
+from dpo.sampling import work as sampling
 from dpo.settings.config import Data, Output
 from dpo.settings.flags import parse
 from dpo.training import checkpoint, samples
@@ -63,6 +66,7 @@ class Format(NamedTuple):
     make: Callable[[Path], None]  # a valid example, in an empty folder
     files: str  # a pattern of those that are mutated
     read: Callable[[Path], object]  # reads the folder as the trainer does
+    most: int = 10**9  # of its examples, where reading takes long
 
 
 # --- what reads them
@@ -97,6 +101,23 @@ def of_store(folder: Path) -> None:
 def of_checkpoint(folder: Path) -> None:
     found = checkpoint.find(folder / "run" / "checkpoints", "latest", check_complete)
     assert found.tensors
+
+
+def evaluated(*words: str) -> Callable[[Path], object]:
+    """The same evaluation once more: what is there is used."""
+
+    def read(folder: Path) -> None:
+        output = folder / "out"
+        given = evaluate.make_parser().parse_args(
+            [*(word.format(at=folder) for word in words), "--output", str(output)]
+        )
+        evaluating.evaluate(evaluate._asked(given, ""), output)
+
+    return read
+
+
+SETS = evaluated("{at}/a", "{at}/b", "--scorers", "tests.help.judges:Together")
+FOLDERS = evaluated("{at}/a", "{at}/b", "--scores", "theirs={at}/theirs.csv")
 
 
 def of_lora(folder: Path) -> None:
@@ -207,7 +228,38 @@ def _saved(folder: Path) -> None:
     make_saved(folder / "data", rows)
 
 
+def _sets(folder: Path) -> None:
+    """Two sets of images, and their evaluation."""
+    for name in "ab":
+        asked = sampling.Asked(
+            str(_model(folder)), prompts=("a fox", "a cat"), seeds=2, steps=1, guidance=1.0, batch=2, device="cpu"
+        )
+        sampling.draw(asked, folder / name)
+    SETS(folder)
+
+
+def _others(folder: Path) -> None:
+    """Two folders of somebody else's images with their captions, and his scores of them."""
+    rows = ["file,score"]
+    for number, side in enumerate("ab"):
+        (folder / side).mkdir()
+        captions = []
+        for place in range(4):
+            Image.new("RGB", (8, 8), (number, place, 0)).save(folder / side / f"{place}.png")
+            captions.append(
+                {"file": f"{place}.png", "prompt": f"fox {place // 2}", "seed": place, "category": "animals"}
+            )
+            rows.append(f"{side}/{place}.png,{number + place}")
+        (folder / side / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    (folder / "theirs.csv").write_text("\n".join(rows))
+
+
 FORMATS = {
+    "evaluation": Format(_sets, "out/evaluation.json", lambda at: write_pages(at / "out" / "evaluation.json"), 500),
+    "kept scores": Format(_sets, "out/scores.sqlite", SETS, 500),
+    "drawn set": Format(_sets, "a/**/*.*", SETS, 500),
+    "captions": Format(_others, "a/metadata.jsonl", FOLDERS, 500),
+    "scores of others": Format(_others, "theirs.csv", FOLDERS, 500),
     "settings": Format(_settings, "run.toml", lambda at: parse(["--config", str(at / "run.toml")])),
     "csv": Format(lambda at: make_table(at / "data", 4, kind="csv"), "data/**/*.csv", pairs("data")),
     "jsonl": Format(lambda at: make_table(at / "data", 4, kind="jsonl"), "data/**/*.jsonl", pairs("data")),
@@ -383,6 +435,7 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name, count, examples, tm
     example = examples(name)
     place = shutil.copytree(example, tmp_path / "place")
     ended = []
+    count = min(count, FORMATS[name].most)
 
     @settings(
         max_examples=count, derandomize=True, database=None, deadline=None, print_blob=False,

@@ -29,12 +29,11 @@ def test_what_is_no_table_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_an_image_is_found_by_hash_path_or_its_last_parts():
+def test_an_image_is_found_by_path_or_its_last_parts():
     path = Path("/runs/images/00000/samples/0001.png")
     assert tables.of_file(path, {"samples/0001.png": 1.0, "0001.png": 2.0}, 0.0) == 1.0, "the longest name wins"
     assert tables.of_file(path, {"samples\\0001.png": 1.0}, 0.0) == 1.0
     assert tables.of_file(path, {str(path): 3.0, "0001.png": 2.0}, 0.0) == 3.0
-    assert tables.of_file(path, {"ab12": 4.0}, 0.0, "ab12") == 4.0
     assert tables.of_file(path, {"1.png": 1.0}, 0.0) == 0.0
 
 

@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -74,3 +75,66 @@ def test_a_file_that_is_no_cache_is_one_line(tmp_path, content):
         ScoreCache(tmp_path / "scores.sqlite")
     with pytest.raises(UserError, match="cannot be used as a cache of scores"):
         ScoreCache(tmp_path)
+
+
+def filled(path, count=4000):
+    with ScoreCache(path) as cache:
+        cache.put("s", [(str(number), "", float(number)) for number in range(count)])
+    return path
+
+
+def ask(path):
+    """Every score of `filled`, and one more."""
+    with ScoreCache(path) as cache:
+        for number in range(4000):
+            cache.get(str(number), "s", "")
+        cache.put("s", [("one more", "", 1.0)])
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "zeros"])
+def test_a_damaged_file_is_one_line(tmp_path, damage):
+    """Beyond its first page, which is all that is looked at when it is opened."""
+    data = filled(path := tmp_path / "scores.sqlite").read_bytes()
+    middle = len(data) // 2
+    changed = {
+        "cut": data[:middle],
+        "noise": data[:middle] + random.Random(0).randbytes(len(data) - middle),
+        "zeros": data[:middle] + bytes(len(data) - middle),
+    }[damage]
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"scores\.sqlite cannot be used as a cache of scores .*delete it") as caught:
+        ask(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_programs_database_is_left_as_it_is(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    for words in ("CREATE TABLE places (url TEXT)", "CREATE TABLE scores (player TEXT, points INTEGER)"):
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as base:
+            base.execute(words)
+            base.commit()
+        before = path.read_bytes()
+        with pytest.raises(UserError, match="cannot be used as a cache of scores"):
+            ScoreCache(path)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ["'much'", "x'00'", "'nan'"])
+def test_a_value_that_is_no_number_is_one_line(tmp_path, value):
+    with closing(sqlite3.connect(filled(path := tmp_path / "scores.sqlite", 2))) as base:
+        base.execute(f"UPDATE scores SET value = {value}")
+        base.commit()
+    with ScoreCache(path) as cache, pytest.raises(UserError, match="cannot be used as a cache"):
+        cache.get("1", "s", "")
+
+
+@pytest.mark.parametrize(
+    ("pragma", "words"), [("query_only = 1", "readonly"), ("max_page_count = 1", "full")], ids=["read-only", "full"]
+)
+def test_a_file_that_cannot_grow_is_one_line(tmp_path, pragma, words):
+    with ScoreCache(filled(tmp_path / "scores.sqlite")) as cache:
+        cache._base.execute(f"PRAGMA {pragma}")
+        with pytest.raises(UserError, match=rf"scores\.sqlite cannot be used as a cache of scores .*{words}"):
+            cache.put("s", [(f"new {number}", "", 0.0) for number in range(10_000)])
+        assert cache.get("7", "s", "") == 7.0 and cache.get("new 0", "s", "") is None
