@@ -22,7 +22,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import write_text
 from dpo.drawing import images
-from dpo.evaluating import reproduce, result, sets
+from dpo.evaluating import provenance, reproduce, result, sets
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
 from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
@@ -90,7 +90,9 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         look = Look()
         found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
         content = _content(base.sides[0], groups, variants, found, look)
-        content["warnings"] = lines + content["warnings"]
+        names = [*asked.scorers, *(name for name, _ in asked.tables)]
+        places = {named.name: named.place for group in ((asked.base,), *asked.others) for named in group}
+        content["warnings"] = [*lines, *provenance.cautions(names, places), *content["warnings"]]
         if asked.pairs is not None:
             content["accuracy"] = list(_accuracies(asked))
         if asked.reproduce is not None:

@@ -48,6 +48,8 @@ class Listed(NamedTuple):
     resolution: float = 0.0  # differences up to this are ties
     note: str = ""
     of_set: bool = False  # a SetScorer
+    labelled: tuple[str, ...] = ()  # pairs, by a name of dpo/evaluating/provenance.py, whose labels it gave
+    learned: tuple[str, ...] = ()  # pairs from whose labels it was trained
 
 
 # (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> a scorer
@@ -56,13 +58,13 @@ Opener = Callable[..., Scorer | SetScorer]
 LISTED: tuple[Listed, ...] = (
     Listed(
         "tiny-a", "dpo.tiny.scorer:judge_a", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3,
-        note="labelled the embedded pairs: use tiny-b to evaluate",
+        note="labelled the embedded pairs: use tiny-b to evaluate", labelled=("the embedded pairs",),
     ),
     Listed("tiny-b", "dpo.tiny.scorer:judge_b", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
     Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", "in the package", "Apache-2.0", 0.001, "0 or 1"),
     Listed(
         "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
-        note="learned from Pick-a-Pic, as models trained on those pairs are",
+        note="learned from Pick-a-Pic, as models trained on those pairs are", learned=("Pick-a-Pic",),
     ),
     Listed("clip-l14", "dpo.scorers.clip:clip_l14", "openai/clip-vit-large-patch14", "MIT", 1.7, "cosine"),
     Listed("clip-h14", "dpo.scorers.clip:clip_h14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine"),

@@ -10,6 +10,8 @@ from PIL import Image
 
 from dpo.evaluate import main
 from dpo.evaluating import work
+from dpo.settings.config import from_mapping, to_toml
+from dpo.tiny.paths import pipeline_path
 from tests.help.pages import Page
 from tests.help.towers import save_tiny_clip
 
@@ -188,6 +190,19 @@ def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path,
     assert code == 0 and found["sets"] == [] and found["results"][0]["paired"]["win_rate"] == 1.0
     said = "diversity compares the images of a prompt: draw two seeds or more of each (--seeds 2)"
     assert found["warnings"].count(said) == 1 and sum(said in line for line in errors) == 1
+
+
+def test_a_scorer_that_labelled_the_pairs_of_a_side_is_a_warning(tmp_path, run, monkeypatch):
+    """The embedded world's start against a run of it: judge a labelled its pairs, judge b did not."""
+    shutil.copytree(pipeline_path(), tmp_path / "aligned")
+    (tmp_path / "aligned" / "config.toml").write_text(to_toml(from_mapping({"model": "embedded"})), encoding="utf-8")
+    words = ["start=embedded", f"aligned={tmp_path / 'aligned'}", *DRAW, "--scorers", "tiny-a", "tiny-b"]
+    code, errors, found = run(*words, output=tmp_path / "out")
+    assert code == 0, errors
+    (line,) = found["warnings"]
+    assert line.startswith("tiny-a labelled the embedded pairs, which aligned was trained on: a gain by it is expected")
+    assert sum(line in said for said in errors) == 1
+    assert line in Page((tmp_path / "out" / "evaluation.html").read_text("utf-8")).text
 
 
 def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness):
