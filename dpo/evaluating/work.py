@@ -31,7 +31,7 @@ from dpo.pages import evaluation as pages
 from dpo.pages.folder import INDEX_FILE
 from dpo.sampling import work as sampling
 from dpo.scorers.cache import ScoreCache
-from dpo.scorers.scorer import Scorer, listed, opened
+from dpo.scorers.scorer import Scorer, check, listed, opened
 from dpo.scorers.sets import SetScorer
 
 log = logging.getLogger("dpo")
@@ -73,9 +73,8 @@ def evaluate(asked: Asked, folder: Path) -> Path:
     """Draws, scores and compares into `folder`; the path of its evaluation.json. Raises UserError."""
     began = time.monotonic()
     device = pick_device(asked.draw.device)
-    for name in asked.scorers:  # a misspelt one is found before anything is drawn
-        if listed(name) is None:
-            opened(name, device=device)
+    for name in asked.scorers:  # before anything is drawn
+        check(name, device)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

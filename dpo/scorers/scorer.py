@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from PIL import Image
@@ -19,9 +20,6 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.scorers.sets import SetScorer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Scorer(Protocol):
@@ -48,6 +46,7 @@ class Listed(NamedTuple):
     resolution: float = 0.0  # differences up to this are ties
     note: str = ""
     of_set: bool = False  # a SetScorer
+    converted: bool = False  # its weights are a file that the user converted: NAME:FILE
     labelled: tuple[str, ...] = ()  # pairs, by a name of dpo/evaluating/provenance.py, whose labels it gave
     learned: tuple[str, ...] = ()  # pairs from whose labels it was trained
 
@@ -74,7 +73,7 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
-        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
+        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE", converted=True,
     ),
     Listed(
         "diversity", "dpo.scorers.diversity:opened", "openai/clip-vit-large-patch14", "MIT", 1.7, "0 to 2", of_set=True,
@@ -86,13 +85,13 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "inception-tv", "dpo.scorers.inception:torchvision", "torchvision, converted", "BSD-3-Clause", 0.1, "1 to 1000",
-        of_set=True,
+        of_set=True, converted=True,
         note="Inception Score: --convert inception_v3_google-0cc3c7bd.pth, then inception-tv:FILE; --prompts imagenet-classes "
         "--seeds 50",
     ),
     Listed(
         "inception-tf", "dpo.scorers.inception:tensorflow", "TensorFlow, converted", "Apache-2.0", 0.1, "1 to 1008",
-        of_set=True,
+        of_set=True, converted=True,
         note="the same by the network that defined it: --convert weights-inception-2015-12-05-6726825d.pth, then inception-tf:FILE",
     ),
 )  # fmt: skip
@@ -155,6 +154,13 @@ def opened(
     if missing:
         raise UserError(f"--scorers {name}: it has no {', '.join(missing)}; a scorer needs name, fingerprint and score")
     return cast(Scorer, scorer)
+
+
+def check(name: str, device: torch.device) -> None:
+    """Raises UserError for a name that is none, and for weights that must be named and are not there. Loads no others."""
+    known, place = listed(name), name.partition(":")[2]
+    if known is None or (known.converted and not (place and Path(place).expanduser().exists())):
+        opened(name, device=device)
 
 
 def _attribute(path: str) -> Any:

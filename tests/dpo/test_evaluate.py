@@ -248,6 +248,12 @@ def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness)
         (["a", "b", "--scores", "x"], "expected NAME=TABLE"),
         (["a", "b", "--reproduce", "dde"], "no such table"),
         (["nowhere", "b", "--scorers", "tiny-b", "--prompts", "x"], "nowhere"),
+        (["nowhere", "b", "--scorers", "imagereward", "--prompts", "x"], "imagereward: its weights are published as a"),
+        (
+            ["nowhere", "b", "--scorers", "inception-tv", "--prompts", "x"],
+            "inception-tv: its weights are published as a",
+        ),
+        (["nowhere", "b", "--scorers", "inception-tf:gone", "--prompts", "x"], "gone is no .safetensors file"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, run, monkeypatch, words, said):
