@@ -183,6 +183,19 @@ def test_the_score_of_a_set_alone_and_what_falls(tmp_path, run, redness):
     assert "reds saw 20 images of a and 19 of b, which cannot be compared: draw both alike" in found["warnings"]
 
 
+def test_a_side_of_which_nothing_can_be_read_has_no_set_score(tmp_path, run, redness):
+    save_tiny_clip(tmp_path / "clip")
+    a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(0, 200, 10))
+    for path in b.glob("*.png"):
+        path.write_bytes(b"no image")
+    scorers = [redness[0], redness[0].replace("Redness", "Reds"), f"diversity:{tmp_path / 'clip'}"]
+    code, errors, found = run(a, b, "--scorers", *scorers, output=tmp_path / "out")
+    assert code == 0, errors
+    assert found["results"] == [] and [entry["side"] for entry in found["sets"]] == ["a"]
+    assert "20 images of b cannot be read and are left out" in found["warnings"]
+    assert "reds can use no image of b" in found["warnings"]
+
+
 def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path, run, redness):
     save_tiny_clip(tmp_path / "clip")
     a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(20, 220, 10))
