@@ -66,14 +66,15 @@ def evaluated(words: Sequence[str]) -> Path:
 
 
 def check_scorers(names: Sequence[str]) -> None:
-    """Raises UserError for a scorer that there is not; weights are not looked for."""
+    """Raises UserError for a scorer that there is not, or whose converted weights are not there; the hub is not asked."""
+    if not names:
+        return
     import torch
 
-    from dpo.scorers.scorer import listed, opened
+    from dpo.scorers.scorer import check
 
     for name in names:
-        if listed(name) is None:
-            opened(name, device=torch.device("cpu"))
+        check(name, torch.device("cpu"))
 
 
 def _convert(words: Sequence[str]) -> int:

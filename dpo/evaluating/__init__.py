@@ -6,6 +6,7 @@ tables.py     prompts and scores that other programs wrote
 scoring.py    a number for every image, from a scorer or a table; features of every image
 sets.py       a number for all images of a side together
 result.py     the statistics of all of it, as one JSON object (evaluation.json)
+provenance.py whose labels a model was trained on
 accuracy.py   implicit preference accuracy on labelled pairs
 reproduce.py  published tables (published.toml) beside one's own figures
 """

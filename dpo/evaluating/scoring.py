@@ -109,7 +109,8 @@ def features(
 ) -> np.ndarray:
     """The features [N, D] float32 of each image of a side; nan for one that cannot be read. As `scores` otherwise.
 
-    Equal images have equal features to the last bit, so that a set scores the same whoever it is called.
+    D is 0 where none can be read. Equal images have equal features to the last bit, so that a set scores the
+    same whatever it is called.
     """
     found = np.full((len(side.images), 0), np.nan, np.float32)
 

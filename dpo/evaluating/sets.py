@@ -35,6 +35,8 @@ def of_side(side: Side, features: np.ndarray, hashes: Mapping[Path, str], scorer
     UserError where the images are too few, or the number is not finite.
     """
     kept = np.flatnonzero(np.isfinite(features).all(1))
+    if not features.shape[1] or not len(kept):
+        raise UserError(f"{scorer.name} can use no image of {side.name}")
     order = sorted(kept, key=lambda place: (side.images[place].prompt, hashes[side.images[place].path]))
     texts, prompts = np.unique(
         np.array([side.images[place].prompt for place in order], dtype=object), return_inverse=True

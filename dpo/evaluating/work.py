@@ -23,7 +23,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
 from dpo.drawing import images
-from dpo.evaluating import reproduce, result, sets
+from dpo.evaluating import provenance, reproduce, result, sets
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
 from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
@@ -91,7 +91,9 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         look = Look()
         found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
         content = _content(base.sides[0], groups, variants, found, look)
-        content["warnings"] = lines + content["warnings"]
+        names = [*asked.scorers, *(name for name, _ in asked.tables)]
+        places = {named.name: named.place for group in ((asked.base,), *asked.others) for named in group}
+        content["warnings"] = [*lines, *provenance.cautions(names, places), *content["warnings"]]
         if not (content["results"] or content["sets"]) and asked.pairs is None:
             for line in content["warnings"]:
                 log.warning("%s", line)

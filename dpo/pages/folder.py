@@ -153,6 +153,14 @@ def holds_run(folder: Path) -> bool:
     return any("format" in _json(path) for path in (folder / CHECKPOINTS).glob("step-*/state.json"))
 
 
+def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings by group of the run in `folder`; empty where there is none."""
+    try:
+        return _settings(folder / CONFIG_FILE) if holds_run(folder) else {}
+    except OSError:  # a name may be too long to be asked for
+        return {}
+
+
 def not_of_a_run(folder: Path) -> list[str]:
     """The entries in `folder` that no run of this trainer wrote and a run would replace: another trainer's, a model's.
 

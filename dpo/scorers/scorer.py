@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from PIL import Image
@@ -19,9 +20,6 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.scorers.sets import SetScorer
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Scorer(Protocol):
@@ -51,6 +49,9 @@ class Listed(NamedTuple):
     resolution: float = 0.0  # differences up to this are ties
     note: str = ""
     of_set: bool = False  # a SetScorer
+    converted: bool = False  # its weights are a file that the user converted: NAME:FILE
+    labelled: tuple[str, ...] = ()  # pairs, by a name of dpo/evaluating/provenance.py, whose labels it gave
+    learned: tuple[str, ...] = ()  # pairs from whose labels it was trained
 
 
 # (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> a scorer
@@ -59,13 +60,13 @@ Opener = Callable[..., Scorer | SetScorer]
 LISTED: tuple[Listed, ...] = (
     Listed(
         "tiny-a", "dpo.tiny.scorer:judge_a", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3,
-        note="labelled the embedded pairs: use tiny-b to evaluate",
+        note="labelled the embedded pairs: use tiny-b to evaluate", labelled=("the embedded pairs",),
     ),
     Listed("tiny-b", "dpo.tiny.scorer:judge_b", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
     Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", "in the package", "Apache-2.0", 0.001, "0 or 1"),
     Listed(
         "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
-        note="learned from Pick-a-Pic, as models trained on those pairs are",
+        note="learned from Pick-a-Pic, as models trained on those pairs are", learned=("Pick-a-Pic",),
     ),
     Listed("clip-l14", "dpo.scorers.clip:clip_l14", "openai/clip-vit-large-patch14", "MIT", 1.7, "cosine"),
     Listed("clip-h14", "dpo.scorers.clip:clip_h14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT", 3.9, "cosine"),
@@ -75,32 +76,32 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "hpsv2.0", "dpo.scorers.hpsv2:hpsv20", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 24 to 29",
-        note="published as a pickle: --convert HPS_v2_compressed.pt, then hpsv2.0:FILE; not comparable with 2.1",
+        note="published as a pickle: --convert HPS_v2_compressed.pt, then hpsv2.0:FILE; not comparable with 2.1", converted=True,
     ),
     Listed(
         "hpsv2.1", "dpo.scorers.hpsv2:hpsv21", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 20 to 34",
-        note="published as a pickle: --convert HPS_v2.1_compressed.pt, then hpsv2.1:FILE; not comparable with 2.0",
+        note="published as a pickle: --convert HPS_v2.1_compressed.pt, then hpsv2.1:FILE; not comparable with 2.0", converted=True,
     ),
     Listed(
         "hpsv2.0-no-antialias", "dpo.scorers.hpsv2:hpsv20_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine", note="images resized as torchvision before 0.17 did, when some tables were made",
+        "100 x cosine", note="images resized as torchvision before 0.17 did, when some tables were made", converted=True,
     ),
     Listed(
         "hpsv2.1-no-antialias", "dpo.scorers.hpsv2:hpsv21_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine", note="as hpsv2.0-no-antialias",
+        "100 x cosine", note="as hpsv2.0-no-antialias", converted=True,
     ),
     Listed(
         "aesthetic-v1", "dpo.scorers.aesthetic:aesthetic_v1", "LAION-AI/aesthetic-predictor, converted", "MIT", 1.7,
-        "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth",
+        "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth", converted=True,
     ),
     Listed(
         "aesthetic-v2", "dpo.scorers.aesthetic:aesthetic_v2", "christophschuhmann/improved-aesthetic-predictor, converted",
         "Apache-2.0", 1.7, "about 1 to 10",
-        note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth",
+        note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth", converted=True,
     ),
     Listed(
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
-        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
+        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE", converted=True,
     ),
     Listed(
         "diversity", "dpo.scorers.diversity:opened", "openai/clip-vit-large-patch14", "MIT", 1.7, "0 to 2", of_set=True,
@@ -112,13 +113,13 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "inception-tv", "dpo.scorers.inception:torchvision", "torchvision, converted", "BSD-3-Clause", 0.1, "1 to 1000",
-        of_set=True,
+        of_set=True, converted=True,
         note="Inception Score: --convert inception_v3_google-0cc3c7bd.pth, then inception-tv:FILE; --prompts imagenet-classes "
         "--seeds 50",
     ),
     Listed(
         "inception-tf", "dpo.scorers.inception:tensorflow", "TensorFlow, converted", "Apache-2.0", 0.1, "1 to 1008",
-        of_set=True,
+        of_set=True, converted=True,
         note="the same by the network that defined it: --convert weights-inception-2015-12-05-6726825d.pth, then inception-tf:FILE",
     ),
 )  # fmt: skip
@@ -181,6 +182,13 @@ def opened(
     if missing:
         raise UserError(f"--scorers {name}: it has no {', '.join(missing)}; a scorer needs name, fingerprint and score")
     return cast(Scorer, scorer)
+
+
+def check(name: str, device: torch.device) -> None:
+    """Raises UserError for a name that is none, and for weights that must be named and are not there. Loads no others."""
+    known, place = listed(name), name.partition(":")[2]
+    if known is None or (known.converted and not (place and Path(place).expanduser().exists())):
+        opened(name, device=device)
 
 
 def _attribute(path: str) -> Any:

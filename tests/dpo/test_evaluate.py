@@ -10,6 +10,8 @@ from PIL import Image
 
 from dpo.evaluate import main
 from dpo.evaluating import work
+from dpo.settings.config import from_mapping, to_toml
+from dpo.tiny.paths import pipeline_path
 from tests.help.pages import Page
 from tests.help.towers import save_tiny_clip
 
@@ -181,6 +183,19 @@ def test_the_score_of_a_set_alone_and_what_falls(tmp_path, run, redness):
     assert "reds saw 20 images of a and 19 of b, which cannot be compared: draw both alike" in found["warnings"]
 
 
+def test_a_side_of_which_nothing_can_be_read_has_no_set_score(tmp_path, run, redness):
+    save_tiny_clip(tmp_path / "clip")
+    a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(0, 200, 10))
+    for path in b.glob("*.png"):
+        path.write_bytes(b"no image")
+    scorers = [redness[0], redness[0].replace("Redness", "Reds"), f"diversity:{tmp_path / 'clip'}"]
+    code, errors, found = run(a, b, "--scorers", *scorers, output=tmp_path / "out")
+    assert code == 0, errors
+    assert found["results"] == [] and [entry["side"] for entry in found["sets"]] == ["a"]
+    assert "20 images of b cannot be read and are left out" in found["warnings"]
+    assert "reds can use no image of b" in found["warnings"]
+
+
 def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path, run, redness):
     save_tiny_clip(tmp_path / "clip")
     a, b = folder_of(tmp_path / "a", range(0, 200, 10)), folder_of(tmp_path / "b", range(20, 220, 10))
@@ -188,6 +203,19 @@ def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path,
     assert code == 0 and found["sets"] == [] and found["results"][0]["paired"]["win_rate"] == 1.0
     said = "diversity compares the images of a prompt: draw two seeds or more of each (--seeds 2)"
     assert found["warnings"].count(said) == 1 and sum(said in line for line in errors) == 1
+
+
+def test_a_scorer_that_labelled_the_pairs_of_a_side_is_a_warning(tmp_path, run, monkeypatch):
+    """The embedded world's start against a run of it: judge a labelled its pairs, judge b did not."""
+    shutil.copytree(pipeline_path(), tmp_path / "aligned")
+    (tmp_path / "aligned" / "config.toml").write_text(to_toml(from_mapping({"model": "embedded"})), encoding="utf-8")
+    words = ["start=embedded", f"aligned={tmp_path / 'aligned'}", *DRAW, "--scorers", "tiny-a", "tiny-b"]
+    code, errors, found = run(*words, output=tmp_path / "out")
+    assert code == 0, errors
+    (line,) = found["warnings"]
+    assert line.startswith("tiny-a labelled the embedded pairs, which aligned was trained on: a gain by it is expected")
+    assert sum(line in said for said in errors) == 1
+    assert line in Page((tmp_path / "out" / "evaluation.html").read_text("utf-8")).text
 
 
 def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness):
@@ -233,6 +261,12 @@ def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness)
         (["a", "b", "--scores", "x"], "expected NAME=TABLE"),
         (["a", "b", "--reproduce", "dde"], "no such table"),
         (["nowhere", "b", "--scorers", "tiny-b", "--prompts", "x"], "nowhere"),
+        (["nowhere", "b", "--scorers", "imagereward", "--prompts", "x"], "imagereward: its weights are published as a"),
+        (
+            ["nowhere", "b", "--scorers", "inception-tv", "--prompts", "x"],
+            "inception-tv: its weights are published as a",
+        ),
+        (["nowhere", "b", "--scorers", "inception-tf:gone", "--prompts", "x"], "gone is no .safetensors file"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, run, monkeypatch, words, said):

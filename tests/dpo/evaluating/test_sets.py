@@ -85,8 +85,9 @@ def test_images_without_features_are_left_out():
     rows[:3] = np.nan
     less = of_side(one, rows, hashes(one), DIVERSITY)
     assert less.images == 87 and less.by_prompt.keys() == found.by_prompt.keys() - {"prompt 0"}
-    with pytest.raises(UserError, match="draw two seeds or more"):
-        of_side(one, np.full_like(rows, np.nan), {}, DIVERSITY)
+    for none in (np.full_like(rows, np.nan), rows[:, :0]):
+        with pytest.raises(UserError, match="diversity can use no image of a"):
+            of_side(one, none, {}, DIVERSITY)
     endless = Whole()
     endless.score = lambda features, prompts: (float("inf"), None)
     with pytest.raises(UserError, match="whole gave no finite number to the images of a"):
