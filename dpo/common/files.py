@@ -167,7 +167,9 @@ def disk_error(error: OSError | SafetensorError, path: Path, remedy: str = RESUM
     if isinstance(error, SafetensorError):  # safetensors gives the system's error as text only
         return OSError(errno.EIO, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"cannot write {path}: {error.strerror}; choose another --output")
+        named = error.filename2 or error.filename
+        where = named if isinstance(named, str) and ".part-" not in named else path
+        return UserError(f"cannot write {where}: {error.strerror}; choose another --output")
     return error
 
 

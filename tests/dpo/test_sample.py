@@ -171,3 +171,30 @@ def test_memory_is_flat_over_five_thousand_images(world, tmp_path, capsys):
     early, late = (max(rss for _, rss in part) for part in (seen[third : 2 * third], seen[2 * third :]))
     assert len(read_set(tmp_path / "out")) == 5000
     assert late - early < 32 * 2**20
+
+
+@pytest.mark.parametrize("name", ["images", "sheets", "images/000001-*.png", "protocol.json", "sheets/sheet-000.png"])
+def test_what_stands_in_the_way_is_one_line(world, tmp_path, capsys, name):
+    """A file where a folder must be, a folder where a file must be."""
+    words = [world("sd15"), "--prompts", "a", "b", "--batch", "2", "--steps", "1", "--guidance", "1", "--device", "cpu"]
+    out, first = tmp_path / "out", tmp_path / "first"
+    assert drawn(capsys, *words, "--output", first)[0] == 0
+    (path,) = first.glob(name)
+    place = out / path.relative_to(first)
+    place.parent.mkdir(parents=True)
+    place.write_text("") if path.is_dir() else place.mkdir()
+    code, err = drawn(capsys, *words, "--output", out)
+    lines = [line for line in err.splitlines() if line.startswith("dpo.sample: ")]
+    assert code == 2 and len(lines) == 1 and place.name in lines[0] and "unexpected" not in lines[0], err
+
+
+def test_a_full_disk_says_the_command_that_goes_on(world, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    words = [world("sd15"), "--prompts", "a", "--steps", "1", "--guidance", "1", "--device", "cpu", "--output"]
+    assert drawn(capsys, *words, tmp_path / "out")[0] == 0
+    monkeypatch.setattr("dpo.common.files.sync_file", full)
+    for place in (tmp_path / "out", tmp_path / "new"):  # the sheets; the protocol
+        code, err = drawn(capsys, *words, place)
+        assert code == 2 and "the disk is full" in err and "then start the same command again" in err, err

@@ -109,7 +109,29 @@ def anothers(path):
     path.write_bytes((path.parent / place(path.parents[1], TASKS[0], protocol()).name).read_bytes())
 
 
-@pytest.mark.parametrize("spoil", [cut, flipped, empty, text, foreign, repainted, gone, anothers])
+def rewritten(path, **changes):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("dpo", json.dumps({**said(path), **changes}))
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, pnginfo=info)
+
+
+def retold(path):
+    rewritten(path, prompt=["a list"])
+
+
+def renumbered(path):
+    rewritten(path, index={"5": 5})
+
+
+def half_told(path):
+    rewritten(path, prompt="half \ud800")
+
+
+@pytest.mark.parametrize(
+    "spoil", [cut, flipped, empty, text, foreign, repainted, gone, anothers, retold, renumbered, half_told]
+)
 def test_a_broken_image_makes_its_group_drawn_again(tmp_path, drawer, spoil):
     draw(tmp_path)
     whole = files(tmp_path)
@@ -156,6 +178,20 @@ def test_a_changed_protocol_is_noticed(tmp_path, drawer):
     path.write_text(path.read_text("utf-8").replace('"steps": 2', '"steps": 9'), "utf-8")
     with pytest.raises(UserError, match="it was changed"):
         read_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [("-1", "it was changed"), ("true", "it was changed"), (str(10**15), "missing or broken, the first is 7")],
+)
+def test_a_changed_count_is_noticed_at_once(tmp_path, drawer, count, told):
+    draw(tmp_path)
+    path = tmp_path / "protocol.json"
+    path.write_text(path.read_text("utf-8").replace('"images": 7', f'"images": {count}'), "utf-8")
+    with pytest.raises(UserError, match=told):
+        read_set(tmp_path)
+    with pytest.raises(UserError, match=r"protocol\.json"):
+        draw(tmp_path)
 
 
 def test_no_set_and_no_more_than_a_part_of_one(tmp_path, drawer):

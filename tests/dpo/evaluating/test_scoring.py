@@ -227,3 +227,16 @@ def test_scores_of_another_program(side, tmp_path):
         with pytest.raises(UserError, match=words):
             table_scores(side, tmp_path / "x.csv", Look())
     assert Path(table).exists()
+
+
+def test_pictures_of_another_size_are_left_out_where_a_scorer_knows_one_alone(side, tmp_path, caplog):
+    Image.new("RGB", (16, 12)).save(side.images[4].path)
+    sized = Red()
+    sized.size = (16, 16)
+    with ScoreCache(tmp_path / "c") as cache:
+        found = scores(side, sized, cache, Look(), read_image)
+        assert np.flatnonzero(np.isnan(found)).tolist() == [4] and sum(sized.seen) == 36
+        assert "red judges images of 16 x 16 pixels, not 16 x 12: 1 of 37 images of b are left out" in caplog.text
+        sized.size, sized.fingerprint = (64, 64), "red 64"
+        with pytest.raises(UserError, match="judges images of 64 x 64 pixels, not 16 x 16 as those of b are"):
+            scores(side, sized, cache, Look(), read_image)
