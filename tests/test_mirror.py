@@ -40,7 +40,6 @@ TESTED_BY = {
     "dpo/models/parts.py": "tests/dpo/models/test_load.py",
     "dpo/models/sd.py": "tests/runs/test_parity.py",
     "dpo/models/sdxl.py": "tests/runs/test_parity.py",
-    "dpo/models/text.py": "tests/runs/test_parity.py",
     "dpo/pages/charts.py": "tests/dpo/pages/test_plots.py",
     "dpo/pages/sweep.py": "tests/dpo/test_sweep.py",
     "dpo/scorers/sets.py": "tests/dpo/scorers/test_diversity.py",

@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder
         """A text model of transformers, by the attributes that are used here."""
 
         config: CLIPTextConfig
+
+        def save_pretrained(self, folder: Path, **options: Any) -> None: ...
 else:
     Denoiser = Vae = TextEncoder = nn.Module
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dpo.common.words import digest
 from dpo.models.family import Model
+from dpo.models.text import bare_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -25,7 +26,7 @@ def fingerprint(module: nn.Module) -> str:
     copy differs.
     """
     total = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(bare_names(module.state_dict()).items()):
         flat = value.detach().reshape(-1)
         at = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel()), dtype=torch.float64).long()
         total.update(f"{name}{tuple(value.shape)}".encode())
@@ -39,7 +40,9 @@ def checksum(*modules: nn.Module) -> str:
     Where `fingerprint` sees a fine-tuned copy, this sees one altered number. Takes a second or less for a gigabyte.
     """
     tensors = [
-        (f"{i}.{name}", value) for i, one in enumerate(modules) for name, value in sorted(one.state_dict().items())
+        (f"{i}.{name}", value)
+        for i, one in enumerate(modules)
+        for name, value in sorted(bare_names(one.state_dict()).items())
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
         sums = list(pool.map(_content, (value for _, value in tensors)))

@@ -29,6 +29,7 @@ from dpo.models.parts import (
     variants,
 )
 from dpo.models.single_file import load_single_file
+from dpo.models.text import read_tokenizer
 from dpo.models.weights import UNET, fill, load_file_into
 from dpo.schedule import complete
 
@@ -144,12 +145,10 @@ def _scheduler_config(folder: Path) -> dict:
 
 
 def _tokenizer(folder: Path, name: str) -> Any:
-    from transformers import CLIPTokenizer
-
     if not (folder / name).is_dir():
         raise UserError(f"{folder} has no {name}/ folder: name the folder of a whole diffusers pipeline")
     try:
-        found = CLIPTokenizer.from_pretrained(str(folder / name), local_files_only=True)
+        found = read_tokenizer(folder / name)
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
     length = found.model_max_length

@@ -14,6 +14,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.checks import check_stored, filled, finite
 from dpo.models.outside import ATTENTION, check_part
+from dpo.models.text import KEY_MAPPING
 from dpo.models.weights import VAE, load_file_into
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def component(
     if subfolder:
         options["subfolder"] = subfolder
     if cls.__module__.startswith("transformers"):
-        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION}
+        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION, "key_mapping": KEY_MAPPING}
     else:
         options["torch_dtype"] = torch.float32
     check_part(Path(place))

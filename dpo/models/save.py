@@ -17,6 +17,7 @@ from dpo.common.files import beside, discard, follow_umask, remove, replace, swe
 from dpo.models import lora as lora_layers
 from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
+from dpo.models.text import published_names
 
 INDEX = "model_index.json"
 SPLIT = [  # weights in several files, which load in place of the one
@@ -124,6 +125,11 @@ def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> list[str]:
         for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
             # vocab.json and merges.txt: transformers before 5 reads a CLIP tokenizer from them, not from tokenizer.json
             tokenizer.backend_tokenizer.model.save(str(part / name))
+        for (name, _), encoder in zip(model.family.text_encoders, model.text_encoders, strict=True):
+            own = encoder.state_dict()
+            if (named := published_names(own)).keys() != own.keys():
+                settings = {"save_original_format": False, "max_shard_size": ONE_FILE}  # False: with these names
+                encoder.save_pretrained(part / name, state_dict=named, **settings)
 
     return _written(folder, write, [name for name, module in pipeline.components.items() if module is not None])
 

@@ -17,6 +17,7 @@ from dpo.models.family import Family, Model, families
 from dpo.models.hub import LORA
 from dpo.models.outside import check_part
 from dpo.models.parts import configs_of, is_turbo, other_config, other_vae, pipeline_settings
+from dpo.models.text import same_tokens
 from dpo.schedule import complete
 
 LATENTS = 4  # channels of the latents of every model that is published in this layout
@@ -209,7 +210,7 @@ def load_single_file(
         denoiser=parts[kind.denoiser].requires_grad_(False).eval(),
         vae=own_vae.requires_grad_(False).eval(),
         text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
-        tokenizers=[getattr(pipe, name) for name in kind.tokenizers],
+        tokenizers=[same_tokens(getattr(pipe, name)) for name in kind.tokenizers],
         scheduler_config=scheduler_config,
         source=str(path),
         folder=None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +14,45 @@ from dpo.models.family import TextEncoder
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
+
+# What transformers 5 calls CLIPTokenizer too. The CLIPTokenizer of 4 gives captions in Japanese, Korean or Thai other
+# tokens, and cannot read a tokenizer.json.
+TOKENIZER = "CLIPTokenizerFast"
+
+# Before the names of an encoder's weights in published files and in transformers 4. In transformers 5 CLIPTextModel is
+# without: it reads both, and writes files that 4 would not find a weight in.
+PREFIX = "text_model."
+KEY_MAPPING = {
+    r"^(embeddings|encoder|final_layer_norm)\.": rf"{PREFIX}\1."
+}  # for `from_pretrained`: reads both in 4 too
+
+
+def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a text encoder, named as in published files, which every transformers reads."""
+    bare = not any(name.startswith(PREFIX) for name in state)
+    return {PREFIX * bare + name: value for name, value in state.items()}
+
+
+def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of any module, where it is a CLIPTextModel named as transformers 5 does; others as they are."""
+    whole = all(name.startswith(PREFIX) for name in state)
+    return {name.removeprefix(PREFIX) if whole else name: value for name, value in state.items()}
+
+
+def read_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a folder, with the same tokens in every transformers. Raises what transformers raises."""
+    import transformers
+
+    return getattr(transformers, TOKENIZER).from_pretrained(str(folder), local_files_only=True)
+
+
+def same_tokens(tokenizer: Any) -> CLIPTokenizer:
+    """What a pipeline of diffusers has as its tokenizer, as `read_tokenizer` reads it."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return read_tokenizer(Path(folder))
 
 
 def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, captions: list[str]) -> Tensor:

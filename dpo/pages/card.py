@@ -11,7 +11,7 @@ from dpo.common.hub import is_hub_id
 from dpo.common.words import well_formed
 from dpo.methods import own_settings
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
-from dpo.pages.folder import CARD_FILE, CONFIG_FILE, RunFolder, read_run
+from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.verdict import verdict, warnings
 
 REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
@@ -123,7 +123,8 @@ def _usage(run: RunFolder) -> str:
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
         + f"\npipe = DiffusionPipeline.from_pretrained({'pipeline_path()' if within else json.dumps(run.model_name)})\n"
         f"{begun}{_scheduler(run)}"
-        'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
+        f'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY", weight_name="{ADAPTER_FILE}")\n'
+        'image = pipe("a prompt").images[0]'
     )
 
 

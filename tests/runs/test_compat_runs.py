@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dpo.pages.folder import ADAPTER_FILE
 from tests.help.commands import command
 from tests.help.worlds import make_pickapic
 
@@ -64,7 +65,7 @@ def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, line, pe
 
     pipe = getattr(diffusers, pipeline).from_pretrained(places["sdxl" if "XL" in pipeline else "sd15"] if lora else out)
     if lora:
-        pipe.load_lora_weights(out)
+        pipe.load_lora_weights(out, weight_name=ADAPTER_FILE)
         assert {config.r for config in pipe.unet.peft_config.values()} == {8}
     else:
         with safe_open(next((out / "unet").glob("*.safetensors")), framework="pt") as file:

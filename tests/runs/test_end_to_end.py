@@ -9,7 +9,7 @@ from PIL import Image
 
 from dpo.common import locks
 from dpo.data.images import decode
-from dpo.pages.folder import ENTRIES
+from dpo.pages.folder import ADAPTER_FILE, ENTRIES
 from dpo.settings.flags import parse
 from tests.help.commands import command
 from tests.help.running import make_run
@@ -115,7 +115,7 @@ def check_result(kind, model, out, lora):
     base = pipeline.from_pretrained(model)
     pipe = pipeline.from_pretrained(model if lora else out)
     if lora:
-        pipe.load_lora_weights(out)
+        pipe.load_lora_weights(out, weight_name=ADAPTER_FILE)
     else:
         other = dict(base.unet.named_parameters())
         assert any(not torch.equal(value, other[name]) for name, value in pipe.unet.named_parameters())

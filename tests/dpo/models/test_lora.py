@@ -18,6 +18,7 @@ from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.save import save_lora
 from dpo.models.sdxl import kohya_name
+from dpo.pages.folder import ADAPTER_FILE
 from tests.dpo.models.test_denoiser import run
 from tests.help.worlds import make_pipeline
 
@@ -106,7 +107,7 @@ def test_saved_adapter_loads_in_diffusers_with_the_same_output(models, tmp_path,
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipe = getattr(diffusers, model.family.pipeline).from_pretrained(model.folder)
     assert not torch.equal(run(pipe.unet, None), run(unet, None))
-    pipe.load_lora_weights(tmp_path / "out")
+    pipe.load_lora_weights(tmp_path / "out", weight_name=ADAPTER_FILE)
     pipe.unet.eval()
     loaded, trained, plain = run(pipe.unet, None), run(unet, None), run(model.denoiser, None)
     assert (trained - plain).abs().max() > 1e-2
@@ -232,7 +233,7 @@ def test_what_was_trained_with_dropout_draws_without(models, tmp_path, pipelines
     lora.add(unet, rank=4, alpha=4, target_modules=TARGETS, dropout=0.5, seed=0)
     save_lora(models["sd15"], unet, tmp_path, layout="diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipelines["sd15"])
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name=ADAPTER_FILE)
     dropouts = [module for module in pipe.unet.modules() if isinstance(module, torch.nn.Dropout)]
     assert all(module.p == 0 for module in dropouts)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:

@@ -151,5 +151,6 @@ def test_the_code_of_other_adapters_names_their_model(runs):
     assert code_of(model_card(runs["lora-gpu"]), "x") == (
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")\n'
-        'pipe.load_lora_weights("x")\nimage = pipe("a prompt", num_inference_steps=1).images[0]\n'
+        'pipe.load_lora_weights("x", weight_name="pytorch_lora_weights.safetensors")\n'
+        'image = pipe("a prompt", num_inference_steps=1).images[0]\n'
     )

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.models.ready import load_named
+from dpo.pages.folder import ADAPTER_FILE
 from dpo.sampling.model import opened
 from dpo.settings.config import Config, change, to_toml
 from dpo.tiny.paths import pipeline_path
@@ -78,7 +79,7 @@ def test_a_runs_lora_finds_its_base(trained, world):
     from diffusers import DiffusionPipeline
 
     plain = DiffusionPipeline.from_pretrained(world("sd15"))
-    plain.load_lora_weights(str(trained))
+    plain.load_lora_weights(str(trained), weight_name=ADAPTER_FILE)
     plain.fuse_lora()
     plain.unload_lora_weights()
     own = weight(found)

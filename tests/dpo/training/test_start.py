@@ -15,6 +15,7 @@ from dpo.common.errors import UserError
 from dpo.models import lora
 from dpo.models.load import load
 from dpo.models.save import save_lora
+from dpo.pages.folder import ADAPTER_FILE
 from dpo.training import results
 from dpo.training.state import snapshot
 from tests.dpo.models.test_denoiser import run as predict
@@ -49,7 +50,7 @@ def by_diffusers(folder: str, adapter: Path | None = None) -> torch.Tensor:
     """The prediction of a pipeline's UNet as diffusers loads it, with an adapter where one is named."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     if adapter is not None:
-        pipe.load_lora_weights(adapter)
+        pipe.load_lora_weights(adapter, weight_name=ADAPTER_FILE)
     return predict(pipe.unet.eval(), None)
 
 
