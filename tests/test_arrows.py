@@ -182,6 +182,7 @@ LOUD = {  # files that may print, parse arguments or exit, besides the commands,
     "dpo.settings.flags": PARSER,
     "dpo.sampling.flags": PARSER,
     "dpo.tiny.build": "a command",
+    "dpo.data.loader": "a worker process ends with its main process",
     "dpo.common.command": "what all commands share: the line on stderr and the exit code",
 }
 

@@ -8,6 +8,8 @@ position g reads one batch, not g pairs.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import threading
@@ -186,13 +188,23 @@ def _as_it_is(batch: T) -> T:
 
 
 def _start_worker(_: int) -> None:
-    """Leaves Ctrl-C to the main process; after SIGTERM or SIGHUP a worker goes on for GRACE seconds, then ends."""
+    """Leaves Ctrl-C to the main process; after SIGTERM or SIGHUP a worker goes on for GRACE seconds, then ends.
+
+    It ends with the main process, however early that is killed: torch looks only whether the parent changes afterwards.
+    """
+    if (main := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(main,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # Windows has none: there SIGTERM ends a process at once, whatever it would do
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
                 signal.signal(number, lambda *_: signal.alarm(GRACE))
+
+
+def _end_with(main: multiprocessing.process.BaseProcess) -> None:
+    main.join()
+    os._exit(1)
 
 
 def worker_count(workers: int) -> int:

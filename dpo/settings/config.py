@@ -139,6 +139,7 @@ class Data:
         -1,
         "processes that decode images; -1: half of the cores, at most 8",
         low=-1,
+        high=256,
         aliases=("dataloader_num_workers",),
         resume="free",
     )

@@ -82,6 +82,8 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
     """The settings of a TOML file. Raises UserError that begins with `flag`, which named the file."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a device has no end
+            raise UserError(f"{flag} {path}: is no regular file")
         return tomllib.loads(Path(path).read_text("utf-8-sig"))  # editors on Windows begin a file with a BOM
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror or error}") from None
@@ -116,7 +118,9 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
     if resume in NOTHING:
         return {}
     output = str(changes.get("output") or load_preset("tiny")["output"]["output"])
-    folders = [Path(output)] if resume == "latest" else [Path(resume), *Path(resume).parents[:2]]
+    named = Path(resume)
+    above = 3 if named.parent.name.startswith("abandoned-") else 2  # in checkpoints/abandoned-N/, else in checkpoints/
+    folders = [Path(output)] if resume == "latest" else [named, *named.parents[:above]]
     for file in (folder / "config.toml" for folder in folders):
         if file.is_file():
             notes.append(f"settings of the run that is continued: {file}")

@@ -193,6 +193,10 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
     others = [path for path in listing(root) if path not in candidates][::-1]
     if others:
         raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {shlex.quote(str(others[0]))}")
+    if set_aside := sorted(path for path in root.glob(ABANDONED.format("*/step-*")) if path not in candidates):
+        raise UserError(
+            f"{reasons[0]}; a branch that was gone back from has --resume {shlex.quote(str(set_aside[-1]))}"
+        )
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
 
 

@@ -13,6 +13,6 @@ def embedded(config: Config) -> Config:
         config = change(config, model=str(paths.pipeline_path()))
     if config.data.data is None:
         config = change(config, data=str(paths.train_pairs_path()))
-        if config.data.validation_data is None and not config.data.validation_fraction:
+        if config.data.validation_data is None and config.data.validation_fraction is None:
             config = change(config, validation_data=str(paths.validation_pairs_path()))
     return config

@@ -257,8 +257,12 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        _rescue(run, trackers, batches, error)
-        raise
+        # Who stops a whole group of processes stops the workers too, which wait for the main process, but not for ever.
+        ending = Stopped() if stop.is_set() and isinstance(error, Exception) and of_dead_worker(error) else error
+        _rescue(run, trackers, batches, ending)
+        if ending is error:
+            raise
+        raise ending from error
     if run.done > first and not used:
         raise UserError(
             "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
@@ -292,8 +296,15 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
             if out.sample_every and run.done % out.sample_every == 0 and not last:
                 samples.write(run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
+                _check_there(run)
                 snapshot(run)
     return used
+
+
+def _check_there(run: Run) -> None:
+    """Raises UserError where the output folder is gone: made anew it would hold a checkpoint where nobody looks for it."""
+    if not run.output.is_dir():
+        raise UserError(f"{run.output} is gone: it was moved or deleted while the run went on; resume where it is now")
 
 
 def _is_logged(run: Run) -> bool:
@@ -320,6 +331,7 @@ def _rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, No
         batches.close()  # else another dying worker interrupts what follows
         if whole:
             run.drop()
+            _check_there(run)
             path = snapshot(run, emergency=True, diverged=isinstance(ending, Diverged))
     except Exception as error:  # the disk is full, or the device is dead
         log.warning("update %d could not be kept: no checkpoint can be written (%s)", run.done, first_line(error))
@@ -331,6 +343,9 @@ def _rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, No
         log.warning("the end of the run is not in its report (%s)", first_line(error))
     if path is not None:
         log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
+    elif not run.output.is_dir():
+        log.warning("%s is gone: it was moved or deleted; resume the run where it is now", run.output)
+        return
     elif before := checkpoint.listing(run.checkpoints):
         log.warning("stopped in update %d of %d; the last checkpoint is %s", run.done + 1, run.total, before[-1])
     else:

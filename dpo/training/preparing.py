@@ -16,11 +16,12 @@ from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
 from dpo.data.sources import describe, open_source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
-from dpo.data.store.store import merge, of_store
+from dpo.data.store.store import merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model
@@ -113,8 +114,15 @@ def encode_pairs(
     make_folder(place, "--store")
     with locks.held(place, "--store"):
         fresh = fill.fill(task)
-    log.info("%s: %s", place, "finished" if fresh else "already finished, nothing to do")
+    log.info("%s: %s", place, f"finished, {_pairs_in(place)}" if fresh else "already finished, nothing to do")
     return fresh
+
+
+def _pairs_in(folder: Path) -> str:
+    """How many pairs a store has, and how many of them cannot be used, in words."""
+    contents = read_contents(folder)
+    holes = sum(contents.summary.get(name, 0) for name in (UNREADABLE, SAME_BYTES))
+    return f"{len(contents.order) - holes:,} pairs" + (f"; left out: {holes:,}" if holes else "")
 
 
 def _encoded_in(runtime: Runtime) -> str:

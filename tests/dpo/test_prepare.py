@@ -1,11 +1,13 @@
 """dpo.prepare end to end: training from a store is training from the images; restarts, parts, refusals."""
 
+import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dpo import prepare
 from dpo.common.errors import UserError
@@ -235,6 +237,21 @@ def test_verify_tells_unfinished_from_damaged(world, tmp_path, monkeypatch, caps
 
 def interrupt(done: int, total: int) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_link_to_itself_and_what_else_is_left_out_is_counted(world, tmp_path, capsys):
+    """Both images of a pair; the link is as unreadable as the rest, and no path that can be followed."""
+    rows = [{"caption": "a fox", "chosen": f"{i}-a.png", "rejected": f"{i}-b.png"} for i in range(40)]
+    for row in rows:
+        for name in (row["chosen"], row["rejected"]):
+            Image.effect_noise((40, 40), 90).save(tmp_path / name)
+    (tmp_path / "7-a.png").unlink()
+    (tmp_path / "7-a.png").symlink_to(tmp_path / "7-a.png")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = tmp_path / "store"
+    flags = ["--store", store, "--model", world("sd15"), "--data", tmp_path / "pairs.jsonl", "--resolution", "32"]
+    assert prepare.main([*map(str, flags), "--bad-image-limit", "0.5"]) == 0
+    assert f"{store}: finished, 39 pairs; left out: 1" in capsys.readouterr().err
 
 
 def test_a_store_of_the_embedded_world_is_said_and_gone_on_with(tmp_path, monkeypatch, capsys):

@@ -109,6 +109,40 @@ def test_an_error_anywhere_leaves_only_what_is_whole(ended, monkeypatch, place):
     ended(monkeypatch, spoil, kept, flags=flags)
 
 
+def test_workers_that_end_after_a_signal_to_the_group_are_a_stop(start, tmp_path, capsys, monkeypatch, brief):
+    """They wait for the main process, which may be busy for longer, such as with sample images."""
+    dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Alarm clock.")
+    step = dpo.train.train_step
+
+    def stopped(run, batches):
+        if run.done == 2:
+            signal.raise_signal(signal.SIGTERM)
+            raise dead
+        return step(run, batches)
+
+    monkeypatch.setattr(dpo.train, "train_step", stopped)
+    said = command(capsys, *start, *WORDS)
+    assert said.code == 130 and not said.errors and said.warnings("go on with")
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "interrupted"
+    assert checkpoint.find(tmp_path / "out" / "checkpoints", "latest").state["step"] == 2
+
+
+def test_an_output_folder_that_is_moved_away_is_one_line_and_none_is_made(start, tmp_path, capsys, monkeypatch, brief):
+    step = dpo.train.train_step
+
+    def moved(run, batches):
+        if run.done == 2:
+            run.output.rename(tmp_path / "elsewhere")
+        return step(run, batches)
+
+    monkeypatch.setattr(dpo.train, "train_step", moved)
+    said = command(capsys, *start, *WORDS, "--checkpoint-every", "1")
+    assert said.code == 2 and "is gone: it was moved or deleted" in said.errors[0] and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert command(capsys, "--output", tmp_path / "elsewhere", "--resume", "latest").code == 0
+
+
 def test_half_an_update_names_the_checkpoint_before(start, tmp_path, capsys, monkeypatch, brief):
     at_call(monkeypatch, torch.optim.AdamW, "step", FAULT, 3, after=True)
     said = command(capsys, *start, *WORDS, "--checkpoint-every", "1")

@@ -310,6 +310,20 @@ def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stoppe
     assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3]
 
 
+def test_an_abandoned_checkpoint_is_resumed_by_its_place(stopped, tmp_path, capsys):
+    """Without any other flag than where and how far: its run's settings lie three folders above it."""
+    out = tmp_path / "out"
+    root = out / "checkpoints"
+    assert command(capsys, *stopped, "--resume", root / "step-00000001", "--steps", "1").code == 0
+    left = root / "abandoned-1" / "step-00000003"
+    said = command(capsys, "--output", out, "--resume", left, "--steps", "4")
+    assert said.code == 0 and any("3 updates done" in line for line in said.log), said
+    for path in root.glob("*/policy.safetensors"):
+        path.write_bytes(b"spoilt")
+    said = command(capsys, "--output", out, "--resume", "latest", "--steps", "5")
+    assert said.code == 2 and "abandoned-" in said.errors[0] and "--overwrite" not in said.errors[0]
+
+
 def test_a_result_without_its_checkpoints_is_not_trained_over(stopped, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     before = tree(tmp_path / "out")

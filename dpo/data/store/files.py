@@ -25,7 +25,7 @@ from dpo.common.words import excerpt, first_line
 FORMAT = 1
 INDEX = "store.json"
 NOT_ALWAYS = ("encoders",)  # settings that stores of earlier versions lack: not compared then
-PREPARE_AGAIN = "delete the store's folder and prepare it again"
+PREPARE_AGAIN = "delete its store.json and shards, and prepare it again"
 SEAL = "checksum"  # the key under which a JSON file of a store carries the digest of its rest
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from dpo.data.store.files import NOWHERE, check_shard, open_shard
 
 def image_key(image: ImageRef) -> int:
     """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
-    name = f"path\0{Path(image.path).resolve()}" if image.path is not None else f"uid\0{image.uid}"
+    # realpath: of a link to itself Path.resolve raises
+    name = f"path\0{os.path.realpath(image.path)}" if image.path is not None else f"uid\0{image.uid}"
     name += f"\0{image.span[0]}" if image.span else ""
     return int.from_bytes(
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True

@@ -26,6 +26,7 @@ from dpo.data.store.files import (
     LATENTS,
     NOT_ALWAYS,
     NOWHERE,
+    PREPARE_AGAIN,
     TEXT,
     TWICE,
     DamagedStore,
@@ -108,7 +109,7 @@ class Contents:
             shard = self.shard(number)
             if crc(*(shard[name][at] for name in all_names)) != int(shard[f"{kind}_crc"][at]):
                 raise DamagedStore(
-                    f"{self.shards[number]} was altered: {kind} {at} has another checksum; delete the store's folder and prepare it again"
+                    f"{self.shards[number]} was altered: {kind} {at} has another checksum; {PREPARE_AGAIN}"
                 )
             for values, name in zip(found, names, strict=True):
                 values.append(shard[name][at])
@@ -304,9 +305,7 @@ def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     check_shard(path, entry)
     shard = open_shard(path)
     if tables_crc(shard) != entry["crc"]:
-        raise DamagedStore(
-            f"{path} was altered: its tables have another checksum; delete the store's folder and prepare it again"
-        )
+        raise DamagedStore(f"{path} was altered: its tables have another checksum; {PREPARE_AGAIN}")
     return shard
 
 

@@ -369,6 +369,44 @@ def test_a_worker_begins_without_sigalrm_too(monkeypatch):
         signal.signal(signal.SIGINT, before[0])
 
 
+def _main_that_dies(own, told):
+    """A main process whose worker begins only once it is gone."""
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=_late_worker, args=(told,))
+    worker.start()
+    own.put(worker.pid)
+    time.sleep(0.2)
+    os._exit(0)  # as a kill: nothing is joined
+
+
+def _late_worker(told):
+    time.sleep(1.0)
+    loader._start_worker(0)
+    time.sleep(30)
+    told.put("alive")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="orphans of a fork")
+def test_a_worker_ends_with_a_main_process_that_was_killed_before_it_began():
+    context = multiprocessing.get_context("fork")
+    own, told = context.Queue(), context.Queue()
+    main = context.Process(target=_main_that_dies, args=(own, told))
+    main.start()
+    pid = own.get(timeout=60)
+    main.join(60)
+    deadline = time.monotonic() + 20
+    while _runs(pid):
+        assert time.monotonic() < deadline, "the worker lives on without its main process"
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_worker_count():
     assert worker_count(5) == 5 and 0 <= worker_count(-1) <= 8
 
