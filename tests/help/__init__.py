@@ -9,5 +9,5 @@ elsewhere.py a machine without triton and without what only POSIX has | allocati
 imports.py the imports of a source tree | oracle.py the pairwise loss from predictions, in plain torch
 torchvision.py torchvision, where it is installed to compare with | towers.py tiny CLIP models
 pages.py pages as a parser and a browser see them
-drawing.py dpo.sample in the test's own process
+drawing.py dpo.sample in the test's own process | judges.py a scorer of one's own
 """
