@@ -286,7 +286,7 @@ def test_names_of_files_that_are_no_text(tmp_path, call):
     a, b = hostile_folder(tmp_path / "a", 10), hostile_folder(tmp_path / "b", 90)
     try:
         os.rename(b / "00.png", os.fsencode(b) + b"/caf\xe9<b>\x1b.png")
-    except OSError:
+    except (OSError, ValueError):
         pytest.skip("this file system has names of text alone")
     rows = [{"file": "caf\udce9<b>\x1b.png", "prompt": EVIL[0]}]
     rows += [{"file": f"{number:02d}.png", "prompt": text} for number, text in enumerate(EVIL) if number]
