@@ -72,30 +72,43 @@ SDXL = {
 }  # fmt: skip
 
 
+HALF, WIDE = (torch.float16, torch.float16), (torch.float32, torch.float16)  # of VAE and UNet
+FULL = (torch.float32, torch.float32)
+
+
 @pytest.mark.parametrize(
-    ("config", "vae_dtype", "guided"),
-    [(SD, torch.float16, True), (SDXL, torch.float32, True), ({**SDXL, "sample_size": 64}, torch.float32, False)],
-    ids=["sd15", "sdxl", "turbo"],
+    ("config", "size", "dtypes", "guided"),
+    [
+        (SD, (512, 512), HALF, True),
+        (SDXL, (1024, 1024), WIDE, True),
+        (SDXL, (512, 512), WIDE, False),
+        pytest.param(SD, (512, 768), FULL, False, marks=pytest.mark.slow),
+        pytest.param(SDXL, (1536, 640), WIDE, False, marks=pytest.mark.slow),
+        pytest.param(SDXL, (1024, 1024), FULL, True, marks=pytest.mark.slow),
+    ],
+    ids=["sd15", "sdxl", "turbo", "sd15 tall fp32", "sdxl wide", "sdxl fp32"],
 )
-def test_decoding_one_image_takes_no_more_than_the_unet_takes_for_a_group(monkeypatch, config, vae_dtype, guided):
-    """Real shapes, without memory behind them, in the precisions of a GPU."""
+def test_the_vae_on_one_image_takes_no_more_than_the_unet_takes_for_a_group(monkeypatch, config, size, dtypes, guided):
+    """Real shapes, without memory behind them, in the precisions of a GPU; its encoder too, for SDEdit."""
     monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**config).half()
+        unet = UNet2DConditionModel(**config).to(dtypes[1])
         downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=downs, up_block_types=ups, layers_per_block=2
-        ).to(vae_dtype)
-        side = config["sample_size"]
+        ).to(dtypes[0])
         pipe = SimpleNamespace(unet=unet, vae=vae)
-        group = memory.group_for(pipe, torch.device("cuda"), 8 * side, 8 * side, guided)
-        seen = group * (1 + guided)
-        x, t = torch.empty(seen, 4, side, side, dtype=torch.float16), torch.empty(seen)
-        states = torch.empty(seen, 77, config["cross_attention_dim"], dtype=torch.float16)
-        decoded, denoised = most(lambda: vae.decode(x[:1].to(vae_dtype))), most(lambda: unet(x, t, states))
-    assert decoded <= denoised
+        group = memory.group_for(pipe, torch.device("cuda"), *size, guided)
+        seen, (width, height) = group * (1 + guided), size
+        x, t = torch.empty(seen, 4, height // 8, width // 8, dtype=dtypes[1]), torch.empty(seen)
+        states = torch.empty(seen, 77, config["cross_attention_dim"], dtype=dtypes[1])
+        pixels = torch.empty(1, 3, height, width, dtype=dtypes[0])
+        decoded, denoised = most(lambda: vae.decode(x[:1].to(dtypes[0]))), most(lambda: unet(x, t, states))
+        encoded = most(lambda: vae.encode(pixels))
+    print(f"group {group}: decoder {decoded >> 20}, encoder {encoded >> 20}, UNet {denoised >> 20} MiB")
+    assert max(decoded, encoded) <= denoised
     assert group == 4 or denoised < 4 * decoded  # and no more than that takes
-    assert memory.group_for(pipe, CPU, 8 * side, 8 * side, guided) == 4
+    assert memory.group_for(pipe, CPU, *size, guided) == 4
 
 
 def test_modules_that_must_be_brought_and_casts_that_autocast_keeps_count():
