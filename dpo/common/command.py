@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 from dpo.common.errors import UserError
 from dpo.common.libraries import misfit
-from dpo.common.words import first_line, is_plain, printable
+from dpo.common.words import excerpt, first_line, is_plain, printable
 
 FAULT = 1
 MISTAKE = 2
@@ -45,7 +46,7 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
         sys.stderr.write(f"{name}: {printable(str(error))}\n")
         return MISTAKE
     except Exception as error:
-        if (line := misfit(error)) is None:
+        if (line := misfit(error) or _too_long(error)) is None:
             sys.stderr.write(f"{name}: {printable(_unexpected(error))}\n")
             return FAULT
         sys.stderr.write(f"{name}: {printable(line)}\n")
@@ -56,6 +57,14 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
         else:
             log.warning("%s", stopped)
         return INTERRUPTED
+
+
+def _too_long(error: Exception) -> str | None:
+    """One line on a name that no file can have, wherever it was first asked for; None for another error."""
+    if getattr(error, "errno", None) != errno.ENAMETOOLONG:
+        return None
+    named = str(getattr(error, "filename", None) or "")
+    return f"{excerpt(named)} is too long for the name of a file: name a shorter one"
 
 
 def _unexpected(error: Exception) -> str:

@@ -296,3 +296,21 @@ def test_names_of_files_that_are_no_text(tmp_path, call):
     assert code == 0, lines
     assert json.loads((out / "evaluation.json").read_text())["results"][0]["paired"]["images"] == len(EVIL)
     checked_page(out, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [sample.main, "x" * 5000, "--prompts", "a"],
+        [sample.main, "embedded", "--prompts", "a", "--init-image", "x" * 5000],
+        [evaluate.main, "a=" + "x" * 5000, "b=y", "--scorers", JUDGE],
+        [evaluate.main, "a", "b", "--scorers", JUDGE, "--captions", "x" * 5000],
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, call, words):
+    for side in "ab":
+        hostile_folder(tmp_path / side, 10)
+    main, *rest = words
+    rest = [str(tmp_path / word) if word in ("a", "b") and main is evaluate.main else word for word in rest]
+    code, lines = call(main, *rest, "--output", tmp_path / "out")
+    assert code == 2 and len(lines) == 1 and "too long" in lines[0]
