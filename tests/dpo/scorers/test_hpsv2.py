@@ -283,8 +283,9 @@ def test_the_mapping_is_open_clips(sizes):
 def test_the_preprocessing_is_torchvisions(antialias):
     transforms = original("torchvision.transforms.functional")
     bicubic = original("torchvision.transforms").InterpolationMode.BICUBIC
-    images = [*pictures(), *(Image.open(path).convert("RGB") for path in photographs())]
-    assert len(images) > 9
+    photos = [Image.open(path).convert("RGB") for path in photographs()]
+    rounded = [photos[0].resize(size) for size in ((97, 41), (41, 97), (448, 225), (448, 227), (225, 448), (227, 448))]
+    images = [*pictures(), *photos, *rounded]
     for image in images:
         x = transforms.to_tensor(image)
         scale = 224 / max(image.size)
