@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.files import checksum, write_whole
 from dpo.common.words import first_line
+from dpo.scorers import hpsv2
 
 NESTED = ("state_dict", "model")  # keys under which published checkpoints hold their weights
 
@@ -19,7 +20,8 @@ def convert(source: Path, target: Path | None = None) -> Path:
     """Writes the tensors of a pickle as safetensors; the path, by default that of `source` with another ending.
 
     Reads with weights_only: what is no tensor or plain value in the pickle is refused, and no code of it runs. The
-    file's metadata holds the SHA-256 of the pickle. Raises UserError.
+    file's metadata holds the name of the pickle, which says HPSv2's version, and its SHA-256. A CLIP in open_clip's names
+    gets transformers'. Raises UserError.
     """
     target = source.with_suffix(".safetensors") if target is None else target
     try:
@@ -36,10 +38,19 @@ def convert(source: Path, target: Path | None = None) -> Path:
     )
     if not tensors:
         raise UserError(f"{source} holds no weights by name; name the published checkpoint")
+    if hpsv2.is_published(tensors):
+        try:
+            tensors = hpsv2.from_published(tensors)
+        except (RuntimeError, ValueError) as error:  # tensors of no CLIP's shapes
+            raise UserError(
+                f"{source} holds other weights than open_clip's ({first_line(error)}); fetch it again"
+            ) from error
     own = {name: value.detach().contiguous().clone() for name, value in tensors.items()}  # no two share memory
     about = {"source": source.name, "source_sha256": checksum(source)}
     try:
         write_whole(target, lambda part: save_file(own, part, metadata=about))
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror}); name another folder with --output") from error
+        raise UserError(
+            f"cannot write {target} ({error.strerror}); move {source.name} to a folder with room that can be written"
+        ) from error
     return target

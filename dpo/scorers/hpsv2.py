@@ -1,14 +1,16 @@
 """Human Preference Score v2 (X. Wu et al., 2023): open_clip's ViT-H-14 tuned on rankings; 100 times the cosine.
 
 The weights are published in open_clip's names; `from_published` gives them transformers'. Versions 2.0 and 2.1 are other
-weights on other scales. The image is padded to a square; torchvision before 0.17 resized it without antialiasing, which
-changes the scores by about two of thirty, so that the names say which it is.
+weights on other scales. The image is padded to a square. torchvision before 0.17 resized it without antialiasing, since
+then with, which changes the scores: the names say which it is.
 """
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.common.words import first_line
 from dpo.scorers.clip import H14
 from dpo.scorers.published import converted, fill, read, source_of
 from dpo.scorers.towers import Cosine, Towers, tokenizer_of
@@ -47,30 +50,53 @@ KEYS = (  # open_clip's names, beginnings first
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
-SHAPING = (  # what tells the sizes of the network
-    f"{VISION}patch_embedding.weight", f"{VISION}position_embedding.weight", f"{TEXT}token_embedding.weight",
-    f"{TEXT}position_embedding.weight", "text_projection.weight", "vision_model.encoder.layers.0.mlp.fc1.bias",
-    "text_model.encoder.layers.0.mlp.fc1.bias",
-)  # fmt: skip
-TURNED = ("visual_projection.weight", "text_projection.weight")  # open_clip multiplies from the other side
+TURNED = ("visual.proj", "text_projection")  # open_clip multiplies from the other side
 JOINED = re.compile(r"\.attn\.in_proj_(weight|bias)$")  # of query, key and value in one
 
 
-def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state in open_clip's names under transformers' names for a CLIPModel."""
+LIGATURES = [0x0132, 0x0133, *range(0x01C4, 0x01CD), *range(0x01F1, 0x01F4), *range(0xFB00, 0xFB07)]
+CONTROLS = [*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC)]
+PLAIN: Mapping[int, str | None] = {
+    **dict.fromkeys(CONTROLS),
+    **dict.fromkeys([0x02BC, *range(0x2018, 0x201C)], "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in (*LIGATURES, *range(0xFF01, 0xFFF0))},
+    0x0149: "'n",
+    0xFB05: "\u017ft",
+}  # as ftfy 6 has them
+
+
+def is_published(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state is in open_clip's names."""
+    return "visual.conv1.weight" in state and "text_projection" in state
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in open_clip's names under transformers' names for a CLIPModel; one in those already stays as it is.
+
+    Tensors share memory with the given ones. Raises RuntimeError or ValueError for tensors of no CLIP's shapes.
+    """
     return dict(_renamed(state))
 
 
-def _renamed(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def cleaned(caption: str) -> str:
+    """The caption as HPSv2's tokenizer takes it: HTML entities resolved twice, plain quotes, ligatures and wide letters.
+
+    The original also repairs text that was decoded wrongly ("cafÃ©"), which is left as it is here.
+    """
+    return html.unescape(html.unescape(caption)).translate(PLAIN)
+
+
+def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
         name = key
         for pattern, other in KEYS:
             name = re.sub(pattern, other, name)
         if joined := JOINED.search(name):
             for part, piece in zip("qkv", value.chunk(3), strict=True):
-                yield f"{name[: joined.start()]}.self_attn.{part}_proj.{joined[1]}", piece.clone()
+                yield f"{name[: joined.start()]}.self_attn.{part}_proj.{joined[1]}", piece
         else:
-            yield name, value.T.contiguous() if name in TURNED else value
+            yield name, value.t().contiguous() if key in TURNED else value
 
 
 def hpsv2(
@@ -86,32 +112,38 @@ def hpsv2(
     place: the converted weights, a file or its folder, whose tokenizer is taken where it has one, else the hub's of
     ViT-H-14. Raises UserError for weights or a tokenizer that are not to be had, and for those of the other version.
     """
-    version = name.removeprefix("hpsv")[:3]
+    version = name.removeprefix("hpsv").removesuffix("-no-antialias")
     source = f"https://huggingface.co/xswu/HPSv2, {FILES[version]}"
     path = converted(name, source, place)
     if (found := _version(path)) != version:
         said = f"is HPSv{found}" if found else "does not say which version it is in its name"
         raise UserError(f"{name}: {path} {said}; convert {source}")
-    state = from_published(read(path))
-    if missing := [key for key in SHAPING if key not in state]:
-        raise UserError(f"{path} does not hold HPSv2's weights (no {missing[0]}); convert {source}")
+    state = read(path)
+    try:
+        state = from_published(state)
+        model: Any = _empty(state)  # transformers types parts of a config as optional
+    except Exception as error:  # names that are not there and sizes that no network has fail in a dozen ways
+        raise UserError(f"{path} does not hold HPSv2's weights ({first_line(error)}); convert {source}") from error
+    _fill(model, state, path)
+    tokenizer = tokenizer_of(name, path.parent, H14, cache_dir, model.config.text_config.vocab_size)
     preprocessing = "pad-no-antialias" if name.endswith("-no-antialias") else "pad"
-    tokenizer = tokenizer_of(name, path.parent, H14, cache_dir)
-    model: Any = _model(state, path)  # transformers types parts of a config as optional
     side = model.config.vision_config.image_size
     fingerprint = f"{checksum(path)} {preprocessing}-{side}-bicubic {dtype}"
     model.to(device, dtype).eval().requires_grad_(False)
-    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR)
+    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned)
 
 
 def _version(path: Path) -> str | None:
-    """The version by the name of the file that was published; None where it does not say."""
-    found = re.search(r"v2(\.\d)?(?!\d)", source_of(path))
-    return f"2{found[1] or '.0'}" if found else None
+    """The version by the name of the file that was published; None where it does not say.
+
+    A mere "v2" says nothing: 2.1 is called so too. Only the published name without a number is 2.0's.
+    """
+    found = re.search(r"v(2\.\d)(?!\d)|HPS_v2_compressed", source_of(path))
+    return (found[1] or "2.0") if found else None
 
 
-def _model(state: dict[str, Tensor], path: Path) -> CLIPModel:
-    """A CLIPModel of the sizes that `state`, read from `path`, has. Raises UserError where it is no whole one."""
+def _empty(state: Mapping[str, Tensor]) -> CLIPModel:
+    """A CLIPModel of the sizes that `state` has, on the meta device."""
     from transformers import CLIPConfig, CLIPModel
 
     patches, grid = state[f"{VISION}patch_embedding.weight"], state[f"{VISION}position_embedding.weight"]
@@ -124,15 +156,19 @@ def _model(state: dict[str, Tensor], path: Path) -> CLIPModel:
         projection_dim=len(state["text_projection.weight"]),
     )
     with torch.device("meta"):
-        model = CLIPModel(config)
+        return CLIPModel(config)
+
+
+def _fill(model: CLIPModel, state: dict[str, Tensor], path: Path) -> None:
+    """Put `state`, read from `path`, into the empty model. Raises UserError where they are not of one shape."""
     fill(model, state, path)
-    for part, count in ((model.vision_model, len(grid)), (model.text_model, len(places))):
+    for part in (model.vision_model, model.text_model):
+        count = part.embeddings.position_embedding.num_embeddings
         # In no file, so still without numbers.
         part.embeddings.register_buffer("position_ids", torch.arange(count)[None], persistent=False)
-    return model
 
 
-def _sizes(state: dict[str, Tensor], tower: str, width: int) -> dict[str, Any]:
+def _sizes(state: Mapping[str, Tensor], tower: str, width: int) -> dict[str, Any]:
     layers = {key.split(".")[3] for key in state if key.startswith(f"{tower}_model.encoder.layers.")}
     return {
         "hidden_size": width,

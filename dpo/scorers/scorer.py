@@ -84,20 +84,22 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "hpsv2.0-no-antialias", "dpo.scorers.hpsv2:hpsv20_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine", note="images resized as torchvision before 0.17 did, when some tables were made", converted=True,
+        "100 x cosine, about 24 to 29", note="images resized as torchvision before 0.17 did; weights as hpsv2.0", converted=True,
     ),
     Listed(
         "hpsv2.1-no-antialias", "dpo.scorers.hpsv2:hpsv21_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine", note="as hpsv2.0-no-antialias", converted=True,
+        "100 x cosine, about 20 to 34", note="images resized as torchvision before 0.17 did; weights as hpsv2.1", converted=True,
     ),
     Listed(
         "aesthetic-v1", "dpo.scorers.aesthetic:aesthetic_v1", "LAION-AI/aesthetic-predictor, converted", "MIT", 1.7,
-        "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth", converted=True,
+        "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth, then aesthetic-v1:FILE",
+        converted=True,
     ),
     Listed(
         "aesthetic-v2", "dpo.scorers.aesthetic:aesthetic_v2", "christophschuhmann/improved-aesthetic-predictor, converted",
         "Apache-2.0", 1.7, "about 1 to 10",
-        note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth", converted=True,
+        note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth, then "
+        "aesthetic-v2:FILE", converted=True,
     ),
     Listed(
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 BATCH, TOKENS = 32, 77
-FILES = ("config.json", "model*.safetensors", "tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 WORDS = ("tokenizer.json", "vocab.json")  # a folder with one of these has a tokenizer
+TOKENIZER = ("config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+FILES = (*TOKENIZER, "model*.safetensors")
 
 
 def crop(image: Image.Image, side: int) -> Tensor:
@@ -123,6 +124,7 @@ class Cosine:
     name: str
     towers: Towers
     factor: float
+    clean: Callable[[str], str] = str  # what is done to a caption before the tokenizer
 
     @property
     def fingerprint(self) -> str:
@@ -132,7 +134,8 @@ class Cosine:
         """[N] float32 on the CPU. Raises ValueError unless there is a caption for each image."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images, {len(captions)} captions")
-        return self.factor * (self.towers.images(images) * self.towers.texts(captions)).sum(-1)
+        texts = self.towers.texts([self.clean(caption) for caption in captions])
+        return self.factor * (self.towers.images(images) * texts).sum(-1)
 
 
 def loaded(
@@ -152,13 +155,12 @@ def loaded(
     """
     from transformers import CLIPModel
 
-    folder = _folder(name, place or source, cache_dir)
+    folder = _folder(name, place or source, cache_dir, FILES)
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
             f"{name}: {folder} has no config.json and model.safetensors; name a folder that has, {name}:FOLDER"
         )
-    tokenizer = tokenizer_of(name, folder, words or source, cache_dir)
     try:
         read: Any = CLIPModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -168,6 +170,7 @@ def loaded(
     model, report = read
     if report["missing_keys"]:
         raise UserError(f"{name}: {folder} lacks {len(report['missing_keys'])} of CLIP's weights; get its files again")
+    tokenizer = tokenizer_of(name, folder, words or source, cache_dir, model.config.text_config.vocab_size)
     scale = float(model.logit_scale.detach().exp())
     content = " ".join(_checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
     model.to(device, dtype).eval().requires_grad_(False)
@@ -175,25 +178,32 @@ def loaded(
     return Towers(model, tokenizer, preprocessing, scale, f"{content} {preprocessing}-{side}-bicubic {dtype}")
 
 
-def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of scorer `name`: that in `folder` where there is one, else that of `words` on the hub. Raises UserError."""
+def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, count: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of scorer `name`, whose network knows `count` words: that in `folder` where there is one, else that of
+    `words` on the hub. Raises UserError for one that is not to be had and for one of another network."""
     from transformers import AutoTokenizer
 
     own = any((folder / file).is_file() for file in WORDS)
-    place = folder if own else _folder(name, words, cache_dir)
+    place = folder if own else _folder(name, words, cache_dir, TOKENIZER)
     try:
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        last = max(tokenizer.get_vocab().values())
     except Exception as error:  # they fail in a dozen ways
         raise UserError(
             f"{name}: the tokenizer in {place} cannot be read ({first_line(error)}); get its files again"
         ) from error
+    if tokenizer.eos_token_id != last or last >= count:  # the vector is read at the largest id
+        raise UserError(
+            f"{name}: the tokenizer in {place} is not that of these weights; put the tokenizer files of {words} there"
+        )
+    return tokenizer
 
 
 def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
 
 
-def _folder(name: str, place: str, cache_dir: str | None) -> Path:
+def _folder(name: str, place: str, cache_dir: str | None, files: Sequence[str]) -> Path:
     path = Path(place).expanduser()
     if path.is_dir():
         return path
@@ -202,7 +212,7 @@ def _folder(name: str, place: str, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, allow_patterns=list(FILES), cache_dir=cache_dir))
+        return Path(snapshot_download(place, allow_patterns=list(files), cache_dir=cache_dir))
     except Exception as error:  # the hub client raises a dozen kinds
         raise UserError(
             f"{name}: cannot get {place} from the hub ({first_line(error)}); check the network, or name a folder, {name}:FOLDER"

@@ -25,7 +25,8 @@ def original(name: str) -> ModuleType:
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             KEPT.append(library)
     wanted = os.environ.get("DPO_NEEDS_ORIGINALS", "")
-    sys.path.append(wanted)
+    before = sys.path[:]
+    sys.path += [wanted] * bool(wanted)
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -33,16 +34,15 @@ def original(name: str) -> ModuleType:
             raise
         pytest.skip(f"{name} is not installed ({error})")
     finally:
-        sys.path.remove(wanted)
+        sys.path[:] = before
 
 
 def photographs() -> list[Path]:
     """scikit-image's, which lie beside them; the test is skipped, or fails, as with `original`."""
     wanted = os.environ.get("DPO_NEEDS_ORIGINALS", "")
-    found = sorted(Path(wanted or "none").glob("skimage/data/*.jpg")) + [
-        Path(wanted) / "skimage" / "data" / name for name in ("astronaut.png", "chelsea.png", "coffee.png")
-    ]
     if not wanted:
         pytest.skip("scikit-image is not installed")
-    assert len(found) > 5 and all(path.is_file() for path in found)
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
+    found = [Path(wanted) / "skimage" / "data" / name for name in names]
+    assert all(path.is_file() for path in found)
     return found

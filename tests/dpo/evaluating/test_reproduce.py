@@ -4,6 +4,7 @@ import pytest
 
 from dpo.common.errors import UserError
 from dpo.evaluating import reproduce
+from dpo.scorers.scorer import LISTED
 
 
 def test_every_table_says_how_it_was_made():
@@ -12,6 +13,18 @@ def test_every_table_says_how_it_was_made():
         assert {"prompts", "count", "sampler", "steps", "guidance", "seeds"} <= table.protocol.keys()
         assert "seeds" not in table.stated() and table.stated()["steps"] == 20
         assert all(isinstance(value, float) for scores in table.models.values() for value in scores.values())
+
+
+def test_every_column_is_a_scorer_by_its_name():
+    columns = {
+        name: {scorer for scores in table.models.values() for scorer in scores}
+        for name, table in reproduce.tables().items()
+    }
+    assert columns == {
+        "lpo": {"pickscore", "imagereward", "hpsv2.0", "hpsv2.1", "aesthetic-v2"},
+        "spo": {"pickscore", "imagereward", "hpsv2.1", "aesthetic-v2"},
+    }
+    assert set().union(*columns.values()) <= {one.name for one in LISTED}
 
 
 def test_ours_beside_theirs():

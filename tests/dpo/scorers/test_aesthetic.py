@@ -3,11 +3,15 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel
 
 from dpo.common.errors import UserError
 from dpo.scorers.aesthetic import aesthetic_v1, aesthetic_v2
 from dpo.scorers.convert import convert
+from dpo.scorers.hpsv2 import from_published
 from dpo.scorers.imagereward import Head
+from dpo.scorers.towers import crop
+from tests.dpo.scorers.test_hpsv2 import Written, published
 from tests.dpo.scorers.test_towers import CAPTIONS, opened, pictures
 from tests.help.towers import save_tiny_clip
 
@@ -53,6 +57,34 @@ def test_it_is_the_head_on_the_unit_vector(tmp_path, version, make):
     assert half.fingerprint != scorer.fingerprint and half.score(images=pictures(), captions=CAPTIONS).isfinite().all()
     with pytest.raises(ValueError, match="5 images, 1 captions"):
         scorer.score(images=pictures(), captions=[""])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "make"), [(1, aesthetic_v1), (2, aesthetic_v2)])
+def test_on_the_real_vit_l_14_it_is_the_published_arithmetic(tmp_path, version, make):
+    """OpenAI's tower has 24 layers 1024 wide, 16 heads, patches of 14, vectors of 768 and x * sigmoid(1.702 x)."""
+    sizes = {"vision": 1024, "layers": 24, "patch": 14, "side": 224, "text": 64, "depth": 1, "embed": 768}
+    clip = published(**sizes, words=1000)
+    towers = {"vision_config": {"image_size": 224}, "text_config": {"vocab_size": 1000}}
+    for tower, (width, layers, heads) in {"vision": (1024, 24, 16), "text": (64, 1, 1)}.items():
+        towers[f"{tower}_config"] |= {
+            "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "hidden_act": "quick_gelu",
+        }  # fmt: skip
+    towers["vision_config"]["patch_size"] = 14
+    path = weights(tmp_path / "a", version, state := head(version, 768))
+    model = CLIPModel(CLIPConfig(**towers, projection_dim=768))
+    model.load_state_dict(from_published(clip))
+    model.save_pretrained(path.parent)
+    pixels = torch.stack([crop(image, 224) for image in pictures()])
+    with torch.inference_mode():
+        x = Written(clip, head_width=64, act=lambda x: x * torch.sigmoid(1.702 * x)).images(pixels)
+        for name in ["", *(f"layers.{number}." for number in LAYERS)]:
+            if f"{name}weight" in state:
+                x = F.linear(x, state[f"{name}weight"], state[f"{name}bias"])
+    got = make(place=str(path), device="cpu").score(images=pictures(), captions=CAPTIONS)
+    assert got.std() > 1e-3
+    torch.testing.assert_close(got, x.squeeze(-1), atol=1e-4, rtol=1e-5)
 
 
 def test_version_2_has_the_published_sizes():

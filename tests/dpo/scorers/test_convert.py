@@ -27,6 +27,13 @@ def test_the_tensors_are_equal_and_the_source_is_named(tmp_path, nested):
         assert file.metadata() == {"source": "published.pt", "source_sha256": checksum(source)}
 
 
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    torch.save({"a": torch.eye(2)}, tmp_path / "x.pt")
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"^cannot write .*x.safetensors \(.*\); move x.pt to a folder"):
+        convert(tmp_path / "x.pt")
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch was_run",)

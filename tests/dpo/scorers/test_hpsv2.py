@@ -8,12 +8,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from dpo.common.errors import UserError
 from dpo.scorers.convert import convert
-from dpo.scorers.hpsv2 import from_published, hpsv2, hpsv20, hpsv20_no_antialias, hpsv21, hpsv21_no_antialias
+from dpo.scorers.hpsv2 import (
+    PLAIN,
+    _empty,
+    _fill,
+    cleaned,
+    from_published,
+    hpsv2,
+    hpsv20,
+    hpsv20_no_antialias,
+    hpsv21,
+    hpsv21_no_antialias,
+)
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD
 from dpo.scorers.towers import pad, pad_without_antialias
 from tests.dpo.scorers.test_towers import CAPTIONS, pictures
@@ -69,8 +81,8 @@ def published(vision, layers, patch, side, text, depth, embed, words):
 class Written:
     """open_clip's two towers, operation by operation."""
 
-    def __init__(self, state):
-        self.state = state
+    def __init__(self, state, head_width=80, act=F.gelu):
+        self.state, self.head_width, self.act = state, head_width, act
 
     def norm(self, x, name):
         return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"])
@@ -89,7 +101,7 @@ class Written:
                 scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
             seen = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
             x = x + self.linear(seen, f"{block}.attn.out_proj")
-            inner = F.gelu(self.linear(self.norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
+            inner = self.act(self.linear(self.norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"))
             x = x + self.linear(inner, f"{block}.mlp.c_proj")
         return x
 
@@ -99,7 +111,7 @@ class Written:
         x = patches.flatten(2).transpose(1, 2)
         x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1)
         x = self.norm(x + state["visual.positional_embedding"], "visual.ln_pre")
-        x = self.blocks(x, "visual.transformer", 80, causal=False)
+        x = self.blocks(x, "visual.transformer", self.head_width, causal=False)
         return F.normalize(self.norm(x[:, 0], "visual.ln_post") @ state["visual.proj"], dim=-1)
 
     def texts(self, ids):
@@ -155,6 +167,7 @@ NAMES = ("hpsv2.0", "hpsv2.1", "hpsv2.0-no-antialias", "hpsv2.1-no-antialias")
         ("HPS_v2_compressed.pt", "hpsv2.1", "is HPSv2.0; convert https"),
         ("HPS_v2.1_compressed.pt", "hpsv2.0", "is HPSv2.1; convert https"),
         ("hps.pt", "hpsv2.0", "does not say which version it is in its name"),
+        ("hpsv2.pt", "hpsv2.0", "does not say which version it is in its name"),  # 2.1 is called so too
         ("HPS_v2_compressed.pt", "hpsv2.0", ""),
         ("HPS_v2.0.pt", "hpsv2.0", ""),
     ],
@@ -171,17 +184,53 @@ def test_versions_are_not_mixed_up(tmp_path, file, name, said):
 
 
 def test_a_file_of_somebody_elses_conversion_is_known_by_its_name(tmp_path):
-    _, state = weights(tmp_path / "hps")
-    save_file(state, path := tmp_path / "hps" / "HPS_v2.1_compressed.safetensors")
-    assert hpsv21(place=str(path), device="cpu").name == "hpsv2.1"
+    own, state = weights(tmp_path / "hps")
+    save_file(state, path := tmp_path / "HPS_v2.1_theirs.safetensors")
+    save_tiny_clip(tmp_path)
+    found = hpsv21(place=str(path), device="cpu").score(images=pictures(), captions=CAPTIONS)
+    converted = hpsv21(place=str(own), device="cpu")
+    assert torch.equal(found, converted.score(images=pictures(), captions=CAPTIONS)), "in open_clip's names or in ours"
+
+
+def test_the_converted_file_has_transformers_names_and_says_its_version(tmp_path):
+    path, state = weights(tmp_path / "hps")
+    found, model = load_file(path), _empty(from_published(state))
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    again = from_published(found)
+    assert again.keys() == found.keys() and all(torch.equal(again[name], found[name]) for name in found)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["source"] == "HPS_v2.1_compressed.pt"
+
+
+def test_captions_are_cleaned_as_the_original_does(tmp_path):
+    path, _ = weights(tmp_path / "hps")
+    scorer, (image, *_) = hpsv21(place=str(path), device="cpu"), pictures()
+    odd, plain, other = scorer.score(
+        images=[image] * 3, captions=["a &quot;red&quot; apple’s", 'a "red" apple\'s', "a red apple s"]
+    )
+    assert odd == plain != other
 
 
 @pytest.mark.parametrize(
-    "gone", ["visual.conv1.weight", "visual.ln_post.bias", "transformer.resblocks.1.mlp.c_fc.bias"]
-)
-def test_other_weights_are_one_line(tmp_path, gone):
+    ("name", "shape"),
+    [
+        ("visual.conv1.weight", None), ("visual.ln_post.bias", None), ("transformer.resblocks.1.mlp.c_fc.bias", None),
+        ("visual.conv1.weight", (16, 3, 7, 7)), ("visual.conv1.weight", ()), ("visual.conv1.weight", (160, 3, 0, 0)),
+        ("token_embedding.weight", (9,)), ("visual.positional_embedding", (3, 160)), ("text_projection", (128,)),
+        ("transformer.resblocks.0.attn.in_proj_bias", (2,)), ("visual.more", (2,)),
+    ],
+)  # fmt: skip
+def test_other_weights_are_one_line(tmp_path, name, shape):
     path, state = weights(tmp_path / "hps")
-    del state[gone]
+    state.pop(name, None)
+    state |= {name: torch.zeros(shape)} if shape is not None else {}
+    try:
+        torch.save(state, tmp_path / "x.pt")
+        convert(tmp_path / "x.pt")
+    except UserError as error:
+        assert "\n" not in str(error)
     save_file(state, path, metadata={"source": "HPS_v2.1_compressed.pt"})
     with pytest.raises(UserError, match=r"HPSv2's weights|other weights than this scorer's") as caught:
         hpsv21(place=str(path), device="cpu")
@@ -210,9 +259,9 @@ def test_the_mapping_is_open_clips(sizes):
     theirs = clip.CLIP(sizes["embed"], vision, text).eval()
     state = published(**sizes)
     theirs.load_state_dict(state)
-    from dpo.scorers.hpsv2 import _model
-
-    ours = _model(from_published(state), Path("x")).eval()
+    mapped = from_published(state)
+    ours = _empty(mapped).eval()
+    _fill(ours, mapped, Path("x"))
     assert len(from_published(state)) == len(ours.state_dict())
     pixels = torch.randn(3, 3, sizes["side"], sizes["side"], generator=torch.Generator().manual_seed(1))
     ids = torch.randint(1, 400, (3, 77), generator=torch.Generator().manual_seed(2))
@@ -234,8 +283,9 @@ def test_the_mapping_is_open_clips(sizes):
 def test_the_preprocessing_is_torchvisions(antialias):
     transforms = original("torchvision.transforms.functional")
     bicubic = original("torchvision.transforms").InterpolationMode.BICUBIC
-    images = [*pictures(), *(Image.open(path).convert("RGB") for path in photographs())]
-    assert len(images) > 9
+    photos = [Image.open(path).convert("RGB") for path in photographs()]
+    rounded = [photos[0].resize(size) for size in ((97, 41), (41, 97), (448, 225), (448, 227), (225, 448), (227, 448))]
+    images = [*pictures(), *photos, *rounded]
     for image in images:
         x = transforms.to_tensor(image)
         scale = 224 / max(image.size)
@@ -271,8 +321,16 @@ def test_token_ids_are_open_clips(tmp_path):
     captions = [
         "a photo of a cat", "A  RED\tfox,  jumping!", "", "it's 1999's best don't-miss show (4k, 8k)", "word " * 100,
         "naïve café, 日本語 and emoji 🦊", "ÄÖÜ ß", "portrait of a woman, intricate, 8k; artstation -- trending",
+        "salt &amp; pepper &lt;3", "it &amp;#39;s &quot;here&quot;", "it’s a “smart” ‘quote’", "„low“ \ufeffmark e\u0301",
+        *(f"a {chr(code)} b{chr(code)}c" for code in PLAIN),
     ]  # fmt: skip
-    ours = tokenizer(captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt")["input_ids"]
+    ours = tokenizer(
+        [cleaned(caption) for caption in captions],
+        padding="max_length",
+        truncation=True,
+        max_length=77,
+        return_tensors="pt",
+    )["input_ids"]
     expected = theirs.SimpleTokenizer()(captions)
     end = 49407
     for caption, mine, its in zip(captions, ours.tolist(), expected.tolist(), strict=True):

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig
 
 from dpo.common.errors import UserError
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD
-from dpo.scorers.towers import Cosine, loaded, pad, pad_without_antialias
+from dpo.scorers.towers import Cosine, loaded, pad, pad_without_antialias, tokenizer_of
 from tests.help.towers import SIDE, save_tiny_clip
 
 SIZES = [(64, 64), (97, 40), (33, 120), (28, 28), (28, 9)]
@@ -99,3 +101,37 @@ def test_what_is_not_to_be_had_is_said_in_one_line(folder, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             opened(place)
         assert "\n" not in str(caught.value)
+
+
+def test_the_tokenizer_of_another_network_is_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "a")
+    words = json.loads((tmp_path / "a" / "vocab.json").read_text("utf-8"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a" / "vocab.json").write_text(json.dumps(words | {"more</w>": len(words)}), "utf-8")
+    (tmp_path / "b" / "vocab.json").write_text(json.dumps({}), "utf-8")
+    for place in ("a", "b"):
+        (tmp_path / place / "tokenizer.json").unlink(missing_ok=True)
+        with pytest.raises(
+            UserError, match="tokenizer in .* (is not that of these weights; put|cannot be read)"
+        ) as caught:
+            opened(tmp_path / place)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_a_repository_for_its_tokenizer_no_weights_are_fetched(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(place, *, allow_patterns, cache_dir):
+        asked.append((place, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    count = CLIPConfig.from_pretrained(folder).text_config.vocab_size
+    tokenizer_of("hpsv2.1", tmp_path, "laion/words", None, count)
+    opened_hub = loaded(
+        "clip-h14", "laion/whole", preprocessing="crop", place=None, device="cpu", dtype=torch.float32, cache_dir=None
+    )
+    assert opened_hub.tokenizer is not None
+    (words, few), (whole, all_of_it) = asked
+    assert (words, whole) == ("laion/words", "laion/whole")
+    assert not any("safetensors" in one for one in few) and any("safetensors" in one for one in all_of_it)
