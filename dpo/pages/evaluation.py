@@ -167,9 +167,39 @@ def markdown(found: Entry) -> str:
     of_sets = SetRow("images", "score of the whole set", "value", f"difference to {base}", "better")
     said = " ".join(f"{verdict(found, name).headline}" for name in _others(found))
     about = "; ".join(f"{name}: {value}" for name, value in protocol(found))
-    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found))]
+    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found)), _ranked(found), _published(found)]
     parts = [_cell(said), *tables, *map(_cell, [about, *found.get("warnings", [])])]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _ranked(found: Entry) -> str:
+    """The implicit preference accuracy of each side on labelled pairs, as a table; empty where none was asked for."""
+    lines = [
+        (
+            one["side"],
+            f"{one['accuracy']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})",
+            str(one["pairs"]),
+        )
+        for one in found.get("accuracy", [])
+    ]
+    return _table(("model", "implicit preference accuracy", "pairs"), lines)
+
+
+def _published(found: Entry) -> str:
+    """One's own figures beside a published table's; empty where none was asked for."""
+    published = found.get("published", {"title": "published", "lines": []})
+    lines = [
+        (
+            one["model"],
+            one["scorer"],
+            f"{one['ours']:.4g}",
+            str(one["published"]),
+            f"{one['difference']:+.3g}",
+            "not known" if one["tolerance"] is None else f"{one['tolerance']:.3g}",
+        )
+        for one in published["lines"]
+    ]
+    return _table(("model", "scorer", "ours", published["title"], "difference", "apart in two papers"), lines)
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -150,6 +150,9 @@ def test_the_page_stands_alone_and_is_whole(pictures):
     places = [page.text.index(part) for part in order]
     assert places == sorted(places)
     assert page.tags.count("img") == 4 + 4, "each small in its row and once large"
+    lines = markdown(rich(pictures)).splitlines()
+    assert "| dpo | 0.608 (0.590 to 0.620) | 1000 |" in lines
+    assert "| SD1.5 | pickscore | 20.5 | 20.56 | -0.06 | 0.03 |" in lines
 
 
 def test_nothing_of_the_users_is_markup(pictures):
