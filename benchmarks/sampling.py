@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.measuring import Results, about, markdown
 from dpo import evaluate, sample
+from dpo.tiny import outcome
 
 PROMPTS = 100  # at most; the rest are seeds of these
 COLUMNS = ["work", "images", "peak MiB", "KiB more an image", "images/s", "outside UNet %"]
@@ -43,7 +44,16 @@ def drawing(count: int, root: Path) -> dict[str, Any]:
 
     images.draw_set = kept
     prompts = min(count, PROMPTS)
-    words = ["embedded", *evaluate.WORLD, "--subset", str(prompts), "--seeds", str(count // prompts)]
+    words = [
+        "embedded",
+        "--prompts",
+        outcome.PROMPTS,
+        *outcome.DRAWN,
+        "--subset",
+        str(prompts),
+        "--seeds",
+        str(count // prompts),
+    ]
     _run(sample.main, [*words, "--device", "cpu", "--output", str(root / "out")])
     (pace,) = paces
     row = {"work": "drawing", "images": pace.drawn, "peak MiB": peak_mib()}

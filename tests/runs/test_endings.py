@@ -91,7 +91,7 @@ PLACES = {
     "in the validation": (
         lambda patch: at_call(patch, loop.validation, "accuracy", FAULT, 2),
         2,
-        ("--validate-every", "1", "--validation-fraction", "0.3"),
+        ("--validate-every", "1", "--validation-fraction", "0.1", "--validation-draws", "1"),
     ),
     "in the sample images": (lambda patch: at_call(patch, samples, "write", FAULT, 1), 2, ("--sample-every", "2")),
     "in a tracker": (lambda patch: at_call(patch, Trackers, "_scalars", FAULT, 3), 2, ()),
