@@ -159,7 +159,7 @@ def _to_float(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number of hundreds of digits
         return None
     return number if math.isfinite(number) else None
 

@@ -455,6 +455,7 @@ FOUND = [
     ("chosen-rejected", 2006),
     ("chosen-rejected", 2192),
     ("settings", 2572),
+    ("settings", 51696),
     ("run folder", 110),
     ("store", 2939),
     ("checkpoint", 2503),

@@ -118,6 +118,7 @@ def test_toml_is_grouped_and_explains_itself():
         ({"sample_seeds": [1, "x"]}, "whole number"),
         ({"caption_dropout": 1.5}, "at most 1"),
         ({"sample_seeds": [10**26]}, "at least -9223372036854775808 and at most 18446744073709551615"),
+        ({"beta": 10**400}, "a number"),
         ({"method": "d" + "9" * 6000}, "... (6001 in all): one of dpo"),
         ({"method": "a\nb"}, "method = a\\nb: one of dpo"),
         ({"model": "a\0b"}, "a character that no file or text has"),
