@@ -16,6 +16,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo.common import command
 from dpo.common.errors import UserError
@@ -41,17 +42,22 @@ def _command(argv: Sequence[str]) -> int:
     from dpo.sampling.model import EXAMPLES
 
     if given.merge is not None:
-        work.merge(folder, [Path(part).expanduser() for part in given.merge], given.sheets)
+        parts = [Path(part).expanduser() for part in given.merge]
+        work.merge(folder, parts, work.Asked(**_asked(given)))
         return 0
     if given.model is None:
         raise UserError(f"no model to draw with: name {EXAMPLES}")
     if given.init_image is None and given.strength:
         raise UserError("--strength is how far an --init-image is left behind: give one, or leave --strength out")
     strengths = given.strength or ((0.6,) if given.init_image is not None else ())
-    own = {name: value for name, value in vars(given).items() if name not in ("output", "shard", "merge", "strength")}
-    own["prompts"] = tuple(given.prompts)
-    work.draw(work.Asked(**own, strength=strengths), folder, command.shard_of(given.shard))
+    work.draw(work.Asked(**_asked(given) | {"strength": strengths}), folder, command.shard_of(given.shard))
     return 0
+
+
+def _asked(given: argparse.Namespace) -> dict[str, Any]:
+    """The fields of work.Asked that the command line gives."""
+    own = {name: value for name, value in vars(given).items() if name not in ("output", "shard", "merge")}
+    return own | {"prompts": tuple(given.prompts), "strength": given.strength or (), "model": given.model or ""}
 
 
 def make_parser() -> argparse.ArgumentParser:

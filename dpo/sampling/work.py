@@ -107,22 +107,16 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
             return []
         with locks.held(folder, "--output", "-sheets", FINISHING):  # two processes may find all images there
             with writing(folder, AGAIN):
-                return finish(asked, folder, chosen)
+                return _finish(asked, folder, chosen, asked.base is not None)
 
 
-def finish(asked: Asked, folder: Path, chosen: PromptSet) -> list[Drawn]:
-    """Sheets and benchmark folder of images that are all there, whose faults it names; the images."""
-    drawn = _shown(folder, asked.base is not None, asked.sheets)
-    if asked.layout is not None:
-        log.info("%s: %s", asked.layout, layouts.lay_out(asked.layout, drawn, chosen.prompts, folder))
-    return drawn
+def merge(folder: Path, parts: Sequence[Path], asked: Asked) -> list[Drawn]:
+    """Joins what was drawn apart, with --shard on machines without a common disk; writes sheets, and the benchmark folder.
 
-
-def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
-    """Joins what was drawn apart, with --shard on machines without a common disk, and writes the sheets.
-
-    Raises UserError where the parts differ in their protocol, or images are missing.
+    asked: how many sheets, and a layout with the prompts that were drawn. Raises UserError where the parts differ in their
+    protocol or were drawn from other prompts, or images are missing.
     """
+    chosen = _prompts(asked, ()) if asked.layout is not None else None
     make_folder(folder, "--output")
     with_base = any((part / BASE).is_dir() for part in parts)
     with locks.held(folder, "--output"):
@@ -130,8 +124,21 @@ def merge(folder: Path, parts: Sequence[Path], sheets: int) -> list[Drawn]:
         if with_base:
             count += images.merge(folder / BASE, [part / BASE for part in parts])
         log.info("%s: %d images of %d parts", folder, count, len(parts))
+        if chosen is not None and asked.layout is not None and (known := images.read_protocol(folder)) is not None:
+            protocol, total = known
+            if dict(protocol.prompts) != chosen.about:
+                raise UserError(f"--prompts: the images of {folder} were drawn from others; name those, as then")
+            layouts.check(asked.layout, chosen.prompts, total // len(chosen.prompts))
         with writing(folder, AGAIN):
-            return _shown(folder, with_base, sheets)
+            return _finish(asked, folder, chosen, with_base)
+
+
+def _finish(asked: Asked, folder: Path, chosen: PromptSet | None, with_base: bool) -> list[Drawn]:
+    """Sheets and benchmark folder of images that are all there, whose faults it names; the images."""
+    drawn = _shown(folder, with_base, asked.sheets)
+    if chosen is not None and asked.layout is not None:
+        log.info("%s: %s", asked.layout, layouts.lay_out(asked.layout, drawn, chosen.prompts, folder))
+    return drawn
 
 
 def _shown(folder: Path, with_base: bool, sheets: int) -> list[Drawn]:

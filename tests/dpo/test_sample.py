@@ -72,6 +72,27 @@ def test_folders_of_shards_are_merged(words, whole, tmp_path, capsys):
     assert files(tmp_path / "out") == whole
 
 
+def test_merged_parts_are_laid_out_as_the_whole_is(world, tmp_path, capsys):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for name in ("one", "two", "three"):
+        (prompts / f"{name}.txt").write_text(f"a {name}")
+    drawing = [world("sd15"), "--prompts", prompts, "--seeds", "4", "--batch", "4", *QUICK]
+    assert drawn(capsys, *drawing, "--layout", "dpg", "--output", tmp_path / "whole")[0] == 0
+    for part in range(2):
+        assert drawn(capsys, *drawing, "--output", tmp_path / f"p{part}", "--shard", f"{part}/2")[0] == 0
+    parts = ["--merge", tmp_path / "p0", tmp_path / "p1", "--sheets", "0", "--output", tmp_path / "out"]
+    code, err = drawn(capsys, *parts, "--layout", "dpg", "--prompts", "a one")
+    assert code == 2 and "were drawn from others; name those, as then" in err.splitlines()[-1]
+    assert drawn(capsys, *parts, "--layout", "dpg", "--prompts", prompts)[0] == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert sorted(path.name for path in (tmp_path / "out" / "layout-dpg").iterdir()) == [
+        "one.png",
+        "three.png",
+        "two.png",
+    ]
+
+
 def test_two_processes_do_not_share_a_folder(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(locks, "WAIT", 0.1)
     out = tmp_path / "out"
