@@ -23,12 +23,12 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
-        "diffusers>=0.36,<0.44",
+        "diffusers>=0.39,<0.44",  # before, kohya's layers of SDXL did not load
         "transformers>=4.57.1,<6",  # 4.57.0 was withdrawn
-        "peft>=0.17,<0.23",  # LoRA
+        "peft>=0.19,<0.23",  # LoRA
         "accelerate>=1.0,<2",  # diffusers loads faster and leaner with it
         "bitsandbytes>=0.50,<0.52",  # 8-bit optimizers; on the CPU from 0.50
-        "safetensors>=0.5,<1",
+        "safetensors>=0.8,<1",
         "huggingface_hub>=0.34,<3",  # below 1 with transformers 4, which asks for it
         "filelock>=3.10",  # one process in a folder; huggingface_hub brings it
         "datasets>=4.0,<6",  # data sets of the hub

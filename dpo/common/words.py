@@ -53,6 +53,12 @@ def excerpt(value: object, limit: int = SHOWN) -> str:
     return repr(value)[:limit]
 
 
+def brief(value: object, limit: int = 3 * SHOWN) -> str:
+    """A value of a config as a message shows it: as it is written, on one line, and cut after `limit` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def excerpt_of_path(path: str) -> str:
     """A path as a message shows it: whole where it can be one, else its last characters (a cell need hold no path)."""
     return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.errors import UserError
+from dpo.common.words import brief
 
 Config = Mapping[str, Any]
 Configs = Mapping[str, Config]  # of every part of a pipeline, by its name: "unet", "vae", "text_encoder", ...
@@ -59,7 +60,7 @@ def notes(configs: Configs) -> list[str]:
 def absent(part: str, key: str, meaning: str) -> Check:
     """A check that `key` of a part's config is not set: the training step has nothing to give for it."""
     return lambda configs: (
-        f"the {part}'s config has {key} {configs[part][key]}: {meaning}, which this trainer does not give it"
+        f"the {part}'s config has {key} {brief(configs[part][key])}: {meaning}, which this trainer does not give it"
         if configs[part].get(key)
         else None
     )
@@ -72,7 +73,7 @@ def number(part: str, key: str, *, whole: bool = True) -> Check:
         value = configs[part].get(key)
         if isinstance(value, int if whole else (int, float)) and value > 0:
             return None
-        return f"the {part}'s config has {key} {value}: a {'whole ' if whole else ''}number above 0 is expected"
+        return f"the {part}'s config has {key} {brief(value)}: a {'whole ' if whole else ''}number above 0 is expected"
 
     return check
 
@@ -80,7 +81,7 @@ def number(part: str, key: str, *, whole: bool = True) -> Check:
 def equal(part: str, key: str, wanted: str) -> Check:
     """A check that `key` of a part's config is `wanted`."""
     return lambda configs: (
-        f"the {part}'s config has {key} {configs[part].get(key)}: {wanted} is expected"
+        f"the {part}'s config has {key} {brief(configs[part].get(key))}: {wanted} is expected"
         if configs[part].get(key) != wanted
         else None
     )
@@ -90,7 +91,7 @@ def _quantised(configs: Configs) -> str | None:
     for part, config in configs.items():
         if (stored := config.get("quantization_config")) is not None:
             how = stored.get("quant_method", "") if isinstance(stored, Mapping) else ""
-            return f"the {part}'s weights are quantised ({how or 'quantization_config'}, in its config): use a copy in fp32, bf16 or fp16"
+            return f"the {part}'s weights are quantised ({brief(how) or 'quantization_config'}, in its config): use a copy in fp32, bf16 or fp16"
     return None
 
 
@@ -113,7 +114,7 @@ def _scaling(configs: Configs) -> str | None:
     if not plain or any(mean or ()) or any(value != 1 for value in std or ()):
         return "the VAE scales each channel of its latents (latents_mean, latents_std), not all by one scaling_factor"
     if vae.get("shift_factor"):
-        return f"the VAE shifts its latents (shift_factor {vae['shift_factor']}): the family's pipelines do not"
+        return f"the VAE shifts its latents (shift_factor {brief(vae['shift_factor'])}): the family's pipelines do not"
     return None
 
 
@@ -123,11 +124,11 @@ def text_width(*parts: str) -> Check:
     def check(configs: Configs) -> str | None:
         widths = [configs[part]["hidden_size"] for part in parts]
         wanted = configs["unet"]["cross_attention_dim"]
-        wanted = set(wanted) if isinstance(wanted, (list, tuple)) else {wanted}
-        if wanted == {sum(widths)}:
+        wanted = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+        if all(isinstance(width, int) for width in widths) and wanted and set(map(str, wanted)) == {str(sum(widths))}:
             return None
-        have = " + ".join(map(str, widths))
-        takes = ", ".join(sorted(map(str, wanted)))
+        have = brief(" + ".join(map(str, widths)))
+        takes = brief(", ".join(sorted(set(map(str, wanted)))))
         of = " and ".join(parts) + (" give" if len(parts) > 1 else " gives")
         return f"the UNet takes text of width {takes}, but {of} {have}: they are of different models"
 

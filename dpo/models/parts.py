@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import brief, first_line
 from dpo.models.checks import check_stored, filled, finite
 from dpo.models.outside import ATTENTION, check_part
 from dpo.models.text import KEY_MAPPING
@@ -143,7 +143,7 @@ def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | Non
     except Exception as error:  # damaged files come as several kinds
         raise UserError(f"cannot load {place}: {first_line(error)}; fetch the model again") from error
     if config.get("_class_name", cls.__name__) != cls.__name__:
-        raise UserError(f"{place} is a {config['_class_name']}: this trainer knows {cls.__name__}")
+        raise UserError(f"{place} is a {brief(config['_class_name'])}: this trainer knows {cls.__name__}")
     return filled(cls, config)
 
 

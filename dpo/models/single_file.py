@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import brief, first_line
 from dpo.models import checks
 from dpo.models.checks import INPUTS
 from dpo.models.family import Family, Model, families
@@ -50,7 +50,7 @@ def _foreign(path: Path, names: set[str]) -> None:
     for key, kind in FOREIGN.items():
         if any(name.startswith(key) for name in bare):
             known = ", ".join(family.pipeline for family in families().values())
-            raise UserError(f"{path} is a {kind} model, which is not supported; this trainer knows {known}")
+            raise UserError(f"{path} is a {brief(kind)} model, which is not supported; this trainer knows {known}")
 
 
 class Said(NamedTuple):
@@ -77,7 +77,9 @@ def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], fam
     spec = {key.removeprefix("modelspec."): value for key, value in metadata.items() if key.startswith("modelspec.")}
     kind = spec.get("architecture", "")
     if kind and (not kind.startswith(family.architectures) or "/" in kind or "inpaint" in kind):
-        raise UserError(f"{path} says modelspec.architecture {kind}, which is no model of the family {family.name}")
+        raise UserError(
+            f"{path} says modelspec.architecture {brief(kind)}, which is no model of the family {family.name}"
+        )
     key = next((key for key in PREDICTION_KEYS if spec.get(key)), PREDICTION_KEYS[0])
     spoken = (spec.get(key) or ("v" if kind.endswith("-v") else "")).strip().lower()
     if spoken and spoken not in PREDICTIONS:
@@ -107,7 +109,7 @@ def against(path: Path, model: Model) -> list[str]:
     shapes, metadata = _header(path)
     said, trained = said_of_itself(path, set(shapes), metadata, model.family).scheduler, model.scheduler_config
     return [
-        f"{path} says {name} {value}, but the run trains {name} {trained.get(name, False)}"
+        f"{path} says {name} {brief(value)}, but the run trains {name} {trained.get(name, False)}"
         for name, value in said.items()
         if value != trained.get(name, False)
     ]

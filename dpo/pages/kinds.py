@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
-from dpo.pages.figures import DECILES
+from dpo.pages.figures import DECILES, FIGURES
 from dpo.settings.config import specs
 from dpo.settings.fields import coerce
 
@@ -77,7 +77,9 @@ def check_record(record: dict[str, Any], place: str) -> None:
     if "event" in record:
         _check(record, {"event": TEXT, "step": COUNT, **VALIDATION}, place)
         return
-    kinds = {name: BY_DECILE if name.endswith("_by_decile") else NUMBERS for name in record}
+    kinds = {
+        name: BY_DECILE if name.endswith("_by_decile") else NUMBER if name in FIGURES else NUMBERS for name in record
+    }
     _check(record, kinds | {"step": COUNT}, place)
 
 

@@ -457,10 +457,11 @@ FOUND = [
     ("settings", 2572),
     ("settings", 51696),
     ("run folder", 110),
+    ("run folder", 60139),
     ("store", 2939),
     ("checkpoint", 2503),
     ("model vocabulary", 1173),
-    *(("model configs", seed) for seed in (1307, 1360, 1590, 1810, 2017)),
+    *(("model configs", seed) for seed in (1307, 1360, 1590, 1810, 2017, 60514, 61526, 61741, 61797, 62000)),
 ]
 
 

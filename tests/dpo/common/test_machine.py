@@ -28,6 +28,7 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
 
 
 def test_peak_memory_without_the_module_resource(monkeypatch):
+    pytest.importorskip("psutil")  # which on Linux imports resource itself
     with_it = machine.peak_memory()
     monkeypatch.setitem(sys.modules, "resource", None)
     assert 0.2 * with_it < machine.peak_memory() < 5 * with_it

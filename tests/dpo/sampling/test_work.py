@@ -105,7 +105,7 @@ def test_bases_drawn_apart_are_merged_too(world, tmp_path):
     parts = [tmp_path / f"p{part}" for part in range(2)]
     for place, part in enumerate(parts):
         draw(asked, part, (place, 2))
-    assert len(work.merge(tmp_path / "out", parts, 1)) == 3
+    assert len(work.merge(tmp_path / "out", parts, work.Asked("", sheets=1))) == 3
     assert len(read_set(tmp_path / "out/base")) == 3
     assert list(read_grid(tmp_path / "out/sheets/sheet-000.png")[0].images) == ["base", "aligned"]
 

@@ -143,7 +143,7 @@ def test_an_uneven_adapter_goes_on_at_its_largest_rank(world, sft, tmp_path):
     flags = ["--lora", "--lora-init", str(tmp_path / "uneven.safetensors"), "--method", "sft", *SHORT]
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
     pipe = diffusers.DiffusionPipeline.from_pretrained(world("sd15"))
-    pipe.load_lora_weights(tmp_path / "uneven.safetensors")
+    pipe.load_lora_weights(tmp_path, weight_name="uneven.safetensors")
     assert run.config.lora.rank == 3
     with torch.no_grad():
         assert close(of(run), predict(pipe.unet.eval(), None))
