@@ -12,7 +12,7 @@ from transformers import CLIPConfig
 from dpo.common.errors import UserError
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD
 from dpo.scorers.towers import Cosine, loaded, pad, pad_without_antialias, tokenizer_of
-from tests.help.towers import SIDE, save_tiny_clip
+from tests.help.towers import SIDE, WORDS, save_clip, save_tiny_clip
 
 SIZES = [(64, 64), (97, 40), (33, 120), (28, 28), (28, 9)]
 CAPTIONS = ["a red apple", "", "a blue ball on a plain background", "a " * 200, "a green car"]
@@ -37,21 +37,53 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("end", [2, None])  # the published files' wrong end token, and the vocabulary's own
 def test_cosines_are_those_of_transformers(tmp_path, end):
+    same_as_transformers(save_tiny_clip(tmp_path), tmp_path, SIDE, end, 0.1)
+
+
+REAL = {  # width, layers, heads of the image tower and of the text tower; of the vectors; what is between the layers
+    "OpenAI's ViT-L-14": ((1024, 24, 16), (768, 12, 12), 768, "quick_gelu"),
+    "LAION's ViT-H-14, PickScore's": ((1280, 32, 16), (1024, 24, 16), 1024, "gelu"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_at_the_real_shape_too(tmp_path, name):
+    from transformers import CLIPConfig, CLIPModel
+
+    *towers, vectors, act = REAL[name]
+    seen, read = (
+        {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+         "num_attention_heads": heads, "hidden_act": act}
+        for width, layers, heads in towers
+    )  # fmt: skip
+    config = CLIPConfig(
+        vision_config=seen | {"image_size": 224, "patch_size": 14},
+        text_config=read | {"vocab_size": WORDS, "max_position_embeddings": 77, "eos_token_id": 2},
+        projection_dim=vectors,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config).eval()
+    save_clip(model, tmp_path)
+    same_as_transformers(model, tmp_path, 224, None, 1e-3)
+
+
+def same_as_transformers(model, folder, side, end, least):
+    """Checks the cosines of the towers saved in `folder` against `model`'s own, which spread by `least` or more."""
     import transformers
     from transformers import AutoTokenizer
 
-    model = save_tiny_clip(tmp_path)
-    towers = opened(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    towers = opened(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model.config.text_config.eos_token_id = model.text_model.eos_token_id = end or tokenizer.eos_token_id
     pil = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor  # of 5, of 4
-    processor = pil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = pil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     words = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         pixels = processor(pictures(), return_tensors="pt")["pixel_values"]
         expected = model(input_ids=words["input_ids"], pixel_values=pixels).logits_per_image.diagonal()
     got = Cosine("clip-h14", towers, towers.scale).score(images=pictures(), captions=CAPTIONS)
-    assert got.dtype == torch.float32 and expected.std() > 0.1
+    assert got.dtype == torch.float32 and expected.std() > least
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-5)
 
 
