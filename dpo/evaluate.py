@@ -1,7 +1,7 @@
 """Is it better? Draw models on the same prompts and seeds, score the images, and say by how much and how surely.
 
     python -m dpo.evaluate                                             the embedded world: its start against your newest run
-    python -m dpo.evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 runs/sd15 --prompts pickapic-v1-validation --scorers pickscore
+    python -m dpo.evaluate stable-diffusion-v1-5/stable-diffusion-v1-5 runs/sd15 --prompts pickapic-v2-test --scorers pickscore
     python -m dpo.evaluate base=images/base dpo=images/dpo --scorers tiny-b     folders of images, ours or anybody's
     python -m dpo.evaluate BASE runs/a,runs/b,runs/c ...               three training seeds of one method
     python -m dpo.evaluate --scorers help                              which scorers there are
@@ -188,8 +188,8 @@ def make_parser() -> argparse.ArgumentParser:
         "sides",
         nargs="*",
         metavar="[NAME=]MODEL",
-        help="the base, then what is compared with it: models as in dpo.sample, or folders of images; training seeds of "
-        "one method between commas",
+        help="the base, then what is compared with it: models as in dpo.sample (start:FOLDER is what a run started from), "
+        "or folders of images; training seeds of one method between commas",
     )
     add(
         "--captions",
@@ -200,7 +200,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-base", metavar="MODEL", help="the model that LoRAs belong to (default: what their run says)")
     add("--cache-dir", metavar="FOLDER", help="where hub downloads are kept")
     add = parser.add_argument_group("by what").add_argument
-    add("--scorers", nargs="+", default=[], metavar="NAME", help="scorers by name; help lists them")
+    add(
+        "--scorers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="scorers by name; help lists them; this, --scores or --pairs is needed",
+    )
     add(
         "--scores",
         nargs="+",
@@ -219,7 +225,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance",
         type=flags.guidances,
         metavar="SCALE[,SCALE...]",
-        help="guidance scale; of several the base is drawn with each, and its best one is compared too",
+        help="guidance scale; of several the base is drawn with each, the rest with the first, and the base at its best is "
+        "compared too",
     )
     add = parser.add_argument_group("where").add_argument
     add(
