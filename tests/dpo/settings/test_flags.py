@@ -5,6 +5,7 @@ The list of flags is frozen in flags.txt, so that a change of it is seen in revi
 """
 
 import argparse
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -303,3 +304,10 @@ def test_a_presets_validation_can_be_switched_off():
 
 if __name__ == "__main__":
     sys.stdout.write(flag_list())
+
+
+def test_a_file_of_settings_that_is_no_regular_file_is_not_read(tmp_path):
+    """A device has no end: reading it would fill the memory."""
+    for place in filter(os.path.exists, ("/dev/zero", str(tmp_path))):  # Windows has no such device
+        with pytest.raises(UserError, match=r"^--config .* is no regular file$"):
+            load_config(place)

@@ -11,7 +11,9 @@ import torch
 from dpo import evaluate, train
 from dpo.common.errors import UserError
 from dpo.sampling import work as sampling
+from dpo.settings.config import Config, change
 from dpo.training import build
+from dpo.training.embedded import embedded
 
 FLAGS = [
     "--preset",
@@ -184,3 +186,10 @@ def test_without_held_out_captions_prompts_are_asked_for(world, tmp_path, capsys
     words = ["--model", str(world("sd15")), "--data", str(world("pairs")), "--steps", "1", "--validation-fraction", "0"]
     assert train.main([*words, "--output", str(tmp_path / "run"), "--evaluate", "tiny-b"]) == 2
     assert "give --evaluate-prompts" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_none_held_out_of_the_embedded_world_is_none():
+    """--validation-fraction 0 says none, whatever ships beside the training pairs."""
+    given = {fraction: embedded(change(Config(), validation_fraction=fraction)).data for fraction in (None, 0.0, 0.2)}
+    assert given[None].validation_data is not None
+    assert given[0.0].validation_data is None and given[0.2].validation_data is None
