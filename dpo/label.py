@@ -71,6 +71,9 @@ def _asked(given: argparse.Namespace) -> work.Asked:
         raise UserError("--scorers: a scorer is named twice: give it one weight")
     if not weights and not tables:
         raise UserError("nothing to label by: give --scorers (--scorers help lists them) or --scores")
+    models = tuple(named(text) for text in given.models)
+    if twice := sorted({one.name for one in models if [other.name for other in models].count(one.name) > 1}):
+        raise UserError(f"two models are called {twice[0]}: call them apart, as NAME=MODEL")
     pairs = None if given.data is None else _data(given, given.data)
     fit = None
     if given.fit_temperature is not None:
@@ -82,13 +85,13 @@ def _asked(given: argparse.Namespace) -> work.Asked:
         raise UserError("--labels hard have no temperature: take --labels soft, or leave the temperature out")
     if given.temperature is not None and fit is not None:
         raise UserError("--temperature and --fit-temperature: give one")
-    names = {field.name for field in dataclasses.fields(sampling.Asked)} - {"prompts", "model", "sheets"}
+    names = {field.name for field in dataclasses.fields(sampling.Asked)} - {"prompts", "model", "sheets", "layout"}
     drawn = {name: value for name, value in vars(given).items() if name in names}
     return work.Asked(
         scorers=tuple((name, weight) for name, weight in weights.items() if name not in tables),
         tables=tuple((name, path, weights.get(name, 1.0)) for name, path in tables.items()),
         pairs=pairs,
-        models=tuple(named(text) for text in given.models),
+        models=models,
         draw=sampling.Asked(model="", prompts=tuple(given.prompts), sheets=0, **drawn) if given.models else None,
         captions=None if given.captions is None else Path(given.captions).expanduser(),
         half=given.half,

@@ -30,7 +30,10 @@ def files(rows: int, most: int) -> list[str]:
 
 
 def begin(asked: Asked, folder: Path) -> bool:
-    """Whether the folder holds all that is asked for already; a new label.json where it holds nothing. Raises UserError."""
+    """Whether the folder holds all that is asked for already, of whatever images; a new label.json where it holds nothing.
+
+    Raises UserError.
+    """
     known, said = labelled.read(folder), asked.said()
     if known is None:
         if strange := [name for name in (*OTHERS, *OWN) if (folder / name).exists()]:
@@ -45,10 +48,7 @@ def begin(asked: Asked, folder: Path) -> bool:
     was = known.get("asked", {})
     differ = [name for name in {**was, **said} if was.get(name) != said.get(name)]
     if differ and asked.overwrite:
-        labelled.write(folder, {"asked": said, "finished": False})
-        forget_parts(folder)
-        for path in [*_visible(data), *(folder / name for name in (README, *summary.FILES))]:
-            remove(path)
+        _clear(folder, asked)
         return False
     if differ:
         name = differ[0]
@@ -57,24 +57,38 @@ def begin(asked: Asked, folder: Path) -> bool:
             "name another folder, or --overwrite them and keep their scores"
         )
     whole = known.get("finished") and all((data / name).is_file() for name in known.get("files", []))
-    if whole:
-        log.info("%s: %d pairs are there already", folder, known["pairs"])
-    elif known.get("finished"):
+    if known.get("finished") and not whole:
         labelled.write(folder, {**known, "finished": False})
     return bool(whole)
+
+
+def _clear(folder: Path, asked: Asked) -> None:
+    """Deletes the labels of a folder; its images and scores stay."""
+    labelled.write(folder, {"asked": asked.said(), "finished": False})
+    forget_parts(folder)
+    for path in [*_visible(folder / labelled.FOLDER), *(folder / name for name in (README, *summary.FILES))]:
+        remove(path)
 
 
 def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
-def check_source(folder: Path, items: Items) -> None:
-    """Writes down of which images the labels are. Raises UserError where the folder has those of others."""
+def check_source(asked: Asked, folder: Path, items: Items) -> bool:
+    """Writes down of which images the labels are; whether that was known, and the same.
+
+    Raises UserError where the folder has those of others, which --overwrite replaces.
+    """
     known = labelled.read(folder) or {}
-    if known.get("source") not in (None, items.fingerprint):
-        raise UserError(f"--output {folder} holds labels of other pairs: name another folder")
-    if known.get("source") is None:
-        labelled.write(folder, {**known, "source": items.fingerprint})
+    was = known.get("source")
+    if was == items.fingerprint:
+        return True
+    if was is not None and not asked.overwrite:
+        raise UserError(f"--output {folder} holds labels of other pairs: name another folder, or --overwrite them")
+    if was is not None:
+        _clear(folder, asked)
+    labelled.write(folder, {**(labelled.read(folder) or {}), "source": items.fingerprint})
+    return False
 
 
 def all_scored(folder: Path, shard: tuple[int, int]) -> bool:

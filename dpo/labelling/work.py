@@ -41,8 +41,7 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output", part))
         with locks.held(folder, "--output", "-begin", FINISHING):  # of processes that start together
-            if place.begin(asked, folder):
-                return True
+            there = place.begin(asked, folder)
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         for other in merge:
             count = cache.take(other / CACHE)
@@ -52,7 +51,10 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
             log.info("%s: %d scores of %s", folder, count, other)
         items = _items(asked, folder, shard)
         with locks.held(folder, "--output", "-begin", FINISHING):
-            place.check_source(folder, items)
+            there = place.check_source(asked, folder, items) and there
+        if there:
+            log.info("%s: the labels are there already", folder)
+            return True
         places = range(len(items) * shard[0] // shard[1], len(items) * (shard[0] + 1) // shard[1])
         votes = voted(asked, items, cache, places)
         fit = None if asked.fit is None else _to_fit(asked, items)
