@@ -11,6 +11,7 @@ from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.data import labelled
+from dpo.data.parquet import read_in_order
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
 from dpo.drawing import images
@@ -99,7 +100,7 @@ def _of_pairs(data: Data) -> OfPairs:
             f"--data {data.data} is a prepared store, which keeps no image files: give the pairs it was made from"
         )
     log.info("%s: %s", data.data, describe(source))
-    return OfPairs(source)
+    return OfPairs(read_in_order(source))
 
 
 def _to_fit(asked: Asked, items: Items) -> OfPairs:

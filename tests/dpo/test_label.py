@@ -52,7 +52,7 @@ def test_every_row_is_labelled_anew_in_its_order(pairs, tmp_path, capsys):
     assert Grey.seen - seen == len({row[name] for row in before for name in ("jpg_0", "jpg_1")}), (
         "an image is scored once"
     )
-    assert "agreement with the old labels: 1.000" in said
+    assert "Agreement with the old labels: 1.000" in said
 
 
 def test_the_trainer_reads_it_with_no_flag_and_nothing_odd_to_say(pairs, tmp_path, capsys):

@@ -54,7 +54,9 @@ def test_who_labelled_a_set_however_it_is_named(tmp_path):
 
 
 def test_the_set_of_a_preset_that_is_not_made_yet_is_named_with_what_makes_it():
-    with pytest.raises(UserError, match=r"runs/labels/pickscore: no such file .*; python -m dpo.label makes sets of labels"):
+    with pytest.raises(
+        UserError, match=r"runs/labels/pickscore: no such file .*; python -m dpo.label makes sets of labels"
+    ):
         open_source(parse(["--preset", "sd15-pickscore"])[0].data)
 
 
