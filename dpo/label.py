@@ -227,7 +227,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="differences up to X are ties (default: what the scorer cannot tell apart)",
     )
     add = parser.add_argument_group("where").add_argument
-    add("--output", required=True, metavar="FOLDER", help="data/, label.json, summary.json, pairs.html come here")
+    add(
+        "--output",
+        default="labels",
+        metavar="FOLDER",
+        help="data/, label.json, summary.json, pairs.html (default: labels)",
+    )
     add("--layout", choices=LAYOUTS, default="pickapic", help="columns (default: pickapic, all of Pick-a-Pic v2)")
     add(
         "--rows-per-file",
