@@ -7,8 +7,6 @@ tokens, the image never masked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.common.tokenizers import tokenizer_digest
 from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, cropped, normalised
 from dpo.scorers.published import converted, fill, read
@@ -191,7 +190,7 @@ def opened(
     # In no file, so still without numbers.
     network.text.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     tokenizer = _tokenizer(path.parent, network.text.config.vocab_size, cache_dir)
-    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+    words = tokenizer_digest(tokenizer, TOKENS)
     fingerprint = f"imagereward {checksum(path)} words {words} crop-{network.side}-bicubic {dtype}"
     network.to(device, dtype).head.float()
     return ImageReward(network.eval(), tokenizer, fingerprint)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.common.hub import is_hub_id
+from dpo.common.tokenizers import tokenizer_digest
 from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, normalised, whole
 
@@ -78,7 +79,7 @@ class Towers:
     tokenizer: PreTrainedTokenizerBase
     preprocessing: str  # of PREPROCESSING
     scale: float  # exp(logit_scale), read in float32 whatever the towers' dtype
-    fingerprint: str  # of weights, preprocessing and dtype
+    fingerprint: str  # of weights, tokenizer, preprocessing and dtype
 
     @property
     def _config(self) -> Any:
@@ -174,8 +175,17 @@ def loaded(
     scale = float(model.logit_scale.detach().exp())
     content = " ".join(_checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
     model.to(device, dtype).eval().requires_grad_(False)
-    side = model.config.vision_config.image_size
-    return Towers(model, tokenizer, preprocessing, scale, f"{content} {preprocessing}-{side}-bicubic {dtype}")
+    fingerprint = fingerprint_of(content, tokenizer, model, preprocessing, dtype)
+    return Towers(model, tokenizer, preprocessing, scale, fingerprint)
+
+
+def fingerprint_of(
+    weights: str, tokenizer: PreTrainedTokenizerBase, model: CLIPModel, preprocessing: str, dtype: torch.dtype
+) -> str:
+    """What the numbers of towers depend on, from the checksum of their weights on."""
+    config: Any = model.config  # transformers types its parts as optional
+    words = tokenizer_digest(tokenizer, config.text_config.max_position_embeddings)
+    return f"{weights} words {words} {preprocessing}-{config.vision_config.image_size}-bicubic {dtype}"
 
 
 def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, count: int) -> PreTrainedTokenizerBase:
