@@ -17,6 +17,7 @@ from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
 from dpo.models.fingerprint import checksum, identity
+from dpo.models.hub import locate
 from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
@@ -105,6 +106,21 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
 
 
+def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> None:
+    """Raises UserError for a name that can stand for no model, and for a base given to what is no LoRA. Loads no weights.
+
+    What is on the hub is fetched: a model that is not to be had is found before another is drawn.
+    """
+    if not name.strip():
+        raise UserError(f"no model to draw with: name {EXAMPLES}")
+    if _lora_file(name, lora_base, cache_dir) is not None:
+        return
+    named = settings_of(name)["model"]
+    locate(named, cache_dir=cache_dir)
+    if lora_base is not None:
+        raise UserError(f"--lora-base {lora_base}: {name} is a whole model, no LoRA; leave it out")
+
+
 def _run_of(name: str, lora: Path | None, lora_base: str | None) -> Path | None:
     """The folder of the run whose settings name the model, if one's do."""
     if lora is not None:
@@ -126,8 +142,8 @@ def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path 
     path = Path(name).expanduser()
     if name == EMBEDDED or (path / "model_index.json").is_file():
         return None
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        is_lora = True
+    if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
+        is_lora = any(map(_names_lora, files))
     else:
         is_lora = lora_base is not None or (path.suffix == ".safetensors" and path.is_file() and _names_lora(path))
     if not is_lora:

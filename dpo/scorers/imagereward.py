@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.common.hub import reason
 from dpo.common.tokenizers import tokenizer_digest
-from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, cropped, normalised
 from dpo.scorers.published import converted, fill, read
 
@@ -208,7 +208,7 @@ def _tokenizer(folder: Path, words: int, cache_dir: str | None) -> PreTrainedTok
         tokenizer = BertTokenizer.from_pretrained(str(path.parent))
     except Exception as error:  # the hub client raises a dozen kinds
         raise UserError(
-            f"imagereward: cannot get the words of {TOKENIZER} from the hub ({first_line(error)}); check the network, or "
+            f"imagereward: cannot get the words of {TOKENIZER} from the hub ({reason(error)}); check the network, or "
             f"put its vocab.txt into {folder}"
         ) from error
     if not words - len(ADDED) <= len(tokenizer) <= words:  # transformers makes an empty one of a folder without words

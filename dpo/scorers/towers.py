@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
-from dpo.common.hub import is_hub_id
+from dpo.common.hub import is_hub_id, reason
 from dpo.common.tokenizers import tokenizer_digest
 from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, normalised, whole
@@ -225,7 +225,7 @@ def _folder(name: str, place: str, cache_dir: str | None, files: Sequence[str]) 
         return Path(snapshot_download(place, allow_patterns=list(files), cache_dir=cache_dir))
     except Exception as error:  # the hub client raises a dozen kinds
         raise UserError(
-            f"{name}: cannot get {place} from the hub ({first_line(error)}); check the network, or name a folder, {name}:FOLDER"
+            f"{name}: cannot get {place} from the hub ({reason(error)}); check the network, or name a folder, {name}:FOLDER"
         ) from error
 
 
