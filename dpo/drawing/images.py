@@ -169,20 +169,21 @@ def complete(folder: Path) -> bool:
 
 def merge(folder: Path, parts: Sequence[Path]) -> int:
     """Copies the images of `parts`, drawn apart by one protocol, into `folder`; how many. Raises UserError."""
-    protocols = []
+    found = []
     for part in parts:
         known = read_protocol(part)
         if known is None:
             raise UserError(f"--merge {part}: holds no images with a {PROTOCOL}")
-        protocols.append(known[0])
-        if names := protocols[0].differs(known[0]):
-            said = f"{names[0]}: {protocols[0].told(names[0])} and {known[0].told(names[0])}"
+        found.append(known)
+        first, other = found[0][0], known[0]
+        if names := first.differs(other):
+            said = f"{names[0]}: {first.told(names[0])} and {other.told(names[0])}"
             raise UserError(
                 f"--merge: {parts[0]} and {part} were drawn by different protocols ({said}), so they are no parts of one set"
             )
-        _begin(folder, *known)
+    _begin(folder, *found[0])
     copied = set()
-    for part, protocol in zip(parts, protocols, strict=True):
+    for part, (protocol, _) in zip(parts, found, strict=True):
         (folder / IMAGES).mkdir(exist_ok=True)
         _sweep(folder, {path.name for path in _files(part)})
         for one in _found(part, protocol):
