@@ -62,6 +62,7 @@ setup(
             "dpo-report = dpo.report:main",
             "dpo-sample = dpo.sample:main",
             "dpo-evaluate = dpo.evaluate:main",
+            "dpo-label = dpo.label:main",
         ]
     },
 )

@@ -4,4 +4,5 @@ folder.py the files of a run, and reading them back; kinds.py what stands in the
 figures.py every figure: name, words, format
 verdict.py what the figures mean | charts.py, plots.py the charts | report.py report.html | card.py the model card
 sweep.py the comparison of a sweep | evaluation.py, evaluation.html, evaluation.md: is it better?
+labels.py, labels.html the page of a labelled set
 """

@@ -128,8 +128,11 @@ def hpsv2(
     tokenizer = tokenizer_of(name, path.parent, H14, cache_dir, model.config.text_config.vocab_size)
     preprocessing = "pad-no-antialias" if name.endswith("-no-antialias") else "pad"
     fingerprint = fingerprint_of(checksum(path), tokenizer, model, preprocessing, dtype)
+    own = (
+        float(model.logit_scale.detach().float().exp()) / FACTOR
+    )  # trained as the softmax of exp(logit_scale) times the cosine
     model.to(device, dtype).eval().requires_grad_(False)
-    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned)
+    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned, own)
 
 
 def _version(path: Path) -> str | None:
