@@ -201,6 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where").add_argument
     add(
         "--output",
+        type=command.folder,
         default="evaluation",
         metavar="FOLDER",
         help="evaluation.html and all that it is made from (default: evaluation)",

@@ -33,7 +33,7 @@ MAY_CALL = {
     "benchmarks": "anything",
     "commands": "training sampling evaluating labelling scorers tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
-    "sampling": "tiny models drawing settings",
+    "sampling": "tiny models drawing pages.began pages.folder settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
     "labelling": "sampling scorers evaluating data drawing models pages settings tiny",
     "scorers": "",
