@@ -17,6 +17,7 @@ from dpo.data import labelled as sets
 from dpo.data.sources import describe, open_source
 from dpo.data.writing import Judged, write_pairs
 from dpo.labelling import written
+from dpo.pages import labels as pages
 from dpo.scorers.cache import ScoreCache
 from dpo.settings.config import Data
 from tests.help import worlds
@@ -32,6 +33,13 @@ def pairs(tmp_path_factory):
     return worlds.make_pickapic(
         tmp_path_factory.mktemp("pairs"), 20, ties=4, unlabelled=3, soft=2, duplicates=3, shards=2
     )
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch):
+    """Charts, which have tests of their own, take most of the time of a small set."""
+    monkeypatch.setattr(pages, "write_histogram", lambda path, apart, margin: path.write_bytes(b""))
+    monkeypatch.setattr(pages, "svg", lambda *given, **named: "<svg></svg>")
 
 
 def grey(data):
