@@ -315,7 +315,7 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
     words = ["--data", pairs, "--scorers", "tests.help.judges:Dark"]
     labelled(capsys, *words, "--rows-per-file", 8, output=tmp_path / "out")
     code, said = labelled(capsys, *words, "--labels", "soft", output=tmp_path / "out")
-    assert code == 2 and "holds labels made otherwise (labels: 'hard' there, 'soft' now)" in said
+    assert code == 2 and 'holds labels made otherwise (labels: "hard" there, "soft" now)' in said
     seen = Grey.seen
     code, said = labelled(capsys, *words, "--labels", "soft", "--overwrite", output=tmp_path / "out")
     assert code == 0 and Grey.seen == seen
@@ -327,6 +327,14 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
         capsys, "--data", other, *words[2:], "--labels", "soft", "--overwrite", output=tmp_path / "out"
     )
     assert code == 0 and len(rows(tmp_path / "out")) == 6
+
+
+def test_a_folder_without_labels_yet_takes_another_command(pairs, tmp_path, capsys):
+    assert labelled(capsys, "--data", pairs, "--scorers", "tests.help.judges:Constant", output=tmp_path / "out")[0] == 2
+    other = worlds.make_pickapic(tmp_path / "other", 6)
+    assert (
+        labelled(capsys, "--data", other, *GREY, output=tmp_path / "out")[0] == 0 and len(rows(tmp_path / "out")) == 6
+    )
 
 
 @pytest.mark.parametrize("name", ["data/train.parquet", "README.md", "label.json", "model_index.json", "images/a.png"])
