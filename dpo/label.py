@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,11 @@ if TYPE_CHECKING:  # torch is imported only once the command line is read
 
 PAIRINGS, LAYOUTS, LABELS = ("best-worst", "all", "random"), ("pickapic", "chosen-rejected"), ("hard", "soft")
 OF_DATA = ("data_format", "split", "caption_column", "chosen_column", "rejected_column", "max_pairs")
-OF_DRAWN = ("prompts", "pairing", "pairs_per_prompt", "min_margin", "captions")
+OF_DRAWN = (
+    "prompts", "prompt_column", "subset", "subset_seed", "seeds", "first_seed", "same_noise", "sampler", "steps", "width",
+    "height", "batch", "precision", "vae_tile", "guidance", "lora_base", "pairing", "pairs_per_prompt", "min_margin", "captions",
+    "seed",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     from dpo.common import console
 
-    if list(argv)[-2:] in (["--scorers", "help"], ["--scorer", "help"]):
+    if "help" in [after for flag, after in itertools.pairwise(argv) if flag in ("--scorers", "--scorer")]:
         from dpo.scorers.scorer import listing
 
         sys.stdout.write(listing() + "\n")
@@ -222,7 +227,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="differences up to X are ties (default: what the scorer cannot tell apart)",
     )
     add = parser.add_argument_group("where").add_argument
-    add("--output", required=True, metavar="FOLDER", help="data/, label.json, summary.json, pairs.html come here")
+    add(
+        "--output",
+        default="labels",
+        metavar="FOLDER",
+        help="data/, label.json, summary.json, pairs.html (default: labels)",
+    )
     add("--layout", choices=LAYOUTS, default="pickapic", help="columns (default: pickapic, all of Pick-a-Pic v2)")
     add(
         "--rows-per-file",

@@ -26,7 +26,7 @@ from dpo.common.words import digest, first_line, listed
 from dpo.data.arrow import check_schema
 from dpo.data.labels import BLANK, SAME, Columns, P, RowLabels, find_columns, labels_of
 from dpo.data.listing import NOT_READ
-from dpo.data.pairs import Pair, caption_key, image_ref, make_pair, one_image
+from dpo.data.pairs import Pair, Source, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
 
 WINDOW_BYTES = 2 * 1024**3  # of row groups in use at once; another value changes the order of an epoch
@@ -254,6 +254,11 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
     )
     named = columns.uid_0 is not None and columns.uid_1 is not None
     return source if named or window is not None else _without_one_image_twice(source, blank, sum(sizes))
+
+
+def read_in_order(source: Source) -> Source:
+    """`source` for a reader that takes its pairs from the first to the last: two row groups stay in memory, not all."""
+    return replace(source, kept=2, cache=OrderedDict()) if isinstance(source, ParquetSource) else source
 
 
 def _without_one_image_twice(source: ParquetSource, blank: np.ndarray, total: int) -> ParquetSource:

@@ -130,7 +130,8 @@ def _find(data: Data, split: str) -> Source:
         return _of_files(paths, Path(os.path.commonpath([p.parent for p in paths])), data)
     if is_hub_id(name) and kind in LAYOUTS:
         return open_parquet(hub_files(name, data, split), data, kind)
-    raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name)")
+    made = "; python -m dpo.label makes sets of labels (docs/label.md)" if "labels" in path.parts else ""
+    raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name){made}")
 
 
 def _of_files(paths: list[Path], root: Path, data: Data) -> Source:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.common.files import remove
+from dpo.common.files import remove, sweep
 from dpo.common.words import excerpt, listed
 from dpo.data import labelled
 from dpo.labelling import summary
@@ -34,6 +34,7 @@ def begin(asked: Asked, folder: Path) -> bool:
 
     Raises UserError.
     """
+    sweep(folder, labelled.FILE)
     known, said = labelled.read(folder), asked.said()
     if known is None:
         if strange := [name for name in (*OTHERS, *OWN) if (folder / name).exists()]:

@@ -22,7 +22,7 @@ from dpo.pages import labels as pages
 
 SUMMARY = "summary.json"
 FILES = (SUMMARY, pages.HISTOGRAM, pages.PAGE)
-SHOWN = 8  # pairs of different captions of either kind on the page
+SHOWN = 9  # pairs of different captions of either kind on the page
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -123,18 +123,18 @@ def lines(made: Made) -> list[str]:
     if agreed := found["agreement_with_old_labels"]:
         low, high = agreed["interval"]
         said.append(
-            f"agreement with the old labels: {agreed['share']:.3f} ({low:.3f} to {high:.3f}) of {agreed['pairs']:,} pairs that are "
+            f"Agreement with the old labels: {agreed['share']:.3f} ({low:.3f} to {high:.3f}) of {agreed['pairs']:,} pairs that are "
             "no tie in either"
         )
     if found["labels"] == "soft":
         said.append(
-            f"soft labels: p = sigmoid({found['temperature']:.4g} x difference), on average {found['mean_p_of_preferred']:.3f} for "
+            f"Soft labels: p = sigmoid({found['temperature']:.4g} x difference), on average {found['mean_p_of_preferred']:.3f} for "
             "the preferred image"
         )
     if fit := found["fitted"]:
         said.append(
-            f"temperature fitted on {fit['pairs']:,} pairs; mean log-likelihood of {fit['held_out']:,} held-out ones: "
-            f"{fit['before']:.4f} before, {fit['after']:.4f} after, {fit['sure']:.4f} with labels that are all as sure"
+            f"Temperature fitted on {fit['pairs']:,} pairs; mean log-likelihood of {fit['held_out']:,} held-out ones: "
+            f"{fit['before']:.4f} before, {fit['after']:.4f} after, {fit['sure']:.4f} with hard labels, all as sure"
         )
     return said
 

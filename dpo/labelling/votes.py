@@ -12,7 +12,7 @@ from dpo.common.errors import UserError
 from dpo.labelling.asked import Asked
 from dpo.labelling.items import Items, content
 from dpo.labelling.scores import of_table, scored
-from dpo.models.ready import pick_device
+from dpo.sampling.work import device_of
 from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer, listed, opened, temperature_of
 from dpo.scorers.sets import SetScorer
@@ -35,7 +35,7 @@ class Votes:
 
 def voted(asked: Asked, items: Items, cache: ScoreCache, places: range) -> Votes:
     """The scores of all scorers at `places`, nan elsewhere. One scorer is in memory at a time."""
-    device = pick_device(asked.device)
+    device = device_of(asked.device)
     alone = len(asked.scorers) + len(asked.tables) == 1
     names, prints, signs, scores = [], [], [], []
     own, resolution = None, 0.0

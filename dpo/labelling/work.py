@@ -11,13 +11,13 @@ from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.data import labelled
+from dpo.data.parquet import read_in_order
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
-from dpo.drawing import images
-from dpo.evaluating.work import check_folders, folder_of, side_of
+from dpo.evaluating.work import check_folders, side_of
 from dpo.labelling import folder as place
 from dpo.labelling.asked import Asked
-from dpo.labelling.folder import CACHE, DRAWN
+from dpo.labelling.folder import CACHE
 from dpo.labelling.items import Items, OfPairs, OfSides
 from dpo.labelling.votes import voted
 from dpo.labelling.written import write
@@ -32,8 +32,8 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     """Labels into `folder`; False where other processes still have to do their part.
 
     shard: this process of so many, each of which scores its part of the images; the last one to end writes. merge: folders
-    of such parts, made without a common disk, whose images and scores are taken first. The same command goes on after a
-    kill, and ends in the same bytes. Raises UserError.
+    of such parts, made without a common disk, whose scores are taken first. The same command goes on after a kill, and ends
+    in the same bytes. Raises UserError.
     """
     make_folder(folder, "--output")
     _check_apart(asked, folder)
@@ -45,9 +45,6 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         for other in merge:
             count = cache.take(other / CACHE)
-            for own in (folder_of(one.name) for one in asked.models):
-                if (other / DRAWN / own).is_dir():
-                    images.merge(_made(folder / DRAWN / own), [other / DRAWN / own])
             log.info("%s: %d scores of %s", folder, count, other)
         items = _items(asked, folder, shard)
         with locks.held(folder, "--output", "-begin", FINISHING):
@@ -78,11 +75,6 @@ def _check_apart(asked: Asked, folder: Path) -> None:
             raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
 
 
-def _made(folder: Path) -> Path:
-    make_folder(folder, "--output")
-    return folder
-
-
 def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
     if asked.pairs is not None:
         return _of_pairs(asked.pairs)
@@ -99,7 +91,7 @@ def _of_pairs(data: Data) -> OfPairs:
             f"--data {data.data} is a prepared store, which keeps no image files: give the pairs it was made from"
         )
     log.info("%s: %s", data.data, describe(source))
-    return OfPairs(source)
+    return OfPairs(read_in_order(source))
 
 
 def _to_fit(asked: Asked, items: Items) -> OfPairs:

@@ -106,6 +106,7 @@ def write(asked: Asked, folder: Path, items: Items, votes: Votes, fit: OfPairs |
         fitting=None if fitting is None else fitting._asdict(),
         item=lambda row, side: items[int((pairs.first, pairs.second)[side][row])],
     )
+    sweep(folder, README)
     summary.write(folder, told)
     summary.write_readme(folder / README, told, asked.layout)
     forget_parts(folder)

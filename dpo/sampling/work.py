@@ -95,7 +95,7 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     chosen = prompts_of(asked, init)
     if asked.layout is not None:
         layouts.check(asked.layout, chosen.prompts, asked.seeds)
-    device = _device(asked.device)
+    device = device_of(asked.device)
     _check_asked(asked, chosen, init)
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
@@ -271,7 +271,7 @@ def _fields(metrics: Mapping[str, Any]) -> list[str]:
     return [f"{metrics['pace'].rate:.3g} images/s"]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device of that name; "auto" under torchrun is the GPU of this process."""
     if name == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         name = f"cuda:{of_launcher('LOCAL_RANK', 0)}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -11,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dpo import label
 from dpo.data import labelled as sets
 from dpo.data.sources import describe, open_source
+from dpo.data.writing import Judged, write_pairs
 from dpo.labelling import written
 from dpo.scorers.cache import ScoreCache
 from dpo.settings.config import Data
 from tests.help import worlds
+from tests.help.children import start_command
 from tests.help.judges import TRIED, Grey
 from tests.help.labelling import GREY, images_of, labelled, left, rows
 from tests.help.pages import Page
@@ -52,7 +56,7 @@ def test_every_row_is_labelled_anew_in_its_order(pairs, tmp_path, capsys):
     assert Grey.seen - seen - TRIED == len({row[name] for row in before for name in ("jpg_0", "jpg_1")}), (
         "an image is scored once"
     )
-    assert "agreement with the old labels: 1.000" in said
+    assert "Agreement with the old labels: 1.000" in said
 
 
 def test_the_trainer_reads_it_with_no_flag_and_nothing_odd_to_say(pairs, tmp_path, capsys):
@@ -155,6 +159,35 @@ def test_a_temperature_fitted_on_labels_beats_hard_ones_on_held_out_prompts(tmp_
     assert fit["after"] > clipped, "nor do hard labels that are 99 % sure"
 
 
+def test_a_temperature_is_fitted_on_other_pairs_for_images_without_labels(tmp_path, capsys):
+    found = [{**row, "label": (i % 4 > 0)} for i, row in enumerate(rows(worlds.make_pickapic(tmp_path / "clean", 120)))]
+    judged = [
+        Judged(
+            row["caption"],
+            *(row[f"jpg_{side}"] for side in sides),
+            *(row[f"image_{side}_uid"] for side in sides),
+            1.0,
+            1.0,
+        )
+        for row in found
+        for sides in [(0, 1) if row["label"] == (row["label_0"] == 1) else (1, 0)]
+    ]
+    (tmp_path / "noisy").mkdir()
+    write_pairs(tmp_path / "noisy" / "train.parquet", judged, "pickapic")
+    images = images_of(tmp_path / "images", 4, 2)
+    code, said = labelled(capsys, images, *GREY, "--fit-temperature", tmp_path / "noisy", output=tmp_path / "out")
+    assert code == 0, said
+    temperature = json.loads((tmp_path / "out" / "summary.json").read_text())["temperature"]
+    apart = np.mean([abs(grey(row["jpg_0"]) - grey(row["jpg_1"])) for row in found])
+    assert temperature * apart == pytest.approx(np.log(3), abs=0.4), "three of four labels follow the scores"
+    assert all(
+        row["p"] == pytest.approx(1 / (1 + np.exp(-temperature * (row["score_0"] - row["score_1"]))))
+        for row in rows(tmp_path / "out")
+    )
+    code, said = labelled(capsys, images, *GREY, "--fit-temperature", tmp_path / "clean", output=tmp_path / "other")
+    assert code == 2 and "every label follows the scores" in said
+
+
 def test_images_of_folders_are_paired_and_labelled(tmp_path, capsys):
     a, b = images_of(tmp_path / "a", 6, 3), images_of(tmp_path / "b", 6, 3, seed=1)
     code, said = labelled(capsys, f"one={a}", b, *GREY, output=tmp_path / "out")
@@ -174,22 +207,35 @@ def test_images_of_folders_are_paired_and_labelled(tmp_path, capsys):
     assert code == 0 and len(rows(tmp_path / "random")) == 24
 
 
-def test_models_draw_what_is_labelled_and_a_kill_costs_nothing(world, tmp_path, capsys, monkeypatch):
-    words = [
-        f"a={world('sd15')}", f"b={world('sd2v')}", "--prompts", "a red fox", "a blue boat", "--seeds", "2", "--steps", "1",
-        "--batch", "2", "--device", "cpu", "--pairing", "all", "--rows-per-file", "5", *GREY,
-    ]  # fmt: skip
-    code, said = labelled(capsys, *words, output=tmp_path / "out")
+DRAWN = [
+    "--prompts", "a red fox", "a blue boat", "--seeds", "3", "--steps", "1", "--batch", "2", "--device", "cpu", "--pairing", "all",
+    "--rows-per-file", "5", *GREY,
+]  # fmt: skip
+
+
+def test_models_draw_what_is_labelled(world, tmp_path, capsys):
+    code, said = labelled(capsys, f"a={world('sd15')}", *DRAWN, output=tmp_path / "out")
     assert code == 0, said
     found = rows(tmp_path / "out")
-    assert len(found) == 12 and {row["caption"] for row in found} == {"a red fox", "a blue boat"}
-    assert describe(open_source(Data(data=str(tmp_path / "out")))) == "12 rows: 12 pairs"
-    assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"a", "b"}
-    taken = [tmp_path / "out" / "images" / name for name in "ab"]
-    code, said = labelled(capsys, *taken, *words[-6:], output=tmp_path / "again")
+    assert len(found) == 6 and {row["caption"] for row in found} == {"a red fox", "a blue boat"}
+    assert describe(open_source(Data(data=str(tmp_path / "out")))) == "6 rows: 6 pairs", "its images lie beside"
+    code, said = labelled(capsys, tmp_path / "out" / "images" / "a", *DRAWN[-6:], output=tmp_path / "again")
     assert code == 0 and [{**r, "protocol": 0} for r in rows(tmp_path / "again")] == [
         {**r, "protocol": 0} for r in found
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is a fork here")
+def test_processes_share_the_drawing(world, tmp_path, capsys):
+    words = [f"a={world('sd15')}", f"b={world('sd2v')}", *DRAWN]
+    assert labelled(capsys, *words, output=tmp_path / "whole")[0] == 0
+    log = tmp_path / "log.txt"
+    shared = [*map(str, words), "--output", str(tmp_path / "out"), "--shard"]
+    children = [start_command([*shared, f"{number}/2"], log, label.main, fresh=True) for number in (0, 1)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0], log.read_text()
+    assert left(tmp_path / "out").keys() == left(tmp_path / "whole").keys()
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
 
 def killed_once(monkeypatch, target, name, after):
@@ -331,6 +377,7 @@ def test_hostile_captions_are_text_on_the_page(tmp_path, capsys):
         (("--data", "PAIRS", "--scorers", "tiny-a=nan"), "with a weight above 0"),
         (("--data", "PAIRS", "--scorers", "tiny-a=1", "tiny-a=2"), "a scorer is named twice"),
         (("--data", "PAIRS", *GREY, "--pairing", "all"), "--pairing is of images that models draw"),
+        (("--data", "PAIRS", *GREY, "--seeds", "4"), "--seeds is of images that models draw"),
         (("--data", "PAIRS", *GREY, "--labels", "hard", "--temperature", "2"), "--labels hard have no temperature"),
         (("--data", "PAIRS", *GREY, "--temperature", "-1"), "not above 0"),
         (("--data", "PAIRS", *GREY, "--temperature", "1", "--fit-temperature"), "give one"),
@@ -403,3 +450,8 @@ def test_the_files_say_of_which_protocol_they_are(pairs, tmp_path, capsys):
     assert {row["protocol"] for row in rows(tmp_path / "out")} == {mark}
     path = next((tmp_path / "out" / "data").iterdir())
     assert pq.read_metadata(path).metadata[b"dpo.label"] == mark.encode()
+
+
+@pytest.mark.parametrize("flag", ["--scorers", "--scorer"])
+def test_help_of_scorers_lists_them(flag, capsys):
+    assert label.main(["--data", "x", flag, "help"]) == 0 and "pickscore" in capsys.readouterr().out

@@ -107,7 +107,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["drawing", "scoring", pytest.param("labelling", marks=pytest.mark.slow)])
 def once(request, tmp_path_factory):
     """(main, words, how far it is, what it leaves, the same of one go)."""
     main, progress, left = KINDS[request.param]

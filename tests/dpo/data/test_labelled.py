@@ -8,6 +8,7 @@ from dpo.common.errors import UserError
 from dpo.data import labelled
 from dpo.data.sources import open_source
 from dpo.settings.config import Data
+from dpo.settings.flags import parse
 from tests.help import worlds
 
 SCORERS = {"scorers": [{"name": "a", "asked": "a:FILE", "fingerprint": "a 1", "weight": 1.0}]}
@@ -50,6 +51,13 @@ def test_who_labelled_a_set_however_it_is_named(tmp_path):
     )
     labelled.write(tmp_path, {"finished": False})
     assert labelled.judges(tmp_path) == []
+
+
+def test_the_set_of_a_preset_that_is_not_made_yet_is_named_with_what_makes_it():
+    with pytest.raises(
+        UserError, match=r"runs/labels/pickscore: no such file .*; python -m dpo.label makes sets of labels"
+    ):
+        open_source(parse(["--preset", "sd15-pickscore"])[0].data)
 
 
 def test_a_folder_of_pairs_with_somebody_elses_label_json_is_read_as_ever(tmp_path):

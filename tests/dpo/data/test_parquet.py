@@ -77,6 +77,15 @@ def test_scan_reads_no_image(tmp_path, settings, monkeypatch):
     assert len(source) == 8 and read and not set(read) & {"jpg_0", "jpg_1", "caption"}
 
 
+def test_read_in_order_two_row_groups_stay_in_memory(tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 12, row_group_size=2, shards=2)
+    source = open_source(settings(tmp_path))
+    ordered = parquet.read_in_order(source)
+    assert [ordered[i].key for i in range(12)] == [source[i].key for i in range(12)]
+    assert (len(ordered.cache), len(source.cache)) == (2, 6) and ordered.fingerprint == source.fingerprint
+    assert parquet.read_in_order(InMemory([source[0]], np.ones(1), {}, "")).pairs == [source[0]]
+
+
 def test_held_out_choice_reads_captions_only(tmp_path, settings, monkeypatch):
     worlds.make_pickapic(tmp_path, 8, row_group_size=3, captions=4)
     source = open_source(settings(tmp_path))

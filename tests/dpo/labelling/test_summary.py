@@ -77,7 +77,7 @@ def test_the_files(tmp_path):
 
 def test_the_sentences_of_hard_labels_say_no_probability():
     hard = summary.lines(made(temperature=None))
-    assert not any("sigmoid" in line for line in hard) and "agreement with the old labels: 0.667" in hard[1]
+    assert not any("sigmoid" in line for line in hard) and "Agreement with the old labels: 0.667" in hard[1]
     assert len(summary.lines(made(old=np.full(6, NAN), temperature=None))) == 1
     fit = {"temperature": 1.0, "pairs": 30, "held_out": 20, "before": -0.6, "after": -0.5, "sure": -0.55}
     assert "-0.6000 before, -0.5000 after" in summary.lines(made(fitting=fit))[-1]

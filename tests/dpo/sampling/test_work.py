@@ -133,6 +133,6 @@ def test_under_torchrun_each_process_has_its_gpu(monkeypatch):
     monkeypatch.setattr(work, "pick_device", asked.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    work._device("auto")
-    work._device("cpu")
+    work.device_of("auto")
+    work.device_of("cpu")
     assert asked == ["cuda:3", "cpu"]

@@ -136,6 +136,9 @@ def test_every_preset_parses_resolves_and_trains():
         "sdxl-lora",
         "sdxl-dde",
         "sdxl-turbo",
+        "sd15-pickscore",
+        "sdxl-pickscore",
+        "dde-study",
         "smoke",
         "tiny",
     } == set(presets())
@@ -188,7 +191,7 @@ def test_help_has_every_setting_with_its_default(capsys):
         (["--steps", "soon"], "steps = soon: expected a whole number (updates) at least 1 or none"),
         (["--steps", "-3"], "at least 1"),
         (["--step", "3"], "--steps"),
-        (["--preset", "sd14"], "expected one of sd15, "),
+        (["--preset", "sd14"], "expected one of dde-study, sd15, "),
         (["--preset", "sd15", "--config", "x.toml"], "give one"),
         (["--config", "/no/such.toml"], "No such file"),
         (["--compat", "kohya"], "hf-sd15, hf-sdxl, sf"),
