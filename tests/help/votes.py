@@ -55,9 +55,9 @@ def imagined(votes: int = 8, questions: str = "a", checks: int = 2, **fields: An
         for kind, count in kinds
         for number in range(count)
     )
-    plain: dict[str, Any] = {"tie": True, "votes": 3, "repeats": 0.1, "seed": 0}
+    plain: dict[str, Any] = {"tie": True, "votes": 3, "repeats": 0.1, "seed": 0, "title": "Which?"}
     return Study(
-        name="study", title="Which?", instructions="Look.", notice="Careful.", sides=("base", "new"), items=items,
+        name="study", instructions="Look.", notice="Careful.", sides=("base", "new"), items=items,
         questions=tuple(Question(key, f"Question {key}?") for key in questions), **{**plain, **fields},
     )  # fmt: skip
 
