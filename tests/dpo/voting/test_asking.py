@@ -37,7 +37,7 @@ def kind(asked):
 
 
 def test_every_question_gets_the_votes_wanted_and_none_comes_twice_to_a_rater():
-    study = imagined(votes=12, questions="ab", checks=2, repeats=0.1)
+    study = imagined(items=12, questions="ab", checks=2, repeats=0.1)
     asked, tally = run(study, "ABCDE")
     assert set(tally.votes.values()) == {3} and len(tally.votes) == 24
     for mine in asked.values():
@@ -49,7 +49,7 @@ def test_every_question_gets_the_votes_wanted_and_none_comes_twice_to_a_rater():
 
 
 def test_those_with_the_fewest_votes_come_first_at_every_moment():
-    study = imagined(votes=15, questions="ab", checks=0, repeats=0.0)
+    study = imagined(items=15, questions="ab", checks=0, repeats=0.0)
     tally, draw = Tally(study), random.Random(1)
     while True:
         open_to = [rater for rater in "ABCD" if following(tally, rater) is not None]
@@ -65,7 +65,7 @@ def test_those_with_the_fewest_votes_come_first_at_every_moment():
 
 @pytest.mark.parametrize("votes", [2, 3, 5])
 def test_sides_are_balanced_over_the_raters_of_a_question(votes):
-    study = replace(imagined(votes=20, questions="abc", checks=0, repeats=0.0), votes=votes)
+    study = replace(imagined(items=20, questions="abc", checks=0, repeats=0.0), votes=votes)
     _, tally = run(study, "ABCDEFG"[: votes + 1])
     for key, count in tally.votes.items():
         assert count == votes and abs(count - 2 * tally.lefts[key]) <= 1
@@ -75,7 +75,7 @@ def test_sides_are_balanced_over_the_raters_of_a_question(votes):
 
 
 def test_it_is_a_function_of_the_answers_alone_and_another_seed_asks_otherwise():
-    study = imagined(votes=12, questions="ab")
+    study = imagined(items=12, questions="ab")
     asked, tally = run(study, "ABC", most=40)
     answers = sorted((one for given in tally.given.values() for one in given), key=lambda one: one.id)
     for anew in (Tally(study, answers), _by_detours(study, answers)):
@@ -83,7 +83,7 @@ def test_it_is_a_function_of_the_answers_alone_and_another_seed_asks_otherwise()
             assert following(anew, rater) == following(tally, rater)
             assert progress(anew, rater) == progress(tally, rater)
             assert wanted(anew, rater) == wanted(tally, rater)
-    other, _ = run(imagined(votes=12, questions="ab", seed=1), "ABC", most=40)
+    other, _ = run(imagined(items=12, questions="ab", seed=1), "ABC", most=40)
     assert other != asked
 
 
@@ -98,7 +98,7 @@ def _by_detours(study, answers):
 
 
 def test_a_twentieth_comes_again_with_sides_swapped_after_other_questions():
-    study = imagined(votes=60, questions="a", checks=2, repeats=0.05)
+    study = imagined(items=60, questions="a", checks=2, repeats=0.05)
     asked, _ = run(study, "A")
     mine = asked["A"]
     again = [place for place, one in enumerate(mine) if one.repeat]
@@ -108,16 +108,16 @@ def test_a_twentieth_comes_again_with_sides_swapped_after_other_questions():
             p for p, one in enumerate(mine) if (one.item, one.question) == (mine[place].item, mine[place].question)
         )
         assert mine[before].left == 1 - mine[place].left and place - before > GAP
-    assert not any(one.repeat for one in run(imagined(votes=60, repeats=0.0), "A")[0]["A"])
+    assert not any(one.repeat for one in run(imagined(items=60, repeats=0.0), "A")[0]["A"])
 
 
 def test_a_repeat_comes_at_once_where_nothing_else_is_left():
-    asked, _ = run(imagined(votes=3, checks=0, repeats=0.5), "A")
+    asked, _ = run(imagined(items=3, checks=0, repeats=0.5), "A")
     assert [one.repeat for one in asked["A"]] == [False, False, False, True, True]
 
 
 def test_checks_come_early_and_through_the_whole_run():
-    study = imagined(votes=80, questions="a", checks=2, repeats=0.0)
+    study = imagined(items=80, questions="a", checks=2, repeats=0.0)
     asked, _ = run(study, "AB")
     places = [[place for place, one in enumerate(mine) if kind(one) != "vote"] for mine in asked.values()]
     for mine, found in zip(asked.values(), places, strict=True):
@@ -135,14 +135,14 @@ def test_checks_come_early_and_through_the_whole_run():
 
 
 def test_checks_are_no_further_apart_in_a_long_study_and_a_short_one_has_them_too():
-    long, _ = run(imagined(votes=900, checks=3, repeats=0.0), "A", most=140)
+    long, _ = run(imagined(items=900, checks=3, repeats=0.0), "A", most=140)
     assert sum(kind(one) != "vote" for one in long["A"]) >= 5
-    short, _ = run(imagined(votes=1, checks=2, repeats=0.0), "A")
+    short, _ = run(imagined(items=1, checks=2, repeats=0.0), "A")
     assert kind(short["A"][0]) == "vote" and len(short["A"]) == 5
 
 
 def test_questions_that_others_hold_count_as_votes_to_come():
-    study = imagined(votes=4, checks=0, repeats=0.0)  # three votes each
+    study = imagined(items=4, checks=0, repeats=0.0)  # three votes each
     tally, held = Tally(study), []
     for rater in "ABCDEFGHIJKLMNOP":
         found = following(tally, rater, held)
@@ -157,7 +157,7 @@ def test_questions_that_others_hold_count_as_votes_to_come():
 
 
 def test_what_a_rater_holds_is_not_asked_twice_and_counts_as_given():
-    study = imagined(votes=30, questions="a", checks=2, repeats=0.1)
+    study = imagined(items=30, questions="a", checks=2, repeats=0.1)
     tally, held = Tally(study), []
     for _ in range(30):
         held.append(("A", following(tally, "A", held)))
@@ -166,7 +166,7 @@ def test_what_a_rater_holds_is_not_asked_twice_and_counts_as_given():
 
 
 def test_the_kind_of_question_stays_for_a_while():
-    study = imagined(votes=60, questions="abc", checks=0, repeats=0.0)
+    study = imagined(items=60, questions="abc", checks=0, repeats=0.0)
     asked, _ = run(study, "A", most=60)
     changes = sum(one.question != other.question for one, other in pairwise(asked["A"]))
     assert changes <= 60 // BLOCK
@@ -174,7 +174,7 @@ def test_the_kind_of_question_stays_for_a_while():
 
 
 def test_progress_counts_down_to_nothing():
-    study = imagined(votes=21, questions="ab", checks=2, repeats=0.1)
+    study = imagined(items=21, questions="ab", checks=2, repeats=0.1)
     tally, seen = Tally(study), []
     while (found := following(tally, "A")) is not None:
         seen.append(progress(tally, "A"))
