@@ -106,7 +106,9 @@ def rater_error(parts: np.ndarray, rater: np.ndarray) -> Besides | None:
 def _interval(advantages: np.ndarray, cases: int, besides: Besides | None, seed: int, resamples: int) -> Interval:
     """95 % interval of the win rate from the advantages -1..1 of prompts."""
     decided = min((advantages > 0).sum(), (advantages < 0).sum())
-    options = {"seed": seed, "resamples": resamples}
+    options: dict[str, int] = {"seed": seed, "resamples": resamples}
+    if abs(advantages).min() == 1 and not decided:  # all prompts agree: no rater made a difference to any
+        besides = None
     if decided >= DECIDING:
         found = mean_interval(advantages, besides=besides, **options)
         assert found is not None and DECIDING >= FEWEST, "enough prompts"

@@ -63,7 +63,7 @@ def vote(
     answers: list[Answer] = []
 
     def add(rater: str, item: Item, question: str, later: bool | None, repeat: bool, left: int) -> None:
-        choice = "tie" if later is None else ("first", "second")[(item.sides[1] > item.sides[0]) != later]
+        choice = "tie" if later is None else ("first", "second")[(item.sides[1] > item.sides[0]) == later]
         if rater in always:
             choice = ("first", "second")[left if always[rater] == "left" else 1 - left]
         seconds = round(float(generator.lognormal(1.0, 0.5)), 2)
@@ -75,7 +75,8 @@ def vote(
             stood = generator.permutation(np.arange(of.votes) % 2)
             for place, who in enumerate(generator.permutation(raters)[: of.votes]):
                 if item.kind != "vote":
-                    add(names[who], item, question.key, item.sides[1] >= item.sides[0], False, int(stood[place]))
+                    later = item.kind == "broken" or bool(generator.random() < 0.5)
+                    add(names[who], item, question.key, later, False, int(stood[place]))
                     continue
                 level = NORMAL.inv_cdf(float(shares[item.id])) * math.hypot(1, apart) + lean[who]
                 for repeat in (False, True)[: 1 + (generator.random() < of.repeats)]:
