@@ -210,9 +210,8 @@ def worth(
     if limit == 1 or (columns[:, 0] == columns[:, limit - 1]).all():
         return None
     n = _crossing(columns.mean(0, keepdims=True))[0]
-    drawn = np.sort(_crossing(resampled(columns, _generator(seed, len(rows)), resamples)))
-    tail = _tail(len(drawn))
-    return Worth(float(n), (float(drawn[tail]), float(drawn[-1 - tail])), limit)
+    drawn = _crossing(resampled(columns, keyed(seed, len(rows)), resamples))
+    return Worth(float(n), percentiles(drawn), limit)
 
 
 # --- means inside prompts, then over them ------------------------------------------------------------------------------
@@ -269,13 +268,15 @@ def share(advantage: float) -> float:
 # --- intervals ---------------------------------------------------------------------------------------------------------
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
+def keyed(seed: int, stream: int) -> np.random.Generator:
+    """A generator of its own for each seed and stream."""
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream]))
 
 
-def _tail(count: int) -> int:
-    """Draws outside of the interval on either side. Whole order statistics, so that mirrored draws mirror."""
-    return int((1 - LEVEL) / 2 * count)
+def percentiles(drawn: np.ndarray) -> Interval:
+    """The 95 % interval of resampled figures [R]. Whole order statistics, so that mirrored figures mirror."""
+    ordered, outside = np.sort(drawn), int((1 - LEVEL) / 2 * len(drawn))
+    return float(ordered[outside]), float(ordered[-1 - outside])
 
 
 def resampled(values_PC: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
@@ -319,7 +320,7 @@ def mean_interval(
     mean = _mean(values_TP)
     centred = _means(values_TP) - mean
     spread = math.sqrt((centred**2).mean())
-    generator = _generator(seed, prompts)
+    generator = keyed(seed, prompts)
     moved, square = resampled(np.stack([centred, centred**2], 1), generator, resamples).T
     spreads = np.sqrt(np.maximum(square - moved**2, 0.0))
     # Where few prompts differ a resample may have no spread of its own; it is measured by the sample's.
@@ -327,8 +328,7 @@ def mean_interval(
     if other := besides or _seed_error(values_TP):
         shift = other.error * generator.standard_t(other.freedom, size=resamples)
         drawn = np.concatenate([drawn + shift, drawn - shift])  # both signs: exact mirrors
-    drawn, tail = np.sort(drawn), _tail(len(drawn))
-    return float(mean + drawn[tail]), float(mean + drawn[-1 - tail])
+    return percentiles(mean + drawn)
 
 
 def advantage_interval(
@@ -351,7 +351,7 @@ def advantage_interval(
         # As many single comparisons as have this variance: no image is more than one, nor a prompt less.
         count = min(max((1 - mean**2) / variance, 0.0 if other else count), float(comparisons))
     if other:
-        generator = _generator(seed, prompts)
+        generator = keyed(seed, prompts)
         normal, student = generator.standard_normal(resamples), generator.standard_t(other.freedom, size=resamples)
         drawn = np.sort(np.abs(normal * math.sqrt(of_prompts) + student * math.sqrt(of_others)))
         z = float(drawn[-1 - int((1 - LEVEL) * resamples)]) / math.sqrt(variance)
