@@ -22,14 +22,12 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
-from dpo.drawing import images
 from dpo.evaluating import provenance, reproduce, result, sets
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
-from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
+from dpo.evaluating.sides import MAY_DIFFER, Side, check_protocols, matched, of_folder, of_set
 from dpo.models.ready import pick_device
 from dpo.pages import evaluation as pages
-from dpo.pages.folder import INDEX_FILE
 from dpo.sampling import work as sampling
 from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer, listed, opened
@@ -38,7 +36,6 @@ from dpo.scorers.sets import SetScorer
 log = logging.getLogger("dpo")
 
 DRAWN, CACHE = "images", "scores.sqlite"
-MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
 LONGEST = 100  # bytes of the name of a folder
 LINES = 4  # of progress for a scorer, where there is no terminal
@@ -135,15 +132,12 @@ def _sides(asked: Asked, folder: Path) -> Iterator[Group]:
 
 def _side(named: Named, draw: sampling.Asked, folder: Path, captions: Path | None) -> Side:
     """The images of one side: those of a folder, or drawn with a model into a folder of its own."""
-    place = Path(named.place).expanduser()
-    if (place / images.PROTOCOL).is_file():
-        return _of_set(named.name, place)
-    if is_of_images(place):
-        return of_table(named.name, place, captions)
+    if (found := of_folder(named.name, Path(named.place).expanduser(), captions)) is not None:
+        return found
     own = folder / DRAWN / _folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
     sampling.draw(replace(draw, model=named.place), own)
-    return _of_set(named.name, own)
+    return of_set(named.name, own)
 
 
 def _folder_of(name: str) -> str:
@@ -160,19 +154,6 @@ def _check_folders(names: Sequence[str]) -> None:
     for name in names:
         if (other := found.setdefault(_folder_of(name).casefold(), name)) != name:
             raise UserError(f"{other} and {name} would be drawn into one folder: call them apart, as NAME=MODEL")
-
-
-def _of_set(name: str, folder: Path) -> Side:
-    known = images.read_protocol(folder)
-    shown = tuple(Shown(one.path, one.prompt, one.seed, one.category) for one in images.read_set(folder))
-    return Side(name, folder, shown, known[0].to_json() if known else None)
-
-
-def is_of_images(place: Path) -> bool:
-    """Whether a folder holds images that another program made, and no model."""
-    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
-        return False
-    return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
 
 @dataclass

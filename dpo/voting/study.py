@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo.common.errors import UserError, reading
-from dpo.common.files import AGAIN, sealed, unseal, write_text
+from dpo.common.files import AGAIN, sealed, unseal, write_text, write_whole, writing
 
 FILE = "study.json"
+SECRET = "secret"  # beside it, for this machine alone: addresses and links are keyed with it
 FORMAT = 1
 SEAL = "sha256"
 BROKEN = -1  # in Item.sides: an image made unusable on purpose
@@ -102,6 +105,27 @@ def read(folder: Path) -> Study:
             return _study(content)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"it lacks a part of a study: {error}") from error
+
+
+def secret(folder: Path) -> bytes:
+    """The key of a study's addresses and links, made where there is none yet: only the owner may read it.
+
+    Raises UserError where it cannot be read or written.
+    """
+    path = folder / SECRET
+
+    def make(part: Path) -> None:
+        with suppress(OSError):  # a file system without permissions
+            part.chmod(0o600)
+        part.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
+
+    if not path.exists():
+        with writing(path, AGAIN):
+            write_whole(path, make)
+        with suppress(OSError):
+            path.chmod(0o600)
+    with reading(str(path), "delete it, and give the raters their links anew"):
+        return bytes.fromhex(path.read_text(encoding="ascii"))
 
 
 def _study(content: dict[str, Any]) -> Study:

@@ -1,97 +1,123 @@
-"""Simulated studies: raters with known preferences vote on prompts that differ in a known way."""
+"""Studies of small images, and what serves them in a test: a thread, or the command as a process of its own."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from statistics import NormalDist
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image, PngImagePlugin
 
-from dpo.voting.answers import Answer
-from dpo.voting.study import Item, Question, Rule, Study
-
-NORMAL = NormalDist()
-
-
-def alike(share: float) -> Callable[[np.random.Generator, int], np.ndarray]:
-    """Every prompt has this share of votes for the later model."""
-    return lambda generator, count: np.full(count, share)
+from dpo.voting import server, study
+from dpo.voting.answers import Journal
+from dpo.voting.declare import Named, Wanted, declare
+from dpo.voting.desk import Desk
+from dpo.voting.shown import Gallery
+from dpo.voting.study import Item, Question, Study
 
 
-def beta(a: float, b: float) -> Callable[[np.random.Generator, int], np.ndarray]:
-    """Shares of votes that differ between prompts as Beta(a, b)."""
-    return lambda generator, count: generator.beta(a, b, count)
+def make_folder(folder: Path, prompts: int, colour: tuple[int, int, int], size: tuple[int, int] = (48, 48)) -> Path:
+    """A folder of images, each of another shade, with a table of file and prompt; text chunks name the folder."""
+    folder.mkdir(parents=True)
+    lines = ["file\tprompt\tcategory"]
+    for number in range(prompts):
+        pixels = np.full((size[1], size[0], 3), colour, dtype=np.uint8)
+        pixels[: 8 + number % 8, :, :] = 40 + 5 * (number % 40)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("model", f"the model {folder.name}")
+        Image.fromarray(pixels).save(folder / f"{number}.png", pnginfo=info)
+        lines.append(f"{number}.png\tprompt number {number} <b>&amp;\t{'odd' if number % 2 else 'even'}")
+    (folder / "prompts.tsv").write_text("\n".join(lines), encoding="utf-8")
+    return folder
 
 
-def study(prompts: int, *, votes: int = 5, sides: Sequence[str] = ("start", "dpo"), **more) -> Study:
-    """A study of so many prompts with two images each; more: items of other kinds in `extra`, fields of Study."""
-    extra = more.pop("extra", ())
-    pairs = [(a, b) for b in range(len(sides)) for a in range(b)]
+def make_study(folder: Path, prompts: int = 6, **wanted: Any) -> Study:
+    """A declared study of two folders beside `folder`: a red base and a green model."""
+    sides = [
+        Named(name, str(make_folder(folder.parent / name, prompts, colour)))
+        for name, colour in (("basemodel", (200, 30, 30)), ("newmodel", (30, 200, 30)))
+    ]
+    folder.mkdir()
+    return declare(folder, Wanted(sides=tuple(sides), **wanted))
+
+
+def imagined(votes: int = 8, questions: str = "a", checks: int = 2, **fields: Any) -> Study:
+    """A study without images: so many items, and checks of each kind."""
+    kinds = [("vote", votes), ("broken", checks), ("same", checks)]
+    sides = {"vote": (0, 1), "broken": (-1, 1), "same": (1, 1)}
     items = tuple(
-        Item(f"i{n}", f"prompt {n}", "", "vote", pair if n % 2 else pair[::-1], (f"a{n}.png", f"b{n}.png"), ("", ""))
-        for n in range(prompts)
-        for pair in [pairs[n % len(pairs)]]
+        Item(f"{kind}{number}", f"prompt {number}", "", kind, sides[kind], ("a.png", "b.png"), ("0", "1"))  # type: ignore[arg-type]
+        for kind, count in kinds
+        for number in range(count)
     )
-    plain = {
-        "name": "trial", "seed": 0, "title": "A trial", "instructions": "Choose.", "notice": "",
-        "questions": (Question("general", "Which do you prefer?"),), "tie": False, "repeats": 0.0, "rule": Rule(),
+    plain: dict[str, Any] = {"tie": True, "votes": 3, "repeats": 0.1, "seed": 0}
+    return Study(
+        name="study", title="Which?", instructions="Look.", notice="Careful.", sides=("base", "new"), items=items,
+        questions=tuple(Question(key, f"Question {key}?") for key in questions), **{**plain, **fields},
+    )  # fmt: skip
+
+
+class Served:
+    """A study on loopback, in a thread of this process."""
+
+    def __init__(self, desk: Desk, port: int) -> None:
+        self.desk, self.port = desk, port
+        self.address = f"http://127.0.0.1:{port}/"
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of an answer; header names with _ for -."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.putrequest(method, path, skip_host="host" in headers)
+            for name, value in {**({"content_length": str(len(body))} if body is not None else {}), **headers}.items():
+                connection.putheader(name.replace("_", "-"), value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def post(self, what: str, **said: Any) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of a request of the page."""
+        body = json.dumps(said).encode()
+        status, _, data = self.request("POST", f"/api/{what}", body, content_type="application/json")
+        return status, json.loads(data)
+
+    def enter(self, name: str) -> dict[str, str]:
+        """Rater and key of a name, as every later request needs them."""
+        status, reply = self.post("enter", link="", name=name)
+        assert status == 200, reply
+        return {"rater": reply["rater"], "key": reply["key"]}
+
+
+@contextmanager
+def served(folder: Path, place: server.Place | None = None, invited: tuple[str, ...] = ()) -> Iterator[Served]:
+    """The study of `folder` on a free port while the block lasts."""
+    place = place or server.Place(port=0)
+    with Journal(folder) as journal, server.listening(place) as listening:
+        desk = Desk(study.read(folder), study.secret(folder), journal, invited, closed=not place.is_loopback)
+        running = server.web(server.application(desk, Gallery(folder), place))
+        thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            yield Served(desk, listening.getsockname()[1])
+        finally:
+            running.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def answered(reply: dict[str, Any], number: int, choice: str = "left", seconds: float = 1.5) -> dict[str, Any]:
+    """The fields of an answer to what `reply` asks."""
+    question = reply["question"]
+    return {
+        "id": f"{number:032x}", "item": question["item"], "question": question["question"], "ticket": question["ticket"],
+        "choice": choice, "seconds": seconds,
     }  # fmt: skip
-    return Study(**{**plain, **more}, votes=votes, sides=tuple(sides), items=(*items, *extra))
-
-
-def vote(
-    of: Study,
-    chance: Callable[[np.random.Generator, int], np.ndarray],
-    seed: int,
-    *,
-    raters: int = 10,
-    apart: float = 0.0,
-    ties: float = 0.0,
-    always: Mapping[str, str] = {},
-) -> list[Answer]:
-    """Answers to every question of a study: `of.votes` raters an item, taken at random.
-
-    chance: the share of votes that the later model gets at a prompt from all raters there could be. apart: how far
-    raters differ, in standard deviations of a single vote (their shares' mean stays). ties: share of "can't tell".
-    always: raters who always answer "left" or "right". A share `of.repeats` of votes is asked again, and checks with
-    a broken image are answered rightly by all but those.
-    """
-    generator = np.random.default_rng(seed)
-    names = [f"rater {n}" for n in range(raters)]
-    lean = generator.normal(0, apart, raters)
-    answers: list[Answer] = []
-
-    def add(rater: str, item: Item, question: str, later: bool | None, repeat: bool, left: int) -> None:
-        choice = "tie" if later is None else ("first", "second")[(item.sides[1] > item.sides[0]) == later]
-        if rater in always:
-            choice = ("first", "second")[left if always[rater] == "left" else 1 - left]
-        seconds = round(float(generator.lognormal(1.0, 0.5)), 2)
-        answers.append(Answer(f"a{len(answers)}", rater, item.id, question, choice, left, repeat, seconds, "2026-01-01"))
-
-    for question in of.questions:
-        shares = dict(zip((one.id for one in of.items), np.clip(chance(generator, len(of.items)), 1e-9, 1 - 1e-9)))
-        for item in of.items:
-            stood = generator.permutation(np.arange(of.votes) % 2)
-            for place, who in enumerate(generator.permutation(raters)[: of.votes]):
-                if item.kind != "vote":
-                    later = item.kind == "broken" or bool(generator.random() < 0.5)
-                    add(names[who], item, question.key, later, False, int(stood[place]))
-                    continue
-                level = NORMAL.inv_cdf(float(shares[item.id])) * math.hypot(1, apart) + lean[who]
-                for repeat in (False, True)[: 1 + (generator.random() < of.repeats)]:
-                    later = bool(generator.random() < NORMAL.cdf(level))
-                    left = int(stood[place]) ^ repeat
-                    add(names[who], item, question.key, None if generator.random() < ties else later, repeat, left)
-    return answers
-
-
-def majority(chance: Callable[[np.random.Generator, int], np.ndarray], votes: int = 5, seed: int = 0) -> float:
-    """The share of prompts that most of `votes` raters decide for the later model, of a million prompts."""
-    p = chance(np.random.default_rng(seed), 1_000_000)
-    return float(
-        sum(
-            math.comb(votes, k) * p**k * (1 - p) ** (votes - k) * (1.0 if 2 * k > votes else 0.5 * (2 * k == votes))
-            for k in range(votes + 1)
-        ).mean()
-    )
