@@ -15,6 +15,7 @@ from dpo.voting.tally import Votes
 
 SIGNIFICANT = 0.05
 STEPS, CLOSE = 10_000, 1e-10  # of the iteration for strengths: at most so many, ended by a change so small
+ROUGHLY = 1e-5  # that of a resample
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ class Strength:
     over_base: float  # the share of votes that it would get against the base
 
 
-def strengths(first: np.ndarray, second: np.ndarray, found: Votes, names: Sequence[str], *, seed: int = 0,
-              resamples: int = 1000) -> list[Strength] | None:  # fmt: skip
+def strengths(
+    first: np.ndarray, second: np.ndarray, found: Votes, names: Sequence[str], *, seed: int = 0, resamples: int = 1000
+) -> list[Strength] | None:
     """Strengths of K models from N votes; `first` and `second` [N] are the models of a vote, the later one second.
 
     None where votes give a model none: some won or lost against all others, or were never compared with them.
@@ -154,14 +156,15 @@ def strengths(first: np.ndarray, second: np.ndarray, found: Votes, names: Sequen
     if not _connected(wins):
         return None
     theta = _fit(wins[None])[0]
-    drawn = _fit(resampled(by_prompt.reshape(len(by_prompt), -1), keyed(seed, count), resamples).reshape(-1, count, count))
+    rows = by_prompt.reshape(len(by_prompt), -1)
+    drawn = _fit(resampled(rows, keyed(seed, count), resamples).reshape(-1, count, count), ROUGHLY)
     errors = _rater_errors(theta, wins, first, second, found)
     random = keyed(seed, count + 1)
     result = []
     for k, name in enumerate(names):
         moved = drawn[:, k]
-        if errors[k] is not None:
-            shift = errors[k].error * random.standard_t(errors[k].freedom, size=resamples)
+        if other := errors[k]:
+            shift = other.error * random.standard_t(other.freedom, size=resamples)
             moved = np.concatenate([moved + shift, moved - shift])
         interval = percentiles(moved) if k else None
         result.append(Strength(name, float(theta[k]), interval, float(1 / (1 + np.exp(-theta[k])))))
@@ -185,24 +188,22 @@ def _connected(wins: np.ndarray) -> bool:
     return bool(reach.all())
 
 
-def _fit(wins: np.ndarray) -> np.ndarray:
+def _fit(wins: np.ndarray, close: float = CLOSE) -> np.ndarray:
     """Log strengths [R, K], the first model's 0, that make wins [R, K, K] likeliest (D. Hunter's iteration, 2004).
 
-    Where a resample gives a model no win its strength goes on falling; it is held at -20, which is 2 votes in a billion.
+    Where a resample gives a model no win its strength would fall for ever; it gets a billionth of its votes.
     """
     games = wins + wins.transpose(0, 2, 1)
-    won = np.maximum(wins.sum(2), 1e-9 * games.sum(2))
+    won = np.maximum(wins.sum(2), 1e-9 * games.sum(2)) + 1e-12
     gamma = np.ones(won.shape)
     for _ in range(STEPS):
-        sums = gamma[:, :, None] + gamma[:, None, :]
-        updated = won / np.maximum((games / sums).sum(2), 1e-300)
+        updated = won / ((games / (gamma[:, :, None] + gamma[:, None, :])).sum(2) + 1e-12)
         updated /= np.exp(np.log(updated).mean(1, keepdims=True))
-        updated = np.clip(updated, 2e-9, 5e8)
         moved = np.abs(np.log(updated / gamma)).max()
         gamma = updated
-        if moved < CLOSE:
+        if moved < close:
             break
-    theta = np.log(gamma)
+    theta: np.ndarray = np.log(gamma)
     return theta - theta[:, :1]
 
 

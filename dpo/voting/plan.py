@@ -113,7 +113,9 @@ def measured(folder: Path) -> tuple[float, int]:
     ]
     known = [(one.alpha, one.votes) for one in found if one.alpha is not None]
     if not known:
-        raise UserError(f"{folder} measures no agreement: it needs items with two votes or more that are not all the same")
+        raise UserError(
+            f"{folder} measures no agreement: it needs items with two votes or more that are not all the same"
+        )
     votes = sum(count for _, count in known)
     return min(max(sum(alpha * count for alpha, count in known) / votes, 0.0), 1.0), votes
 
@@ -139,7 +141,9 @@ def lines(
     alike, differ = majority(share, votes), majority(share, votes, alpha)
     found = [
         "The majority of a prompt's raters is one outcome, so its win rate needs prompts, however many vote on each:",
-        f"  +-{WIDTH:.0%} points: {for_width(WIDTH)} prompts ({for_width(WIDTH, 2 / 3)} where one model wins two thirds)".replace("%", ""),
+        f"  +-{WIDTH:.0%} points: {for_width(WIDTH)} prompts ({for_width(WIDTH, 2 / 3)} where one model wins two thirds)".replace(
+            "%", ""
+        ),
         *(f"  to show {rate:.0%} against 50% four times in five: {to_show(rate)} prompts" for rate in (0.55, 0.60)),
         *_of_prompts(prompts or USUAL),
         f"A majority is no vote: {share:.0%} of the votes, {votes} on a prompt, make {alike:.0%} of the majorities where prompts "
@@ -157,7 +161,9 @@ def _check(prompts: int | None, votes: int, budget: int | None, share: float, ag
         if count is not None and count < 1:
             raise UserError(f"a plan of {count} {name}: give 1 or more")
     if not 0.5 < share < 1:
-        raise UserError(f"a plan for a share of {share:g}: give one between 0.5 and 1, of the votes for the better model")
+        raise UserError(
+            f"a plan for a share of {share:g}: give one between 0.5 and 1, of the votes for the better model"
+        )
     if agreement is not None and not 0 <= agreement <= 1:
         raise UserError(f"an agreement of {agreement:g}: give one between 0 and 1")
 

@@ -18,7 +18,6 @@ from dpo.scorers.compare import (
     Besides,
     Interval,
     advantage_interval,
-    holm,
     mean_interval,
     share,
     sign_test,
@@ -69,7 +68,7 @@ def compared(found: Votes, *, seed: int = 0, resamples: int = 4000) -> Compared:
         advantages = over_prompts(of_item)
         return Rate(
             share(math.fsum(advantages) / len(advantages)),
-            _interval(advantages, cases, besides, seed, resamples),
+            win_interval(advantages, cases, besides, seed=seed, resamples=resamples),
             float(over_prompts(ties).mean()),
             len(prompts),
             cases,
@@ -103,8 +102,10 @@ def rater_error(parts: np.ndarray, rater: np.ndarray) -> Besides | None:
     return Besides(math.sqrt(variance), count - 1) if variance > 0 else None
 
 
-def _interval(advantages: np.ndarray, cases: int, besides: Besides | None, seed: int, resamples: int) -> Interval:
-    """95 % interval of the win rate from the advantages -1..1 of prompts."""
+def win_interval(
+    advantages: np.ndarray, cases: int, besides: Besides | None = None, *, seed: int = 0, resamples: int = 4000
+) -> Interval:
+    """95 % interval of a win rate from the advantages -1..1 of prompts [P], of so many cases in all."""
     decided = min((advantages > 0).sum(), (advantages < 0).sum())
     options: dict[str, int] = {"seed": seed, "resamples": resamples}
     if abs(advantages).min() == 1 and not decided:  # all prompts agree: no rater made a difference to any

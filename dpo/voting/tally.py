@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.voting.answers import Answer
-from dpo.voting.study import Item, Study
+from dpo.voting.study import BROKEN, Item, Study
 
 Pair = tuple[int, int]  # two models as indices into Study.sides, the smaller first
 
@@ -22,13 +22,10 @@ class Votes:
     rater: np.ndarray  # [N] int64: number of the rater
     value: np.ndarray  # [N] float64: +1 for the later model of the pair, -1 for the earlier, 0 for a tie
     left: np.ndarray  # [N] bool: the chosen image stood on the left; of no meaning for a tie
-    answers: tuple[Answer, ...]  # [N]
 
     def where(self, rows: np.ndarray) -> Votes:
         """The votes of these rows (indices or a mask)."""
-        chosen = np.arange(len(self.value))[rows]
-        columns = (self.prompt, self.item, self.rater, self.value, self.left)
-        return Votes(*(column[chosen] for column in columns), tuple(self.answers[row] for row in chosen))
+        return Votes(self.prompt[rows], self.item[rows], self.rater[rows], self.value[rows], self.left[rows])
 
 
 def pair_of(item: Item) -> Pair:
@@ -54,19 +51,20 @@ def votes(
     number = {item.id: place for place, item in enumerate(study.items)}
     prompts = {text: place for place, text in enumerate(dict.fromkeys(item.prompt for item in study.items))}
     names = {name: place for place, name in enumerate(raters(answers))}
-    rows: list[tuple[int, int, int, float, bool, Answer]] = []
+    rows: list[tuple[int, int, int, float, bool]] = []
     for answer, item in answered(study, answers):
         if answer.question != question or answer.repeat or item.kind != "vote" or answer.rater in without:
             continue
         if pair is None or pair_of(item) == pair:
             place = number[item.id], names[answer.rater]
-            rows.append((prompts[item.prompt], *place, value(answer, item), on_left(answer), answer))
-    rows.sort(key=lambda row: (row[1], row[2]))
+            rows.append((prompts[item.prompt], *place, value(answer, item), on_left(answer)))
+    rows.sort()
     return Votes(
-        *(np.array([row[column] for row in rows], np.int64) for column in range(3)),
+        prompt=np.array([row[0] for row in rows], np.int64),
+        item=np.array([row[1] for row in rows], np.int64),
+        rater=np.array([row[2] for row in rows], np.int64),
         value=np.array([row[3] for row in rows], np.float64),
         left=np.array([row[4] for row in rows], bool),
-        answers=tuple(row[5] for row in rows),
     )
 
 
@@ -92,29 +90,44 @@ def on_left(answer: Answer) -> bool:
 def left_out(study: Study, answers: Sequence[Answer]) -> dict[str, list[str]]:
     """The raters that the study's rule leaves out, each with its reasons in words."""
     found: dict[str, list[str]] = {}
-    for rater in raters(answers):
-        mine = [(answer, item) for answer, item in answered(study, answers) if answer.rater == rater]
-        broken = [item.sides[answer.choice == "second"] >= 0 and answer.choice != "tie" for answer, item in mine if item.kind == "broken"]
-        alike = [same for _, same in repeated(study, answers, rater)]
+    for rater, mine in of_raters(study, answers).items():
+        right, alike = broken(mine), [same for _, same in repeated(mine)]
         reasons = [
-            f"{sum(right)} of {len(right)} {what}, the rule asks for {least:.0%}"
-            for right, least, what in (
-                (broken, study.rule.broken, "checks with a broken image right"),
+            f"{sum(hits)} of {len(hits)} {what}, the rule asks for {least:.0%}"
+            for hits, least, what in (
+                (right, study.rule.broken, "checks with a broken image right"),
                 (alike, study.rule.repeats, "repeated questions answered alike"),
             )
-            if right and sum(right) < least * len(right)
+            if hits and sum(hits) < least * len(hits)
         ]
         if reasons:
             found[rater] = reasons
     return found
 
 
-def repeated(study: Study, answers: Sequence[Answer], rater: str | None = None) -> list[tuple[str, bool]]:
+def broken(answered: Sequence[tuple[Answer, Item]]) -> list[bool]:
+    """Whether the sound image was chosen, of each answer to a check with a broken one; a tie is not right."""
+    return [
+        answer.choice != "tie" and item.sides[answer.choice == "second"] != BROKEN
+        for answer, item in answered
+        if item.kind == "broken"
+    ]
+
+
+def repeated(answered: Sequence[tuple[Answer, Item]]) -> list[tuple[str, bool]]:
     """(rater, whether it was the same) of each answer to a question asked again with sides swapped."""
-    first = {(a.rater, a.item, a.question): a.choice for a in answers if not a.repeat}
+    first = {(a.rater, a.item, a.question): a.choice for a, _ in answered if not a.repeat}
     return [
         (answer.rater, answer.choice == first[key])
-        for answer, _ in answered(study, answers)
+        for answer, _ in answered
         for key in [(answer.rater, answer.item, answer.question)]
-        if answer.repeat and key in first and rater in (None, answer.rater)
+        if answer.repeat and key in first
     ]
+
+
+def of_raters(study: Study, answers: Sequence[Answer]) -> dict[str, list[tuple[Answer, Item]]]:
+    """Each rater's answers with their items, in order of the name."""
+    found: dict[str, list[tuple[Answer, Item]]] = {rater: [] for rater in raters(answers)}
+    for answer, item in answered(study, answers):
+        found[answer.rater].append((answer, item))
+    return found

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from dpo.voting.answers import Answer
+from dpo.voting.answers import CHOICES, Answer, Choice
 from dpo.voting.study import Item, Question, Rule, Study
 
 NORMAL = NormalDist()
@@ -63,11 +63,15 @@ def vote(
     answers: list[Answer] = []
 
     def add(rater: str, item: Item, question: str, later: bool | None, repeat: bool, left: int) -> None:
-        choice = "tie" if later is None else ("first", "second")[(item.sides[1] > item.sides[0]) == later]
+        choice: Choice = "tie" if later is None else CHOICES[(item.sides[1] > item.sides[0]) == later]
         if rater in always:
-            choice = ("first", "second")[left if always[rater] == "left" else 1 - left]
+            choice = CHOICES[left if always[rater] == "left" else 1 - left]
         seconds = round(float(generator.lognormal(1.0, 0.5)), 2)
-        answers.append(Answer(f"a{len(answers)}", rater, item.id, question, choice, left, repeat, seconds, "2026-01-01"))
+        answers.append(
+            Answer(
+                f"a{len(answers)}", rater, item.id, question, choice, 1 if left else 0, repeat, seconds, "2026-01-01"
+            )
+        )
 
     for question in of.questions:
         shares = dict(zip((one.id for one in of.items), np.clip(chance(generator, len(of.items)), 1e-9, 1 - 1e-9)))
