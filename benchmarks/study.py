@@ -35,8 +35,8 @@ from dpo.common.machine import usable_cores
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import read_run
 from dpo.tiny import judge, paths
+from dpo.tiny.world import SLOPE
 
-SLOPE = 4.0  # of the Bradley-Terry draws that labelled the pairs
 _stop: Any = None  # in a process of the pool: the event that tells it to start nothing more
 
 

@@ -38,7 +38,7 @@ MAY_CALL = {
     "voting": "evaluating scorers data drawing pages settings",
     "scorers": "",
     "tiny": "scorers drawing models",
-    "tiny.making": "training tiny drawing models",  # and tiny/build.py, the command that makes the embedded world again
+    "tiny.making": "training tiny drawing models data.writing",  # and tiny/build.py, the command that makes the embedded world again
     "step": "encode objective reference schedule models data.batch csrc_triton",
     "encode": "models data.batch csrc_triton",
     "reference": "models schedule settings",

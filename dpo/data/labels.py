@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,13 +22,15 @@ UNREADABLE, SAME_BYTES = (
 )  # holes: still among the pairs of a store
 YES, NO = {"true", "t", "yes", "y", "1", "1.0"}, {"false", "f", "no", "n", "0", "0.0", ""}  # words of flags
 TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
+P = "p"  # the column of the probability that the first image (or `chosen`) is preferred, beside a label of 0, 0.5 or 1
+EVERY = "every"  # as `ties`: every row as it stands, labelled or not, its first image first
 
 
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns in use; label, uid and flag columns are None where a set has none.
 
-    Where `label_0` is None the first image is the preferred one in every row.
+    Where `label_0` is None the first image is the preferred one in every row, or the one that `p` says.
     """
 
     caption: str
@@ -40,11 +42,18 @@ class Columns:
     are_different: str | None = None
     uid_0: str | None = None
     uid_1: str | None = None
+    # Not in the repr, which is a part of the fingerprints of sets; the probabilities are another.
+    p: str | None = field(default=None, repr=False)
+
+    @property
+    def numbers(self) -> list[str]:
+        """The columns of numbers among those that decide."""
+        return [name for name in (self.label_0, self.label_1, self.p) if name]
 
     @property
     def decided_by(self) -> list[str]:
         """The columns that decide whether a row is used and which image is preferred; none holds images."""
-        names = (self.label_0, self.label_1, self.has_label, self.are_different, self.uid_0, self.uid_1)
+        names = (self.label_0, self.label_1, self.has_label, self.are_different, self.uid_0, self.uid_1, self.p)
         return [name for name in names if name]
 
     @property
@@ -69,13 +78,14 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     chosen, rejected = pick(data.chosen_column, CHOSEN), pick(data.rejected_column, REJECTED)
     images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
     by_name = data.chosen_column is not None or data.rejected_column is not None
+    p = P if P in names else None
     if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:
-        optional = [
+        label_1, has_label, are_different, uid_0, uid_1 = (
             n if n in names else None for n in ("label_1", "has_label", "are_different", "image_0_uid", "image_1_uid")
-        ]
-        return Columns(caption, *images, "label_0", *optional)
+        )
+        return Columns(caption, *images, "label_0", label_1, has_label, are_different, uid_0, uid_1, p)
     if caption and chosen and rejected and kind != "pickapic":
-        return Columns(caption, chosen, rejected)
+        return Columns(caption, chosen, rejected, p=p)
     layouts = {
         "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected",
         "pickapic": "caption, jpg_0, jpg_1, label_0",
@@ -89,7 +99,10 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
 
 @dataclass(frozen=True)
 class RowLabels:
-    """For n rows: which to keep, where the second image is preferred, and the preference's probability in [0.5, 1]."""
+    """For n rows: which to keep, where the second image is preferred, and the preference's probability in [0.5, 1].
+
+    With `ties` as EVERY: no image is taken for the second, and the probability is the first one's, NaN where nobody said.
+    """
 
     keep: np.ndarray  # [n] bool
     swap: np.ndarray  # [n] bool
@@ -138,16 +151,22 @@ def labels_of(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: s
 def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str) -> RowLabels:
     """The labels of `rows` rows. table: name -> array [rows] for `columns.decided_by`, NaN or None where null.
 
-    Left out and counted: rows without a label, labels outside [0, 1] or not adding up to 1, pairs of an image with
-    itself and, unless `ties` is "keep", ties. Raises TypeError or ValueError for labels that are not numbers and flags
-    that say neither yes nor no.
+    A label says whether a row is used and which image is preferred, `p` in a column of its own how surely; where `p` is
+    null the label says that too. Left out and counted: rows without a label, labels outside [0, 1] or not adding up to
+    1, a `p` outside [0, 1] or that prefers the other image, pairs of an image with itself and, unless `ties` is "keep",
+    ties; with EVERY pairs of an image with itself alone. Raises TypeError or ValueError for labels that are not numbers
+    and flags that say neither yes nor no.
     """
-    if columns.label_0 is None:
+    if columns.label_0 is None and columns.p is None:
         ones = np.ones(rows, dtype=bool)
         return RowLabels(ones, ~ones, np.ones(rows, dtype=np.float32), {"rows": rows})
-    p = _numbers(table[columns.label_0])
-    other = 1.0 - p if columns.label_1 is None else _numbers(table[columns.label_1])
-    unlabelled = np.isnan(p) | np.isnan(other)
+    given = np.full(rows, np.nan) if columns.p is None else _numbers(table[columns.p])
+    if columns.label_0 is None:
+        label = np.where(np.isnan(given), 1.0, given)
+    else:
+        label = _numbers(table[columns.label_0])
+    other = 1.0 - label if columns.label_1 is None else _numbers(table[columns.label_1])
+    unlabelled = np.isnan(label) | np.isnan(other)
     if columns.has_label:
         unlabelled |= _denied(table, columns.has_label)
     if columns.uid_0 and columns.uid_1:
@@ -157,21 +176,25 @@ def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties:
         identical = _denied(table, columns.are_different)
     else:
         identical = np.zeros(rows, dtype=bool)
+    p = np.where(np.isnan(given), label, given)
     with np.errstate(invalid="ignore"):
-        invalid = ~((p >= 0) & (p <= 1) & (np.abs(p + other - 1) <= TOLERANCE))
-        tie = np.abs(p - 0.5) <= TOLERANCE
+        invalid = ~((label >= 0) & (label <= 1) & (np.abs(label + other - 1) <= TOLERANCE) & (p >= 0) & (p <= 1))
+        tie = np.abs(label - 0.5) <= TOLERANCE
+        invalid |= ~tie & ((label - 0.5) * (p - 0.5) < 0)
     invalid &= ~unlabelled
-    identical = identical.astype(bool) & ~unlabelled & ~invalid
+    identical = identical.astype(bool)
+    if ties != EVERY:
+        identical &= ~unlabelled & ~invalid
     tie &= ~unlabelled & ~invalid & ~identical
-    keep = ~(unlabelled | invalid | identical)
+    keep = ~identical if ties == EVERY else ~(unlabelled | invalid | identical)
     if ties == "drop":
         keep &= ~tie
-    prob = np.where(tie, 0.5, np.maximum(p, 1.0 - p)).astype(np.float32)
-    counts = {
-        "rows": rows,
-        "ties": tie,
-        "unlabelled": unlabelled,
-        "invalid labels": invalid,
-        SAME: identical,
-    }
-    return RowLabels(keep, (p < 0.5) & ~tie, prob, {name: int(np.sum(value)) for name, value in counts.items()})
+    found = {"rows": rows, "ties": tie, "unlabelled": unlabelled, "invalid labels": invalid, SAME: identical}
+    counts = {name: int(np.sum(value)) for name, value in found.items()}
+    if ties == EVERY:
+        said = np.where(unlabelled | invalid, np.nan, p).astype(np.float32)
+        return RowLabels(keep, np.zeros(rows, dtype=bool), said, {"rows": rows, SAME: counts[SAME]})
+    if columns.p is None:
+        p = np.where(tie, 0.5, p)
+    swap = np.where(tie, p < 0.5, label < 0.5)
+    return RowLabels(keep, swap, np.maximum(p, 1.0 - p).astype(np.float32), counts)

@@ -197,8 +197,8 @@ def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> d
 
 def column_of(values: Sequence[Any], name: str, columns: Columns, where: str) -> pa.Array:
     """Cells of one column, as `cell` gave them, as an Arrow array. Raises UserError that begins with `where`."""
-    of_number, of_flag = (columns.label_0, columns.label_1), (columns.has_label, columns.are_different)
-    kind = pa.float64() if name in of_number else pa.bool_() if name in of_flag else pa.string()
+    of_flag = (columns.has_label, columns.are_different)
+    kind = pa.float64() if name in columns.numbers else pa.bool_() if name in of_flag else pa.string()
     try:
         return pa.array(values, kind)
     except UnicodeEncodeError as error:
@@ -224,7 +224,7 @@ def cell(where: str, row: Row, name: str, columns: Columns) -> str | float | boo
     Raises UserError that begins with `where`, which names a file and a row.
     """
     value = row.get(name)
-    if name in (columns.label_0, columns.label_1):
+    if name in columns.numbers:
         try:
             return None if value in (None, "") else float(value)
         except (TypeError, ValueError) as error:

@@ -129,8 +129,11 @@ def hpsv2(
     preprocessing = "pad-no-antialias" if name.endswith("-no-antialias") else "pad"
     side = model.config.vision_config.image_size
     fingerprint = f"{checksum(path)} {preprocessing}-{side}-bicubic {dtype}"
+    own = (
+        float(model.logit_scale.detach().float().exp()) / FACTOR
+    )  # trained as the softmax of exp(logit_scale) times the cosine
     model.to(device, dtype).eval().requires_grad_(False)
-    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned)
+    return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned, own)
 
 
 def _version(path: Path) -> str | None:

@@ -146,6 +146,7 @@ class ImageReward:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     name: str = "imagereward"
+    temperature: float = SPREAD  # it was trained on the differences of rewards that were not yet divided by this
 
     @torch.inference_mode()
     def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:

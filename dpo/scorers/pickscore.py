@@ -18,4 +18,4 @@ def pickscore(
         "pickscore", SOURCE, words=WORDS, preprocessing="crop",
         place=place, device=device, dtype=dtype, cache_dir=cache_dir,
     )  # fmt: skip
-    return Cosine("pickscore", towers, towers.scale)
+    return Cosine("pickscore", towers, towers.scale, temperature=1.0)  # it was trained as the softmax of these scores

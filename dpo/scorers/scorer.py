@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import excerpt, first_line
 from dpo.scorers.sets import SetScorer
 
 
@@ -26,6 +27,8 @@ class Scorer(Protocol):
     """Gives images numbers. `score` is called with keyword arguments.
 
     One with an attribute `size` (width, height) is shown images of that size alone; others are left out, which is said.
+    One with an attribute `temperature` (a float) was trained to say P(a preferred to b) = sigmoid(temperature (score of a -
+    score of b)); without one, or with None, its differences are no probabilities until one is fitted.
     """
 
     name: str  # as in --scorers
@@ -184,6 +187,19 @@ def opened(
     if missing:
         raise UserError(f"--scorers {name}: it has no {', '.join(missing)}; a scorer needs name, fingerprint and score")
     return cast(Scorer, scorer)
+
+
+def temperature_of(scorer: Scorer) -> float | None:
+    """The factor between a difference of its scores and the logit of a preference; None where it has none of its own.
+
+    Raises UserError for a user's own scorer whose temperature is no number above 0.
+    """
+    value = getattr(scorer, "temperature", None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{scorer.name}: its temperature is {excerpt(value)}; a number above 0 is needed, or None")
+    return float(value)
 
 
 def check(name: str, device: torch.device) -> None:

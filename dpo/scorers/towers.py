@@ -125,6 +125,7 @@ class Cosine:
     towers: Towers
     factor: float
     clean: Callable[[str], str] = str  # what is done to a caption before the tokenizer
+    temperature: float | None = None  # of preferences, on the scale of its scores
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from dpo.common.files import checksum
 from dpo.scorers.diversity import Diversity
 from dpo.tiny.judge import Judge, load_judge, score
 from dpo.tiny.paths import ASSETS
+from dpo.tiny.world import SLOPE
 
 SIDE = 64  # pixels that a judge sees
 
@@ -29,6 +30,11 @@ class OfJudge:
     judge: Judge
     faithful: bool  # whether it asks for object and colour, instead of the taste
     size = (SIDE, SIDE)  # of the pictures that it can judge
+
+    @property
+    def temperature(self) -> float | None:
+        """Of the taste the slope of the noisy rater who labelled the world's pairs; faithfulness, 0 or 1, has none."""
+        return None if self.faithful else SLOPE
 
     def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """[N] float32: the taste's score, 0 to 3; or 1 where object and colour are the caption's, else 0.

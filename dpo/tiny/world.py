@@ -20,6 +20,7 @@ COLOURS = {  # name -> RGB
 BACKDROPS = ("plain", "stripes", "dots", "checker", "speckle")
 PLAIN = 0  # index of the plain backdrop
 SIZES = (0.45, 0.92)  # of the object, share of the canvas
+SLOPE = 4.0  # of the Bradley-Terry draw that labels pairs by the taste: labels are noisy, as people's are
 
 
 def named(text: str, words: Iterable[str]) -> int:

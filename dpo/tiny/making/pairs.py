@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dpo.common.files import write_whole
+from dpo.data.writing import PICKAPIC
 from dpo.tiny.judge import Judge, score
 from dpo.tiny.making.scenes import PHRASES, World, caption, prefer
 from dpo.tiny.prompts import Prompts
@@ -27,29 +28,6 @@ from dpo.tiny.world import COLOURS
 TIE = 0.04  # scores closer than this are called a tie
 SHARES = {"train": 0.40, "validation": 0.10, "tuning": 0.20, "report": 0.30}  # of all captions
 FIRST_SEED = {"train": 10_000_000, "validation": 20_000_000, "tuning": 30_000_000, "report": 40_000_000}
-SCHEMA = pa.schema(  # Pick-a-Pic v2, in its order
-    [
-        ("are_different", pa.bool_()),
-        ("best_image_uid", pa.string()),
-        ("caption", pa.string()),
-        ("created_at", pa.timestamp("ns")),
-        ("has_label", pa.bool_()),
-        ("image_0_uid", pa.string()),
-        ("image_0_url", pa.string()),
-        ("image_1_uid", pa.string()),
-        ("image_1_url", pa.string()),
-        ("jpg_0", pa.binary()),
-        ("jpg_1", pa.binary()),
-        ("label_0", pa.float64()),
-        ("label_1", pa.float64()),
-        ("model_0", pa.string()),
-        ("model_1", pa.string()),
-        ("ranking_id", pa.int64()),
-        ("user_id", pa.int64()),
-        ("num_example_per_prompt", pa.int64()),
-        ("__index_level_0__", pa.int64()),
-    ]
-)
 
 
 def split_captions(world: World) -> dict[str, list[str]]:
@@ -124,7 +102,7 @@ def table(
         )
     agreement = ((score_0 > score_1) == (label_0 > 0.5))[~tie].mean() if not tie.all() else 1.0
     figures = {"pairs": len(rows), "ties": int(tie.sum()), "labels_agree_with_score": round(float(agreement), 4)}
-    return pa.Table.from_pylist(rows, SCHEMA), figures
+    return pa.Table.from_pylist(rows, PICKAPIC), figures
 
 
 def write(rows: pa.Table, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dpo.tiny.making.sprites import ICONS, THREE_D, resize
-from dpo.tiny.world import BACKDROPS, COLOURS, PLAIN, SIZES
+from dpo.tiny.world import BACKDROPS, COLOURS, PLAIN, SIZES, SLOPE
 
 CANVAS = 64  # pixels of a side
 MARGIN = 2  # pixels at the border that no object touches
@@ -22,7 +22,6 @@ PHRASES = (
 SHARE_3D = 0.4  # of scenes
 SHARE_PLAIN = 0.4
 HELD_OUT = 0.15  # share of object-colour combinations that base training never sees
-SLOPE = 4.0  # of the Bradley-Terry draw: labels are noisy, as people's are
 
 
 @dataclass(frozen=True)

@@ -110,3 +110,38 @@ def test_labels_as_text_may_be_null():
     columns = Columns("caption", "a", "b", "label_0")
     out = read_labels({"label_0": np.array(["1", None, "0"], dtype=object)}, columns, 3, "drop")
     assert out.keep.tolist() == [True, False, True] and out.counts["unlabelled"] == 1
+
+
+def of_p(p, label_0=None, ties="drop"):
+    columns = Columns("caption", "a", "b", None if label_0 is None else "label_0", p="p")
+    table = {"p": np.array(p, dtype=float)} | ({} if label_0 is None else {"label_0": np.array(label_0, dtype=float)})
+    return read_labels(table, columns, len(p), ties)
+
+
+def test_p_says_how_surely_and_the_label_which():
+    out = of_p([0.9, 0.2, 0.52, NAN, 1.2, 0.4, 0.5, 0.7], [1, 0, 0.5, 0, 1, 1, 1, NAN])
+    assert out.keep.tolist() == [True, True, False, True, False, False, True, False]
+    assert out.swap[out.keep].tolist() == [False, True, True, False]
+    assert np.allclose(out.prob[out.keep], [0.9, 0.8, 1.0, 0.5])
+    assert out.counts == {"rows": 8, "ties": 1, "unlabelled": 1, "invalid labels": 2, "one image twice": 0}
+    assert of_p([0.48, 0.52], [0.5, 0.5], "keep").prob == pytest.approx([0.52, 0.52])
+    assert of_p([0.48, 0.52], [0.5, 0.5], "keep").swap.tolist() == [True, False]
+
+
+def test_p_of_chosen():
+    out = of_p([0.9, 0.2, 0.5, NAN])
+    assert out.keep.tolist() == [True, True, False, True] and out.swap[out.keep].tolist() == [False, True, False]
+    assert np.allclose(out.prob[out.keep], [0.9, 0.8, 1.0])
+
+
+def test_p_is_a_column_of_both_layouts_and_not_of_fingerprints():
+    for names in (worlds.pickapic_schema(2).names, ["prompt", "chosen", "rejected"]):
+        without, found = find_columns(names, Data(), "here"), find_columns([*names, "p"], Data(), "here")
+        assert found.p == "p" and without.p is None and "p" in found.decided_by and repr(found) == repr(without)
+
+
+def test_every_row_as_it_stands():
+    out = labels([1, 0, 0.5, NAN, 2, 1], ties="every", uid_0=list("abcdef"), uid_1=list("uvwxyf"))
+    assert out.keep.tolist() == [True] * 5 + [False] and not out.swap.any()
+    assert np.allclose(out.prob[:5], [1, 0, 0.5, NAN, NAN], equal_nan=True)
+    assert out.counts == {"rows": 6, "one image twice": 1}

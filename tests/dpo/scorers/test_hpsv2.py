@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -341,3 +342,10 @@ def test_token_ids_are_open_clips(tmp_path):
     for caption, mine, its in zip(captions, ours.tolist(), expected.tolist(), strict=True):
         assert mine[: mine.index(end) + 1] == its[: its.index(end) + 1], caption  # the vector is read at the end
     assert np.array(ours).max() == end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_temperature_is_the_logit_scale_of_the_weights_on_its_own_scale(tmp_path, dtype):
+    path, _ = weights(tmp_path / "hps")
+    scorer = hpsv21(place=str(path), device="cpu", dtype=dtype)
+    assert scorer.temperature == pytest.approx(math.exp(4.6) / 100, rel=1e-6), "100 x cosine is printed"

@@ -284,3 +284,7 @@ def test_what_is_missing_is_one_line(tmp_path):
         UserError, match=r"vocab.txt holds 9 words, the network has 15; put the vocab.txt of google-bert"
     ):
         opened(place=str(path), device="cpu")
+
+
+def test_its_temperature_undoes_the_division_of_its_rewards(tiny):
+    assert opened(place=tiny[1], device="cpu").temperature == pytest.approx(1.0333395)

@@ -13,4 +13,5 @@ def test_the_scale_is_the_logit_scale_of_the_weights(tmp_path):
     cosine = (scorer.towers.images(pictures()) * scorer.towers.texts(CAPTIONS)).sum(-1)
     got = scorer.score(images=pictures(), captions=CAPTIONS)
     torch.testing.assert_close(got, model.logit_scale.exp().detach() * cosine)
+    assert scorer.temperature == 1.0, "its scores are the logits that it was trained as"
     assert scorer.name == "pickscore" and scorer.fingerprint.startswith("pickscore ")

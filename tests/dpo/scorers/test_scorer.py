@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.scorers.scorer import LISTED, listed, listing, opened
+from dpo.scorers.scorer import LISTED, listed, listing, opened, temperature_of
 from dpo.scorers.sets import OverPrompts, SetScorer
+from dpo.tiny.world import SLOPE
 from tests.help.towers import save_tiny_clip
 
 CPU = torch.device("cpu")
@@ -79,3 +80,20 @@ def test_a_name_that_is_none_is_one_line(own, name, words):
     with pytest.raises(UserError, match=words) as caught:
         opened(name, device=CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_temperatures_are_the_scorers_own(own, tmp_path):
+    save_tiny_clip(tmp_path / "clip")
+    found = {
+        name: temperature_of(opened(name, device=CPU))
+        for name in ("tiny-a", "tiny-b", "tiny-b-faithful", f"clip-l14:{tmp_path / 'clip'}", "my_scorers:made")
+    }
+    assert list(found.values()) == [SLOPE, SLOPE, None, None, None]
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), "4", True])
+def test_a_temperature_that_is_none_is_one_line(own, value):
+    scorer = opened("my_scorers:Brightness", device=CPU)
+    scorer.temperature = value
+    with pytest.raises(UserError, match="brightness: its temperature is .*a number above 0 is needed"):
+        temperature_of(scorer)

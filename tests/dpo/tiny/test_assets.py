@@ -10,10 +10,10 @@ from datasets import load_dataset
 from diffusers import StableDiffusionPipeline
 
 from dpo.common import files
+from dpo.data.writing import PICKAPIC
 from dpo.tiny import judge, paths, prompts
 from dpo.tiny.build import drawn
 from dpo.tiny.making import sprites
-from dpo.tiny.making.pairs import SCHEMA
 from dpo.tiny.making.scenes import Renderer, world
 from dpo.tiny.world import COLOURS, PLAIN
 
@@ -66,8 +66,8 @@ def test_drawings_obey_their_captions(pipeline):
 @pytest.mark.parametrize("path, most", [(paths.train_pairs_path(), 800), (paths.validation_pairs_path(), 200)])
 def test_pairs_load_in_datasets(path, most):
     rows = load_dataset("parquet", data_files=str(path), split="train")
-    assert rows.column_names == SCHEMA.names and len(SCHEMA) == 19
-    assert pq.read_schema(path).equals(SCHEMA, check_metadata=False)
+    assert rows.column_names == PICKAPIC.names and len(PICKAPIC) == 19
+    assert pq.read_schema(path).equals(PICKAPIC, check_metadata=False)
     labels = np.array(rows["label_0"])
     assert set(labels) <= {0.0, 0.5, 1.0} and np.allclose(labels + np.array(rows["label_1"]), 1)
     assert 0.8 * most <= (labels != 0.5).sum() <= len(rows) <= most

@@ -1,12 +1,13 @@
 """The page of a study in a real browser: raters at the keyboard, on a phone, in two tabs, and without a server for a while."""
 
+import json
 import random
 import time
 from collections import Counter
 
 import pytest
 
-from dpo.voting import study
+from dpo.voting import report, study
 from dpo.voting.answers import FILE, read
 from dpo.voting.server import Place
 from tests.help.browser import Browser
@@ -115,6 +116,13 @@ def test_a_whole_study_by_raters_at_the_keyboard(browser, tmp_path):
     assert 0.58 < share < 0.82 and 0.25 < sum(one.left for one in votes) / len(votes) < 0.75
     assert all(0.3 < one.seconds < 60 for one in found)
     assert sum(one.repeat for one in found) == 6
+    report.make(folder)
+    content = json.loads((folder / "votes.json").read_text("utf-8"))
+    said = content["questions"][0]["pairs"][0]["everyone"]
+    assert said["votes"]["win_rate"] == pytest.approx(share) and said["votes"]["prompts"] == 40
+    low, high = said["votes"]["interval"]
+    assert low < 0.7 < high and said["majority"]["win_rate"] >= said["votes"]["win_rate"]
+    assert content["left_out"] == [] and {rater["votes"] for rater in content["raters"]} == {40}
 
 
 def test_reload_undo_back_double_click_and_two_tabs(browser, folder):

@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from dpo.data.writing import PICKAPIC
 from dpo.tiny.judge import Reading
-from dpo.tiny.making.pairs import FIRST_SEED, SCHEMA, SHARES, TIE, prompts_of, split_captions, table
+from dpo.tiny.making.pairs import FIRST_SEED, SHARES, TIE, prompts_of, split_captions, table
 from dpo.tiny.making.scenes import world
 
 
@@ -30,7 +31,7 @@ def test_labels_follow_the_scores_and_near_scores_are_ties():
     n = 400
     small, large = np.full((n, 8, 8, 3), 115, np.uint8), np.full((n, 8, 8, 3), 230, np.uint8)
     rows, figures = table("train", ["a frog"] * n, small, large, Sizes(), np.random.default_rng(0))
-    assert rows.schema == SCHEMA and figures["pairs"] == n and figures["ties"] == 0
+    assert rows.schema == PICKAPIC and figures["pairs"] == n and figures["ties"] == 0
     assert figures["labels_agree_with_score"] > 0.95  # the larger one is nearly one whole point better
     best = rows["best_image_uid"].to_pylist()
     second = [row == 1.0 for row in rows["label_1"].to_pylist()]
