@@ -26,12 +26,12 @@ from dpo.common import command, locks
 from dpo.common.errors import UserError, reading
 from dpo.common.words import excerpt, is_plain
 from dpo.sampling import flags
+from dpo.voting.presets import PRESETS
 
 if TYPE_CHECKING:  # torch is imported only once the command line is read
     from dpo.voting.declare import Named, Wanted
     from dpo.voting.study import Question, Rule
 
-PRESETS = ("dpo", "versus")
 LONGEST = 10_000  # characters of a text that raters read
 WAIT = 1.0  # seconds for another server to end
 
@@ -271,7 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is asked").add_argument
     add(
         "--study",
-        choices=PRESETS,
+        choices=tuple(PRESETS),
         help="a published study: dpo (three questions), versus (which image do you prefer?); five votes, no ties",
     )
     add(

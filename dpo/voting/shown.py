@@ -20,6 +20,7 @@ from dpo.voting.study import Item
 
 LONGEST = 1536  # pixels of a side
 SURROUND = (127, 127, 127)  # where two images differ in shape
+MAKING = 4  # pairs that are decoded at a time: files may be large
 BOUND = 256 << 20  # bytes of encoded images in memory
 
 Size = tuple[int, int]
@@ -74,6 +75,7 @@ class Gallery:
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._held = 0
         self._lock = threading.Lock()
+        self._making = threading.Semaphore(MAKING)
 
     def png(self, item: Item, which: Literal[0, 1]) -> bytes:
         """The image as it is shown. Raises UserError where a file is gone, or is not what the study was declared with."""
@@ -82,9 +84,10 @@ class Gallery:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        pair = self._image(item, 0), self._image(item, 1)
-        size = size_for(pair[0].size, pair[1].size)
-        made = [encoded(fitted(image, size)) for image in pair]
+        with self._making:
+            pair = self._image(item, 0), self._image(item, 1)
+            size = size_for(pair[0].size, pair[1].size)
+            made = [encoded(fitted(image, size)) for image in pair]
         with self._lock:
             for number, data in enumerate(made):  # the other one is asked for next
                 if (item.id, number) not in self._kept:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dpo.common.errors import UserError, reading
-from dpo.common.files import AGAIN, sealed, unseal, write_text, write_whole, writing
+from dpo.common.files import AGAIN, beside, replace, sealed, sync_file, unseal, write_text, writing
 
 FILE = "study.json"
+LENGTH = 32  # bytes of the secret
 SECRET = "secret"  # beside it, for this machine alone: addresses and links are keyed with it
 FORMAT = 1
 SEAL = "sha256"
@@ -113,19 +114,21 @@ def secret(folder: Path) -> bytes:
     Raises UserError where it cannot be read or written.
     """
     path = folder / SECRET
-
-    def make(part: Path) -> None:
-        with suppress(OSError):  # a file system without permissions
-            part.chmod(0o600)
-        part.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
-
     if not path.exists():
+        part = beside(path)
         with writing(path, AGAIN):
-            write_whole(path, make)
-        with suppress(OSError):
-            path.chmod(0o600)
+            try:
+                with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+                    file.write(secrets.token_hex(LENGTH))
+                sync_file(part)
+                replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
     with reading(str(path), "delete it, and give the raters their links anew"):
-        return bytes.fromhex(path.read_text(encoding="ascii"))
+        key = bytes.fromhex(path.read_text(encoding="ascii"))
+        if len(key) != LENGTH:
+            raise ValueError("it was changed")
+        return key
 
 
 def _study(content: dict[str, Any]) -> Study:

@@ -56,6 +56,8 @@ def test_the_secret_is_made_once_and_for_its_owner_alone(tmp_path):
     assert len(made) == 32 and study.secret(tmp_path) == made
     if os.name == "posix":
         assert stat.S_IMODE((tmp_path / study.SECRET).stat().st_mode) == 0o600
-    (tmp_path / study.SECRET).write_text("no key", "utf-8")
-    with pytest.raises(UserError, match="delete it, and give the raters their links anew"):
-        study.secret(tmp_path)
+    for text in ("no key", "", "00" * 31, "é"):
+        (tmp_path / study.SECRET).write_text(text, "utf-8")
+        with pytest.raises(UserError, match="delete it, and give the raters their links anew"):
+            study.secret(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [study.SECRET]
