@@ -166,15 +166,14 @@ class Tab:
         """Types into what has the focus."""
         self.call("Input.insertText", text=text)
 
-    def click(self, selector: str, count: int = 1) -> None:
-        """Clicks the middle of an element, `count` times in quick succession."""
+    def click(self, selector: str) -> None:
+        """Clicks the middle of an element."""
         box = self(
             f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); "
             "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
-        for number in range(1, count + 1):
-            for kind in ("mousePressed", "mouseReleased"):
-                self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=number)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
 
     def screenshot(self, path: Path) -> None:
         """Writes what is seen as a PNG."""
