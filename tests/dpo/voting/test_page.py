@@ -201,6 +201,67 @@ def test_two_tabs_of_one_rater_answer_each_question_once(browser, folder):
         assert len(read(folder)) == 2
 
 
+COME_BACK = "document.dispatchEvent(new Event('visibilitychange'))"  # as a tab does that is looked at again
+
+
+def test_a_tab_that_is_looked_at_again_shows_where_the_rater_is(browser, folder):
+    with served(folder) as web:
+        one = come(browser, web.address, "Finn")
+        two = browser.page(web.address)
+        two.wait(f"{SEEN} || document.getElementById('start').textContent === 'Start as Finn'")
+        two.click("#start")
+        two.wait(SEEN)
+        press(one, "1")
+        two(COME_BACK)
+        same = "document.getElementById('image0').src"
+        two.wait(f"{SEEN} && {same} === {one(same)!r}")
+        assert done(two) == 1 and len(read(folder)) == 1
+
+
+def test_who_waits_for_others_goes_on_by_oneself(browser, tmp_path):
+    make_study(tmp_path / "study", 2, votes=1, questions=(study.Question("q", "Which?"),), checks=0.0, repeats=0.0)
+    with served(tmp_path / "study") as web:
+        one = come(browser, web.address, "Gina", own=True)
+        two = browser.page(web.address, own=True)
+        two.wait("document.activeElement.id === 'name'")
+        two.type("Hans")
+        two.click("#start")
+        two.wait(f"{AT_END} && document.getElementById('endtitle').textContent === 'A moment, please'")
+        press(one, "1")
+        press(one, "2")
+        assert one("document.getElementById('endtitle').textContent") == "Thank you"
+        two(COME_BACK)
+        two.wait("document.getElementById('endtitle').textContent === 'Thank you'")
+        one.click("#endundo")  # the last answer is taken back from the last page too
+        one.wait(SEEN)
+        assert len(read(tmp_path / "study")) == 1
+
+
+def test_an_image_that_cannot_be_shown_is_said_and_one_that_comes_late_is_waited_for(browser, folder):
+    kept = {path: path.read_bytes() for path in folder.parent.glob("*model/*.png")}
+    with served(folder) as web:
+        for path in kept:
+            path.write_bytes(b"no image")
+        tab = browser.page(web.address, own=True)
+        tab.wait("document.activeElement.id === 'name'")
+        tab.type("Ida")
+        tab.key("Enter")
+        tab.wait("document.getElementById('line').textContent.startsWith('this image cannot be shown')")
+        time.sleep(GLANCE)
+        tab.key("1")  # nothing to be seen, nothing to answer
+        assert read(folder) == []
+        for path, data in kept.items():
+            path.write_bytes(data)
+        tab.call("Page.reload")
+        tab.wait(SEEN)
+        press(tab, "1")
+        web.desk._codes.clear()  # as after a new start of the server: addresses of before are gone
+        web.desk._held.clear()
+        press(tab, "2")
+        assert len(read(folder)) == 2
+    browser.events = [event for event in browser.events if "status of 4" not in str(event)]
+
+
 def test_the_server_is_gone_between_click_and_answer(browser, folder):
     with served(folder) as web:
         port = web.port
