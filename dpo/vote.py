@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING
 from dpo.common import command, locks
 from dpo.common.errors import UserError, reading
 from dpo.common.words import excerpt, is_plain
+from dpo.evaluating.flags import named
 from dpo.sampling import flags
 from dpo.voting.presets import PRESETS
 
 if TYPE_CHECKING:  # torch is imported only once the command line is read
-    from dpo.voting.declare import Named, Wanted
+    from dpo.voting.declare import Wanted
     from dpo.voting.study import Question, Rule
 
 LONGEST = 10_000  # characters of a text that raters read
@@ -144,7 +145,7 @@ def _wanted(given: argparse.Namespace) -> Wanted:
     from dpo.voting.presets import INSTRUCTIONS, NOTICE
 
     return Wanted(
-        sides=tuple(_named(side) for side in given.sides),
+        sides=tuple(named(side) for side in given.sides),
         captions=None if given.captions is None else Path(given.captions).expanduser(),
         preset=given.study,
         questions=_questions(given.questions),
@@ -162,18 +163,6 @@ def _wanted(given: argparse.Namespace) -> Wanted:
         rule=_rule(given.rule),
         seed=given.seed,
     )
-
-
-def _named(text: str) -> Named:
-    """A side from "NAME=FOLDER" or "FOLDER", whose name is then its last part."""
-    from dpo.voting.declare import Named
-
-    name, equals, place = text.partition("=")
-    if not equals or Path(text).expanduser().is_dir():
-        name, place = Path(text).name or text, text
-    if not name.strip() or not place.strip():
-        raise UserError(f"{text!r}: expected a folder, or NAME=FOLDER")
-    return Named(name.strip(), place.strip())
 
 
 def _questions(texts: Sequence[str]) -> tuple[Question, ...]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "report",
     "sample",
     "evaluate",
+    "label",
     "vote",
 )  # dpo/*.py that a person runs; the other files there are the method
 
@@ -31,10 +32,11 @@ COMMANDS = (
 # command is a room of its own. Everybody may call `common` and `methods`, except csrc_triton and these two themselves.
 MAY_CALL = {
     "benchmarks": "anything",
-    "commands": "training sampling evaluating voting scorers tiny models data drawing pages settings step objective",
+    "commands": "training sampling evaluating labelling voting scorers tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
-    "sampling": "tiny models drawing settings",
+    "sampling": "tiny models drawing pages.began pages.folder settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
+    "labelling": "sampling scorers evaluating data drawing models pages settings tiny",
     "voting": "evaluating scorers data drawing pages settings",
     "scorers": "",
     "tiny": "scorers drawing models",

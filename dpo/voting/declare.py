@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
@@ -16,6 +15,7 @@ from dpo.common.files import remove
 from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, excerpt, excerpt_of_path, listed
 from dpo.data.pairs import BadImage
+from dpo.evaluating.flags import Named
 from dpo.evaluating.result import FILE as EVALUATION
 from dpo.evaluating.sides import MAY_DIFFER, Shown, Side, check_protocols, matched, of_folder
 from dpo.voting import checks, study
@@ -25,13 +25,6 @@ from dpo.voting.shown import load
 from dpo.voting.study import Question, Rule, Study
 
 log = logging.getLogger("dpo")
-
-
-class Named(NamedTuple):
-    """A side as the command line gives it."""
-
-    name: str
-    place: str
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         ([*sides, *out, "--questions", "a= "], "--questions ' ': expected a text"),
         ([*sides, *out, "--notice", tmp_path / "none.txt"], r"--notice .*none\.txt: cannot be read"),
         ([*sides, *out, "--study", "mine"], "invalid choice: 'mine'"),
-        (["=x", sides[0], *out], "expected a folder, or NAME=FOLDER"),
+        (["=x", sides[0], *out], "'=x': expected a model or a folder, or NAME=MODEL"),
         ([*sides, "--report"], "--report takes the folder of one study"),
         ([*sides, "--export", "x"], "--export takes the folder of one study"),
         ([*sides, "--plan"], "--plan takes no more than the folder of a pilot"),

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from dpo.evaluating.flags import Named
 from dpo.voting import server, study
 from dpo.voting.answers import Journal
-from dpo.voting.declare import Named, Wanted, declare
+from dpo.voting.declare import Wanted, declare
 from dpo.voting.desk import Desk
 from dpo.voting.shown import Gallery
 from dpo.voting.study import Item, Question, Study

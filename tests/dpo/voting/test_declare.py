@@ -10,8 +10,9 @@ import pytest
 
 from dpo.common.errors import UserError
 from dpo.common.pictures import pixel_hash
+from dpo.evaluating.flags import Named
 from dpo.voting import study
-from dpo.voting.declare import Named, Wanted, check_same, declare
+from dpo.voting.declare import Wanted, check_same, declare
 from dpo.voting.presets import PRESETS
 from dpo.voting.shown import load
 from dpo.voting.study import Question, Rule
