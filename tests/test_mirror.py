@@ -35,6 +35,7 @@ TESTED_BY = {
     "dpo/data/store/recording.py": "tests/runs/test_recorded.py",
     "dpo/common/pictures.py": "tests/dpo/drawing/test_images.py",
     "dpo/evaluating/work.py": "tests/dpo/test_evaluate.py",
+    "dpo/voting/presets.py": "tests/dpo/voting/test_declare.py",
     "dpo/sampling/flags.py": "tests/dpo/test_sample.py",
     "dpo/drawing/grid.py": "tests/dpo/drawing/test_draw.py",
     "dpo/models/parts.py": "tests/dpo/models/test_load.py",

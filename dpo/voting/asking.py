@@ -18,6 +18,7 @@ from dpo.voting.study import Study
 
 BLOCK = 10  # votes of a rater before the next kind of question is preferred: reading another one each time tires
 FIRST_CHECK = (2, 4)  # votes before a rater's first check: at least, at most
+EVERY = 20  # votes between checks, at most, while there are any: few raters go through a long study
 GAP = 5  # answers between a question and its repeat, at least, while there is anything else to ask
 
 
@@ -142,7 +143,7 @@ def _planned(study: Study, rater: str) -> _Plan:
     checks = [name for pair in itertools.zip_longest(broken, same) for name in pair if name is not None]
     first = FIRST_CHECK[0] + _keyed(FIRST_CHECK[1] - FIRST_CHECK[0] + 1, seed, rater, "first check")
     first = min(first, len(votes))
-    apart = (len(votes) - first) / max(1, len(checks))
+    apart = min(EVERY, (len(votes) - first) / max(1, len(checks)))
     later = [
         first + int((number + _keyed(100, seed, rater, "check", number) / 200) * apart)
         for number in range(1, len(checks))

@@ -16,7 +16,7 @@ from dpo.voting.answers import Answer, Choice, Journal, Undo, standing
 from dpo.voting.asking import Asked, Tally, following, progress, wanted
 from dpo.voting.study import Item, Study
 
-AWAY = 600.0  # seconds without a word after which the questions that a rater holds are given to others
+AWAY = 300.0  # seconds without a word after which the questions that a rater holds are given to others
 AHEAD = 2  # questions a rater holds: the one shown, and the next, whose images are loaded meanwhile
 MOST_RATERS = 1000
 MOST_CODES = 8192  # addresses of images that are valid at a time

@@ -46,18 +46,18 @@ def make_study(folder: Path, prompts: int = 6, **wanted: Any) -> Study:
     return declare(folder, Wanted(sides=tuple(sides), **wanted))
 
 
-def imagined(votes: int = 8, questions: str = "a", checks: int = 2, **fields: Any) -> Study:
+def imagined(items: int = 8, questions: str = "a", checks: int = 2, **fields: Any) -> Study:
     """A study without images: so many items, and checks of each kind."""
-    kinds = [("vote", votes), ("broken", checks), ("same", checks)]
+    kinds = [("vote", items), ("broken", checks), ("same", checks)]
     sides = {"vote": (0, 1), "broken": (-1, 1), "same": (1, 1)}
-    items = tuple(
+    made = tuple(
         Item(f"{kind}{number}", f"prompt {number}", "", kind, sides[kind], ("a.png", "b.png"), ("0", "1"))  # type: ignore[arg-type]
         for kind, count in kinds
         for number in range(count)
     )
-    plain: dict[str, Any] = {"tie": True, "votes": 3, "repeats": 0.1, "seed": 0}
+    plain: dict[str, Any] = {"tie": True, "votes": 3, "repeats": 0.1, "seed": 0, "title": "Which?"}
     return Study(
-        name="study", title="Which?", instructions="Look.", notice="Careful.", sides=("base", "new"), items=items,
+        name="study", instructions="Look.", notice="Careful.", sides=("base", "new"), items=made,
         questions=tuple(Question(key, f"Question {key}?") for key in questions), **{**plain, **fields},
     )  # fmt: skip
 
