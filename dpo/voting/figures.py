@@ -64,7 +64,7 @@ def figures(study: Study, answers: Sequence[Answer]) -> dict[str, Any]:
         "study": _declared(study),
         "questions": questions,
         "raters": by_rater,
-        "left_out": [{"rater": names[rater], "reasons": out[rater]} for rater in sorted(out, key=names.__getitem__)],
+        "left_out": [{"rater": names[rater], "reasons": out[rater]} for rater in names if rater in out],
         "sides": shown(sides.all),
         "biased": {names[rater]: p for rater, p in sides.biased.items()},
         "alike": shown(alike),

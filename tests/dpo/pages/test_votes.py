@@ -150,6 +150,15 @@ def test_the_page_stands_alone_and_is_whole():
     assert page.tags.count("svg") == 3 and len(pairs(counted())) == 1
 
 
+def test_a_question_nobody_voted_on_is_named_and_no_figure_is_made_up():
+    declared = study(20, questions=QUESTIONS, sides=("start", "dpo", "dde"))
+    general = [one for one in vote(declared, beta(4, 2), 0) if one.question == "general"]
+    found = json.loads(json.dumps(figures(declared, general) | {"made": {}}))
+    page = Page(render(found)).text
+    assert "appeal: dpo against start: no vote" in page and "Majority, appeal" not in page
+    assert {line.question for line in rows(found)} == {"general"}
+
+
 def test_strengths_that_there_are_not_are_said():
     found = counted(("start", "dpo", "dde"))
     for question in found["questions"]:

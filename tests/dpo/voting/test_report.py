@@ -50,6 +50,23 @@ def test_it_says_which_files_it_was_made_from_and_comes_out_the_same(folder):
     assert before == {name: (folder / name).read_bytes() for name in before}
 
 
+def test_an_answer_that_comes_while_it_is_made_is_in_the_figures_and_in_the_checksum(folder, monkeypatch):
+    path, read, late = folder / "answers.jsonl", answers.read, []
+
+    def slowly(place):
+        given = read(place)
+        if not late:
+            late.append(replace(given[0], id="late", rater="Late"))
+            with path.open("a") as file:
+                file.write(json.dumps(asdict(late[0])) + "\n")
+        return given
+
+    monkeypatch.setattr(answers, "read", slowly)
+    report.make(folder)
+    found = json.loads((folder / "votes.json").read_text())
+    assert found["made"]["answers"] == checksum(path) and len(found["raters"]) == 9
+
+
 def test_scores_stand_beside_the_people(folder, tmp_path):
     declared = study.read(folder)
     table = tmp_path / "scores.csv"
