@@ -168,6 +168,18 @@ def test_intervals_of_strengths_cover():
     assert 0.90 <= np.mean(hits) <= 0.995
 
 
+def test_raters_who_differ_widen_the_intervals_of_strengths():
+    """The same votes, once from three raters who each vote one way in most of them, once mixed."""
+    value = np.array([1] * 60 + [-1, 1] * 30 + [-1] * 50 + [1] * 10)
+    rows = np.arange(180)
+    for_base, for_other = np.zeros(180, int), np.ones(180, int)
+    apart, mixed = (tally.Votes(rows, rows, rater, value.astype(float), rows > 0) for rater in (rows // 60, rows % 3))
+    wide, narrow = (
+        np.diff(agreement.strengths(for_base, for_other, found, ["a", "b"])[1].interval) for found in (apart, mixed)
+    )
+    assert wide > 1.5 * narrow
+
+
 def test_resamples_that_give_a_model_no_win_widen_the_interval():
     found = agreement.strengths(*trial([0] * 12, [1] * 12, [1] * 11 + [-1]), ["base", "dpo"])
     assert found[1].interval[0] < np.log(11) < 5 < found[1].interval[1] < 30

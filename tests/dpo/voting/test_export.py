@@ -1,5 +1,6 @@
 """Votes as preference pairs: labels, shares, and the images as they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,6 +21,8 @@ def folder(tmp_path):
     """Six pairs of images with votes of known counts, an answer to a check, a repeat, and another question."""
     place = tmp_path / "study"
     declared = make_study(place, prompts=6, checks=0.05)
+    swapped = replace(declared.items[0], sides=declared.items[0].sides[::-1])  # its first image is the later model's
+    study.write(place, replace(declared, items=(swapped, *declared.items[1:])))
     items = [item for item in declared.items if item.kind == "vote"]
     check = next(item for item in declared.items if item.kind == "broken")
     with Journal(place) as journal:
@@ -46,6 +49,7 @@ def test_labels_are_the_majoritys_and_p_is_the_share_of_the_votes(folder, tmp_pa
     assert [row["p"] for row in rows] == pytest.approx([2 / 3, 0.5, 0.5, 1 / 8, 1.0])
     assert [(row["votes"], row["ties"]) for row in rows] == [(3, 0), (1, 1), (2, 0), (4, 1), (3, 0)]
     items = [item for item, choices in zip(declared.items, VOTES, strict=False) if choices]
+    assert {row["model_0"] for row in rows} == {"basemodel", "newmodel"}
     for row, item in zip(rows, items, strict=True):
         assert (row["caption"], row["image_0_uid"], row["image_1_uid"]) == (item.prompt, *item.hashes)
         assert [row["jpg_0"], row["jpg_1"]] == [Path(path).read_bytes() for path in item.images]

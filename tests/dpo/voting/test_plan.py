@@ -63,6 +63,13 @@ def test_a_budget_goes_to_prompts_first():
     assert plan.splits(600, 0.6, 0.1, most=50)[-1][:2] == (12, 50), "all of the budget on the prompts that there are"
 
 
+def test_the_votes_of_a_budget_by_hand():
+    """0.24 (1/6 + 5/6/5) / 200 is 0.02 squared."""
+    way = plan.splits(1000, 0.6, 1 / 6)[2]
+    assert way[:2] == (5, 200) and way.half == pytest.approx(1.96 * 0.02, abs=1e-5)
+    assert way.majority == pytest.approx(9 / 14) and 0.985 < way.power < 0.995
+
+
 def test_few_prompts_show_nothing():
     assert "too few to show anything" in plan.lines(prompts=5)[4]
     assert "25 votes a question" in plan.lines(prompts=5)[-1]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dpo.scorers.compare import advantage_interval, mean_interval
 from dpo.voting import rates, tally
 from tests.help.simulated import alike, beta, majority, study, vote
 
@@ -49,6 +50,23 @@ def test_raters_who_differ_widen_the_interval():
     apart = [(p, i, r, -1 if r == 0 else v) for p, i, r, v in rows]
     narrow, wide = (rates.compared(votes(some)).votes.interval for some in (rows, apart))
     assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+
+
+def test_items_of_one_prompt_are_no_more_prompts_and_no_more_raters():
+    """Each pair of images twice, with the same votes: nothing more is known."""
+    once = [(p, p, r, -1 if r == 0 or (p + r) % 3 == 0 else 1) for p in range(60) for r in range(5)]
+    twice = [(p, i + 60 * copy, r, v) for p, i, r, v in once for copy in range(2)]
+    one, two = (rates.compared(votes(rows)) for rows in (once, twice))
+    for a, b in ((one.votes, two.votes), (one.majority, two.majority)):
+        assert a.win_rate == b.win_rate and np.diff(b.interval) == pytest.approx(np.diff(a.interval), rel=0.15)
+
+
+@pytest.mark.parametrize(("against", "resampled"), [(10, True), (9, False)])
+def test_the_interval_is_a_bootstraps_where_there_is_something_to_resample(against, resampled):
+    values = np.array([-1.0] * against + [1.0] * 40)
+    low, high = mean_interval(values)
+    expected = (0.5 + low / 2, 0.5 + high / 2) if resampled else advantage_interval(values, len(values))
+    assert rates.win_interval(values, len(values)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_error_of_raters_by_hand():

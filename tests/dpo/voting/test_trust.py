@@ -117,6 +117,15 @@ def test_a_table_by_file_name(folder):
     assert found.scorer == "mine" and found.later[:-1].tolist() == [1.0] * 5 and np.isnan(found.later[-1])
 
 
+def test_a_preference_is_for_a_model_whichever_image_comes_first(tmp_path):
+    declared = simulated.study(4)
+    table = tmp_path / "scores.csv"
+    table.write_text("file,score\n" + "".join(f"a{n}.png,0\nb{n}.png,1\n" for n in range(4)))
+    (found,) = trust.judged(declared, tmp_path, [f"mine={table}"])
+    assert [item.sides for item in declared.items] == [(1, 0), (0, 1)] * 2
+    assert found.later.tolist() == [-1.0, 1.0] * 2
+
+
 def test_what_holds_no_scores_is_refused(folder, tmp_path):
     declared = study.read(folder)
     place = evaluation(folder, declared)
