@@ -55,7 +55,7 @@ def test_labels_are_the_majoritys_and_p_is_the_share_of_the_votes(folder, tmp_pa
         assert [row["jpg_0"], row["jpg_1"]] == [Path(path).read_bytes() for path in item.images]
         assert (row["model_0"], row["model_1"]) == tuple(declared.sides[side] for side in item.sides)
     assert said == [
-        f"{tmp_path / 'pairs.parquet'}: 5 pairs from 13 votes on general, 2 of them ties; python -m dpo.train --data "
+        f"{tmp_path / 'pairs.parquet'}: 5 pairs from 13 votes on general, 2 of them ties; dpo.train takes them as --data "
         f"{tmp_path / 'pairs.parquet'}",
         "left out by the study's rule: 1 of 5 raters",
     ]
