@@ -54,6 +54,7 @@ setup(
             "mypy>=1.14",
             "tensorboard>=2.16",
             "scipy>=1.13",  # statistics to compare ours with
+            "evalica>=0.4.2,<0.5",  # agreement and strengths to compare ours with
             "starlette>=1.10,<2",
             "uvicorn>=0.54,<0.60",
         ],

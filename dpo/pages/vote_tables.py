@@ -108,7 +108,7 @@ def reviewers(found: Entry) -> list[tuple[str, str]]:
             "not known here",
         ),
         ("questions", "\n".join(f"{one['key']}: {one['text']}" for one in study["questions"])),
-        ("prompts", f"{study['prompts']:,}, {study['items']:,} pairs of images. {study['note']}".strip()),
+        ("prompts", study["note"] or f"{study['prompts']:,} prompts, {study['items']:,} pairs of images"),
         (
             "votes",
             f"{sum(one['votes'] for one in everybody):,}; wanted for each pair of images and question {study['votes']}, "

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.common.stats import exact_interval
-from dpo.scorers.compare import Besides, Interval, holm, keyed, percentiles, resampled, sign_test
+from dpo.scorers.compare import Besides, Interval, holm, keyed, mean_interval, percentiles, resampled, sign_test
 from dpo.voting.rates import rater_error
 from dpo.voting.tally import Votes
 
 SIGNIFICANT = 0.05
 STEPS, CLOSE = 10_000, 1e-10  # of the iteration for strengths: at most so many, ended by a change so small
-ROUGHLY = 1e-5  # that of a resample
+ROUGHLY = 1e-4  # that of a resample
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,41 @@ class Alpha:
 
 
 def alpha(found: Votes, *, seed: int = 0, resamples: int = 2000) -> Alpha:
-    """Agreement of the votes on each item (K. Krippendorff, Content Analysis, 2004); a tie is a value of its own."""
-    parts = _parts(found)
-    rows = parts[parts[:, 0] > 0]
-    whole = rows.sum(0, keepdims=True)
-    value = float(_alpha(whole)[0]) if len(rows) else float("nan")
-    items = int(whole[0, 0])
-    votes = int(whole[0, 2:].sum())
-    if not np.isfinite(value):
-        return Alpha(None, None, items, votes)
-    drawn = _alpha(resampled(rows, keyed(seed, len(rows)), resamples) * len(rows))
-    return Alpha(value, percentiles(drawn[np.isfinite(drawn)]) if len(rows) > 1 else None, items, votes)
+    """Agreement of the votes on each item (K. Krippendorff, Content Analysis, 2004); a tie is a value of its own.
 
-
-def _parts(found: Votes) -> np.ndarray:
-    """What alpha is made of, summed for each prompt: [P, 5] = items, disagreement, votes of each of three values.
-
-    The disagreement of an item with m votes is the number of ordered pairs of them that differ, over m - 1.
+    The interval is a studentised bootstrap over prompts of what each of them adds to alpha: percentiles of resampled
+    alphas cover 90 to 95 % in simulated studies where this covers 93 to 96 %.
     """
-    items, item = np.unique(found.item, return_inverse=True)
-    table = np.zeros((len(items), 3))  # earlier, tie, later
+    items, by_prompt = _parts(found)
+    apart, counts = by_prompt[:, 0].sum(), by_prompt[:, 1:].sum(0)
+    votes = counts.sum()
+    chance = votes**2 - (counts**2).sum()  # ordered pairs of votes that differ, if all were shuffled, times votes - 1
+    if chance == 0:
+        return Alpha(None, None, items, int(votes))
+    value = 1 - (votes - 1) * apart / chance
+    slopes = np.array([1 - votes, *(apart * (2 * (votes - 1) * (votes - counts) / chance - 1))]) / chance
+    between = mean_interval(len(by_prompt) * (by_prompt @ slopes), seed=seed, resamples=resamples)
+    centre = float(by_prompt.sum(0) @ slopes)
+    interval = None if between is None else (value + between[0] - centre, min(1.0, value + between[1] - centre))
+    return Alpha(float(value), interval, items, int(votes))
+
+
+def _parts(found: Votes) -> tuple[int, np.ndarray]:
+    """The number of items with two votes or more, and what alpha is made of by prompt: [P, 4].
+
+    Their disagreement, which for an item with m votes is the number of ordered pairs of them that differ, over m - 1; and
+    how many of their votes are for the earlier model, a tie, for the later.
+    """
+    items, first, item = np.unique(found.item, return_index=True, return_inverse=True)
+    table = np.zeros((len(items), 3))
     np.add.at(table, (item, found.value.astype(int) + 1), 1)
     count = table.sum(1)
     paired = count > 1
     apart = (count**2 - (table**2).sum(1)) / np.maximum(count - 1, 1)
-    rows = np.concatenate([paired[:, None], apart[:, None], table], 1) * paired[:, None]
-    prompts, prompt = np.unique(found.prompt[np.unique(found.item, return_index=True)[1]], return_inverse=True)
-    summed = np.zeros((len(prompts), 5))
-    np.add.at(summed, prompt, rows)
-    return summed
-
-
-def _alpha(parts: np.ndarray) -> np.ndarray:
-    """[R, 5] of `_parts`, summed over prompts, to alpha [R]; nan where all votes are equal."""
-    votes = parts[:, 2:].sum(1)
-    chance = (votes**2 - (parts[:, 2:] ** 2).sum(1)) / np.maximum(votes - 1, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(chance > 1e-9, 1 - parts[:, 1] / chance, np.nan)
+    prompts, prompt = np.unique(found.prompt[first][paired], return_inverse=True)
+    by_prompt = np.zeros((len(prompts), 4))
+    np.add.at(by_prompt, prompt, np.concatenate([apart[:, None], table], 1)[paired])
+    return int(paired.sum()), by_prompt
 
 
 # --- each rater --------------------------------------------------------------------------------------------------------

@@ -44,9 +44,10 @@ def write(folder: Path, output: Path, question: str | None = None, *, layout: La
     ties = sum(not sums.any() or sums[0] == sums[2] for sums in counted.values())
     votes = int(sum(sums.sum() for sums in counted.values()))
     lines = [
-        f"{path}: {written} pairs from {votes:,} votes on {chosen}, {ties} of them ties; python -m dpo.train --data {path}"
+        f"{path}: {written} pairs from {votes:,} votes on {chosen}, {ties} of them ties; dpo.train takes them as --data {path}"
     ]
-    return [*lines, *([f"votes of {len(out)} raters do not count, by the study's rule"] if out else [])]
+    everybody = len(tally.raters(given))
+    return [*lines, *([f"left out by the study's rule: {len(out)} of {everybody} raters"] if out else [])]
 
 
 def _counted(declared: Study, votes: tally.Votes) -> dict[int, np.ndarray]:

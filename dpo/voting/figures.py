@@ -22,7 +22,7 @@ made        {answers, study: SHA-256 of the files, version}
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -64,7 +64,7 @@ def figures(study: Study, answers: Sequence[Answer]) -> dict[str, Any]:
         "study": _declared(study),
         "questions": questions,
         "raters": by_rater,
-        "left_out": [{"rater": names[rater], "reasons": out[rater]} for rater in sorted(out, key=names.__getitem__)],
+        "left_out": [{"rater": names[rater], "reasons": out[rater]} for rater in names if rater in out],
         "sides": shown(sides.all),
         "biased": {names[rater]: p for rater, p in sides.biased.items()},
         "alike": shown(alike),
@@ -108,16 +108,17 @@ def _declared(study: Study) -> dict[str, Any]:
     }
 
 
-def _question(study: Study, answers: Sequence[Answer], question: Question, out: Container[str]) -> dict[str, Any]:
-    ruled, every = (tally.votes(study, answers, question.key, without=without) for without in (out, ()))
+def _question(
+    study: Study, answers: Sequence[Answer], question: Question, out: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    ruled = tally.votes(study, answers, question.key, without=out)
+    alpha = asdict(agreement.alpha(ruled, seed=SEED))
+    everyone = alpha if not out else asdict(agreement.alpha(tally.votes(study, answers, question.key), seed=SEED))
     return {
         "key": question.key,
         "text": question.text,
         "pairs": [_pair(study, answers, question.key, pair, out) for pair in tally.pairs(study)],
-        "alpha": {
-            "rule": asdict(agreement.alpha(ruled, seed=SEED)),
-            "everyone": asdict(agreement.alpha(every, seed=SEED)),
-        },
+        "alpha": {"rule": alpha, "everyone": everyone},
         "strengths": _strengths(study, ruled),
     }
 
@@ -132,18 +133,19 @@ def _strengths(study: Study, votes: tally.Votes) -> list[dict[str, Any]] | None:
 
 
 def _pair(
-    study: Study, answers: Sequence[Answer], question: str, pair: tally.Pair, out: Container[str]
+    study: Study, answers: Sequence[Answer], question: str, pair: tally.Pair, out: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     """Two models by one question."""
-    ruled, every = (tally.votes(study, answers, question, pair, without) for without in (out, ()))
+    ruled = tally.votes(study, answers, question, pair, out)
     main = _compared(ruled, RESAMPLES)
+    every = main if not out else _compared(tally.votes(study, answers, question, pair), RESAMPLES)
     kinds = np.array([study.items[item].category for item in ruled.item], dtype=object)
     interval = main["majority"]["interval"] if main else (0.0, 1.0)
     return {
         "base": study.sides[pair[0]],
         "other": study.sides[pair[1]],
         "rule": main,
-        "everyone": _compared(every, RESAMPLES),
+        "everyone": every,
         "p": None,
         "enough": not interval[0] <= 0.5 <= interval[1],
         "categories": {

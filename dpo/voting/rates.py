@@ -25,6 +25,7 @@ from dpo.scorers.compare import (
 from dpo.voting.tally import Votes
 
 DECIDING = 10  # prompts on the smaller side below which resampling says too little: all wins stay all wins
+ROUNDING = 1e-9  # of a sum of squares
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def rater_error(parts: np.ndarray, rater: np.ndarray) -> Besides | None:
     if count < 2:
         return None
     sums = np.bincount(rater, parts)
-    variance = count / (count - 1) * (float(sums @ sums) - float(parts @ parts))
-    return Besides(math.sqrt(variance), count - 1) if variance > 0 else None
+    alone = float(parts @ parts)
+    beyond = float(sums @ sums) - alone
+    return Besides(math.sqrt(count / (count - 1) * beyond), count - 1) if beyond > ROUNDING * alone else None
 
 
 def win_interval(

@@ -29,7 +29,8 @@ def make(folder: Path, *, scores: Sequence[str] = ()) -> Made:
     scores: what is compared with the people: folders of evaluations (with evaluation.json and scores.sqlite), or
     NAME=TABLE as dpo.evaluate takes it. Raises UserError where there is no study, no vote, or a table cannot be read.
     """
-    declared, given = study.read(folder), answers.read(folder)
+    declared = study.read(folder)
+    given, seal = _answers(folder)
     content = figures(declared, given)
     if not any(rater["votes"] for rater in content["raters"]):
         raise UserError(f"{folder} has no vote yet: ask people with python -m dpo.vote {folder}")
@@ -41,7 +42,7 @@ def make(folder: Path, *, scores: Sequence[str] = ()) -> Made:
             question.key: trust.agreement(declared, given, question.key, judged, out) for question in declared.questions
         }
     content["made"] = {
-        "answers": checksum(folder / answers.FILE),
+        "answers": seal,
         "study": checksum(folder / study.FILE),
         "version": _version(),
     }
@@ -53,6 +54,16 @@ def make(folder: Path, *, scores: Sequence[str] = ()) -> Made:
     flagged |= {rater: "; ".join(filter(None, [flagged.get(rater), "chooses one side"])) for rater in content["biased"]}
     who = [f"{number} is {name}: {flagged[number]}" for name, number in names.items() if number in flagged]
     return Made(page, [*pages.headline(content), *map(printable, who), str(page)])
+
+
+def _answers(folder: Path) -> tuple[list[answers.Answer], str]:
+    """The answers, and the SHA-256 of just the file that they were read from: people may be voting meanwhile."""
+    path = folder / answers.FILE
+    while True:
+        before = checksum(path) if path.exists() else ""
+        given = answers.read(folder)
+        if not before or checksum(path) == before:
+            return given, before
 
 
 def _version() -> str:
