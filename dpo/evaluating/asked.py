@@ -9,8 +9,7 @@ from dpo.common.errors import UserError
 from dpo.data.sources import open_source
 from dpo.drawing import images
 from dpo.evaluating.flags import Method, Named
-from dpo.evaluating.sides import IMAGES
-from dpo.pages.folder import INDEX_FILE
+from dpo.evaluating.sides import is_of_images
 from dpo.sampling import model
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change
@@ -74,13 +73,6 @@ def checked(asked: Asked) -> Config | None:
 def _has_images(place: Path) -> bool:
     """Whether a folder's images are compared as they are: a set of dpo.sample's, or another program's."""
     return (place / images.PROTOCOL).is_file() or is_of_images(place)
-
-
-def is_of_images(place: Path) -> bool:
-    """Whether a folder holds images that another program made, and no model."""
-    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
-        return False
-    return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
 
 def _of_pairs(asked: Asked) -> Config:

@@ -24,11 +24,11 @@ from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
 from dpo.drawing import images
 from dpo.evaluating import provenance, reproduce, result, sets
-from dpo.evaluating.asked import Asked, checked, is_of_images
+from dpo.evaluating.asked import Asked, checked
 from dpo.evaluating.flags import Named
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
-from dpo.evaluating.sides import Shown, Side, check_protocols, matched, of_table
+from dpo.evaluating.sides import MAY_DIFFER, Side, check_protocols, matched, of_folder, of_set
 from dpo.models.ready import pick_device
 from dpo.pages import evaluation as pages
 from dpo.sampling import model
@@ -41,7 +41,6 @@ from dpo.settings.config import Config
 log = logging.getLogger("dpo")
 
 DRAWN, CACHE = "images", "scores.sqlite"
-MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
 LONGEST = 100  # bytes of the name of a folder
 LINES = 4  # of progress for a scorer, where there is no terminal
@@ -134,16 +133,13 @@ def side_of(
     captions: a table of the prompts of images that another program drew. shard: this process of so many, which draws its
     part and waits for the others'. Raises UserError.
     """
-    place = Path(named.place).expanduser()
-    if (place / images.PROTOCOL).is_file():
-        return _of_set(named.name, place)
-    if is_of_images(place):
-        return of_table(named.name, place, captions)
+    if (found := of_folder(named.name, Path(named.place).expanduser(), captions)) is not None:
+        return found
     own = folder / DRAWN / folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
     sampling.draw(replace(draw, model=named.place), own, shard)
     _await(own)
-    return _of_set(named.name, own)
+    return of_set(named.name, own)
 
 
 def folder_of(name: str) -> str:
@@ -173,12 +169,6 @@ def check_folders(names: Sequence[str]) -> None:
     for name in names:
         if (other := found.setdefault(folder_of(name).casefold(), name)) != name:
             raise UserError(f"{other} and {name} would be drawn into one folder: call them apart, as NAME=MODEL")
-
-
-def _of_set(name: str, folder: Path) -> Side:
-    known = images.read_protocol(folder)
-    shown = tuple(Shown(one.path, one.prompt, one.seed, one.category) for one in images.read_set(folder))
-    return Side(name, folder, shown, known[0].to_json() if known else None)
 
 
 @dataclass

@@ -5,4 +5,5 @@ figures.py every figure: name, words, format
 verdict.py what the figures mean | charts.py, plots.py the charts | report.py report.html | card.py the model card
 sweep.py the comparison of a sweep | evaluation.py, evaluation.html, evaluation.md: is it better? better.py in words
 labels.py, labels.html the page of a labelled set
+votes.py, votes.html, vote_tables.py what people prefer | markdown.py tables of Markdown
 """

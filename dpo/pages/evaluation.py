@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +18,11 @@ from dpo.common.words import first_line, printable, well_formed
 from dpo.pages.better import Entry, verdict
 from dpo.pages.charts import LIGHT
 from dpo.pages.figures import DECILES
+from dpo.pages.markdown import cell, table
 from dpo.pages.plots import SIZE, svg
 from dpo.pages.report import Tile, data_uri, template
 
 PAGE, TABLE = "evaluation.html", "evaluation.md"
-SPECIAL = re.compile(r"[&<>|\\`*\[\]]")  # what Markdown reads as more than a character
 LABEL = 40  # characters of a scorer's name in a chart
 OF_CONTENT = (  # what a changed evaluation.json makes of its reading
     AttributeError, LookupError, TypeError, ValueError, ArithmeticError, StopIteration, UndefinedError, RecursionError,
@@ -59,9 +58,9 @@ def write_pages(path: Path) -> list[Path]:
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
         raise UserError(f"{path} is no evaluation: run python -m dpo.evaluate again")
-    page, table = path.with_name(PAGE), path.with_name(TABLE)
+    page, lines = path.with_name(PAGE), path.with_name(TABLE)
     try:
-        texts = {table: markdown(found), page: render(found)}
+        texts = {lines: markdown(found), page: render(found)}
     except OF_CONTENT as error:
         raise UserError(
             f"{path} is no evaluation of this version ({type(error).__name__}: {first_line(error)}): run python -m "
@@ -69,7 +68,7 @@ def write_pages(path: Path) -> list[Path]:
         ) from error
     for place, text in texts.items():
         write_text(place, well_formed(text), AGAIN)
-    return [page, table]
+    return [page, lines]
 
 
 def rows(found: Entry) -> list[Row]:
@@ -131,20 +130,20 @@ def markdown(found: Entry) -> str:
     said = " ".join(f"{verdict(found, name).headline}" for name in _others(found))
     about = "; ".join(f"{name}: {value}" for name, value in protocol(found))
     tables = [
-        _table(head, rows(found)),
+        table(head, rows(found)),
         _best(found),
-        _table(of_sets, set_rows(found)),
+        table(of_sets, set_rows(found)),
         *_ranked(found),
         _published(found),
     ]
-    parts = [_cell(said), *tables, *map(_cell, [about, *found.get("warnings", [])])]
+    parts = [cell(said), *tables, *map(cell, [about, *found.get("warnings", [])])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _best(found: Entry) -> str:
     """The comparison with the base at its best guidance, as a table; empty where it was drawn with one."""
     lines = [(side, scorer, base, row.difference, row.win_rate) for side, scorer, base, row in _at_best(found)]
-    return _table(("model", "scorer", "base at its best guidance", "difference", "win rate"), lines)
+    return table(("model", "scorer", "base at its best guidance", "difference", "win rate"), lines)
 
 
 def _ranked(found: Entry) -> list[str]:
@@ -152,7 +151,7 @@ def _ranked(found: Entry) -> list[str]:
     ranked = found.get("accuracy") or []
     lines = [(one["side"], _accuracy(one), str(one["pairs"])) for one in ranked]
     head = ("model", "implicit preference accuracy", "pairs")
-    return [_table(head, lines), _table(("accuracy by tenth of the clock", *TENTHS), by_tenth(found))]
+    return [table(head, lines), table(("accuracy by tenth of the clock", *TENTHS), by_tenth(found))]
 
 
 TENTHS = tuple(f"{10 * k} to {10 * k + 10} %" for k in range(DECILES))  # of the timesteps, from the cleanest on
@@ -184,18 +183,7 @@ def _published(found: Entry) -> str:
         )
         for one in published["lines"]
     ]
-    return _table(("model", "scorer", "ours", published["title"], "difference", "apart in two papers"), lines)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; empty without lines."""
-    whole = [head, ["---"] * len(head), *lines] if lines else []
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in whole)
-
-
-def _cell(text: str) -> str:
-    """A text on one line of Markdown that makes no cell, no tag and no link of it, and that a terminal may show."""
-    return SPECIAL.sub(lambda found: f"&#{ord(found[0])};", " ".join(printable(text).split()))
+    return table(("model", "scorer", "ours", published["title"], "difference", "apart in two papers"), lines)
 
 
 def _others(found: Entry) -> list[str]:
