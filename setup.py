@@ -68,6 +68,7 @@ setup(
             "dpo-sample = dpo.sample:main",
             "dpo-evaluate = dpo.evaluate:main",
             "dpo-vote = dpo.vote:main",
+            "dpo-label = dpo.label:main",
         ]
     },
 )

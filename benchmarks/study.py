@@ -72,6 +72,17 @@ def swapped_pairs(path: Path) -> Path:
     return relabelled(path, table, table["label_1"].to_numpy())
 
 
+def labelled_pairs(path: Path) -> Path:
+    """The training pairs as `python -m dpo.label` labels them by the judge whose taste the noisy labels were drawn from."""
+    from dpo import label
+
+    folder = path.with_suffix("")
+    words = ["--data", paths.train_pairs_path(), "--scorers", "tiny-a", "--output", folder]
+    if label.main([str(word) for word in words]):
+        raise SystemExit(f"{folder} could not be labelled")
+    return folder
+
+
 def relabelled(path: Path, table: Any, first: np.ndarray) -> Path:
     """Writes the pairs with `first` [N] as the probability that jpg_0 is the better one."""
     import pyarrow as pa
@@ -88,7 +99,11 @@ def relabelled(path: Path, table: Any, first: np.ndarray) -> Path:
 
 
 # What a row is trained on whose name says so, instead of the shipped pairs.
-LABELS: dict[str, Callable[[Path], Path]] = {"soft labels": soft_pairs, "swapped labels": swapped_pairs}
+LABELS: dict[str, Callable[[Path], Path]] = {
+    "soft labels": soft_pairs,
+    "swapped labels": swapped_pairs,
+    "judged labels": labelled_pairs,
+}
 
 
 def labels_of(row: str) -> str | None:

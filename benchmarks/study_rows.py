@@ -25,6 +25,8 @@ ROWS: dict[str, list[str]] = {
     "dde-single, LoRA": ["--method", "dde-single", "--beta", "200", "--lora", "--rank", "8", "--learning-rate", "2e-4"],
     "dpo, soft labels": DPO,
     "dpo, swapped labels": DPO,
+    "dpo, judged labels": DPO,
+    "dde-single, judged labels": ["--method", "dde-single", "--beta", "200"],
     "dde-single, soft labels": ["--method", "dde-single", "--beta", "200"],
     "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.5", "--scheduler", "cosine"],
 }

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from dpo.common import command
 from dpo.common.errors import UserError
+from dpo.evaluating.flags import check_scorers, named, table
 from dpo.sampling import flags
 from dpo.tiny import outcome
 
@@ -65,18 +66,6 @@ def evaluated(words: Sequence[str]) -> Path:
     return work.evaluate(asked, Path(given.output).expanduser())
 
 
-def check_scorers(names: Sequence[str]) -> None:
-    """Raises UserError for a scorer that there is not, or whose converted weights are not there; the hub is not asked."""
-    if not names:
-        return
-    import torch
-
-    from dpo.scorers.scorer import check
-
-    for name in names:
-        check(name, torch.device("cpu"))
-
-
 def _convert(words: Sequence[str]) -> int:
     """Converts published pickles, and says where the safetensors files are."""
     from dpo.scorers.convert import convert
@@ -114,20 +103,20 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
     own = {name: value for name, value in vars(given).items() if name in names}
     prompts, guidance, scorers = tuple(given.prompts), given.guidance or (), tuple(given.scorers)
     if given.reproduce is not None:
-        table = reproduce.table(given.reproduce)
-        stated = table.stated()
+        published = reproduce.table(given.reproduce)
+        stated = published.stated()
         prompts, guidance = prompts or (stated["prompts"],), guidance or (stated["guidance"],)
         own["sampler"] = stated["sampler"].lower() if own["sampler"] == "model" else own["sampler"]
         own["steps"] = own["steps"] or stated["steps"]
-        scorers = scorers or tuple(dict.fromkeys(name for scores in table.models.values() for name in scores))
+        scorers = scorers or tuple(dict.fromkeys(name for scores in published.models.values() for name in scores))
     if len(given.sides) < 2:
         raise UserError("name at least two: the base, and what is compared with it (a model or a folder of images)")
     if not scorers and not given.scores and given.pairs is None:
         raise UserError("nothing to measure by: give --scorers (--scorers help lists them), --scores or --pairs")
-    base, *others = [tuple(_named(part) for part in _parts(side)) for side in given.sides]
+    base, *others = [tuple(named(part) for part in _parts(side)) for side in given.sides]
     if len(base) > 1:
         raise UserError(f"{given.sides[0]}: the base is one model; several training seeds are compared with it")
-    sides = [named.name for group in (base, *others) for named in group]
+    sides = [one.name for group in (base, *others) for one in group]
     if twice := sorted({name for name in sides if sides.count(name) > 1}):
         raise UserError(f"two sides are called {twice[0]}: call them apart, as NAME=MODEL")
     return work.Asked(
@@ -137,7 +126,7 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
             model="", prompts=prompts, guidance=guidance[0] if guidance else None, **{**own, "sheets": given.sheets}
         ),
         scorers=scorers,
-        tables=tuple(_table(text) for text in given.scores),
+        tables=tuple(table(text) for text in given.scores),
         captions=None if given.captions is None else Path(given.captions).expanduser(),
         guidance=guidance,
         pairs=given.pairs,
@@ -154,25 +143,6 @@ def _parts(side: str) -> list[str]:
 
     place = side.partition("=")[2] or side
     return [side] if Path(place.removeprefix(START)).expanduser().exists() else side.split(",")
-
-
-def _named(text: str) -> work.Named:
-    """A side from "NAME=PLACE" or "PLACE", whose name is then its last part."""
-    from dpo.evaluating.work import Named
-
-    name, equals, place = text.partition("=")
-    if not equals:
-        name, place = Path(text).name or text, text
-    if not name.strip() or not place.strip():
-        raise UserError(f"{text!r}: expected a model or a folder, or NAME=MODEL")
-    return Named(name.strip(), place.strip())
-
-
-def _table(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not equals or not name or not path:
-        raise UserError(f"--scores {text}: expected NAME=TABLE, such as geneval=results.jsonl")
-    return name, Path(path).expanduser()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -231,6 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where").add_argument
     add(
         "--output",
+        type=command.folder,
         default="evaluation",
         metavar="FOLDER",
         help="evaluation.html and all that it is made from (default: evaluation)",

@@ -118,7 +118,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="All flags of python -m dpo.train are understood as well.",
     )
-    parser.add_argument("--store", required=True, metavar="FOLDER", help="the prepared store, made or added to")
+    parser.add_argument(
+        "--store", required=True, type=command.folder, metavar="FOLDER", help="the prepared store, made or added to"
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp16", help="of the stored latents and text (default: fp16)"
     )

@@ -5,8 +5,9 @@
     python -m dpo.sample runs/sd15 --prompts "a red fox" "a blue boat" --seeds 4 --output images/try
     python -m dpo.sample runs/sd15 --base stable-diffusion-v1-5/stable-diffusion-v1-5 --init-image examples --strength 0.6,0.7,0.8 ...
 
-MODEL is a diffusers folder, a hub id, a .safetensors file, a LoRA (with --lora-base), the output folder of a run, or
-"embedded". Killed at any moment, the same command goes on. Each PNG says its prompt, seed and protocol (docs/sample.md).
+MODEL is a diffusers folder, a hub id, a .safetensors file, a LoRA (with --lora-base), the output folder of a run, what that
+run started from (start:FOLDER), or "embedded". Killed at any moment, the same command goes on. Each PNG says its prompt, seed
+and protocol (docs/sample.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.sampling import flags
 
+OF_MERGE = ("merge", "output", "sheets", "layout", "prompts", "prompt_column", "subset", "subset_seed", "seeds")
 LAYOUTS = ("hpsv2", "geneval", "dpg")
 
 log = logging.getLogger("dpo")
@@ -42,6 +44,7 @@ def _command(argv: Sequence[str]) -> int:
     from dpo.sampling.model import EXAMPLES
 
     if given.merge is not None:
+        _check_merge(given)
         parts = [Path(part).expanduser() for part in given.merge]
         work.merge(folder, parts, work.Asked(**_asked(given)))
         return 0
@@ -52,6 +55,15 @@ def _command(argv: Sequence[str]) -> int:
     strengths = given.strength or ((0.6,) if given.init_image is not None else ())
     work.draw(work.Asked(**_asked(given) | {"strength": strengths}), folder, command.shard_of(given.shard))
     return 0
+
+
+def _check_merge(given: argparse.Namespace) -> None:
+    """Raises UserError for a flag that says nothing of images which are drawn already."""
+    parser = make_parser()
+    for name, value in vars(given).items():
+        if name not in OF_MERGE and value != parser.get_default(name):
+            flag = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise UserError(f"--merge joins what is drawn already, and {flag} is of the drawing: leave it out")
 
 
 def _asked(given: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +105,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="share of the denoising that is done, a row of sheets (default: 0.6)",
     )
     add = parser.add_argument_group("where").add_argument
-    add("--output", required=True, metavar="FOLDER", help="images/, protocol.json and sheets/ come here")
+    add(
+        "--output",
+        required=True,
+        type=command.folder,
+        metavar="FOLDER",
+        help="images/, protocol.json and sheets/ come here",
+    )
     add(
         "--sheets",
         type=flags.above(-1),
@@ -102,7 +120,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="contact sheets at most, of 8 prompts each (default: 12)",
     )
     add("--layout", choices=LAYOUTS, help="also the folder that this benchmark's own scorer reads")
-    add("--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)")
+    add(
+        "--shard", metavar="I/N", help="be process I of N, such as 0/4 (default: from torchrun's environment, else 0/1)"
+    )
     add("--merge", nargs="+", metavar="PART", help="join folders that --shard drew apart into OUTPUT")
     return parser  # fmt: skip
 

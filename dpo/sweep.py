@@ -89,7 +89,7 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     """Makes the runs that are not finished, one after another, and writes the comparison after each; the exit code."""
-    from dpo.evaluate import check_scorers
+    from dpo.evaluating.flags import check_scorers
     from dpo.pages.sweep import compare, name_of
     from dpo.settings.flags import parse
 

@@ -4,6 +4,6 @@ errors.py UserError, Stopped, and reading a user's file | files.py files written
 console.py the log and the progress line | command.py the main of every command | stats.py intervals
 words.py words for messages | hub.py names on the hub | device.py tensors to a device and back
 libraries.py other libraries: quieted, or named where one does not fit
-pictures.py pictures as content
+pictures.py, tokenizers.py pictures and tokenizers as content
 machine.py what differs between Linux, macOS and Windows
 """

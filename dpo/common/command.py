@@ -94,6 +94,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def folder(text: str) -> str:
+    """The type of a flag that names an output folder: an empty name would mean the folder one is in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("names no folder; a variable of the shell may be empty")
+    return text
+
+
 def of_launcher(name: str, default: int) -> int:
     """A number that torchrun puts into the environment. Raises UserError where something else stands there."""
     text = os.environ.get(name, str(default))

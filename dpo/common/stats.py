@@ -9,10 +9,10 @@ import numpy as np
 Z95 = 1.959964  # standard deviations of a normal distribution on either side that hold 95 %
 
 
-def share_interval(successes: float, count: int, z: float = Z95) -> tuple[float, float]:
+def share_interval(successes: float, count: float, z: float = Z95) -> tuple[float, float]:
     """Wilson's interval of a share, 95 % unless `z` says otherwise (E. B. Wilson, 1927).
 
-    `successes` of `count` may be fractional: a tie counts one half. With a count of 0 the interval is 0 to 1.
+    Both may be fractional: a tie counts one half, and pairs of one prompt fewer than they are. With a count of 0 the interval is 0 to 1.
     """
     if count == 0:
         return 0.0, 1.0

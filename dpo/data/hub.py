@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line, listed
+from dpo.common.hub import reason
+from dpo.common.words import listed
 from dpo.data.listing import NoSplit, is_junk
 from dpo.data.parquet import Files
 from dpo.settings.config import Data
@@ -114,6 +115,6 @@ def _download(repo: str, name: str, revision: str | None) -> str:
 
 def _unreachable(repo: str, error: Exception) -> UserError:
     return UserError(
-        f"data {repo!r} is no file or folder here and cannot be had from the hub ({first_line(error)}): "
+        f"data {repo!r} is no file or folder here and cannot be had from the hub ({reason(error)}): "
         "check the name and the connection, or give a local folder"
     )

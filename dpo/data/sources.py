@@ -14,7 +14,7 @@ import numpy as np
 from dpo.common.errors import UserError, reading
 from dpo.common.hub import is_hub_id
 from dpo.common.words import listed
-from dpo.data import held_out
+from dpo.data import held_out, labelled
 from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
@@ -156,6 +156,8 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
 def _of_folder(folder: Path, data: Data, split: str) -> Source:
     """Opens a folder with `w/` and `l/`, a saved set, parquet files or tar shards at any depth, or one table."""
     kind = data.data_format
+    if (made := labelled.place(folder)) is not None:  # images, scores and pages lie beside
+        return _of_folder(made, data, split)
     for root in (folder / split, folder):
         if kind in ("auto", "folders") and (root / "w").is_dir() and (root / "l").is_dir():
             return open_folders(root, data)

@@ -31,6 +31,7 @@ CHUNK = "dpo-grid"  # the keyword of the text chunk
 MARGIN, GAP, SMALLEST, LARGEST = 16, 8, 160, 512  # pixels; the last two bound the side of an image in the grid
 
 
+NARROWEST = 560  # pixels: a prompt is read above a single image too
 INK, QUIET, PAPER = "#1b1b1f", "#66666e", "#ffffff"
 
 
@@ -53,7 +54,7 @@ def write_grid(
     native = max(max(size) for size in sides)
     side = min(max(native, SMALLEST), LARGEST)
     group = len(columns) * side + (len(columns) - 1) * GAP
-    width = 2 * MARGIN + len(seeds) * group + (len(seeds) - 1) * 2 * MARGIN
+    width = max(NARROWEST, 2 * MARGIN + len(seeds) * group + (len(seeds) - 1) * 2 * MARGIN)
     row_height = 52 + side + MARGIN
     grid = Image.new("RGB", (width, MARGIN + len(prompts) * row_height), PAPER)
     pen = ImageDraw.Draw(grid)

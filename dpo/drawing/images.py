@@ -134,11 +134,11 @@ def read_protocol(folder: Path) -> tuple[Protocol, int] | None:
         if protocol.hash != found["hash"] or type(count) is not int or count < 1:
             raise ValueError("it was changed")
         return protocol, count
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): name another folder, or delete this one"
+            f"{path} cannot be read ({first_line(error)}): name another folder, or delete {folder} with all its images"
         ) from error
 
 
@@ -169,23 +169,29 @@ def complete(folder: Path) -> bool:
 
 def merge(folder: Path, parts: Sequence[Path]) -> int:
     """Copies the images of `parts`, drawn apart by one protocol, into `folder`; how many. Raises UserError."""
+    found = []
     for part in parts:
         known = read_protocol(part)
         if known is None:
             raise UserError(f"--merge {part}: holds no images with a {PROTOCOL}")
-        _begin(folder, *known)
-    copied = 0
-    for part in parts:
-        protocol = read_protocol(part)
-        assert protocol is not None, "read above"
+        found.append(known)
+        first, other = found[0][0], known[0]
+        if names := first.differs(other):
+            said = f"{names[0]}: {first.told(names[0])} and {other.told(names[0])}"
+            raise UserError(
+                f"--merge: {parts[0]} and {part} were drawn by different protocols ({said}), so they are no parts of one set"
+            )
+    _begin(folder, *found[0])
+    copied = set()
+    for part, (protocol, _) in zip(parts, found, strict=True):
         (folder / IMAGES).mkdir(exist_ok=True)
         _sweep(folder, {path.name for path in _files(part)})
-        for one in _found(part, protocol[0]):
+        for one in _found(part, protocol):
             target = folder / IMAGES / one.path.name
             with writing(target, AGAIN):
                 write_whole(target, partial(shutil.copyfile, one.path))
-            copied += 1
-    return copied
+            copied.add(one.path.name)
+    return len(copied)
 
 
 def faults(images: Sequence[Drawn]) -> list[str]:

@@ -6,8 +6,10 @@ The hub's sets are read as tables and lists: no data set script runs. assets/ ha
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError, reading
-from dpo.common.words import digest, excerpt, first_line, listed
+from dpo.common.hub import reason
+from dpo.common.words import digest, excerpt, listed
 
 log = logging.getLogger("dpo")
 
@@ -24,6 +27,8 @@ LONGEST = 100_000  # characters of a prompt; a text encoder reads some 300 of th
 COLUMNS = ("prompt", "caption", "text", "Prompt", "TEXT", "Caption")  # of a table, the first that it has
 CATEGORIES = ("category", "Category", "tag", "style")
 REMEDY = "mend the file or name another"
+CLOSE = 0.75  # how alike a word is to the name of a set that it is taken for misspelt
+SEEDS = 2**32  # torch's CPU generator tells so many apart
 
 
 class Prompt(NamedTuple):
@@ -100,15 +105,15 @@ CLASSES = "imagenet-classes"  # the set inside the package: the prompts of the I
 NAMES = (*PUBLISHED, CLASSES)
 
 
-def opened(asked: Sequence[str], column: str | None = None) -> PromptSet:
+def opened(asked: Sequence[str], column: str | None = None, also: Sequence[str] = ()) -> PromptSet:
     """The prompts that --prompts names.
 
     asked: a file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files with one prompt each, a name of
-    NAMES or, of PUBLISHED, NAME:PLACE with its files on disk, or else prompts themselves. column: of a table. Raises
-    UserError.
+    NAMES or, of PUBLISHED, NAME:PLACE with its files on disk, or else prompts themselves. column: of a table; also: names
+    of sets that the caller has. Raises UserError, also for a prompt that can only be a file or a misspelt name.
     """
     if len(asked) != 1:
-        return _checked("prompts", ((f"prompt {n}", Prompt(text)) for n, text in enumerate(asked, 1)))
+        return _texts(asked, column, also)
     name, _, place = asked[0].partition(":")
     if name in PUBLISHED:
         return _published(name, place)
@@ -117,11 +122,43 @@ def opened(asked: Sequence[str], column: str | None = None) -> PromptSet:
             raise UserError(f"--prompts {asked[0]}: {CLASSES} lies in the package and takes no place")
         return _checked("ImageNet classes", [(f"class {n}", Prompt(text)) for n, text in enumerate(class_prompts(), 1)])
     path = Path(asked[0]).expanduser() if len(asked[0]) < 1000 and "\0" not in asked[0] else Path(" ")
-    if _there(path.is_dir):
-        return _checked(path.name, _of_folder(path))
+    if asked[0].strip() and _there(path.is_dir):
+        return _checked(path.name or str(path), _of_folder(path), also)
     if path.suffix.lower() in READERS and (_there(path.is_file) or " " not in asked[0]):
+        if column is not None and path.suffix.lower() == ".txt":
+            raise UserError(f"--prompt-column {column} is of a table: {path} has a prompt a line, so leave it out")
         return _checked(path.name, _of_file(path, column))
-    return _checked("prompts", [("prompt 1", Prompt(asked[0]))])
+    return _texts(asked, column, also)
+
+
+def _texts(asked: Sequence[str], column: str | None, also: Sequence[str]) -> PromptSet:
+    """Prompts as they stand on the command line."""
+    for text in asked:
+        if meant := _meant(text, len(asked), (*NAMES, *also)):
+            raise UserError(f"--prompts {excerpt(text)}: {meant}")
+    if column is not None:
+        raise UserError(f"--prompt-column {column} is of a table: --prompts gives texts, so leave it out")
+    return _checked("--prompts", ((f"prompt {n}", Prompt(text)) for n, text in enumerate(asked, 1)), also)
+
+
+def _meant(text: str, count: int, names: Sequence[str]) -> str:
+    """What is wrong with a word among `count` prompts that names a file or a set; empty for a text."""
+    if not text.strip() or any(map(str.isspace, text)) or len(text) >= 1000 or "\0" in text:
+        return ""
+    path, name = Path(text).expanduser(), text.partition(":")[0].lower()
+    if _there(path.exists):
+        if count > 1:
+            return "is a file or a folder, of which one is taken at a time, alone"
+        return f"is a file of another kind; known are {listed(READERS)} and folders of .txt files"
+    if "/" in text or "\\" in text or path.suffix.lower() in READERS:
+        return "there is no such file or folder"
+    if count > 1 and text in names:
+        return "is a set of prompts, which is taken alone"
+    heads = [one.partition(":")[0] for one in names]
+    near = difflib.get_close_matches(name, heads, 1, CLOSE)
+    near += [head for head in heads if len(name) > 4 and head.startswith(name)]
+    whole = [one for one in names if one.partition(":")[0] in near]
+    return f"there is no such set of prompts; did you mean {' or '.join(whole)}?" if whole else ""
 
 
 def class_prompts() -> list[str]:
@@ -137,7 +174,7 @@ def _there(ask: Callable[[], bool]) -> bool:
         return False
 
 
-def _checked(name: str, found: Iterable[tuple[str, Prompt]]) -> PromptSet:
+def _checked(name: str, found: Iterable[tuple[str, Prompt]], also: Sequence[str] = ()) -> PromptSet:
     """The set of these (place, prompt); blank ones are left out. Raises UserError for one that no model can read."""
     prompts, blank = [], 0
     for where, prompt in found:
@@ -154,7 +191,9 @@ def _checked(name: str, found: Iterable[tuple[str, Prompt]]) -> PromptSet:
             ) from None
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed(NAMES)}")
+        raise UserError(
+            f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed([*NAMES, *also])}"
+        )
     if blank:
         log.warning("%s: %d blank prompts are left out", name, blank)
     if repeated := len(prompts) - len({prompt.text for prompt in prompts}):
@@ -189,13 +228,21 @@ def _prompt(row: object, column: str | None, category: str, where: str) -> Promp
     text, seed = row[name], row.get("seed")
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: {name} needs text, found {excerpt(text)}")
-    try:
-        number = 0 if seed in (None, "") else int(seed)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{where}: seed needs a whole number, found {excerpt(seed)}") from None
+    number = 0 if seed in (None, "") else _whole(seed)
+    if number is None or not 0 <= number < SEEDS:
+        raise UserError(f"{where}: seed needs a whole number from 0 to 2^32 - 1, found {excerpt(seed)}")
     said = next((row[one] for one in CATEGORIES if row.get(one)), category)
     plain = json.dumps(row, default=str)
     return Prompt(text or "", str(said), number, row=plain if len(plain) < LONGEST else "")
+
+
+def _whole(value: object) -> int | None:
+    """A whole number from a cell, which may be text; None for what is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,20}\s*", value) else None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -208,11 +255,22 @@ def _text(path: Path) -> list[str]:
 
 def _json(path: Path) -> list[Any]:
     if path.suffix.lower() == ".jsonl":
-        return [json.loads(line) for line in _lines(path)]
+        return [
+            _loaded(line, number)
+            for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1)
+            if line.strip()
+        ]
     found = json.loads(path.read_text("utf-8-sig"))
     if not isinstance(found, list):
         raise ValueError("it holds no list")
     return found
+
+
+def _loaded(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
@@ -221,7 +279,14 @@ def _csv(path: Path) -> list[dict[str, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             tabs = path.suffix.lower() == ".tsv"
             rows = csv.DictReader(file, delimiter="\t" if tabs else ",")
-            return [{str(key): value for key, value in row.items()} for row in rows]
+            found = []
+            for number, row in enumerate(rows, 1):
+                if None in row:
+                    raise ValueError(
+                        f"row {number} has more cells than the header; a prompt with the separator in it needs quotes"
+                    )
+                found.append({str(key): value for key, value in row.items()})
+            return found
     finally:
         csv.field_size_limit(before)
 
@@ -298,6 +363,6 @@ def _from_hub(name: str) -> list[Path | _Remote]:
         raise
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing
         raise UserError(
-            f"cannot get the prompts {name} from the hub ({one.repo}: {first_line(error)}); check the network, or name "
+            f"cannot get the prompts {name} from the hub ({one.repo}: {reason(error)}); check the network, or name "
             f"their folder here: --prompts {name}:FOLDER"
         ) from error

@@ -23,6 +23,7 @@ def write_sheets(folder: Path, sets: Mapping[str, Sequence[Drawn]], most: int) -
     numbers = list(dict.fromkeys(one.number for one in first))
     strengths = list(dict.fromkeys(one.strength for one in first))
     block = len(numbers) * len(strengths)  # images of one row in every set, which lie side by side
+    several = len({one.layout for one in first}) > 1  # init images: the prompt of a row does not tell them apart
     paths: list[Path] = []
     for start in range(0, len(first), block * ROWS):
         if len(paths) == most:
@@ -38,7 +39,10 @@ def write_sheets(folder: Path, sets: Mapping[str, Sequence[Drawn]], most: int) -
             for place, strength in enumerate(strengths)
         }
         path = folder / SHEETS / f"sheet-{len(paths):03d}.png"
-        paths.append(write_grid(path, [first[row].prompt for row in rows], numbers[:SEEDS], columns))
+        titles = [
+            f"layout {first[row].layout + 1}: {first[row].prompt}" if several else first[row].prompt for row in rows
+        ]
+        paths.append(write_grid(path, titles, numbers[:SEEDS], columns))
     return paths
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,17 +41,22 @@ class Look:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as RGB.
-
-    Raises UserError for a file that is none, is truncated, has too many pixels, or is so narrow that a scorer, which
-    brings its short side to a few hundred pixels, would make a huge one of it.
-    """
+    """An image as RGB. Raises UserError for a file that is none, or that `to_score` refuses."""
     try:
-        image = decode(ImageRef(path.name, path=str(path)).load())
+        return to_score(ImageRef(path.name, path=str(path)).load())
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def to_score(data: bytes) -> Image.Image:
+    """A file's bytes as an RGB image.
+
+    Raises BadImage for what is no image, is truncated, has too many pixels, or is so narrow that a scorer, which
+    brings its short side to a few hundred pixels, would make a huge one of it.
+    """
+    image = decode(data)
     if max(image.size) > NARROW * min(image.size):
-        raise UserError(f"{path}: {image.width} x {image.height} pixels, one side over {NARROW} times the other")
+        raise BadImage(f"{image.width} x {image.height} pixels, one side over {NARROW} times the other")
     return image
 
 
@@ -233,12 +238,17 @@ def _seen(path: Path, look: Look, read: Read) -> Image.Image | None:
     return image
 
 
-def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) -> np.ndarray:
-    """The score [N] of each image of a side from a table, nan where it has none, which is said.
+class Table(NamedTuple):
+    """Scores that another program wrote, by the name of a file and by the hash of an image's pixels, each with its row."""
 
-    The table is CSV, TSV or JSON lines with a file (or the hash of an image) and a number in each row; GenEval's
-    results.jsonl (filename, correct) is one. Files are compared by their path, or by its last parts; an image is read
-    only where a hash must tell. Raises UserError.
+    by_file: dict[str, tuple[int, float]]
+    by_hash: dict[str, tuple[int, float]]
+
+
+def read_table(path: Path) -> Table:
+    """CSV, TSV or JSON lines with a file (or the hash of an image) and a number in each row.
+
+    GenEval's results.jsonl (filename, correct) is one. Raises UserError, also for rows that contradict each other.
     """
     by_file: dict[str, tuple[int, float]] = {}  # the row, and its score
     by_hash: dict[str, tuple[int, float]] = {}
@@ -263,6 +273,15 @@ def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) ->
                 raise UserError(
                     f"{path}: rows {first} and {number} give {excerpt_of_path(name)} different scores, {before:g} and {score:g}"
                 )
+    return Table(by_file, by_hash)
+
+
+def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) -> np.ndarray:
+    """The score [N] of each image of a side from a table (`read_table`), nan where it has none, which is said.
+
+    Files are compared by their path, or by its last parts; an image is read only where a hash must tell. Raises UserError.
+    """
+    by_file, by_hash = read_table(path)
     rows = [tables.of_file(image.path, by_file, None) for image in side.images]
     for place, image in enumerate(side.images):
         if rows[place] is None and by_hash:

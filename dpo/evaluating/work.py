@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
+from dpo.drawing import images
 from dpo.evaluating import provenance, reproduce, result, sets
+from dpo.evaluating.flags import Named
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
 from dpo.evaluating.sides import MAY_DIFFER, Side, check_protocols, matched, of_folder, of_set
@@ -40,14 +42,9 @@ VERSIONS = ("torch", "diffusers", "transformers")
 LONGEST = 100  # bytes of the name of a folder
 LINES = 4  # of progress for a scorer, where there is no terminal
 
+LOOK = 1.0  # seconds between two looks at what other processes draw
+
 T = TypeVar("T")
-
-
-class Named(NamedTuple):
-    """A side as the command line gives it."""
-
-    name: str
-    place: str  # of a model or of images
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         content = _content(base.sides[0], groups, variants, found, look)
         names = [*asked.scorers, *(name for name, _ in asked.tables)]
         places = {named.name: named.place for group in ((asked.base,), *asked.others) for named in group}
-        content["warnings"] = [*lines, *provenance.cautions(names, places), *content["warnings"]]
+        content["warnings"] = [*lines, *provenance.cautions(names, places, found.fingerprints), *content["warnings"]]
         if not (content["results"] or content["sets"]) and asked.pairs is None:
             for line in content["warnings"]:
                 log.warning("%s", line)
@@ -119,28 +116,35 @@ def evaluate(asked: Asked, folder: Path) -> Path:
 def _sides(asked: Asked, folder: Path) -> Iterator[Group]:
     """The images of everything that is compared: the base, the others, the base at its further guidances."""
     scales = [Named(f"{asked.base.name}, guidance {scale:g}", asked.base.place) for scale in asked.guidance[1:]]
-    _check_folders([one.name for one in (asked.base, *(named for group in asked.others for named in group), *scales)])
+    check_folders([one.name for one in (asked.base, *(named for group in asked.others for named in group), *scales)])
     first = asked.guidance[0] if asked.guidance else asked.draw.guidance
     draw = replace(asked.draw, guidance=first)
-    yield Group(asked.base.name, (_side(asked.base, draw, folder, asked.captions),))
+    yield Group(asked.base.name, (side_of(asked.base, draw, folder, asked.captions),))
     for group in asked.others:
-        sides = tuple(_side(named, draw, folder, asked.captions) for named in group)
+        sides = tuple(side_of(named, draw, folder, asked.captions) for named in group)
         yield Group(", ".join(named.name for named in group), sides)
     for named, scale in zip(scales, asked.guidance[1:], strict=True):
-        yield Group(named.name, (_side(named, replace(asked.draw, guidance=scale), folder, asked.captions),))
+        yield Group(named.name, (side_of(named, replace(asked.draw, guidance=scale), folder, asked.captions),))
 
 
-def _side(named: Named, draw: sampling.Asked, folder: Path, captions: Path | None) -> Side:
-    """The images of one side: those of a folder, or drawn with a model into a folder of its own."""
+def side_of(
+    named: Named, draw: sampling.Asked, folder: Path, captions: Path | None, shard: tuple[int, int] = (0, 1)
+) -> Side:
+    """The images of one side: those of a folder, or drawn with a model into a folder of its own below `folder`.
+
+    captions: a table of the prompts of images that another program drew. shard: this process of so many, which draws its
+    part and waits for the others'. Raises UserError.
+    """
     if (found := of_folder(named.name, Path(named.place).expanduser(), captions)) is not None:
         return found
-    own = folder / DRAWN / _folder_of(named.name)
+    own = folder / DRAWN / folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
-    sampling.draw(replace(draw, model=named.place), own)
+    sampling.draw(replace(draw, model=named.place), own, shard)
+    _await(own)
     return of_set(named.name, own)
 
 
-def _folder_of(name: str) -> str:
+def folder_of(name: str) -> str:
     """The folder that a side of this name is drawn into: no path, whatever the name says."""
     plain = re.sub(r"[^\w.-]+", "-", name)
     if plain.strip(".") and len(plain.encode()) <= LONGEST:
@@ -148,11 +152,24 @@ def _folder_of(name: str) -> str:
     return f"{plain.strip('.')[:40]}-{digest(name)[:8]}"
 
 
-def _check_folders(names: Sequence[str]) -> None:
+def _await(folder: Path) -> None:
+    """Waits until other processes have drawn their images. Raises UserError where no new one came for a long time."""
+    count, since = -1, time.monotonic()
+    while not images.complete(folder):
+        if (now := sum(1 for _ in (folder / images.IMAGES).glob("*.png"))) != count:
+            count, since = now, time.monotonic()
+        if time.monotonic() - since > sampling.FINISHING:
+            raise UserError(
+                f"{folder}: {count} images are there, and the other processes draw no more: start them again"
+            )
+        time.sleep(LOOK)
+
+
+def check_folders(names: Sequence[str]) -> None:
     """Raises UserError for two names that give one folder; to some systems large and small letters are the same."""
     found: dict[str, str] = {}
     for name in names:
-        if (other := found.setdefault(_folder_of(name).casefold(), name)) != name:
+        if (other := found.setdefault(folder_of(name).casefold(), name)) != name:
             raise UserError(f"{other} and {name} would be drawn into one folder: call them apart, as NAME=MODEL")
 
 
@@ -165,6 +182,7 @@ class Scored:
     of_sets: list[Measure] = field(default_factory=list)  # of all images of a side together
     sets: list[dict[str, Any]] = field(default_factory=list)  # as in the result
     lines: list[str] = field(default_factory=list)  # cautions
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of each scorer, as it was asked for
 
 
 def _measured(
@@ -184,6 +202,7 @@ def _measured(
         shown = {key: about[key] for key in ("scale", "higher_is_better", "resolution", "note") if key in about}
         label = f"{scorer.name}, bf16" if "bfloat16" in scorer.fingerprint else scorer.name  # never mixed with fp32
         measure = Measure(label, scorer.fingerprint, **shown)
+        found.fingerprints[name] = scorer.fingerprint
         if isinstance(scorer, SetScorer):
             found.of_sets.append(measure)
             of_side = partial(_of_side, scorer, cache, look, found.lines)

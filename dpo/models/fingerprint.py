@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo.common.tokenizers import tokenizer_digest
 from dpo.common.words import digest
 from dpo.models.family import Model
 from dpo.models.text import bare_names
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -55,26 +52,16 @@ def _content(value: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-PROBES = ("", "a photograph of a red fox, 35 mm", "Ünïcode — 狐 🦊 \n\t tab", "word " * 100)
-
-
 def identity(model: Model) -> dict[str, Any]:
     """What a store's encodings depend on in a freshly loaded model (fp32, CPU): VAE, text encoders and tokenizers."""
     return {
         "family": model.family.name,
         "vae": fingerprint(model.vae),
         "text_encoders": [fingerprint(encoder) for encoder in model.text_encoders],
-        "tokenizers": [_tokenizer_fingerprint(tokenizer) for tokenizer in model.tokenizers],
+        "tokenizers": [tokenizer_digest(one, one.model_max_length) for one in model.tokenizers],
     }
 
 
 def encoders(model: Model) -> dict[str, str]:
     """What a store's encodings depend on to the last bit, beside `identity`; stores of earlier versions lack it."""
     return {"encoders": checksum(model.vae, *model.text_encoders)}
-
-
-def _tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
-    ids = tokenizer(
-        list(PROBES), padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-    ).input_ids
-    return digest(json.dumps(sorted(tokenizer.get_vocab().items())), json.dumps(ids))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.common.hub import is_hub_id
-from dpo.common.words import first_line
+from dpo.common.hub import is_hub_id, reason
 
 LORA = "is a LoRA, not a whole model: give it as --lora-init, and name the model it belongs to with --model"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
@@ -42,7 +41,7 @@ def locate(
         )
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing, no safetensors
         raise UserError(
-            f"there is no folder {model} here, and cannot get the model {model} from the hub ({first_line(error)}); "
+            f"there is no folder {model} here, and cannot get the model {model} from the hub ({reason(error)}); "
             "check name and network, or name a local folder"
         ) from error
 

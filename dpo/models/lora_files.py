@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.hub import is_hub_id
+from dpo.common.hub import is_hub_id, reason
 from dpo.common.words import first_line
 from dpo.models.adapter import Adapter, Factors
 from dpo.models.family import Denoiser, Family
@@ -84,7 +84,7 @@ def _downloaded(source: str, cache_dir: str | None) -> Path:
         raise
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, missing
         raise UserError(
-            f"cannot get {FLAG} {source} from the hub ({first_line(error)}); check name and network, or name a local file"
+            f"cannot get {FLAG} {source} from the hub ({reason(error)}); check name and network, or name a local file"
         ) from error
 
 

@@ -34,7 +34,12 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu or install a CUDA build of torch")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: there is no such device; auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: runs on cpu or cuda; name one of these, or auto")
     if device.type == "cuda" and device.index is not None:
         if device.index >= (count := torch.cuda.device_count()):
             raise UserError(

@@ -6,6 +6,7 @@
         status        "finished", "interrupted" or "failed"; reason: one line for the last two
         steps         updates wanted;  seconds: duration;  started: ISO time
         device, versions {name: version}
+        made_from     checksums of the weights that the run began with (dpo.pages.began)
         model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)
         data          {name: value}, shown as it is; "usable" is the number of training pairs
         processes     number of processes that shared the work, 1 if missing
@@ -150,7 +151,7 @@ def holds_run(folder: Path) -> bool:
     settings = _settings(folder / CONFIG_FILE)
     if all(name in settings.get(group, ()) for group, name in (("method", "method"), ("output", "checkpoint_every"))):
         return True
-    return any("format" in _json(path) for path in (folder / CHECKPOINTS).glob("step-*/state.json"))
+    return any("format" in read_json(path) for path in (folder / CHECKPOINTS).glob("step-*/state.json"))
 
 
 def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
@@ -338,8 +339,8 @@ def read_run(folder: Path | str) -> RunFolder:
         records.append(record)
     by_step = {record["step"]: record for record in records if "event" not in record and record.get("step") is not None}
     summary, tables, settings = (
-        _json(folder / SUMMARY_FILE),
-        _json(folder / TABLES_FILE),
+        read_json(folder / SUMMARY_FILE),
+        read_json(folder / TABLES_FILE),
         _settings(folder / CONFIG_FILE),
     )
     kinds.check_summary(summary, str(folder / SUMMARY_FILE))
@@ -356,7 +357,8 @@ def read_run(folder: Path | str) -> RunFolder:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a run folder, without its nulls; empty where the file is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

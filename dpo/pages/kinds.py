@@ -57,6 +57,7 @@ SUMMARY = {
     "device": TEXT,
     "processes": COUNT,
     "versions": TABLE,
+    "made_from": TABLE,
     "model": TABLE,
     "data": TABLE,
     "evaluation": TABLE,

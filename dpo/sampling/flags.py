@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+LARGEST = 16384  # pixels of a side
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAMPLERS = ("model", "ddim", "ddpm", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc")
 
@@ -15,11 +16,13 @@ def add_drawn(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompts",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PROMPT",
         help="texts, one file (.txt, .csv, .tsv, .jsonl, .json, .parquet), a folder of .txt files, or a set by name, from "
         "the hub or NAME:FOLDER: pickapic-v1-validation, pickapic-v1-test, pickapic-v2-validation, pickapic-v2-test, "
-        "partiprompts, hpsv2, imagenet-classes (in the package), embedded (default with the embedded model; embedded:judged are the first 160)",
+        "partiprompts, hpsv2, imagenet-classes (in the package), embedded (default with the embedded model; "
+        "embedded:judged are the first 160, embedded:tuning 160 others)",
     )
     add("--prompt-column", metavar="NAME", help="column of a table (default: prompt, caption or text)")
     add("--subset", type=above(0), metavar="N", help="N of the prompts, by a hash of each: stable whatever their order")
@@ -66,7 +69,7 @@ def above(least: int) -> Callable[[str], int]:
     def whole(text: str) -> int:
         value = int(text)
         if value <= least:
-            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+            raise argparse.ArgumentTypeError(f"{text} is below {least + 1}")
         return value
 
     whole.__name__ = "whole number"
@@ -82,8 +85,8 @@ def seed(text: str) -> int:
 
 def side(text: str) -> int:
     value = int(text)
-    if value < 8 or value % 8:
-        raise argparse.ArgumentTypeError(f"{text} is no multiple of 8")
+    if not 8 <= value <= LARGEST or value % 8:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 8 from 8 to {LARGEST}")
     return value
 
 
@@ -107,3 +110,9 @@ def strengths(text: str) -> tuple[float, ...]:
     if not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text}: expected different numbers above 0 and at most 1")
     return values
+
+
+NUMBERS = "numbers between commas"  # what argparse calls them: "invalid numbers between commas value: '5,x'"
+seed.__name__ = side.__name__ = "whole number"
+guidance.__name__ = "number"
+guidances.__name__ = strengths.__name__ = NUMBERS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,9 +17,12 @@ from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
 from dpo.models.fingerprint import checksum, identity
+from dpo.models.hub import locate
 from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
+from dpo.pages.began import MADE_FROM, read_made_from
+from dpo.pages.folder import CONFIG_FILE
 from dpo.settings import config as settings
 from dpo.settings.flags import load_config
 from dpo.tiny import paths
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"  # the pipeline inside the package
 START = "start:"  # before the folder of a run: the model that it started from
-CONFIG = "config.toml"  # beside the result of a run
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXAMPLES = (
     "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
@@ -61,6 +64,9 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     if cache_dir is not None:
         wanted["cache_dir"] = cache_dir
     config, model, _, _ = load_model(settings.from_mapping(wanted), device)
+    named_by = _run_of(name, lora, lora_base)
+    same = partial(_check_same, name, named_by, read_made_from(named_by) if named_by else {})
+    same(model=[model.denoiser], vae=[model.vae], text=model.text_encoders)
     if config.model.unet_init is not None:
         load_weights_into(model.denoiser, config.model.unet_init, cache_dir=cache_dir)
     if lora is None and config.model.lora_init is not None:
@@ -69,6 +75,8 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         with _plainly():
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
         log.info("%s: a LoRA on %s", name, model.source)
+    if name.startswith(START):
+        same(start=[model.denoiser])
     pipe = pipeline_of(model)
     weights = checksum(model.denoiser, model.vae, *model.text_encoders)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
@@ -94,8 +102,39 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
 def settings_of(name: str) -> dict[str, Any]:
     """The settings, by name, that load what is no LoRA. Raises UserError."""
     if name.startswith(START):
-        return _config_of_run(Path(name.removeprefix(START)).expanduser() / CONFIG, {"reference_model"})
+        return _config_of_run(Path(name.removeprefix(START)).expanduser() / CONFIG_FILE, {"reference_model"})
     return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
+
+
+def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> None:
+    """Raises UserError for a name that can stand for no model, and for a base given to what is no LoRA. Loads no weights.
+
+    What is on the hub is fetched: a model that is not to be had is found before another is drawn.
+    """
+    if not name.strip():
+        raise UserError(f"no model to draw with: name {EXAMPLES}")
+    if _lora_file(name, lora_base, cache_dir) is not None:
+        return
+    named = settings_of(name)["model"]
+    locate(named, cache_dir=cache_dir)
+    if lora_base is not None:
+        raise UserError(f"--lora-base {lora_base}: {name} is a whole model, no LoRA; leave it out")
+
+
+def _run_of(name: str, lora: Path | None, lora_base: str | None) -> Path | None:
+    """The folder of the run whose settings name the model, if one's do."""
+    if lora is not None:
+        return lora.parent if lora_base is None else _run_of(lora_base, None, None)
+    return Path(name.removeprefix(START)).expanduser() if name.startswith(START) else None
+
+
+def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: Sequence[torch.nn.Module]) -> None:
+    """Raises UserError where weights, by a name of MADE_FROM, are others than those that the run began with."""
+    for part, modules in parts.items():
+        if part in known and known[part] != checksum(*modules):
+            raise UserError(
+                f"{name}: {MADE_FROM[part]} has other weights now than the run in {run} began with; put those files back"
+            )
 
 
 def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
@@ -103,8 +142,8 @@ def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path 
     path = Path(name).expanduser()
     if name == EMBEDDED or (path / "model_index.json").is_file():
         return None
-    if path.is_dir() and any(path.glob("*.safetensors")):
-        is_lora = True
+    if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
+        is_lora = any(map(_names_lora, files))
     else:
         is_lora = lora_base is not None or (path.suffix == ".safetensors" and path.is_file() and _names_lora(path))
     if not is_lora:
@@ -127,16 +166,16 @@ def _config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, A
     """The settings that give the model under a LoRA: `lora_base`, or that of the run which left it. Raises UserError."""
     if lora_base is not None:
         return settings_of(lora_base)
-    beside = lora.parent / CONFIG
+    beside = lora.parent / CONFIG_FILE
     if not beside.is_file():
-        raise UserError(f"{name} is a LoRA, and no {CONFIG} beside it names its model: give that with --lora-base")
+        raise UserError(f"{name} is a LoRA, and no {CONFIG_FILE} beside it names its model: give that with --lora-base")
     return _config_of_run(beside, {"lora_init", "reference_model"})
 
 
 def _config_of_run(path: Path, without: set[str]) -> dict[str, Any]:
     """The settings of the model in a run's config.toml, some left out. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"{path.parent} holds no run: it has no {CONFIG}; name a run's output folder")
+        raise UserError(f"{path.parent} holds no run: it has no {CONFIG_FILE}; name a run's output folder")
     flat = settings.flat_settings(load_config(str(path), "the run's"))
     own = {field.name for field in dataclasses.fields(settings.Model)} - {"cache_dir", *without}
     wanted = {key: value for key, value in flat.items() if key in own}

@@ -43,9 +43,14 @@ def use(pipe: Pipeline, name: str) -> None:
 def settings(pipe: Pipeline) -> dict[str, Any]:
     """The settings that the pipeline's sampler reads, for the protocol."""
     found = {name: value for name, value in pipe.scheduler.config.items() if name in _read(pipe.scheduler)}
-    return {
-        name: value if isinstance(value, (int, float, str, type(None))) else str(value) for name, value in found.items()
-    }
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, so that the scheduler can be made of the protocol again."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (int, float, str, type(None))) else str(value)
 
 
 def _read(scheduler: object) -> set[str]:

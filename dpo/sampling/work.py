@@ -41,6 +41,7 @@ OF_WORLD = {  # prompts of the embedded world by name: which list, and how many 
     (f"{named.EMBEDDED}:judged",): ("report", world.JUDGED),
     (f"{named.EMBEDDED}:tuning",): ("tuning", None),
 }
+MOST = 10_000_000  # images of a set
 FINISHING = 600.0  # seconds to wait while another process writes the sheets
 VERSIONS = ("torch", "diffusers", "transformers")
 
@@ -95,6 +96,7 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     if asked.layout is not None:
         layouts.check(asked.layout, chosen.prompts, asked.seeds)
     device = _device(asked.device)
+    _check_asked(asked, chosen, init)
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
     with ExitStack() as stack:
@@ -108,6 +110,23 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
         with locks.held(folder, "--output", "-sheets", FINISHING):  # two processes may find all images there
             with writing(folder, AGAIN):
                 return _finish(asked, folder, chosen, asked.base is not None)
+
+
+def _check_asked(asked: Asked, chosen: PromptSet, init: Sequence[Layout]) -> None:
+    """Raises UserError for what can be known to fail before hours of drawing."""
+    named.check(asked.model, asked.lora_base, asked.cache_dir)
+    if asked.base is not None:
+        named.check(asked.base, cache_dir=asked.cache_dir)
+    count = len(chosen.prompts) * asked.seeds * max(1, len(asked.strength)) * max(1, len(init) if asked.prompts else 1)
+    if count > MOST:
+        raise UserError(
+            f"{count:,} images are asked for, and {MOST:,} are the most of one set: fewer --seeds or --prompts"
+        )
+    last = max(prompt.seed for prompt in chosen.prompts) + asked.first_seed + asked.seeds - 1
+    if last >= prompts.SEEDS:
+        raise UserError(
+            f"the last seed would be {last}, and 2^32 - 1 is the largest: a lower --first-seed, or fewer --seeds"
+        )
 
 
 def merge(folder: Path, parts: Sequence[Path], asked: Asked) -> list[Drawn]:
@@ -195,6 +214,8 @@ def _draw_one(
     width, height = asked.width or opened.side, asked.height or opened.side
     steps = asked.steps or opened.steps
     guidance = opened.guidance if asked.guidance is None else asked.guidance
+    if steps > (most := int(opened.pipe.scheduler.config.get("num_train_timesteps", steps))):
+        raise UserError(f"--steps {steps}: the model knows {most} timesteps, so that many steps are the most")
     for strength in asked.strength:
         if int(steps * strength) < 1:
             raise UserError(f"--strength {strength:g} of {steps} steps is no step at all: give more of either")
@@ -236,7 +257,9 @@ def _draw_one(
         pace = images.draw_set(
             opened.pipe, tasks, protocol, folder, device=device, layouts=pixels, shard=shard, told=told
         )
-    if pace.drawn:
+    if not pace.drawn:
+        log.info("%s: all %d images were there", folder, pace.total)
+    else:
         log.info(
             "%s: %d images drawn, %.3g images/s, %.0f %% of the time outside the UNet",
             folder, pace.drawn, pace.rate, 100 * pace.outside,
@@ -266,11 +289,13 @@ def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
         pairs = list(zip(rows.captions, rows.seeds, strict=True))[:count]
         found = PromptSet(f"{name[0]}, {kind}", tuple(Prompt(text, seed=seed) for text, seed in pairs))
     elif asked.prompts:
-        found = prompts.opened(asked.prompts, asked.prompt_column)
+        found = prompts.opened(asked.prompts, asked.prompt_column, [name for (name,) in OF_WORLD])
     else:
         raise UserError(
             f"no prompts: give --prompts with texts, a file, or a name: {listed([*prompts.NAMES, named.EMBEDDED])}"
         )
+    if asked.subset is None and asked.subset_seed:
+        raise UserError("--subset-seed chooses another --subset: give that too, or leave it out")
     return found if asked.subset is None else found.subset(asked.subset, asked.subset_seed)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, first_line, listed
 
+TAKEN = 4096  # rows copied at a time
 WAIT = 30.0  # seconds for another process's write
 BYTES = np.dtype("<f4")  # of a feature
 TABLES: dict[str, type] = {"scores": float, "features": bytes}  # and what their values are
@@ -92,6 +93,20 @@ class ScoreCache:
     def put_features(self, scorer: str, features: Sequence[tuple[str, np.ndarray]]) -> None:
         """Keeps features (image's hash, float32 [D]) of one scorer, all of them or none. Raises UserError."""
         self._put("features", ((_key(image, scorer), value.astype(BYTES).tobytes()) for image, value in features))
+
+    def take(self, path: Path) -> int:
+        """Copies every score and feature of another cache's file into this one; how many there are. Raises UserError."""
+        if not path.is_file():
+            raise UserError(f"{path}: no scores are there; name a folder that --shard scored into")
+        count = 0
+        with ScoreCache(path) as other:
+            for table in MAKE:
+                with other._usable():
+                    rows = other._base.execute(f"SELECT key, value FROM {table}")
+                    while part := rows.fetchmany(TAKEN):
+                        self._put(table, part)
+                        count += len(part)
+        return count
 
     def _get(self, table: str, key: bytes) -> Any:
         with self._lock, self._usable():

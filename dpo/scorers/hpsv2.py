@@ -22,7 +22,7 @@ from dpo.common.files import checksum
 from dpo.common.words import first_line
 from dpo.scorers.clip import H14
 from dpo.scorers.published import converted, fill, read, source_of
-from dpo.scorers.towers import Cosine, Towers, tokenizer_of
+from dpo.scorers.towers import Cosine, Towers, fingerprint_of, tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -127,8 +127,7 @@ def hpsv2(
     _fill(model, state, path)
     tokenizer = tokenizer_of(name, path.parent, H14, cache_dir, model.config.text_config.vocab_size)
     preprocessing = "pad-no-antialias" if name.endswith("-no-antialias") else "pad"
-    side = model.config.vision_config.image_size
-    fingerprint = f"{checksum(path)} {preprocessing}-{side}-bicubic {dtype}"
+    fingerprint = fingerprint_of(checksum(path), tokenizer, model, preprocessing, dtype)
     own = (
         float(model.logit_scale.detach().float().exp()) / FACTOR
     )  # trained as the softmax of exp(logit_scale) times the cosine

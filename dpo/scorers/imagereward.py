@@ -7,8 +7,6 @@ tokens, the image never masked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +20,8 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
-from dpo.common.words import first_line
+from dpo.common.hub import reason
+from dpo.common.tokenizers import tokenizer_digest
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, cropped, normalised
 from dpo.scorers.published import converted, fill, read
 
@@ -192,7 +191,7 @@ def opened(
     # In no file, so still without numbers.
     network.text.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
     tokenizer = _tokenizer(path.parent, network.text.config.vocab_size, cache_dir)
-    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()[:16]
+    words = tokenizer_digest(tokenizer, TOKENS)
     fingerprint = f"imagereward {checksum(path)} words {words} crop-{network.side}-bicubic {dtype}"
     network.to(device, dtype).head.float()
     return ImageReward(network.eval(), tokenizer, fingerprint)
@@ -210,7 +209,7 @@ def _tokenizer(folder: Path, words: int, cache_dir: str | None) -> PreTrainedTok
         tokenizer = BertTokenizer.from_pretrained(str(path.parent))
     except Exception as error:  # the hub client raises a dozen kinds
         raise UserError(
-            f"imagereward: cannot get the words of {TOKENIZER} from the hub ({first_line(error)}); check the network, or "
+            f"imagereward: cannot get the words of {TOKENIZER} from the hub ({reason(error)}); check the network, or "
             f"put its vocab.txt into {folder}"
         ) from error
     if not words - len(ADDED) <= len(tokenizer) <= words:  # transformers makes an empty one of a folder without words

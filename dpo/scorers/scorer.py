@@ -32,7 +32,7 @@ class Scorer(Protocol):
     """
 
     name: str  # as in --scorers
-    fingerprint: str  # of weights, preprocessing and dtype
+    fingerprint: str  # of weights, tokenizer, preprocessing and dtype
 
     def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """[N] float32 on the CPU: one number for each image (RGB) and its caption."""

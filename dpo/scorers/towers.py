@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
-from dpo.common.hub import is_hub_id
+from dpo.common.hub import is_hub_id, reason
+from dpo.common.tokenizers import tokenizer_digest
 from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, normalised, whole
 
@@ -78,7 +79,7 @@ class Towers:
     tokenizer: PreTrainedTokenizerBase
     preprocessing: str  # of PREPROCESSING
     scale: float  # exp(logit_scale), read in float32 whatever the towers' dtype
-    fingerprint: str  # of weights, preprocessing and dtype
+    fingerprint: str  # of weights, tokenizer, preprocessing and dtype
 
     @property
     def _config(self) -> Any:
@@ -175,8 +176,17 @@ def loaded(
     scale = float(model.logit_scale.detach().exp())
     content = " ".join(_checksum(path, path.stat().st_size, path.stat().st_mtime_ns) for path in weights)
     model.to(device, dtype).eval().requires_grad_(False)
-    side = model.config.vision_config.image_size
-    return Towers(model, tokenizer, preprocessing, scale, f"{content} {preprocessing}-{side}-bicubic {dtype}")
+    fingerprint = fingerprint_of(content, tokenizer, model, preprocessing, dtype)
+    return Towers(model, tokenizer, preprocessing, scale, fingerprint)
+
+
+def fingerprint_of(
+    weights: str, tokenizer: PreTrainedTokenizerBase, model: CLIPModel, preprocessing: str, dtype: torch.dtype
+) -> str:
+    """What the numbers of towers depend on, from the checksum of their weights on."""
+    config: Any = model.config  # transformers types its parts as optional
+    words = tokenizer_digest(tokenizer, config.text_config.max_position_embeddings)
+    return f"{weights} words {words} {preprocessing}-{config.vision_config.image_size}-bicubic {dtype}"
 
 
 def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, count: int) -> PreTrainedTokenizerBase:
@@ -216,7 +226,7 @@ def _folder(name: str, place: str, cache_dir: str | None, files: Sequence[str]) 
         return Path(snapshot_download(place, allow_patterns=list(files), cache_dir=cache_dir))
     except Exception as error:  # the hub client raises a dozen kinds
         raise UserError(
-            f"{name}: cannot get {place} from the hub ({first_line(error)}); check the network, or name a folder, {name}:FOLDER"
+            f"{name}: cannot get {place} from the hub ({reason(error)}); check the network, or name a folder, {name}:FOLDER"
         ) from error
 
 

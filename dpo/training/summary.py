@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from dpo.common import files
+from dpo.models.ready import WEIGHTS
+from dpo.pages.began import MADE_FROM
 from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
 from dpo.training.run import Figures, Run
@@ -60,6 +62,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "parameters": sum(p.numel() for p in model.denoiser.parameters()),
             "trained parameters": trained,
         },
+        "made_from": _made_from(run),
         "scheduler": model.resampled,
         "data": run.source.summary
         | {"usable": len(run.source), "held out": len(run.held_out_source) if run.held_out_source else 0},
@@ -83,6 +86,17 @@ def report(run: Run, status: str, reason: str = "") -> None:
     if not (run.complete and (run.output / TABLES_FILE).is_file()):
         files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
     _write_pages(run.output, run.config.output.model_card and status == "finished")
+
+
+def _made_from(run: Run) -> dict[str, str]:
+    """Checksums of the files that the run began with, by name: who draws its start later compares them.
+
+    A start that was rounded to the precision of training (bf16-pure) is none of a file's, so it is left out.
+    """
+    found = {name: run.fingerprints.get(f"{name}_checksum") for name in MADE_FROM}
+    if run.config.runtime.precision in WEIGHTS:
+        found["start"] = None
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def conclude(output: Path, evaluation: Figures, model_card: bool) -> None:

@@ -125,7 +125,7 @@ def test_another_protocol_is_refused(words, tmp_path, capsys):
         (["m", "--strength", "0.5"], "--init-image"),
         (["m"], "no prompts: give --prompts"),
         (["m", "--prompts", "x", "--width", "500"], "no multiple of 8"),
-        (["m", "--prompts", "x", "--seeds", "0"], "0 is not above 0"),
+        (["m", "--prompts", "x", "--seeds", "0"], "0 is below 1"),
         (["m", "--prompts", "x", "--steps", "many"], "invalid whole number value"),
         (["m", "--prompts", "x", "--first-seed", "-1"], "is not in 0 to 2^32"),
         (["m", "--prompts", "x", "--init-image", "examples", "--strength", "0.5,1.5"], "at most 1"),
@@ -133,14 +133,32 @@ def test_another_protocol_is_refused(words, tmp_path, capsys):
         (["m", "--prompts", "x", "--shard", "2/2"], "--shard 2/2"),
         (["m", "--prompts", "x", "--layout", "dpg"], "--seeds 4"),
         (["m", "--prompts", "x"], "no such model"),
+        (["embedded", "--prompts", "x", "--base", "none"], "no such model: none"),
+        (["embedded", "--prompts", "x", "--base", ""], "no model to draw with"),
+        (["", "--prompts", "x"], "no model to draw with"),
+        (["embedded", "--prompts", "x", "--lora-base", "m"], "embedded is a whole model, no LoRA"),
+        (["embedded", "--prompts", "x", "--subset-seed", "3"], "give that too, or leave it out"),
+        (
+            ["embedded", "--prompts", "x", "--first-seed", "4294967295", "--seeds", "2"],
+            "the last seed would be 4294967296",
+        ),
+        (["embedded", "--prompts", "x", "--seeds", "100000000000"], "100,000,000,000 images"),
+        (["embedded", "--prompts", "x", "--steps", "1001"], "--steps 1001: the model knows 1000 timesteps"),
+        (["embedded", "--prompts", "x", "--device", "foo"], "--device foo: there is no such device"),
+        (["embedded", "--prompts", "x", "--device", "meta"], "--device meta: runs on cpu or cuda"),
+        (["embedded", "--prompts", "x", "--width", "1000000"], "no multiple of 8 from 8 to 16384"),
+        (["embedded", "--prompts", "x", "--output", ""], "--output: names no folder"),
+        (["embedded", "--merge", "x"], "MODEL is of the drawing"),
+        (["--merge", "x", "--steps", "3"], "--steps is of the drawing"),
         (["m", "--prompts", "partiprompts"], "partiprompts:FOLDER"),
         (["m", "--prompts", "x", "--guidance", "nan"], "nan is not in 0 to 1000"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, capsys, extra, told):
-    code, err = drawn(capsys, *extra, "--output", tmp_path / "out")
+    code, err = drawn(capsys, "--output", tmp_path / "out", *extra)
     lines = [line for line in err.splitlines() if line.startswith("dpo.sample: ")]
     assert code == 2 and len(lines) == 1 and told in lines[0] and "Traceback" not in err
+    assert not list(tmp_path.glob("out/images/*.png"))
 
 
 def test_help_is_in_groups_and_fits_the_sets(capsys):

@@ -8,8 +8,8 @@ stores.py small stores without a model | fake_run.py run folders that look like 
 elsewhere.py a machine without triton and without what only POSIX has | allocations.py tensors made inside a block
 imports.py the imports of a source tree | oracle.py the pairwise loss from predictions, in plain torch
 originals.py torchvision and open_clip, where they are installed to compare with | towers.py tiny CLIP models
-pages.py pages as a parser and a browser see them | judges.py a scorer that tells what it sees together
-drawing.py dpo.sample in the test's own process | browser.py a real browser, driven by its DevTools
-votes.py studies of small images, and what serves them
+pages.py pages as a parser and a browser see them | judges.py scorers of one's own
+drawing.py dpo.sample in the test's own process | labelling.py dpo.label likewise
+browser.py a real browser, driven by its DevTools | votes.py studies of small images, and what serves them
 simulated.py studies voted on by raters with known preferences
 """

@@ -38,3 +38,16 @@ def save_clip(model: CLIPModel, folder: Path) -> None:
     model.save_pretrained(folder)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder / file.name)
+
+
+def swap_two_words(folder: Path) -> None:
+    """Gives two words of a saved tokenizer each other's numbers, in place."""
+    swapped = 0
+    for file in folder.glob("*.json"):
+        content = json.loads(file.read_text("utf-8"))
+        words = content.get("model", content).get("vocab", content)
+        if "a</w>" in words and "b</w>" in words:
+            words["a</w>"], words["b</w>"] = words["b</w>"], words["a</w>"]
+            file.write_text(json.dumps(content), "utf-8")
+            swapped += 1
+    assert swapped, "no file there has words"

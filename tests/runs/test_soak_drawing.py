@@ -1,4 +1,4 @@
-"""Drawing and scoring, killed or interrupted at random moments: the same command ends as if nothing had been."""
+"""Drawing, scoring and labelling, killed or interrupted at random moments: the same command ends as if nothing had been."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo import evaluate, sample
+from dpo import evaluate, label, sample
 from dpo.common import files as common_files
+from tests.help import worlds
 from tests.help.children import start_command
 from tests.help.drawing import files
 
@@ -51,6 +52,15 @@ def scoring(tmp_path_factory):
     return [str(root / "a"), str(root / "b"), "--scorers", JUDGE, "tiny-b"]
 
 
+@pytest.fixture(scope="module")
+def labelling(tmp_path_factory):
+    """The words of a labelling of a set into nine files by a vote, without its output; some pairs are judged twice."""
+    pairs = worlds.make_pickapic(
+        tmp_path_factory.mktemp("pairs"), 64, ties=4, unlabelled=4, duplicates=8, shards=3, size=(64, 64)
+    )
+    return ["--data", str(pairs), "--scorers", JUDGE, "tiny-b=2", "--labels", "soft", "--rows-per-file", "9"]
+
+
 def drawn(folder):
     return len(list(folder.glob("images/*.png")))
 
@@ -80,7 +90,21 @@ def evaluation(folder):
     return texts, scores(folder)
 
 
-KINDS = {"drawing": (sample.main, drawn, files), "scoring": (evaluate.main, scored, evaluation)}
+def judged(folder):
+    """Scores that are kept in the folder of a labelled set, and files of it."""
+    return scored(folder) + 40 * len(list(folder.glob("data/*.parquet")))
+
+
+def pairs_of(folder):
+    """What a labelling leaves, and its scores."""
+    return {name: data for name, data in files(folder).items() if name != "scores.sqlite"}, scores(folder)
+
+
+KINDS = {
+    "drawing": (sample.main, drawn, files),
+    "scoring": (evaluate.main, scored, evaluation),
+    "labelling": (label.main, judged, pairs_of),
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -153,6 +177,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(once, tmp_path, times):
 PLACES = {
     sample.main: [".lock.json", "protocol.json", "000002-*.png", "000020-*.png", "sheet-001.png"],
     evaluate.main: [".lock.json", "evaluation.md", "evaluation.html", "evaluation.json"],
+    label.main: ["label.json", "train-00003-*.parquet", "summary.json", "margins.png", "pairs.html", "README.md"],
 }
 
 

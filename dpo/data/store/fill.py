@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt
+from dpo.data import labelled
 from dpo.data.ahead import read_ahead
 from dpo.data.contents import state
 from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
@@ -177,6 +178,7 @@ def _about(task: Filling, shards: list[dict[str, Any]]) -> dict[str, Any]:
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
+        **({"labelled_by": judges} if (judges := labelled.judges(Path(task.name))) else {}),
     } | stamp(task.source, task.first, _last(task), shards)
 
 

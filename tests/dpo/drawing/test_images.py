@@ -213,6 +213,13 @@ def test_shards_give_the_same_set_in_one_folder_or_merged(tmp_path, drawer):
     assert merge(tmp_path / "merged", [tmp_path / f"part{part}" for part in range(3)]) == 7
     assert files(tmp_path / "merged") == files(tmp_path / "whole")
     draw(tmp_path / "other", steps=9)
+    assert merge(tmp_path / "merged", [tmp_path / "part0", tmp_path / "one"]) == 7  # what two parts have counts once
+    with pytest.raises(UserError, match="part0 and .*other were drawn by different protocols .steps: 2 and 9"):
+        merge(tmp_path / "new", [tmp_path / "part0", tmp_path / "other"])
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--merge .*file: holds no images"):
+        merge(tmp_path / "merged", [tmp_path / "file"])
     with pytest.raises(UserError, match="another protocol"):
         merge(tmp_path / "merged", [tmp_path / "other"])
     with pytest.raises(UserError, match="--merge"):

@@ -50,7 +50,10 @@ def test_texts_files_of_lines_and_folders_of_files(tmp_path):
         (tmp_path / "dpg" / f"{name}.txt").write_text(f"the {name}\n", "utf-8")
     assert [one.text for one in opened([str(tmp_path / "dpg")]).prompts] == ["the a", "the b"]
     assert [one.name for one in opened([str(tmp_path / "dpg")]).prompts] == ["a", "b"]
-    assert [one.text for one in opened(["a fox", "a/../boat.png"]).prompts] == ["a fox", "a/../boat.png"]
+    assert [one.text for one in opened(["a fox", "<b>a/../boat.png</b> "]).prompts] == [
+        "a fox",
+        "<b>a/../boat.png</b> ",
+    ]
     assert opened(["x" * 10_000]).prompts[0].text == "x" * 10_000
     assert opened(["a sign that says hello.txt"]).prompts[0].text == "a sign that says hello.txt"
 
@@ -58,7 +61,13 @@ def test_texts_files_of_lines_and_folders_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', ["p.jsonl", "cannot be read"]),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt"', ["p.jsonl", "cannot be read", "line 3:"]),
+        ("p.jsonl", b'{"prompt": "a", "seed": 2.5}', ["row 1", "seed", "2.5"]),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}', ["row 1", "seed", "True"]),
+        ("p.csv", b"prompt,seed\na,-1", ["row 1", "0 to 2^32 - 1", "'-1'"]),
+        ("p.csv", b"prompt,seed\na,1e30", ["row 1", "seed"]),
+        ("p.csv", b"prompt,seed\na,4294967296", ["row 1", "seed"]),
+        ("p.csv", b"prompt,category\na\na fox, red,animal", ["row 2 has more cells than the header", "quotes"]),
         ("p.jsonl", b'{"prompt": 3}', ["row 1", "needs text"]),
         ("p.jsonl", b"7", ["row 1", "found int"]),
         ("p.jsonl", b'{"words": "a"}', ["'prompt'", "words", "--prompt-column"]),
@@ -81,6 +90,41 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, words):
     with pytest.raises(UserError) as refused:
         opened([str(path)])
     assert [word for word in words if word not in str(refused.value)] == [] and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (["FILE.md"], ["FILE.md", "another kind", ".jsonl"]),
+        (["FILE.md", "a fox"], ["FILE.md", "one is taken at a time"]),
+        (["not/there"], ["no such file or folder"]),
+        (["a fox", "not-there.csv"], ["not-there.csv", "no such file"]),
+        (["pickapic"], ["did you mean pickapic-v1-validation or "]),
+        (["hpdv2"], ["did you mean hpsv2?"]),
+        (["HPSv2"], ["did you mean hpsv2?"]),
+        (["world:foo"], ["did you mean world or world:other?"]),
+        (["a fox", "world:other"], ["is a set of prompts, which is taken alone"]),
+        ([""], ["no prompt is there", "world:other"]),
+    ],
+)
+def test_a_word_that_can_only_be_a_file_or_a_set_is_no_prompt(tmp_path, monkeypatch, asked, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE.md").write_text("a fox", "utf-8")
+    with pytest.raises(UserError) as refused:
+        opened(asked, also=("world", "world:other"))
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert [one.text for one in opened(["fox", "a FILE.md", "photo"], also=("world",)).prompts] == [
+        "fox",
+        "a FILE.md",
+        "photo",
+    ]
+
+
+def test_a_column_of_what_is_no_table_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("one", "utf-8")
+    for asked in (["a fox"], [str(tmp_path / "p.txt")]):
+        with pytest.raises(UserError, match="--prompt-column zz is of a table"):
+            opened(asked, "zz")
 
 
 def test_a_subset_is_chosen_by_each_prompt_alone():

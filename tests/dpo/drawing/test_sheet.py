@@ -1,5 +1,7 @@
 """dpo.drawing.sheet: every image in its place, strengths in a row, base beside aligned, a few sheets at most."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,6 +40,12 @@ def test_strengths_stand_in_a_row_and_base_beside_aligned(tmp_path):
     assert [middle(image) for image in cells[3].images.values()] == [
         (0, 5, 99), (0, 7, 99), (200, 5, 99), (200, 7, 99)
     ]  # fmt: skip
+
+
+def test_rows_of_several_layouts_are_told_apart(tmp_path):
+    images = [replace(one, layout=i) for i, one in enumerate(a_set(tmp_path / "set", ["same", "same"]))]
+    (path,) = write_sheets(tmp_path, {"image": images}, 1)
+    assert [cell.prompt for cell in read_grid(path)] == ["layout 1: same", "layout 2: same"]
 
 
 def test_prompts_that_repeat_keep_their_rows_and_sheets_are_few(tmp_path):

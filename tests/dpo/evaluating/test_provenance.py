@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dpo.data import labelled
 from dpo.data.store import fill
 from dpo.data.store.store import merge
-from dpo.evaluating.provenance import PAIRS, cautions, trained_on
+from dpo.evaluating.provenance import PAIRS, cautions, labelled_by, trained_on
 from dpo.scorers.scorer import LISTED
 from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path, train_pairs_path
@@ -88,3 +89,29 @@ def test_a_scorer_that_labelled_the_pairs_or_learned_from_them_is_named(tmp_path
 
 def test_the_list_names_pairs_that_are_known():
     assert {name for one in LISTED for name in (*one.labelled, *one.learned)} == set(PAIRS)
+
+
+def test_sets_that_dpo_label_made_say_who_labelled_them(tmp_path):
+    scorers = [
+        {"name": "hpsv2.1", "asked": "hpsv2.1:/weights", "fingerprint": "hps 1"},
+        {"name": "own", "asked": "my:own", "fingerprint": "own 1"},
+    ]
+    sets = tmp_path / "labels"
+    sets.mkdir()
+    labelled.write(sets, {"finished": True, "made_by": {"scorers": scorers}})
+    store, merged = tmp_path / "store", tmp_path / "merged"
+    fill.fill(replace(task(store, Synthetic(6), Encoders()), name=str(sets)))
+    merge(merged, [store])
+    runs = {
+        name: str(run(tmp_path / name, data=str(data)))
+        for name, data in {"a": sets, "b": sets / "data", "c": store, "d": merged, "e": tmp_path}.items()
+    }
+    runs["f"] = str(run(tmp_path / "f", data="/own", model=runs["a"]))
+    assert cautions(["hpsv2.1:/elsewhere", "tiny-b", "my:own", "other:name"], runs, {"other:name": "own 1"}) == [
+        f"{name} labelled the pairs that a and b and c and d and f were trained on: a gain by it is expected, and other "
+        "scorers say more"
+        for name in ("hpsv2.1", "my:own", "other:name")
+    ]
+    (sets / "label.json").unlink()
+    assert labelled_by(Path(runs["c"])) == labelled_by(Path(runs["d"])) != set(), "the store keeps it"
+    assert labelled_by(Path(runs["a"])) == labelled_by(Path(runs["e"])) == labelled_by(tmp_path / "none") == set()

@@ -131,3 +131,38 @@ def test_a_file_that_is_none_is_one_line(tmp_path):
         find(path)
     with pytest.raises(UserError, match="no such model"):
         find(tmp_path / "nowhere at all")
+
+
+def altered(folder, part="unet"):
+    """Changes one number of a saved model's weights in place; what puts the file back."""
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    kept, state = file.read_bytes(), load_file(file)
+    name = sorted(state)[0]
+    state[name].view(-1)[1] += 1e-3
+    save_file(state, file, {"format": "pt"})
+    return lambda: file.write_bytes(kept)
+
+
+def test_the_start_of_a_run_is_what_it_began_with_by_content(tmp_path, world):
+    """Files that were changed since are not taken for the start, nor for the model under a run's LoRA."""
+    from dpo.train import main
+
+    base, unet, folder = tmp_path / "base", tmp_path / "other", tmp_path / "run"
+    shutil.copytree(world("sd15"), base)
+    shutil.copytree(base / "unet", unet / "unet")
+    altered(unet)
+    words = ["--model", str(base), "--unet-init", str(unet / "unet"), "--data", world("pairs"), "--steps", "1"]
+    assert main([*words, "--lora", "--output", str(folder), "--batch-size", "4", "--no-samples", *SMALL[:4]]) == 0
+    start = f"start:{folder}"
+    assert not differ(weight(find(start)), load_file(unet / "unet" / "diffusion_pytorch_model.safetensors"))
+    put_back = altered(unet)
+    with pytest.raises(UserError, match="--unet-init and --lora-init named has other weights now"):
+        find(start)
+    put_back()
+    for part in ("unet", "vae"):
+        put_back = altered(base, part)
+        for name in (start, folder):
+            with pytest.raises(UserError, match="has other weights now than the run in"):
+                find(name)
+        put_back()
+    find(start), find(folder)

@@ -1,5 +1,7 @@
 """dpo.sampling.samplers: every name draws, with the model's own noise schedule and nothing clipped."""
 
+import json
+
 import pytest
 
 from dpo.common.errors import UserError
@@ -23,6 +25,11 @@ def test_a_sampler_follows_the_models_schedule(world, name):
         key: own[key] for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
     }
     assert not kept.get("clip_sample") and not any(key.startswith("_") for key in kept)
+    again = type(pipe.scheduler).from_config(json.loads(json.dumps(kept)))  # from a protocol, as anybody redraws
+    for scheduler in (again, pipe.scheduler):
+        scheduler.set_timesteps(5)
+    assert again.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
+    pipe.scheduler = again
     latents = pipe("a thing", num_inference_steps=3, guidance_scale=2.0, output_type="latent").images
     assert latents.isfinite().all()
 

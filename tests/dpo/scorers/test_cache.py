@@ -138,3 +138,16 @@ def test_a_file_that_cannot_grow_is_one_line(tmp_path, pragma, words):
         with pytest.raises(UserError, match=rf"scores\.sqlite cannot be used as a cache of scores .*{words}"):
             cache.put("s", [(f"new {number}", "", 0.0) for number in range(10_000)])
         assert cache.get("7", "s", "") == 7.0 and cache.get("new 0", "s", "") is None
+
+
+def test_the_scores_of_another_cache_are_taken(tmp_path):
+    with ScoreCache(tmp_path / "other") as other:
+        other.put("s", [(f"image {i}", "a fox", float(i)) for i in range(9000)])
+        other.put_features("s", [("image", np.ones(3, np.float32))])
+    with ScoreCache(tmp_path / "own") as own:
+        own.put("s", [("mine", "a fox", -1.0)])
+        assert own.take(tmp_path / "other") == 9001
+        assert own.get("image 8999", "s", "a fox") == 8999.0 and own.get("mine", "s", "a fox") == -1.0
+        assert own.get_features("image", "s").tolist() == [1, 1, 1]
+        with pytest.raises(UserError, match="no scores are there"):
+            own.take(tmp_path / "none")

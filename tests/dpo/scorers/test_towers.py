@@ -12,7 +12,7 @@ from transformers import CLIPConfig
 from dpo.common.errors import UserError
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD
 from dpo.scorers.towers import Cosine, loaded, pad, pad_without_antialias, tokenizer_of
-from tests.help.towers import SIDE, WORDS, save_clip, save_tiny_clip
+from tests.help.towers import SIDE, WORDS, save_clip, save_tiny_clip, swap_two_words
 
 SIZES = [(64, 64), (97, 40), (33, 120), (28, 28), (28, 9)]
 CAPTIONS = ["a red apple", "", "a blue ball on a plain background", "a " * 200, "a green car"]
@@ -115,6 +115,13 @@ def test_half_towers_keep_norms_and_products_in_float32(folder):
 def test_other_weights_have_another_fingerprint(folder, tmp_path):
     save_tiny_clip(tmp_path, seed=1)
     assert opened(tmp_path).fingerprint != opened(folder).fingerprint
+
+
+def test_other_words_have_another_fingerprint(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    swap_two_words(other)
+    assert opened(other).fingerprint != opened(folder).fingerprint
 
 
 def test_nothing_to_score_gives_nothing_and_a_missing_caption_is_refused(folder):

@@ -14,6 +14,7 @@ from tests.help.running import advance, make_run
 # pictures of a pair. What this taste likes (style, backdrop, size) is decided at late timesteps, and there it comes to
 # tell them apart.
 FLAGS = {"sft": ["--window-low", "700"]}
+SLOW = ("discounted", "dde-step")  # what they weigh by is the others': dpo's errors, dde's table
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +45,7 @@ def _encoded_once():
         yield
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in METHODS])
 def test_learning(method, tmp_path):
     run = make_run(
         str(paths.pipeline_path()), str(paths.train_pairs_path()), tmp_path / "run",

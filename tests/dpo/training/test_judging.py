@@ -12,6 +12,7 @@ from dpo import evaluate, train
 from dpo.common.errors import UserError
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change
+from dpo.tiny.paths import pipeline_path
 from dpo.training import build
 from dpo.training.embedded import embedded
 
@@ -193,3 +194,10 @@ def test_none_held_out_of_the_embedded_world_is_none():
     given = {fraction: embedded(change(Config(), validation_fraction=fraction)).data for fraction in (None, 0.0, 0.2)}
     assert given[None].validation_data is not None
     assert given[0.0].validation_data is None and given[0.2].validation_data is None
+
+
+def test_the_embedded_model_has_a_name_beside_pairs_of_ones_own():
+    config = embedded(change(Config(), model="embedded", data="own.parquet"))
+    assert (config.model.model, config.data.data) == (str(pipeline_path()), "own.parquet")
+    assert embedded(change(Config(), model="embedded")) == embedded(Config())
+    assert embedded(change(Config(), model="other", data="own.parquet")).model.model == "other"

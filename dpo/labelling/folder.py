@@ -1,0 +1,109 @@
+"""The folder of a labelled set: what belongs to it, what it says of itself, and how far it is."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from dpo.common.errors import UserError
+from dpo.common.files import remove
+from dpo.common.words import excerpt, listed
+from dpo.data import labelled
+from dpo.labelling import summary
+from dpo.labelling.asked import Asked
+from dpo.labelling.items import Items
+
+log = logging.getLogger("dpo")
+
+CACHE, DRAWN, README = "scores.sqlite", "images", "README.md"
+OWN = (labelled.FILE, labelled.FOLDER, CACHE, DRAWN, README, *summary.FILES)  # what stands in a folder of ours
+OTHERS = ("model_index.json", "config.json", "config.toml", "store.json")  # models, runs and prepared stores
+PARTS = ".scored-*-of-*"  # notes of processes that share the work
+FILE = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
+
+
+def files(rows: int, most: int) -> list[str]:
+    """Names of the parquet files of so many rows, `most` in each."""
+    count = -(-rows // most)
+    return [f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+
+
+def begin(asked: Asked, folder: Path) -> bool:
+    """Whether the folder holds all that is asked for already, of whatever images; a new label.json where it holds nothing.
+
+    Raises UserError.
+    """
+    known, said = labelled.read(folder), asked.said()
+    if known is None:
+        if strange := [name for name in (*OTHERS, *OWN) if (folder / name).exists()]:
+            raise UserError(
+                f"--output {folder} holds {listed(strange)} that python -m dpo.label did not make: name another folder"
+            )
+        labelled.write(folder, {"asked": said, "finished": False})
+        return False
+    data = folder / labelled.FOLDER
+    if strange := [path.name for path in _visible(data) if not FILE.fullmatch(path.name)]:
+        raise UserError(f"{data} holds {listed(strange)}, which python -m dpo.label did not make: move it elsewhere")
+    was = known.get("asked", {})
+    differ = [name for name in {**was, **said} if was.get(name) != said.get(name)]
+    if differ and asked.overwrite:
+        _clear(folder, asked)
+        return False
+    if differ:
+        name = differ[0]
+        raise UserError(
+            f"--output {folder} holds labels made otherwise ({name}: {excerpt(was.get(name))} there, {excerpt(said.get(name))} now): "
+            "name another folder, or --overwrite them and keep their scores"
+        )
+    whole = known.get("finished") and all((data / name).is_file() for name in known.get("files", []))
+    if known.get("finished") and not whole:
+        labelled.write(folder, {**known, "finished": False})
+    return bool(whole)
+
+
+def _clear(folder: Path, asked: Asked) -> None:
+    """Deletes the labels of a folder; its images and scores stay."""
+    labelled.write(folder, {"asked": asked.said(), "finished": False})
+    forget_parts(folder)
+    for path in [*_visible(folder / labelled.FOLDER), *(folder / name for name in (README, *summary.FILES))]:
+        remove(path)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
+
+
+def check_source(asked: Asked, folder: Path, items: Items) -> bool:
+    """Writes down of which images the labels are; whether that was known, and the same.
+
+    Raises UserError where the folder has those of others, which --overwrite replaces.
+    """
+    known = labelled.read(folder) or {}
+    was = known.get("source")
+    if was == items.fingerprint:
+        return True
+    if was is not None and not asked.overwrite:
+        raise UserError(f"--output {folder} holds labels of other pairs: name another folder, or --overwrite them")
+    if was is not None:
+        _clear(folder, asked)
+    labelled.write(folder, {**(labelled.read(folder) or {}), "source": items.fingerprint})
+    return False
+
+
+def all_scored(folder: Path, shard: tuple[int, int]) -> bool:
+    """Notes that this process has scored its part; whether all have."""
+    if shard[1] == 1:
+        return True
+    notes = [folder / f".scored-{i}-of-{shard[1]}" for i in range(shard[1])]
+    notes[shard[0]].touch()
+    left = [note.name for note in notes if not note.exists()]
+    if left:
+        log.info("%s: this process has scored its part; the last one writes the labels", folder)
+    return not left
+
+
+def forget_parts(folder: Path) -> None:
+    """Deletes the notes of processes that have scored their parts."""
+    for note in folder.glob(PARTS):
+        remove(note)

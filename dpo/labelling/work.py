@@ -1,0 +1,110 @@
+"""From what a user asks for to a folder of labelled pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from dpo.common import locks
+from dpo.common.errors import UserError
+from dpo.common.files import make_folder
+from dpo.data import labelled
+from dpo.data.sources import describe, open_source
+from dpo.data.store.store import of_store
+from dpo.drawing import images
+from dpo.evaluating.work import check_folders, folder_of, side_of
+from dpo.labelling import folder as place
+from dpo.labelling.asked import Asked
+from dpo.labelling.folder import CACHE, DRAWN
+from dpo.labelling.items import Items, OfPairs, OfSides
+from dpo.labelling.votes import voted
+from dpo.labelling.written import write
+from dpo.sampling.work import FINISHING
+from dpo.scorers.cache import ScoreCache
+from dpo.settings.config import Data
+
+log = logging.getLogger("dpo")
+
+
+def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Sequence[Path] = ()) -> bool:
+    """Labels into `folder`; False where other processes still have to do their part.
+
+    shard: this process of so many, each of which scores its part of the images; the last one to end writes. merge: folders
+    of such parts, made without a common disk, whose images and scores are taken first. The same command goes on after a
+    kill, and ends in the same bytes. Raises UserError.
+    """
+    make_folder(folder, "--output")
+    _check_apart(asked, folder)
+    part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
+    with ExitStack() as stack:
+        stack.enter_context(locks.held(folder, "--output", part))
+        with locks.held(folder, "--output", "-begin", FINISHING):  # of processes that start together
+            there = place.begin(asked, folder)
+        cache = stack.enter_context(ScoreCache(folder / CACHE))
+        for other in merge:
+            count = cache.take(other / CACHE)
+            for own in (folder_of(one.name) for one in asked.models):
+                if (other / DRAWN / own).is_dir():
+                    images.merge(_made(folder / DRAWN / own), [other / DRAWN / own])
+            log.info("%s: %d scores of %s", folder, count, other)
+        items = _items(asked, folder, shard)
+        with locks.held(folder, "--output", "-begin", FINISHING):
+            there = place.check_source(asked, folder, items) and there
+        if there:
+            log.info("%s: the labels are there already", folder)
+            return True
+        places = range(len(items) * shard[0] // shard[1], len(items) * (shard[0] + 1) // shard[1])
+        votes = voted(asked, items, cache, places)
+        fit = None if asked.fit is None else _to_fit(asked, items)
+        others = None if fit is None or fit is items else voted(asked, fit, cache, range(len(fit)))
+        if not place.all_scored(folder, shard):
+            return False
+        if shard[1] > 1:
+            votes = voted(asked, items, cache, range(len(items)))
+        with locks.held(folder, "--output", "-writing", FINISHING):
+            if (labelled.read(folder) or {}).get("finished"):
+                return True
+            write(asked, folder, items, votes, fit, others)
+    return True
+
+
+def _check_apart(asked: Asked, folder: Path) -> None:
+    """Raises UserError where the labels would come into the folder of the pairs, and be read as some of them."""
+    for data in filter(None, (asked.pairs, asked.fit)):
+        root = Path(str(data.data)).expanduser()
+        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+            raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
+
+
+def _made(folder: Path) -> Path:
+    make_folder(folder, "--output")
+    return folder
+
+
+def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
+    if asked.pairs is not None:
+        return _of_pairs(asked.pairs)
+    assert asked.draw is not None, "models need a protocol"
+    check_folders([one.name for one in asked.models])
+    sides = [side_of(one, asked.draw, folder, asked.captions, shard) for one in asked.models]
+    return OfSides(sides)
+
+
+def _of_pairs(data: Data) -> OfPairs:
+    source = open_source(data)
+    if of_store(source) is not None:
+        raise UserError(
+            f"--data {data.data} is a prepared store, which keeps no image files: give the pairs it was made from"
+        )
+    log.info("%s: %s", data.data, describe(source))
+    return OfPairs(source)
+
+
+def _to_fit(asked: Asked, items: Items) -> OfPairs:
+    """The labelled pairs that the temperature is fitted on."""
+    assert asked.fit is not None
+    if isinstance(items, OfPairs) and asked.pairs is not None and asked.fit == asked.pairs:
+        return items
+    return _of_pairs(asked.fit)
