@@ -18,6 +18,7 @@ setup(
         "dpo.settings": ["presets/*.toml"],
         "dpo.pages": ["*.html"],
         "dpo.evaluating": ["*.toml"],
+        "dpo.voting": ["*.html"],
         "dpo.tiny": ["assets/**/*"],
     },
     install_requires=[
@@ -43,6 +44,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
+        "vote": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],  # the page of a human study
         "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
         "test": [
             "pytest>=8,<10",
@@ -52,6 +54,9 @@ setup(
             "mypy>=1.14",
             "tensorboard>=2.16",
             "scipy>=1.13",  # statistics to compare ours with
+            "evalica>=0.4.2,<0.5",  # agreement and strengths to compare ours with
+            "starlette>=1.10,<2",
+            "uvicorn>=0.54,<0.60",
         ],
     },
     entry_points={
@@ -62,6 +67,7 @@ setup(
             "dpo-report = dpo.report:main",
             "dpo-sample = dpo.sample:main",
             "dpo-evaluate = dpo.evaluate:main",
+            "dpo-vote = dpo.vote:main",
             "dpo-label = dpo.label:main",
         ]
     },

@@ -1,6 +1,7 @@
 """Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU.
 
-Doors: the commands dpo.train, dpo.prepare, dpo.sweep, dpo.report; the names in PUBLIC, each imported when first used.
+Doors: the commands dpo.train, dpo.prepare, dpo.sweep, dpo.report, dpo.sample, dpo.evaluate, dpo.vote; the names
+in PUBLIC, each imported when first used.
 """
 
 from importlib import import_module

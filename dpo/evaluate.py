@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING
 
 from dpo.common import command
 from dpo.common.errors import UserError
-from dpo.evaluating.flags import check_scorers, named, table
+from dpo.evaluating.flags import Method, check_scorers, named, table
 from dpo.sampling import flags
+from dpo.sampling.flags import START
 from dpo.tiny import outcome
 
 if TYPE_CHECKING:  # torch is imported only once the command line is read
-    from dpo.evaluating import work
+    from dpo.evaluating.asked import Asked
 
 RUNS = Path("runs")
 
@@ -61,7 +62,6 @@ def evaluated(words: Sequence[str]) -> Path:
     given = make_parser().parse_args(list(words))
     from dpo.evaluating import work
 
-    check_scorers(given.scorers)  # a misspelt one is found before anything is drawn
     asked = _asked(given, shlex.join(["python", "-m", "dpo.evaluate", *words]))
     return work.evaluate(asked, Path(given.output).expanduser())
 
@@ -94,9 +94,10 @@ def _of_world() -> list[str]:
     return [*sides, "--prompts", outcome.PROMPTS, *outcome.DRAWN, "--scorers", outcome.JUDGE, outcome.FAITHFUL]
 
 
-def _asked(given: argparse.Namespace, words: str) -> work.Asked:
+def _asked(given: argparse.Namespace, words: str) -> Asked:
     """What the command line asks for. Raises UserError."""
-    from dpo.evaluating import reproduce, work
+    from dpo.evaluating import reproduce
+    from dpo.evaluating.asked import Asked
     from dpo.sampling import work as sampling
 
     names = {field.name for field in dataclasses.fields(sampling.Asked)} - {"prompts", "guidance"}
@@ -108,19 +109,26 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
         prompts, guidance = prompts or (stated["prompts"],), guidance or (stated["guidance"],)
         own["sampler"] = stated["sampler"].lower() if own["sampler"] == "model" else own["sampler"]
         own["steps"] = own["steps"] or stated["steps"]
-        scorers = scorers or tuple(dict.fromkeys(name for scores in published.models.values() for name in scores))
+        of_tables = [text.partition("=")[0] for text in given.scores]
+        of_table = dict.fromkeys(name for scores in published.models.values() for name in scores)
+        scorers = scorers or tuple(name for name in of_table if name not in of_tables)
     if len(given.sides) < 2:
         raise UserError("name at least two: the base, and what is compared with it (a model or a folder of images)")
     if not scorers and not given.scores and given.pairs is None:
         raise UserError("nothing to measure by: give --scorers (--scorers help lists them), --scores or --pairs")
-    base, *others = [tuple(named(part) for part in _parts(side)) for side in given.sides]
-    if len(base) > 1:
+    base, *others = [_method(side) for side in given.sides]
+    if len(base.seeds) > 1:
         raise UserError(f"{given.sides[0]}: the base is one model; several training seeds are compared with it")
-    sides = [one.name for group in (base, *others) for one in group]
+    sides = [one.name for method in (base, *others) for one in method.seeds]
+    check_scorers(
+        scorers, [table(text)[0] for text in given.scores], cache_dir=given.cache_dir
+    )  # before anything is drawn
+    if given.reproduce is not None:
+        reproduce.check(published, sides, [*scorers, *(table(text)[0] for text in given.scores)])
     if twice := sorted({name for name in sides if sides.count(name) > 1}):
         raise UserError(f"two sides are called {twice[0]}: call them apart, as NAME=MODEL")
-    return work.Asked(
-        base=base[0],
+    return Asked(
+        base=base.seeds[0],
         others=tuple(others),
         draw=sampling.Asked(
             model="", prompts=prompts, guidance=guidance[0] if guidance else None, **{**own, "sheets": given.sheets}
@@ -137,12 +145,21 @@ def _asked(given: argparse.Namespace, words: str) -> work.Asked:
     )
 
 
-def _parts(side: str) -> list[str]:
-    """The models between the commas of a side; a folder whose own name has a comma is one."""
-    from dpo.sampling.model import START
+def _method(side: str) -> Method:
+    """A side of the command line: one model, or training seeds between commas; a folder whose own name has a comma is one.
 
-    place = side.partition("=")[2] or side
-    return [side] if Path(place.removeprefix(START)).expanduser().exists() else side.split(",")
+    NAME=A,B is a method of that name, its seeds numbered; A,B and NAME=A,OTHER=B are called by the names of both.
+    """
+    name, equals, place = ("", "", side) if Path(side).expanduser().exists() else side.partition("=")
+    place = place if equals else side
+    parts = [place] if Path(place.removeprefix(START)).expanduser().exists() else place.split(",")
+    if len(parts) == 1:
+        one = named(side)
+        return Method(one.name, (one,))
+    if equals and not any("=" in part for part in parts):
+        return Method(name.strip(), tuple(named(f"{name.strip()} {n}={part}") for n, part in enumerate(parts, 1)))
+    seeds = tuple(map(named, side.split(",")))
+    return Method(" + ".join(one.name for one in seeds), seeds)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -64,10 +64,14 @@ def train(argv: Sequence[str]) -> int:
     config, notes = parse(argv)
     from dpo import evaluate
     from dpo.common import console
+    from dpo.evaluating.flags import check_scorers
+    from dpo.sampling import work as sampling
     from dpo.training import loop
 
     console.setup()
-    evaluate.check_scorers(config.output.evaluate)
+    if config.output.evaluate_prompts:  # what is drawn at the end is looked at before hours of training
+        sampling.prompts_of(sampling.Asked(model="", prompts=config.output.evaluate_prompts), ())
+    check_scorers(config.output.evaluate, flag="--evaluate", cache_dir=config.model.cache_dir)
     return loop.train(config, notes, train_step, evaluate.evaluated)
 
 

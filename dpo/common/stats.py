@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 Z95 = 1.959964  # standard deviations of a normal distribution on either side that hold 95 %
 
 
@@ -18,3 +20,31 @@ def share_interval(successes: float, count: float, z: float = Z95) -> tuple[floa
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def exact_interval(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """The interval of a share that covers at least `level` whatever the share is (Clopper and Pearson, 1934).
+
+    With a count of 0 it is 0 to 1.
+    """
+    tail = (1 - level) / 2
+    return 1.0 - _highest(count - successes, count, tail), _highest(successes, count, tail)
+
+
+def _highest(successes: int, count: int, tail: float) -> float:
+    """The largest share by which at most `successes` of `count` still have the probability `tail`."""
+    low, high = (1.0, 1.0) if successes >= count else (successes / count, 1.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most(successes, count, middle) > tail else (low, middle)
+    return low
+
+
+def at_most(few: int, count: int, p: float) -> float:
+    """Probability of at most `few` of `count`, each with probability `p`, below 1 where few is below count."""
+    if p <= 0 or few >= count:
+        return 1.0
+    i = np.arange(1, few + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(count - i + 1) - np.log(i))])
+    k = np.arange(few + 1)
+    return float(np.exp(logs + k * math.log(p) + (count - k) * math.log1p(-p)).sum())

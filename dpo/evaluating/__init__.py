@@ -2,6 +2,7 @@
 
 work.py       from what a user asks for to evaluation.json and its pages
 sides.py      what is compared: images with their prompts and seeds, read from a folder; which belongs to which
+asked.py      what is asked for, and whether it can be done
 flags.py      words of a command line that name sides, scorers and tables
 tables.py     prompts and scores that other programs wrote
 scoring.py    a number for every image, from a scorer or a table; features of every image

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo.common.errors import UserError
+from dpo.sampling.flags import START
 
 
 class Named(NamedTuple):
@@ -16,11 +17,19 @@ class Named(NamedTuple):
     place: str  # of a model or of images
 
 
+class Method(NamedTuple):
+    """One model, or several that differ in the seed they were trained with."""
+
+    name: str
+    seeds: tuple[Named, ...]
+
+
 def named(text: str) -> Named:
     """A side from "NAME=PLACE" or "PLACE", whose name is then its last part. Raises UserError."""
     name, equals, place = text.partition("=")
-    if not equals:
-        name, place = Path(text).name or text, text
+    if not equals or Path(text).expanduser().exists():
+        name, place = Path(text.removeprefix(START)).name or text, text
+        name = f"start of {name}" if text.startswith(START) else name
     if not name.strip() or not place.strip():
         raise UserError(f"{text!r}: expected a model or a folder, or NAME=MODEL")
     return Named(name.strip(), place.strip())
@@ -34,13 +43,28 @@ def table(text: str) -> tuple[str, Path]:
     return name, Path(path).expanduser()
 
 
-def check_scorers(names: Sequence[str]) -> None:
-    """Raises UserError for a scorer that there is not, or whose converted weights are not there; the hub is not asked."""
+def check_scorers(
+    names: Sequence[str], tables: Sequence[str] = (), *, flag: str = "--scorers", cache_dir: str | None = None
+) -> None:
+    """Raises UserError for scorers that there are not or cannot be had, and for two whose scores would have one name.
+
+    tables: names of scores that come from tables; flag: by which the scorers were named.
+    """
     if not names:
         return
     import torch
 
     from dpo.scorers.scorer import check
 
+    seen = dict.fromkeys(tables, "--scores")
     for name in names:
-        check(name, torch.device("cpu"))
+        try:
+            called = check(name, torch.device("cpu"), cache_dir)
+        except UserError as error:
+            said = str(error)
+            raise UserError(flag + said.removeprefix("--scorers") if said.startswith("--scorers") else said) from error
+        if called in seen:
+            raise UserError(
+                f"{flag} {name}: its scores are called {called}, as those of {seen[called]} are; name one of them"
+            )
+        seen[called] = name

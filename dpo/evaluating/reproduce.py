@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -60,19 +60,28 @@ def table(name: str) -> Published:
     return tables()[name]
 
 
+def check(chosen: Published, models: Sequence[str], scorers: Sequence[str]) -> None:
+    """Raises UserError unless the table has a number of one of these models by one of these scorers."""
+    there = {model: chosen.models[model] for model in models if model in chosen.models}
+    if not there:
+        raise UserError(
+            f"--reproduce {chosen.name} has none of these models: call one NAME=MODEL, with a name of {listed(chosen.models)}"
+        )
+    if not any(scorer in scores for scores in there.values() for scorer in scorers):
+        known = dict.fromkeys(scorer for scores in there.values() for scorer in scores)
+        raise UserError(
+            f"--reproduce {chosen.name} has no numbers by {listed(scorers) or 'no scorer'}: it has those by {listed(known)}"
+        )
+
+
 def beside(chosen: Published, ours: Mapping[str, Mapping[str, float]]) -> list[Line]:
-    """A line for each of `ours` (score by model and scorer) that the table has. Raises UserError where it has none."""
-    lines = [
+    """A line for each of `ours` (score by model and scorer) that the table has."""
+    return [
         Line(model, scorer, value, chosen.models[model][scorer], _tolerance(chosen, model, scorer))
         for model, scores in ours.items()
         for scorer, value in scores.items()
         if scorer in chosen.models.get(model, {})
     ]
-    if not lines:
-        raise UserError(
-            f"--reproduce {chosen.name} has none of these models: call one NAME=MODEL, with a name of {listed(chosen.models)}"
-        )
-    return lines
 
 
 def _tolerance(chosen: Published, model: str, scorer: str) -> float | None:

@@ -25,6 +25,7 @@ import numpy as np
 from dpo.common.words import listed
 from dpo.evaluating.scoring import Look
 from dpo.evaluating.sides import Matched, Side, matched
+from dpo.pages.better import standing
 from dpo.scorers import compare
 
 FILE = "evaluation.json"
@@ -182,6 +183,23 @@ def side_entry(side: Side, look: Look) -> dict[str, Any]:
     }
 
 
+def same_images(base: Side, group: Group, look: Look) -> list[str]:
+    """A line where most images of a side are the base's own: one model under two names, perhaps."""
+    lines = []
+    for side in group.sides:
+        found = matched(base, side)
+        hashes = [
+            (look.hashes.get(base.images[a].path), look.hashes.get(side.images[b].path))
+            for a, b in zip(found.a, found.b, strict=True)
+        ]
+        same = sum(one == other is not None for one, other in hashes)
+        if 2 * same > len(hashes):
+            lines.append(
+                f"{same} of {len(hashes)} images of {side.name} are those of {base.name}, pixel for pixel: is it another model?"
+            )
+    return lines
+
+
 def matching_entry(found: Matched) -> dict[str, Any]:
     return {"by_seed": found.by_seed, "pairs": len(found.a), "left_out": list(found.left_out)}
 
@@ -196,8 +214,8 @@ def cautions(results: Sequence[Mapping[str, Any]], sides: Sequence[Mapping[str, 
         if side["flat"]:
             lines.append(f"{len(side['flat'])} images of {side['name']} are of one colour: {side['flat'][0]}")
     for name in dict.fromkeys(entry["side"] for entry in results):
-        better = [e["scorer"] for e in results if e["side"] == name and e["paired"]["win_interval"][0] > 0.5]
-        worse = [e["scorer"] for e in results if e["side"] == name and e["paired"]["win_interval"][1] < 0.5]
+        mine = [entry for entry in results if entry["side"] == name]
+        better, worse = ([e["scorer"] for e in mine if standing(e) == kind] for kind in ("better", "worse"))
         if better and worse:
             lines.append(f"scorers disagree on {name}: better by {', '.join(better)}, worse by {', '.join(worse)}")
     return lines

@@ -14,7 +14,9 @@ import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, excerpt_of_path, is_unicode
+from dpo.drawing import images
 from dpo.evaluating import tables
+from dpo.pages.folder import INDEX_FILE
 
 log = logging.getLogger("dpo")
 
@@ -55,8 +57,33 @@ class Matched:
     left_out: tuple[int, int]  # images of either side without a partner
 
 
+MAY_DIFFER = ("model",)  # of two protocols that are compared
 TABLES = ("metadata.csv", "metadata.jsonl", "prompts.csv", "prompts.tsv", "prompts.jsonl")  # in a folder of images
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def of_folder(name: str, folder: Path, captions: Path | None = None) -> Side | None:
+    """The images of a folder that dpo.sample drew, or that somebody else made with a table; None where it is neither.
+
+    captions: the table, as `of_table` takes it. Raises UserError.
+    """
+    if (folder / images.PROTOCOL).is_file():
+        return of_set(name, folder)
+    return of_table(name, folder, captions) if is_of_images(folder) else None
+
+
+def of_set(name: str, folder: Path) -> Side:
+    """The images that dpo.sample drew into a folder. Raises UserError where some are missing or broken."""
+    known = images.read_protocol(folder)
+    shown = tuple(Shown(one.path, one.prompt, one.seed, one.category) for one in images.read_set(folder))
+    return Side(name, folder, shown, known[0].to_json() if known else None)
+
+
+def is_of_images(place: Path) -> bool:
+    """Whether a folder holds images that another program made, and no model."""
+    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
+        return False
+    return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
 
 def of_table(name: str, folder: Path, table: Path | None) -> Side:

@@ -24,22 +24,23 @@ from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
 from dpo.drawing import images
 from dpo.evaluating import provenance, reproduce, result, sets
+from dpo.evaluating.asked import Asked, checked
 from dpo.evaluating.flags import Named
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
-from dpo.evaluating.sides import IMAGES, Shown, Side, check_protocols, matched, of_table
+from dpo.evaluating.sides import MAY_DIFFER, Side, check_protocols, matched, of_folder, of_set
 from dpo.models.ready import pick_device
 from dpo.pages import evaluation as pages
-from dpo.pages.folder import INDEX_FILE
+from dpo.sampling import model
 from dpo.sampling import work as sampling
 from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer, listed, opened
 from dpo.scorers.sets import SetScorer
+from dpo.settings.config import Config
 
 log = logging.getLogger("dpo")
 
 DRAWN, CACHE = "images", "scores.sqlite"
-MAY_DIFFER = ("model",)  # of two protocols that are compared
 VERSIONS = ("torch", "diffusers", "transformers")
 LONGEST = 100  # bytes of the name of a folder
 LINES = 4  # of progress for a scorer, where there is no terminal
@@ -47,24 +48,6 @@ LINES = 4  # of progress for a scorer, where there is no terminal
 LOOK = 1.0  # seconds between two looks at what other processes draw
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What to evaluate."""
-
-    base: Named
-    others: tuple[tuple[Named, ...], ...]  # each a method: one model, or several training seeds of it
-    draw: sampling.Asked  # how the models are drawn; its `model` is put in for each
-    scorers: tuple[str, ...]
-    tables: tuple[tuple[str, Path], ...] = ()  # scores of other programs, by name
-    captions: Path | None = None  # prompts of folders that somebody else made
-    guidance: tuple[float, ...] = ()  # the base is drawn with each; the rest with the first
-    pairs: str | None = None  # labelled, for the implicit accuracy
-    split: str | None = None
-    half: bool = False  # towers of the scorers in bf16
-    reproduce: str | None = None  # a published table
-    command: str = ""  # as it was given, for the result
 
 
 def evaluate(asked: Asked, folder: Path) -> Path:
@@ -79,23 +62,25 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         stack.enter_context(locks.held(folder, "--output"))
         for name in (result.FILE, pages.PAGE, pages.TABLE):
             sweep(folder, name)
-        base, *rest = _sides(asked, folder)
+        config = checked(asked)
+        scored = bool(asked.scorers or asked.tables)
+        base, *rest = _sides(asked, folder) if scored else _undrawn(asked)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
         compared = [side for group in (base, *groups) for side in group.sides]
-        lines = check_protocols(compared, MAY_DIFFER)
+        lines = check_protocols(compared, MAY_DIFFER) if scored else []
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         look = Look()
         found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
-        content = _content(base.sides[0], groups, variants, found, look)
+        content = _content(base.sides[0], groups, variants, found, look) if scored else _unscored(compared)
         names = [*asked.scorers, *(name for name, _ in asked.tables)]
-        places = {named.name: named.place for group in ((asked.base,), *asked.others) for named in group}
+        places = {named.name: named.place for named in asked.models}
         content["warnings"] = [*lines, *provenance.cautions(names, places, found.fingerprints), *content["warnings"]]
         if not (content["results"] or content["sets"]) and asked.pairs is None:
             for line in content["warnings"]:
                 log.warning("%s", line)
             raise UserError("nothing can be compared: no prompt has images with a score on both sides")
-        if asked.pairs is not None:
-            content["accuracy"] = list(_accuracies(asked))
+        if config is not None:
+            content["accuracy"] = list(_accuracies(asked, config))
         if asked.reproduce is not None:
             content["published"] = _published(asked.reproduce, [base, *groups], found.scores)
         content["made"] = {
@@ -115,16 +100,27 @@ def evaluate(asked: Asked, folder: Path) -> Path:
     return path
 
 
+def _undrawn(asked: Asked) -> Iterator[Group]:
+    """The sides where nothing sees their images."""
+    for name, seeds in ((asked.base.name, (asked.base,)), *asked.others):
+        yield Group(name, tuple(Side(named.name, Path(named.place), ()) for named in seeds))
+
+
+def _unscored(sides: Sequence[Side]) -> dict[str, Any]:
+    """The content without images and scores."""
+    nothing: dict[str, Any] = {"scorers": [], "results": [], "sets": [], "matching": {}, "warnings": []}
+    return {"format": result.FORMAT, "sides": [result.side_entry(side, Look()) for side in sides], **nothing}
+
+
 def _sides(asked: Asked, folder: Path) -> Iterator[Group]:
     """The images of everything that is compared: the base, the others, the base at its further guidances."""
     scales = [Named(f"{asked.base.name}, guidance {scale:g}", asked.base.place) for scale in asked.guidance[1:]]
-    check_folders([one.name for one in (asked.base, *(named for group in asked.others for named in group), *scales)])
+    check_folders([one.name for one in (*asked.models, *scales)])
     first = asked.guidance[0] if asked.guidance else asked.draw.guidance
     draw = replace(asked.draw, guidance=first)
     yield Group(asked.base.name, (side_of(asked.base, draw, folder, asked.captions),))
-    for group in asked.others:
-        sides = tuple(side_of(named, draw, folder, asked.captions) for named in group)
-        yield Group(", ".join(named.name for named in group), sides)
+    for method in asked.others:
+        yield Group(method.name, tuple(side_of(named, draw, folder, asked.captions) for named in method.seeds))
     for named, scale in zip(scales, asked.guidance[1:], strict=True):
         yield Group(named.name, (side_of(named, replace(asked.draw, guidance=scale), folder, asked.captions),))
 
@@ -137,16 +133,13 @@ def side_of(
     captions: a table of the prompts of images that another program drew. shard: this process of so many, which draws its
     part and waits for the others'. Raises UserError.
     """
-    place = Path(named.place).expanduser()
-    if (place / images.PROTOCOL).is_file():
-        return _of_set(named.name, place)
-    if is_of_images(place):
-        return of_table(named.name, place, captions)
+    if (found := of_folder(named.name, Path(named.place).expanduser(), captions)) is not None:
+        return found
     own = folder / DRAWN / folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
     sampling.draw(replace(draw, model=named.place), own, shard)
     _await(own)
-    return _of_set(named.name, own)
+    return of_set(named.name, own)
 
 
 def folder_of(name: str) -> str:
@@ -176,19 +169,6 @@ def check_folders(names: Sequence[str]) -> None:
     for name in names:
         if (other := found.setdefault(folder_of(name).casefold(), name)) != name:
             raise UserError(f"{other} and {name} would be drawn into one folder: call them apart, as NAME=MODEL")
-
-
-def _of_set(name: str, folder: Path) -> Side:
-    known = images.read_protocol(folder)
-    shown = tuple(Shown(one.path, one.prompt, one.seed, one.category) for one in images.read_set(folder))
-    return Side(name, folder, shown, known[0].to_json() if known else None)
-
-
-def is_of_images(place: Path) -> bool:
-    """Whether a folder holds images that another program made, and no model."""
-    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
-        return False
-    return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
 
 @dataclass
@@ -302,19 +282,19 @@ def _content(
         "results": results,
         "sets": scored.sets,
         "matching": {side.name: result.matching_entry(matched(base, side)) for group in groups for side in group.sides},
-        "warnings": [*result.cautions(results, entries), *scored.lines],
+        "warnings": [
+            *(line for group in groups for line in result.same_images(base, group, look)),
+            *result.cautions(results, entries),
+            *scored.lines,
+        ],
     }
 
 
-def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
+def _accuracies(asked: Asked, config: Config) -> Iterator[dict[str, Any]]:
     """The implicit preference accuracy of every model, in reference to the base."""
     from dpo.evaluating.accuracy import by_side
-    from dpo.sampling import model
-    from dpo.settings.config import change
-    from dpo.settings.flags import parse
 
     device = pick_device(asked.draw.device)
-    assert asked.pairs is not None
 
     def denoiser(named: Named) -> Any:
         found = model.opened(
@@ -322,13 +302,7 @@ def _accuracies(asked: Asked) -> Iterator[dict[str, Any]]:
         )
         return found.pipe.unet
 
-    flags = ["--data", asked.pairs, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
-    flags += ["--split", asked.split] if asked.split else []
-    base = model.settings_of(asked.base.place)
-    config, _ = parse([*flags, "--model", base["model"]])
-    config = change(config, **base)
-    models = {named.name: named for group in asked.others for named in group}
-    policies = {name: partial(denoiser, named) for name, named in models.items()}
+    policies = {named.name: partial(denoiser, named) for named in asked.models[1:]}
     yield from by_side(config, partial(denoiser, asked.base), policies)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +15,19 @@ from PIL import Image
 from dpo.common.errors import OF_READING, UserError, reading
 from dpo.common.files import AGAIN, write_text
 from dpo.common.words import first_line, printable, well_formed
+from dpo.pages.better import Entry, verdict
 from dpo.pages.charts import LIGHT
+from dpo.pages.figures import DECILES
+from dpo.pages.markdown import cell, table
 from dpo.pages.plots import SIZE, svg
 from dpo.pages.report import Tile, data_uri, template
-from dpo.pages.verdict import Verdict
 
 PAGE, TABLE = "evaluation.html", "evaluation.md"
-SPECIAL = re.compile(r"[&<>|\\`*\[\]]")  # what Markdown reads as more than a character
 LABEL = 40  # characters of a scorer's name in a chart
 OF_CONTENT = (  # what a changed evaluation.json makes of its reading
     AttributeError, LookupError, TypeError, ValueError, ArithmeticError, StopIteration, UndefinedError, RecursionError,
 )  # fmt: skip
 SMALL = 256  # pixels of the side of a picture in the page's rows; a click shows it as it is
-
-Entry = Mapping[str, Any]
 
 
 class Row(NamedTuple):
@@ -60,9 +58,9 @@ def write_pages(path: Path) -> list[Path]:
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
         raise UserError(f"{path} is no evaluation: run python -m dpo.evaluate again")
-    page, table = path.with_name(PAGE), path.with_name(TABLE)
+    page, lines = path.with_name(PAGE), path.with_name(TABLE)
     try:
-        texts = {table: markdown(found), page: render(found)}
+        texts = {lines: markdown(found), page: render(found)}
     except OF_CONTENT as error:
         raise UserError(
             f"{path} is no evaluation of this version ({type(error).__name__}: {first_line(error)}): run python -m "
@@ -70,43 +68,7 @@ def write_pages(path: Path) -> list[Path]:
         ) from error
     for place, text in texts.items():
         write_text(place, well_formed(text), AGAIN)
-    return [page, table]
-
-
-def verdict(found: Entry, side: str) -> Verdict:
-    """The judgement on one side: what all of its scorers say together."""
-    entries = [entry for entry in found["results"] if entry["side"] == side]
-    base = found["sides"][0]["name"]
-    better = [entry for entry in entries if entry["paired"]["win_interval"][0] > 0.5]
-    worse = [entry for entry in entries if entry["paired"]["win_interval"][1] < 0.5]
-    sentences = [_sentence(entry, base) for entry in entries]
-    if not entries:
-        return Verdict("early", f"{side} was not scored.", [])
-    if better and worse:
-        return Verdict("mixed", f"The scorers disagree on {side}.", sentences)
-    if worse:
-        return Verdict("poor", f"{side} is worse than {base}.", sentences)
-    if len(better) == len(entries):
-        return Verdict("good", f"{side} is better than {base}.", sentences)
-    if better:
-        by = ", ".join(entry["scorer"] for entry in better)
-        return Verdict("mixed", f"{side} is better than {base} by {by}; the rest shows no difference.", sentences)
-    shown = max(entry["paired"]["detectable"] or 1.0 for entry in entries)
-    text = (
-        f"So many prompts show a win rate of {shown:.0%} four times in five; a smaller gain needs more."
-        if shown < 1
-        else "So few prompts cannot show any: draw more."
-    )
-    return Verdict("early", f"No difference between {side} and {base} can be shown.", [*sentences, text])
-
-
-def _sentence(entry: Entry, base: str) -> str:
-    paired = entry["paired"]
-    low, high = paired["win_interval"]
-    return (
-        f"By {entry['scorer']} its image beats that of {base} in {paired['win_rate']:.0%} of {paired['prompts']:,} prompts "
-        f"(95 % interval {low:.0%} to {high:.0%})."
-    )
+    return [page, lines]
 
 
 def rows(found: Entry) -> list[Row]:
@@ -167,22 +129,44 @@ def markdown(found: Entry) -> str:
     of_sets = SetRow("images", "score of the whole set", "value", f"difference to {base}", "better")
     said = " ".join(f"{verdict(found, name).headline}" for name in _others(found))
     about = "; ".join(f"{name}: {value}" for name, value in protocol(found))
-    tables = [_table(head, rows(found)), _table(of_sets, set_rows(found)), _ranked(found), _published(found)]
-    parts = [_cell(said), *tables, *map(_cell, [about, *found.get("warnings", [])])]
+    tables = [
+        table(head, rows(found)),
+        _best(found),
+        table(of_sets, set_rows(found)),
+        *_ranked(found),
+        _published(found),
+    ]
+    parts = [cell(said), *tables, *map(cell, [about, *found.get("warnings", [])])]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _ranked(found: Entry) -> str:
-    """The implicit preference accuracy of each side on labelled pairs, as a table; empty where none was asked for."""
-    lines = [
-        (
-            one["side"],
-            f"{one['accuracy']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})",
-            str(one["pairs"]),
-        )
-        for one in found.get("accuracy", [])
+def _best(found: Entry) -> str:
+    """The comparison with the base at its best guidance, as a table; empty where it was drawn with one."""
+    lines = [(side, scorer, base, row.difference, row.win_rate) for side, scorer, base, row in _at_best(found)]
+    return table(("model", "scorer", "base at its best guidance", "difference", "win rate"), lines)
+
+
+def _ranked(found: Entry) -> list[str]:
+    """The implicit preference accuracy of each side on labelled pairs, whole and by decile, as tables; empty where none was asked for."""
+    ranked = found.get("accuracy") or []
+    lines = [(one["side"], _accuracy(one), str(one["pairs"])) for one in ranked]
+    head = ("model", "implicit preference accuracy", "pairs")
+    return [table(head, lines), table(("accuracy by tenth of the clock", *TENTHS), by_tenth(found))]
+
+
+TENTHS = tuple(f"{10 * k} to {10 * k + 10} %" for k in range(DECILES))  # of the timesteps, from the cleanest on
+
+
+def _accuracy(one: Entry) -> str:
+    return f"{one['accuracy']:.3f} ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
+
+
+def by_tenth(found: Entry) -> list[list[str]]:
+    """The implicit accuracy of each side by tenth of the timesteps, as texts; empty where nothing was drawn."""
+    return [
+        [one["side"], *("" if part is None else f"{part:.2f}" for part in one.get("deciles") or [])]
+        for one in found.get("accuracy") or []
     ]
-    return _table(("model", "implicit preference accuracy", "pairs"), lines)
 
 
 def _published(found: Entry) -> str:
@@ -199,18 +183,7 @@ def _published(found: Entry) -> str:
         )
         for one in published["lines"]
     ]
-    return _table(("model", "scorer", "ours", published["title"], "difference", "apart in two papers"), lines)
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; empty without lines."""
-    whole = [head, ["---"] * len(head), *lines] if lines else []
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in whole)
-
-
-def _cell(text: str) -> str:
-    """A text on one line of Markdown that makes no cell, no tag and no link of it, and that a terminal may show."""
-    return SPECIAL.sub(lambda found: f"&#{ord(found[0])};", " ".join(printable(text).split()))
+    return table(("model", "scorer", "ours", published["title"], "difference", "apart in two papers"), lines)
 
 
 def _others(found: Entry) -> list[str]:
@@ -219,6 +192,8 @@ def _others(found: Entry) -> list[str]:
 
 def protocol(found: Entry) -> list[tuple[str, str]]:
     """How the images of the base were made, by field; what is not known is named so."""
+    if not found["results"] and not found.get("sets"):
+        return [("images", "none were needed")]
     known = found["sides"][0].get("protocol")
     if not known:
         return [("protocol", "not known: the images were drawn by another program")]
@@ -254,7 +229,7 @@ def render(found: Entry) -> str:
         for number, name in enumerate(_others(found))
     ]
     return template("evaluation.html").render(
-        title=f"Is it better than {found['sides'][0]['name']}?",
+        title=_title(found),
         base=found["sides"][0]["name"],
         sides=sides,
         rows=rows(found),
@@ -262,13 +237,21 @@ def render(found: Entry) -> str:
         protocol=protocol(found),
         everyone=found["sides"],
         sets=set_rows(found),
-        accuracy=found.get("accuracy") or [],
+        accuracy=[(one["side"], _accuracy(one), one["pairs"]) for one in found.get("accuracy") or []],
+        tenths=TENTHS,
+        by_tenth=by_tenth(found),
         published=found.get("published"),
         at_best=_at_best(found),
         warnings=found.get("warnings") or [],
         made=[(name, _value(value)) for name, value in (found.get("made") or {}).items()],
         large=pictures.large,
     )
+
+
+def _title(found: Entry) -> str:
+    base = found["sides"][0]["name"]
+    scored = found["results"] or found.get("sets")
+    return f"Is it better than {base}?" if scored else f"Whose preferences it has, beside {base}"
 
 
 def _tiles(found: Entry, side: str) -> list[Tile]:
@@ -306,7 +289,7 @@ def _wins(found: Entry, side: str) -> Callable[[Axes], None]:
         axes.set_ylim(-0.6, len(entries) - 0.4)
         names = [printable(entry["scorer"])[:LABEL] for entry in entries]
         axes.set_yticks(range(len(entries)), names, parse_math=False)
-        axes.set_xlabel("share of prompts won")
+        axes.set_xlabel("win rate (a tie counts one half)")
 
     return draw
 
@@ -372,8 +355,15 @@ def _examples(found: Entry, side: str, pictures: _Pictures) -> list[dict[str, An
 def headline(found: Entry) -> Sequence[str]:
     """The verdicts of all sides and the scores of their whole sets, a line each, for the console."""
     verdicts = [verdict(found, name) for name in _others(found)]
-    return [" ".join([judged.headline, *judged.sentences]) for judged in verdicts] + [
-        f"{row.scorer} of all images of {row.side}: {row.value}"
-        + (f", {row.difference} to {found['sides'][0]['name']} ({row.better} is better)" if row.difference else "")
-        for row in set_rows(found)
-    ]
+    return (
+        [" ".join([judged.headline, *judged.sentences]) for judged in verdicts]
+        + [
+            f"{row.scorer} of all images of {row.side}: {row.value}"
+            + (f", {row.difference} to {found['sides'][0]['name']} ({row.better} is better)" if row.difference else "")
+            for row in set_rows(found)
+        ]
+        + [
+            f"implicit preference accuracy of {one['side']} against {found['sides'][0]['name']}: {_accuracy(one)} on {one['pairs']:,} pairs"
+            for one in found.get("accuracy") or []
+        ]
+    )

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 
 LARGEST = 16384  # pixels of a side
+START = "start:"  # before the folder of a run: the model that it started from
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAMPLERS = ("model", "ddim", "ddpm", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc")
 

@@ -23,6 +23,7 @@ from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import MADE_FROM, read_made_from
 from dpo.pages.folder import CONFIG_FILE
+from dpo.sampling.flags import START
 from dpo.settings import config as settings
 from dpo.settings.flags import load_config
 from dpo.tiny import paths
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from dpo.drawing.draw import Pipeline
 
 EMBEDDED = "embedded"  # the pipeline inside the package
-START = "start:"  # before the folder of a run: the model that it started from
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXAMPLES = (
     "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
@@ -106,19 +106,17 @@ def settings_of(name: str) -> dict[str, Any]:
     return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
 
 
-def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> None:
-    """Raises UserError for a name that can stand for no model, and for a base given to what is no LoRA. Loads no weights.
+def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> bool:
+    """Whether a name stands for a LoRA. Raises UserError for one that can stand for no model. Loads no weights.
 
     What is on the hub is fetched: a model that is not to be had is found before another is drawn.
     """
     if not name.strip():
         raise UserError(f"no model to draw with: name {EXAMPLES}")
-    if _lora_file(name, lora_base, cache_dir) is not None:
-        return
-    named = settings_of(name)["model"]
-    locate(named, cache_dir=cache_dir)
-    if lora_base is not None:
-        raise UserError(f"--lora-base {lora_base}: {name} is a whole model, no LoRA; leave it out")
+    lora = _lora_file(name, lora_base, cache_dir)
+    wanted = settings_of(name) if lora is None else _config_of_lora(name, lora, lora_base)
+    locate(wanted["model"], cache_dir=cache_dir)
+    return lora is not None
 
 
 def _run_of(name: str, lora: Path | None, lora_base: str | None) -> Path | None:
@@ -140,7 +138,7 @@ def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: 
 def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
     """The file of a LoRA, where `name` is one: a folder without a pipeline, a file with a LoRA's names, or so asked."""
     path = Path(name).expanduser()
-    if name == EMBEDDED or (path / "model_index.json").is_file():
+    if name in (EMBEDDED, lora_base) or name.startswith(START) or (path / "model_index.json").is_file():
         return None
     if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
         is_lora = any(map(_names_lora, files))

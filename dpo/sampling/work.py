@@ -92,7 +92,7 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     if asked.layout is not None and asked.init_image is not None:
         raise UserError(f"--layout {asked.layout} wants images from prompts alone: leave --init-image out")
     init = _layouts(asked)
-    chosen = _prompts(asked, init)
+    chosen = prompts_of(asked, init)
     if asked.layout is not None:
         layouts.check(asked.layout, chosen.prompts, asked.seeds)
     device = device_of(asked.device)
@@ -114,7 +114,8 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
 
 def _check_asked(asked: Asked, chosen: PromptSet, init: Sequence[Layout]) -> None:
     """Raises UserError for what can be known to fail before hours of drawing."""
-    named.check(asked.model, asked.lora_base, asked.cache_dir)
+    if not named.check(asked.model, asked.lora_base, asked.cache_dir) and asked.lora_base is not None:
+        raise UserError(f"--lora-base {asked.lora_base}: {asked.model} is a whole model, no LoRA; leave it out")
     if asked.base is not None:
         named.check(asked.base, cache_dir=asked.cache_dir)
     count = len(chosen.prompts) * asked.seeds * max(1, len(asked.strength)) * max(1, len(init) if asked.prompts else 1)
@@ -135,7 +136,7 @@ def merge(folder: Path, parts: Sequence[Path], asked: Asked) -> list[Drawn]:
     asked: how many sheets, and a layout with the prompts that were drawn. Raises UserError where the parts differ in their
     protocol or were drawn from other prompts, or images are missing.
     """
-    chosen = _prompts(asked, ()) if asked.layout is not None else None
+    chosen = prompts_of(asked, ()) if asked.layout is not None else None
     make_folder(folder, "--output")
     with_base = any((part / BASE).is_dir() for part in parts)
     with locks.held(folder, "--output"):
@@ -277,7 +278,7 @@ def device_of(name: str) -> torch.device:
     return pick_device(name)
 
 
-def _prompts(asked: Asked, init: Sequence[Layout]) -> PromptSet:
+def prompts_of(asked: Asked, init: Sequence[Layout]) -> PromptSet:
     """The prompts that are asked for. Raises UserError."""
     if not asked.prompts and init:
         if asked.subset is not None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.stats import Z95
+from dpo.common.stats import Z95, at_most
 
 Interval = tuple[float, float]
 
@@ -61,6 +61,13 @@ class Worth(NamedTuple):
     limit: int  # images a prompt: at this bound the number is "at least"; at 1 it is "no more than a single image"
 
 
+class Besides(NamedTuple):
+    """An error of a mean that does not come from its prompts, but from few of something else: training seeds, raters."""
+
+    error: float  # standard error
+    freedom: int  # degrees of freedom that it was estimated with
+
+
 def paired(
     prompt: np.ndarray,
     a: np.ndarray,
@@ -97,8 +104,8 @@ def paired(
         median_b=float(np.median(b)),
         difference=_mean(differences),
         difference_interval=mean_interval(differences, seed=seed, resamples=resamples),
-        win_rate=_share(_mean(advantage)),
-        win_interval=_advantage_interval(advantage, len(prompt), seed, resamples),
+        win_rate=share(_mean(advantage)),
+        win_interval=advantage_interval(advantage, len(prompt), seed=seed, resamples=resamples),
         ties=_mean(cells.mean((sign == 0).astype(float))),
         p_sign=sign_test(plus, minus),
         detectable=detectable(cells.prompts),
@@ -162,7 +169,7 @@ def detectable(prompts: int) -> float | None:
     low, high = 0.5, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if _at_most(few, prompts, 1 - middle) >= POWER else (middle, high)
+        low, high = (low, middle) if at_most(few, prompts, 1 - middle) >= POWER else (middle, high)
     return high
 
 
@@ -203,9 +210,8 @@ def worth(
     if limit == 1 or (columns[:, 0] == columns[:, limit - 1]).all():
         return None
     n = _crossing(columns.mean(0, keepdims=True))[0]
-    drawn = np.sort(_crossing(_resampled(columns, _generator(seed, len(rows)), resamples)))
-    tail = _tail(len(drawn))
-    return Worth(float(n), (float(drawn[tail]), float(drawn[-1 - tail])), limit)
+    drawn = _crossing(resampled(columns, keyed(seed, len(rows)), resamples))
+    return Worth(float(n), percentiles(drawn), limit)
 
 
 # --- means inside prompts, then over them ------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ def _mean(values_TP: np.ndarray) -> float:
     return math.fsum(values_TP.ravel()) / values_TP.size
 
 
-def _share(advantage: float) -> float:
+def share(advantage: float) -> float:
     """The win rate 0..1 of an advantage -1..1 (wins less losses)."""
     return 0.5 + round(max(-1.0, min(1.0, advantage)) * GRID) / (2 * GRID)
 
@@ -262,16 +268,18 @@ def _share(advantage: float) -> float:
 # --- intervals ---------------------------------------------------------------------------------------------------------
 
 
-def _generator(seed: int, stream: int) -> np.random.Generator:
+def keyed(seed: int, stream: int) -> np.random.Generator:
+    """A generator of its own for each seed and stream."""
     return np.random.Generator(np.random.Philox(key=[seed % 2**64, stream]))
 
 
-def _tail(count: int) -> int:
-    """Draws outside of the interval on either side. Whole order statistics, so that mirrored draws mirror."""
-    return int((1 - LEVEL) / 2 * count)
+def percentiles(drawn: np.ndarray) -> Interval:
+    """The 95 % interval of resampled figures [R]. Whole order statistics, so that mirrored figures mirror."""
+    ordered, outside = np.sort(drawn), int((1 - LEVEL) / 2 * len(drawn))
+    return float(ordered[outside]), float(ordered[-1 - outside])
 
 
-def _resampled(values_PC: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
+def resampled(values_PC: np.ndarray, generator: np.random.Generator, resamples: int) -> np.ndarray:
     """Means of the columns over P rows drawn with replacement: [resamples, C]."""
     rows, columns = values_PC.shape
     step = max(1, AT_ONCE // (rows * columns))
@@ -282,73 +290,75 @@ def _resampled(values_PC: np.ndarray, generator: np.random.Generator, resamples:
     return np.concatenate(parts)
 
 
-def _seed_error(values_TP: np.ndarray) -> float:
-    """Standard error that the training seeds give the mean.
+def _seed_error(values_TP: np.ndarray) -> Besides | None:
+    """The error that the training seeds give the mean; None where there is none, or only one seed.
 
     Half of what the finite number of prompts explains of their spread is taken off: the prompts' own error has it
     already. With none taken off intervals of seeds that are alike cover 99 %, with all of it those of two seeds 87 %.
     """
     seeds, prompts = values_TP.shape
     if seeds == 1 or prompts == 1:
-        return 0.0
+        return None
     by_seed, by_prompt = values_TP.mean(1), values_TP.mean(0)
     rest = values_TP - by_seed[:, None] - by_prompt + values_TP.mean()
     noise = (rest**2).sum() / ((seeds - 1) * (prompts - 1))
-    return math.sqrt(max(0.0, by_seed.var(ddof=1) - noise / (2 * prompts)) / seeds)
+    error = math.sqrt(max(0.0, by_seed.var(ddof=1) - noise / (2 * prompts)) / seeds)
+    return Besides(error, seeds - 1) if error else None
 
 
-def mean_interval(values: np.ndarray, *, seed: int = 0, resamples: int = 4000) -> Interval | None:
-    """95 % interval of the mean of [P] over prompts, or of [T, P] over prompts and training seeds; None below five."""
+def mean_interval(
+    values: np.ndarray, *, seed: int = 0, resamples: int = 4000, besides: Besides | None = None
+) -> Interval | None:
+    """95 % interval of the mean of [P] over prompts, or of [T, P] over prompts and training seeds; None below five.
+
+    besides: another error than the prompts' and that of training seeds.
+    """
     values_TP = np.atleast_2d(values)
-    seeds, prompts = values_TP.shape
+    prompts = values_TP.shape[1]
     if prompts < FEWEST:
         return None
     mean = _mean(values_TP)
     centred = _means(values_TP) - mean
     spread = math.sqrt((centred**2).mean())
-    generator = _generator(seed, prompts)
-    moved, square = _resampled(np.stack([centred, centred**2], 1), generator, resamples).T
+    generator = keyed(seed, prompts)
+    moved, square = resampled(np.stack([centred, centred**2], 1), generator, resamples).T
     spreads = np.sqrt(np.maximum(square - moved**2, 0.0))
     # Where few prompts differ a resample may have no spread of its own; it is measured by the sample's.
     drawn = -moved / np.where(spreads > 1e-6 * spread, spreads, spread or 1.0) * spread
-    if error := _seed_error(values_TP):
-        shift = error * generator.standard_t(seeds - 1, size=resamples)
+    if other := besides or _seed_error(values_TP):
+        shift = other.error * generator.standard_t(other.freedom, size=resamples)
         drawn = np.concatenate([drawn + shift, drawn - shift])  # both signs: exact mirrors
-    drawn, tail = np.sort(drawn), _tail(len(drawn))
-    return float(mean + drawn[tail]), float(mean + drawn[-1 - tail])
+    return percentiles(mean + drawn)
 
 
-def _advantage_interval(values_TP: np.ndarray, images: int, seed: int, resamples: int) -> Interval:
-    """95 % interval of the win rate, from advantages [T, P] in -1..1."""
-    seeds, prompts = values_TP.shape
+def advantage_interval(
+    values: np.ndarray, comparisons: int, *, seed: int = 0, resamples: int = 4000, besides: Besides | None = None
+) -> Interval:
+    """95 % interval of the win rate, from the advantages (wins less losses) -1..1 of [P] prompts or [T, P].
+
+    comparisons: single ones in all. besides: as for `mean_interval`.
+    """
+    values_TP = np.atleast_2d(values)
+    prompts = values_TP.shape[1]
     mean = _mean(values_TP)
     # The spread between prompts, with one prompt more that is as far from the others as can be: where nearly all prompts
     # agree, the sample's own spread says little.
     of_prompts = (((_means(values_TP) - mean) ** 2).sum() + (1 - mean**2)) / prompts**2
-    of_seeds = _seed_error(values_TP) ** 2
+    other = besides or _seed_error(values_TP)
+    of_others = other.error**2 if other else 0.0
     count, z = float(prompts), Z95
-    if variance := of_prompts + of_seeds:
+    if variance := of_prompts + of_others:
         # As many single comparisons as have this variance: no image is more than one, nor a prompt less.
-        count = min(max((1 - mean**2) / variance, 0.0 if of_seeds else count), float(images))
-    if of_seeds:
-        generator = _generator(seed, prompts)
-        normal, student = generator.standard_normal(resamples), generator.standard_t(seeds - 1, size=resamples)
-        drawn = np.sort(np.abs(normal * math.sqrt(of_prompts) + student * math.sqrt(of_seeds)))
+        count = min(max((1 - mean**2) / variance, 0.0 if other else count), float(comparisons))
+    if other:
+        generator = keyed(seed, prompts)
+        normal, student = generator.standard_normal(resamples), generator.standard_t(other.freedom, size=resamples)
+        drawn = np.sort(np.abs(normal * math.sqrt(of_prompts) + student * math.sqrt(of_others)))
         z = float(drawn[-1 - int((1 - LEVEL) * resamples)]) / math.sqrt(variance)
     # Wilson's interval, written for wins less losses, where it is symmetric about 0.
     scale = 1 + z * z / count
     half = z / scale * math.sqrt((1 - mean**2) / count + z * z / count**2)
-    return _share(mean / scale - half), _share(mean / scale + half)
-
-
-def _at_most(few: int, count: int, p: float) -> float:
-    """Probability of at most `few` of `count`, each with probability p < 1."""
-    if p <= 0:
-        return 1.0
-    i = np.arange(1, few + 1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log(count - i + 1) - np.log(i))])
-    k = np.arange(few + 1)
-    return float(np.exp(logs + k * math.log(p) + (count - k) * math.log1p(-p)).sum())
+    return share(mean / scale - half), share(mean / scale + half)
 
 
 # --- best of n ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.hub import is_hub_id
 from dpo.common.words import excerpt, first_line
+from dpo.scorers import own
 from dpo.scorers.sets import SetScorer
+from dpo.scorers.towers import FILES, folder_of
 
 
 class Scorer(Protocol):
@@ -57,16 +60,18 @@ class Listed(NamedTuple):
     learned: tuple[str, ...] = ()  # pairs from whose labels it was trained
 
 
+IN_PACKAGE = "in the package"
+
 # (place: a local folder or file, None for the source; device; dtype of the towers; cache_dir of the hub) -> a scorer
 Opener = Callable[..., Scorer | SetScorer]
 
 LISTED: tuple[Listed, ...] = (
     Listed(
-        "tiny-a", "dpo.tiny.scorer:judge_a", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3,
+        "tiny-a", "dpo.tiny.scorer:judge_a", IN_PACKAGE, "Apache-2.0", 0.001, "0 to 3", resolution=1e-3,
         note="labelled the embedded pairs: use tiny-b to evaluate", labelled=("the embedded pairs",),
     ),
-    Listed("tiny-b", "dpo.tiny.scorer:judge_b", "in the package", "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
-    Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", "in the package", "Apache-2.0", 0.001, "0 or 1"),
+    Listed("tiny-b", "dpo.tiny.scorer:judge_b", IN_PACKAGE, "Apache-2.0", 0.001, "0 to 3", resolution=1e-3),
+    Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", IN_PACKAGE, "Apache-2.0", 0.001, "0 or 1"),
     Listed(
         "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
         note="learned from Pick-a-Pic, as models trained on those pairs are", learned=("Pick-a-Pic",),
@@ -113,8 +118,8 @@ LISTED: tuple[Listed, ...] = (
         note="how far apart the images of a prompt are; wants --seeds 2 or more",
     ),
     Listed(
-        "tiny-diversity", "dpo.tiny.scorer:diversity_b", "in the package", "Apache-2.0", 0.001, "0 to 2", of_set=True,
-        note="the same by what judge b sees; wants --seeds 2 or more",
+        "tiny-diversity", "dpo.tiny.scorer:diversity_b", IN_PACKAGE, "Apache-2.0", 0.001, "0 to 2", of_set=True,
+        note="how far apart the images of a prompt are by what judge b sees; wants --seeds 2 or more",
     ),
     Listed(
         "inception-tv", "dpo.scorers.inception:torchvision", "torchvision, converted", "BSD-3-Clause", 0.1, "1 to 1000",
@@ -150,12 +155,12 @@ def listing() -> str:
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
     ]
     notes = [f"{one.name}: {one.note}" for one in LISTED if one.note]
-    own = (
+    yours = (
         "Your own: package.module:attribute, an object (or a function that makes one) with name, fingerprint and score; "
         "one of a set has features too."
     )
     place = "NAME:PLACE takes the weights from a local folder or file."
-    return "\n".join([*lines, "", *notes, place, own])
+    return "\n".join([*lines, "", *notes, place, yours])
 
 
 def listed(name: str) -> Listed | None:
@@ -172,21 +177,15 @@ def opened(
     """
     known, (first, _, rest) = listed(name), name.partition(":")
     if known is not None:
+        if rest and known.source == IN_PACKAGE:
+            raise UserError(f"--scorers {name}: {known.name} lies in the package and takes no place")
         make = _attribute(known.make)
         return cast(Opener, make)(place=rest or None, device=device, dtype=dtype, cache_dir=cache_dir)
     if not rest:
         near = difflib.get_close_matches(first, [one.name for one in LISTED], 1)
-        hint = f"did you mean {near[0]}?" if near else "--scorers help lists them"
+        hint = f"did you mean {near[0]}?" if near else "python -m dpo.evaluate --scorers help lists them"
         raise UserError(f"--scorers {name}: there is no such scorer; {hint}")
-    found = _attribute(name)
-    try:
-        scorer = found if hasattr(found, "fingerprint") and not isinstance(found, type) else found()
-    except Exception as error:  # the user's own code
-        raise UserError(f"--scorers {name}: cannot be made ({first_line(error)})") from error
-    missing = [part for part in ("name", "fingerprint", "score") if not hasattr(scorer, part)]
-    if missing:
-        raise UserError(f"--scorers {name}: it has no {', '.join(missing)}; a scorer needs name, fingerprint and score")
-    return cast(Scorer, scorer)
+    return own.adopted(name, _attribute(name))
 
 
 def temperature_of(scorer: Scorer) -> float | None:
@@ -202,11 +201,24 @@ def temperature_of(scorer: Scorer) -> float | None:
     return float(value)
 
 
-def check(name: str, device: torch.device) -> None:
-    """Raises UserError for a name that is none, and for weights that must be named and are not there. Loads no others."""
+def check(name: str, device: torch.device, cache_dir: str | Path | None = None) -> str:
+    """The name that a scorer gives its scores, once it is known that it can be had.
+
+    The hub's weights are fetched, but not loaded; a user's own scorer is asked for two images. Raises UserError.
+    """
     known, place = listed(name), name.partition(":")[2]
-    if known is None or (known.converted and not (place and Path(place).expanduser().exists())):
+    if known is None:
+        found = opened(name, device=device)
+        assert isinstance(found, own.Own), "all that are not listed"
+        own.tried(found)
+        return found.name
+    if known.converted and not (place and Path(place).expanduser().exists()):
         opened(name, device=device)
+    if known.source == IN_PACKAGE and place:
+        opened(name, device=device)
+    if is_hub_id(known.source):
+        folder_of(known.name, place or known.source, cache_dir, FILES)
+    return known.name
 
 
 def _attribute(path: str) -> Any:

@@ -157,7 +157,7 @@ def loaded(
     """
     from transformers import CLIPModel
 
-    folder = _folder(name, place or source, cache_dir, FILES)
+    folder = folder_of(name, place or source, cache_dir, FILES)
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         raise UserError(
@@ -195,7 +195,7 @@ def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, cou
     from transformers import AutoTokenizer
 
     own = any((folder / file).is_file() for file in WORDS)
-    place = folder if own else _folder(name, words, cache_dir, TOKENIZER)
+    place = folder if own else folder_of(name, words, cache_dir, TOKENIZER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         last = max(tokenizer.get_vocab().values())
@@ -214,7 +214,8 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu()
 
 
-def _folder(name: str, place: str, cache_dir: str | None, files: Sequence[str]) -> Path:
+def folder_of(name: str, place: str, cache_dir: str | Path | None, files: Sequence[str]) -> Path:
+    """The folder with a scorer's files: `place`, or what is fetched from the hub. Raises UserError."""
     path = Path(place).expanduser()
     if path.is_dir():
         return path

@@ -7,11 +7,15 @@ import sys
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from dpo.evaluate import main
+from dpo.evaluate import _method, main
 from dpo.evaluating import work
 from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path
+from tests.help import worlds
+from tests.help.judges import TRIED
 from tests.help.pages import Page
 from tests.help.towers import save_tiny_clip
 
@@ -91,8 +95,9 @@ def test_two_folders_of_images(tmp_path, run, redness):
     page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
     assert "b is better than a" in page.text and "Largest gains by redness" in page.text
     assert "b is better than a" in (tmp_path / "out" / "evaluation.md").read_text("utf-8")
-    assert redness[1]() == 40
-    assert run(a, b, "--scorers", redness[0], output=tmp_path / "out")[0] == 0 and redness[1]() == 40, "from the cache"
+    assert redness[1]() == 40 + TRIED
+    assert run(a, b, "--scorers", redness[0], output=tmp_path / "out")[0] == 0
+    assert redness[1]() == 40 + 2 * TRIED, "from the cache, but for the trials"
 
 
 def test_a_folder_given_twice_is_no_better_than_itself_and_sides_mirror(tmp_path, run, redness):
@@ -163,7 +168,7 @@ def test_a_model_against_itself_has_the_same_set_scores_and_so_has_a_folder_of_i
     assert again["results"][0]["paired"] == found["results"][0]["paired"]
     seen = redness[1]()
     assert run(f"base={base}", f"again={base}", *draw, *scorers, output=tmp_path / "out")[2]["sets"] == found["sets"]
-    assert redness[1]() == seen, "from the cache"
+    assert redness[1]() == seen + 2 * TRIED, "from the cache, but for the two scorers' trials"
 
 
 def test_the_score_of_a_set_alone_and_what_falls(tmp_path, run, redness):
@@ -212,7 +217,8 @@ def test_a_scorer_that_labelled_the_pairs_of_a_side_is_a_warning(tmp_path, run, 
     words = ["start=embedded", f"aligned={tmp_path / 'aligned'}", *DRAW, "--scorers", "tiny-a", "tiny-b"]
     code, errors, found = run(*words, output=tmp_path / "out")
     assert code == 0, errors
-    (line,) = found["warnings"]
+    same, line = sorted(found["warnings"])
+    assert same == "3 of 3 images of aligned are those of start, pixel for pixel: is it another model?"
     assert line.startswith("tiny-a labelled the embedded pairs, which aligned was trained on: a gain by it is expected")
     assert sum(line in said for said in errors) == 1
     assert line in Page((tmp_path / "out" / "evaluation.html").read_text("utf-8")).text
@@ -260,6 +266,13 @@ def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness)
         (["a", "b", "--scorers", "tiny-b", "--guidance", "much"], "--guidance"),
         (["a", "b", "--scores", "x"], "expected NAME=TABLE"),
         (["a", "b", "--reproduce", "dde"], "no such table"),
+        (["SD1.5=embedded", "b=embedded", "--reproduce", "lpo", "--scorers", "tiny-b"], "has no numbers by tiny-b"),
+        (["embedded", "out/nothing", "--scorers", "tiny-b"], "there is no folder out/nothing here"),
+        (["embedded", "b=start:nothing", "--scorers", "tiny-b"], "nothing holds no run"),
+        (["embedded", "b=embedded", "--pairs", "nowhere"], "nowhere: no such file or folder"),
+        (["embedded", "b=embedded", "--scorers", "tiny-b", "tiny-b"], "its scores are called tiny-b"),
+        (["embedded", "b=embedded", "--scorers", "tiny-b:x"], "takes no place"),
+        (["embedded", "b=embedded", "--scorers", "tiny-b", "--prompts", "embedded:judge"], "did you mean embedded"),
         (["nowhere", "b", "--scorers", "tiny-b", "--prompts", "x"], "nowhere"),
         (["nowhere", "b", "--scorers", "imagereward", "--prompts", "x"], "imagereward: its weights are published as a"),
         (
@@ -274,6 +287,33 @@ def test_a_mistake_is_one_line(tmp_path, run, monkeypatch, words, said):
     code, errors, _ = run(*words)
     mine = [line for line in errors if line.startswith("dpo.evaluate: ")]
     assert code == 2 and len(mine) == 1 and said in mine[0]
+    assert not list(tmp_path.rglob("*.png")), "nothing is drawn"
+
+
+@pytest.mark.parametrize(
+    "words", [["--subset", "2"], ["--prompts", "a red circle"], ["--guidance", "1,2"], ["--seeds", "7"]]
+)
+def test_flags_of_a_drawing_mean_nothing_to_folders_of_images(tmp_path, run, words):
+    a, b = folder_of(tmp_path / "a", [10, 20]), folder_of(tmp_path / "b", [30, 20])
+    code, errors, _ = run(str(a), str(b), "--scorers", "tiny-b", *words, output=tmp_path / "out")
+    assert code == 2 and f"{words[0]} is of the drawing, and all sides are folders of images" in errors[-1]
+    code, errors, _ = run(str(a), str(b), "--pairs", "embedded", output=tmp_path / "out")
+    assert code == 2 and "--pairs needs models, and a is a folder of images" in errors[-1]
+
+
+def test_the_accuracy_on_pairs_alone_draws_nothing(world, tmp_path, run):
+    base, other = world("sd15"), tmp_path / "other"
+    shutil.copytree(base, other)
+    with safe_open(other / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) * 1.01 for name in file.keys()}  # noqa: SIM118  # no mapping
+    save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    pairs = worlds.make_pickapic(tmp_path / "pairs", 6)
+    code, errors, found = run(f"base={base}", f"dpo={other}", "--pairs", str(pairs), output=tmp_path / "out")
+    assert code == 0, errors
+    assert [one["side"] for one in found["accuracy"]] == ["dpo"] and not list((tmp_path / "out").rglob("*.png"))
+    assert any("implicit preference accuracy of dpo against base: " in line for line in errors)
+    page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
+    assert "By tenth of the timesteps" in page.text and "Is it better" not in page.text
 
 
 def test_without_a_run_the_way_to_one_is_said(tmp_path, run, monkeypatch):
@@ -297,3 +337,20 @@ def test_hostile_images_and_prompts_leave_the_page_whole(tmp_path, run, redness)
     assert "script" not in page.tags
     shutil.rmtree(a)
     assert run(a, b, "--scorers", redness[0], output=tmp_path / "out")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "seeds"),
+    [
+        ("runs/a", "a", {"a": "runs/a"}),
+        ("runs/a,runs/b", "a + b", {"a": "runs/a", "b": "runs/b"}),
+        ("dpo=runs/a,runs/b", "dpo", {"dpo 1": "runs/a", "dpo 2": "runs/b"}),
+        ("x=runs/a,y=runs/b", "x + y", {"x": "runs/a", "y": "runs/b"}),
+        ("with=,comma", "with=,comma", {"with=,comma": "with=,comma"}),
+    ],
+)
+def test_a_method_is_called_as_asked(tmp_path, monkeypatch, side, name, seeds):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "with=,comma").mkdir()
+    method = _method(side)
+    assert method.name == name and {one.name: one.place for one in method.seeds} == seeds

@@ -30,6 +30,10 @@ CORE = (
     "tests/dpo/pages/test_report.py::test_one_line_and_no_line_make_a_page_too",
     "tests/dpo/test_prepare.py::test_the_command_says_when_it_is_done_and_verifies",
     "tests/dpo/training/test_loop.py",
+    "tests/dpo/voting/test_answers.py",
+    "tests/dpo/voting/test_desk.py",
+    "tests/dpo/voting/test_server.py",
+    "tests/dpo/test_vote.py",
 )
 POSIX = ("resource", "termios", "fcntl", "pwd", "grp", "pty", "tty")
 SITE = "from tests.help.elsewhere import hide\nhide()\n"

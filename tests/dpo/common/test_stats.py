@@ -1,10 +1,11 @@
-"""dpo.common.stats: Wilson's interval against textbook values and its own definition."""
+"""dpo.common.stats: intervals against textbook values, scipy, and their own definitions."""
 
 import math
 
 import pytest
+from scipy.stats import binom, binomtest
 
-from dpo.common.stats import share_interval
+from dpo.common.stats import at_most, exact_interval, share_interval
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,20 @@ def test_the_embedded_worlds_printed_figures_do_not_depend_on_the_digits_of_z():
     """Its record says 0.887 (0.829 to 0.928) of 160 prompts, once computed with z = 1.96."""
     for z in (1.96, 1.959964):
         assert [f"{end:.3f}" for end in share_interval(142, 160, z)] == ["0.829", "0.928"]
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (7, 7), (3, 7), (1, 400), (230, 400), (4000, 9000)])
+def test_the_exact_interval_is_clopper_and_pearsons(hits, count):
+    expected = binomtest(hits, count).proportion_ci(method="exact")
+    assert exact_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_the_exact_interval_by_hand():
+    """Of 10 hits in 10 the lower end is the tenth root of 0.025; of nothing nothing is known."""
+    assert exact_interval(10, 10) == pytest.approx((0.025**0.1, 1.0))
+    assert exact_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("few", "count", "p"), [(0, 5, 0.2), (5, 5, 0.9), (3, 40, 0.1), (500, 1000, 0.5), (2, 9, 0.0)])
+def test_at_most_is_the_binomial_distribution(few, count, p):
+    assert at_most(few, count, p) == pytest.approx(binom.cdf(few, count, p))

@@ -10,8 +10,16 @@ from dpo.evaluating.flags import check_scorers, named, table
 
 @pytest.mark.parametrize(
     ("text", "name", "place"),
-    [("a=runs/b", "a", "runs/b"), ("runs/b", "b", "runs/b"), ("owner/model", "model", "owner/model"), (" a = b ", "a", "b"), ("a=b=c", "a", "b=c")],
-)  # fmt: skip
+    [
+        ("a=runs/b", "a", "runs/b"),
+        ("runs/b", "b", "runs/b"),
+        ("owner/model", "model", "owner/model"),
+        (" a = b ", "a", "b"),
+        ("a=b=c", "a", "b=c"),
+        ("start:runs/b", "start of b", "start:runs/b"),
+        ("s=start:b", "s", "start:b"),
+    ],
+)
 def test_a_side(text, name, place):
     assert named(text) == (name, place)
 
@@ -31,6 +39,21 @@ def test_a_table():
 
 def test_scorers_are_looked_for_before_anything_is_done():
     check_scorers([])
-    check_scorers(["tiny-a", "pickscore"])
+    check_scorers(["tiny-a", "tiny-b"])
+    with pytest.raises(UserError, match="pickscore: cannot get .* from the hub"):
+        check_scorers(["tiny-a", "pickscore"])
+    with pytest.raises(UserError, match="^--evaluate tiny-c: there is no such scorer; did you mean tiny-"):
+        check_scorers(["tiny-c"], flag="--evaluate")
     with pytest.raises(UserError, match="did you mean tiny-"):
         check_scorers(["tiny-a", "tiny-c"])
+
+
+@pytest.mark.parametrize(
+    ("names", "tables"),
+    [(["tiny-b", "tiny-b"], []), (["tiny-b"], ["tiny-b"]), (["tiny-b", "tests.help.judges:Impostor"], [])],
+)
+def test_two_scorers_of_one_name_are_refused(names, tables):
+    """Their numbers would stand under one name, one in place of the other."""
+    with pytest.raises(UserError, match="its scores are called tiny-b, as those of "):
+        check_scorers(names, tables)
+    check_scorers(["tiny-a", "tiny-b", "tests.help.judges:Grey"], ["another"])

@@ -42,4 +42,7 @@ def test_what_is_not_there_is_one_line():
     with pytest.raises(UserError, match="--reproduce dde: no such table; there are lpo, spo"):
         reproduce.table("dde")
     with pytest.raises(UserError, match=r"none of these models: call one NAME=MODEL, with a name of SD1\.5, "):
-        reproduce.beside(reproduce.table("spo"), {"mine": {"pickscore": 1.0}})
+        reproduce.check(reproduce.table("spo"), ["mine"], ["pickscore"])
+    with pytest.raises(UserError, match="--reproduce spo has no numbers by tiny-b: it has those by pickscore, "):
+        reproduce.check(reproduce.table("spo"), ["SD1.5", "mine"], ["tiny-b"])
+    reproduce.check(reproduce.table("spo"), ["SD1.5", "mine"], ["tiny-b", "pickscore"])

@@ -94,5 +94,6 @@ def test_scorers_that_disagree_are_said(signs, line):
         entries.append(
             compared(a, Group("b", (b,)), replace(MEASURE, name=name), {(s, name): v for (s, _), v in found.items()})
         )
+    adjusted(entries)
     said = cautions(entries, [])
     assert [line in words for words in said] == [True] if line else said == []

@@ -7,58 +7,11 @@ import pytest
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.pages.evaluation import headline, markdown, render, verdict, write_pages
+from dpo.pages.evaluation import headline, markdown, render, write_pages
+from tests.help.evaluations import entry, evaluation, paired
 from tests.help.pages import Page, look
 
 EVIL = '</td><script>alert(1)</script><img src="http://x.example/" onerror="x"> | {{ 7 * 6 }} & "'
-
-
-def paired(win=(0.62, 0.57, 0.67), difference=(0.43, 0.31, 0.55)):
-    return {
-        "prompts": 500, "images": 500, "mean_a": 20.56, "mean_b": 20.99, "median_a": 20.5, "median_b": 21.0,
-        "difference": difference[0], "difference_interval": difference[1:], "win_rate": win[0], "win_interval": win[1:],
-        "ties": 0.01, "p_sign": 1e-4, "detectable": 0.56,
-    }  # fmt: skip
-
-
-def entry(scorer="pickscore", side="dpo", **more):
-    found = {"side": side, "scorer": scorer, "paired": paired(), "p": 2e-4, "categories": {}, "gains": [], "losses": []}
-    return found | {"worth": None} | more
-
-
-def evaluation(*results, base="start", prompt="a fox"):
-    names = list(dict.fromkeys([base, *(one["side"] for one in results)]))
-    sides = [
-        {"name": name, "place": f"runs/{name}", "images": 500, "prompts": 500, "unusable": [], "flat": [],
-         "protocol": {"sampler": "DDIM", "steps": 20, "guidance": 5.0}}
-        for name in names
-    ]  # fmt: skip
-    scorers = [{"name": one["scorer"], "fingerprint": "ab12", "scale": "20..23", "note": ""} for one in results]
-    scorers.append({"name": "fid", "fingerprint": "ab12", "scale": "", "note": "", "higher_is_better": False})
-    return {"format": 1, "sides": sides, "scorers": scorers, "results": list(results), "warnings": [prompt], "made": {}}
-
-
-WORSE, NONE = paired((0.4, 0.35, 0.45), (-0.4, -0.5, -0.3)), paired((0.51, 0.46, 0.55), (0.01, -0.1, 0.1))
-
-
-@pytest.mark.parametrize(
-    ("results", "level", "words"),
-    [
-        ([entry()], "good", "dpo is better than start"),
-        ([entry(paired=WORSE)], "poor", "dpo is worse than start"),
-        ([entry(paired=NONE)], "early", "No difference between dpo and start can be shown"),
-        ([entry(), entry("hpsv2.1", paired=WORSE)], "mixed", "The scorers disagree on dpo"),
-        ([entry(), entry("hpsv2.1", paired=NONE)], "mixed", "better than start by pickscore; the rest"),
-    ],
-)
-def test_one_verdict(results, level, words):
-    found = verdict(evaluation(*results), "dpo")
-    assert found.level == level and words in found.headline
-    assert all(str(f"{one['paired']['win_rate']:.0%}") in " ".join(found.sentences) for one in results)
-
-
-def test_what_could_have_been_shown_is_said():
-    assert "a win rate of 56% four times in five" in " ".join(verdict(evaluation(entry(paired=NONE)), "dpo").sentences)
 
 
 def test_the_table_has_a_row_for_each_side_and_scorer():
@@ -113,6 +66,15 @@ def test_scores_of_sets_have_a_table_and_a_line_each():
     assert "Scores of the whole set" in page.text and "The figures" not in page.text
 
 
+ACCURACY = {
+    "side": "dpo",
+    "accuracy": 0.608,
+    "interval": [0.59, 0.62],
+    "pairs": 1000,
+    "deciles": [0.5, None, *[0.6] * 8],
+}
+
+
 def rich(pictures, prompt="a fox"):
     """An evaluation with everything that a page can show."""
     gains, losses = (
@@ -134,7 +96,7 @@ def rich(pictures, prompt="a fox"):
     return found | {
         "published": {"title": "LPO", "source": "arXiv 2502.01051", "protocol": {"seeds": "unstated"}, "lines": [line]},
         "sets": SETS,
-        "accuracy": [{"side": "dpo", "accuracy": 0.608, "interval": [0.59, 0.62], "pairs": 1000}],
+        "accuracy": [ACCURACY],
     }
 
 
@@ -145,13 +107,17 @@ def test_the_page_stands_alone_and_is_whole(pictures):
     assert len(page.ids) == len(set(page.ids))
     order = ["dpo is better than start", "Win rate by pickscore", "Worth by pickscore", "The figures", "by category",
              "Largest gains", "Largest losses", "Scores of the whole set", "+2", "Implicit preference accuracy",
-             "Beside published numbers", "seeds unstated",
+             "By tenth of the timesteps", "Beside published numbers", "seeds unstated",
              "Against the base at its best guidance", "0.550", "What was compared"]  # fmt: skip
     places = [page.text.index(part) for part in order]
     assert places == sorted(places)
     assert page.tags.count("img") == 4 + 4, "each small in its row and once large"
     lines = markdown(rich(pictures)).splitlines()
     assert "| dpo | 0.608 (0.590 to 0.620) | 1000 |" in lines
+    assert "| dpo | 0.50 |  | " + "0.60 | " * 7 + "0.60 |" in lines
+    assert (
+        "| dpo | pickscore | start, guidance 7.5 | +0.43 (+0.31 to +0.55) | 0.550 (0.500 to 0.600), 1% ties |" in lines
+    )
     assert "| SD1.5 | pickscore | 20.5 | 20.56 | -0.06 | 0.03 |" in lines
 
 
@@ -166,7 +132,7 @@ def test_nothing_of_the_users_is_markup(pictures):
     assert "script" not in page.tags and all(ref.startswith(("data:", "#")) for ref in page.refs)
     assert "{{ 7 * 6 }}" in page.text
     lines = [line for line in markdown(found).splitlines() if line.startswith("|")]
-    assert [line.count("|") - line.count("\\|") for line in lines] == [8] * 3 + [6] * 5 + [4] * 3 + [7] * 3
+    assert [line.count("|") - line.count("\\|") for line in lines] == [8] * 3 + [6] * 8 + [4] * 3 + [12] * 3 + [7] * 3
 
 
 def test_a_browser_shows_it(pictures, tmp_path):
@@ -183,3 +149,14 @@ def test_written_beside_the_figures(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="python -m dpo.evaluate again"):
             write_pages(path)
+
+
+def test_an_accuracy_alone_is_no_verdict_on_images():
+    found = evaluation() | {"accuracy": [ACCURACY], "scorers": []}
+    found["sides"].append({**found["sides"][0], "name": "dpo", "images": 0, "protocol": None})
+    page = Page(render(found))
+    assert "Whose preferences it has, beside start" in page.text and "Is it better" not in page.text
+    assert "Scorers" not in page.text and "another program" not in page.text and "0.608" in page.text
+    assert list(headline(found)) == [
+        "implicit preference accuracy of dpo against start: 0.608 (0.590 to 0.620) on 1,000 pairs"
+    ]

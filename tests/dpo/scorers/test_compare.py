@@ -10,7 +10,17 @@ from scipy import stats
 from dpo.common.errors import UserError
 from dpo.common.stats import share_interval
 from dpo.scorers import compare
-from dpo.scorers.compare import by_category, detectable, holm, paired, sign_test, worth
+from dpo.scorers.compare import (
+    Besides,
+    advantage_interval,
+    by_category,
+    detectable,
+    holm,
+    mean_interval,
+    paired,
+    sign_test,
+    worth,
+)
 
 
 def table(seed=0, prompts=30, images=3, decimals=1):
@@ -101,6 +111,21 @@ def test_the_interval_of_a_difference_is_the_studentised_bootstrap_of_scipys_par
     pivots = (again.mean(1) - x.mean()) / stats.sem(again, axis=1)
     expected = x.mean() - np.quantile(pivots, [0.975, 0.025]) * stats.sem(x)
     assert found.difference_interval == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("interval", [mean_interval, lambda values, **more: advantage_interval(values, 400, **more)])
+def test_an_error_besides_the_prompts_is_added_as_students_t(interval):
+    """A large one leaves its own interval, a small one that of the prompts; both mirror."""
+    values = np.random.default_rng(0).uniform(-1, 1, 400)
+    width = {
+        error: float(np.diff(interval(values, besides=Besides(error, 4), resamples=20_000))[0]) for error in (1e-9, 0.1)
+    }
+    plain = float(np.diff(interval(values, resamples=20_000))[0])
+    scale = 1 if interval is mean_interval else 0.5  # of an advantage, and of the share that it is
+    assert width[1e-9] == pytest.approx(plain, rel=0.03)
+    assert width[0.1] == pytest.approx(2 * stats.t.ppf(0.975, 4) * 0.1 * scale, rel=0.12)
+    one, other = (interval(sign * values, besides=Besides(0.05, 2)) for sign in (1, -1))
+    assert one == tuple(end if interval is mean_interval else 1 + end for end in (-other[1], -other[0]))
 
 
 # --- mirrors and keys ---------------------------------------------------------------------------------------------------

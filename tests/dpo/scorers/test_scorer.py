@@ -69,11 +69,12 @@ def test_a_users_own_by_import_path(own):
     ("name", "words"),
     [
         ("tiny-c", "there is no such scorer; did you mean tiny-"),
-        ("zzz", "there is no such scorer; --scorers help lists them"),
+        ("zzz", "there is no such scorer; python -m dpo.evaluate --scorers help lists them"),
         ("my_scorers:Nothing", "cannot be imported"),
         ("no.such.module:thing", "cannot be imported"),
         ("my_scorers:Without", "it has no fingerprint, score; a scorer needs"),
-        ("my_scorers:broken", "cannot be made"),
+        ("my_scorers:broken", "it has no name, fingerprint, score; a scorer needs"),
+        ("tiny-b:README.md", "lies in the package and takes no place"),
     ],
 )
 def test_a_name_that_is_none_is_one_line(own, name, words):

@@ -1,0 +1,88 @@
+"""What a user asks to evaluate, and whether it can be done: looked at before anything is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from dpo.common.errors import UserError
+from dpo.data.sources import open_source
+from dpo.drawing import images
+from dpo.evaluating.flags import Method, Named
+from dpo.evaluating.sides import is_of_images
+from dpo.sampling import model
+from dpo.sampling import work as sampling
+from dpo.settings.config import Config, change
+from dpo.tiny import paths
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to evaluate."""
+
+    base: Named
+    others: tuple[Method, ...]
+    draw: sampling.Asked  # how the models are drawn; its `model` is put in for each
+    scorers: tuple[str, ...]
+    tables: tuple[tuple[str, Path], ...] = ()  # scores of other programs, by name
+    captions: Path | None = None  # prompts of folders that somebody else made
+    guidance: tuple[float, ...] = ()  # the base is drawn with each; the rest with the first
+    pairs: str | None = None  # labelled, for the implicit accuracy
+    split: str | None = None
+    half: bool = False  # towers of the scorers in bf16
+    reproduce: str | None = None  # a published table
+    command: str = ""  # as it was given, for the result
+
+    @property
+    def models(self) -> list[Named]:
+        """All that is compared, the base first."""
+        return [self.base, *(named for method in self.others for named in method.seeds)]
+
+
+OF_SCORING = (
+    "model",
+    "device",
+    "lora_base",
+    "cache_dir",
+    "sheets",
+)  # of what is asked of the drawing, used without it too
+
+
+def checked(asked: Asked) -> Config | None:
+    """The settings of the implicit accuracy, where it is asked for. Raises UserError for what must fail later.
+
+    Looks at every side, at the pairs, and for flags of a drawing that nothing is drawn by.
+    """
+    drawn = [named for named in asked.models if not _has_images(Path(named.place).expanduser())]
+    for named in drawn:
+        model.check(named.place, asked.draw.lora_base, asked.draw.cache_dir)
+    plain = sampling.Asked(model="")
+    given = [one.name for one in fields(plain) if getattr(asked.draw, one.name) != getattr(plain, one.name)]
+    if not drawn and asked.reproduce is None and (idle := [name for name in given if name not in OF_SCORING]):
+        raise UserError(
+            f"--{idle[0].replace('_', '-')} is of the drawing, and all sides are folders of images, which are taken whole: leave it out"
+        )
+    if asked.pairs is None:
+        return None
+    if len(drawn) < len(asked.models):
+        name = next(named.name for named in asked.models if named not in drawn)
+        raise UserError(f"--pairs needs models, and {name} is a folder of images: leave it or --pairs out")
+    return _of_pairs(asked)
+
+
+def _has_images(place: Path) -> bool:
+    """Whether a folder's images are compared as they are: a set of dpo.sample's, or another program's."""
+    return (place / images.PROTOCOL).is_file() or is_of_images(place)
+
+
+def _of_pairs(asked: Asked) -> Config:
+    """The settings by which the pairs are read. Raises UserError where they cannot be."""
+    from dpo.settings.flags import parse
+
+    place = str(paths.validation_pairs_path()) if asked.pairs == model.EMBEDDED else str(asked.pairs)
+    flags = ["--data", place, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
+    flags += ["--split", asked.split] if asked.split else []
+    base = model.settings_of(asked.base.place)
+    config, _ = parse([*flags, "--model", base["model"]])
+    open_source(config.data)
+    return change(config, **base)

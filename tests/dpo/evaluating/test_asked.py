@@ -1,0 +1,55 @@
+"""dpo.evaluating.asked: what must fail is found before anything is drawn."""
+
+import pytest
+from PIL import Image
+
+from dpo.common.errors import UserError
+from dpo.evaluating.asked import Asked, checked
+from dpo.evaluating.flags import Method, Named
+from dpo.sampling import work as sampling
+
+
+def asked(base, *others, **more):
+    """What is asked for of sides by place."""
+    methods = tuple(Method(place, (Named(place, str(place)),)) for place in others)
+    draw = sampling.Asked(model="", **more.pop("draw", {}))
+    return Asked(Named("base", str(base)), methods, draw, ("tiny-b",), **more)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    return tmp_path / "pictures"
+
+
+def test_what_is_compared_comes_in_its_order():
+    found = asked("a", "b", "c")
+    assert [named.place for named in found.models] == ["a", "b", "c"]
+
+
+def test_models_and_folders_of_images_pass(world, pictures):
+    assert checked(asked(world("sd15"), pictures, draw={"steps": 3})) is None
+    assert checked(asked(pictures, pictures)) is None
+
+
+@pytest.mark.parametrize("side", ["nowhere", "start:nowhere"])
+def test_a_side_that_is_not_there_is_refused(world, side):
+    with pytest.raises(UserError):
+        checked(asked(world("sd15"), side))
+
+
+def test_the_model_under_a_lora_is_no_lora(world, tmp_path, pictures):
+    """A base by its name is not taken for the LoRA whose base it is."""
+    with pytest.raises(UserError, match="there is no folder owner/name here"):
+        checked(asked("owner/name", world("sd15"), draw={"lora_base": "owner/name"}))
+
+
+def test_the_pairs_are_looked_at(world, pictures):
+    config = checked(asked(world("sd15"), world("sd15"), pairs=world("pairs")))
+    assert config.data.data == world("pairs") and config.model.model == world("sd15")
+    assert "validation" in str(checked(asked("embedded", "embedded", pairs="embedded")).data.data)
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        checked(asked(world("sd15"), world("sd15"), pairs="nowhere"))
+    with pytest.raises(UserError, match="--pairs needs models, and base is a folder of images"):
+        checked(asked(pictures, world("sd15"), pairs=world("pairs")))
