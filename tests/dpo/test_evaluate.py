@@ -14,6 +14,7 @@ from dpo.evaluate import _method, main
 from dpo.evaluating import work
 from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path
+from tests.help import worlds
 from tests.help.judges import TRIED
 from tests.help.pages import Page
 from tests.help.towers import save_tiny_clip
@@ -306,14 +307,11 @@ def test_the_accuracy_on_pairs_alone_draws_nothing(world, tmp_path, run):
     with safe_open(other / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         weights = {name: file.get_tensor(name) * 1.01 for name in file.keys()}  # noqa: SIM118  # no mapping
     save_file(weights, other / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    code, errors, found = run(
-        f"base={base}", f"dpo={other},{other}", "--pairs", world("pairs"), output=tmp_path / "out"
-    )
+    pairs = worlds.make_pickapic(tmp_path / "pairs", 6)
+    code, errors, found = run(f"base={base}", f"dpo={other}", "--pairs", str(pairs), output=tmp_path / "out")
     assert code == 0, errors
-    assert [one["side"] for one in found["accuracy"]] == ["dpo 1", "dpo 2"] and not list(
-        (tmp_path / "out").rglob("*.png")
-    )
-    assert any("implicit preference accuracy of dpo 1 against base: " in line for line in errors)
+    assert [one["side"] for one in found["accuracy"]] == ["dpo"] and not list((tmp_path / "out").rglob("*.png"))
+    assert any("implicit preference accuracy of dpo against base: " in line for line in errors)
     page = Page((tmp_path / "out" / "evaluation.html").read_text("utf-8"))
     assert "By tenth of the timesteps" in page.text and "Is it better" not in page.text
 

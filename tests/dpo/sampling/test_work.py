@@ -48,12 +48,12 @@ def test_each_layout_with_each_prompt_or_with_its_own(tmp_path):
 def test_the_embedded_models_own_prompts_and_seeds(tmp_path):
     from dpo.tiny.prompts import prompts
 
-    chosen = work._prompts(Asked("embedded"), [])
+    chosen = work.prompts_of(Asked("embedded"), [])
     rows = prompts("report")
     assert [(one.text, one.seed) for one in chosen.prompts] == list(zip(rows.captions, rows.seeds, strict=True))
-    assert work._prompts(Asked("m", prompts=("embedded:tuning",)), []).about != chosen.about
+    assert work.prompts_of(Asked("m", prompts=("embedded:tuning",)), []).about != chosen.about
     with pytest.raises(UserError, match="--prompts"):
-        work._prompts(Asked("m"), [])
+        work.prompts_of(Asked("m"), [])
 
 
 def test_the_protocol_says_what_decides_the_pixels(world, tmp_path):
