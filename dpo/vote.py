@@ -296,7 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="WHAT=SHARE",
-        help="what leaves a rater out of the report's second result: a smaller share of broken images told from sound ones (broken, "
+        help="what leaves a rater out, where the report does not count everybody: a smaller share of broken images told from sound ones (broken, "
         "default 0.75), or of repeats answered alike (repeats, default 0)",
     )
     add("--seed", type=flags.above(-1), default=0, metavar="N", help="of all that is chosen by a hash")
