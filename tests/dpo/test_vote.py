@@ -176,7 +176,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         ([tmp_path / "study", "--no-tie"], "leave out --tie"),
         ([*sides, "--output", tmp_path / "file.txt"], "a file is there; name a folder"),
         ([*sides, "--output", sides[0]], "holds other files"),
-        ([*sides, *out, "--votes", 0], "0 is below 1"),
+        ([*sides, *out, "--votes", 0], "--votes: 0 is below 1"),
         ([*sides, *out, "--repeats", "0.7"], "expected a share from 0 to 0.5"),
         ([*sides, *out, "--repeats", "nan"], "expected a share from 0 to 0.5"),
         ([*sides, *out, "--rule", "broken=2"], "--rule 'broken=2': expected broken=SHARE"),
