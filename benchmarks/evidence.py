@@ -37,6 +37,11 @@ CLAIMS = (
     Claim("the whole of DDE beats its single-shot weight alone", ["dde"], ["dde-single"]),
     Claim("stepwise estimation alone is weaker than the whole of DDE", ["dde"], ["dde-step"]),
     Claim("uniform credit beats discounted credit", ["dpo"], ["discounted"]),
+    Claim(
+        "AI feedback (labels of the judge whose taste drew them) beats the noisy labels",
+        ["dpo, judged labels"],
+        ["dpo"],
+    ),
     Claim("t in [200, 700) alone beats all timesteps", ["dpo, t in [200, 700)"], ["dpo"]),
     Claim("middle segments, [200, 700), beat the outer ones", SEGMENTS[2:7], SEGMENTS[:2] + SEGMENTS[7:]),
 )

@@ -26,7 +26,6 @@ ROWS: dict[str, list[str]] = {
     "dpo, soft labels": DPO,
     "dpo, swapped labels": DPO,
     "dpo, judged labels": DPO,
-    "dde-single, judged labels": ["--method", "dde-single", "--beta", "200"],
     "dde-single, soft labels": ["--method", "dde-single", "--beta", "200"],
     "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.5", "--scheduler", "cosine"],
 }

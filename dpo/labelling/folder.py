@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from dpo.common.errors import UserError
 from dpo.common.files import remove, sweep
-from dpo.common.words import excerpt, listed
+from dpo.common.words import SHOWN, listed
 from dpo.data import labelled
 from dpo.labelling import summary
 from dpo.labelling.asked import Asked
@@ -48,13 +50,13 @@ def begin(asked: Asked, folder: Path) -> bool:
         raise UserError(f"{data} holds {listed(strange)}, which python -m dpo.label did not make: move it elsewhere")
     was = known.get("asked", {})
     differ = [name for name in {**was, **said} if was.get(name) != said.get(name)]
-    if differ and asked.overwrite:
+    if differ and (asked.overwrite or not _visible(data)):
         _clear(folder, asked)
         return False
     if differ:
         name = differ[0]
         raise UserError(
-            f"--output {folder} holds labels made otherwise ({name}: {excerpt(was.get(name))} there, {excerpt(said.get(name))} now): "
+            f"--output {folder} holds labels made otherwise ({name}: {_shown(was.get(name))} there, {_shown(said.get(name))} now): "
             "name another folder, or --overwrite them and keep their scores"
         )
     whole = known.get("finished") and all((data / name).is_file() for name in known.get("files", []))
@@ -71,6 +73,10 @@ def _clear(folder: Path, asked: Asked) -> None:
         remove(path)
 
 
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:SHOWN]
+
+
 def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
@@ -84,7 +90,7 @@ def check_source(asked: Asked, folder: Path, items: Items) -> bool:
     was = known.get("source")
     if was == items.fingerprint:
         return True
-    if was is not None and not asked.overwrite:
+    if was is not None and _visible(folder / labelled.FOLDER) and not asked.overwrite:
         raise UserError(f"--output {folder} holds labels of other pairs: name another folder, or --overwrite them")
     if was is not None:
         _clear(folder, asked)

@@ -5,9 +5,11 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import evidence, study
+from dpo.tiny import paths
 from tests.help.fake_run import write_run
 
 
@@ -177,10 +179,6 @@ def test_report_without_running_anything(path, tmp_path, capsys):
 
 
 def test_soft_labels_are_the_taste_s_probabilities(tmp_path):
-    import pyarrow.parquet as pq
-
-    from dpo.tiny import paths
-
     hard = pq.read_table(paths.train_pairs_path(), columns=["label_0"])["label_0"].to_numpy()
     table = pq.read_table(study.soft_pairs(tmp_path / "soft.parquet"), columns=["label_0", "label_1"])
     first, second = table["label_0"].to_numpy(), table["label_1"].to_numpy()
@@ -190,10 +188,6 @@ def test_soft_labels_are_the_taste_s_probabilities(tmp_path):
 
 
 def test_swapped_labels_are_the_shipped_ones_the_other_way_round(tmp_path):
-    import pyarrow.parquet as pq
-
-    from dpo.tiny import paths
-
     shipped = pq.read_table(paths.train_pairs_path())
     table = pq.read_table(study.swapped_pairs(tmp_path / "swapped.parquet"))
     assert table["label_0"].to_pylist() == shipped["label_1"].to_pylist() != shipped["label_0"].to_pylist()
@@ -201,3 +195,21 @@ def test_swapped_labels_are_the_shipped_ones_the_other_way_round(tmp_path):
     assert table["jpg_0"].to_pylist() == shipped["jpg_0"].to_pylist()
     stores = {row: study.store_of(tmp_path, row).name for row in ("dpo", "dpo, soft labels", "dpo, swapped labels")}
     assert list(stores.values()) == ["store", "store-soft", "store-swapped"]
+
+
+def test_rows_of_other_labels_have_stores_of_their_own(tmp_path):
+    rows = [row for row in study.ROWS if study.labels_of(row)]
+    assert {study.labels_of(row) for row in rows} == set(study.LABELS)
+    assert len({study.store_of(tmp_path, row) for row in [*rows, "dpo"]}) == 1 + len(study.LABELS)
+
+
+@pytest.mark.slow
+def test_judged_labels_are_those_of_the_labelling_judge(tmp_path):
+    folder = study.labelled_pairs(tmp_path / "judged.parquet")
+    table = pq.read_table(folder / "data")
+    shipped = pq.read_table(paths.train_pairs_path())
+    assert table["image_0_uid"].to_pylist() == shipped["image_0_uid"].to_pylist()
+    first, old = table["label_0"].to_numpy(), table["old_label_0"].to_numpy()
+    apart = table["score_0"].to_numpy() - table["score_1"].to_numpy()
+    assert ((first == (apart > 0)) | (abs(apart) <= 1e-3)).all() and (old == shipped["label_0"].to_numpy()).all()
+    assert 0.7 < (first == old).mean() < 0.95, "people are noisy"

@@ -17,6 +17,7 @@ from dpo.data import labelled as sets
 from dpo.data.sources import describe, open_source
 from dpo.data.writing import Judged, write_pairs
 from dpo.labelling import written
+from dpo.pages import labels as pages
 from dpo.scorers.cache import ScoreCache
 from dpo.settings.config import Data
 from tests.help import worlds
@@ -32,6 +33,13 @@ def pairs(tmp_path_factory):
     return worlds.make_pickapic(
         tmp_path_factory.mktemp("pairs"), 20, ties=4, unlabelled=3, soft=2, duplicates=3, shards=2
     )
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch):
+    """Charts, which have tests of their own, take most of the time of a small set."""
+    monkeypatch.setattr(pages, "write_histogram", lambda path, apart, margin: path.write_bytes(b""))
+    monkeypatch.setattr(pages, "svg", lambda *given, **named: "<svg></svg>")
 
 
 def grey(data):
@@ -308,7 +316,7 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
     words = ["--data", pairs, "--scorers", "tests.help.judges:Dark"]
     labelled(capsys, *words, "--rows-per-file", 8, output=tmp_path / "out")
     code, said = labelled(capsys, *words, "--labels", "soft", output=tmp_path / "out")
-    assert code == 2 and "holds labels made otherwise (labels: 'hard' there, 'soft' now)" in said
+    assert code == 2 and 'holds labels made otherwise (labels: "hard" there, "soft" now)' in said
     seen = Grey.seen
     code, said = labelled(capsys, *words, "--labels", "soft", "--overwrite", output=tmp_path / "out")
     assert code == 0 and Grey.seen == seen + TRIED
@@ -320,6 +328,14 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
         capsys, "--data", other, *words[2:], "--labels", "soft", "--overwrite", output=tmp_path / "out"
     )
     assert code == 0 and len(rows(tmp_path / "out")) == 6
+
+
+def test_a_folder_without_labels_yet_takes_another_command(pairs, tmp_path, capsys):
+    assert labelled(capsys, "--data", pairs, "--scorers", "tests.help.judges:Constant", output=tmp_path / "out")[0] == 2
+    other = worlds.make_pickapic(tmp_path / "other", 6)
+    assert (
+        labelled(capsys, "--data", other, *GREY, output=tmp_path / "out")[0] == 0 and len(rows(tmp_path / "out")) == 6
+    )
 
 
 @pytest.mark.parametrize("name", ["data/train.parquet", "README.md", "label.json", "model_index.json", "images/a.png"])
