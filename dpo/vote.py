@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch is imported only once the command line is read
     from dpo.voting.study import Question, Rule
 
 LONGEST = 10_000  # characters of a text that raters read
+STOPPED = "stopped; every answer is kept, and the same command goes on"
 WAIT = 1.0  # seconds for another server to end
 
 log = logging.getLogger("dpo")
@@ -42,9 +43,6 @@ log = logging.getLogger("dpo")
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when done, 2 after a mistake of the user's, 130 when the server was stopped."""
     return command.run("dpo.vote", lambda: _command(sys.argv[1:] if argv is None else argv), STOPPED)
-
-
-STOPPED = "stopped; every answer is kept, and the same command goes on"
 
 
 def _command(argv: Sequence[str]) -> int:
@@ -298,7 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="WHAT=SHARE",
-        help="what leaves a rater out of the report's second result: a smaller share of broken images told from sound ones (broken, "
+        help="what leaves a rater out, where the report does not count everybody: a smaller share of broken images told from sound ones (broken, "
         "default 0.75), or of repeats answered alike (repeats, default 0)",
     )
     add("--seed", type=flags.above(-1), default=0, metavar="N", help="of all that is chosen by a hash")

@@ -23,6 +23,7 @@ UNREADABLE, SAME_BYTES = (
 YES, NO = {"true", "t", "yes", "y", "1", "1.0"}, {"false", "f", "no", "n", "0", "0.0", ""}  # words of flags
 TOLERANCE = 1e-3  # how far label_0 + label_1 may be from 1
 P = "p"  # the column of the probability that the first image (or `chosen`) is preferred, beside a label of 0, 0.5 or 1
+SOFT = "with a probability in column p"  # name of a count of pairs that are used
 EVERY = "every"  # as `ties`: every row as it stands, labelled or not, its first image first
 
 
@@ -196,5 +197,7 @@ def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties:
         return RowLabels(keep, np.zeros(rows, dtype=bool), said, {"rows": rows, SAME: counts[SAME]})
     if columns.p is None:
         p = np.where(tie, 0.5, p)
+    elif soft := int(np.sum(keep & ~np.isnan(given) & ~np.isin(given, (0.0, 0.5, 1.0)))):
+        counts[SOFT] = soft
     swap = np.where(tie, p < 0.5, label < 0.5)
     return RowLabels(keep, swap, np.maximum(p, 1.0 - p).astype(np.float32), counts)

@@ -18,7 +18,7 @@ from dpo.data import held_out, labelled
 from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
-from dpo.data.labels import BLANK, SAME_BYTES, UNREADABLE
+from dpo.data.labels import BLANK, SAME_BYTES, SOFT, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, NoSplit, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
 from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
@@ -94,7 +94,7 @@ def describe(source: Source) -> str:
     counts = {name: count for name, count in source.summary.items() if not is_of_files(name)}
     rows, pairs = counts.pop("rows", len(source)), counts.pop("pairs", len(source))
     kept_ties = int(np.sum(source.prob == 0.5))
-    without_caption = counts.pop(BLANK, 0)
+    without_caption, soft = counts.pop(BLANK, 0), counts.pop(SOFT, 0)
     if kept_ties:
         counts.pop("ties", None)
     holes = counts.get(UNREADABLE, 0) + counts.get(SAME_BYTES, 0)
@@ -104,6 +104,7 @@ def describe(source: Source) -> str:
     text = f"{rows} rows: {pairs} pairs"
     text += f", {kept_ties} of them ties" if kept_ties else ""
     text += f", {without_caption} {BLANK}" if without_caption else ""
+    text += f", {soft} {SOFT}" if soft else ""
     text += f"; left out: {', '.join(notes)}" if notes else ""
     files = {name: count for name, count in source.summary.items() if is_of_files(name) and count}
     if read := files.pop(CAPTION_FILES, 0):

@@ -18,7 +18,7 @@ from dpo.voting.study import Study
 
 BLOCK = 10  # votes of a rater before the next kind of question is preferred: reading another one each time tires
 FIRST_CHECK = (2, 4)  # votes before a rater's first check: at least, at most
-EVERY = 20  # votes between checks, at most, while there are any: few raters go through a long study
+EVERY = 20  # votes from check to check, on average, at most: few raters go through a long study
 GAP = 5  # answers between a question and its repeat, at least, while there is anything else to ask
 
 

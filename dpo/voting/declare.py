@@ -160,7 +160,13 @@ def _of_evaluation(folder: Path) -> Iterator[Named]:
             raise ValueError("it names no sides") from error
     for name, place in found:
         moved = folder / "images" / Path(place).name  # the evaluation was made elsewhere, or its folder moved
-        yield Named(name, place if Path(place).is_dir() or not moved.is_dir() else str(moved))
+        where = next((one for one in (Path(place), moved) if one.is_dir()), None)
+        if where is None:
+            raise UserError(
+                f"{path} has the images of {name} in {place}, which is not there: start this where dpo.evaluate was started, or "
+                "name the folders themselves"
+            )
+        yield Named(name, str(where))
 
 
 def _side(named: Named, captions: Path | None) -> Side:

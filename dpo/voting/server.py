@@ -70,7 +70,6 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
-GOES_ON = "stopped; every answer is kept, and the same command goes on"
 
 log = logging.getLogger("dpo")
 

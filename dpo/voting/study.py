@@ -33,7 +33,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Rule:
-    """What leaves a rater out of the second result: a share below one of these. 0: that share does not count.
+    """What leaves a rater out, where not everybody is counted: a share below one of these. 0: that share does not count.
 
     A rater who met none of such checks is not left out by them.
     """

@@ -98,6 +98,7 @@ def test_soft_labels_reach_the_trainer_as_p(pairs, tmp_path, capsys):
         assert row["label_0"] == float(row["p"] > 0.5)
     source = open_source(Data(data=str(tmp_path / "out")))
     assert source.prob == pytest.approx([max(row["p"], 1 - row["p"]) for row in found])
+    assert f"{len(found)} rows: {len(found)} pairs, {len(found)} with a probability in column p" in describe(source)
     assert all(grey(source[i].win.load()) < grey(source[i].lose.load()) for i in range(len(source)))
     code, said = labelled(capsys, "--data", pairs, *GREY, "--labels", "soft", output=tmp_path / "none")
     assert code == 2 and "grey has no temperature of its own" in said

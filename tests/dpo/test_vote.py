@@ -10,12 +10,14 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from dpo import vote
-from dpo.voting import export, plan, report, study
+from dpo.voting import export, plan, report, server, study
 from dpo.voting.answers import read
 from dpo.voting.study import Question, Rule
 from tests.help.children import start_command
@@ -48,13 +50,28 @@ def command(capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_server_is_left():
+    """Ends the servers that a test which failed has left."""
+    yield
+    for child in Server.children:
+        with suppress(ProcessLookupError, ChildProcessError):
+            if os.waitpid(child, os.WNOHANG)[0] == 0:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+    Server.children.clear()
+
+
 class Server:
     """`python -m dpo.vote words...` as a process of its own."""
+
+    children: ClassVar[list[int]] = []
 
     def __init__(self, said: Path, *words: object) -> None:
         self.said = said
         said.write_text("", "utf-8")
         self.child = start_command([str(word) for word in words], said, vote.main)
+        self.children.append(self.child)
         end = time.monotonic() + 120
         while not (found := re.search(r"open http://127\.0\.0\.1:(\d+)/ here", self.text)):
             assert time.monotonic() < end and os.waitpid(self.child, os.WNOHANG)[0] == 0, self.text
@@ -85,7 +102,7 @@ class Server:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the server runs in a forked child")
-def test_killed_between_click_and_answer_and_stopped_by_ctrl_c(tmp_path, sides, command):
+def test_killed_between_click_and_answer_and_stopped_by_ctrl_c(tmp_path, sides, command, monkeypatch):
     folder, log = tmp_path / "study", tmp_path / "said.txt"
     first = Server(log, *sides, "--output", folder, "--port", 0, "--votes", 1)
     me = first.enter("Anna")
@@ -95,7 +112,9 @@ def test_killed_between_click_and_answer_and_stopped_by_ctrl_c(tmp_path, sides, 
     status, reply = again.post("answer", **me, **said)
     assert status == 200 and reply["done"] == 1
     assert again.post("answer", **me, **said)[1] == reply and [one.id for one in read(folder)] == [said["id"]]
-    code, _, lines = command(folder, "--port", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "serve", None)  # it comes to no page
+        code, _, lines = command(folder, "--port", 0)
     assert code == 2 and re.fullmatch(
         rf"dpo\.vote: the study {folder} is in use by process {again.child} .*", lines[-1]
     )
@@ -176,7 +195,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         ([tmp_path / "study", "--no-tie"], "leave out --tie"),
         ([*sides, "--output", tmp_path / "file.txt"], "a file is there; name a folder"),
         ([*sides, "--output", sides[0]], "holds other files"),
-        ([*sides, *out, "--votes", 0], "0 is below 1"),
+        ([*sides, *out, "--votes", 0], "--votes: 0 is below 1"),
         ([*sides, *out, "--repeats", "0.7"], "expected a share from 0 to 0.5"),
         ([*sides, *out, "--repeats", "nan"], "expected a share from 0 to 0.5"),
         ([*sides, *out, "--rule", "broken=2"], "--rule 'broken=2': expected broken=SHARE"),

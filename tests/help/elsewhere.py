@@ -31,9 +31,8 @@ CORE = (
     "tests/dpo/test_prepare.py::test_the_command_says_when_it_is_done_and_verifies",
     "tests/dpo/training/test_loop.py",
     "tests/dpo/voting/test_answers.py",
-    "tests/dpo/voting/test_desk.py",
-    "tests/dpo/voting/test_server.py",
-    "tests/dpo/test_vote.py",
+    "tests/dpo/voting/test_server.py::test_a_rater_comes_in_sees_and_answers",
+    "tests/dpo/test_vote.py::test_mistakes_are_one_line_each",
 )
 POSIX = ("resource", "termios", "fcntl", "pwd", "grp", "pty", "tty")
 SITE = "from tests.help.elsewhere import hide\nhide()\n"

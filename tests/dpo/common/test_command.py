@@ -15,7 +15,9 @@ import pytest
 from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run, shard_of
 from dpo.common.errors import UserError
 
-COMMANDS = {name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample", "evaluate")}
+COMMANDS = {
+    name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample", "evaluate", "vote", "label")
+}
 
 
 def raising(error):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.data.labels import Columns, find_columns, read_labels
+from dpo.data.labels import SOFT, Columns, find_columns, read_labels
 from dpo.settings.config import Data
 from tests.help import worlds
 
@@ -123,7 +123,7 @@ def test_p_says_how_surely_and_the_label_which():
     assert out.keep.tolist() == [True, True, False, True, False, False, True, False]
     assert out.swap[out.keep].tolist() == [False, True, True, False]
     assert np.allclose(out.prob[out.keep], [0.9, 0.8, 1.0, 0.5])
-    assert out.counts == {"rows": 8, "ties": 1, "unlabelled": 1, "invalid labels": 2, "one image twice": 0}
+    assert out.counts == {"rows": 8, "ties": 1, "unlabelled": 1, "invalid labels": 2, "one image twice": 0, SOFT: 2}
     assert of_p([0.48, 0.52], [0.5, 0.5], "keep").prob == pytest.approx([0.52, 0.52])
     assert of_p([0.48, 0.52], [0.5, 0.5], "keep").swap.tolist() == [True, False]
 

@@ -152,6 +152,11 @@ def test_the_output_of_an_evaluation(tmp_path, sides):
     moved.parent.mkdir()
     shutil.move(tmp_path / "new", moved)
     assert "evaluation/images/new" in Path(votes(made(tmp_path, (Named("e", str(folder)),)))[0].images[1]).as_posix()
+    shutil.move(moved, tmp_path / "away")
+    with pytest.raises(
+        UserError, match=r"evaluation\.json has the images of new in .*new, which is not there: start this where"
+    ):
+        made(tmp_path, (Named("e", str(folder)),))
     for text in ("{}", '{"sides": [1]}', "["):
         (folder / "evaluation.json").write_text(text, "utf-8")
         with pytest.raises(UserError, match=r"evaluation\.json: cannot be read"):

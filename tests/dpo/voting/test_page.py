@@ -288,6 +288,26 @@ def test_the_server_is_gone_between_click_and_answer(browser, folder):
     browser.events = [event for event in browser.events if "net::ERR_" not in str(event)]
 
 
+def test_an_answer_that_was_kept_comes_though_somebody_else_sits_here_now(browser, folder):
+    with served(folder) as web:
+        port = web.port
+        tab = come(browser, web.address, "Kim")
+    time.sleep(GLANCE)
+    tab.key("2")
+    tab.wait("document.getElementById('line').textContent.includes('tries again')")
+    tab.open("about:blank")
+    with served(folder, Place(port=port)) as web:
+        other = browser.page(web.address)
+        other.wait("document.getElementById('start').textContent === 'Start as Kim'")
+        other.click("#other")
+        other.type("Lou")
+        other.key("Enter")
+        other.wait(SEEN)
+        assert [one.rater for one in read(folder)] == ["Kim"] and done(other) == 0
+        assert other("Object.keys(localStorage).length") == 1  # Lou's name alone
+    browser.events = [event for event in browser.events if "net::ERR_" not in str(event)]
+
+
 LAYOUT = """(() => {
   const box = (id) => { const b = document.getElementById(id).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; };
   const root = document.documentElement;

@@ -361,7 +361,8 @@ def test_a_port_that_is_taken_and_an_address_that_is_not_ours():
             assert "\n" not in str(error.value)
 
 
-def test_images_that_are_gone_are_said_before_the_page_is_there(tmp_path):
+def test_images_that_are_gone_are_said_before_the_page_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "web", None)  # it comes to no page
     make_study(tmp_path / "study", 3)
     (tmp_path / "newmodel" / "1.png").unlink()
     with pytest.raises(UserError, match=r"1 of \d+ images are gone, the first is .*1\.png: put them back"):
