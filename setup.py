@@ -44,7 +44,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
-        "vote": ["starlette>=1.10,<2", "uvicorn>=0.54,<0.60"],  # the page of a human study
+        "vote": ["starlette>=0.46,<2", "uvicorn>=0.30,<1"],  # the page of a human study
         "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
         "test": [
             "pytest>=8,<10",
@@ -55,8 +55,8 @@ setup(
             "tensorboard>=2.16",
             "scipy>=1.13",  # statistics to compare ours with
             "evalica>=0.4.2,<0.5",  # agreement and strengths to compare ours with
-            "starlette>=1.10,<2",
-            "uvicorn>=0.54,<0.60",
+            "starlette>=0.46,<2",
+            "uvicorn>=0.30,<1",
         ],
     },
     entry_points={
