@@ -138,7 +138,9 @@ def _data(given: argparse.Namespace, place: str) -> Data:
     from dpo.settings.config import Data
 
     chosen: dict[str, Any] = {name: getattr(given, name) for name in OF_DATA}
-    return Data(data=place, ties=EVERY, **chosen)
+    from dpo.tiny import paths
+
+    return Data(data=str(paths.train_pairs_path()) if place == "embedded" else place, ties=EVERY, **chosen)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -147,6 +149,8 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         weight = float(after) if equals else 1.0
     except ValueError:
+        if ":" not in name:  # else a part of a path
+            raise UserError(f"--scorers {text}: expected NAME or NAME=WEIGHT with a number") from None
         return text, 1.0
     if equals and not (0 < weight < math.inf and name):
         raise UserError(f"--scorers {text}: expected NAME or NAME=WEIGHT with a weight above 0")
@@ -162,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--data",
         metavar="PAIRS",
-        help="any set that dpo.train reads; every row, labelled or not; old labels go to old_label_0",
+        help="any set that dpo.train reads, or embedded; every row, labelled or not; old labels go to old_label_0",
     )
     add("--data-format", default="auto", metavar="NAME", help="layout of the pairs, as of dpo.train (default: auto)")
     add("--split", default="train", metavar="NAME", help="of the set (default: train)")
@@ -212,7 +216,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=LABELS,
         help="hard: p is 0, 0.5 or 1; soft: p = sigmoid(temperature x difference) (default: hard)",
     )
-    add("--temperature", type=_above_0, metavar="T", help="of soft labels (default: the scorer's own; of a vote 1)")
+    add(
+        "--temperature",
+        type=_above_0,
+        metavar="T",
+        help="labels are soft, and this is their temperature (default: the scorer's own; of a vote 1)",
+    )
     add(
         "--fit-temperature",
         nargs="?",

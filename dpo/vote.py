@@ -50,6 +50,7 @@ def _command(argv: Sequence[str]) -> int:
 
     given = make_parser().parse_args(list(argv))
     console.setup()
+    _check_flags(given)
     if given.plan:
         return _plan(given)
     if not given.sides:
@@ -102,6 +103,8 @@ def _serve(given: argparse.Namespace) -> int:
     place = server.Place(given.host, given.port)
     folder = Path(given.output or given.sides[0]).expanduser()
     if given.output is None:
+        if gone := [side for side in given.sides if not Path(side.partition("=")[2] or side).expanduser().exists()]:
+            raise UserError(f"{gone[0]}: no such folder; name folders of images, or a study")
         if len(given.sides) > 1 or not study.is_study(folder):
             raise UserError(
                 f"--output is missing: where the study of {', '.join(given.sides)} and its votes shall lie, such as --output study"
@@ -112,7 +115,7 @@ def _serve(given: argparse.Namespace) -> int:
             server.serve(folder, place, given.raters)
         return 0
     from dpo.common.files import make_folder
-    from dpo.voting import declare
+    from dpo.voting import declare, raters
 
     wanted = _wanted(given)
     make_folder(folder, "--output")
@@ -122,19 +125,48 @@ def _serve(given: argparse.Namespace) -> int:
         else:
             declare.declare(folder, wanted)
         if given.declare:
+            if given.raters:
+                raters.invited(folder, given.raters)
+                log.info("%d raters may vote; their links are said when the study is served", len(given.raters))
             return 0
         server.serve(folder, place, given.raters)
     return 0
 
 
+OF = {  # what each of these ways to use the command takes beside its folder
+    "--plan": ("plan", "prompts", "votes", "budget", "share", "agreement"),
+    "--report": ("report", "scores"),
+    "--export": ("export", "question", "layout"),
+}
+DECLARED = ("host", "port", "raters", "output")  # what a study takes that is declared
+
+
+def _given(given: argparse.Namespace) -> list[str]:
+    """The names of the flags that say something."""
+    plain = vars(make_parser().parse_args([]))
+    return [name for name, value in vars(given).items() if name != "sides" and value != plain[name]]
+
+
+def _check_flags(given: argparse.Namespace) -> None:
+    """Raises UserError for a flag that means nothing in the way that the command is used."""
+    asked = _given(given)
+    ways = [way for way in OF if way.removeprefix("--") in asked]
+    if len(ways) > 1:
+        raise UserError(f"{ways[0]} and {ways[1]}: give one")
+    taken = (
+        OF[ways[0]]
+        if ways
+        else {name for name in asked if name == "votes" or all(name not in of for of in OF.values())}
+    )
+    if idle := [name for name in asked if name not in taken]:
+        of = next((way for way, names in OF.items() if idle[0] in names and way not in ways), None)
+        why = f"is of {of}" if of else f"means nothing to {ways[0]}"
+        raise UserError(f"--{idle[0].replace('_', '-')} {why}: leave it out")
+
+
 def _declaring(given: argparse.Namespace) -> list[str]:
     """The flags given that only a study which is not declared yet can take."""
-    plain, own = make_parser().parse_args([]), ("sides", "host", "port", "raters", "output")
-    return [
-        f"--{name.replace('_', '-')}"
-        for name, value in vars(given).items()
-        if name not in own and value != vars(plain)[name]
-    ]
+    return [f"--{name.replace('_', '-')}" for name in _given(given) if name not in DECLARED]
 
 
 def _wanted(given: argparse.Namespace) -> Wanted:

@@ -102,7 +102,7 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
 class RowLabels:
     """For n rows: which to keep, where the second image is preferred, and the preference's probability in [0.5, 1].
 
-    With `ties` as EVERY: no image is taken for the second, and the probability is the first one's, NaN where nobody said.
+    With `ties` as EVERY: no image is taken for the second, and `prob` is the label of the first one, NaN where nobody said.
     """
 
     keep: np.ndarray  # [n] bool
@@ -193,7 +193,8 @@ def read_labels(table: dict[str, np.ndarray], columns: Columns, rows: int, ties:
     found = {"rows": rows, "ties": tie, "unlabelled": unlabelled, "invalid labels": invalid, SAME: identical}
     counts = {name: int(np.sum(value)) for name, value in found.items()}
     if ties == EVERY:
-        said = np.where(unlabelled | invalid, np.nan, p).astype(np.float32)
+        hard = label if columns.label_0 is not None else np.where(label == 0.5, 0.5, label > 0.5)  # by p of `chosen`
+        said = np.where(unlabelled | invalid, np.nan, hard).astype(np.float32)
         return RowLabels(keep, np.zeros(rows, dtype=bool), said, {"rows": rows, SAME: counts[SAME]})
     if columns.p is None:
         p = np.where(tie, 0.5, p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from dpo.common.errors import UserError
 from dpo.data.sources import open_source
 from dpo.drawing import images
 from dpo.evaluating.flags import Method, Named
-from dpo.evaluating.sides import is_of_images
+from dpo.evaluating.sides import is_of_images, of_folder
 from dpo.sampling import model
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change
@@ -53,9 +54,7 @@ def checked(asked: Asked) -> Config | None:
 
     Looks at every side, at the pairs, and for flags of a drawing that nothing is drawn by.
     """
-    drawn = [named for named in asked.models if not _has_images(Path(named.place).expanduser())]
-    for named in drawn:
-        model.check(named.place, asked.draw.lora_base, asked.draw.cache_dir)
+    drawn = look_at(asked.models, asked.draw, asked.captions)
     plain = sampling.Asked(model="")
     given = [one.name for one in fields(plain) if getattr(asked.draw, one.name) != getattr(plain, one.name)]
     if not drawn and asked.reproduce is None and (idle := [name for name in given if name not in OF_SCORING]):
@@ -68,6 +67,18 @@ def checked(asked: Asked) -> Config | None:
         name = next(named.name for named in asked.models if named not in drawn)
         raise UserError(f"--pairs needs models, and {name} is a folder of images: leave it or --pairs out")
     return _of_pairs(asked)
+
+
+def look_at(models: Sequence[Named], draw: sampling.Asked, captions: Path | None) -> list[Named]:
+    """Those that are drawn with. Raises UserError for a model that is not to be had and, where others are drawn, for images that
+    cannot be used."""
+    drawn = [named for named in models if not _has_images(Path(named.place).expanduser())]
+    for named in drawn:
+        model.check(named.place, draw.lora_base, draw.cache_dir)
+    if drawn:
+        for named in models:
+            of_folder(named.name, Path(named.place).expanduser(), captions)
+    return drawn
 
 
 def _has_images(place: Path) -> bool:

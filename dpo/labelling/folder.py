@@ -106,7 +106,10 @@ def all_scored(folder: Path, shard: tuple[int, int]) -> bool:
     notes[shard[0]].touch()
     left = [note.name for note in notes if not note.exists()]
     if left:
-        log.info("%s: this process has scored its part; the last one writes the labels", folder)
+        log.info(
+            "%s: this process has scored its part; the last one in this folder writes the labels (--merge those of other folders)",
+            folder,
+        )
     return not left
 
 

@@ -43,7 +43,9 @@ def voters(
     found = []
     for name, weight, sign, values in zip(names, weights, signs, scores, strict=True):
         known = values[np.isfinite(values)]
-        spread = float(known.std()) if len(known) else 0.0
+        if not len(known):
+            raise UserError(f"{name} gave no image a finite number: it cannot label them, name another scorer")
+        spread = float(known.std())
         if not spread > 0:
             raise UserError(
                 f"{name} gives all {len(known)} images the same score: it cannot label them, name another scorer"
@@ -92,13 +94,11 @@ class Fit(NamedTuple):
     sure: float  # by hard labels, all of which are taken for as sure as they were right on the pairs of the fit
 
 
-def fitted(differences: np.ndarray, said: np.ndarray, captions: np.ndarray, before: float) -> Fit:
-    """The temperature of the largest likelihood on one half of the labelled pairs; the other half, by prompt, judges it.
+def halves(known: np.ndarray, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the labelled pairs `known` [n] fit a temperature and which judge it, bool [n] each, by prompt.
 
-    differences, said: [n], nan where there is none; said in [0, 1]; captions: [n] int64, a key of each pair's caption.
-    Raises UserError for too few labelled pairs, and where the labels go against the scores.
+    captions: [n] int64 keys. Raises UserError for too few on either side.
     """
-    known = np.isfinite(differences) & np.isfinite(said)
     out = np.array([int(digest("temperature", str(key))[:8], 16) % 2 == 1 for key in captions.tolist()], dtype=bool)
     fit, held = known & ~out, known & out
     if min(fit.sum(), held.sum()) < LEAST:
@@ -106,6 +106,16 @@ def fitted(differences: np.ndarray, said: np.ndarray, captions: np.ndarray, befo
             f"--fit-temperature needs {2 * LEAST} labelled pairs of different prompts, there are {int(known.sum())}: give "
             "--temperature, or --fit-temperature PAIRS with labelled ones"
         )
+    return fit, held
+
+
+def fitted(differences: np.ndarray, said: np.ndarray, captions: np.ndarray, before: float) -> Fit:
+    """The temperature of the largest likelihood on one half of the labelled pairs; the other half, by prompt, judges it.
+
+    differences, said: [n], nan where there is none; said in [0, 1]; captions: [n] int64, a key of each pair's caption.
+    Raises UserError for too few labelled pairs, and where the labels go against the scores.
+    """
+    fit, held = halves(np.isfinite(differences) & np.isfinite(said), captions)
     temperature = _largest(differences[fit], said[fit])
     right = np.where(differences[fit] > 0, said[fit], 1 - said[fit])
     share = float(np.clip(right.mean(), 0.5 / fit.sum(), 1 - 0.5 / fit.sum()))

@@ -63,7 +63,7 @@ def scored(items: Items, scorer: Scorer, cache: ScoreCache, said: Said, places: 
     """
     found = np.full(len(items), np.nan)
     waiting: dict[Key, tuple[Image.Image, list[int]]] = {}
-    without = _Without()
+    without, before = _Without(), 0
 
     def look(place: int) -> _Look:
         item = items[place]
@@ -80,10 +80,10 @@ def scored(items: Items, scorer: Scorer, cache: ScoreCache, said: Said, places: 
         values = _values(scorer, list(waiting), [image for image, _ in waiting.values()])
         rows = [(*key, value) for key, value in zip(waiting, values, strict=True) if math.isfinite(value)]
         cache.put(scorer.fingerprint, rows)
-        for (_, places), value in zip(waiting.values(), values, strict=True):
-            found[places] = value if math.isfinite(value) else np.nan
+        for (_, here), value in zip(waiting.values(), values, strict=True):
+            found[here] = value if math.isfinite(value) else np.nan
             if not math.isfinite(value):
-                without.add(f"it gave {value}", len(places))
+                without.add(f"it gave {value}", len(here))
         waiting.clear()
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -92,6 +92,7 @@ def scored(items: Items, scorer: Scorer, cache: ScoreCache, said: Said, places: 
             for place, seen in zip(part, pool.map(look, part), strict=True):
                 if seen.value is not None:
                     found[place] = seen.value
+                    before += 1
                 elif seen.image is None:
                     without.add(seen.why)
                 elif seen.key in waiting:
@@ -105,6 +106,8 @@ def scored(items: Items, scorer: Scorer, cache: ScoreCache, said: Said, places: 
             said(part.stop - places.start, len(places))
         if waiting:
             compute()
+    if before:
+        log.info("%s: %d of %d images had their scores already", scorer.name, before, len(places))
     without.say(scorer.name, len(places))
     return found
 
@@ -126,6 +129,28 @@ def _values(scorer: Scorer, keys: list[Key], images: list[Image.Image]) -> list[
     if values.shape != (BATCH,):
         raise UserError(f"{scorer.name} gave {values.shape} scores for {BATCH} images: one each is needed")
     return values[: len(keys)].tolist()
+
+
+def unreadable(items: Items) -> np.ndarray:
+    """[M] bool: images that cannot be read, which is said: what no scorer looks at is looked at here."""
+
+    def why(place: int) -> str:
+        item = items[place]
+        try:
+            to_score(item.image.load())
+        except BadImage as error:
+            return f"{_named(item)}: {error}"
+        return ""
+
+    without = _Without()
+    with ThreadPoolExecutor(READERS) as pool:
+        found: list[str] = []
+        for begin in range(0, len(items), 4 * BATCH):
+            found += pool.map(why, range(begin, min(begin + 4 * BATCH, len(items))))
+    for reason in filter(None, found):
+        without.add(reason)
+    without.say("reading", len(items))
+    return np.array([bool(reason) for reason in found])
 
 
 def of_table(items: Items, name: str, path: Path) -> np.ndarray:

@@ -96,7 +96,7 @@ def _cell(made: Made, row: int) -> pages.Cell:
         shown = [to_score(item.image.load()) for item in items]
     except BadImage as error:
         raise UserError(
-            f"{error}: it was there when it was scored; put it back, then start the same command again"
+            f"{error}: the image could be read when it was scored; put it back, then start the same command again"
         ) from error
     order = (0, 1) if made.label_0[row] >= 0.5 else (1, 0)
     p = max(float(made.p[row]), 1 - float(made.p[row]))

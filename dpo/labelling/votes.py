@@ -11,7 +11,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.labelling.asked import Asked
 from dpo.labelling.items import Items, content
-from dpo.labelling.scores import of_table, scored
+from dpo.labelling.scores import of_table, scored, unreadable
 from dpo.sampling.work import device_of
 from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer, listed, opened, temperature_of
@@ -64,6 +64,8 @@ def voted(asked: Asked, items: Items, cache: ScoreCache, places: range) -> Votes
         names.append(name)
         prints.append(f"table {content(path.read_bytes())}")
         signs.append(1.0)
+    if not asked.scorers:  # nobody has looked at the images
+        scores[0] = np.where(unreadable(items), np.nan, scores[0])
     weights = (*(weight for _, weight in asked.scorers), *(weight for _, _, weight in asked.tables))
     return Votes(tuple(names), tuple(prints), weights, tuple(signs), tuple(scores), own, resolution)
 

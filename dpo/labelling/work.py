@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
@@ -14,11 +16,13 @@ from dpo.data import labelled
 from dpo.data.parquet import read_in_order
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
+from dpo.evaluating.asked import look_at
 from dpo.evaluating.work import check_folders, side_of
 from dpo.labelling import folder as place
 from dpo.labelling.asked import Asked
 from dpo.labelling.folder import CACHE
 from dpo.labelling.items import Items, OfPairs, OfSides
+from dpo.labelling.scale import halves
 from dpo.labelling.votes import voted
 from dpo.labelling.written import write
 from dpo.sampling.work import FINISHING
@@ -52,9 +56,11 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
         if there:
             log.info("%s: the labels are there already", folder)
             return True
+        fit = None if asked.fit is None else _to_fit(asked, items)
+        if fit is not None:  # too few labels are found before anything is scored
+            halves(np.isfinite(fit.source.prob), fit.source.caption_keys())
         places = range(len(items) * shard[0] // shard[1], len(items) * (shard[0] + 1) // shard[1])
         votes = voted(asked, items, cache, places)
-        fit = None if asked.fit is None else _to_fit(asked, items)
         others = None if fit is None or fit is items else voted(asked, fit, cache, range(len(fit)))
         if not place.all_scored(folder, shard):
             return False
@@ -80,6 +86,11 @@ def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
         return _of_pairs(asked.pairs)
     assert asked.draw is not None, "models need a protocol"
     check_folders([one.name for one in asked.models])
+    drawn = look_at(asked.models, asked.draw, asked.captions)
+    if len(drawn) == len(asked.models) == asked.draw.seeds == 1:
+        raise UserError(
+            "one model with --seeds 1 draws one image of a prompt, and a pair has two: give --seeds 2 or more"
+        )
     sides = [side_of(one, asked.draw, folder, asked.captions, shard) for one in asked.models]
     return OfSides(sides)
 

@@ -19,7 +19,7 @@ from dpo.common.files import make_folder, sweep
 from dpo.common.words import digest
 from dpo.data import labelled
 from dpo.data.pairs import BadImage, caption_key
-from dpo.data.writing import Judged, write_pairs
+from dpo.data.writing import Judged, Layout, write_pairs
 from dpo.labelling import scale, summary
 from dpo.labelling.asked import Asked
 from dpo.labelling.folder import README, files, forget_parts
@@ -78,7 +78,7 @@ def write(asked: Asked, folder: Path, items: Items, votes: Votes, fit: OfPairs |
     make_folder(data, "--output")
     sweep(data)
     examples = dict(zip(*(part.tolist() for part in np.unique(pairs.captions[kept], return_counts=True)), strict=True))
-    lines = _Lines(items, votes, total, pairs, label_0, p, mark, examples)
+    lines = _Lines(items, votes, total, pairs, label_0, p, mark, examples, asked.layout)
     with Progress(len(kept), lambda figures: ["written"], 0, asked.rows_per_file, unit="pair") as bar:
         for number, name in enumerate(names):
             begin = number * asked.rows_per_file
@@ -138,8 +138,9 @@ def _paired(asked: Asked, items: Items, total: np.ndarray) -> Pairs:
     )  # fmt: skip
     if not found:
         raise UserError(
-            f"no prompt of {len(prompts)} has two different images whose scores differ by --min-margin {asked.min_margin:g}: "
-            "draw more --seeds, or lower it"
+            f"no prompt of {len(prompts)} has two different images with scores"
+            + (f" that differ by --min-margin {asked.min_margin:g}: lower it, or" if asked.min_margin else ":")
+            + " draw more --seeds"
         )
     first, second = np.array(found, dtype=np.int64).T
     keys = np.array([caption_key(text) for text in prompts], dtype=np.int64)[prompt[first]]
@@ -156,7 +157,7 @@ def _bytes(items: Items, place: int) -> bytes:
         return items[place].image.load()
     except BadImage as error:
         raise UserError(
-            f"{error}: it was there when it was scored; put it back, then start the same command again"
+            f"{error}: the image could be read when it was scored; put it back, then start the same command again"
         ) from error
 
 
@@ -181,6 +182,7 @@ class _Lines:
     p: np.ndarray  # [n]
     mark: str
     examples: Mapping[int, int]  # pairs of each caption, by its key
+    layout: Layout
 
     def judged(self, rows: np.ndarray) -> Iterator[Judged]:
         for row in rows.tolist():
@@ -203,19 +205,24 @@ class _Lines:
             )
 
     def _extra(self, row: int, places: tuple[int, int]) -> dict[str, float | str | None]:
-        """The columns of provenance."""
-        votes = self.votes
+        """The columns of provenance; those of an image are named as the layout names the image."""
+        votes, old = self.votes, float(self.pairs.old[row])
+        ends = ("0", "1")
+        if self.layout == "chosen-rejected":
+            ends = ("chosen", "rejected")
+            if self.label_0[row] < 0.5:  # the images change places, and what is said of them too
+                places, old = (places[1], places[0]), 1.0 - old
         found: dict[str, float | str | None] = {
             "scorer": " + ".join(votes.names),
             "scorer_fingerprint": " + ".join(votes.fingerprints),
         }
-        for side, place in enumerate(places):
-            found[f"score_{side}"] = float(votes.scores[0][place] if len(votes.names) == 1 else self.total[place])
+        for end, place in zip(ends, places, strict=True):
+            found[f"score_{end}"] = float(votes.scores[0][place] if len(votes.names) == 1 else self.total[place])
         if len(votes.names) > 1:
             for name, scores in zip(votes.names, votes.scores, strict=True):
-                found |= {f"score_{side}_{name}": float(scores[place]) for side, place in enumerate(places)}
+                found |= {f"score_{end}_{name}": float(scores[place]) for end, place in zip(ends, places, strict=True)}
         if np.isfinite(self.pairs.old).any():
-            found["old_label_0"] = float(self.pairs.old[row])
+            found[f"old_label_{ends[0]}"] = old
         return found | {"protocol": self.mark}
 
 

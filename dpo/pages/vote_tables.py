@@ -112,7 +112,7 @@ def reviewers(found: Entry) -> list[tuple[str, str]]:
         (
             "votes",
             f"{sum(one['votes'] for one in everybody):,}; wanted for each pair of images and question {study['votes']}, "
-            f"counted {counted}",
+            f"of the raters that the rule leaves {counted}",
         ),
         ("answers that may be given", "one of two images" + (', or "can\'t tell"' if study["tie"] else "; no tie")),
         ("instructions", study["instructions"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.common.stats import exact_interval
-from dpo.scorers.compare import Besides, Interval, holm, keyed, mean_interval, percentiles, resampled, sign_test
+from dpo.scorers.compare import Besides, Interval, holm, keyed, mean_interval, percentiles, resampled
 from dpo.voting.rates import rater_error
 from dpo.voting.tally import Votes
 
@@ -109,19 +110,46 @@ def with_majority(found: Votes, names: Sequence[str]) -> tuple[Share, dict[str, 
 
 @dataclass(frozen=True)
 class Sides:
-    """Where the chosen images stood. Sides are keyed and balanced: without a habit of the rater's a half is left."""
+    """Where the chosen images stood. Sides are balanced over all raters, not within one: who likes a model that stood more often
+    on the left has chosen more on the left, without a habit."""
 
     all: Share
     by_rater: dict[str, Share]
-    biased: dict[str, float]  # raters with a habit: the p-value of the sign test, adjusted for all raters (Holm)
+    biased: dict[str, float]  # raters with a habit: the p-value of Fisher's exact test, adjusted for all raters (Holm)
 
 
 def sides(found: Votes, names: Sequence[str]) -> Sides:
-    """How often the chosen image stood on the left, of all votes but ties, and by rater."""
+    """How often the chosen image stood on the left, of all votes but ties, and by rater.
+
+    A rater has a habit where which model is chosen depends on where it stands: one who likes a model takes it on the left as often
+    as on the right.
+    """
     rows = np.flatnonzero(found.value != 0)
     whole, by_rater = _by_rater([(names[found.rater[row]], bool(found.left[row])) for row in rows])
-    p = holm([sign_test(one.hits, one.of - one.hits) for one in by_rater.values()])
+    p = holm([_habit(found.where(rows[found.rater[rows] == names.index(name)])) for name in by_rater])
     return Sides(whole, by_rater, {name: float(q) for name, q in zip(by_rater, p, strict=True) if q < SIGNIFICANT})
+
+
+def _habit(mine: Votes) -> float:
+    """The p-value of a rater's votes under no habit, whatever models the rater likes."""
+    later = mine.value > 0  # the later model was chosen
+    stood = later == mine.left  # it stood on the left
+    return fisher(
+        int((later & stood).sum()),
+        int((~later & stood).sum()),
+        int((later & ~stood).sum()),
+        int((~later & ~stood).sum()),
+    )
+
+
+def fisher(a: int, b: int, c: int, d: int) -> float:
+    """Two-sided p-value of Fisher's exact test of the table [[a, b], [c, d]] (R. A. Fisher, 1922)."""
+    row, column, total = a + b, a + c, a + b + c + d
+    ways = {
+        k: math.comb(row, k) * math.comb(total - row, column - k)
+        for k in range(max(0, row + column - total), min(row, column) + 1)
+    }
+    return sum(count for count in ways.values() if count <= ways[a]) / math.comb(total, column)
 
 
 def _by_rater(rows: Sequence[tuple[str, bool]]) -> tuple[Share, dict[str, Share]]:

@@ -27,6 +27,8 @@ def write(folder: Path, output: Path, question: str | None = None, *, layout: La
     question, votes and ties. Raters that the study's rule leaves out do not count. folder: of the study. output: the
     file, or a folder, which gets `votes.parquet`. question: its key; None: the first. Raises UserError.
     """
+    if output.suffix not in ("", ".parquet") and not output.is_dir():
+        raise UserError(f"--export {output}: pairs are written as parquet; name a .parquet file, or a folder")
     declared, given = study.read(folder), answers.read(folder)
     keys = [one.key for one in declared.questions]
     chosen = keys[0] if question is None else question

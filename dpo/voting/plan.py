@@ -20,12 +20,17 @@ from dpo.scorers.compare import detectable
 from dpo.voting import answers, study, tally
 from dpo.voting.agreement import alpha as krippendorff
 
+EXACTLY = (
+    "Chances are of one question, by a normal approximation; the report's sign test is exact and wants some prompts in a hundred "
+    "more, and several questions, which it adjusts p for, more again."
+)
 NORMAL = NormalDist()
 LEVEL, POWER = 0.95, 0.80
 Z = NORMAL.inv_cdf((1 + LEVEL) / 2)
 WIDTH = 0.05  # the half interval that is planned for
 BETA = (3, 2)  # how shares of votes differ between prompts where nobody has measured it: 60 % of votes in the mean
 ASSUMED = 1 / (sum(BETA) + 1)  # the agreement of that
+MOST = 100_000  # prompts or votes of a plan
 USUAL = 200  # prompts, as an example
 EACH = (1, 3, 5, 7, 9)  # votes on a prompt that are compared
 
@@ -153,13 +158,15 @@ def lines(
         found += [
             f"{prompts * votes:,} votes a question: {power(prompts, differ):.0%} chance to show that the majority is above one half."
         ]
-    return found + (_of_budget(budget, share, alpha, prompts) if budget is not None else [])
+    if budget is not None:
+        found += _of_budget(budget, share, alpha, prompts)
+    return [*found, EXACTLY]
 
 
 def _check(prompts: int | None, votes: int, budget: int | None, share: float, agreement: float | None) -> None:
     for name, count in (("prompts", prompts), ("votes", votes), ("budget", budget)):
-        if count is not None and count < 1:
-            raise UserError(f"a plan of {count} {name}: give 1 or more")
+        if count is not None and not 1 <= count <= MOST:
+            raise UserError(f"a plan of {count:,} {name}: give 1 to {MOST:,}")
     if not 0.5 < share < 1:
         raise UserError(
             f"a plan for a share of {share:g}: give one between 0.5 and 1, of the votes for the better model"

@@ -17,9 +17,12 @@ LONGEST = 60  # characters of a name
 
 
 def cleaned(name: str) -> str | None:
-    """A name as it is kept, spelt one way and without spaces around it; None for what is no name."""
-    plain = " ".join(unicodedata.normalize("NFC", name).split()) if is_plain(name) else ""
-    return plain if 0 < len(plain) <= LONGEST and not UNPRINTABLE.search(plain) else None
+    """A name as it is kept, spelt one way, without spaces around it and letters that nobody sees; None for what is no name."""
+    if not is_plain(name) or UNPRINTABLE.search(name):
+        return None
+    seen = "".join(letter for letter in unicodedata.normalize("NFC", name) if unicodedata.category(letter) != "Cf")
+    plain = " ".join(seen.split())
+    return plain if 0 < len(plain) <= LONGEST else None
 
 
 def invited(folder: Path, more: Sequence[str] = ()) -> list[str]:

@@ -48,6 +48,7 @@ except ImportError as error:
     ) from error
 
 from dpo.voting import raters, study
+from dpo.voting.answers import FILE as ANSWERS
 from dpo.voting.answers import Journal
 from dpo.voting.desk import Desk, Refused
 from dpo.voting.shown import Gallery
@@ -95,7 +96,13 @@ def serve(folder: Path, place: Place, invite: Sequence[str] = ()) -> None:
 
     Raises UserError where the study cannot be read, its images are gone, or the port is taken.
     """
-    declared, secret = study.read(folder), study.secret(folder)
+    declared = study.read(folder)
+    if not (folder / study.SECRET).exists() and (folder / ANSWERS).exists():
+        log.warning(
+            "%s is gone: links that were given before open nothing, so give the raters those of now",
+            folder / study.SECRET,
+        )
+    secret = study.secret(folder)
     _check_images(folder, declared)
     names = raters.invited(folder, invite)
     with Journal(folder) as journal, listening(place) as ear:

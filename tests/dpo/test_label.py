@@ -118,12 +118,58 @@ def test_a_vote_stores_every_score_its_weights_and_what_standardised_it(pairs, t
     made = sets.read(tmp_path / "out")["made_by"]["scorers"]
     assert [(one["name"], one["weight"]) for one in made] == [("grey", 3.0), ("dark", 1.0)]
     for row in rows(tmp_path / "out"):
-        for side in (0, 1):
+        for side in ("chosen", "rejected"):
             parts = [
                 (row[f"score_{side}_{one['name']}"] - one["mean"]) / one["spread"] * one["weight"] / 4 for one in made
             ]
             assert row[f"score_{side}"] == pytest.approx(sum(parts))
         assert grey(row["chosen"]) > grey(row["rejected"]) and row["p"] == 1.0, "three against one"
+        assert row["score_chosen"] > row["score_rejected"] and row["old_label_chosen"] in (0.5, 1.0)
+
+
+def test_what_is_said_of_images_goes_with_them_and_old_labels_are_labels(pairs, tmp_path, capsys):
+    """Of a set with soft labels the label is kept, not its probability; of chosen-rejected all columns turn with the images."""
+    labelled(capsys, "--data", pairs, *GREY, "--temperature", 3, "--margin", 0.18, output=tmp_path / "soft")
+    soft = rows(tmp_path / "soft")
+    words = ["--data", tmp_path / "soft", "--scorers", "tests.help.judges:Dark"]
+    assert labelled(capsys, *words, output=tmp_path / "again")[0] == 0
+    again = rows(tmp_path / "again")
+    assert [row["old_label_0"] for row in again] == [row["label_0"] for row in soft] and 0.5 in {
+        row["label_0"] for row in soft
+    }
+    assert labelled(capsys, *words, "--layout", "chosen-rejected", output=tmp_path / "turned")[0] == 0
+    for row, before in zip(rows(tmp_path / "turned"), again, strict=True):
+        assert grey(row["chosen"]) <= grey(row["rejected"]) and row["score_chosen"] >= row["score_rejected"]
+        assert row["score_chosen"] == pytest.approx(1 - grey(row["chosen"]), abs=1e-6)
+        turned = before["label_0"] == 0.0
+        assert row["old_label_chosen"] == (1 - before["old_label_0"] if turned else before["old_label_0"])
+    assert labelled(capsys, "--data", tmp_path / "turned", *GREY, output=tmp_path / "third")[0] == 0
+    assert {row["old_label_0"] for row in rows(tmp_path / "third")} <= {0.5, 1.0}
+
+
+def test_images_that_no_scorer_looks_at_are_looked_at_all_the_same(tmp_path, capsys):
+    pairs = worlds.make_pickapic(tmp_path / "pairs", 6, broken=("truncated", "corrupt"))
+    names = {row[f"image_{side}_uid"] for row in rows(pairs) for side in (0, 1)}
+    (tmp_path / "table.csv").write_text(
+        "file,score\n" + "".join(f"{name},{n}\n" for n, name in enumerate(sorted(names)))
+    )
+    words = ["--data", pairs, "--scores", f"mine={tmp_path / 'table.csv'}"]
+    code, said = labelled(capsys, *words, output=tmp_path / "out")
+    assert code == 0 and "reading: 2 of " in said and len(rows(tmp_path / "out")) == 6
+
+
+def test_what_cannot_be_is_found_before_anything_is_scored(tmp_path, capsys):
+    seen = Grey.seen
+    pairs = worlds.make_pickapic(tmp_path / "pairs", 6)
+    code, said = labelled(capsys, "--data", pairs, *GREY, "--fit-temperature", output=tmp_path / "out")
+    assert code == 2 and "needs 40 labelled pairs" in said
+    code, said = labelled(capsys, "embedded", "--prompts", "a red fox", *GREY, output=tmp_path / "one")
+    assert code == 2 and "one model with --seeds 1 draws one image of a prompt" in said
+    bare = images_of(tmp_path / "bare", 3, 1)
+    (bare / "metadata.jsonl").unlink()
+    code, said = labelled(capsys, "embedded", bare, "--prompts", "a red fox", *GREY, output=tmp_path / "two")
+    assert code == 2 and "give --captions" in said and not list((tmp_path / "two").rglob("*.png"))
+    assert Grey.seen == seen + 3 * TRIED
 
 
 def test_another_programs_scores(pairs, tmp_path, capsys):
@@ -364,7 +410,7 @@ def test_images_that_cannot_be_scored_are_said_and_their_pairs_left_out(tmp_path
     code, said = labelled(capsys, "--data", pairs, "--scorers", "tests.help.judges:Some", output=tmp_path / "some")
     assert code == 0 and "images have no score" in said and 0 < len(rows(tmp_path / "some")) <= 6
     code, said = labelled(capsys, "--data", pairs, "--scorers", "tiny-a", output=tmp_path / "none")
-    assert code == 2 and said.splitlines()[-1].startswith("dpo.label: tiny-a gives all 0 images")
+    assert code == 2 and said.splitlines()[-1].startswith("dpo.label: tiny-a gave no image a finite number")
 
 
 def test_hostile_captions_are_text_on_the_page(tmp_path, capsys):
@@ -408,7 +454,7 @@ def test_hostile_captions_are_text_on_the_page(tmp_path, capsys):
         (("--data", "STORE", *GREY), "is a prepared store, which keeps no image files"),
         (("IMAGES", *GREY, "--split", "x"), "--split is of --data"),
         (("IMAGES", *GREY, "--fit-temperature"), "images that models draw have no labels"),
-        (("IMAGES", *GREY, "--min-margin", "2"), "whose scores differ by --min-margin 2"),
+        (("IMAGES", *GREY, "--min-margin", "2"), "with scores that differ by --min-margin 2: lower it, or draw more"),
         (("IMAGES", *GREY, "--pairs-per-prompt", "2"), "--pairs-per-prompt is of --pairing random"),
         (("IMAGES", "IMAGES", *GREY), "call"),
         (("nowhere/model", "--prompts", "a fox", *GREY), "nowhere/model"),

@@ -20,6 +20,7 @@ def asked(base, *others, **more):
 def pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "prompts.csv").write_text("file,prompt\na.png,a fox\n", "utf-8")
     return tmp_path / "pictures"
 
 
@@ -43,6 +44,12 @@ def test_the_model_under_a_lora_is_no_lora(world, tmp_path, pictures):
     """A base by its name is not taken for the LoRA whose base it is."""
     with pytest.raises(UserError, match="there is no folder owner/name here"):
         checked(asked("owner/name", world("sd15"), draw={"lora_base": "owner/name"}))
+
+
+def test_images_are_looked_at_before_others_are_drawn(world, pictures):
+    (pictures / "prompts.csv").unlink()
+    with pytest.raises(UserError, match="does not say what its images were drawn from"):
+        checked(asked(world("sd15"), pictures))
 
 
 def test_the_pairs_are_looked_at(world, pictures):

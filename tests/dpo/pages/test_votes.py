@@ -120,7 +120,10 @@ def test_the_table_never_mixes_majorities_and_votes():
 def test_reviewers_find_what_they_ask():
     found = dict(reviewers(counted()))
     assert found["raters"].startswith("8, of whom the rule leaves out 1;")
-    assert found["votes"] == "600; wanted for each pair of images and question 5, counted 4 to 5"
+    assert (
+        found["votes"]
+        == "600; wanted for each pair of images and question 5, of the raters that the rule leaves 4 to 5"
+    )
     assert (
         found["instructions"] == "Look at both." and found["questions"].splitlines()[1] == "appeal: Which looks better?"
     )

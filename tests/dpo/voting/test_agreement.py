@@ -4,6 +4,7 @@ import evalica
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import fisher_exact
 
 from dpo.voting import agreement, tally
 from tests.help.simulated import alike, beta, study, vote
@@ -103,6 +104,23 @@ def test_who_always_chooses_the_left_is_found_and_nobody_else():
     assert set(found.biased) == {"rater 2", "rater 5"}
     assert found.by_rater["rater 2"].share == 1.0 and found.by_rater["rater 5"].share == 0.0
     assert found.all.of == sum(one.of for one in found.by_rater.values()) < 200, "ties have no side"
+
+
+def test_a_taste_is_no_habit_wherever_the_model_stood():
+    """One who always prefers a model, and saw it 60 times on the left and 31 times on the right."""
+    stood = np.arange(91) < 60
+    one = tally.Votes(np.arange(91), np.arange(91), np.zeros(91, int), np.ones(91), stood)
+    found = agreement.sides(one, ["ann"])
+    assert found.by_rater["ann"].hits == 60 and found.biased == {}
+    other = tally.Votes(one.prompt, one.item, one.rater, np.where(stood, 1.0, -1.0), np.ones(91, bool))
+    assert agreement.sides(other, ["ann"]).biased["ann"] < 1e-20
+
+
+def test_fishers_test_is_scipys():
+    random = np.random.default_rng(0)
+    for table in [(0, 0, 0, 0), (3, 0, 0, 3), (5, 0, 7, 0), *random.integers(0, 30, (40, 4)).tolist()]:
+        expected = fisher_exact(np.reshape(table, (2, 2))).pvalue
+        assert agreement.fisher(*table) == pytest.approx(expected, rel=1e-6)
 
 
 # --- many models --------------------------------------------------------------------------------------------------------
