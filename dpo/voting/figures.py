@@ -222,7 +222,9 @@ def cautions(content: Mapping[str, Any]) -> list[str]:
         for pair in question["pairs"]:
             lines += _of_pair(question["key"], pair)
     if content["biased"]:
-        lines.append(f"{listed(content['biased'])} chose one side of the screen, whatever stood there, more often than chance explains")
+        lines.append(
+            f"{listed(content['biased'])} chose one side of the screen, whatever stood there, more often than chance explains"
+        )
     elif content["sides"]["of"] and not _holds(content["sides"]["interval"], 0.5):
         lines.append(
             f"the left-hand image was chosen in {content['sides']['share']:.0%} of the votes; sides are balanced, so this blurs all win rates"
