@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from dpo.common import command
 from dpo.common.errors import UserError
+from dpo.common.files import is_there
 from dpo.evaluating.flags import Method, check_scorers, named, table
 from dpo.sampling import flags
 from dpo.sampling.flags import START
@@ -150,9 +151,9 @@ def _method(side: str) -> Method:
 
     NAME=A,B is a method of that name, its seeds numbered; A,B and NAME=A,OTHER=B are called by the names of both.
     """
-    name, equals, place = ("", "", side) if Path(side).expanduser().exists() else side.partition("=")
+    name, equals, place = ("", "", side) if is_there(side) else side.partition("=")
     place = place if equals else side
-    parts = [place] if Path(place.removeprefix(START)).expanduser().exists() else place.split(",")
+    parts = [place] if is_there(place.removeprefix(START)) else place.split(",")
     if len(parts) == 1:
         one = named(side)
         return Method(one.name, (one,))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from dpo.common import command, locks
 from dpo.common.errors import UserError, reading
+from dpo.common.files import is_there
 from dpo.common.words import excerpt, is_plain
 from dpo.evaluating.flags import named
 from dpo.sampling import flags
@@ -103,7 +104,7 @@ def _serve(given: argparse.Namespace) -> int:
     place = server.Place(given.host, given.port)
     folder = Path(given.output or given.sides[0]).expanduser()
     if given.output is None:
-        if gone := [side for side in given.sides if not Path(side.partition("=")[2] or side).expanduser().exists()]:
+        if gone := [side for side in given.sides if not is_there(side.partition("=")[2] or side)]:
             raise UserError(f"{gone[0]}: no such folder; name folders of images, or a study")
         if len(given.sides) > 1 or not study.is_study(folder):
             raise UserError(

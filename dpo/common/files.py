@@ -47,6 +47,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def is_there(text: str) -> bool:
+    """Whether a word of a command line is the path of something; one that can be no path is none."""
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, ~ of nobody
+        return False
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Makes a folder, and those above it. Raises UserError, naming the `flag` that named it, when it cannot be made."""
     try:

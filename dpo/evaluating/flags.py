@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo.common.errors import UserError
+from dpo.common.files import is_there
 from dpo.sampling.flags import START
 
 
@@ -27,7 +28,7 @@ class Method(NamedTuple):
 def named(text: str) -> Named:
     """A side from "NAME=PLACE" or "PLACE", whose name is then its last part. Raises UserError."""
     name, equals, place = text.partition("=")
-    if not equals or Path(text).expanduser().exists():
+    if not equals or is_there(text):
         name, place = Path(text.removeprefix(START)).name or text, text
         name = f"start of {name}" if text.startswith(START) else name
     if not name.strip() or not place.strip():

@@ -9,6 +9,7 @@ from benchmarks import sampling
 pytest.importorskip("resource", reason="POSIX alone says how much memory a process had")
 
 
+@pytest.mark.slow
 def test_few_images(tmp_path, capsys):
     assert sampling.main(["--drawn", "2", "--scored", "8", "40", "--out", str(tmp_path)]) == 0
     drawn, few, more = json.loads((tmp_path / "results.json").read_text())["sampling"]

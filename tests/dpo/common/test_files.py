@@ -281,3 +281,11 @@ def test_permissions_are_those_of_a_new_file(tmp_path, umask):
         os.umask(before)
     assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in (path, inner)} == {oct(0o666 & ~umask)}
     assert names(tmp_path) == ["unet", "weights"]
+
+
+@pytest.mark.parametrize(
+    ("text", "there"),
+    [(".", True), ("nowhere", False), ("x" * 300, False), ("a\0b", False), ("~nobody-at-all/x", False)],
+)
+def test_a_word_that_can_be_no_path_is_not_there(text, there):
+    assert files.is_there(text) == there
