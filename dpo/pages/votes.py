@@ -56,8 +56,9 @@ def pairs(found: Entry) -> list[tuple[str, str]]:
 def verdict(found: Entry, base: str, other: str) -> Verdict:
     """The judgement on two models: what the majority of raters says to all questions together."""
     entries = _entries(found, base, other)
-    better = [text for text, pair in entries if pair["rule"]["majority"]["interval"][0] > 0.5]
-    worse = [text for text, pair in entries if pair["rule"]["majority"]["interval"][1] < 0.5]
+    told = [(text, pair["rule"]["majority"]["win_rate"]) for text, pair in entries if pair["enough"]]
+    better = [text for text, rate in told if rate > 0.5]
+    worse = [text for text, rate in told if rate < 0.5]
     sentences = [_sentence(question, pair) for question, pair in entries]
     if better and worse:
         return Verdict("mixed", f"It depends on what is asked whether {other} is preferred to {base}.", sentences)

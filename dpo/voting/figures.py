@@ -40,6 +40,7 @@ from dpo.voting.study import Item, Question, Study
 FORMAT = 1
 SEED = 0  # of the bootstrap
 RESAMPLES, OF_CATEGORY = 4000, 1000
+SURE = 0.05  # p below which a preference is called shown, where the interval says so too
 OPEN = "it is not enough to tell"
 HURRIED = 1.0  # seconds: a median below it means that nobody looked at two images
 
@@ -52,6 +53,7 @@ def figures(study: Study, answers: Sequence[Answer]) -> dict[str, Any]:
     pairs = [pair for question in questions for pair in question["pairs"] if pair["rule"] is not None]
     for pair, p in zip(pairs, holm([pair["rule"]["p_sign"] for pair in pairs]), strict=True):
         pair["p"] = p
+        pair["enough"] = pair["enough"] and p < SURE  # both say so, as dpo.evaluate has it
     every = [tally.votes(study, answers, question.key) for question in study.questions]
     together = _together(every)
     raw = tally.raters(answers)

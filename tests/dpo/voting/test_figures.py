@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dpo.voting.answers import Answer
 from dpo.voting.figures import cautions, figures, numbered
 from dpo.voting.study import Item, Question, Rule
 from tests.help.simulated import alike, beta, majority, study, vote
@@ -136,3 +137,30 @@ def test_200_simulated_studies():
     assert all("rater 3" in named for _, named, _ in found)
     assert np.mean([len(named) > 1 for _, named, _ in found]) <= 0.08, "5 % by chance"
     assert all(out <= {"rater 3"} for _, _, out in found), "who sees broken images is left out by nobody"
+
+
+def test_an_interval_alone_is_not_enough():
+    """Ten of twelve prompts: the interval leaves one half out, the adjusted p of three questions does not."""
+    declared = study(12, questions=tuple(Question(f"q{n}", "Which?") for n in range(3)))
+    given = []
+    for number, item in enumerate(item for item in declared.items if item.kind == "vote"):
+        for question in declared.questions:
+            later = 0 if item.sides[0] > item.sides[1] else 1
+            chosen = later if number < 10 else 1 - later
+            given.append(
+                Answer(
+                    f"{number}{question.key}",
+                    "ann",
+                    item.id,
+                    question.key,
+                    ("first", "second")[chosen],
+                    number % 2,
+                    False,
+                    1.0,
+                    "",
+                )
+            )
+    found = figures(declared, given)
+    for question in found["questions"]:
+        (pair,) = question["pairs"]
+        assert pair["rule"]["majority"]["interval"][0] > 0.5 and pair["p"] > 0.05 and pair["enough"] is False
