@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +39,14 @@ def stamps(source: Source, was: Callable[[ImageRef], tuple[int, str] | None] = l
         "image_times": digest(sizes, *(str(when) for _, when in found)),
         "images": digest(sizes, *contents),
     }
+
+
+def stamp_of(images: Sequence[ImageRef]) -> str:
+    """A hash of files in their order: of all sizes and of some contents. Times do not count: a copy is the same."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = [size for size, _ in pool.map(_size_and_time, images)]
+        contents = list(pool.map(_content, [images[i] for i in _spread(len(images), READ)]))
+    return digest(*map(str, sizes), *contents)
 
 
 def state(image: ImageRef) -> tuple[int, str]:

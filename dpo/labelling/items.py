@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.words import digest
+from dpo.data.contents import stamp_of, stamps
 from dpo.data.pairs import ImageRef, Source
 from dpo.evaluating.sides import Side
 
@@ -30,7 +29,7 @@ class Items(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is there, whatever folder it lies in."""
+        """A hash of what is there, whatever folder it lies in: files by their sizes and some contents."""
         ...
 
     def __len__(self) -> int: ...
@@ -46,7 +45,7 @@ class OfPairs:
 
     @property
     def fingerprint(self) -> str:
-        return self.source.fingerprint
+        return digest(self.source.fingerprint, stamps(self.source).get("images", ""))
 
     def __len__(self) -> int:
         return 2 * len(self.source)
@@ -68,12 +67,12 @@ class OfSides:
 
     @property
     def fingerprint(self) -> str:
-        rows = (
-            f"{side.name}\0{one.prompt}\0{one.seed}\0{one.path.name}\0{_size(one.path)}"
-            for side in self.sides
-            for one in side.images
-        )
-        return digest(*rows, *(str(side.protocol) for side in self.sides))
+        rows = (f"{side.name}\0{one.prompt}\0{one.seed}\0{one.path.name}" for side in self.sides for one in side.images)
+        paths = [one.path for side in self.sides for one in side.images]
+        if gone := next((path for path in paths if not path.exists()), None):
+            raise UserError(f"{gone} cannot be read (it is gone): draw it again, or leave it out")
+        files = stamp_of([ImageRef(path.name, path=str(path)) for path in paths])
+        return digest(*rows, *(str(side.protocol) for side in self.sides), files)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -88,13 +87,6 @@ class OfSides:
         numbers: dict[str, int] = {}
         found = [numbers.setdefault(one.prompt, len(numbers)) for side in self.sides for one in side.images]
         return list(numbers), np.array(found, dtype=np.int64)
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): draw it again, or leave it out") from error
 
 
 def content(data: bytes) -> str:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from dpo.common.words import digest, listed
+from dpo.pages.better import SURE
 from dpo.scorers.compare import detectable, holm
 from dpo.voting import agreement, tally
 from dpo.voting.agreement import Share
@@ -40,7 +41,6 @@ from dpo.voting.study import Item, Question, Study
 FORMAT = 1
 SEED = 0  # of the bootstrap
 RESAMPLES, OF_CATEGORY = 4000, 1000
-SURE = 0.05  # p below which a preference is called shown, where the interval says so too
 OPEN = "it is not enough to tell"
 HURRIED = 1.0  # seconds: a median below it means that nobody looked at two images
 

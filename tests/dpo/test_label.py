@@ -80,7 +80,8 @@ def test_the_trainer_reads_it_with_no_flag_and_nothing_odd_to_say(pairs, tmp_pat
 
 
 def test_datasets_finds_it(pairs, tmp_path, capsys, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     labelled(capsys, "--data", pairs, *GREY, "--rows-per-file", 20, output=tmp_path / "out")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     found = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
@@ -170,6 +171,19 @@ def test_what_cannot_be_is_found_before_anything_is_scored(tmp_path, capsys):
     code, said = labelled(capsys, "embedded", bare, "--prompts", "a red fox", *GREY, output=tmp_path / "two")
     assert code == 2 and "give --captions" in said and not list((tmp_path / "two").rglob("*.png"))
     assert Grey.seen == seen + 3 * TRIED
+
+
+def test_an_image_that_was_swapped_in_place_is_not_labelled_already(tmp_path, capsys):
+    """Another picture of the same name and as many bytes; a copy of the whole folder is the same."""
+    folder = images_of(tmp_path / "images", 3, 2)
+    words = [str(folder), *GREY]
+    assert labelled(capsys, *words, output=tmp_path / "out")[0] == 0
+    for file in folder.iterdir():
+        os.utime(file, (1, 1))
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1]
+    (folder / "000.png").write_bytes((folder / "000.png").read_bytes()[:-1] + b"x")
+    code, said = labelled(capsys, *words, output=tmp_path / "out")
+    assert code == 2 and "holds labels of other pairs" in said
 
 
 def test_another_programs_scores(pairs, tmp_path, capsys):

@@ -94,7 +94,8 @@ def test_other_trainers_find_the_winner(tmp_path):
 
 @pytest.mark.parametrize("layout", ["pickapic", "chosen-rejected"])
 def test_datasets_reads_it(layout, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_pairs(tmp_path / "train.parquet", rows(), layout)
     found = datasets.load_dataset(
@@ -171,7 +172,8 @@ def test_p_is_read_from_every_format_with_columns(kind, tmp_path, settings):
                 info.size = len(text)
                 tar.addfile(info, io.BytesIO(text))
     else:
-        datasets = pytest.importorskip("datasets")
+        import datasets
+
         files = {name: [(tmp_path / row[name]).read_bytes() for row in found] for name in ("image_0", "image_1")}
         others = {name: [row[name] for row in found] for name in ("caption", "label_0", "p")}
         datasets.Dataset.from_dict(others | files).save_to_disk(str(place))
