@@ -38,7 +38,7 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     for batch in micro_batches:
         inputs = run.encoder.inputs(batch)
         terms = run.step(inputs, correction, recorded=batch.recorded)
-        run.updater.scaled(terms.loss.sum() / run.nominal).backward()
+        run.updater.backward(terms.loss.sum() / run.nominal)
         run.table.gather(terms.table_sum, terms.table_count)
         run.metrics.add(terms, inputs.prob, inputs.usable)
         usable += int(batch.usable.sum())  # on the host: no synchronisation

@@ -21,6 +21,7 @@ SOURCE = [
 # Files that have no test of their own name, by the test that goes red when they break.
 TESTED_BY = {
     "dpo/credit.py": "tests/dpo/test_schedule.py",
+    "dpo/training/denoisers.py": "tests/dpo/training/test_build.py",
     "dpo/report.py": "tests/dpo/pages/test_report.py",
     "dpo/step.py": "tests/runs/test_step_zero.py",
     "dpo/train.py": "tests/runs/test_keyed_runs.py",

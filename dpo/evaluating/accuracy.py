@@ -23,7 +23,7 @@ from dpo.objective import implicit_accuracy
 from dpo.pages.figures import DECILES
 from dpo.settings.config import Config
 from dpo.training import validation
-from dpo.training.build import pair_step
+from dpo.training.denoisers import pair_step
 
 
 def by_side(

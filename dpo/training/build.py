@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from dpo import credit, reference, schedule
+from dpo import reference, schedule
 from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
 from dpo.common.words import digest
@@ -27,28 +26,25 @@ from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
-from dpo.models import lora, lora_files
-from dpo.models.adapter import Adapter
-from dpo.models.denoiser import halve
+from dpo.models import lora_files
 from dpo.models.dropout import masks_of
-from dpo.models.family import Denoise, Denoiser, Model
-from dpo.models.fingerprint import checksum, fingerprint, identity
+from dpo.models.family import Denoise, Model
+from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import check_part, locate, on_hub
-from dpo.models.ready import HALF, WEIGHTS, cast, load_model, pick_device, settle
+from dpo.models.ready import cast, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import checkpoint, cost, flops, optimizer, start, stored, validation
+from dpo.training import checkpoint, cost, denoisers, flops, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output
 from dpo.training.run import Run, Speed
-from dpo.training.start import Start
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
 
 if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    pass
 
 log = logging.getLogger("dpo")
 
@@ -79,27 +75,27 @@ def build(config: Config, notes: list[str]) -> Run:
     fingerprints = _fingerprints(model, source)
     cast(model, config.runtime.precision, config.runtime.vae_precision)
 
-    twin, weights = _make_reference(config, model, begin)
+    twin, weights = denoisers.make_reference(config, model, begin)
     fingerprints |= weights
     if begin.moved:
-        fingerprints |= _weights("start", model.denoiser)
+        fingerprints |= denoisers.hashes("start", model.denoiser)
     errors = _recorded(config, plan, source, weights)
     if errors is not None:
         source = errors.covered(source)
 
     total = resolve.total_steps(config, len(source))
-    live, encoded = _live_reference(config), of_store(source) is not None
+    live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     config = _rhythm(config, counted, total, held_out_source)
 
-    layers = _make_policy(config, model.denoiser, begin.adapter)
+    layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     policy = model.family.denoise(settle(config.runtime, model.denoiser, device))
     compared = None
     if twin is not None:
         compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
     elif live:
         compared = reference.from_adapters(policy, layers)
-    step, tables = pair_step(config, model, plan, policy, None if errors else compared, device)
+    step, tables = denoisers.pair_step(config, model, plan, policy, None if errors else compared, device)
     step.masks = masks_of(layers)
     encoder = Encoder(
         model,
@@ -115,7 +111,7 @@ def build(config: Config, notes: list[str]) -> Run:
         source=source,
         encoder=encoder,
         step=step,
-        updater=_updater(config, model.denoiser),
+        updater=denoisers.make_updater(config, model.denoiser),
         table=CorrectionTable.zeros(
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.effective_batch
         ),
@@ -154,7 +150,7 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
     """
     parts = identity(model)
     return {
-        **_weights("model", model.denoiser),
+        **denoisers.hashes("model", model.denoiser),
         "vae": parts["vae"],
         "vae_checksum": checksum(model.vae),
         "text": digest(*parts["text_encoders"], *parts["tokenizers"]),
@@ -162,11 +158,6 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
         "data": source.fingerprint,
         **stamps(source),
     }
-
-
-def _weights(name: str, denoiser: Denoiser) -> dict[str, str]:
-    """The two hashes of a denoiser's weights, by name."""
-    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser)}
 
 
 def _start(runtime: Runtime) -> None:
@@ -251,117 +242,6 @@ def _recorded(
     timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
     wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"])
     return recorded.find(source, wanted, timesteps, weights["reference_checksum"])
-
-
-def _live_reference(config: Config) -> bool:
-    """Whether the reference's errors are computed in every step."""
-    return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
-
-
-def _make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser | None, dict[str, str]]:
-    """A frozen copy where the reference needs its own weights (else None), and the hashes of its weights.
-
-    Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
-    the reference needs the copy for the held-out pairs alone.
-    """
-    apart = begin.moved and config.model.reference_model == "base"
-    if not apart:
-        begin.put(model)
-    compared = METHODS[config.method.method].reference
-    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
-    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
-    weights = _weights("reference", model.denoiser)
-    if apart:
-        begin.put(model)
-    return twin, weights
-
-
-def _make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> list[BaseTunerLayer]:
-    """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights.
-
-    adapter: what the adapters begin as; None for fresh ones.
-    """
-    low_rank = config.lora
-    denoiser.eval()  # no dropout of the network's own; that of adapters is keyed
-    if not low_rank.lora:
-        denoiser.requires_grad_(True)
-        return []
-    assert low_rank.alpha is not None, "decided when the model was loaded"
-    layers = lora.add(
-        denoiser,
-        rank=low_rank.rank,
-        alpha=low_rank.alpha,
-        target_modules=low_rank.target_modules,
-        dropout=low_rank.lora_dropout,
-        seed=config.runtime.seed,
-    )
-    if adapter is not None:
-        lora.begin_as(denoiser, adapter)
-    if config.runtime.precision in HALF:
-        halve(denoiser, HALF[config.runtime.precision])
-    return layers
-
-
-def pair_step(
-    config: Config,
-    model: Model,
-    plan: schedule.Schedule,
-    policy: Denoise,
-    compared: Denoise | None,
-    device: torch.device,
-) -> tuple[PairStep, credit.Tables]:
-    """The forward of a micro-batch, and the method's tables [T] in float64.
-
-    compared: the reference, where it is live.
-    """
-    method, precision = config.method, config.runtime.precision
-    tables = credit.tables(
-        method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
-    )
-    real = torch.float64 if precision == "fp64" else torch.float32
-    timesteps = schedule.usable_timesteps(plan, method.window_low, method.window_high)
-    step = PairStep(
-        model=model,
-        policy=policy,
-        reference=compared,
-        path=schedule.noise_path(plan, timesteps, real, device),
-        weight=tables.weight.to(device, real),
-        beta=torch.tensor(method.beta, dtype=real, device=device),
-        seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
-        shape=method.loss if METHODS[method.method].images == "pair" else None,
-        sft_weight=method.sft_weight,
-        autocast=HALF.get(precision),
-        dtype=WEIGHTS.get(precision, torch.float32),
-    )
-    return step, tables
-
-
-def _updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
-    optim = config.optim
-    trained: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    parameters = list(trained.values())
-    made = optimizer.build(
-        optim.optimizer,
-        parameters,
-        lr=optim.learning_rate,
-        betas=optim.betas,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        seed=config.runtime.seed,
-    )
-    scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
-    log.info(
-        "training %s of %.1f M parameters",
-        f"{sum(p.numel() for p in parameters):,}",
-        sum(p.numel() for p in denoiser.parameters()) / 1e6,
-    )
-    if optim.ema:
-        log.info(
-            "averaged weights (--ema %g): they are the result, and held-out accuracy and sample images are theirs; "
-            "the figures of each update are of the weights in training",
-            optim.ema,
-        )
-    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
 
 
 def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | None) -> Config:

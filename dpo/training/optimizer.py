@@ -98,9 +98,9 @@ class Updater:
         if self.ema_decay > 0 and not self.ema:
             self.ema = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate: under fp16 times the loss scale."""
-        return loss if self.scaler is None else self.scaler.scale(loss)
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch's loss; under fp16 times the loss scale."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     @torch.no_grad()
     def grad_norm(self, share: float) -> Tensor:

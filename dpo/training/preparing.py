@@ -31,7 +31,7 @@ from dpo.schedule import Schedule, usable_timesteps
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import start, stored
-from dpo.training.build import pair_step
+from dpo.training.denoisers import pair_step
 from dpo.training.embedded import embedded
 from dpo.training.start import Start
 

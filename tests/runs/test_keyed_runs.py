@@ -94,7 +94,7 @@ def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, k
     calls.clear()  # tokenizers build Python lists: that is host work before the device has any
     with Synchronisations() as watch:
         terms = run.step(inputs, run.correction())
-        run.updater.scaled(terms.loss.sum() / run.nominal).backward()
+        run.updater.backward(terms.loss.sum() / run.nominal)
         run.table.gather(terms.table_sum, terms.table_count)
         run.metrics.add(terms, inputs.prob, inputs.usable)
     assert watch.seen == [] and calls == []

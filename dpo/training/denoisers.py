@@ -1,0 +1,143 @@
+"""Policy and reference of a run, made from one loaded model; the step on both, and the updater of what is trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dpo import credit, reference, schedule
+from dpo.methods import METHODS
+from dpo.models import lora
+from dpo.models.adapter import Adapter
+from dpo.models.denoiser import halve
+from dpo.models.family import Denoise, Denoiser, Model
+from dpo.models.fingerprint import checksum, fingerprint
+from dpo.models.ready import HALF, WEIGHTS
+from dpo.settings.config import Config
+from dpo.step import PairStep
+from dpo.training import optimizer
+from dpo.training.start import Start
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+log = logging.getLogger("dpo")
+
+
+def hashes(name: str, denoiser: Denoiser) -> dict[str, str]:
+    """The two hashes of a denoiser's weights, by name."""
+    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser)}
+
+
+def live_reference(config: Config) -> bool:
+    """Whether the reference's errors are computed in every step."""
+    return METHODS[config.method.method].reference and config.runtime.reference != "recorded"
+
+
+def make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser | None, dict[str, str]]:
+    """A frozen copy where the reference needs its own weights (else None), and the hashes of its weights.
+
+    Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
+    the reference needs the copy for the held-out pairs alone.
+    """
+    apart = begin.moved and config.model.reference_model == "base"
+    if not apart:
+        begin.put(model)
+    compared = METHODS[config.method.method].reference
+    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
+    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
+    weights = hashes("reference", model.denoiser)
+    if apart:
+        begin.put(model)
+    return twin, weights
+
+
+def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> list[BaseTunerLayer]:
+    """Makes the policy trainable: by adapters, whose layers are returned, or in all its weights.
+
+    adapter: what the adapters begin as; None for fresh ones.
+    """
+    low_rank = config.lora
+    denoiser.eval()  # no dropout of the network's own; that of adapters is keyed
+    if not low_rank.lora:
+        denoiser.requires_grad_(True)
+        return []
+    assert low_rank.alpha is not None, "decided when the model was loaded"
+    layers = lora.add(
+        denoiser,
+        rank=low_rank.rank,
+        alpha=low_rank.alpha,
+        target_modules=low_rank.target_modules,
+        dropout=low_rank.lora_dropout,
+        seed=config.runtime.seed,
+    )
+    if adapter is not None:
+        lora.begin_as(denoiser, adapter)
+    if config.runtime.precision in HALF:
+        halve(denoiser, HALF[config.runtime.precision])
+    return layers
+
+
+def pair_step(
+    config: Config,
+    model: Model,
+    plan: schedule.Schedule,
+    policy: Denoise,
+    compared: Denoise | None,
+    device: torch.device,
+) -> tuple[PairStep, credit.Tables]:
+    """The forward of a micro-batch, and the method's tables [T] in float64.
+
+    compared: the reference, where it is live.
+    """
+    method, precision = config.method, config.runtime.precision
+    tables = credit.tables(
+        method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
+    )
+    real = torch.float64 if precision == "fp64" else torch.float32
+    timesteps = schedule.usable_timesteps(plan, method.window_low, method.window_high)
+    step = PairStep(
+        model=model,
+        policy=policy,
+        reference=compared,
+        path=schedule.noise_path(plan, timesteps, real, device),
+        weight=tables.weight.to(device, real),
+        beta=torch.tensor(method.beta, dtype=real, device=device),
+        seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
+        shape=method.loss if METHODS[method.method].images == "pair" else None,
+        sft_weight=method.sft_weight,
+        autocast=HALF.get(precision),
+        dtype=WEIGHTS.get(precision, torch.float32),
+    )
+    return step, tables
+
+
+def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
+    optim = config.optim
+    trained: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    made = optimizer.build(
+        optim.optimizer,
+        parameters,
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        seed=config.runtime.seed,
+    )
+    scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
+    log.info(
+        "training %s of %.1f M parameters",
+        f"{sum(p.numel() for p in parameters):,}",
+        sum(p.numel() for p in denoiser.parameters()) / 1e6,
+    )
+    if optim.ema:
+        log.info(
+            "averaged weights (--ema %g): they are the result, and held-out accuracy and sample images are theirs; "
+            "the figures of each update are of the weights in training",
+            optim.ema,
+        )
+    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
