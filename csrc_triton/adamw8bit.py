@@ -275,12 +275,12 @@ class AdamW8bit(torch.optim.Optimizer):
     def _launch_one(self, key: int, clip, inv_scale, found_inf) -> None:
         """One parameter, by a table of one row; rows are uploaded anew only where an address has changed."""
         p, row = self._parameters[key][0], self._row(key)
-        known, table, chunks = self._alone.get(key, (None, None, None))
-        if chunks is None:
-            chunks = self._upload(f"chunks of {key}", [(0, tile) for tile in range(_tiles(p))], torch.int32)
-        if known != row:
-            table = self._upload(f"row of {key}", [row], torch.int64)
-        self._alone[key] = row, table, chunks
+        known = self._alone.get(key)
+        if known is None or known[0] != row:
+            tiles = [(0, tile) for tile in range(_tiles(p))]
+            chunks = known[2] if known else self._upload(f"chunks of {key}", tiles, torch.int32)
+            known = self._alone[key] = row, self._upload(f"row of {key}", [row], torch.int64), chunks
+        _, table, chunks = known
         self._launch(_kind(p), table, chunks, clip, inv_scale, found_inf)
 
     def _launch(self, kind: Kind, table, chunks, clip, inv_scale, found_inf) -> None:

@@ -279,6 +279,11 @@ class Optim:
         high=0.999999,
         resume="said",
     )
+    gradient_release: bool = option(
+        False,
+        "update each weight inside the backward pass and free its gradient at once: less memory, one pass an update",
+        resume="said",
+    )
 
     @property
     def betas(self) -> tuple[float, float]:
