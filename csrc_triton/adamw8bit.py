@@ -235,9 +235,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=self._device.type == "cuda")
 
     def _refresh_table(self) -> None:
-        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and
-        dtype.
-        """
+        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per `Kind`."""
         addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
         if addresses == self._addresses:
             return
@@ -287,14 +285,8 @@ class AdamW8bit(torch.optim.Optimizer):
         quantised, dtype, gradient, aligned = kind
         t = self._tensors
         common = (table, chunks, self._factors, t["step"], t["seed"], clip, inv_scale, found_inf)
-        options = {
-            "DTYPE": TRITON_DTYPES[dtype],
-            "GRADIENT": TRITON_DTYPES[gradient],
-            "STREAM": STREAM,
-            "ROWS": ROWS,
-            "BLOCK": BLOCK,
-            "num_warps": WARPS,
-        } | PINNED
+        dtypes = {"DTYPE": TRITON_DTYPES[dtype], "GRADIENT": TRITON_DTYPES[gradient]}
+        options = {**dtypes, "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": WARPS, **PINNED}
         if quantised:
             states = (*self._maps, t["m_8bit"], t["v_8bit"], t["m_max"], t["v_max"])
             adamw_8bit_kernel[(len(chunks),)](*common, *states, ALIGNED=aligned, **options)
@@ -349,9 +341,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return new_w.reshape(-1)[: w.numel()]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory
-        order).
-        """
+        """The live state by name: step, seed, moments, `layout` [K, 2] int64 (elements, memory order)."""
         layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
         return {**self._tensors, "layout": torch.tensor(layout)}
 

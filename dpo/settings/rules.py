@@ -89,6 +89,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.gradient_release and v.precision == "fp16",
             "gradient_release cannot scale the loss, which precision = fp16 needs: use --precision bf16 or bf16-pure",
         ),
+        (
+            v.activation_offload and v.compile,
+            "activation_offload moves what uncompiled code keeps for the backward pass: leave it or --compile out",
+        ),
     ]
 
 
