@@ -102,7 +102,7 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
     (tmp_path / "config.toml").write_text(to_toml(saved))
     for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
         cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
-        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
+        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20, effective_batch=4)
         assert len(notes) == 1 and "config.toml" in notes[0]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.toml").write_text("steps = = 3")
@@ -156,7 +156,7 @@ def test_every_preset_parses_resolves_and_trains():
         assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
         published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2}
-        assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
+        assert cfg.optim.pairs == published.get(name, cfg.optim.pairs)
 
 
 SMALL = [name for name in presets() if name.endswith("gb")]
