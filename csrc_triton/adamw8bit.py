@@ -11,23 +11,23 @@ Moments: one byte per element and one fp32 maximum per block of 256, all paramet
 elements keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand
 times too long. Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in
 fp32 and rounded once, so decay is not lost however small lr wd is; the random bits are a pure function of (seed, step,
-parameter, element). Elements are counted in memory order, blocks too. Legend: K parameters, G parameter groups, A
-elements of an arena.
+parameter, element). Elements are counted in memory order, blocks too. A parameter may be a shard of a tensor: blocks
+and elements are then those of the whole tensor, and so are the bits of each update. Legend: K parameters, G parameter
+groups, A elements of an arena.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
 from csrc_triton.dynamic_map import LEVELS, MIDPOINTS
 from csrc_triton.language import HAS_TRITON, tl, triton
+from csrc_triton.parts import ARENAS, BLOCK, Part, arena
 from csrc_triton.philox import Stream, random_bits
 from csrc_triton.runtime import PINNED, on_its_device
 from csrc_triton.specimen import Specimen
 
-BLOCK = 256
-MIN_8BIT_ELEMENTS = 4096
 ROWS = 4  # quantisation blocks per program, one per warp
 WARPS = 4
 STREAM = int(Stream.ROUNDING)
@@ -51,10 +51,10 @@ def adamw_reference(w, g, m, v, factors):
     return w - (rate * (m / (v.sqrt() * root + eps)) + decay * w), m, v
 
 
-def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int) -> torch.Tensor:
-    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element)."""
+def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int, first: int = 0) -> torch.Tensor:
+    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element); first: the number of element 0."""
     keys, draws = torch.tensor([[key], [step]], device=w.device)
-    words = random_bits(keys, draws, STREAM, seed, w.numel())[0]
+    words = random_bits(keys, draws, STREAM, seed, w.numel(), first)[0]
     bits = (w.view(torch.int32) + (words >> 16).to(torch.int32)) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)
 
@@ -82,7 +82,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     `lr` may be a 0-d tensor per group (read on the device). Gradients must have the dtype of their parameter. The
     parameters are fixed at construction. For graph capture, weights and gradients must keep their addresses
-    (`zero_grad(set_to_none=False)`).
+    (`zero_grad(set_to_none=False)`). `parts`: for each parameter the whole tensor that it is a shard of, which no shard
+    may cut inside a block; an empty shard has its place in the list.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         seed: int = 0,
+        parts: Sequence[Part] | None = None,
     ):
         self._built = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -105,11 +107,13 @@ class AdamW8bit(torch.optim.Optimizer):
             assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), (
                 f"not dense: strides {p.stride()}"
             )
-        self._starts, sizes = [], [0, 0]  # start of each parameter in its arena: fp32 moments, 8-bit moments
-        for p, _ in self._parameters:
-            small = p.numel() < MIN_8BIT_ELEMENTS
-            self._starts.append(sizes[not small])
-            sizes[not small] += -(-p.numel() // (4 if small else BLOCK)) * (4 if small else BLOCK)
+        if parts is None:
+            parts = [Part((p.numel(),), 0, 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        for (p, _), part in zip(self._parameters, parts, strict=True):
+            assert p.numel() == part.counts[part.rank], f"a shard of {p.numel()} elements: {part}"
+            assert not part.cuts_a_block(), f"a shard cuts a block of {BLOCK}: {part}"
+        self._parts = list(parts)
+        self._starts, sizes = arena(parts, [part.units[part.rank] for part in parts])
 
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -163,11 +167,11 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def _match_gradients(self) -> None:
-        """Gradients in the memory order of their parameter: one that autograd laid out otherwise is copied."""
+        """Gradients in the memory order of their parameter and at 16 bytes: one that lies otherwise is copied."""
         for p, _ in self._parameters:
             if p.grad is not None:
                 assert p.grad.dtype == p.dtype, f"gradient {p.grad.dtype} of a {p.dtype} parameter"
-                if p.grad.stride() != p.stride():
+                if p.grad.stride() != p.stride() or p.grad.data_ptr() % 16:
                     p.grad = torch.empty_like(p).copy_(p.grad)
 
     def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -196,14 +200,15 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         rows: list[tuple[int, ...]] = []
         chunks: dict[tuple[bool, torch.dtype, bool], list[tuple[int, int]]] = {}
-        for key, ((p, group), start, (weight, grad)) in enumerate(
-            zip(self._parameters, self._starts, addresses, strict=True)
+        for key, ((p, group), part, start, (weight, grad)) in enumerate(
+            zip(self._parameters, self._parts, self._starts, addresses, strict=True)
         ):
             assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
-            quantised, tiles = p.numel() >= MIN_8BIT_ELEMENTS, -(-p.numel() // (ROWS * BLOCK))
-            rows.append((weight, grad, p.numel(), start // BLOCK if quantised else start, group, key))
+            quantised, tiles = part.quantised, -(-p.numel() // (ROWS * BLOCK))
+            rows.append((weight, grad, p.numel(), start // BLOCK if quantised else start, group, key, part.first))
             kind = quantised, p.dtype, quantised and p.numel() % 16 == 0
-            chunks.setdefault(kind, []).extend((key, tile) for tile in range(tiles))
+            if tiles:
+                chunks.setdefault(kind, []).extend((key, tile) for tile in range(tiles))
         self._table = self._upload("table", rows, torch.int64)
         if not self._launches:
             self._launches = [
@@ -241,18 +246,18 @@ class AdamW8bit(torch.optim.Optimizer):
         t["step"] += 1
         step, seed = t["step"].item(), t["seed"].item()
         factors = factors_reference(self._hyper, step)
-        for key, ((p, group), start) in enumerate(zip(self._parameters, self._starts, strict=True)):
-            if p.grad is None:
+        for key, ((p, group), part, start) in enumerate(zip(self._parameters, self._parts, self._starts, strict=True)):
+            if p.grad is None or not p.numel():
                 continue
             flat, count = _memory_order(p), p.numel()
             w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
-            if count < MIN_8BIT_ELEMENTS:
+            if not part.quantised:
                 m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
                 w, new_m, new_v = adamw_reference(w, g, m, v, factors[group])
                 m.copy_(new_m), v.copy_(new_v)
             else:
                 w = self._reference_8bit(w, g, start, factors[group])
-            flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, key, step, seed))
+            flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, key, step, seed, part.first))
 
     def _reference_8bit(self, w, g, start, factors):
         """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
@@ -276,21 +281,61 @@ class AdamW8bit(torch.optim.Optimizer):
         return new_w.reshape(-1)[: w.numel()]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory
-        order).
+        """The live state by name: step, seed, moments (of shards: only theirs), `layout` [K, 2] int64 (elements of the
+        whole, memory order).
         """
-        layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        layout = [(part.whole, part.order) for part in self._parts]
         return {**self._tensors, "layout": torch.tensor(layout)}
 
+    def _slices(self, name: str, starts: list[int]) -> list[tuple[int, Part, int]]:
+        """(start, part, elements per number) of each parameter with moments in the arena `name`, by their `starts`."""
+        kind, each = ARENAS[name]
+        return [
+            (start // each, part, each)
+            for part, start in zip(self._parts, starts, strict=True)
+            if part.quantised == kind
+        ]
+
+    @torch.no_grad()
+    def whole_state(self, gather: Callable[[torch.Tensor, list[int]], torch.Tensor | None]) -> dict | None:
+        """`state_dict` of the whole parameters, on the CPU, as without shards; None where `gather` gives nothing.
+
+        gather(part [n], counts): the parts of all shards, of `counts` numbers, one after another.
+        """
+        starts, sizes = arena(self._parts, [sum(part.units) for part in self._parts])
+        state = {name: tensor.cpu() for name, tensor in self.state_tensors().items()}
+        kept = True
+        for name, (kind, each) in ARENAS.items():
+            whole = self._tensors[name].new_full((sizes[kind] // each,), 127 if name == "m_8bit" else 0, device="cpu")
+            own = self._slices(name, self._starts)
+            for (start, part, _), (place, _, _) in zip(own, self._slices(name, starts), strict=True):
+                counts = [count // each for count in part.units]
+                found = gather(self._tensors[name][start : start + counts[part.rank]], counts)
+                kept = found is not None
+                if found is not None:
+                    whole[place : place + sum(counts)] = found.cpu()
+            state[name] = whole
+        return {**self.state_dict(), "state": state} if kept else None
+
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies a state into place; the parameters must have the sizes and memory order of the run that saved it."""
+        """Copies the state of the whole parameters into place, of shards their part of it.
+
+        The parameters must have the sizes and memory order of the run that saved it. Raises ValueError.
+        """
         own = self.state_tensors()
         if tensors.keys() != own.keys():
             raise ValueError(f"not an AdamW8bit state: tensors {sorted(tensors)}, expected {sorted(own)}")
         if not torch.equal(tensors["layout"].cpu(), own["layout"]):
             raise ValueError("this AdamW8bit state belongs to other parameters, or to weights in another memory format")
-        for name, tensor in self._tensors.items():
-            tensor.copy_(tensors[name])
+        starts, _ = arena(self._parts, [sum(part.units) for part in self._parts])
+        for name in ("step", "seed"):
+            self._tensors[name].copy_(tensors[name])
+        for name in ARENAS:
+            for (start, part, each), (place, _, _) in zip(
+                self._slices(name, self._starts), self._slices(name, starts), strict=True
+            ):
+                count, before = part.units[part.rank] // each, sum(part.units[: part.rank]) // each
+                self._tensors[name][start : start + count].copy_(tensors[name][place + before : place + before + count])
 
     def state_dict(self) -> dict:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
