@@ -23,13 +23,13 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from csrc_triton.adamw8bit import AdamW8bit
 from csrc_triton.parts import Part
 from dpo.common.errors import UserError
-from dpo.models.family import Denoiser
+from dpo.models.family import Denoise, Denoiser, TextEncoding
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Transformer2DModel, Downsample2D, Upsample2D)
 MOST = 64  # processes that a refusal looks through for numbers that fit
@@ -74,9 +74,13 @@ class Shards:
         permuted = _by_memory_order(denoiser)
         kept = {p for p in denoiser.parameters() if blocks_of_states and _cut(p.shape, self.count)}
         blocks = [block for block in denoiser.modules() if isinstance(block, BLOCKS) and _has_weights(block)]
+        # Gradients in half precision are summed in fp32. Parameters keep their dtype: as a dtype to compute in, a policy's
+        # would round the norms, which autocast keeps in fp32.
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if denoiser.dtype == torch.bfloat16 else None
+        options: dict[str, Any] = {"mp_policy": policy} if policy else {}
         for module in [*reversed(blocks), denoiser]:  # inner blocks first
             # The root too: what it keeps gathered after a pass without gradient would stand where its rows are asked for.
-            sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+            sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept, **options)
             sharded.set_gradient_divide_factor(1.0)  # neither of these two reaches the modules inside
             sharded.set_force_sum_reduction_for_comms(True)
         self.rows = [_rows(name, p, mesh, name in permuted) for name, p in denoiser.named_parameters()]
@@ -91,17 +95,41 @@ class Shards:
         return [rows.part for rows in self.rows]
 
     def collect(self) -> None:
-        """Gives the rows the gradients that the backward passes left, summed over all processes."""
+        """Adds the gradients of a backward pass, which torch has summed over the processes, to those of the rows."""
+        with torch.no_grad():
+            for rows in self.rows:
+                if rows.repeated or rows.source.grad is None:
+                    continue
+                found = _local(rows.source.grad)
+                rows.source.grad = None
+                if rows.own.grad is None:
+                    rows.own.grad = found.to(rows.own.grad_dtype or found.dtype)
+                else:
+                    rows.own.grad += found
+
+    def reduce(self) -> None:
+        """Sums over the processes what torch has not: the gradients of parameters that every process holds whole."""
         for rows in self.rows:
-            if rows.repeated:
-                _sum(rows.own.grad)
-            else:
-                rows.own.grad = None if rows.source.grad is None else _local(rows.source.grad)
+            if rows.repeated and rows.own.grad is not None:
+                wide = rows.own.grad.to(torch.promote_types(rows.own.grad.dtype, torch.float32))
+                dist.all_reduce(wide)
+                rows.own.grad.copy_(wide)
 
     def drop(self) -> None:
-        """Drops the gradients."""
+        """Drops what an unfinished backward pass left."""
         for rows in self.rows:
-            rows.own.grad = rows.source.grad = None
+            rows.source.grad = None
+
+    def denoise(self, inner: Denoise) -> Denoise:
+        """`inner`, which runs the sharded model."""
+
+        def run(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+            found = inner(x_t, t, text, sizes)
+            if not torch.is_grad_enabled():
+                self.forget()
+            return found
+
+        return run
 
     def forget(self) -> None:
         """Empties the list of blocks that ran forward.
@@ -258,14 +286,6 @@ def _rows(name: str, p: nn.Parameter, mesh: DeviceMesh, permuted: bool) -> Rows:
         return Rows(name, p, p, Part((p.numel(),), 0, int(permuted)))
     part = _part(p.shape, mesh.size(), mesh.get_local_rank(), int(permuted))
     return Rows(name, p, nn.Parameter(_local(p), requires_grad=p.requires_grad), part)
-
-
-def _sum(grad: Tensor | None) -> None:
-    """Sums the gradient of a whole parameter over the processes, in fp32 or wider, rounded once."""
-    if grad is not None:
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        dist.all_reduce(wide)
-        grad.copy_(wide)
 
 
 def _skeleton(denoiser: Denoiser) -> Denoiser:

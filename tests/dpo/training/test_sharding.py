@@ -5,7 +5,6 @@ import datetime
 import os
 import traceback
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from dpo.common.errors import UserError
 from dpo.models.denoiser import halve
 from dpo.models.load import load
 from dpo.models.ready import settle
+from dpo.settings.config import Runtime
 from dpo.training import sharding
 from tests.help.children import start
 from tests.help.worlds import make_pipeline
@@ -36,8 +36,7 @@ def unets(tmp_path_factory):
 
 def settled(unet, **runtime):
     unet = copy.deepcopy(unet)
-    asked = {"attention": "sdpa", "kernels": "torch", "channels_last": "off", "checkpointing": "off", "compile": False}
-    return settle(SimpleNamespace(**asked | runtime), unet, CPU)
+    return settle(Runtime(**{"kernels": "torch", "channels_last": "off", "checkpointing": "off"} | runtime), unet, CPU)
 
 
 def together(count, work, folder):
@@ -72,10 +71,11 @@ def inputs(unet, rows, dtype=torch.float64):
     return (x, t), {"encoder_hidden_states": text, "return_dict": False, **more}
 
 
-def backward(unet, micro_batches):
+def backward(unet, micro_batches, collect=lambda: None):
     for rows in micro_batches:
         args, more = inputs(unet, rows)
         (unet(*args, **more)[0].square().sum() / 4).backward()
+        collect()
 
 
 def gradients(unet, count, blocks_of_states=False, **runtime):
@@ -83,8 +83,8 @@ def gradients(unet, count, blocks_of_states=False, **runtime):
     unet = settled(unet, **runtime).double().requires_grad_(True)
     own = list(range(dist.get_rank(), 4, count))
     shards = sharding.Shards(unet, sharding.mesh_of(CPU), blocks_of_states=blocks_of_states)
-    backward(unet, [[row] for row in own])
-    shards.collect()
+    backward(unet, [[row] for row in own], shards.collect)
+    shards.reduce()
     norms = torch.stack([p.grad.norm() for p in shards.parameters])
     return dict(shards.whole(p.grad for p in shards.parameters)), shards.norm(norms)
 
