@@ -174,6 +174,8 @@ def _on_resume(spec: Spec, old: SimpleNamespace, new: SimpleNamespace) -> str:
     """A setting's rule for changes on resume: the declared one, except for the few whose rule depends on values."""
     if spec.name == "precision":
         return "said" if {old.precision, new.precision} <= AUTOCAST else "refused"
+    if spec.name == "accumulation" and old.effective_batch == new.effective_batch:
+        return "free"  # more or fewer processes, or another micro-batch: the update is the same
     if spec.name == "ema":
         return "said" if old.ema and new.ema else "refused"
     if spec.name in ("steps", "epochs") and new.scheduler != "constant":

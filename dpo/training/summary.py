@@ -53,6 +53,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "reason": reason,
         "steps": run.total,
         "seconds": time.time() - run.started,
+        "processes": run.processes.count,
         "device": device_name(run.device),
         "versions": versions(),
         "model": {
