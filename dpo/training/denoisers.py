@@ -25,6 +25,7 @@ from dpo.training.start import Start
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from dpo.training.parallel import Processes
     from dpo.training.sharding import Shards
 
 log = logging.getLogger("dpo")
@@ -82,6 +83,29 @@ def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> 
     if config.runtime.precision in HALF:
         halve(denoiser, HALF[config.runtime.precision])
     return layers
+
+
+def shards_of(config: Config, denoiser: Denoiser, device: torch.device, processes: Processes) -> Shards | None:
+    """Policy or reference cut over the processes, where the settings ask for it; None otherwise.
+
+    Raises UserError for a number of processes that does not fit the optimizer.
+    """
+    if config.runtime.sharding != "on":
+        return None
+    trained = any(p.requires_grad for p in denoiser.parameters())
+    if processes.count == 1:
+        if trained:
+            log.warning("--sharding on has no effect on one process: it holds the whole model")
+        return None
+    from dpo.training import sharding  # it imports much of torch.distributed
+
+    eight_bit = trained and config.optim.optimizer == "adamw8bit"
+    if eight_bit:
+        sharding.check_blocks(denoiser, processes.count)
+    shards = sharding.Shards(denoiser, sharding.mesh_of(device), blocks_of_states=eight_bit)
+    if trained:
+        log.info("sharding: each of %d processes holds %s of the weights", processes.count, f"{shards.share():.1%}")
+    return shards
 
 
 def pair_step(

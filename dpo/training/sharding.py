@@ -94,6 +94,10 @@ class Shards:
     def parts(self) -> list[Part]:
         return [rows.part for rows in self.rows]
 
+    def share(self) -> float:
+        """The share of all weights that this process holds."""
+        return sum(rows.own.numel() for rows in self.rows) / sum(rows.part.whole for rows in self.rows)
+
     def collect(self) -> None:
         """Adds the gradients of a backward pass, which torch has summed over the processes, to those of the rows."""
         with torch.no_grad():
@@ -220,10 +224,9 @@ class Shards:
         return found
 
     def alone(self, weights: Mapping[str, Tensor]) -> Denoiser:
-        """The model without shards, on the CPU, with `weights`: all of them, whole, by name."""
+        """The model without shards, on the CPU and not to be trained, with `weights`: all of them, whole, by name."""
         host: dict[int, Any] = {
-            id(p): nn.Parameter(weights[name], requires_grad=p.requires_grad)
-            for name, p in self.skeleton.named_parameters()
+            id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in self.skeleton.named_parameters()
         }
         return copy.deepcopy(self.skeleton, host)
 
