@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
@@ -47,15 +49,8 @@ def check_complete(saved: checkpoint.Checkpoint) -> None:
         raise checkpoint.Damaged(f"{saved.path} is incomplete: it lacks {', '.join(lacking)}")
 
 
-def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
-    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder.
-
-    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
-    and does not replace one that was made of the same update before.
-    """
-    path = checkpoint.folder_of(run.checkpoints, run.done)
-    if diverged and path.exists():
-        return path
+def contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a checkpoint of the run holds: its tensors by group and name, which are the live ones, and a JSON object."""
     optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
     names = run.updater.names
     tensors = {
@@ -72,8 +67,22 @@ def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Pa
         "optimizer": optimizer_rest,
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
-        **({"diverged": True} if diverged else {}),
     }
+    return tensors, state
+
+
+def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
+    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder.
+
+    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
+    and does not replace one that was made of the same update before.
+    """
+    path = checkpoint.folder_of(run.checkpoints, run.done)
+    if diverged and path.exists():
+        return path
+    tensors, state = contents(run)
+    if diverged:
+        state |= {"diverged": True}
     checkpoint.save(path, tensors, state)
     if not emergency:
         checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
