@@ -11,11 +11,8 @@ from dpo.train import train_step
 from tests.help.running import advance, leave, make_run
 from tests.help.worlds import make_folders
 
-PATHS = {
-    "dde, from a checkpoint": (["--method", "dde", "--accumulation", "2"], 4),
-    "lora with dropout, from the start": (["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"], 2),
-    "8-bit, averaged, cosine": (["--optimizer", "adamw8bit", "--ema", "0.9", "--scheduler", "cosine"], 4),
-}
+LORA = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
+MORE = ["--optimizer", "adamw8bit", "--ema", "0.9", "--scheduler", "cosine"]
 
 
 def replayed(run, update, tmp_path):
@@ -23,7 +20,16 @@ def replayed(run, update, tmp_path):
     return work.replay(work.Asked(run.output, update, tmp_path / "found"), train_step)
 
 
-@pytest.mark.parametrize(("flags", "update"), PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    ("flags", "update"),
+    [
+        (["--method", "dde", "--accumulation", "2"], 4),
+        (LORA, 2),
+        pytest.param(MORE, 4, marks=pytest.mark.slow),
+        pytest.param(["--precision", "bf16"], 4, marks=pytest.mark.slow),
+    ],
+    ids=["dde, from a checkpoint", "lora with dropout, from the start", "8-bit, averaged, cosine", "bf16"],
+)
 def test_figures_are_those_of_the_run(world, tmp_path, flags, update):
     flags = ["--batch-size", "2", "--steps", "6", "--learning-rate", "1e-4", *flags]
     found = replayed(make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags), update, tmp_path)

@@ -14,6 +14,7 @@ SMALL = ["--batch-size", "3", "--accumulation", "2", "--learning-rate", "1e-4"]
 
 
 FP64 = ["--precision", "fp64"]
+RELEASED = ["--optimizer", "adamw8bit", "--gradient-release"]
 DROPPED = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
 
 
@@ -21,11 +22,12 @@ DROPPED = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
     ("kind", "flags"),
     [
         ("sdxl", [*FP64, "--method", "dde", *DROPPED]),
-        ("sd15", ["--precision", "fp16"]),
+        pytest.param("sd15", ["--precision", "fp16"], marks=pytest.mark.slow),
+        ("sd15", ["--precision", "bf16-pure", "--accumulation", "1", "--batch-size", "6", *RELEASED]),
         pytest.param("sd15", FP64, marks=pytest.mark.slow),
         pytest.param("sdxl", [*FP64, "--method", "sft"], marks=pytest.mark.slow),
     ],
-    ids=["sdxl, dde, lora, dropout", "fp16", "full", "sdxl, sft"],
+    ids=["sdxl, dde, lora, dropout", "fp16", "gradient release", "full", "sdxl, sft"],
 )
 def test_the_gradients_of_the_pairs_add_up_to_that_of_the_update(world, tmp_path, kind, flags):
     """sum of |g_i| cos_i is the norm of the whole. Measuring changes nothing: the update after it is what it would be."""
