@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from dpo.encode import Inputs
+from dpo.models.family import TextEncoding
 from dpo.replaying import pairs
 from dpo.replaying.pairs import OnePair, keys_between, measured
 from tests.help.running import advance, everything, make_run
@@ -18,16 +20,21 @@ RELEASED = ["--optimizer", "adamw8bit", "--gradient-release"]
 DROPPED = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
 
 
+def slow(kind, *flags):
+    return pytest.param(kind, flags, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
-        ("sdxl", [*FP64, "--method", "dde", *DROPPED]),
-        pytest.param("sd15", ["--precision", "fp16"], marks=pytest.mark.slow),
-        ("sd15", ["--precision", "bf16-pure", "--accumulation", "1", "--batch-size", "6", *RELEASED]),
-        pytest.param("sd15", FP64, marks=pytest.mark.slow),
-        pytest.param("sdxl", [*FP64, "--method", "sft"], marks=pytest.mark.slow),
+        ("sd15", [*FP64, "--method", "dde", *DROPPED]),
+        slow("sd15", *FP64),
+        slow("sd15", "--precision", "fp16"),
+        slow("sd15", "--precision", "bf16-pure", "--accumulation", "1", "--batch-size", "6", *RELEASED),
+        slow("sdxl", *FP64, "--method", "sft"),
+        slow("sdxl", *FP64, "--method", "dde", *DROPPED),
     ],
-    ids=["sdxl, dde, lora, dropout", "fp16", "gradient release", "full", "sdxl, sft"],
+    ids=["dde, lora, dropout", "full", "fp16", "gradient release", "sdxl, sft", "sdxl, dde, lora, dropout"],
 )
 def test_the_gradients_of_the_pairs_add_up_to_that_of_the_update(world, tmp_path, kind, flags):
     """sum of |g_i| cos_i is the norm of the whole. Measuring changes nothing: the update after it is what it would be."""
@@ -91,3 +98,14 @@ def test_a_row_is_json_without_numbers_that_a_reader_would_round():
     pair = OnePair(2**63 - 1, "a fox", False, 7, math.inf, 0.0, 1.0, 1.0, 1.0, True, 0, pairs.Place(0, [0], [0]))
     row = pair.row()
     assert row["key"] == "9223372036854775807" and row["difference"] is None and row["measured"] is False
+
+
+def test_a_pair_alone_has_its_own_rows():
+    text = TextEncoding(torch.arange(3.0).view(3, 1, 1), torch.arange(3.0).view(3, 1) + 10)
+    rows, both = torch.arange(3), torch.arange(6.0).view(6, 1, 1, 1)
+    every = Inputs(rows, rows + 3, rows + 0.5, rows + 1.0, both, both + 6, text, torch.arange(6).view(6, 1))
+    one = pairs.alone(every, 1)
+    assert [x.flatten().tolist() for x in one[:6]] == [[1], [4], [1.5], [2.0], [1.0, 4.0], [7.0, 10.0]]
+    assert (one.text.hidden.item(), one.text.pooled.item(), one.micro.flatten().tolist()) == (1.0, 11.0, [1, 4])
+    bare = pairs.alone(every._replace(text=TextEncoding(text.hidden), micro=None), 2)
+    assert bare.text.pooled is None and bare.micro is None and bare.keys.tolist() == [2]

@@ -33,7 +33,7 @@ def test_images_are_those_of_the_batch(world, tmp_path):
 @pytest.mark.slow
 def test_images_of_a_store_are_decoded(world, tmp_path):
     folder, store = make_folders(tmp_path / "pairs", 6), tmp_path / "store"
-    words = ["--model", world("sd15"), "--data", str(folder), "--output", str(store), "--workers", "0"]
+    words = ["--model", world("sd15"), "--data", str(folder), "--store", str(store), "--workers", "0"]
     assert prepare([*words, "--flip"]) == 0
     run = make_run(world("sd15"), str(store), tmp_path / "run", *FLAGS)
     pair = measured(run, top=1)[0]
