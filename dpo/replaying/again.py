@@ -18,7 +18,7 @@ from dpo.data.batch import PairBatch
 from dpo.settings.config import Config, change
 from dpo.training import build, checkpoint, validation
 from dpo.training.run import Figures, Run
-from dpo.training.state import contents, restore
+from dpo.training.state import contents, held, restore
 
 TrainStep: TypeAlias = Callable[[Run, Iterator[PairBatch]], Figures]
 
@@ -41,7 +41,7 @@ def built(config: Config, saved: checkpoint.Checkpoint | None, *, held_out: bool
 
 def kept(run: Run) -> checkpoint.Checkpoint:
     """The state of a run in host memory, as a checkpoint on no disk."""
-    tensors, state = contents(run)
+    tensors, state = contents(run, held(run))
     copies = {
         group: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
         for group, values in tensors.items()

@@ -70,7 +70,7 @@ def on_this_machine(config: Config, run: RunFolder, asked: Mapping[str, Any]) ->
         device = before if before == "cpu" else "auto"
         if before.startswith("cuda") and not gpu:
             log.warning("the run was made on a GPU and torch sees none here: replaying on the CPU, not bit for bit")
-    changes: dict[str, Any] = {**asked, "device": device, "resume": None, "overwrite": False}
+    changes: dict[str, Any] = {**asked, "device": device, "resume": None, "overwrite": False, "sharding": "off"}
     there = device.startswith("cuda") or (device == "auto" and gpu)
     if there != before.startswith("cuda"):
         changes |= dict.fromkeys(MACHINE, "auto")

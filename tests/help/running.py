@@ -13,6 +13,7 @@ from dpo.settings.config import to_toml
 from dpo.settings.flags import parse
 from dpo.train import train_step
 from dpo.training import build, checkpoint
+from dpo.training.parallel import Processes
 from dpo.training.run import Run
 from dpo.training.state import snapshot
 from dpo.training.trackers import open_trackers
@@ -20,10 +21,10 @@ from dpo.training.trackers import open_trackers
 QUIET = ["--workers", "0", "--validate-every", "0", "--checkpoint-every", "0"]
 
 
-def make_run(model: str, pairs: str, output: Path, *flags: str) -> Run:
+def make_run(model: str, pairs: str, output: Path, *flags: str, processes: Processes | None = None) -> Run:
     """A run that is ready for its first update (or, with --resume, for its next)."""
     config, notes = parse(["--model", model, "--data", pairs, "--output", str(output), *QUIET, *flags])
-    return build.build(config, notes)
+    return build.build(config, notes, processes)
 
 
 def advance(run: Run, updates: int) -> list[dict]:

@@ -102,7 +102,7 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
     (tmp_path / "config.toml").write_text(to_toml(saved))
     for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
         cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
-        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
+        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20, effective_batch=4)
         assert len(notes) == 1 and "config.toml" in notes[0]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.toml").write_text("steps = = 3")

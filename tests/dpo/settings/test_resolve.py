@@ -5,7 +5,7 @@ import pytest
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten, from_mapping
-from dpo.settings.resolve import DeviceFacts, ModelFacts, large_weight, learning_rate, resolve, total_steps
+from dpo.settings.resolve import DeviceFacts, ModelFacts, dealt, large_weight, learning_rate, resolve, total_steps
 
 SDXL = {"family": "sdxl", "beta": 5000.0, "guidance": 5.0, "native_resolution": 1024}
 
@@ -149,9 +149,9 @@ def test_length_and_rate():
     cfg = from_mapping(
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
-    assert total_steps(cfg, pairs=100) == 7 and total_steps(cfg, pairs=100, processes=2) == 4
+    assert total_steps(cfg, pairs=100) == 7 and total_steps(dealt(cfg, 2), pairs=100) == 4
     assert total_steps(change(cfg, steps=5), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
-    assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(cfg, processes=2) == pytest.approx(6.4e-7)
+    assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(dealt(cfg, 2)) == pytest.approx(6.4e-7)
 
 
 def test_the_weight_of_single_shot_estimation_is_large_on_the_epsilon_error_alone():
