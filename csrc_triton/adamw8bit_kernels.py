@@ -74,12 +74,14 @@ def _round_weight(w, first, key, step, seed, DTYPE: tl.constexpr, COUNT: tl.cons
 
 
 @triton.jit
-def _program_tile(table_ptr, chunks_ptr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _program_tile(
+    table_ptr, chunks_ptr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """What this program works on: its row of the tensor table, and ROWS * BLOCK consecutive elements of that tensor."""
     program = tl.program_id(0).to(tl.int64)
     entry = table_ptr + tl.load(chunks_ptr + program * 2).to(tl.int64) * 6
     weight_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    grad_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
+    grad_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(GRADIENT)), 16)
     count = tl.load(entry + 2)
     state = tl.load(entry + 3)
     first = (tl.load(chunks_ptr + program * 2 + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * BLOCK
@@ -103,7 +105,8 @@ def adamw_8bit_kernel(
     v_ptr,  # [A] uint8
     m_max_ptr,  # [A / BLOCK] fp32
     v_max_ptr,  # [A / BLOCK] fp32
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the weights
+    GRADIENT: tl.constexpr,  # of the gradients
     STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -113,7 +116,7 @@ def adamw_8bit_kernel(
     blocks.
     """
     weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
-        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+        table_ptr, chunks_ptr, DTYPE, GRADIENT, ROWS, BLOCK
     )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return
@@ -156,14 +159,15 @@ def adamw_fp32_kernel(
     found_inf_ptr,  # [1] fp32
     m_ptr,  # [A] fp32
     v_ptr,  # [A] fp32
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the weights
+    GRADIENT: tl.constexpr,  # of the gradients
     STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The same step for the small tensors, whose moments stay in fp32."""
     weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
-        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+        table_ptr, chunks_ptr, DTYPE, GRADIENT, ROWS, BLOCK
     )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return

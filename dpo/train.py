@@ -34,23 +34,25 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     cut into micro-batches and dealt out to processes (training/parallel.py sums their gradients in the last backward).
     DDE's table does not change during the update and is updated once, at its end. Nothing waits for the device before
     the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any weight has changed.
+    With gradient release the update is made inside backward: see training/release.py.
     """
-    correction = run.correction()
+    correction, rate = run.correction(), run.learning_rate()
     usable = 0
     for batch in micro_batches:
         inputs = run.encoder.inputs(batch)
         terms = run.step(inputs, correction, recorded=batch.recorded)
-        run.updater.backward(terms.loss.sum() / run.nominal)
+        usable += int(batch.usable.sum())  # on the host: no synchronisation
+        run.whole = run.updater.release is None  # otherwise weights change from here on, until the update is counted
+        run.updater.backward(terms.loss.sum() / run.nominal, rate, usable / run.nominal)
         run.table.gather(terms.table_sum, terms.table_count)
         run.metrics.add(terms, inputs.prob, inputs.usable)
-        usable += int(batch.usable.sum())  # on the host: no synchronisation
     usable = run.gather(usable)
     norm = run.updater.grad_norm(usable / run.nominal)
     figures = run.metrics.read(run.step.shape, {"grad_norm": norm}, run.tables(correction))
     run.check_finite(figures)
     if usable:
         run.whole = False  # until the update is counted
-        run.updater.update(run.learning_rate(), norm, run.done)
+        run.updater.update(rate, norm, run.done)
         run.table.commit()
     return figures
 

@@ -15,6 +15,7 @@ from dpo.common.words import first_line
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import load
+from dpo.models.offload import use_offload
 from dpo.models.pipeline import as_trained, scheduler_of, settings_of
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
@@ -163,6 +164,8 @@ def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Mod
     fix_projections(denoiser)
     use_attention(denoiser, runtime.attention)
     use_checkpointing(denoiser, runtime.checkpointing)
+    if runtime.activation_offload:
+        use_offload(denoiser, device)
     if runtime.kernels == "triton":
         from dpo.models import kernels
 

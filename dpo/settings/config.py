@@ -280,6 +280,11 @@ class Optim:
         high=0.999999,
         resume="said",
     )
+    gradient_release: bool = option(
+        False,
+        "update each weight inside the backward pass and free its gradient at once: less memory, one pass an update",
+        resume="said",
+    )
 
     effective_batch: int | None = option(
         None,
@@ -349,6 +354,9 @@ class Runtime:
         8, "images per VAE call", unit="images", low=1, aliases=("vae_encode_batch_size",), resume="free"
     )
     threads: int | None = option(None, "CPU threads of torch; none: torch's choice", low=1, resume="free")
+    activation_offload: bool = option(
+        False, "keep what the backward pass needs in host memory: less GPU memory, the same result", resume="free"
+    )
 
 
 @dataclass(frozen=True)

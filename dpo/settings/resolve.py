@@ -128,6 +128,7 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         "adam_beta2": own_beta2 if config.optim.adam_beta2 is None else config.optim.adam_beta2,
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
         "kernels": ("triton" if gpu and device.triton else "torch") if runtime.kernels == "auto" else runtime.kernels,
+        "activation_offload": runtime.activation_offload and gpu,
         "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }
 
@@ -175,6 +176,8 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("triton is not installed: everything runs on plain torch")
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
+    if asked.runtime.activation_offload and not device.gpu:
+        notes.append("activation_offload has no effect on a CPU, whose memory is the host's")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
     if decided.model.timesteps == "turbo":

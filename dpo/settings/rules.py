@@ -76,6 +76,23 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (not DEVICE.fullmatch(v.device), f"device = {v.device}: expected auto, cpu, cuda or cuda:N"),
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
+        (
+            v.gradient_release and v.accumulation > 1,
+            f"gradient_release makes an update of every pass, so accumulation = {v.accumulation} cannot be: "
+            "leave --gradient-release out, or use --accumulation 1 and the largest --batch-size that fits",
+        ),
+        (
+            v.gradient_release and v.optimizer not in ("auto", "adamw8bit", "adamw"),
+            f"gradient_release needs optimizer adamw8bit or adamw: {v.optimizer} cannot leave out a gradient that is not finite",
+        ),
+        (
+            v.gradient_release and v.precision == "fp16",
+            "gradient_release cannot scale the loss, which precision = fp16 needs: use --precision bf16 or bf16-pure",
+        ),
+        (
+            v.activation_offload and v.compile,
+            "activation_offload moves what uncompiled code keeps for the backward pass: leave it or --compile out",
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 build.py settings -> Run | start.py the weights it starts from | denoisers.py policy and reference, made from them
 run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update
+release.py the update made inside backward
 metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
 flops.py counted FLOPs | cost.py what a run computes | folder.py the output folder
 samples.py sample images | results.py the trained weights | summary.py what the pages read

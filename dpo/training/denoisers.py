@@ -19,6 +19,7 @@ from dpo.models.ready import HALF, WEIGHTS
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import optimizer
+from dpo.training.release import Release
 from dpo.training.start import Start
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
         seed=config.runtime.seed,
     )
     scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
+    release = Release(made, parameters, optim.max_grad_norm) if optim.gradient_release else None
     log.info(
         "training %s of %.1f M parameters",
         f"{sum(p.numel() for p in parameters):,}",
@@ -140,4 +142,11 @@ def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
             "the figures of each update are of the weights in training",
             optim.ema,
         )
-    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
+    if optim.accumulation > 1 and (size := optimizer.accumulate_in_fp32(parameters)):
+        log.info("gradients of bf16 weights are summed in fp32 over the passes of an update: %.1f GiB", size / 2**30)
+    if release is not None:
+        log.info(
+            "gradient release: each weight is updated inside backward; clipping goes by the norm of the update before (the "
+            "first is not clipped), and a gradient that is not finite leaves its own weights as they are"
+        )
+    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema, release=release)

@@ -286,7 +286,8 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     """
     first, batches, run.stop = run.done, run.batches(), stop
     try:
-        used = _all_updates(run, trackers, train_step, until(stop, batches))
+        # Of several processes the first stops here; it may wait for the others in a sum, so these go on until it has ended.
+        used = _all_updates(run, trackers, train_step, until(stop, batches) if run.processes.first else batches)
     except KeyboardInterrupt:
         raise
     except BaseException as error:

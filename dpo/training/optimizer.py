@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from csrc_triton.adamw8bit import AdamW8bit
+from dpo.training.release import Release
 
 log = logging.getLogger("dpo")
 
@@ -78,12 +79,24 @@ def build(
     return {"bnb-adamw8bit": bnb.optim.AdamW8bit, "paged-adamw8bit": bnb.optim.PagedAdamW8bit}[kind](parameters, **adam)
 
 
+def accumulate_in_fp32(parameters: list[Tensor]) -> int:
+    """Makes autograd add the gradients of bf16 parameters in fp32; the bytes that these gradients then take.
+
+    In bf16 a sum over many passes loses what is below 1/256 of it.
+    """
+    narrow = [p for p in parameters if p.dtype == torch.bfloat16]
+    for parameter in narrow:
+        parameter.grad_dtype = torch.float32
+    return sum(4 * p.numel() for p in narrow)
+
+
 @dataclass
 class Updater:
     """Turns summed gradients into an update.
 
     Gradients arrive as sums over pairs divided by the nominal batch (and, under fp16, times the loss scale).
-    `grad_norm` brings them to the mean over usable pairs; `update` clips their global norm and steps.
+    `grad_norm` brings them to the mean over usable pairs; `update` clips their global norm and steps. With a `release`
+    all that is done inside `backward`.
     """
 
     names: list[str]  # of the parameters, in the denoiser
@@ -93,18 +106,28 @@ class Updater:
     scaler: torch.amp.GradScaler | None = None
     ema_decay: float = 0.0
     ema: list[Tensor] = field(default_factory=list)  # averaged weights in fp32 or wider; empty without averaging
+    release: Release | None = None  # where each parameter is updated inside backward
 
     def __post_init__(self) -> None:
         if self.ema_decay > 0 and not self.ema:
             self.ema = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a micro-batch's loss; under fp16 times the loss scale."""
+    def backward(self, loss: Tensor, lr: float | None = None, share: float = 1.0) -> None:
+        """Adds the gradients of a micro-batch's loss; under fp16 times the loss scale.
+
+        With a `release` it makes the update, at learning rate `lr`; share: usable over nominal pairs, as in `grad_norm`.
+        """
+        if self.release is not None:
+            assert lr is not None, "gradient release updates inside backward: it needs the learning rate there"
+            self.release.backward(loss, lr, share)
+            return
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     @torch.no_grad()
     def grad_norm(self, share: float) -> Tensor:
         """Unscales the gradients, divides them by `share` (usable over nominal pairs); their global norm, 0-d."""
+        if self.release is not None:
+            return self.release.norm
         if not share:  # no usable pair: the gradients are zero, and no step follows
             return torch.zeros((), device=self.parameters[0].device)
         if self.scaler is not None:
@@ -119,8 +142,20 @@ class Updater:
     def update(self, lr: float, norm: Tensor, done: int = 0) -> None:
         """One optimizer step at learning rate `lr`, clipped by `norm`, the global norm from `grad_norm`.
 
-        Also updates the averaged weights, and drops the gradients. done: updates made before this one.
+        Also updates the averaged weights, and drops the gradients. done: updates made before this one. With a `release`
+        the step is already made.
         """
+        if self.release is None:
+            self._clipped_step(lr, norm)
+        if self.ema:
+            torch._foreach_lerp_(
+                self.ema,
+                [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)],
+                1 - averaging_decay(self.ema_decay, done),
+            )
+        self.drop()
+
+    def _clipped_step(self, lr: float, norm: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         clip = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if self.max_grad_norm > 0 else None
@@ -130,13 +165,6 @@ class Updater:
             if clip is not None:
                 torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], clip)
             self._step()
-        if self.ema:
-            torch._foreach_lerp_(
-                self.ema,
-                [p.detach().to(e.dtype) for p, e in zip(self.parameters, self.ema, strict=True)],
-                1 - averaging_decay(self.ema_decay, done),
-            )
-        self.drop()
 
     def _step(self) -> None:
         """The optimizer's own step; under fp16 the scaler skips it when a gradient overflowed."""

@@ -152,9 +152,7 @@ class Processes:
         if isinstance(found, Elsewhere):
             return found
         self.ends(found)
-        if self.first:  # it may keep the store: the others have a moment to read why
-            with suppress(RuntimeError):
-                self.store.wait([f"ended/{rank}" for rank in range(1, self.count)], timedelta(seconds=HEAR / 2))
+        if self.first:
             return found
         said = self._hear("ended/0")
         if said is None and isinstance(found, Died):  # of those that are left one speaks
@@ -170,14 +168,30 @@ class Processes:
         except RuntimeError:
             return False
 
+    def part(self) -> None:
+        """The last act of a process whose run failed. The first one may keep the store: the others have read it by then."""
+        assert self.store is not None
+        with suppress(RuntimeError):
+            if not self.first:
+                self.store.set(f"heard/{self.rank}", "heard")
+            else:
+                self._awaited([f"heard/{rank}" for rank in range(1, self.count)], HEAR / 2)
+
     def _hear(self, key: str) -> bytes | None:
         """What comes to stand in the store under `key`; None where nothing does, or the store is gone."""
         assert self.store is not None
         try:
-            self.store.wait([key], timedelta(seconds=HEAR))
-            return self.store.get(key)
+            return self.store.get(key) if self._awaited([key], HEAR) else None
         except RuntimeError:
             return None
+
+    def _awaited(self, keys: list[str], seconds: float) -> bool:
+        """Whether all `keys` come to stand in the store in time. By looking: torch logs each wait that is in vain."""
+        assert self.store is not None
+        end = time.monotonic() + seconds
+        while not (there := self.store.check(keys)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return there
 
 
 DIED = "a process of this run died: its own last lines, or the system's log where memory ran out, say why; go on with --resume latest"
@@ -211,6 +225,7 @@ def opened() -> Iterator[Processes]:
         if isinstance(error, UserError) and not isinstance(error, Died):
             remember("mistake")
         found = processes.last_word(error)
+        processes.part()
         if found is error:
             raise
         raise found from error

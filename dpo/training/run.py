@@ -165,17 +165,31 @@ class Run:
         """Raises Diverged, naming the timesteps, for a loss or gradient that is not finite: no weight has changed."""
         scaled = self.updater.scaler is not None  # under a loss scale infinite gradients are normal: they lower it
         if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
+            if not figures["nonfinite_timesteps"] and self._released():
+                return
+            self.whole = self.whole or bool(figures["nonfinite_timesteps"])  # such a loss is never released
             self.drop()
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
             broken = f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at})"
             if not self.done:
                 raise Diverged(f"{broken}, and no weight has changed yet: {self._other_causes()}")
             raise Diverged(
-                f"{broken}; the state before it is saved: "
+                f"{broken}; {'the state before it is saved: ' if self.whole else ''}"
                 "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last "
                 "checkpoint before; if that fails too, resume an earlier checkpoint "
                 "or start anew with --overwrite"
             )
+
+    def _released(self) -> bool:
+        """Whether gradient release updated a part of the weights all the same, which is then logged."""
+        release = self.updater.release
+        if release is None or not 0 < (skipped := release.skipped()) < len(self.updater.parameters):
+            return False
+        log.warning(
+            "update %d: the gradient of %d of %d parameters was not finite: they keep their weights, the others were updated",
+            self.done + 1, skipped, len(self.updater.parameters),
+        )  # fmt: skip
+        return True
 
     def _other_causes(self) -> str:
         """What to do where the learning rate cannot be the cause, in words."""

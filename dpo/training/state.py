@@ -73,6 +73,7 @@ def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Pa
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
         **({"diverged": True} if diverged else {}),
+        **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
     }
     checkpoint.save(path, tensors, state)
     if not emergency:
@@ -154,6 +155,8 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     checkpoint.load_optimizer(updater.optimizer, tensors.get("optimizer", {}), state["optimizer"])
     if updater.scaler is not None and state["scaler"]:
         updater.scaler.load_state_dict(state["scaler"])
+    if updater.release is not None:  # a run that went on without release until now knows no norm to clip by
+        updater.release.before.fill_(state.get("norm_before", 0.0))
     run.table = run.table.restored(tensors["tables"])
     if run.table.start is None and METHODS[run.config.method.method].correction:
         log.info(

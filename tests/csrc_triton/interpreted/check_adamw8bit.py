@@ -39,27 +39,32 @@ def test_codes_are_nearest(signed):
     assert torch.equal(codes, nearest)
 
 
-def optimizers(dtype, sizes, generator, **options):
+def optimizers(dtype, sizes, generator, gradient=None, **options):
     values = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     both = []
     for _ in range(2):
         params = [torch.nn.Parameter(v.clone()) for v in values]
+        for p in params:
+            p.grad_dtype = gradient or dtype
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": torch.tensor(3e-3), "weight_decay": 0.3}]
         both.append(AdamW8bit(groups, lr=1e-3, seed=5, **options))
     both[0]._reference_step, both[0]._launch_step = both[0]._launch_step, both[0]._reference_step
     return both
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_steps_agree_with_the_reference(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "gradient"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_steps_agree_with_the_reference(dtype, gradient):
     """Same codes but where rounding meets a midpoint, same weights to rounding; for bf16 nearly all weights are equal."""
     generator = torch.Generator().manual_seed(0)
-    kernel, reference = optimizers(dtype, [(40, 130), (7,), (4099,), (64, 64), (33, 3)], generator)
+    kernel, reference = optimizers(dtype, [(40, 130), (7,), (4099,), (64, 64), (33, 3)], generator, gradient)
     skipped = kernel._parameters[3][0], reference._parameters[3][0]
     scalars = {"clip": torch.tensor([0.7]), "inv_scale": torch.tensor([1 / 64])}
     for step in range(4):
         for (a, _), (b, _) in zip(kernel._parameters, reference._parameters, strict=True):
-            grad = (64 * torch.randn(a.shape, generator=generator)).to(dtype)
+            grad = (64 * torch.randn(a.shape, generator=generator)).to(gradient)
             a.grad, b.grad = grad.clone(), grad
         if step == 1:
             skipped[0].grad = skipped[1].grad = None
@@ -88,6 +93,27 @@ def test_the_same_steps_give_the_same_bits():
         for p, _ in kernel._parameters:
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         kernel.step()
+        runs.append([p.detach() for p, _ in kernel._parameters] + list(kernel.state_tensors().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_one_parameter_at_a_time_launches_the_same_update():
+    """Also where a gradient comes back at another address."""
+    runs = []
+    for alone in (False, True):
+        generator = torch.Generator().manual_seed(1)
+        kernel, _ = optimizers(torch.bfloat16, [(50, 100), (9,), (4096,)], generator, torch.float32)
+        kept = []
+        for _ in range(3):
+            for p, _ in kernel._parameters:
+                kept.append(torch.randn(p.shape, generator=generator))  # no address is used again
+                p.grad = kept[-1]
+            if alone:
+                kernel._refresh_hyper(), kernel._launch_begin(kernel._zero)
+                for key in (2, 0, 1):
+                    kernel._launch_one(key, kernel._one, kernel._one, kernel._zero)
+            else:
+                kernel.step()
         runs.append([p.detach() for p, _ in kernel._parameters] + list(kernel.state_tensors().values()))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

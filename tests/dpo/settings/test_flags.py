@@ -138,19 +138,40 @@ def test_every_preset_parses_resolves_and_trains():
         "sdxl-turbo",
         "sd15-pickscore",
         "sdxl-pickscore",
+        "sdxl-24gb",
+        "sdxl-16gb",
+        "sd15-12gb",
         "dde-study",
         "smoke",
         "tiny",
     } == set(presets())
     for name, title in presets().items():
         cfg, notes = parse(["--preset", name])
-        assert notes == [] and warnings(cfg) == [] and title.endswith("?" if name == "smoke" else ".")
+        few = ["2 pairs an update is few for full fine-tuning"] if name == "sdxl-16gb" else []  # and is said
+        assert [warning.split(" (")[0] for warning in warnings(cfg)] == few
+        assert notes == [] and title.endswith("?" if name == "smoke" else ".")
         assert (cfg.model.model is None) == (name in ("smoke", "tiny"))
         facts = ModelFacts("sdxl" if "sdxl" in name else "sd", "epsilon", turbo="turbo" in name)
         decided, _ = resolve(cfg, facts, DeviceFacts("cpu"))
-        assert "pairs an update" in headline(decided) and warnings(decided) == []
+        assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
+        published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2}
         assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
+
+
+SMALL = [name for name in presets() if name.endswith("gb")]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_preset_for_a_small_gpu_names_the_command_that_makes_its_store(name):
+    """The command in its comments prepares the folder that it reads, with the settings that it trains with."""
+    text = Path(__file__).parents[3].joinpath("dpo", "settings", "presets", f"{name}.toml").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if "python -m dpo.prepare" in line]
+    own, rest = prepare.make_parser().parse_known_args(line.split("dpo.prepare")[1].split())
+    made, trained = flatten(prepare._config(Path(own.store), rest)), flatten(parse(["--preset", name])[0])
+    assert own.reference and own.store == trained["data"] and made["data"] == "liuhuohuo2/pick-a-pic-v2"
+    assert {key for key in made if made[key] != trained[key]} == {"data", "validation_data", "validation_split"}
+    assert (trained["precision"], trained["reference"]) == ("bf16-pure", "recorded")
 
 
 def test_print_config_shows_the_result_and_exits(capsys):

@@ -96,6 +96,13 @@ def test_a_prediction_type_that_is_asked_for_beats_the_models():
     assert (cfg.model.prediction_type, cfg.method.beta) == ("v_prediction", 2000.0)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_activations_leave_a_gpu_alone(device):
+    config, notes = decide({"activation_offload": True}, device=device)
+    assert config.runtime.activation_offload == (device == "cuda")
+    assert any("activation_offload has no effect on a CPU" in note for note in notes) == (device == "cpu")
+
+
 def test_lion_has_its_own_betas_unless_they_are_given():
     cfg, notes = decide({"optimizer": "lion8bit"})
     assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)

@@ -27,6 +27,10 @@ from tests.dpo.settings.test_resolve import decide
         ({"device": "gpu"}, "cuda:N"),
         ({"device": "cpu", "kernels": "triton"}, "needs a GPU"),
         ({"resume": "latest", "overwrite": True}, "give one"),
+        ({"gradient_release": True, "accumulation": 2}, "--accumulation 1"),
+        ({"gradient_release": True, "optimizer": "adafactor"}, "adamw8bit or adamw"),
+        ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
+        ({"activation_offload": True, "compile": True}, "--compile"),
     ],
 )
 def test_bad_combinations_are_refused_in_one_line(values, words):
