@@ -211,10 +211,13 @@ class AdamW8bit(torch.optim.Optimizer):
         return scalars
 
     def _match_gradient(self, p: torch.Tensor) -> None:
-        """The gradient in the memory order of its parameter: one that autograd laid out otherwise is copied."""
+        """The gradient in the memory order of its parameter, from 16 bytes on: another is copied.
+
+        autograd may lay it out otherwise, and DistributedDataParallel packs gradients without gaps.
+        """
         if p.grad is not None:
             assert p.grad.dtype == _kind(p)[2], f"gradient {p.grad.dtype} of a {p.dtype} parameter"
-            if p.grad.stride() != p.stride():
+            if p.grad.stride() != p.stride() or p.grad.data_ptr() % 16:
                 p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
     def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:

@@ -94,6 +94,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     settled = settle(config.runtime, model.denoiser, device)
+    updater = denoisers.make_updater(config, model.denoiser)
     policy: Denoise = model.family.denoise(settled)
     if processes.count > 1:
         policy = Reduced(model.family.denoise, settled)
@@ -118,7 +119,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source=source,
         encoder=encoder,
         step=step,
-        updater=denoisers.make_updater(config, model.denoiser),
+        updater=updater,
         table=CorrectionTable.zeros(
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),

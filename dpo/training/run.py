@@ -132,6 +132,7 @@ class Run:
         """
         if self.processes.count == 1:
             return usable
+        self._reduced().finish()
         parts = [self.table.sums, self.table.counts, rows := self.metrics.take()]
         numbers = torch.tensor([usable, self.stop.is_set(), len(self.unread)])
         packed = torch.cat([part.double().reshape(-1) for part in (*parts, numbers.to(rows.device))])
@@ -201,6 +202,10 @@ class Run:
             "then start anew with --overwrite"
         )
 
+    def _reduced(self) -> Reduced:
+        assert isinstance(self.step.policy, Reduced), "made with a run of several processes"
+        return self.step.policy
+
     def batches(self) -> Generator[PairBatch, None, None]:
         """This process's micro-batches from the run's position on, without end.
 
@@ -214,8 +219,7 @@ class Run:
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
         """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
-        policy = self.step.policy
-        assert isinstance(policy, Reduced), "made with the run"
+        policy = self._reduced()
         with closing(found):
             for number in itertools.count(1):
                 if (batch := next(found, None)) is None:
