@@ -94,13 +94,18 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     settled = settle(config.runtime, model.denoiser, device)
-    updater = denoisers.make_updater(config, model.denoiser)
+    shards = denoisers.shards_of(config, model.denoiser, device, processes)
+    updater = denoisers.make_updater(config, model.denoiser, shards)
     policy: Denoise = model.family.denoise(settled)
-    if processes.count > 1:
+    if shards is not None:
+        policy = shards.denoise(policy)
+    elif processes.count > 1:
         policy = Reduced(model.family.denoise, settled)
     compared = None
     if twin is not None:
-        compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
+        copy = model.family.denoise(settle(config.runtime, twin, device))
+        cut = denoisers.shards_of(config, twin, device, processes)
+        compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:
         compared = reference.from_adapters(policy, layers)
     step, tables = denoisers.pair_step(config, model, plan, policy, None if errors else compared, device)

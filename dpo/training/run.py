@@ -83,6 +83,7 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
     stopping: bool = False  # one of several processes was asked to stop during the last update
+    whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
@@ -132,7 +133,8 @@ class Run:
         """
         if self.processes.count == 1:
             return usable
-        self._reduced().finish()
+        if isinstance(self.step.policy, Reduced):
+            self.step.policy.finish()
         parts = [self.table.sums, self.table.counts, rows := self.metrics.take()]
         numbers = torch.tensor([usable, self.stop.is_set(), len(self.unread)])
         packed = torch.cat([part.double().reshape(-1) for part in (*parts, numbers.to(rows.device))])
@@ -202,10 +204,6 @@ class Run:
             "then start anew with --overwrite"
         )
 
-    def _reduced(self) -> Reduced:
-        assert isinstance(self.step.policy, Reduced), "made with a run of several processes"
-        return self.step.policy
-
     def batches(self) -> Generator[PairBatch, None, None]:
         """This process's micro-batches from the run's position on, without end.
 
@@ -219,12 +217,13 @@ class Run:
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
         """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
-        policy = self._reduced()
+        policy = self.step.policy
         with closing(found):
             for number in itertools.count(1):
                 if (batch := next(found, None)) is None:
                     return
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
-                policy.reduces(number % self.config.optim.accumulation == 0)
+                if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
+                    policy.reduces(number % self.config.optim.accumulation == 0)
                 yield batch

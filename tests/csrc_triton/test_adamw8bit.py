@@ -6,8 +6,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit, round_stochastic
+from csrc_triton.adamw8bit import AdamW8bit, round_stochastic
 from csrc_triton.dynamic_map import LEVELS
+from csrc_triton.parts import MIN_8BIT_ELEMENTS
 
 
 @pytest.mark.parametrize("signed", [True, False])

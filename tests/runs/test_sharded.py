@@ -1,0 +1,125 @@
+"""A run whose weights are cut over processes: the training, the figures and the files of one process that has them all."""
+
+import itertools
+
+import pytest
+
+from dpo import prepare
+from dpo.train import train_step
+from dpo.training import checkpoint, state, validation
+from tests.help.processes import together
+from tests.help.running import make_run
+from tests.runs.test_processes import close
+
+EXACT = ["--precision", "fp64", "--learning-rate", "1e-4", "--eps", "1e-4", "--seed", "3", "--batch-size", "1"]
+HELD_OUT = [
+    "--validate-every",
+    "5",
+    "--validation-fraction",
+    "0.3",
+    "--validation-by",
+    "pair",
+    "--validation-draws",
+    "2",
+]
+SETTINGS = {
+    "dpo": [*HELD_OUT, "--caption-dropout", "0.3", "--ema", "0.9"],
+    "dde": ["--method", "dde", "--checkpointing", "on"],
+    "recorded": ["--method", "dde", "--reference", "recorded"],
+}
+
+
+@pytest.fixture(scope="module")
+def store(world, tmp_path_factory):
+    place = tmp_path_factory.mktemp("store") / "store"
+    words = [
+        "--store",
+        str(place),
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--dtype",
+        "fp32",
+        "--workers",
+        "0",
+    ]
+    assert prepare.main([*words, "--reference", "--precision", "fp64", "--seed", "3"]) == 0
+    return str(place)
+
+
+def make(model, pairs, output, name, processes=None, resume=None):
+    flags = [*EXACT, "--effective-batch", "4", *SETTINGS[name], *(["--resume", str(resume)] if resume else [])]
+    return make_run(model, pairs, output, *flags, *(["--sharding", "on"] if processes else []), processes=processes)
+
+
+def advanced(run, updates):
+    """The run after `updates` more: whole tensors by group (in the first process), figures, held-out accuracy."""
+    figures, batches = [], run.batches()
+    for _ in range(updates):
+        figures.append(train_step(run, itertools.islice(batches, run.config.optim.accumulation)))
+        run.count()
+    batches.close()
+    with run.updater.averaged():
+        held_out = validation.accuracy(run.step, run.held_out) if run.held_out else {}
+    found = state.held(run)
+    optimizer, _ = checkpoint.pack(found.optimizer) if found.optimizer else ({}, {})
+    groups = {"policy": found.policy, "averaged": found.averaged, "optimizer": optimizer, "tables": run.table.tensors()}
+    return (
+        {group: {k: v.detach().clone() for k, v in tensors.items()} for group, tensors in groups.items()},
+        figures,
+        held_out,
+    )
+
+
+def agree(found, alone, tolerance=1e-10):
+    (groups, figures, held_out), (expected, own, held) = found, alone
+    for group, tensors in expected.items():
+        assert groups[group].keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert (groups[group][name].double() - value.double()).abs().max() < tolerance, (group, name)
+    for a, b in zip(figures, own, strict=True):
+        assert [key for key in b if not close(a[key], b[key], 1e-8)] == []
+    assert all(close(held_out[key], held[key], 1e-10) for key in held)
+
+
+def test_a_sharded_run_is_the_run_of_one_process(world, tmp_path):
+    model, pairs = world("sd15"), world("pairs")
+    alone = make(model, pairs, tmp_path / "one", "dpo")
+    expected = [advanced(alone, 2), advanced(alone, 1)]
+
+    def work(processes):
+        run = make(model, pairs, tmp_path / "cut", "dpo", processes)
+        found = advanced(run, 2)
+        processes.once(state.snapshot, run, state.held(run))
+        return found
+
+    first, other = together(2, work, tmp_path)
+    agree(first, expected[0])
+    assert not other[0]["policy"] and other[1:] == first[1:]  # the same figures, and no whole tensor
+    resumed = make(model, pairs, tmp_path / "cut", "dpo", resume="latest")
+    agree(advanced(resumed, 1), expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_twenty_updates_and_a_resume_on_other_numbers_of_processes(world, store, tmp_path, name):
+    """20 updates on 2 processes; then on from there: 2 on one process, and 2 more on 4."""
+    model, pairs = world("sd15"), store if name == "recorded" else world("pairs")
+    alone = make(model, pairs, tmp_path / "one", name)
+    expected = [advanced(alone, updates) for updates in (20, 2, 2)]
+
+    def on(count, updates):
+        def work(processes):
+            run = make(model, pairs, tmp_path / "cut", name, processes, resume="latest" if count == 4 else None)
+            found = advanced(run, updates)
+            processes.once(state.snapshot, run, state.held(run))
+            return found
+
+        return together(count, work, tmp_path)[0]
+
+    agree(on(2, 20), expected[0])
+    run = make(model, pairs, tmp_path / "cut", name, resume="latest")
+    agree(advanced(run, 2), expected[1])
+    state.snapshot(run)
+    agree(on(4, 2), expected[2])
