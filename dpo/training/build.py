@@ -54,6 +54,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     processes = processes or Processes()
     _start(config.runtime, processes)
     config = resolve.dealt(config, processes.count)
+    if processes.count > 1 and config.optim.gradient_release:
+        raise UserError(
+            "--gradient-release updates weights before gradients are summed over processes: leave it out, or use one process"
+        )
     device = pick_device(processes.device(config.runtime.device))
     processes.join(device)
     output = check_output(config) if processes.first else folder_of(config)

@@ -326,6 +326,23 @@ def test_a_presets_validation_can_be_switched_off():
     assert parse(["--preset", "sd15"])[0].data.validation_data is not None
 
 
+def test_the_last_word_on_how_large_an_update_is(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("[optim]\naccumulation = 3\n")
+    sized = lambda *words: (parse(list(words))[0].optim.effective_batch, parse(list(words))[0].optim.accumulation)  # noqa: E731
+    assert sized("--preset", "sd15") == (2048, 1)  # passes follow once the processes are known
+    assert sized("--preset", "sd15", "--batch-size", "8") == (2048, 1)
+    assert sized("--preset", "sd15", "--accumulation", "4") == (None, 4)
+    assert sized("--preset", "sd15", "--gradient_accumulation_steps", "4") == (None, 4)
+    assert sized(*BASE, "--config", str(file)) == (None, 3)
+    assert sized(*BASE, "--config", str(file), "--effective-batch", "12") == (12, 1)
+    file.write_text("[optim]\nbatch_size = 2\naccumulation = 3\neffective_batch = 12\n")  # as a run writes them
+    assert sized(*BASE, "--config", str(file)) == (12, 3)
+    assert sized(*BASE, "--config", str(file), "--accumulation", "5") == (None, 5)
+    with pytest.raises(UserError, match="--effective-batch and --accumulation"):
+        parse([*BASE, "--effective-batch", "8", "--accumulation", "2"])
+
+
 if __name__ == "__main__":
     sys.stdout.write(flag_list())
 
