@@ -166,7 +166,7 @@ class Shards:
         padded = own.new_zeros(most)
         padded[: own.numel()] = own
         found = own.new_empty(self.count * most)
-        dist.all_gather_into_tensor(found, padded)
+        dist.all_gather(list(found.split(most)), padded)
         if self.rank:
             return None
         return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)]).cpu()

@@ -97,9 +97,7 @@ def one_process(unet, blocks_of_states=False, **runtime):
 
 
 CASES = {  # UNet, then settings of the run
-    "plain": ("sd15", {}),
     "checkpointed": ("sdxl", {"checkpointing": "on"}),
-    "channels_last": ("sd15", {"channels_last": "on"}),
     "conv_in whole": ("wide", {"channels_last": "on", "blocks_of_states": True}),
 }
 
@@ -184,9 +182,6 @@ def without_growth(unet):
     return lengths
 
 
-ROUND_TRIPS = [(torch.float32, {}), (torch.bfloat16, {"channels_last": "on"})]
-
-
 @pytest.fixture(scope="module")
 def two(unets, tmp_path_factory):
     """What two processes find, all in one launch."""
@@ -194,8 +189,8 @@ def two(unets, tmp_path_factory):
     def work():
         return {
             "gradients": {name: gradients(unets[kind], 2, **runtime) for name, (kind, runtime) in CASES.items()},
-            "step zero": [step_zero(unets[kind]) for kind in KINDS],
-            "round trip": [round_trip(unets["wide"], dtype, **runtime) for dtype, runtime in ROUND_TRIPS],
+            "step zero": step_zero(unets["sdxl"]),
+            "round trip": round_trip(unets["wide"], torch.bfloat16, channels_last="on"),
             "growth": without_growth(unets["sd15"]),
         }
 
@@ -216,6 +211,7 @@ def test_gradients_are_summed(unets, two, case):
     assert not two[1]["gradients"][case][0]  # the others keep no whole tensor
 
 
+@pytest.mark.slow
 def test_gradients_of_four_processes(unets, tmp_path):
     found = together(4, lambda: gradients(unets["sd15"], 4), tmp_path)
     agrees(found[0], one_process(unets["sd15"]))
@@ -223,15 +219,12 @@ def test_gradients_of_four_processes(unets, tmp_path):
 
 def test_step_zero_is_exact_under_autocast(two):
     for found in two:
-        for predictions in found["step zero"]:
-            assert all(torch.equal(a, b) for a, b in pairwise(predictions))
+        assert all(torch.equal(a, b) for a, b in pairwise(found["step zero"]))
 
 
-@pytest.mark.parametrize("case", range(2))
-def test_updates_and_states_have_the_bits_of_one_process(unets, two, case):
-    dtype, runtime = ROUND_TRIPS[case]
-    weights, states = alone(unets["wide"], dtype, **runtime)
-    found, kept = two[0]["round trip"][case]
+def test_updates_and_states_have_the_bits_of_one_process(unets, two):
+    weights, states = alone(unets["wide"], torch.bfloat16, channels_last="on")
+    found, kept = two[0]["round trip"]
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert kept[0]["state"].keys() == states[0]["state"].keys()
     assert all(torch.equal(kept[0]["state"][name], value) for name, value in states[0]["state"].items())
