@@ -3,10 +3,13 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import time
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from dpo import prepare
@@ -107,6 +110,15 @@ def test_a_sharded_run_is_the_run_of_one_process(world, tmp_path):
     agree(advanced(resumed, 1), expected[1])
 
 
+def wide(model, folder):
+    """The pipeline with a UNet whose halves end where blocks of 8-bit states end."""
+    shutil.copytree(model, folder)
+    small = UNet2DConditionModel.from_pretrained(folder / "unet")
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({**small.config, "block_out_channels": (32, 64)}).save_pretrained(folder / "unet")
+    return str(folder)
+
+
 def updates(folder):
     file = folder / "metrics.jsonl"
     found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
@@ -146,6 +158,31 @@ def test_result_and_images_are_those_of_one_process(launched, start, tmp_path, c
     images = [sorted((tmp_path / folder / "samples").rglob("*.png")) for folder in ("out", "alone")]
     assert [path.name for path in images[0]] == [path.name for path in images[1]] and len(images[0]) == 2
     assert images[0][0].read_bytes() == images[1][0].read_bytes()  # of the model before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_8_bit_states_under_sharding(world, tmp_path, precision):
+    """Step 0 is exact, and the checkpoint of two processes is that of one: put back and asked for again, the same bits."""
+    model, pairs = wide(world("sd15"), tmp_path / "model"), world("pairs")
+    flags = ["--precision", precision, "--optimizer", "adamw8bit", "--effective-batch", "4", "--batch-size", "1"]
+    flags += ["--channels-last", "on"]
+
+    def work(processes):
+        run = make_run(model, pairs, tmp_path / "cut", *flags, "--sharding", "on", processes=processes)
+        found = advanced(run, 3)
+        processes.once(state.snapshot, run, state.held(run))
+        return found
+
+    groups, figures, _ = together(2, work, tmp_path)[0]
+    assert figures[0]["margin_p10"] == figures[0]["margin_p90"] == 0 < figures[0]["grad_norm"]
+    resumed = make_run(model, pairs, tmp_path / "cut", *flags, "--resume", "latest")
+    again, _, _ = advanced(resumed, 0)
+    for group, tensors in groups.items():
+        assert all(torch.equal(again[group][name], value) for name, value in tensors.items()), group
+    alone, own, _ = advanced(make_run(model, pairs, tmp_path / "alone", *flags), 1)
+    assert close(figures[0]["grad_norm"], own[0]["grad_norm"], 1e-2)
+    assert torch.equal(groups["optimizer"]["layout"], alone["optimizer"]["layout"])
 
 
 @pytest.mark.slow
