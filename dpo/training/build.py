@@ -54,6 +54,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     processes = processes or Processes()
     _start(config.runtime, processes)
     config = resolve.dealt(config, processes.count)
+    if processes.count > 1 and config.optim.gradient_release:
+        raise UserError(
+            "--gradient-release updates weights before gradients are summed over processes: leave it out, or use one process"
+        )
     device = pick_device(processes.device(config.runtime.device))
     processes.join(device)
     output = check_output(config) if processes.first else folder_of(config)
@@ -91,6 +95,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     settled = settle(config.runtime, model.denoiser, device)
     shards = denoisers.shards_of(config, model.denoiser, device, processes)
+    updater = denoisers.make_updater(config, model.denoiser, shards)
     policy: Denoise = model.family.denoise(settled)
     if shards is not None:
         policy = shards.denoise(policy)
@@ -119,7 +124,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source=source,
         encoder=encoder,
         step=step,
-        updater=denoisers.make_updater(config, model.denoiser, shards),
+        updater=updater,
         table=CorrectionTable.zeros(
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),
