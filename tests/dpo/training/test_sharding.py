@@ -82,10 +82,10 @@ def gradients(unet, count, blocks_of_states=False, **runtime):
     """Whole gradients and their norm from `count` processes, each with its share of four micro-batches of one row."""
     unet = settled(unet, **runtime).double().requires_grad_(True)
     own = list(range(dist.get_rank(), 4, count))
-    shards = sharding.Shards(unet, sharding.mesh_of(CPU), blocks_of_states=blocks_of_states)
+    shards = sharding.Shards(unet, CPU, blocks_of_states=blocks_of_states)
     backward(unet, [[row] for row in own], shards.collect)
     shards.reduce()
-    norms = torch.stack([p.grad.norm() for p in shards.parameters])
+    norms = [p.grad.norm() for p in shards.parameters]
     return dict(shards.whole(p.grad for p in shards.parameters)), shards.norm(norms)
 
 
@@ -106,9 +106,8 @@ def step_zero(unet, **runtime):
     """The policy's prediction, with gradient and without, and that of its frozen twin, under bf16 autocast."""
     policy, twin = settled(unet, **runtime).requires_grad_(True), settled(unet, **runtime).requires_grad_(False)
     halve(twin, torch.bfloat16)
-    mesh = sharding.mesh_of(CPU)
     for one in (policy, twin):
-        sharding.Shards(one, mesh)
+        sharding.Shards(one, CPU)
     args, more = inputs(unet, [0, 1], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = [policy(*args, **more)[0].detach()]
@@ -121,7 +120,7 @@ def round_trip(unet, dtype, **runtime):
     unet = settled(unet, **runtime).to(dtype).requires_grad_(True)
     names = [name for name, _ in unet.named_parameters()]
     whole = {name: p.detach().clone(memory_format=torch.preserve_format) for name, p in unet.named_parameters()}
-    shards = sharding.Shards(unet, sharding.mesh_of(CPU), blocks_of_states=True)
+    shards = sharding.Shards(unet, CPU, blocks_of_states=True)
     assert [rows.name for rows in shards.rows if rows.repeated] == ["conv_in.weight"]
     kept = dict(shards.whole(shards.parameters))
     assert all(torch.equal(kept[name], whole[name]) for name in kept)
@@ -170,7 +169,7 @@ def alone(unet, dtype, **runtime):
 def without_growth(unet):
     """Lengths of torch's list of blocks that ran, after one pass without gradient and after many."""
     unet = settled(unet).requires_grad_(False)
-    shards = sharding.Shards(unet, sharding.mesh_of(CPU))
+    shards = sharding.Shards(unet, CPU)
     args, more = inputs(unet, [0], torch.float32)
     lengths = []
     for _ in range(3):
