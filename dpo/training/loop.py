@@ -30,7 +30,7 @@ from dpo.settings.config import Config, Output, change, flatten, to_toml
 from dpo.training import build, checkpoint, judging, results, samples, summary, validation
 from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
-from dpo.training.parallel import Processes, broken, remember, remembered, restarts
+from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
 from dpo.training.rescue import check_there, goes_on, is_logged, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
@@ -193,6 +193,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
                 torch.cuda.empty_cache()  # what is drawn and scored now finds the memory free
             with _told_how_to_finish(ending.output, ending.step):
                 _conclude(ending, trackers, evaluate)
+    forget()
 
 
 def _help(run: Run, train_step: TrainStep) -> None:

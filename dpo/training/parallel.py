@@ -267,6 +267,12 @@ def remember(what: str) -> None:
             _memory().write_text(what, "utf-8")
 
 
+def forget() -> None:
+    """Deletes what was kept: the run is at its end."""
+    with suppress(OSError):
+        _memory().unlink(missing_ok=True)
+
+
 def remembered() -> str:
     """What an earlier start of this process kept; nothing at the first start."""
     try:
