@@ -170,7 +170,7 @@ def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = Non
             "the figures of each update are of the weights in training",
             optim.ema,
         )
-    if optim.accumulation > 1 and (size := optimizer.accumulate_in_fp32(parameters)):
+    if optim.pairs > optim.batch_size and (size := optimizer.accumulate_in_fp32(parameters)):
         log.info("gradients of bf16 weights are summed in fp32 over the passes of an update: %.1f GiB", size / 2**30)
     if release is not None:
         log.info(

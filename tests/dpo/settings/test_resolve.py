@@ -103,6 +103,13 @@ def test_activations_leave_a_gpu_alone(device):
     assert any("activation_offload has no effect on a CPU" in note for note in notes) == (device == "cpu")
 
 
+def test_gradient_release_is_for_one_process():
+    config = from_mapping({"gradient_release": True})
+    assert dealt(config, 1).optim.gradient_release
+    with pytest.raises(UserError, match="before the gradients of 2 processes are summed: leave it out"):
+        dealt(config, 2)
+
+
 def test_lion_has_its_own_betas_unless_they_are_given():
     cfg, notes = decide({"optimizer": "lion8bit"})
     assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)
