@@ -33,7 +33,7 @@ def _attention_backward(
 
 
 _attention._get_raw = _attention_backward._get_raw = True  # type: ignore[attr-defined]  # they take tensors, as torch asks
-ATTENTION = {  # on a CPU, which torch's own counter leaves out: counted as on a GPU
+ATTENTION: dict[Any, Callable[..., int]] = {  # on a CPU, which torch's own counter leaves out: counted as on a GPU
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
