@@ -71,6 +71,7 @@ setup(
             "dpo-vote = dpo.vote:main",
             "dpo-label = dpo.label:main",
             "dpo-plan = dpo.plan:main",
+            "dpo-replay = dpo.replay:main",
         ]
     },
 )

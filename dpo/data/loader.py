@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
 from dpo.common.machine import start_method, usable_cores
 from dpo.common.words import first_line
@@ -214,8 +215,11 @@ def _end_with(main: multiprocessing.process.BaseProcess) -> None:
 
 
 def worker_count(workers: int) -> int:
-    """Number of worker processes; -1 means half of the cores that this process may use, at most 8."""
-    return min(8, usable_cores() // 2) if workers < 0 else workers
+    """Number of worker processes; -1 means half of the cores that this process may use, at most 8.
+
+    torchrun's processes on this machine share its cores.
+    """
+    return min(8, usable_cores() // 2 // of_launcher("LOCAL_WORLD_SIZE", 1)) if workers < 0 else workers
 
 
 def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:

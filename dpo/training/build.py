@@ -54,6 +54,12 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     processes = processes or Processes()
     _start(config.runtime, processes)
     config = resolve.dealt(config, processes.count)
+    if processes.count > 1 and config.optim.gradient_release:
+        raise UserError(
+            "--gradient-release updates weights before gradients are summed over processes: leave it out, or use one process"
+        )
+    if processes.count == 1 and config.runtime.sharding == "on":
+        log.warning("--sharding on has no effect on one process: it holds the whole model")
     device = pick_device(processes.device(config.runtime.device))
     processes.join(device)
     output = check_output(config) if processes.first else folder_of(config)
@@ -89,8 +95,11 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     config = _rhythm(config, counted, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
-    settled = settle(config.runtime, model.denoiser, device)
+    # What is sharded comes to the device block by block: whole it may not fit.
+    place = torch.device("cpu") if denoisers.is_sharded(config, processes) else device
+    settled = settle(config.runtime, model.denoiser, place)
     shards = denoisers.shards_of(config, model.denoiser, device, processes)
+    updater = denoisers.make_updater(config, model.denoiser, shards)
     policy: Denoise = model.family.denoise(settled)
     if shards is not None:
         policy = shards.denoise(policy)
@@ -98,7 +107,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         policy = Reduced(model.family.denoise, settled)
     compared = None
     if twin is not None:
-        copy = model.family.denoise(settle(config.runtime, twin, device))
+        copy = model.family.denoise(settle(config.runtime, twin, place))
         cut = denoisers.shards_of(config, twin, device, processes)
         compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:
@@ -119,7 +128,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source=source,
         encoder=encoder,
         step=step,
-        updater=denoisers.make_updater(config, model.denoiser, shards),
+        updater=updater,
         table=CorrectionTable.zeros(
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),

@@ -95,24 +95,24 @@ def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> 
     return layers
 
 
+def is_sharded(config: Config, processes: Processes) -> bool:
+    return config.runtime.sharding == "on" and processes.count > 1
+
+
 def shards_of(config: Config, denoiser: Denoiser, device: torch.device, processes: Processes) -> Shards | None:
     """Policy or reference cut over the processes, where the settings ask for it; None otherwise.
 
     Raises UserError for a number of processes that does not fit the optimizer.
     """
-    if config.runtime.sharding != "on":
+    if not is_sharded(config, processes):
         return None
     trained = any(p.requires_grad for p in denoiser.parameters())
-    if processes.count == 1:
-        if trained:
-            log.warning("--sharding on has no effect on one process: it holds the whole model")
-        return None
     from dpo.training import sharding  # it imports much of torch.distributed
 
     eight_bit = trained and config.optim.optimizer == "adamw8bit"
     if eight_bit:
         sharding.check_blocks(denoiser, processes.count)
-    shards = sharding.Shards(denoiser, sharding.mesh_of(device), blocks_of_states=eight_bit)
+    shards = sharding.Shards(denoiser, device, blocks_of_states=eight_bit)
     if trained:
         log.info("sharding: each of %d processes holds %s of the weights", processes.count, f"{shards.share():.1%}")
     return shards
@@ -180,7 +180,7 @@ def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = Non
             "the figures of each update are of the weights in training",
             optim.ema,
         )
-    if optim.accumulation > 1 and (size := optimizer.accumulate_in_fp32(parameters)):
+    if optim.pairs > optim.batch_size and (size := optimizer.accumulate_in_fp32(parameters)):
         log.info("gradients of bf16 weights are summed in fp32 over the passes of an update: %.1f GiB", size / 2**30)
     if release is not None:
         log.info(

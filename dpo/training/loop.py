@@ -302,7 +302,11 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     """
     first, batches, run.stop = run.done, run.batches(), stop
     try:
-        watched = until(stop, batches) if run.updater.shards is None else until_agreed(run, batches)
+        watched: Iterator[PairBatch] = batches
+        if run.updater.shards is not None:
+            watched = until_agreed(run, batches)
+        elif run.processes.first:  # it may wait in a sum for the others, so these go on until it has ended
+            watched = until(stop, batches)
         used = _all_updates(run, trackers, train_step, watched)
     except KeyboardInterrupt:
         raise

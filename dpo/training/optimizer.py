@@ -146,8 +146,8 @@ class Updater:
         if share != 1.0:
             torch._foreach_mul_(grads, 1.0 / share)
         wide = torch.promote_types(grads[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide))
-        return torch.linalg.vector_norm(norms) if self.shards is None else self.shards.norm(norms)
+        norms = torch._foreach_norm(grads, 2, dtype=wide)
+        return torch.linalg.vector_norm(torch.stack(norms)) if self.shards is None else self.shards.norm(norms)
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor, done: int = 0) -> None:

@@ -133,6 +133,8 @@ class Run:
         """
         if self.processes.count == 1:
             return usable
+        if isinstance(self.step.policy, Reduced):
+            self.step.policy.finish()
         parts = [self.table.sums, self.table.counts, rows := self.metrics.take()]
         numbers = torch.tensor([usable, self.stop.is_set(), len(self.unread)])
         packed = torch.cat([part.double().reshape(-1) for part in (*parts, numbers.to(rows.device))])
@@ -222,8 +224,6 @@ class Run:
                     return
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
-                if isinstance(
-                    policy, Reduced
-                ):  # shards are summed in every pass: no process has room for whole gradients
+                if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
                     policy.reduces(number % self.config.optim.accumulation == 0)
                 yield batch

@@ -22,7 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -62,15 +62,17 @@ class Shards:
     `whole` and what calls it are for all processes at once: each gives its rows, and the first one gets the whole.
     """
 
-    def __init__(self, denoiser: Denoiser, mesh: DeviceMesh, *, blocks_of_states: bool = False) -> None:
-        """Shards `denoiser` in place over `mesh`, block by block; its gradients are summed over the processes.
+    def __init__(self, denoiser: Denoiser, device: torch.device, *, blocks_of_states: bool = False) -> None:
+        """Shards `denoiser` in place over all processes; its gradients are summed over them.
 
+        It may lie elsewhere than on `device`, where one block at a time is whole, and then this process's rows are.
         blocks_of_states: for AdamW8bit; the few small parameters of which a row ends inside a block of its states are
         held whole by every process. `check_blocks` says whether they are few.
         """
         self.skeleton = _skeleton(denoiser)
         self.module = denoiser
-        self.rank, self.count = mesh.get_local_rank(), mesh.size()
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        mesh = init_device_mesh(device.type, (self.count,))
         permuted = _by_memory_order(denoiser)
         kept = {p for p in denoiser.parameters() if blocks_of_states and _cut(p.shape, self.count)}
         blocks = [block for block in denoiser.modules() if isinstance(block, BLOCKS) and _has_weights(block)]
@@ -80,10 +82,17 @@ class Shards:
         options: dict[str, Any] = {"mp_policy": policy} if policy else {}
         for module in [*reversed(blocks), denoiser]:  # inner blocks first
             # The root too: what it keeps gathered after a pass without gradient would stand where its rows are asked for.
+            _bring(module, device)
             sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept, **options)
             sharded.set_gradient_divide_factor(1.0)  # neither of these two reaches the modules inside
             sharded.set_force_sum_reduction_for_comms(True)
-        self.rows = [_rows(name, p, mesh, name in permuted) for name, p in denoiser.named_parameters()]
+        self.rows = [self._rows(name, p, int(name in permuted)) for name, p in denoiser.named_parameters()]
+
+    def _rows(self, name: str, p: nn.Parameter, order: int) -> Rows:
+        if not isinstance(p, DTensor):
+            return Rows(name, p, p, Part((p.numel(),), 0, order))
+        own = nn.Parameter(_local(p), requires_grad=p.requires_grad)
+        return Rows(name, p, own, _part(p.shape, self.count, self.rank, order))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -148,12 +157,15 @@ class Shards:
                     group._post_forward_indices.clear()
                     group.comm_ctx.post_forward_order.clear()
 
-    def norm(self, norms: Tensor) -> Tensor:
-        """The global norm [] of the gradients, from the norm [P] of each parameter's gradient in this process."""
-        counted = [not rows.repeated or self.rank == 0 for rows in self.rows if rows.own.grad is not None]
-        square = (norms.double().square() * torch.tensor(counted, device=norms.device)).sum()
+    def norm(self, norms: Sequence[Tensor]) -> Tensor:
+        """The global norm [] of the gradients, from the norm [] of each gradient that there is in this process."""
+        there = [rows for rows in self.rows if rows.own.grad is not None]
+        counted = [
+            norm for rows, norm in zip(there, norms, strict=True) if not rows.repeated or self.rank == 0
+        ]  # in one process where all have it
+        square = torch.stack(counted).double().square().sum()
         dist.all_reduce(square)
-        return square.sqrt().to(norms.dtype)
+        return square.sqrt().to(counted[0].dtype)
 
     def gather(self, own: Tensor, counts: Sequence[int]) -> Tensor | None:
         """The numbers [n] of all processes, of which each has `counts`, on the host of the first one; None elsewhere.
@@ -166,7 +178,7 @@ class Shards:
         padded = own.new_zeros(most)
         padded[: own.numel()] = own
         found = own.new_empty(self.count * most)
-        dist.all_gather_into_tensor(found, padded)
+        dist.all_gather(list(found.split(most)), padded)
         if self.rank:
             return None
         return torch.cat([part[:count] for part, count in zip(found.split(most), counts, strict=True)]).cpu()
@@ -231,11 +243,6 @@ class Shards:
         return copy.deepcopy(self.skeleton, host)
 
 
-def mesh_of(device: torch.device) -> DeviceMesh:
-    """All processes of the run, in one row."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
-
-
 def check_blocks(denoiser: nn.Module, count: int) -> None:
     """Raises UserError where rows of `count` processes end inside blocks of AdamW8bit's states, with numbers that fit.
 
@@ -284,11 +291,12 @@ def _local(source: Tensor) -> Tensor:
     return source.to_local()
 
 
-def _rows(name: str, p: nn.Parameter, mesh: DeviceMesh, permuted: bool) -> Rows:
-    if not isinstance(p, DTensor):
-        return Rows(name, p, p, Part((p.numel(),), 0, int(permuted)))
-    part = _part(p.shape, mesh.size(), mesh.get_local_rank(), int(permuted))
-    return Rows(name, p, nn.Parameter(_local(p), requires_grad=p.requires_grad), part)
+def _bring(module: nn.Module, device: torch.device) -> None:
+    """Moves to `device` what is not sharded yet."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
 
 
 def _skeleton(denoiser: Denoiser) -> Denoiser:

@@ -69,16 +69,8 @@ def held(run: Run) -> Held:
     return Held(policy, averaged, updater.optimizer.state_dict())
 
 
-def snapshot(run: Run, found: Held | None = None, *, emergency: bool = False, diverged: bool = False) -> Path:
-    """Writes a checkpoint of the run, `found` (else: `held`) in it, and deletes the oldest ones beyond the limit; its folder.
-
-    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
-    and does not replace one that was made of the same update before.
-    """
-    path = checkpoint.folder_of(run.checkpoints, run.done)
-    if diverged and path.exists():
-        return path
-    found = found or held(run)
+def contents(run: Run, found: Held) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a checkpoint of the run with `found` in it holds: tensors by group and name, and a JSON object."""
     optimizer_tensors, optimizer_rest = checkpoint.pack(found.optimizer)
     tensors = {
         "policy": found.policy,
@@ -94,9 +86,23 @@ def snapshot(run: Run, found: Held | None = None, *, emergency: bool = False, di
         "optimizer": optimizer_rest,
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
-        **({"diverged": True} if diverged else {}),
         **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
     }
+    return tensors, state
+
+
+def snapshot(run: Run, found: Held | None = None, *, emergency: bool = False, diverged: bool = False) -> Path:
+    """Writes a checkpoint of the run, `found` (else: `held`) in it, and deletes the oldest ones beyond the limit; its folder.
+
+    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
+    and does not replace one that was made of the same update before.
+    """
+    path = checkpoint.folder_of(run.checkpoints, run.done)
+    if diverged and path.exists():
+        return path
+    tensors, state = contents(run, found or held(run))
+    if diverged:
+        state |= {"diverged": True}
     checkpoint.save(path, tensors, state)
     if not emergency:
         checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)

@@ -1,13 +1,22 @@
 """A run whose weights are cut over processes: the training, the figures and the files of one process that has them all."""
 
 import itertools
+import json
+import os
+import shutil
+import signal
+import time
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from dpo import prepare
 from dpo.train import train_step
 from dpo.training import checkpoint, state, validation
-from tests.help.processes import together
+from tests.help.commands import command
+from tests.help.processes import codes, commands, end, together
 from tests.help.running import make_run
 from tests.runs.test_processes import close
 
@@ -99,6 +108,105 @@ def test_a_sharded_run_is_the_run_of_one_process(world, tmp_path):
     assert not other[0]["policy"] and other[1:] == first[1:]  # the same figures, and no whole tensor
     resumed = make(model, pairs, tmp_path / "cut", "dpo", resume="latest")
     agree(advanced(resumed, 1), expected[1])
+
+
+def wide(model, folder):
+    """The pipeline with a UNet whose halves end where blocks of 8-bit states end."""
+    shutil.copytree(model, folder)
+    small = UNet2DConditionModel.from_pretrained(folder / "unet")
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config({**small.config, "block_out_channels": (32, 64)}).save_pretrained(folder / "unet")
+    return str(folder)
+
+
+def updates(folder):
+    file = folder / "metrics.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    return [record for record in found if "event" not in record]
+
+
+@pytest.fixture
+def launched(start, tmp_path):
+    """A function that starts a sharded run on two processes; those that are left at the end are killed."""
+    children: list[int] = []
+
+    def launch(*words: object, until: int = 0) -> list[int]:
+        flags = [*start, *EXACT, "--effective-batch", "2", "--sharding", "on", *words]
+        children[:] = commands(2, [str(word) for word in flags], tmp_path)
+        limit = time.monotonic() + 120
+        while len(updates(tmp_path / "out")) < until and time.monotonic() < limit:
+            time.sleep(0.02)
+        return children
+
+    yield launch
+    end(children)
+
+
+def result(folder):
+    (file,) = (folder / "unet").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_result_and_images_are_those_of_one_process(launched, start, tmp_path, capsys, brief):
+    more = ["--steps", "2", "--ema", "0.5"]
+    assert codes(launched(*more)) == [0, 0]
+    alone = [*start, *EXACT, "--effective-batch", "2", *more, "--output", tmp_path / "alone"]
+    assert command(capsys, *alone).code == 0
+    found, expected = result(tmp_path / "out"), result(tmp_path / "alone")
+    assert found.keys() == expected.keys()
+    assert all((found[name] - value).abs().max() < 1e-6 for name, value in expected.items())  # both are rounded to fp32
+    images = [sorted((tmp_path / folder / "samples").rglob("*.png")) for folder in ("out", "alone")]
+    assert [path.name for path in images[0]] == [path.name for path in images[1]] and len(images[0]) == 2
+    assert images[0][0].read_bytes() == images[1][0].read_bytes()  # of the model before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_8_bit_states_under_sharding(world, tmp_path, precision):
+    """Step 0 is exact, and the checkpoint of two processes is that of one: put back and asked for again, the same bits."""
+    model, pairs = wide(world("sd15"), tmp_path / "model"), world("pairs")
+    flags = ["--precision", precision, "--optimizer", "adamw8bit", "--effective-batch", "4", "--batch-size", "1"]
+    flags += ["--channels-last", "on"]
+
+    def work(processes):
+        run = make_run(model, pairs, tmp_path / "cut", *flags, "--sharding", "on", processes=processes)
+        found = advanced(run, 3)
+        processes.once(state.snapshot, run, state.held(run))
+        return found
+
+    groups, figures, _ = together(2, work, tmp_path)[0]
+    assert figures[0]["margin_p10"] == figures[0]["margin_p90"] == 0 < figures[0]["grad_norm"]
+    resumed = make_run(model, pairs, tmp_path / "cut", *flags, "--resume", "latest")
+    again, _, _ = advanced(resumed, 0)
+    for group, tensors in groups.items():
+        assert all(torch.equal(again[group][name], value) for name, value in tensors.items()), group
+    alone, own, _ = advanced(make_run(model, pairs, tmp_path / "alone", *flags), 1)
+    assert close(figures[0]["grad_norm"], own[0]["grad_norm"], 1e-2)
+    assert torch.equal(groups["optimizer"]["layout"], alone["optimizer"]["layout"])
+
+
+@pytest.mark.slow
+def test_a_stop_of_one_is_agreed_by_all_and_kept(launched, tmp_path, brief):
+    first, second = launched("--steps", "500", "--no-samples", until=2)
+    os.kill(second, signal.SIGTERM)
+    assert codes([first, second]) == [130, 130]
+    done = len(updates(tmp_path / "out"))
+    assert f"stopped after update {done} of 500; checkpoint" in (tmp_path / "said-0").read_text("utf-8")
+    assert codes(launched("--no-samples", "--resume", "latest", "--steps", str(done + 1))) == [0, 0]
+    assert len(updates(tmp_path / "out")) == done + 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_the_last_checkpoint_goes_on(launched, start, tmp_path, capsys, brief):
+    children = launched("--steps", "500", "--no-samples", "--checkpoint-every", "2", until=3)
+    os.kill(children[1], signal.SIGKILL)
+    assert codes(children) == [2, -signal.SIGKILL]
+    said = (tmp_path / "said-0").read_text("utf-8")
+    assert "each process holds a part of the weights" in said and "a process of this run died" in said
+    words = [*start, *EXACT, "--effective-batch", "2", "--no-samples", "--resume", "latest"]
+    last = max(checkpoint.listing(tmp_path / "out" / "checkpoints"))
+    went_on = command(capsys, *words, "--steps", int(last.name.split("-")[1]) + 1)
+    assert went_on.code == 0 and updates(tmp_path / "out")
 
 
 @pytest.mark.slow
