@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,23 @@ def sketch(named: Named) -> Model:
         denoiser=denoiser,
         vae=autoencoder,
         text_encoders=encoders,
-        tokenizers=[Lengths(encoder.config.max_position_embeddings) for encoder in encoders],  # type: ignore[misc]
+        tokenizers=[Lengths(_tokens(folder / name, encoder)) for name, encoder in zip(family.tokenizers, encoders)],  # type: ignore[misc]
         scheduler_config=scheduler_config,
         source=named.model,
         folder=None,
         turbo=turbo,
         pipeline_config=pipeline_settings(index),
     )
+
+
+def _tokens(folder: Path, encoder: nn.Module) -> int:
+    """The length of a caption: the encoder's, or less where the config of the tokenizer in `folder` says so."""
+    most = int(encoder.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"]
+    except (OSError, ValueError, KeyError, TypeError):  # the shipped configs have none
+        return most
+    return min(most, said) if isinstance(said, int) and said > 0 else most
 
 
 def configs(model: str, named: Named) -> Path:
@@ -112,7 +123,12 @@ def configs(model: str, named: Named) -> Path:
                 model,
                 revision=named.revision,
                 cache_dir=named.cache_dir,
-                allow_patterns=["model_index.json", "*/config.json", "scheduler/scheduler_config.json"],
+                allow_patterns=[
+                    "model_index.json",
+                    "*/config.json",
+                    "*/scheduler_config.json",
+                    "*/tokenizer_config.json",
+                ],
             )
         )
     except Exception as error:  # offline, gated, missing: as many kinds

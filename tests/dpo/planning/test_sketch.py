@@ -58,3 +58,9 @@ def test_a_single_file_wants_configs_beside_it(tmp_path):
         sketch(Named(model=str(file)))
     described = Named(model=str(file), single_file_config="stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert count(sketch(described).denoiser) == 859_520_964
+
+
+def test_a_tokenizer_may_cut_captions_shorter(world, tmp_path):
+    folder = shutil.copytree(world("sd15"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 3}', encoding="utf-8")
+    assert sketch(Named(model=str(folder))).tokenizers[0].model_max_length == 3
