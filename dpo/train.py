@@ -40,10 +40,15 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     usable = 0
     for batch in micro_batches:
         inputs = run.encoder.inputs(batch)
-        terms = run.step(inputs, correction, recorded=batch.recorded)
         usable += int(batch.usable.sum())  # on the host: no synchronisation
-        run.whole = run.updater.release is None  # otherwise weights change from here on, until the update is counted
-        run.updater.backward(terms.loss.sum() / run.nominal, rate, usable / run.nominal)
+        if run.graphs is None:
+            terms = run.step(inputs, correction, recorded=batch.recorded)
+            run.whole = (
+                run.updater.release is None
+            )  # otherwise weights change from here on, until the update is counted
+            run.updater.backward(terms.loss.sum() / run.nominal, rate, usable / run.nominal)
+        else:  # the same two, replayed as one CUDA graph
+            terms = run.graphs(inputs, correction, recorded=batch.recorded)
         run.table.gather(terms.table_sum, terms.table_count)
         run.metrics.add(terms, inputs.prob, inputs.usable)
     usable = run.gather(usable)

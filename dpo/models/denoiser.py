@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dpo.common.errors import UserError
 from dpo.models.family import Denoiser
@@ -68,6 +70,14 @@ def use_attention(denoiser: Denoiser, kind: str) -> None:
         denoiser.enable_xformers_memory_efficient_attention()
 
 
+def _recomputed(module: nn.Module, *args: Any) -> Any:
+    """A block's output, of which the backward pass computes the inside again.
+
+    Nothing in a step draws from a generator, so none is put back to where it was: a CUDA graph could not capture that.
+    """
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     """Recomputes activations in the backward pass: "off", "on", or blocks such as "down_blocks.0,mid_block".
 
@@ -76,7 +86,7 @@ def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     if setting == "off":
         denoiser.disable_gradient_checkpointing()
         return
-    denoiser.enable_gradient_checkpointing()
+    denoiser.enable_gradient_checkpointing(_recomputed)
     if setting == "on":
         return
     blocks = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpo.common.device import moved
 from dpo.models.family import TextEncoder
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, ca
     """Captions, padded and cut to the encoder's length: [B, S] int64 on the encoder's device."""
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoded.input_ids.to(next(encoder.parameters()).device)
+    device = next(encoder.parameters()).device
+    # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.
+    return moved(encoded.input_ids.pin_memory() if device.type == "cuda" else encoded.input_ids, device)
 
 
 @torch.no_grad()

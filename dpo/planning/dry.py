@@ -103,7 +103,7 @@ def dry_step(
 
     gpu, offloaded = config.runtime.device != "cpu", config.runtime.activation_offload
     config = change(
-        config, compile=False, activation_offload=False, sharding="off"
+        config, compile=False, cuda_graph=False, activation_offload=False, sharding="off"
     )  # offloaded below, the others not at all
     cast_model(model, config.runtime.precision, config.runtime.vae_precision)
     twin = denoisers.copy_for_reference(config, model.denoiser, _start(config))

@@ -71,6 +71,7 @@ def on_this_machine(config: Config, run: RunFolder, asked: Mapping[str, Any]) ->
         if before.startswith("cuda") and not gpu:
             log.warning("the run was made on a GPU and torch sees none here: replaying on the CPU, not bit for bit")
     changes: dict[str, Any] = {**asked, "device": device, "resume": None, "overwrite": False, "sharding": "off"}
+    changes["cuda_graph"] = False  # its captured kernels do the same, and a few updates do not pay for a capture
     there = device.startswith("cuda") or (device == "auto" and gpu)
     if there != before.startswith("cuda"):
         changes |= dict.fromkeys(MACHINE, "auto")

@@ -363,6 +363,9 @@ class Runtime:
         choices=("off", "on"),
         resume="free",
     )
+    cuda_graph: bool = option(
+        False, "launch forward and backward of a micro-batch as one CUDA graph (GPU, one process)", resume="said"
+    )
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         raise UserError(
             "kernels = triton: the package triton is not installed (on Linux: pip install triton); use --kernels torch or auto"
         )
+    if runtime.cuda_graph and not gpu:
+        raise UserError("--cuda-graph needs a GPU, and there is none here: leave --cuda-graph out")
+    if runtime.cuda_graph and precision == "fp16":
+        raise UserError("--cuda-graph is not for precision fp16, this GPU's own: use --precision fp32, or leave it out")
     if runtime.compile and gpu and not device.triton:
         raise UserError("--compile on a GPU needs the package triton, which is not installed: leave --compile out")
     optimizer = "adamw8bit" if precision == "bf16-pure" or (gpu and precision != "fp64") else "adamw"
@@ -148,6 +152,10 @@ def dealt(config: Config, processes: int) -> Config:
         raise UserError(
             f"--gradient-release updates weights before the gradients of {processes} processes are summed: leave it out, or "
             "train on one process"
+        )
+    if config.runtime.cuda_graph and processes > 1:
+        raise UserError(
+            f"--cuda-graph is for one process, and cannot sum gradients over {processes}: leave it out, or train on one"
         )
     at_once = optim.batch_size * processes
     if optim.effective_batch is None:

@@ -93,6 +93,7 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.activation_offload and v.compile,
             "activation_offload moves what uncompiled code keeps for the backward pass: leave it or --compile out",
         ),
+        *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
     ]
 
@@ -115,6 +116,21 @@ def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
             "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
         ),
         (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
+    ]
+
+
+def _captured(v: SimpleNamespace) -> list[tuple[object, str]]:
+    """What does not go together with CUDA graphs: (whether it is so, the rest of the message)."""
+    return [
+        (v.device == "cpu", "needs a GPU: leave --cuda-graph out"),
+        (v.gradient_release, "would keep the first learning rate inside the graph: leave it or --gradient-release out"),
+        (
+            v.activation_offload,
+            "cannot copy to the host and back inside the graph: leave it or --activation-offload out",
+        ),
+        (v.precision == "fp16", "is not for a scaled loss, which precision = fp16 needs: use --precision bf16"),
+        (v.compile, "is not tried with compiled code: leave it or --compile out"),
+        (v.sharding == "on", "is for one process: leave it or --sharding out"),
     ]
 
 

@@ -39,6 +39,7 @@ from dpo.step import PairStep
 from dpo.training import agreement, checkpoint, cost, denoisers, flops, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
+from dpo.training.graph import Graphs
 from dpo.training.parallel import Processes, Reduced
 from dpo.training.run import Run, Speed
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
@@ -144,6 +145,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         total=total,
         recorded=errors,
         processes=processes,
+        graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None:
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws

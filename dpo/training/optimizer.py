@@ -113,6 +113,7 @@ class Updater:
     ema: list[Tensor] = field(default_factory=list)  # averaged weights in fp32 or wider; empty without averaging
     release: Release | None = None  # where each parameter is updated inside backward
     shards: Shards | None = None  # where the parameters are this process's rows of them
+    keeps_gradients: bool = False  # dropped gradients are zeroed where they are: a CUDA graph adds to them there
 
     def __post_init__(self) -> None:
         if self.ema_decay > 0 and not self.ema:
@@ -210,6 +211,6 @@ class Updater:
 
     def drop(self) -> None:
         """Drops the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         if self.shards is not None:
             self.shards.drop()

@@ -30,6 +30,7 @@ from dpo.settings import resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import agreement, optimizer, validation
+from dpo.training.graph import Graphs
 from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
 
@@ -87,6 +88,7 @@ class Run:
     compared: bool = False  # whether the processes were found to agree since this one started
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
+    graphs: Graphs | None = None  # forward and backward of a micro-batch as CUDA graphs
 
     @property
     def nominal(self) -> int:

@@ -1,6 +1,8 @@
 """dpo.models.text: a caption has the same tokens, and a weight is found, whatever the version of transformers."""
 
 import shutil
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import CLIPTokenizer
 from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.load import load
 from dpo.models.save import save_pipeline
-from dpo.models.text import read_tokenizer, same_tokens
+from dpo.models.text import read_tokenizer, same_tokens, token_ids
 from tests.help.ldm import write_single_file
 
 KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # CLIP's vocabulary begins with the bytes in this order
@@ -87,3 +89,18 @@ def test_results_have_the_published_names(pipelines, tmp_path, kind):
         own = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
         assert all(torch.equal(own[key.removeprefix("text_model.")], value) for key, value in stored.items())
         assert len(own) == len(stored)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tokens_are_copied_to_a_gpu_without_waiting_for_it(device):
+    """Only from page-locked memory does the host not wait."""
+    ids, there = Mock(), torch.device(device)
+    encoder = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=77), parameters=lambda: iter([SimpleNamespace(device=there)])
+    )
+    tokenizer = Mock(return_value=SimpleNamespace(input_ids=ids), model_max_length=77)
+    found, locked = token_ids(tokenizer, encoder, ["a"]), ids.pin_memory.return_value
+    if device == "cuda":
+        assert found is locked.to.return_value and locked.to.call_args.kwargs == {"non_blocking": True}
+    else:
+        assert found is ids.to.return_value and not ids.pin_memory.called

@@ -112,3 +112,4 @@ def test_on_another_kind_of_device_what_was_decided_for_it_is_decided_anew(folde
     cpu = change(BASE, kernels="torch")
     assert history.on_this_machine(cpu, run, {}).runtime.device == "cpu"
     assert history.on_this_machine(cpu, run, {}).runtime.kernels == "torch"
+    assert not history.on_this_machine(change(gpu, cuda_graph=True), run, {}).runtime.cuda_graph

@@ -110,6 +110,18 @@ def test_gradient_release_is_for_one_process():
         dealt(config, 2)
 
 
+def test_a_cuda_graph_is_for_one_process_and_a_gpu():
+    config = from_mapping({"cuda_graph": True})
+    assert dealt(config, 1).runtime.cuda_graph and decide({"cuda_graph": True}, device="cuda")[0].runtime.cuda_graph
+    for refused, words in (
+        (lambda: dealt(config, 2), "--cuda-graph is for one process"),
+        (lambda: decide({"cuda_graph": True}), "--cuda-graph needs a GPU, and there is none here"),
+        (lambda: decide({"cuda_graph": True}, device="cuda", bf16=False), "use --precision fp32"),
+    ):
+        with pytest.raises(UserError, match=words):
+            refused()
+
+
 def test_lion_has_its_own_betas_unless_they_are_given():
     cfg, notes = decide({"optimizer": "lion8bit"})
     assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)

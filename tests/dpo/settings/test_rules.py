@@ -38,6 +38,12 @@ from tests.dpo.settings.test_resolve import decide
         ({"sharding": "on", "compile": True}, "--compile"),
         ({"sharding": "on", "gradient_release": True}, "gradient_release"),
         ({"sharding": "on", "activation_offload": True}, "--activation-offload"),
+        ({"cuda_graph": True, "device": "cpu"}, "needs a GPU"),
+        ({"cuda_graph": True, "gradient_release": True}, "--gradient-release"),
+        ({"cuda_graph": True, "activation_offload": True}, "--activation-offload"),
+        ({"cuda_graph": True, "precision": "fp16"}, "--precision bf16"),
+        ({"cuda_graph": True, "compile": True}, "--compile"),
+        ({"cuda_graph": True, "sharding": "on"}, "--sharding"),
     ],
 )
 def test_bad_combinations_are_refused_in_one_line(values, words):
