@@ -357,6 +357,12 @@ class Runtime:
     activation_offload: bool = option(
         False, "keep what the backward pass needs in host memory: less GPU memory, the same result", resume="free"
     )
+    keep_encoded: str = option(
+        "auto",
+        "keep encoded pairs in memory, so that later epochs read no images; auto: where they fit and crops are centred",
+        choices=("auto", "on", "off"),
+        resume="free",
+    )
 
 
 @dataclass(frozen=True)

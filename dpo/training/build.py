@@ -18,6 +18,7 @@ from dpo.common.words import digest
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
 from dpo.data.contents import stamps
+from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.pairs import Source
 from dpo.data.sources import describe, open_sources
@@ -90,6 +91,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     total = resolve.total_steps(config, len(source))
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
+    kept = cost.of(config, counted.forward, counted.encode, live_reference=live, encoded=True)
     config = _rhythm(config, counted, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
@@ -128,6 +130,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         speed=Speed(
             counted.pair,
             flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+            encode_flops=counted.pair - kept.pair,
         ),
         device=device,
         held_out_source=held_out_source,
@@ -146,6 +149,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
             keep_trained(run, saved)
     elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
+    run.kept = keeping(config.data, config.runtime, source, run.total * run.nominal - run.position)
+    encoder.keep = None if run.kept is None else run.kept.put
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())
     held = held_out_source.fingerprint if held_out_source is not None else "none"

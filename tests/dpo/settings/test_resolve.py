@@ -166,3 +166,11 @@ def test_all_that_the_kernels_lack_is_named(there, words):
     asked = change(Config(), kernels="triton")
     with pytest.raises(UserError, match=words):
         resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cpu", triton=there))
+
+
+@pytest.mark.parametrize(
+    "values, kept",
+    [({}, "on"), ({"keep_encoded": "off"}, "off"), ({"crop": "random"}, "off"), ({"data_format": "store"}, "off")],
+)
+def test_encoded_pairs_are_kept_where_each_epoch_has_the_same(values, kept):
+    assert decide(values)[0].runtime.keep_encoded == kept

@@ -31,6 +31,7 @@ from tests.dpo.settings.test_resolve import decide
         ({"gradient_release": True, "optimizer": "adafactor"}, "adamw8bit or adamw"),
         ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
         ({"activation_offload": True, "compile": True}, "--compile"),
+        ({"keep_encoded": "on", "crop": "random"}, "cuts another in each epoch"),
     ],
 )
 def test_bad_combinations_are_refused_in_one_line(values, words):
