@@ -69,6 +69,7 @@ setup(
             "dpo-evaluate = dpo.evaluate:main",
             "dpo-vote = dpo.vote:main",
             "dpo-label = dpo.label:main",
+            "dpo-replay = dpo.replay:main",
         ]
     },
 )

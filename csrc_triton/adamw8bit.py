@@ -11,23 +11,23 @@ Moments: one byte per element and one fp32 maximum per block of 256, all paramet
 elements keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand
 times too long. Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in
 fp32 and rounded once, so decay is not lost however small lr wd is; the random bits are a pure function of (seed, step,
-parameter, element). Elements are counted in memory order, blocks too. Legend: K parameters, G parameter groups, A
-elements of an arena.
+parameter, element). Elements are counted in memory order, blocks too. A parameter may be a shard of a tensor: blocks
+and elements are then those of the whole tensor, and so are the bits of each update. Legend: K parameters, G parameter
+groups, A elements of an arena.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
-from csrc_triton.dynamic_map import LEVELS, MIDPOINTS
+from csrc_triton.dynamic_map import LEVELS, dequantise, quantise
 from csrc_triton.language import HAS_TRITON, tl, triton
+from csrc_triton.parts import BLOCK, Gather, Part, arena, gathered, put
 from csrc_triton.philox import Stream, random_bits
 from csrc_triton.runtime import PINNED, on_its_device
 from csrc_triton.specimen import Specimen
 
-BLOCK = 256
-MIN_8BIT_ELEMENTS = 4096
 ROWS = 4  # quantisation blocks per program, one per warp
 WARPS = 4
 STREAM = int(Stream.ROUNDING)
@@ -51,25 +51,12 @@ def adamw_reference(w, g, m, v, factors):
     return w - (rate * (m / (v.sqrt() * root + eps)) + decay * w), m, v
 
 
-def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int) -> torch.Tensor:
-    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element)."""
+def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int, first: int = 0) -> torch.Tensor:
+    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element); first: the number of element 0."""
     keys, draws = torch.tensor([[key], [step]], device=w.device)
-    words = random_bits(keys, draws, STREAM, seed, w.numel())[0]
+    words = random_bits(keys, draws, STREAM, seed, w.numel(), first)[0]
     bits = (w.view(torch.int32) + (words >> 16).to(torch.int32)) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)
-
-
-def dequantise(codes: torch.Tensor, maxima: torch.Tensor, signed: bool) -> torch.Tensor:
-    """uint8 [B, 256], fp32 [B] -> fp32 [B, 256]"""
-    return LEVELS[signed].to(codes.device)[codes.int()] * maxima[:, None]
-
-
-def quantise(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [B, 256] -> nearest codes uint8 [B, 256] and maxima fp32 [B]; a positive unsigned value never takes code 0."""
-    maxima = values.abs().amax(1)
-    scaled = values / maxima.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, MIDPOINTS[signed].to(values.device))
-    return (codes if signed else torch.where(values > 0, codes.clamp_min(1), codes)).to(torch.uint8), maxima
 
 
 def _memory_order(x: torch.Tensor) -> torch.Tensor:
@@ -77,16 +64,11 @@ def _memory_order(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
-Kind = tuple[
-    bool, torch.dtype, torch.dtype, bool
-]  # of a launch: 8-bit moments, dtype of weights and gradients, aligned
+Kind = tuple[bool, torch.dtype, torch.dtype, bool]  # 8-bit moments, dtypes of weights and gradients, aligned
 
 
-def _kind(p: torch.Tensor) -> Kind:
-    """The launch that a parameter belongs to: known before its first gradient, and the same ever after."""
-    quantised = p.numel() >= MIN_8BIT_ELEMENTS
-    gradient = p.dtype if p.grad_dtype is None else p.grad_dtype
-    return quantised, p.dtype, gradient, quantised and p.numel() % 16 == 0
+def _dtype_of_gradient(p: torch.Tensor) -> torch.dtype:
+    return p.dtype if p.grad_dtype is None else p.grad_dtype
 
 
 def _tiles(p: torch.Tensor) -> int:
@@ -98,8 +80,9 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments for fp32 or bf16 parameters that all live on one device.
 
     `lr` may be a 0-d tensor per group (read on the device). Gradients have the dtype of their parameter, or fp32 where
-    its `grad_dtype` says so. The parameters are fixed at construction. For graph capture, weights and gradients must keep their addresses
-    (`zero_grad(set_to_none=False)`).
+    its `grad_dtype` says so. The parameters are fixed at construction. For graph capture, weights and gradients must
+    keep their addresses (`zero_grad(set_to_none=False)`). `parts`: for each parameter the whole tensor that it is a
+    shard of, which no shard may cut inside a block; an empty shard has its place in the list.
 
     `step` updates every parameter. `begin` and then `step_one` for each do the same, bit for bit, one parameter at a
     time: inside backward, where a gradient is freed as soon as it is used.
@@ -113,6 +96,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         seed: int = 0,
+        parts: Sequence[Part] | None = None,
     ):
         self._built = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -125,11 +109,13 @@ class AdamW8bit(torch.optim.Optimizer):
             assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), (
                 f"not dense: strides {p.stride()}"
             )
-        self._starts, sizes = [], [0, 0]  # start of each parameter in its arena: fp32 moments, 8-bit moments
-        for p, _ in self._parameters:
-            small = p.numel() < MIN_8BIT_ELEMENTS
-            self._starts.append(sizes[not small])
-            sizes[not small] += -(-p.numel() // (4 if small else BLOCK)) * (4 if small else BLOCK)
+        if parts is None:
+            parts = [Part((p.numel(),), 0, 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        for (p, _), part in zip(self._parameters, parts, strict=True):
+            assert p.numel() == part.counts[part.rank], f"a shard of {p.numel()} elements: {part}"
+            assert not part.cuts_a_block(), f"a shard cuts a block of {BLOCK}: {part}"
+        self._parts = list(parts)
+        self._starts, sizes = arena(parts, [part.units[part.rank] for part in parts])
 
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -211,10 +197,10 @@ class AdamW8bit(torch.optim.Optimizer):
         return scalars
 
     def _match_gradient(self, p: torch.Tensor) -> None:
-        """The gradient in the memory order of its parameter: one that autograd laid out otherwise is copied."""
+        """The gradient in the memory order of its parameter and at 16 bytes: one that lies otherwise is copied."""
         if p.grad is not None:
-            assert p.grad.dtype == _kind(p)[2], f"gradient {p.grad.dtype} of a {p.dtype} parameter"
-            if p.grad.stride() != p.stride():
+            assert p.grad.dtype == _dtype_of_gradient(p), f"gradient {p.grad.dtype} of a {p.dtype} parameter"
+            if p.grad.stride() != p.stride() or p.grad.data_ptr() % 16:
                 p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
     def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:
@@ -241,7 +227,8 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         chunks: dict[Kind, list[tuple[int, int]]] = {}
         for key, (p, _) in enumerate(self._parameters):
-            chunks.setdefault(_kind(p), []).extend((key, tile) for tile in range(_tiles(p)))
+            if tiles := _tiles(p):
+                chunks.setdefault(self._kind(key), []).extend((key, tile) for tile in range(tiles))
         self._table = self._upload("table", [self._row(key) for key in range(len(self._parameters))], torch.int64)
         if not self._launches:
             self._launches = [
@@ -249,12 +236,17 @@ class AdamW8bit(torch.optim.Optimizer):
             ]
         self._addresses = addresses
 
+    def _kind(self, key: int) -> Kind:
+        """The launch that parameter `key` belongs to: known before its first gradient, and the same ever after."""
+        p, quantised = self._parameters[key][0], self._parts[key].quantised
+        return quantised, p.dtype, _dtype_of_gradient(p), quantised and p.numel() % 16 == 0
+
     def _row(self, key: int) -> tuple[int, ...]:
         """Parameter `key` in the kernels' table of addresses."""
-        (p, group), start = self._parameters[key], self._starts[key]
+        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
         weight, grad = p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
         assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
-        return weight, grad, p.numel(), start // BLOCK if p.numel() >= MIN_8BIT_ELEMENTS else start, group, key
+        return weight, grad, p.numel(), start // BLOCK if part.quantised else start, group, key, part.first
 
     @on_its_device
     def _launch_step(self, clip, inv_scale, found_inf) -> None:
@@ -279,7 +271,7 @@ class AdamW8bit(torch.optim.Optimizer):
             chunks = known[2] if known else self._upload(f"chunks of {key}", tiles, torch.int32)
             known = self._alone[key] = row, self._upload(f"row of {key}", [row], torch.int64), chunks
         _, table, chunks = known
-        self._launch(_kind(p), table, chunks, clip, inv_scale, found_inf)
+        self._launch(self._kind(key), table, chunks, clip, inv_scale, found_inf)
 
     def _launch(self, kind: Kind, table, chunks, clip, inv_scale, found_inf) -> None:
         quantised, dtype, gradient, aligned = kind
@@ -305,19 +297,20 @@ class AdamW8bit(torch.optim.Optimizer):
         self._factors.copy_(factors_reference(self._hyper, self._tensors["step"].item()))
 
     def _reference_one(self, key: int, clip, inv_scale) -> None:
-        (p, group), start = self._parameters[key], self._starts[key]
-        if p.grad is None:
+        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
+        if p.grad is None or not p.numel():
             return
         t = self._tensors
         flat, count = _memory_order(p), p.numel()
         w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
-        if count < MIN_8BIT_ELEMENTS:
+        if not part.quantised:
             m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
             w, new_m, new_v = adamw_reference(w, g, m, v, self._factors[group])
             m.copy_(new_m), v.copy_(new_v)
         else:
             w = self._reference_8bit(w, g, start, self._factors[group])
-        flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, key, t["step"].item(), t["seed"].item()))
+        random = key, t["step"].item(), t["seed"].item(), part.first
+        flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, *random))
 
     def _reference_8bit(self, w, g, start, factors):
         """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
@@ -328,11 +321,8 @@ class AdamW8bit(torch.optim.Optimizer):
         )
         moments = []
         for name, signed in (("m", True), ("v", False)):
-            codes, maxima = (
-                self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK),
-                self._tensors[f"{name}_max"][block],
-            )
-            moments.append((codes, maxima, signed))
+            codes = self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK)
+            moments.append((codes, self._tensors[f"{name}_max"][block], signed))
         m, v = (dequantise(*moment) for moment in moments)
         new_w, *new = adamw_reference(w_rows, g_rows, m, v, factors)
         for values, (codes, maxima, signed) in zip(new, moments, strict=True):
@@ -341,19 +331,33 @@ class AdamW8bit(torch.optim.Optimizer):
         return new_w.reshape(-1)[: w.numel()]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The live state by name: step, seed, moments, `layout` [K, 2] int64 (elements, memory order)."""
-        layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        """The live state by name: step, seed, moments (of shards: only theirs), `layout` [K, 2] int64 (elements of the
+        whole, memory order).
+        """
+        layout = [(part.whole, part.order) for part in self._parts]
         return {**self._tensors, "layout": torch.tensor(layout)}
 
+    def whole_state(self, gather: Gather) -> dict | None:
+        """`state_dict` of the whole parameters, on the CPU, as without shards; None where `gather` gives nothing."""
+        found = gathered(self._tensors, self._parts, self._starts, gather)
+        if found is None:
+            return None
+        rest = {name: tensor.cpu() for name, tensor in self.state_tensors().items()}
+        return {**self.state_dict(), "state": rest | found}
+
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies a state into place; the parameters must have the sizes and memory order of the run that saved it."""
+        """Copies the state of the whole parameters into place, of shards their part of it.
+
+        The parameters must have the sizes and memory order of the run that saved it. Raises ValueError.
+        """
         own = self.state_tensors()
         if tensors.keys() != own.keys():
             raise ValueError(f"not an AdamW8bit state: tensors {sorted(tensors)}, expected {sorted(own)}")
         if not torch.equal(tensors["layout"].cpu(), own["layout"]):
             raise ValueError("this AdamW8bit state belongs to other parameters, or to weights in another memory format")
-        for name, tensor in self._tensors.items():
-            tensor.copy_(tensors[name])
+        for name in ("step", "seed"):
+            self._tensors[name].copy_(tensors[name])
+        put(self._tensors, self._parts, self._starts, tensors)
 
     def state_dict(self) -> dict:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]

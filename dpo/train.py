@@ -33,8 +33,8 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however the batch is
     cut into micro-batches and dealt out to processes (training/parallel.py sums their gradients in the last backward).
     DDE's table does not change during the update and is updated once, at its end. Nothing waits for the device before
-    the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any weight has changed.
-    With gradient release the update is made inside backward: see training/release.py.
+    the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any weight has changed. With
+    gradient release the update is made inside backward: see training/release.py.
     """
     correction, rate = run.correction(), run.learning_rate()
     usable = 0

@@ -76,7 +76,7 @@ class Offload(saved_tensors_hooks):
     def _is_worth_it(self, saved: Tensor) -> bool:
         dense = saved.is_contiguous() or (saved.dim() == 4 and saved.is_contiguous(memory_format=torch.channels_last))
         large = saved.numel() * saved.element_size() >= self.least
-        return large and dense and saved.device == self.device and _storage(saved) not in self.weights
+        return large and dense and saved.device.type == self.device.type and _storage(saved) not in self.weights
 
     def _fetch(self, moved: Moved) -> None:
         """Begins the copy back to the device, where it has not begun."""

@@ -357,6 +357,12 @@ class Runtime:
     activation_offload: bool = option(
         False, "keep what the backward pass needs in host memory: less GPU memory, the same result", resume="free"
     )
+    sharding: str = option(
+        "off",
+        "on: each process holds a part of the weights, gradients and optimizer states (FSDP2), for what does not fit a GPU",
+        choices=("off", "on"),
+        resume="free",
+    )
     keep_encoded: str = option(
         "auto",
         "keep encoded pairs in memory, so that later epochs read no images; auto: where they fit and crops are centred",

@@ -145,6 +145,11 @@ def dealt(config: Config, processes: int) -> Config:
     Raises UserError where those pairs cannot be dealt out in whole passes.
     """
     optim = config.optim
+    if optim.gradient_release and processes > 1:
+        raise UserError(
+            f"--gradient-release updates weights before the gradients of {processes} processes are summed: leave it out, or "
+            "train on one process"
+        )
     at_once = optim.batch_size * processes
     if optim.effective_batch is None:
         return change(config, effective_batch=at_once * optim.accumulation)

@@ -97,6 +97,28 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.keep_encoded == "on" and v.crop == "random",
             "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
         ),
+        *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
+    ]
+
+
+def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
+    """What does not go together with sharding: (whether it is so, the rest of the message)."""
+    return [
+        (v.lora, "is for all weights: adapters are small, so leave --sharding off and each process holds them whole"),
+        (
+            v.optimizer not in ("auto", "adamw", "adamw8bit"),
+            f"needs optimizer adamw or adamw8bit: {v.optimizer} works on whole tensors",
+        ),
+        (
+            v.precision == "fp16",
+            "cannot scale the loss, which precision = fp16 needs: use --precision bf16 or bf16-pure",
+        ),
+        (v.compile, "gathers weights between compiled blocks, which is not tried: leave --compile out"),
+        (
+            v.gradient_release,
+            "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
+        ),
+        (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
     ]
 
 

@@ -1,5 +1,6 @@
 """A run from settings to result.
 
+sharding.py weights and states cut over processes
 build.py settings -> Run | start.py the weights it starts from | denoisers.py policy and reference, made from them
 run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update

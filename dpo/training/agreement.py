@@ -67,6 +67,8 @@ def check_state(processes: Processes, updater: Updater) -> None:
 def _tensors(updater: Updater) -> list[tuple[str, Tensor]]:
     """Everything that must be the same in all processes, each with its name in words."""
     device = updater.parameters[0].device
+    if updater.shards is not None:  # there is one of each row; gradients are summed later
+        return [(f"weights ({rows.name})", rows.own.detach()) for rows in updater.shards.rows if rows.repeated]
     named = list(zip(updater.names, updater.parameters, strict=True))
     found = [(f"weights ({name})", p.detach()) for name, p in named]
     found += [(f"gradients ({name})", p.grad) for name, p in named if p.grad is not None]

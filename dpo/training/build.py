@@ -59,6 +59,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         raise UserError(
             "--gradient-release updates weights before gradients are summed over processes: leave it out, or use one process"
         )
+    if processes.count == 1 and config.runtime.sharding == "on":
+        log.warning("--sharding on has no effect on one process: it holds the whole model")
     device = pick_device(processes.device(config.runtime.device))
     processes.join(device)
     output = check_output(config) if processes.first else folder_of(config)
@@ -95,13 +97,21 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     config = _rhythm(config, counted, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
-    settled = settle(config.runtime, model.denoiser, device)
+    # What is sharded comes to the device block by block: whole it may not fit.
+    place = torch.device("cpu") if denoisers.is_sharded(config, processes) else device
+    settled = settle(config.runtime, model.denoiser, place)
+    shards = denoisers.shards_of(config, model.denoiser, device, processes)
+    updater = denoisers.make_updater(config, model.denoiser, shards)
     policy: Denoise = model.family.denoise(settled)
-    if processes.count > 1:
+    if shards is not None:
+        policy = shards.denoise(policy)
+    elif processes.count > 1:
         policy = Reduced(model.family.denoise, settled)
     compared = None
     if twin is not None:
-        compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
+        copy = model.family.denoise(settle(config.runtime, twin, place))
+        cut = denoisers.shards_of(config, twin, device, processes)
+        compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:
         compared = reference.from_adapters(policy, layers)
     step, tables = denoisers.pair_step(config, model, plan, policy, None if errors else compared, device)
@@ -120,7 +130,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source=source,
         encoder=encoder,
         step=step,
-        updater=denoisers.make_updater(config, model.denoiser),
+        updater=updater,
         table=CorrectionTable.zeros(
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),

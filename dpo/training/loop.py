@@ -33,7 +33,7 @@ from dpo.training.judging import Evaluate
 from dpo.training.parallel import Processes, broken, remember, remembered, restarts
 from dpo.training.rescue import check_there, goes_on, is_logged, rescue
 from dpo.training.run import Figures, Run
-from dpo.training.state import snapshot
+from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
 from dpo.training.waiting import Waiting
 
@@ -89,6 +89,15 @@ def until(stop: threading.Event, batches: Iterator[PairBatch]) -> Iterator[PairB
     """The micro-batches. Raises Stopped in place of the next one once `stop` is set."""
     for batch in batches:
         if stop.is_set():
+            raise Stopped
+        yield batch
+
+
+def until_agreed(run: Run, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    """The micro-batches of a sharded run. Raises Stopped in all processes at the same one once any was asked to stop."""
+    for batch in batches:
+        if run.processes.tensors(torch.tensor([run.stop.is_set()])).any():
+            run.stopping = True
             raise Stopped
         yield batch
 
@@ -192,9 +201,11 @@ def _help(run: Run, train_step: TrainStep) -> None:
     judging.words(run)  # refuses as in the first one
     with open(os.devnull, "w") as nowhere, stop_on_signals() as stop:
         trackers = Trackers(nowhere, [])
-        run.processes.once(_begin, run, trackers)
+        with whole(run, _draws_before(run)):
+            run.processes.once(_begin, run, trackers)
         updates(run, trackers, train_step, stop)
-    run.processes.leave()
+    with whole(run):
+        run.processes.leave()
 
 
 class Ending(NamedTuple):
@@ -224,13 +235,14 @@ def _tracking(output: Path, config: Config, done: int) -> Iterator[Trackers]:
 def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
     """Everything that needs the run: updates, result, last sample images, report."""
     compared = judging.words(run)  # refuses what could not be compared before anything is trained
-    run.processes.once(_begin, run, trackers)
+    with whole(run, _draws_before(run)):
+        run.processes.once(_begin, run, trackers)
     if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
         files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
     with stop_on_signals() as stop:
         updates(run, trackers, train_step, stop)
-    run.processes.leave()
-    with _told_how_to_finish(run.output, run.done):
+    with whole(run), _told_how_to_finish(run.output, run.done):
+        run.processes.leave()
         if compared:
             judging.prepare(run)
         written = results.write(run)
@@ -270,6 +282,10 @@ def _told_how_to_finish(output: Path, done: int) -> Iterator[None]:
         raise
 
 
+def _draws_before(run: Run) -> bool:
+    return run.config.output.samples and not run.done
+
+
 def _begin(run: Run, trackers: Trackers) -> None:
     trackers.event(
         {"event": "started", "step": run.done, "total": run.total, "device": summary.device_name(run.device)}
@@ -287,8 +303,12 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     """
     first, batches, run.stop = run.done, run.batches(), stop
     try:
-        # Of several processes the first stops here; it may wait for the others in a sum, so these go on until it has ended.
-        used = _all_updates(run, trackers, train_step, until(stop, batches) if run.processes.first else batches)
+        watched: Iterator[PairBatch] = batches
+        if run.updater.shards is not None:
+            watched = until_agreed(run, batches)
+        elif run.processes.first:  # it may wait in a sum for the others, so these go on until it has ended
+            watched = until(stop, batches)
+        used = _all_updates(run, trackers, train_step, watched)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -314,7 +334,8 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
     """Makes the updates, with what belongs to each; the number of pairs that could be used."""
     out, optim = run.config.output, run.config.optim
     held_out: Figures = {}
-    used, waiting = 0, Waiting(batches, warns=run.device.type == "cuda")
+    used, first = 0, run.done
+    waiting = Waiting(batches, warns=run.device.type == "cuda")
     every = out.validate_every or run.total  # decided when the run was built
     shown = Progress(run.total, progress_fields, run.done, out.log_every)
     with shown if run.processes.first else nullcontext() as progress:
@@ -341,15 +362,27 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
             if progress is not None:
                 progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
-                run.processes.once(samples.write, run)
+                with whole(run):
+                    run.processes.once(samples.write, run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
-                run.processes.once(_kept, run)
+                run.processes.once(_kept, run, held(run))
+            elif run.updater.shards is not None and run.done == first + 1:
+                held(run)  # what cannot be put together shows now, not at the first checkpoint
     return used
 
 
-def _kept(run: Run) -> None:
+def _kept(run: Run, found: Held) -> None:
     check_there(run)
-    snapshot(run)
+    snapshot(run, found)
+
+
+@contextmanager
+def whole(run: Run, wanted: bool = True) -> Iterator[None]:
+    """Inside the block the weights of a sharded run are in the first process whole as well; all processes enter it."""
+    if wanted and (shards := run.updater.shards) is not None:
+        run.whole_weights = dict(shards.whole(run.updater.ema or run.updater.parameters))
+    yield
+    run.whole_weights = None
 
 
 def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:

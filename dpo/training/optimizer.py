@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from csrc_triton.adamw8bit import AdamW8bit
+from csrc_triton.parts import Part
 from dpo.training.release import Release
+
+if TYPE_CHECKING:
+    from dpo.training.sharding import Shards
 
 log = logging.getLogger("dpo")
 
@@ -52,10 +56,11 @@ def build(
     eps: float,
     weight_decay: float,
     seed: int = 0,
+    parts: Sequence[Part] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that --optimizer calls `kind`; a fallback is logged.
 
-    `seed` keys AdamW8bit's stochastic rounding.
+    `seed` keys AdamW8bit's stochastic rounding; parts: of what whole tensors the parameters are shards.
     """
     adam: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     on_gpu = parameters[0].is_cuda
@@ -68,7 +73,7 @@ def build(
             parameters, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False
         )
     if kind == "adamw8bit":
-        return AdamW8bit(parameters, **adam, seed=seed)
+        return AdamW8bit(parameters, **adam, seed=seed, parts=parts)
     import bitsandbytes as bnb
 
     if kind == "paged-adamw8bit" and not on_gpu:
@@ -107,6 +112,7 @@ class Updater:
     ema_decay: float = 0.0
     ema: list[Tensor] = field(default_factory=list)  # averaged weights in fp32 or wider; empty without averaging
     release: Release | None = None  # where each parameter is updated inside backward
+    shards: Shards | None = None  # where the parameters are this process's rows of them
 
     def __post_init__(self) -> None:
         if self.ema_decay > 0 and not self.ema:
@@ -122,6 +128,8 @@ class Updater:
             self.release.backward(loss, lr, share)
             return
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.shards is not None:
+            self.shards.collect()
 
     @torch.no_grad()
     def grad_norm(self, share: float) -> Tensor:
@@ -130,13 +138,16 @@ class Updater:
             return self.release.norm
         if not share:  # no usable pair: the gradients are zero, and no step follows
             return torch.zeros((), device=self.parameters[0].device)
+        if self.shards is not None:
+            self.shards.reduce()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if share != 1.0:
             torch._foreach_mul_(grads, 1.0 / share)
         wide = torch.promote_types(grads[0].dtype, torch.float32)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide)))
+        norms = torch._foreach_norm(grads, 2, dtype=wide)
+        return torch.linalg.vector_norm(torch.stack(norms)) if self.shards is None else self.shards.norm(norms)
 
     @torch.no_grad()
     def update(self, lr: float, norm: Tensor, done: int = 0) -> None:
@@ -179,17 +190,26 @@ class Updater:
         """Inside the block the parameters are the averaged weights, which are the result; without averaging, no change.
 
         Yields the weights in training, whose places those have taken; none without averaging. The tensors change
-        places, and nothing is copied but to round the average to the parameters' dtype.
+        places, and nothing is copied but to round the average to the parameters' dtype. Shards keep their place: what
+        changes is what they hold.
         """
-        live = [p.data for p in self.parameters] if self.ema else []
+        live = [p.data if self.shards is None else p.data.clone() for p in self.parameters] if self.ema else []
         try:
-            for p, e in zip(self.parameters, self.ema, strict=False):
-                p.data = e.to(p.dtype)
+            self._take([e.to(p.dtype) for p, e in zip(self.parameters, self.ema, strict=False)])
             yield live
         finally:
-            for p, value in zip(self.parameters, live, strict=False):
+            self._take(live)
+
+    @torch.no_grad()
+    def _take(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.parameters, values, strict=False):
+            if self.shards is None:
                 p.data = value
+            else:
+                p.copy_(value)
 
     def drop(self) -> None:
         """Drops the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.shards is not None:
+            self.shards.drop()

@@ -32,6 +32,7 @@ from dpo.common.words import first_line
 from dpo.models.family import Denoise, TextEncoding
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names for which process this is
+PART = 1 << 26  # bytes of gradients summed at a time, where DDP does not
 MEET = 600.0  # seconds until all processes have started
 HEAR = 4.0  # seconds in which the others say why they ended
 OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
@@ -277,27 +278,57 @@ def _not_again() -> None:
 
 
 class Reduced:
-    """The policy as all processes train it: in the backward of an update's last micro-batch gradients are summed over them.
+    """The policy as all processes train it: the gradients of an update are summed over them.
 
-    A pass without gradient goes through the module itself: validation, sample images, the reference without adapters.
+    DDP does so in the backward of the last micro-batch. It cannot where gradients are wider than their weights (bf16
+    weights, summed in fp32 over the passes): those are summed after it, by `finish`. A pass without gradient goes
+    through the module itself: validation, sample images, the reference without adapters.
     """
 
     def __init__(self, denoise: Callable[[nn.Module], Denoise], module: nn.Module) -> None:
+        self.alone = self.together = denoise(module)
+        self.module: DistributedDataParallel | None = None
+        self.trained = [p for p in module.parameters() if p.requires_grad]
+        if any(p.grad_dtype not in (None, p.dtype) for p in self.trained):
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 on broadcast_buffers; 2.11 has no other name
             self.module = DistributedDataParallel(
                 module, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
             )
         self.module.register_comm_hook(None, lambda state, bucket: summed(bucket.buffer()))
-        self.alone, self.together = denoise(module), denoise(self.module)
+        self.together = denoise(self.module)
 
     def __call__(self, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         """As `Denoise`."""
         return (self.together if torch.is_grad_enabled() else self.alone)(x_t, t, text, sizes)
 
     def reduces(self, now: bool) -> None:
-        """Whether the next forward and its backward sum the gradients, as inside and outside of DDP's no_sync."""
-        self.module.require_backward_grad_sync = now
+        """Whether the next forward and its backward are an update's last, as outside of DDP's no_sync."""
+        if self.module is not None:
+            self.module.require_backward_grad_sync = now
+
+    def finish(self) -> None:
+        """After the last backward: sums the gradients that DDP did not."""
+        if self.module is not None:
+            return
+        for grads in _parts([p.grad for p in self.trained if p.grad is not None]):
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            dist.all_reduce(flat)
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view(grad.shape))
+
+
+def _parts(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in runs of one dtype and about PART bytes."""
+    part: list[Tensor] = []
+    for grad in grads:
+        if part and (part[0].dtype != grad.dtype or sum(other.nbytes for other in part) > PART):
+            yield part
+            part = []
+        part.append(grad)
+    if part:
+        yield part
 
 
 def summed(own: Tensor) -> torch.futures.Future[Tensor]:

@@ -14,7 +14,7 @@ from dpo.data.batch import PairBatch
 from dpo.training import checkpoint, summary
 from dpo.training.agreement import Disagreed
 from dpo.training.run import Diverged, Run
-from dpo.training.state import snapshot
+from dpo.training.state import held, snapshot
 from dpo.training.trackers import Trackers
 
 log = logging.getLogger("dpo")
@@ -42,7 +42,11 @@ def rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, Non
     metrics.jsonl. Raises no Exception, which would take the place of the one that ended the run.
     """
     whole = run.whole and (trackers.logged == run.done or not is_logged(run))
-    path = None
+    path = found = None
+    if (cut := run.updater.shards is not None) and whole and (isinstance(ending, Diverged) or run.stopping):
+        with suppress(Exception):  # all processes end at the same place: each gives its part
+            run.drop()
+            found = held(run)
     if not run.processes.first:
         with suppress(Exception):
             batches.close()
@@ -52,13 +56,15 @@ def rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, Non
         whole = False
     try:
         batches.close()  # else another dying worker interrupts what follows
-        if whole:
+        if whole and (found is not None or not cut):
             run.drop()
             check_there(run)
-            path = snapshot(run, emergency=True, diverged=isinstance(ending, Diverged))
+            path = snapshot(run, found, emergency=True, diverged=isinstance(ending, Diverged))
     except Exception as error:  # the disk is full, or the device is dead
         log.warning("update %d could not be kept: no checkpoint can be written (%s)", run.done, first_line(error))
-    if not whole and not isinstance(ending, Disagreed):
+    if whole and cut and found is None:
+        log.warning("each process holds a part of the weights, and not all were there to write a checkpoint")
+    elif not whole and not isinstance(ending, Disagreed):
         log.warning("the state is between two updates: no checkpoint is written of it")
     try:
         _record(run, trackers, ending)

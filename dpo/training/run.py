@@ -88,6 +88,7 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
     stopping: bool = False  # one of several processes was asked to stop during the last update
+    whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
     kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
@@ -138,6 +139,8 @@ class Run:
         """
         if self.processes.count == 1:
             return usable
+        if isinstance(self.step.policy, Reduced):
+            self.step.policy.finish()
         parts = [self.table.sums, self.table.counts, rows := self.metrics.take()]
         numbers = torch.tensor([usable, self.stop.is_set(), len(self.unread)])
         packed = torch.cat([part.double().reshape(-1) for part in (*parts, numbers.to(rows.device))])
@@ -221,12 +224,12 @@ class Run:
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
         """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
         policy = self.step.policy
-        assert isinstance(policy, Reduced), "made with the run"
         with closing(found):
             for number in itertools.count(1):
                 if (batch := next(found, None)) is None:
                     return
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
-                policy.reduces(number % self.config.optim.accumulation == 0)
+                if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
+                    policy.reduces(number % self.config.optim.accumulation == 0)
                 yield batch

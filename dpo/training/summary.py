@@ -47,7 +47,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
     card.
     """
     model = run.model
-    trained = sum(p.numel() for p in run.updater.parameters)
+    trained = sum(p.numel() for p in model.denoiser.parameters() if p.requires_grad)
     summary = {
         "status": status,
         "reason": reason,

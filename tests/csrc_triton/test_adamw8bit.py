@@ -6,8 +6,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit, round_stochastic
+from csrc_triton.adamw8bit import AdamW8bit, round_stochastic
 from csrc_triton.dynamic_map import LEVELS
+from csrc_triton.parts import MIN_8BIT_ELEMENTS
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -189,3 +190,12 @@ def test_learning_rate_tensor_and_memory_formats():
         AdamW8bit([p], lr=torch.tensor(1e-2)).step()
         results.append(p.detach().contiguous())
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_that_does_not_start_on_16_bytes_is_copied():
+    """DistributedDataParallel packs gradients without gaps; the kernel reads sixteen bytes at a time."""
+    p = torch.nn.Parameter(torch.zeros(6))
+    p.grad = torch.arange(7.0)[1:]
+    assert p.grad.data_ptr() % 16
+    AdamW8bit([p], lr=1.0, weight_decay=0.0).step()
+    assert p.grad.data_ptr() % 16 == 0 and p.grad.tolist() == [1, 2, 3, 4, 5, 6]

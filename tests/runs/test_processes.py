@@ -4,12 +4,16 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpo import prepare
 from dpo.common.errors import UserError
@@ -17,7 +21,7 @@ from dpo.train import train_step
 from dpo.training import build, validation
 from dpo.training.state import snapshot
 from tests.help.commands import command
-from tests.help.processes import codes, commands, end, together
+from tests.help.processes import codes, commands, end, free_port, together
 from tests.help.running import advance, everything, make_run, weights
 from tests.help.worlds import make_pickapic
 
@@ -43,9 +47,14 @@ SETTINGS = {
     "recorded": (20, RECORDED),
     "sft": (1, [*EXACT, "--method", "sft"]),
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
+    "half": (1, ["--precision", "bf16-pure"]),
     "dde": (0, [*EXACT, "--method", "dde", "--checkpointing", "on"]),  # in the slow test alone
 }
-TRIED = {2: ("dpo", "lora", "recorded", "sft", "single"), 4: ("dpo", "recorded", "single")}  # by number of processes
+SINGLE = ("single", "half")  # no float64: their first gradient is compared
+TRIED = {
+    2: ("dpo", "lora", "recorded", "sft", "single", "half"),
+    4: ("dpo", "recorded", "single"),
+}  # by number of processes
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +199,7 @@ def check_state(expected: dict, found: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "name"), [(count, name) for count, names in TRIED.items() for name in names if name != "single"]
+    ("count", "name"), [(count, name) for count, names in TRIED.items() for name in names if name not in SINGLE]
 )
 def test_the_number_of_processes_changes_the_order_of_sums_alone(runs, count, name):
     check_same(runs[1][0][name], [found[name] for found in runs[count]])
@@ -199,24 +208,24 @@ def test_the_number_of_processes_changes_the_order_of_sums_alone(runs, count, na
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_it_does_so_in_a_longer_run_of_every_kind(made, tmp_path, count):
-    names = [name for name in SETTINGS if name != "single"]
+    names = [name for name in SETTINGS if name not in SINGLE]
     alone = {name: made(name, None, 20) for name in names}
     every = together(count, lambda processes: {name: made(name, processes, 20) for name in names}, tmp_path)
     for name in names:
         check_same(alone[name], [found[name] for found in every])
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_the_first_gradient_in_single_precision(runs, count):
+@pytest.mark.parametrize(("count", "name"), [(2, "single"), (4, "single"), (2, "half")])
+def test_the_first_gradient_in_single_precision(runs, count, name):
     """Later weights cannot be compared: AdamW turns the rounding of a gradient near zero into a whole step."""
-    alone = runs[1][0]["single"]["gradients"]
+    alone = runs[1][0][name]["gradients"]
     size = torch.stack([g.norm() for g in alone]).norm()
     for every in runs[count]:
-        found = every["single"]["gradients"]
+        found = every[name]["gradients"]
         apart = torch.stack([(a - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
         assert apart / size < 1e-6
-    first, *others = (found["single"]["state"] for found in runs[count])
-    assert all(torch.equal(first[key], other[key]) for other in others for key in first)  # 8-bit states too
+    first, *others = (found[name]["state"] for found in runs[count])
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)  # 8-bit states, bf16 weights
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs):
@@ -304,3 +313,55 @@ def test_a_mistake_of_all_is_said_once_and_not_again_at_a_restart(launched, tmp_
     assert len(lines(tmp_path, 0)) == 1 and "--effective-batch" in lines(tmp_path, 0)[0] and lines(tmp_path, 1) == []
     assert codes(launched("--effective-batch", "3", TORCHELASTIC_RESTART_COUNT="1", **agent)) == [2, 2]
     assert len(lines(tmp_path, 0)) == 1 and lines(tmp_path, 1) == []
+
+
+def under_torchrun(start, folder: Path, *words: str) -> subprocess.Popen:
+    """`torchrun --nproc-per-node 2 -m dpo.train`; what it writes goes to `said`."""
+    own = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "1", "-m", "dpo.train"]
+    flags = [str(word) for word in (*start, "--batch-size", "1", "--effective-batch", "4", "--no-samples", *words)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *own, *flags]
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(launcher, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(folder)})
+
+
+def test_torchrun_starts_it(start, tmp_path):
+    assert under_torchrun(start, tmp_path, "--steps", "1").wait(120) == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert "4 pairs an update (1 x 2 x 2 processes)" in said and said.count("step 1/1") == 1
+    assert len(updates(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_latest_checkpoint(start, tmp_path):
+    """One process is killed by a mark in its command line: of torchrun's two children the second."""
+    launcher = under_torchrun(start, tmp_path, "--steps", "40", "--checkpoint-every", "2", "--overwrite")
+    limit = time.monotonic() + 120
+    while len(updates(tmp_path)) < 5 and time.monotonic() < limit:
+        time.sleep(0.02)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert launcher.wait(180) == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert "started again by torchrun" in said and "resumed" in said
+    assert [record["step"] for record in updates(tmp_path)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_a_run_comes_to_the_same_end(start, tmp_path, world):
+    """All processes are killed at once, wherever they are; weights at the end are those of a run left alone."""
+    rng, flags = (
+        random.Random(0),
+        ["--batch-size", "1", "--effective-batch", "4", "--no-samples", "--checkpoint-every", "1"],
+    )
+    flags = [str(word) for word in (*start, *flags, "--steps", "6", "--resume", "latest")]
+    (tmp_path / "straight").mkdir()
+    assert codes(commands(2, [*flags, "--output", str(tmp_path / "straight")], tmp_path)) == [0, 0]
+    for _ in range(10):
+        children = commands(2, flags, tmp_path)
+        time.sleep(rng.uniform(0.5, 12))
+        end(children)
+    assert codes(commands(2, flags, tmp_path)) == [0, 0]
+    found, expected = (
+        load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("out", "straight")
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
+from csrc_triton.adamw8bit import AdamW8bit
+from csrc_triton.parts import MIN_8BIT_ELEMENTS
 from tests.help.running import advance, make_run
 
 UPDATES = 100

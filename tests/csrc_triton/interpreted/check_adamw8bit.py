@@ -9,6 +9,7 @@ import triton.language as tl
 
 from csrc_triton.adamw8bit import AdamW8bit
 from csrc_triton.dynamic_map import LEVELS, MIDPOINTS, quantise_signed, quantise_unsigned
+from csrc_triton.parts import Part
 
 
 @triton.jit
@@ -130,3 +131,31 @@ def test_many_sizes(dtype):
         kernel.step(), reference.step()
     for (a, _), (b, _) in zip(kernel._parameters, reference._parameters, strict=True):
         assert (a.float() - b.float()).abs().mean() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_have_the_bits_of_the_whole(dtype):
+    """A small tensor is cut inside a quad of random numbers, a quantised one between two blocks."""
+    generator = torch.Generator().manual_seed(3)
+    values, grads = ([torch.randn(n, generator=generator).to(dtype) for n in (7, 4099)] for _ in range(2))
+    cuts = (3, 512)
+
+    def stepped(pick, parts):
+        params = [torch.nn.Parameter(value[place].clone()) for value, place in zip(values, pick, strict=True)]
+        optimizer = AdamW8bit(params, lr=1e-2, seed=5, parts=parts)
+        for p, grad, place in zip(params, grads, pick, strict=True):
+            p.grad = grad[place].clone()
+        optimizer._reference_step = optimizer._launch_step
+        optimizer.step()
+        return [p.detach() for p in params]
+
+    whole = stepped([slice(None)] * 2, None)
+    shards = [
+        stepped(
+            [slice(cut) if rank == 0 else slice(cut, None) for cut in cuts],
+            [Part((cut, len(value) - cut), rank, 0) for value, cut in zip(values, cuts, strict=True)],
+        )
+        for rank in range(2)
+    ]
+    for index, value in enumerate(whole):
+        assert torch.equal(value, torch.cat([shard[index] for shard in shards]))

@@ -89,8 +89,11 @@ def test_with_checkpointing_the_inputs_of_blocks_are_moved(unet, monkeypatch):
     assert 0 < counts["on"] < 0.5 * counts["off"]
 
 
-def packed(x, denoiser=None, least=1):
-    made = Offload(denoiser or torch.nn.Linear(2, 2), CPU, torch.cpu.Stream(), least)
+LAYER = torch.nn.Linear(2, 2)
+
+
+def packed(x, denoiser=LAYER, least=1):
+    made = Offload(denoiser, CPU, torch.cpu.Stream(), least)
     return made, made._pack(x)
 
 
@@ -101,6 +104,13 @@ def test_what_stays():
         assert found is stays and not made.moved
     small, large = torch.ones(LEAST // 4 - 1), torch.ones(LEAST // 4)
     assert packed(small, least=LEAST)[1] is small and isinstance(packed(large, least=LEAST)[1], Moved)
+
+
+def test_a_device_is_the_same_with_its_number_and_without():
+    """A run's device is "cuda", and that of its tensors "cuda:0"."""
+    made = Offload(LAYER, torch.device("cpu:0"), torch.cpu.Stream(), 1)
+    assert isinstance(made._pack(torch.ones(4)), Moved)
+    assert made._pack(meta := torch.ones(4, device="meta")) is meta
 
 
 def test_the_layout_is_kept():
@@ -114,7 +124,7 @@ def test_the_layout_is_kept():
 
 
 def test_few_sources_wait_for_their_copies():
-    made = Late(torch.nn.Linear(2, 2), CPU, torch.cpu.Stream(), 1)
+    made = Late(LAYER, CPU, torch.cpu.Stream(), 1)
     with made:
         for _ in range(5):
             made._pack(torch.ones(4))

@@ -156,7 +156,7 @@ def test_every_preset_parses_resolves_and_trains():
         assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
         published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2}
-        assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
+        assert cfg.optim.pairs == published.get(name, cfg.optim.pairs)
 
 
 SMALL = [name for name in presets() if name.endswith("gb")]
@@ -324,6 +324,23 @@ def test_a_presets_validation_can_be_switched_off():
     config, _ = parse(["--preset", "sd15", "--validation-data", "none", "--validation-fraction", "0"])
     assert config.data.validation_data is None and config.data.validation_fraction == 0.0
     assert parse(["--preset", "sd15"])[0].data.validation_data is not None
+
+
+def test_the_last_word_on_how_large_an_update_is(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("[optim]\naccumulation = 3\n")
+    sized = lambda *words: (parse(list(words))[0].optim.effective_batch, parse(list(words))[0].optim.accumulation)  # noqa: E731
+    assert sized("--preset", "sd15") == (2048, 1)  # passes follow once the processes are known
+    assert sized("--preset", "sd15", "--batch-size", "8") == (2048, 1)
+    assert sized("--preset", "sd15", "--accumulation", "4") == (None, 4)
+    assert sized("--preset", "sd15", "--gradient_accumulation_steps", "4") == (None, 4)
+    assert sized(*BASE, "--config", str(file)) == (None, 3)
+    assert sized(*BASE, "--config", str(file), "--effective-batch", "12") == (12, 1)
+    file.write_text("[optim]\nbatch_size = 2\naccumulation = 3\neffective_batch = 12\n")  # as a run writes them
+    assert sized(*BASE, "--config", str(file)) == (12, 3)
+    assert sized(*BASE, "--config", str(file), "--accumulation", "5") == (None, 5)
+    with pytest.raises(UserError, match="--effective-batch and --accumulation"):
+        parse([*BASE, "--effective-batch", "8", "--accumulation", "2"])
 
 
 if __name__ == "__main__":

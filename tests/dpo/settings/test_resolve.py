@@ -103,6 +103,13 @@ def test_activations_leave_a_gpu_alone(device):
     assert any("activation_offload has no effect on a CPU" in note for note in notes) == (device == "cpu")
 
 
+def test_gradient_release_is_for_one_process():
+    config = from_mapping({"gradient_release": True})
+    assert dealt(config, 1).optim.gradient_release
+    with pytest.raises(UserError, match="before the gradients of 2 processes are summed: leave it out"):
+        dealt(config, 2)
+
+
 def test_lion_has_its_own_betas_unless_they_are_given():
     cfg, notes = decide({"optimizer": "lion8bit"})
     assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)
@@ -174,3 +181,27 @@ def test_all_that_the_kernels_lack_is_named(there, words):
 )
 def test_encoded_pairs_are_kept_where_each_epoch_has_the_same(values, kept):
     assert decide(values)[0].runtime.keep_encoded == kept
+
+
+def test_the_pairs_of_an_update_decide_the_passes_of_each_process():
+    published = from_mapping({"batch_size": 16, "effective_batch": 2048})
+    for processes, passes in ((1, 128), (8, 16), (64, 2)):
+        found = dealt(published, processes).optim
+        assert (found.batch_size, found.accumulation, found.effective_batch) == (16, passes, 2048)
+    own = dealt(from_mapping({"batch_size": 4, "accumulation": 3}), 2)  # counted per process
+    assert own.optim.effective_batch == own.optim.pairs == 24
+    assert dealt(own, 1).optim.accumulation == 6  # a resumed run's is that of its settings
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "words"),
+    [
+        ((16, 2048), 6, ["6 x 16", "4 or 8 processes", "--batch-size", "--effective-batch 2016"]),
+        ((4, 6), 1, ["1 x 4", "--batch-size 2 or 3 or 6", "--effective-batch 8"]),
+        ((4, 2), 2, ["2 x 4", "--batch-size 1 or", "--effective-batch 8"]),
+    ],
+)
+def test_pairs_that_cannot_be_dealt_out_are_refused_with_what_fits(values, processes, words):
+    with pytest.raises(UserError) as caught:
+        dealt(from_mapping(dict(zip(("batch_size", "effective_batch"), values))), processes)
+    assert [word for word in words if word not in str(caught.value)] == [] and "\n" not in str(caught.value)

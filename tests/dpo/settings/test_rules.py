@@ -32,6 +32,13 @@ from tests.dpo.settings.test_resolve import decide
         ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
         ({"activation_offload": True, "compile": True}, "--compile"),
         ({"keep_encoded": "on", "crop": "random"}, "cuts another in each epoch"),
+        ({"sharding": "on", "lora": True}, "--sharding off"),
+        ({"sharding": "on", "optimizer": "lion8bit"}, "adamw or adamw8bit"),
+        ({"sharding": "on", "optimizer": "adafactor"}, "adamw or adamw8bit"),
+        ({"sharding": "on", "precision": "fp16"}, "bf16-pure"),
+        ({"sharding": "on", "compile": True}, "--compile"),
+        ({"sharding": "on", "gradient_release": True}, "gradient_release"),
+        ({"sharding": "on", "activation_offload": True}, "--activation-offload"),
     ],
 )
 def test_bad_combinations_are_refused_in_one_line(values, words):
