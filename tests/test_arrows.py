@@ -26,6 +26,7 @@ COMMANDS = (
     "evaluate",
     "label",
     "vote",
+    "plan",
     "replay",
 )  # dpo/*.py that a person runs; the other files there are the method
 
@@ -33,13 +34,14 @@ COMMANDS = (
 # command is a room of its own. Everybody may call `common` and `methods`, except csrc_triton and these two themselves.
 MAY_CALL = {
     "benchmarks": "anything",
-    "commands": "training sampling evaluating labelling voting replaying scorers tiny models data drawing pages settings step objective",
+    "commands": "training sampling evaluating labelling voting planning replaying scorers tiny models data drawing pages settings step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
     "sampling": "tiny models drawing pages.began pages.folder settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
     "labelling": "sampling scorers evaluating data drawing models pages settings tiny",
     "replaying": "training encode objective models data pages settings",
     "voting": "evaluating scorers data drawing pages settings",
+    "planning": "training reference schedule correction encode step models data pages settings csrc_triton",
     "scorers": "",
     "tiny": "scorers drawing models",
     "tiny.making": "training tiny drawing models data.writing",  # and tiny/build.py, the command that makes the embedded world again

@@ -37,6 +37,7 @@ TESTED_BY = {
     "dpo/common/pictures.py": "tests/dpo/drawing/test_images.py",
     "dpo/evaluating/work.py": "tests/dpo/test_evaluate.py",
     "dpo/voting/presets.py": "tests/dpo/voting/test_declare.py",
+    "dpo/planning/asked.py": "tests/dpo/planning/test_work.py",
     "dpo/labelling/asked.py": "tests/dpo/test_label.py",
     "dpo/labelling/folder.py": "tests/dpo/test_label.py",
     "dpo/labelling/votes.py": "tests/dpo/test_label.py",

@@ -207,16 +207,24 @@ class Kept:
         return mirrors(keys, draws, self.decoding), drops(keys, draws, self.decoding)
 
 
-def keeping(data: Data, runtime: Runtime, source: Source, ahead: int) -> Kept | None:
+def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahead: int) -> Kept | None:
     """An empty memory for the decided settings; None where nothing is kept, which is said where it could have helped.
 
-    ahead: pairs that the rest of the run takes. In a run of one epoch none comes twice.
+    micro_batch: its pairs; ahead: pairs that the rest of the run takes. In a run of one epoch none comes twice.
     """
     if ahead <= len(source):
         return None
     if data.crop == "random":
         log.info("images are encoded anew in each epoch: crop = random cuts another square of each")
     if runtime.keep_encoded != "on":
+        return None
+    images = 2 * micro_batch
+    if images > runtime.vae_batch and images % runtime.vae_batch:  # tried: a rest of another size has other last bits
+        log.info(
+            "images are encoded anew in each epoch: --vae-batch %d does not divide the %d images of a micro-batch",
+            runtime.vae_batch,
+            images,
+        )
         return None
     captions = len(np.unique(source.caption_keys())) + (data.caption_dropout > 0)
     free = machine.free_memory() // of_launcher("LOCAL_WORLD_SIZE", 1)

@@ -6,7 +6,7 @@ run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update
 release.py the update made inside backward
 waiting.py the wait for data | metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
-flops.py counted FLOPs | cost.py what a run computes | folder.py the output folder
+flops.py counted FLOPs | memory.py bytes and FLOPs, counted as tensors come and go | cost.py what a run computes | folder.py the output folder
 samples.py sample images | results.py the trained weights | summary.py what the pages read
 judging.py the result against its start | rescue.py what is kept of updates that did not come to their end
 parallel.py the processes of a run | agreement.py whether they agree

@@ -159,7 +159,9 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
             keep_trained(run, saved)
     elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
-    run.kept = keeping(config.data, config.runtime, source, run.total * run.nominal - run.position)
+    run.kept = keeping(
+        config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
+    )
     encoder.keep = None if run.kept is None else run.kept.put
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())

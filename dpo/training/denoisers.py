@@ -47,16 +47,26 @@ def make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser
     Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
     the reference needs the copy for the held-out pairs alone.
     """
-    apart = begin.moved and config.model.reference_model == "base"
+    apart = _apart(config, begin)
     if not apart:
         begin.put(model)
-    compared = METHODS[config.method.method].reference
-    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
-    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
+    twin = copy_for_reference(config, model.denoiser, begin)
     weights = hashes("reference", model.denoiser)
     if apart:
         begin.put(model)
     return twin, weights
+
+
+def copy_for_reference(config: Config, denoiser: Denoiser, begin: Start) -> Denoiser | None:
+    """A frozen copy of `denoiser` where the reference needs its own weights, else None."""
+    compared = METHODS[config.method.method].reference
+    own = compared and (_apart(config, begin) or not (config.lora.lora or config.runtime.reference == "recorded"))
+    return reference.frozen(denoiser, HALF.get(config.runtime.precision)) if own else None
+
+
+def _apart(config: Config, begin: Start) -> bool:
+    """Whether the policy starts from other weights than the reference has."""
+    return begin.moved and config.model.reference_model == "base"
 
 
 def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> list[BaseTunerLayer]:

@@ -30,7 +30,7 @@ from dpo.settings.config import Config, Output, change, flatten, to_toml
 from dpo.training import build, checkpoint, judging, results, samples, summary, validation
 from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
-from dpo.training.parallel import Processes, broken, remember, remembered, restarts
+from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
 from dpo.training.rescue import check_there, goes_on, is_logged, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
@@ -124,7 +124,7 @@ def train(
     processes = processes or Processes()
     try:
         with handled(signal.default_int_handler, *ENDS):  # outside the updates they interrupt like Ctrl-C
-            _train(_again(config), notes, train_step, evaluate, processes)
+            _train(_again(config, processes), notes, train_step, evaluate, processes)
     except Stopped as error:
         processes.ends(error)
         return INTERRUPTED
@@ -158,9 +158,9 @@ def _not_ours(error: Exception, config: Config) -> UserError | None:
     return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")
 
 
-def _again(config: Config) -> Config:
+def _again(config: Config, processes: Processes) -> Config:
     """`config` as torchrun's restart of a run goes on with it: from its latest checkpoint, once it had begun."""
-    if not restarts() or remembered() != BEGUN:
+    if not restarts() or processes.word_of_first(remembered()) != BEGUN:  # the first alone began it
         return config
     whole = checkpoint.listing(folder_of(config) / CHECKPOINTS)
     resume = config.output.resume if config.output.resume and not whole else "latest"
@@ -194,6 +194,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
                 torch.cuda.empty_cache()  # what is drawn and scored now finds the memory free
             with _told_how_to_finish(ending.output, ending.step):
                 _conclude(ending, trackers, evaluate)
+    forget()
 
 
 def _help(run: Run, train_step: TrainStep) -> None:

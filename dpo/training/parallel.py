@@ -122,6 +122,16 @@ class Processes:
             pause = min(1.0, pause * 1.2)
         return None
 
+    def word_of_first(self, word: str) -> str:
+        """The first process's `word`, before the processes have joined for collectives."""
+        if self.store is None:
+            return word
+        key = f"word/{next(self._turns)}"
+        if self.first:
+            self.store.set(key, word)
+            return word
+        return self.store.get(key).decode()
+
     def look(self) -> None:
         """Raises Stopped or Elsewhere where another process has ended."""
         if self.store is not None and self.store.check(["ended"]):
@@ -255,6 +265,12 @@ def remember(what: str) -> None:
     if restarts() < of_launcher("TORCHELASTIC_MAX_RESTARTS", 0):
         with suppress(OSError):
             _memory().write_text(what, "utf-8")
+
+
+def forget() -> None:
+    """Deletes what was kept: the run is at its end."""
+    with suppress(OSError):
+        _memory().unlink(missing_ok=True)
 
 
 def remembered() -> str:

@@ -149,13 +149,9 @@ class Shards:
 
         torch keeps it for the backward pass and lets it grow for ever in a model that has none.
         """
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                state: Any = module._get_fsdp_state()
-                groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one
-                for group in filter(None, groups):
-                    group._post_forward_indices.clear()
-                    group.comm_ctx.post_forward_order.clear()
+        for group in groups(self.module):
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
 
     def norm(self, norms: Sequence[Tensor]) -> Tensor:
         """The global norm [] of the gradients, from the norm [] of each gradient that there is in this process."""
@@ -241,6 +237,15 @@ class Shards:
             id(p): nn.Parameter(weights[name], requires_grad=False) for name, p in self.skeleton.named_parameters()
         }
         return copy.deepcopy(self.skeleton, host)
+
+
+def groups(denoiser: nn.Module) -> Iterator[Any]:
+    """torch's own records of what is gathered together. They have no public door."""
+    for module in denoiser.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            yield from filter(None, found)  # torch 2.11 has one or none
 
 
 def check_blocks(denoiser: nn.Module, count: int) -> None:

@@ -55,7 +55,7 @@ def decoded(monkeypatch):
         ("sd15", ["--flip"]),
         pytest.param(
             "sdxl",
-            ["--method", "dde", "--dropped-caption", "zeros", "--accumulation", "2", "--vae-batch", "3"],
+            ["--method", "dde", "--dropped-caption", "zeros", "--accumulation", "2", "--vae-batch", "2"],
             marks=pytest.mark.slow,
         ),
     ],
@@ -98,7 +98,7 @@ def test_each_of_several_processes_keeps_what_it_saw(world, tmp_path, pairs):
     decoding = replace(Decoding.of(run.config.data, 0), flip=True)
     for rank in range(2):
         order = Order(0, 0, 1, stop=40, rank=rank, world=2)
-        kept = keeping(replace(run.config.data, flip=True), run.config.runtime, run.source, 40)
+        kept = keeping(replace(run.config.data, flip=True), run.config.runtime, run.source, 1, 40)
         own = replace(run.encoder, keep=kept.put)
         with_memory = batches(run.source, order, decoding, Reading(bad_image_limit=1.0), kept=kept)
         without = batches(run.source, order, decoding, Reading(bad_image_limit=1.0))

@@ -333,7 +333,7 @@ def test_torchrun_starts_it(start, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_latest_checkpoint(start, tmp_path):
-    """One process is killed by a mark in its command line: of torchrun's two children the second."""
+    """Of torchrun's two children the second is killed; the first alone knows that the run had begun."""
     launcher = under_torchrun(start, tmp_path, "--steps", "40", "--checkpoint-every", "2", "--overwrite")
     limit = time.monotonic() + 120
     while len(updates(tmp_path)) < 5 and time.monotonic() < limit:

@@ -120,6 +120,15 @@ def test_what_has_not_arrived_from_the_device_is_kept_later(monkeypatch):
     assert kept.has([0, 1], [1, 1])
 
 
+@pytest.mark.parametrize("vae_batch, made", [(4, False), (3, True), (6, True), (8, True)])
+def test_parts_of_different_sizes_are_not_kept(caplog, vae_batch, made):
+    """Their encodings differ in the last bits."""
+    caplog.set_level("INFO")
+    runtime = Runtime(keep_encoded="on", vae_batch=vae_batch)
+    assert (keeping(Data(resolution=8), runtime, Source(), 3, 9) is not None) == made
+    assert ("does not divide the 6 images" in caplog.text) != made
+
+
 class Source:
     def __len__(self):
         return 3
@@ -134,6 +143,6 @@ class Source:
 )
 def test_pairs_are_kept_where_they_come_twice(caplog, data, wanted, ahead, made):
     caplog.set_level("INFO")
-    kept = keeping(Data(resolution=8, caption_dropout=0.1, **data), Runtime(keep_encoded=wanted), Source(), ahead)
+    kept = keeping(Data(resolution=8, caption_dropout=0.1, **data), Runtime(keep_encoded=wanted), Source(), 3, ahead)
     assert (kept is not None) == made and (kept is None or (kept.pairs, kept.captions) == (3, 3))
     assert ("crop = random" in caplog.text) == bool(data)

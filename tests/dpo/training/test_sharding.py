@@ -176,7 +176,7 @@ def without_growth(unet):
         with torch.no_grad():
             unet(*args, **more)
         shards.forget()
-        group = unet._get_fsdp_state()._fsdp_param_groups[0]
+        group = next(sharding.groups(unet))
         lengths.append((len(group.comm_ctx.post_forward_order), len(group._post_forward_indices)))
     return lengths
 
