@@ -167,7 +167,9 @@ class Kept:
         mirrored, _ = self._drawn(batch.indices, batch.draws.tolist(), batch.keys)
         for i, (index, mirror) in enumerate(zip(batch.indices, mirrored, strict=True)):
             key, rows = int(batch.keys[i]), [i, i + half]
-            told = _Told(key, float(batch.prob[i]), None if batch.usable[i] else bad[key])
+            if not batch.usable[i] and key not in bad:
+                continue  # a hole that was made after decoding: the images are not what was encoded
+            told = _Told(key, float(batch.prob[i]), bad.get(key))
             known = self._told.setdefault(index, told)
             if (known.bad is None) != (told.bad is None):
                 continue  # an image came or went since its first use: the first is what is kept

@@ -81,7 +81,6 @@ def holed(batch: PairBatch, keys: Collection[int]) -> PairBatch:
         pixels=blank(batch.pixels),
         latent_mean=blank(batch.latent_mean),
         latent_std=blank(batch.latent_std),
-        indices=None,  # a hole that is none in the data is not kept
     )
 
 

@@ -64,6 +64,16 @@ def test_a_hole_is_remembered_with_its_reason():
     assert batch.bad == ((101, "image 1 is broken"),)
 
 
+def test_a_hole_made_after_decoding_is_not_kept():
+    kept = memory()
+    for _ in range(3):
+        batch, *encoding = encoded(0, 1, bad=(1,))
+        kept.put(replace(batch, bad=()), *encoding)
+    kept.put(*encoded(0, 1))
+    kept.put(*encoded(0, 1))
+    assert kept.batch(0, [1], [1]).usable.tolist() == [1.0]
+
+
 def test_an_image_that_comes_or_goes_leaves_what_was_kept_first():
     kept = memory()
     for bad, shift in (((), 0.0), ((1,), 9.0), ((), 0.0), ((), 0.0)):
