@@ -6,14 +6,22 @@ compiled once, and the blocks of a kind, those of the frozen reference too, shar
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch._dynamo
 from torch import nn
 from torch._dynamo import callback
+
+log = logging.getLogger("dpo")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKEND = "inductor"
 BLOCKS = {"UNet2DConditionModel": ("ResnetBlock2D", "BasicTransformerBlock")}  # what repeats in each class of denoiser
@@ -36,7 +44,7 @@ def compile_blocks(denoiser: nn.Module) -> int:
 
 @dataclass
 class Compiling:
-    """What was compiled inside the block of `watched`."""
+    """What torch compiled inside the block of `watched`."""
 
     graphs: int = 0
     seconds: float = 0.0
@@ -44,7 +52,7 @@ class Compiling:
 
 @contextmanager
 def watched() -> Iterator[Compiling]:
-    """Counts what torch compiles inside the block, of forward and backward passes, and the seconds that it takes."""
+    """Counts what torch compiles inside the block, for forward and backward passes, and the seconds that it takes."""
     found, began = Compiling(), [0.0]
 
     def begin(_: callback.CallbackArgs) -> None:
@@ -62,3 +70,18 @@ def watched() -> Iterator[Compiling]:
     finally:
         handler.remove_start_callback(begin)
         handler.remove_end_callback(end)
+
+
+def told(step: Callable[P, T]) -> Callable[P, T]:
+    """`step`; its first call logs what was compiled in it."""
+    calls = itertools.count()
+
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        if next(calls):
+            return step(*args, **options)
+        with watched() as found:
+            result = step(*args, **options)
+        log.info("--compile: %d graphs in the first update, %.0f s", found.graphs, found.seconds)
+        return result
+
+    return call
