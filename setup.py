@@ -17,6 +17,7 @@ setup(
         "dpo.drawing": ["assets/*", "examples/*.png"],
         "dpo.settings": ["presets/*.toml"],
         "dpo.pages": ["*.html"],
+        "dpo.planning": ["configs/**/*.json"],
         "dpo.evaluating": ["*.toml"],
         "dpo.voting": ["*.html"],
         "dpo.tiny": ["assets/**/*"],
@@ -69,6 +70,8 @@ setup(
             "dpo-evaluate = dpo.evaluate:main",
             "dpo-vote = dpo.vote:main",
             "dpo-label = dpo.label:main",
+            "dpo-plan = dpo.plan:main",
+            "dpo-replay = dpo.replay:main",
         ]
     },
 )

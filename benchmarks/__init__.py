@@ -2,11 +2,12 @@
 
 python -m benchmarks.gpu --out DIR   everything a GPU has to show, in one call: parity.py, ops.py (kernels), steps.py (training steps)
 python -m benchmarks.flops           FLOPs of training on one pair, counted
+python -m benchmarks.plan            how near a plan's memory and FLOPs are to the step's own, on the CPU
 python -m benchmarks.prepare         what a prepared store and recorded reference errors save, on the CPU
 python -m benchmarks.sampling        memory and speed of drawing and scoring by the number of images, on the CPU
 python -m benchmarks.study           do the methods do what the papers say: study_rows.py the runs, evidence.py the page
 python -m benchmarks.aot             registers, spills and vector accesses of every kernel: machine_code.py, no GPU needed
 python -m benchmarks.losses A B      do two commits train alike, bit for bit
 
-measuring.py holds what they share: timing, result files, Markdown tables.
+measuring.py holds what they share: timing, memory, result files, Markdown tables.
 """

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import datetime
+import gc
+import inspect
 import io
+import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dpo.common.files import write_text
 
@@ -117,3 +122,39 @@ def markdown(rows: list[dict[str, Any]], columns: list[str]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def peak_of_update(run: Any) -> int:
+    """Bytes at the peak of the next update of a Run on a CPU: what torch's allocator itself reports, and what was held before.
+
+    Make an update before, so that the optimizer has its states.
+    """
+    from dpo.train import train_step
+
+    batches = run.batches()
+    gc.collect()
+    held = _bytes(_held(run))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train_step(run, itertools.islice(batches, run.config.optim.accumulation))
+    run.count()
+    batches.close()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return held + max(itertools.accumulate(sizes))
+
+
+def _held(run: Any) -> Iterable[Tensor]:
+    """What a run holds between two updates: modules, states and averaged weights."""
+    modules = [run.model.denoiser, run.model.vae, *run.model.text_encoders]
+    if run.step.reference is not None and (twin := inspect.getclosurevars(run.step.reference).nonlocals.get("twin")):
+        modules.append(twin.args[0])
+    for module in modules:
+        yield from (*module.parameters(), *module.buffers())
+    states = tree_leaves([list(run.updater.optimizer.state.values()), getattr(run.updater.optimizer, "_tensors", None)])
+    yield from (state for state in states if isinstance(state, Tensor))
+    yield from run.updater.ema
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

@@ -9,6 +9,7 @@ Import each op from its module; a module shares its name with its op, so that no
     group_norm_silu  group_norm_silu
     layer_norm       layer_norm, add_layer_norm
     adamw8bit        AdamW8bit
+    parts            Part                                                  a shard of a parameter, as AdamW8bit counts it
 
 Every `<op>` has a plain-torch `<op>_reference` beside it, which is also its CPU implementation. The longer kernels lie
 in a file of their own, `<module>_kernels.py`. language.py stands in for triton where there is

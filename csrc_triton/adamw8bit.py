@@ -11,23 +11,23 @@ Moments: one byte per element and one fp32 maximum per block of 256, all paramet
 elements keep fp32 moments. A positive v is never rounded to code zero: m over sqrt(0) + eps would be a step a thousand
 times too long. Weights: fp32, or bf16 with stochastic rounding. The whole update, weight decay included, is formed in
 fp32 and rounded once, so decay is not lost however small lr wd is; the random bits are a pure function of (seed, step,
-parameter, element). Elements are counted in memory order, blocks too. Legend: K parameters, G parameter groups, A
-elements of an arena.
+parameter, element). Elements are counted in memory order, blocks too. A parameter may be a shard of a tensor: blocks
+and elements are then those of the whole tensor, and so are the bits of each update. Legend: K parameters, G parameter
+groups, A elements of an arena.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
-from csrc_triton.dynamic_map import LEVELS, MIDPOINTS
+from csrc_triton.dynamic_map import LEVELS, dequantise, quantise
 from csrc_triton.language import HAS_TRITON, tl, triton
+from csrc_triton.parts import BLOCK, Gather, Part, arena, gathered, put
 from csrc_triton.philox import Stream, random_bits
 from csrc_triton.runtime import PINNED, on_its_device
 from csrc_triton.specimen import Specimen
 
-BLOCK = 256
-MIN_8BIT_ELEMENTS = 4096
 ROWS = 4  # quantisation blocks per program, one per warp
 WARPS = 4
 STREAM = int(Stream.ROUNDING)
@@ -51,25 +51,12 @@ def adamw_reference(w, g, m, v, factors):
     return w - (rate * (m / (v.sqrt() * root + eps)) + decay * w), m, v
 
 
-def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int) -> torch.Tensor:
-    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element)."""
+def round_stochastic(w: torch.Tensor, key: int, step: int, seed: int, first: int = 0) -> torch.Tensor:
+    """fp32 [E] -> bf16 [E] by the 16 random bits of (seed, step, key, element); first: the number of element 0."""
     keys, draws = torch.tensor([[key], [step]], device=w.device)
-    words = random_bits(keys, draws, STREAM, seed, w.numel())[0]
+    words = random_bits(keys, draws, STREAM, seed, w.numel(), first)[0]
     bits = (w.view(torch.int32) + (words >> 16).to(torch.int32)) & -0x10000
     return bits.view(torch.float32).to(torch.bfloat16)
-
-
-def dequantise(codes: torch.Tensor, maxima: torch.Tensor, signed: bool) -> torch.Tensor:
-    """uint8 [B, 256], fp32 [B] -> fp32 [B, 256]"""
-    return LEVELS[signed].to(codes.device)[codes.int()] * maxima[:, None]
-
-
-def quantise(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [B, 256] -> nearest codes uint8 [B, 256] and maxima fp32 [B]; a positive unsigned value never takes code 0."""
-    maxima = values.abs().amax(1)
-    scaled = values / maxima.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(scaled, MIDPOINTS[signed].to(values.device))
-    return (codes if signed else torch.where(values > 0, codes.clamp_min(1), codes)).to(torch.uint8), maxima
 
 
 def _memory_order(x: torch.Tensor) -> torch.Tensor:
@@ -77,12 +64,28 @@ def _memory_order(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
+Kind = tuple[bool, torch.dtype, torch.dtype, bool]  # 8-bit moments, dtypes of weights and gradients, aligned
+
+
+def _dtype_of_gradient(p: torch.Tensor) -> torch.dtype:
+    return p.dtype if p.grad_dtype is None else p.grad_dtype
+
+
+def _tiles(p: torch.Tensor) -> int:
+    """Programs that work on a parameter."""
+    return -(-p.numel() // (ROWS * BLOCK))
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments for fp32 or bf16 parameters that all live on one device.
 
-    `lr` may be a 0-d tensor per group (read on the device). Gradients must have the dtype of their parameter. The
-    parameters are fixed at construction. For graph capture, weights and gradients must keep their addresses
-    (`zero_grad(set_to_none=False)`).
+    `lr` may be a 0-d tensor per group (read on the device). Gradients have the dtype of their parameter, or fp32 where
+    its `grad_dtype` says so. The parameters are fixed at construction. For graph capture, weights and gradients must
+    keep their addresses (`zero_grad(set_to_none=False)`). `parts`: for each parameter the whole tensor that it is a
+    shard of, which no shard may cut inside a block; an empty shard has its place in the list.
+
+    `step` updates every parameter. `begin` and then `step_one` for each do the same, bit for bit, one parameter at a
+    time: inside backward, where a gradient is freed as soon as it is used.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         seed: int = 0,
+        parts: Sequence[Part] | None = None,
     ):
         self._built = False
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -105,11 +109,13 @@ class AdamW8bit(torch.optim.Optimizer):
             assert p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last), (
                 f"not dense: strides {p.stride()}"
             )
-        self._starts, sizes = [], [0, 0]  # start of each parameter in its arena: fp32 moments, 8-bit moments
-        for p, _ in self._parameters:
-            small = p.numel() < MIN_8BIT_ELEMENTS
-            self._starts.append(sizes[not small])
-            sizes[not small] += -(-p.numel() // (4 if small else BLOCK)) * (4 if small else BLOCK)
+        if parts is None:
+            parts = [Part((p.numel(),), 0, 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        for (p, _), part in zip(self._parameters, parts, strict=True):
+            assert p.numel() == part.counts[part.rank], f"a shard of {p.numel()} elements: {part}"
+            assert not part.cuts_a_block(), f"a shard cuts a block of {BLOCK}: {part}"
+        self._parts = list(parts)
+        self._starts, sizes = arena(parts, [part.units[part.rank] for part in parts])
 
         def zeros(*shape, dtype=torch.float32):
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -128,9 +134,8 @@ class AdamW8bit(torch.optim.Optimizer):
         self._maps = [LEVELS[signed].to(self._device) for signed in (True, False)]
         self._hyper_values: list[tuple[float, ...]] = []  # as last uploaded
         self._addresses: list[tuple[int, int]] = []  # of weights and gradients, as in the table
-        self._launches: list[
-            tuple[bool, torch.dtype, bool, torch.Tensor]
-        ] = []  # 8-bit moments, weights' dtype, aligned, chunks
+        self._launches: list[tuple[Kind, torch.Tensor]] = []  # and the chunks of each
+        self._alone: dict[int, tuple[tuple[int, ...], torch.Tensor, torch.Tensor]] = {}  # row, table, chunks
         self._sources: dict[str, torch.Tensor] = {}
         self._built = True
 
@@ -148,27 +153,55 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scalars = self._scalars(clip, inv_scale, found_inf)
+        for p, _ in self._parameters:
+            self._match_gradient(p)
+        self._refresh_hyper()
+        if self._on_kernels:
+            self._launch_step(*scalars)
+        else:
+            self._reference_step(*scalars)
+        return loss
+
+    @torch.no_grad()
+    def begin(self, found_inf=None) -> None:
+        """Counts an update (unless `found_inf` is set) that `step_one` then makes, one parameter at a time."""
+        *_, found_inf = self._scalars(None, None, found_inf)
+        self._refresh_hyper()
+        if self._on_kernels:
+            self._launch_begin(found_inf)
+        else:
+            self._reference_begin(found_inf)
+
+    @torch.no_grad()
+    def step_one(self, key: int, *, clip=None, inv_scale=None, found_inf=None) -> None:
+        """The update of parameter `key`, counted as they were given, by the count of `begin`. Scalars as in `step`."""
+        scalars = self._scalars(clip, inv_scale, found_inf)
+        self._match_gradient(self._parameters[key][0])
+        if self._on_kernels:
+            self._launch_one(key, *scalars)
+        elif scalars[2].item() == 0.0:
+            self._reference_one(key, *scalars[:2])
+
+    @property
+    def _on_kernels(self) -> bool:
+        return HAS_TRITON and self._device.type == "cuda"
+
+    def _scalars(self, clip, inv_scale, found_inf) -> list[torch.Tensor]:
         scalars = [self._one if clip is None else clip, self._one if inv_scale is None else inv_scale]
         scalars.append(self._zero if found_inf is None else found_inf)
         for scalar in scalars:
             assert scalar.numel() == 1 and scalar.dtype == torch.float32 and scalar.device == self._device, (
                 f"clip, inv_scale and found_inf are one fp32 each on {self._device}: got {scalar.dtype} on {scalar.device}"
             )
-        self._match_gradients()
-        self._refresh_hyper()
-        if HAS_TRITON and self._device.type == "cuda":
-            self._launch_step(*scalars)
-        else:
-            self._reference_step(*scalars)
-        return loss
+        return scalars
 
-    def _match_gradients(self) -> None:
-        """Gradients in the memory order of their parameter: one that autograd laid out otherwise is copied."""
-        for p, _ in self._parameters:
-            if p.grad is not None:
-                assert p.grad.dtype == p.dtype, f"gradient {p.grad.dtype} of a {p.dtype} parameter"
-                if p.grad.stride() != p.stride():
-                    p.grad = torch.empty_like(p).copy_(p.grad)
+    def _match_gradient(self, p: torch.Tensor) -> None:
+        """The gradient in the memory order of its parameter and at 16 bytes: one that lies otherwise is copied."""
+        if p.grad is not None:
+            assert p.grad.dtype == _dtype_of_gradient(p), f"gradient {p.grad.dtype} of a {p.dtype} parameter"
+            if p.grad.stride() != p.stride() or p.grad.data_ptr() % 16:
+                p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
     def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:
         """`values` on the device, from pinned memory on a GPU so that the host does not wait.
@@ -188,71 +221,96 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=self._device.type == "cuda")
 
     def _refresh_table(self) -> None:
-        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per kind of moments and
-        dtype.
-        """
+        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per `Kind`."""
         addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
         if addresses == self._addresses:
             return
-        rows: list[tuple[int, ...]] = []
-        chunks: dict[tuple[bool, torch.dtype, bool], list[tuple[int, int]]] = {}
-        for key, ((p, group), start, (weight, grad)) in enumerate(
-            zip(self._parameters, self._starts, addresses, strict=True)
-        ):
-            assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
-            quantised, tiles = p.numel() >= MIN_8BIT_ELEMENTS, -(-p.numel() // (ROWS * BLOCK))
-            rows.append((weight, grad, p.numel(), start // BLOCK if quantised else start, group, key))
-            kind = quantised, p.dtype, quantised and p.numel() % 16 == 0
-            chunks.setdefault(kind, []).extend((key, tile) for tile in range(tiles))
-        self._table = self._upload("table", rows, torch.int64)
+        chunks: dict[Kind, list[tuple[int, int]]] = {}
+        for key, (p, _) in enumerate(self._parameters):
+            if tiles := _tiles(p):
+                chunks.setdefault(self._kind(key), []).extend((key, tile) for tile in range(tiles))
+        self._table = self._upload("table", [self._row(key) for key in range(len(self._parameters))], torch.int64)
         if not self._launches:
             self._launches = [
-                (*kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()
+                (kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()
             ]
         self._addresses = addresses
+
+    def _kind(self, key: int) -> Kind:
+        """The launch that parameter `key` belongs to: known before its first gradient, and the same ever after."""
+        p, quantised = self._parameters[key][0], self._parts[key].quantised
+        return quantised, p.dtype, _dtype_of_gradient(p), quantised and p.numel() % 16 == 0
+
+    def _row(self, key: int) -> tuple[int, ...]:
+        """Parameter `key` in the kernels' table of addresses."""
+        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
+        weight, grad = p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()
+        assert weight % 16 == 0 and grad % 16 == 0, "AdamW8bit needs weights and gradients that start on 16 bytes"
+        return weight, grad, p.numel(), start // BLOCK if part.quantised else start, group, key, part.first
 
     @on_its_device
     def _launch_step(self, clip, inv_scale, found_inf) -> None:
         self._refresh_table()
-        t = self._tensors
+        self._launch_begin(found_inf)
+        for kind, chunks in self._launches:
+            self._launch(kind, self._table, chunks, clip, inv_scale, found_inf)
+
+    @on_its_device
+    def _launch_begin(self, found_inf) -> None:
         groups, block_g = len(self.param_groups), triton.next_power_of_2(len(self.param_groups))
-        begin_step_kernel[(1,)](
-            self._hyper, t["step"], found_inf, self._factors, groups, BLOCK_G=block_g, num_warps=1, **PINNED
-        )
-        for quantised, dtype, aligned, chunks in self._launches:
-            common = (self._table, chunks, self._factors, t["step"], t["seed"], clip, inv_scale, found_inf)
-            options = {
-                "DTYPE": TRITON_DTYPES[dtype],
-                "STREAM": STREAM,
-                "ROWS": ROWS,
-                "BLOCK": BLOCK,
-                "num_warps": WARPS,
-            } | PINNED
-            if quantised:
-                states = (*self._maps, t["m_8bit"], t["v_8bit"], t["m_max"], t["v_max"])
-                adamw_8bit_kernel[(len(chunks),)](*common, *states, ALIGNED=aligned, **options)
-            else:
-                adamw_fp32_kernel[(len(chunks),)](*common, t["m_fp32"], t["v_fp32"], **options)
+        arguments = (self._hyper, self._tensors["step"], found_inf, self._factors, groups)
+        begin_step_kernel[(1,)](*arguments, BLOCK_G=block_g, num_warps=1, **PINNED)
+
+    @on_its_device
+    def _launch_one(self, key: int, clip, inv_scale, found_inf) -> None:
+        """One parameter, by a table of one row; rows are uploaded anew only where an address has changed."""
+        p, row = self._parameters[key][0], self._row(key)
+        known = self._alone.get(key)
+        if known is None or known[0] != row:
+            tiles = [(0, tile) for tile in range(_tiles(p))]
+            chunks = known[2] if known else self._upload(f"chunks of {key}", tiles, torch.int32)
+            known = self._alone[key] = row, self._upload(f"row of {key}", [row], torch.int64), chunks
+        _, table, chunks = known
+        self._launch(self._kind(key), table, chunks, clip, inv_scale, found_inf)
+
+    def _launch(self, kind: Kind, table, chunks, clip, inv_scale, found_inf) -> None:
+        quantised, dtype, gradient, aligned = kind
+        t = self._tensors
+        common = (table, chunks, self._factors, t["step"], t["seed"], clip, inv_scale, found_inf)
+        dtypes = {"DTYPE": TRITON_DTYPES[dtype], "GRADIENT": TRITON_DTYPES[gradient]}
+        options = {**dtypes, "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK, "num_warps": WARPS, **PINNED}
+        if quantised:
+            states = (*self._maps, t["m_8bit"], t["v_8bit"], t["m_max"], t["v_max"])
+            adamw_8bit_kernel[(len(chunks),)](*common, *states, ALIGNED=aligned, **options)
+        else:
+            adamw_fp32_kernel[(len(chunks),)](*common, t["m_fp32"], t["v_fp32"], **options)
 
     def _reference_step(self, clip, inv_scale, found_inf) -> None:
         if found_inf.item() != 0.0:
             return
+        self._reference_begin(found_inf)
+        for key in range(len(self._parameters)):
+            self._reference_one(key, clip, inv_scale)
+
+    def _reference_begin(self, found_inf) -> None:
+        self._tensors["step"] += int(found_inf.item() == 0.0)
+        self._factors.copy_(factors_reference(self._hyper, self._tensors["step"].item()))
+
+    def _reference_one(self, key: int, clip, inv_scale) -> None:
+        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
+        if p.grad is None or not p.numel():
+            return
         t = self._tensors
-        t["step"] += 1
-        step, seed = t["step"].item(), t["seed"].item()
-        factors = factors_reference(self._hyper, step)
-        for key, ((p, group), start) in enumerate(zip(self._parameters, self._starts, strict=True)):
-            if p.grad is None:
-                continue
-            flat, count = _memory_order(p), p.numel()
-            w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
-            if count < MIN_8BIT_ELEMENTS:
-                m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
-                w, new_m, new_v = adamw_reference(w, g, m, v, factors[group])
-                m.copy_(new_m), v.copy_(new_v)
-            else:
-                w = self._reference_8bit(w, g, start, factors[group])
-            flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, key, step, seed))
+        flat, count = _memory_order(p), p.numel()
+        w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
+        if not part.quantised:
+            m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
+            w, new_m, new_v = adamw_reference(w, g, m, v, self._factors[group])
+            m.copy_(new_m), v.copy_(new_v)
+        else:
+            w = self._reference_8bit(w, g, start, self._factors[group])
+        random = key, t["step"].item(), t["seed"].item(), part.first
+        flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, *random))
 
     def _reference_8bit(self, w, g, start, factors):
         """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
@@ -263,11 +321,8 @@ class AdamW8bit(torch.optim.Optimizer):
         )
         moments = []
         for name, signed in (("m", True), ("v", False)):
-            codes, maxima = (
-                self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK),
-                self._tensors[f"{name}_max"][block],
-            )
-            moments.append((codes, maxima, signed))
+            codes = self._tensors[f"{name}_8bit"][element].view(blocks, BLOCK)
+            moments.append((codes, self._tensors[f"{name}_max"][block], signed))
         m, v = (dequantise(*moment) for moment in moments)
         new_w, *new = adamw_reference(w_rows, g_rows, m, v, factors)
         for values, (codes, maxima, signed) in zip(new, moments, strict=True):
@@ -276,21 +331,33 @@ class AdamW8bit(torch.optim.Optimizer):
         return new_w.reshape(-1)[: w.numel()]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The live state by name (for safetensors): step, seed, moments, `layout` [K, 2] int64 (elements, memory
-        order).
+        """The live state by name: step, seed, moments (of shards: only theirs), `layout` [K, 2] int64 (elements of the
+        whole, memory order).
         """
-        layout = [(p.numel(), 0 if p.is_contiguous() else 1) for p, _ in self._parameters]
+        layout = [(part.whole, part.order) for part in self._parts]
         return {**self._tensors, "layout": torch.tensor(layout)}
 
+    def whole_state(self, gather: Gather) -> dict | None:
+        """`state_dict` of the whole parameters, on the CPU, as without shards; None where `gather` gives nothing."""
+        found = gathered(self._tensors, self._parts, self._starts, gather)
+        if found is None:
+            return None
+        rest = {name: tensor.cpu() for name, tensor in self.state_tensors().items()}
+        return {**self.state_dict(), "state": rest | found}
+
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies a state into place; the parameters must have the sizes and memory order of the run that saved it."""
+        """Copies the state of the whole parameters into place, of shards their part of it.
+
+        The parameters must have the sizes and memory order of the run that saved it. Raises ValueError.
+        """
         own = self.state_tensors()
         if tensors.keys() != own.keys():
             raise ValueError(f"not an AdamW8bit state: tensors {sorted(tensors)}, expected {sorted(own)}")
         if not torch.equal(tensors["layout"].cpu(), own["layout"]):
             raise ValueError("this AdamW8bit state belongs to other parameters, or to weights in another memory format")
-        for name, tensor in self._tensors.items():
-            tensor.copy_(tensors[name])
+        for name in ("step", "seed"):
+            self._tensors[name].copy_(tensors[name])
+        put(self._tensors, self._parts, self._starts, tensors)
 
     def state_dict(self) -> dict:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
@@ -309,11 +376,12 @@ class AdamW8bit(torch.optim.Optimizer):
             group.update(saved)
 
 
-def _specimen(name, kernel, dtype: str, moments: str, constants: dict) -> Specimen:
+def _specimen(name, kernel, dtype: str, moments: str, constants: dict, gradient: str | None = None) -> Specimen:
     kinds = dict.fromkeys(("table_ptr", "step_ptr", "seed_ptr"), "*i64") | dict.fromkeys(("m_ptr", "v_ptr"), moments)
     kinds["chunks_ptr"] = "*i32"
-    weights = {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
-    constants = {"DTYPE": weights, "STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK} | constants
+    dtypes = {"bf16": tl.bfloat16, "fp32": tl.float32}
+    sides = {"DTYPE": dtypes[dtype], "GRADIENT": dtypes[gradient or dtype]}
+    constants = sides | {"STREAM": STREAM, "ROWS": ROWS, "BLOCK": BLOCK} | constants
     signature = {p: kinds.get(p, "*fp32") for p in kernel.arg_names if p not in constants}
     vectors = bool(constants.get("ALIGNED"))
     return Specimen(name, kernel, dtype, signature, constants, WARPS, vector_load=vectors, vector_store=vectors)
@@ -322,6 +390,7 @@ def _specimen(name, kernel, dtype: str, moments: str, constants: dict) -> Specim
 AOT_SPECIMENS = [
     *(_specimen("adamw_8bit", adamw_8bit_kernel, dtype, "*u8", {"ALIGNED": True}) for dtype in ("bf16", "fp32")),
     *(_specimen("adamw_fp32", adamw_fp32_kernel, dtype, "*fp32", {}) for dtype in ("bf16", "fp32")),
+    _specimen("adamw_8bit_accumulated", adamw_8bit_kernel, "bf16", "*u8", {"ALIGNED": True}, gradient="fp32"),
     Specimen(
         "begin_step", begin_step_kernel, "fp32",
         {"hyper_ptr": "*fp64", "step_ptr": "*i64", "found_inf_ptr": "*fp32", "factors_ptr": "*fp32", "G": "i32"},

@@ -74,22 +74,37 @@ def _round_weight(w, first, key, step, seed, DTYPE: tl.constexpr, COUNT: tl.cons
 
 
 @triton.jit
-def _program_tile(table_ptr, chunks_ptr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _round_small(w, element, key, step, seed, DTYPE: tl.constexpr, STREAM: tl.constexpr):
+    """`_round_weight` by the number of every element: a shard of a small tensor may begin inside a quad."""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        w0, w1, w2, w3 = random_words(element // 4, key, step, seed, STREAM)
+        place = element % 4
+        random = tl.where(place == 0, w0, tl.where(place == 1, w1, tl.where(place == 2, w2, w3))) >> 16
+        w = ((w.to(tl.uint32, bitcast=True) + random) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return w.to(DTYPE)
+
+
+@triton.jit
+def _program_tile(
+    table_ptr, chunks_ptr, DTYPE: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """What this program works on: its row of the tensor table, and ROWS * BLOCK consecutive elements of that tensor."""
     program = tl.program_id(0).to(tl.int64)
-    entry = table_ptr + tl.load(chunks_ptr + program * 2).to(tl.int64) * 6
+    entry = table_ptr + tl.load(chunks_ptr + program * 2).to(tl.int64) * 7
     weight_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(DTYPE)), 16)
-    grad_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(DTYPE)), 16)
+    grad_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(GRADIENT)), 16)
     count = tl.load(entry + 2)
     state = tl.load(entry + 3)
     first = (tl.load(chunks_ptr + program * 2 + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)) * BLOCK
     element = first[:, None] + tl.arange(0, BLOCK)[None, :]
-    return weight_ptr, grad_ptr, count, state, tl.load(entry + 4), tl.load(entry + 5), first, element
+    group, key, before = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
+    return weight_ptr, grad_ptr, count, state, group, key, before, first, element
 
 
 @triton.jit
 def adamw_8bit_kernel(
-    table_ptr,  # [K, 6] int64: addresses of weight and gradient (0: none), elements, start (8-bit: in blocks), group, random key
+    table_ptr,  # [K, 7] int64: addresses of weight and gradient (0: none), elements, start (8-bit: in blocks), group, random key,
+    # elements of the whole tensor before it
     chunks_ptr,  # [programs, 2] int32: row of the table, chunk of ROWS * BLOCK elements in that tensor
     factors_ptr,  # [G, 8] fp32
     step_ptr,  # [1] int64
@@ -103,7 +118,8 @@ def adamw_8bit_kernel(
     v_ptr,  # [A] uint8
     m_max_ptr,  # [A / BLOCK] fp32
     v_max_ptr,  # [A / BLOCK] fp32
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the weights
+    GRADIENT: tl.constexpr,  # of the gradients
     STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,8 +128,8 @@ def adamw_8bit_kernel(
     """Dequantise, update, requantise: one read and one write of each of w, m, v, one read of g. Rows are quantisation
     blocks.
     """
-    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
-        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+    weight_ptr, grad_ptr, count, state, group, key, before, first, element = _program_tile(
+        table_ptr, chunks_ptr, DTYPE, GRADIENT, ROWS, BLOCK
     )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return
@@ -137,7 +153,7 @@ def adamw_8bit_kernel(
     m_max = tl.max(tl.abs(m), axis=1)
     v_max = tl.max(v, axis=1)
     step, seed = tl.load(step_ptr), tl.load(seed_ptr)
-    tl.store(weight_ptr + element, _round_weight(w, first, key, step, seed, DTYPE, BLOCK, STREAM), mask=inside)
+    tl.store(weight_ptr + element, _round_weight(w, before + first, key, step, seed, DTYPE, BLOCK, STREAM), mask=inside)
     tl.store(m_ptr + state + element, quantise_signed(m, m_max[:, None]).to(tl.uint8), mask=inside)
     tl.store(v_ptr + state + element, quantise_unsigned(v, v_max[:, None]).to(tl.uint8), mask=inside)
     tl.store(m_max_ptr + block, m_max, mask=row_inside)
@@ -146,7 +162,7 @@ def adamw_8bit_kernel(
 
 @triton.jit
 def adamw_fp32_kernel(
-    table_ptr,  # [K, 6] int64, as above
+    table_ptr,  # [K, 7] int64, as above
     chunks_ptr,  # [programs, 2] int32, as above
     factors_ptr,  # [G, 8] fp32
     step_ptr,  # [1] int64
@@ -156,14 +172,15 @@ def adamw_fp32_kernel(
     found_inf_ptr,  # [1] fp32
     m_ptr,  # [A] fp32
     v_ptr,  # [A] fp32
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the weights
+    GRADIENT: tl.constexpr,  # of the gradients
     STREAM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The same step for the small tensors, whose moments stay in fp32."""
-    weight_ptr, grad_ptr, count, state, group, key, first, element = _program_tile(
-        table_ptr, chunks_ptr, DTYPE, ROWS, BLOCK
+    weight_ptr, grad_ptr, count, state, group, key, before, _first, element = _program_tile(
+        table_ptr, chunks_ptr, DTYPE, GRADIENT, ROWS, BLOCK
     )
     if (grad_ptr.to(tl.int64) == 0) | (tl.load(found_inf_ptr) != 0.0):
         return
@@ -176,6 +193,6 @@ def adamw_fp32_kernel(
     v = tl.load(v_ptr + state + element, mask=inside, other=0.0)
     w, m, v = _adamw(w, g, m, v, factors_ptr + group * 8)
     step, seed = tl.load(step_ptr), tl.load(seed_ptr)
-    tl.store(weight_ptr + element, _round_weight(w, first, key, step, seed, DTYPE, BLOCK, STREAM), mask=inside)
+    tl.store(weight_ptr + element, _round_small(w, before + element, key, step, seed, DTYPE, STREAM), mask=inside)
     tl.store(m_ptr + state + element, m, mask=inside)
     tl.store(v_ptr + state + element, v, mask=inside)

@@ -72,3 +72,16 @@ def quantise_unsigned(x, maximum):
     """int32 codes of `x` >= 0; a positive x never takes code 0."""
     code = _position(_scaled(x, maximum), 2) - 1
     return tl.where(x > 0.0, tl.maximum(code, 1), 0)
+
+
+def dequantise(codes: torch.Tensor, maxima: torch.Tensor, signed: bool) -> torch.Tensor:
+    """uint8 [B, 256], fp32 [B] -> fp32 [B, 256]"""
+    return LEVELS[signed].to(codes.device)[codes.int()] * maxima[:, None]
+
+
+def quantise(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [B, 256] -> nearest codes uint8 [B, 256] and maxima fp32 [B]; a positive unsigned value never takes code 0."""
+    maxima = values.abs().amax(1)
+    scaled = values / maxima.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    codes = torch.bucketize(scaled, MIDPOINTS[signed].to(values.device))
+    return (codes if signed else torch.where(values > 0, codes.clamp_min(1), codes)).to(torch.uint8), maxima

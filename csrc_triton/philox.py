@@ -96,17 +96,17 @@ def seed_tensor(seed: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     return seed
 
 
-def _blocks(keys, draws, stream, seed, blocks: int):
-    """The four words [N, J] of the first `blocks` counter blocks of every key."""
+def _blocks(keys, draws, stream, seed, blocks: int, first: int = 0):
+    """The four words [N, J] of `blocks` counter blocks of every key, from block `first` on."""
     assert keys.dtype == torch.int64 and draws.dtype == torch.int64, (
         f"keys {keys.dtype} and draws {draws.dtype} must be int64"
     )
     assert keys.ndim == 1 and keys.shape == draws.shape, (
         f"keys {tuple(keys.shape)} and draws {tuple(draws.shape)} must both be [N]"
     )
-    assert 0 <= blocks <= 2**32, "a draw holds at most 2^34 elements"
+    assert 0 <= first <= first + blocks <= 2**32, "a draw holds at most 2^34 elements"
     device = keys.device
-    block_1J = torch.arange(blocks, dtype=torch.int64, device=device)[None]
+    block_1J = torch.arange(first, first + blocks, dtype=torch.int64, device=device)[None]
     draw_N1 = draws[:, None] & MASK
     stream_11 = torch.full((1, 1), int(stream), dtype=torch.int64, device=device)
     seed_11 = seed_tensor(seed, device).reshape(1, 1) & MASK
@@ -114,11 +114,15 @@ def _blocks(keys, draws, stream, seed, blocks: int):
 
 
 def random_bits(
-    keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, count: int
+    keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, count: int, first: int = 0
 ) -> torch.Tensor:
-    """int64 [N, count] of uint32 values for keys [N] int64, draws [N] int64 and a seed (int64 0-d tensor or int)."""
-    words = torch.stack(_blocks(keys, draws, stream, seed, -(-count // 4)), dim=-1)
-    return words.flatten(1)[:, :count]
+    """int64 [N, count] of uint32 values for keys [N] int64, draws [N] int64 and a seed (int64 0-d tensor or int).
+
+    first: the number of the first element.
+    """
+    block, inside = divmod(first, 4)
+    words = torch.stack(_blocks(keys, draws, stream, seed, -(-(inside + count) // 4), block), dim=-1)
+    return words.flatten(1)[:, inside : inside + count]
 
 
 def uniform(keys: torch.Tensor, draws: torch.Tensor, stream: int, seed: torch.Tensor | int, count: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU.
+"""Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU or many.
 
 Doors: the commands dpo.train, dpo.prepare, dpo.sweep, dpo.report, dpo.sample, dpo.evaluate, dpo.vote; the names
 in PUBLIC, each imported when first used.

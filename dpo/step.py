@@ -99,8 +99,7 @@ class PairStep:
 
     def predict(self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
         """The prediction [N, 4, h, w] for noisy latents x_t [N, 4, h, w] at timesteps t [N], under autocast."""
-        if self.autocast is None:
-            text = text.to(x_t.device, x_t.dtype)
+        text = text.to(x_t.device, self.autocast or x_t.dtype)  # a store's fp16 and bf16 do not mix under autocast
         with self._autocast():
             return denoise(x_t, t, text, sizes)
 

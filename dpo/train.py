@@ -4,6 +4,7 @@
     python -m dpo.train --preset sd15 --data pairs/ --output runs/sd15  Diffusion-DPO, Stable Diffusion 1.5, all weights
     python -m dpo.train --preset sdxl-lora --data pairs/ --method dde   DDE, SDXL, low-rank adapters
     python -m dpo.train --output runs/sd15 --resume latest              go on with a run
+    torchrun --nproc-per-node 8 -m dpo.train --preset sd15 ...          the same run on eight GPUs
     python -m dpo.train --compat hf-sd15 <a diffusers command line>     another trainer's flags and meanings
 
 Read `train_step` below, then step.py (a micro-batch), objective.py (the methods) and training/loop.py (what surrounds
@@ -22,6 +23,7 @@ from dpo.common import command
 
 if TYPE_CHECKING:  # torch is imported only once the command line is checked
     from dpo.data.batch import PairBatch
+    from dpo.training.parallel import Processes
     from dpo.training.run import Figures, Run
 
 
@@ -29,35 +31,51 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     """One update from an effective batch: accumulate gradients over its micro-batches, clip, step. Returns its figures.
 
     The loss is the sum over pairs divided by the number of usable pairs in the effective batch, however the batch is
-    cut into micro-batches. DDE's table does not change during the update and is updated once, at its end. Nothing waits
-    for the device before the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any
-    weight has changed.
+    cut into micro-batches and dealt out to processes (training/parallel.py sums their gradients in the last backward).
+    DDE's table does not change during the update and is updated once, at its end. Nothing waits for the device before
+    the figures are read. Raises `Diverged` for a loss or gradient that is not finite, before any weight has changed. With
+    gradient release the update is made inside backward: see training/release.py.
     """
-    correction = run.correction()
+    correction, rate = run.correction(), run.learning_rate()
     usable = 0
     for batch in micro_batches:
         inputs = run.encoder.inputs(batch)
         terms = run.step(inputs, correction, recorded=batch.recorded)
-        run.updater.backward(terms.loss.sum() / run.nominal)
+        usable += int(batch.usable.sum())  # on the host: no synchronisation
+        run.whole = run.updater.release is None  # otherwise weights change from here on, until the update is counted
+        run.updater.backward(terms.loss.sum() / run.nominal, rate, usable / run.nominal)
         run.table.gather(terms.table_sum, terms.table_count)
         run.metrics.add(terms, inputs.prob, inputs.usable)
-        usable += int(batch.usable.sum())  # on the host: no synchronisation
+    usable = run.gather(usable)
     norm = run.updater.grad_norm(usable / run.nominal)
     figures = run.metrics.read(run.step.shape, {"grad_norm": norm}, run.tables(correction))
     run.check_finite(figures)
     if usable:
         run.whole = False  # until the update is counted
-        run.updater.update(run.learning_rate(), norm, run.done)
+        run.updater.update(rate, norm, run.done)
         run.table.commit()
     return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 when the run ended, 2 after a user's mistake (one line on stderr), 130 when interrupted."""
-    return command.run("dpo.train", lambda: train(sys.argv[1:] if argv is None else argv))
+    words, rank = sys.argv[1:] if argv is None else argv, os.environ.get("RANK", "0")
+    name = f"dpo.train, process {rank} of {os.environ.get('WORLD_SIZE')}" if rank != "0" else "dpo.train"
+    return command.run(name, lambda: together(words))
 
 
-def train(argv: Sequence[str]) -> int:
+def together(argv: Sequence[str]) -> int:
+    """Trains as the command line says, alone or as one of torchrun's processes; the exit code."""
+    if command.of_launcher("WORLD_SIZE", 1) == 1:
+        return train(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch shows its stack where a process is gone
+    from dpo.training import parallel
+
+    with parallel.opened() as processes:
+        return train(argv, processes)
+
+
+def train(argv: Sequence[str], processes: Processes | None = None) -> int:
     """Trains as the command line says; the exit code. torch is imported only once the command line is checked."""
     from dpo.settings.flags import parse
 
@@ -68,11 +86,11 @@ def train(argv: Sequence[str]) -> int:
     from dpo.sampling import work as sampling
     from dpo.training import loop
 
-    console.setup()
+    console.setup(logging.INFO if processes is None or processes.first else logging.ERROR)
     if config.output.evaluate_prompts:  # what is drawn at the end is looked at before hours of training
         sampling.prompts_of(sampling.Asked(model="", prompts=config.output.evaluate_prompts), ())
     check_scorers(config.output.evaluate, flag="--evaluate", cache_dir=config.model.cache_dir)
-    return loop.train(config, notes, train_step, evaluate.evaluated)
+    return loop.train(config, notes, train_step, evaluate.evaluated, processes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from dpo.common.errors import UserError
+from dpo.common.errors import Elsewhere, UserError
 from dpo.common.libraries import misfit
 from dpo.common.words import excerpt, first_line, is_plain, printable
 
@@ -45,6 +45,8 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{name}: {printable(str(error))}\n")
         return MISTAKE
+    except Elsewhere as error:
+        return error.code
     except Exception as error:
         if (line := misfit(error) or _too_long(error)) is None:
             sys.stderr.write(f"{name}: {printable(_unexpected(error))}\n")

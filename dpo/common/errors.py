@@ -29,6 +29,14 @@ class Stopped(Exception):
     """The user or the system asked the run to stop; the log has said what was kept and how to go on."""
 
 
+class Elsewhere(Exception):
+    """Another process of the same run ended it, and has said why: this one ends without a word."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code  # the exit code of all
+
+
 @contextmanager
 def reading(what: str, remedy: str) -> Iterator[None]:
     """Around the reading of a user's file: what a library raises for its content becomes a UserError, "WHAT: ...; REMEDY".

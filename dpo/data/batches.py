@@ -30,13 +30,13 @@ def batches(
 
 
 def held_out_batches(
-    source: Source, micro_batch: int, resolution: int, reading: Reading
+    source: Source, micro_batch: int, resolution: int, reading: Reading, rank: int = 0, world: int = 1
 ) -> Generator[PairBatch, None, None]:
     """One pass over held-out pairs in stored order: draw 0, centre crop, not mirrored, captions kept.
 
-    The last micro-batch may be short. Raises UserError as `batches` does.
+    The last micro-batch may be short. rank, world: as in `stored_order`. Raises UserError as `batches` does.
     """
     plain, store = Decoding(resolution, seed=0), of_store(source)
     if store is not None:
-        return reader.read(store, stored_order(store, micro_batch), plain)
-    return loader.load(source, stored_order(source, micro_batch), plain, reading, micro_batch)
+        return reader.read(store, stored_order(store, micro_batch, rank, world), plain)
+    return loader.load(source, stored_order(source, micro_batch, rank, world), plain, reading, micro_batch)

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
 from dpo.common.machine import start_method, usable_cores
 from dpo.common.words import first_line
@@ -49,6 +50,7 @@ class Reading:
     prefetch: int = 4  # batches that each worker decodes ahead
     on_bad_image: str = "skip"  # or "stop"
     bad_image_limit: float = 0.01  # share of the pairs
+    shared: bool = False  # among processes: whoever gathers them counts the pairs left out and says which
 
     @classmethod
     def of(cls, data: Data) -> Reading:
@@ -95,7 +97,9 @@ def load(
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._workers_done_event = _Ending(iterator._workers_done_event)  # type: ignore[assignment]  # acts as one
         while (batch := _next(iterator, workers)) is not None:
-            _look_after(batch, bad, source, reading)
+            _stop_at(batch, reading)
+            if not reading.shared:
+                look_after(batch.bad, bad, source, reading)
             yield batch
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
@@ -158,18 +162,21 @@ def worker_died(error: Exception) -> UserError:
     )
 
 
-def _look_after(batch: PairBatch, bad: dict[int, str], source: Source, reading: Reading) -> None:
-    """Logs each unreadable pair of `batch` once, in `bad`.
-
-    Raises UserError where one stops the run, or too many are bad.
-    """
-    for key, reason in batch.bad:
+def _stop_at(batch: PairBatch, reading: Reading) -> None:
+    """Raises UserError for an unreadable image that stops the run."""
+    for _, reason in batch.bad:
         if reading.on_bad_image == "stop" and not reason.startswith(SAME):
             raise UserError(STOPPED.format(reason))
+
+
+def look_after(found: Iterable[tuple[int, str]], bad: dict[int, str], source: Source, reading: Reading) -> None:
+    """Logs each of the pairs `found` unusable (key, what is wrong) once, in `bad`. Raises UserError where too many are."""
+    found = list(found)
+    for key, reason in found:
         if key not in bad:
             bad[key] = reason
             logger.warning("pair left out: %s", reason)
-    if unreadable := [reason for reason in bad.values() if not reason.startswith(SAME)] if batch.bad else []:
+    if unreadable := [reason for reason in bad.values() if not reason.startswith(SAME)] if found else []:
         check_bad(len(unreadable), len(source), reading.bad_image_limit, unreadable[-1])
 
 
@@ -208,8 +215,11 @@ def _end_with(main: multiprocessing.process.BaseProcess) -> None:
 
 
 def worker_count(workers: int) -> int:
-    """Number of worker processes; -1 means half of the cores that this process may use, at most 8."""
-    return min(8, usable_cores() // 2) if workers < 0 else workers
+    """Number of worker processes; -1 means half of the cores that this process may use, at most 8.
+
+    torchrun's processes on this machine share its cores.
+    """
+    return min(8, usable_cores() // 2 // of_launcher("LOCAL_WORLD_SIZE", 1)) if workers < 0 else workers
 
 
 def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:

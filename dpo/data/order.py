@@ -96,9 +96,15 @@ def run_order(source: Source, order: Order) -> Iterator[Place]:
         position += order.world * order.micro_batch
 
 
-def stored_order(source: Source, micro_batch: int) -> Iterator[Place]:
-    """One pass over the pairs in stored order, all in epoch 0; the last micro-batch may be short."""
-    for begin in range(0, len(source), micro_batch):
+def stored_order(source: Source, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Place]:
+    """One pass over the pairs in stored order, all in epoch 0; the last micro-batch may be short.
+
+    Of `world` processes, process `rank` gets every world-th micro-batch, and where one is missing in the last round the
+    last one again: all make the same number of passes.
+    """
+    count = -(-len(source) // micro_batch)
+    for number in range(rank, -(-count // world) * world, world):
+        begin = min(number, count - 1) * micro_batch
         indices = list(range(begin, min(begin + micro_batch, len(source))))
         yield Place(begin, indices, [0] * len(indices))
 

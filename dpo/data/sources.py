@@ -31,6 +31,10 @@ from dpo.settings.config import Data
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
 LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
+MAKERS = {  # by a folder that presets take their pairs from: the command that makes what is not there
+    "labels": "label makes sets of labels (docs/label.md)",
+    "stores": "prepare makes prepared stores (docs/prepare.md)",
+}
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
@@ -131,8 +135,8 @@ def _find(data: Data, split: str) -> Source:
         return _of_files(paths, Path(os.path.commonpath([p.parent for p in paths])), data)
     if is_hub_id(name) and kind in LAYOUTS:
         return open_parquet(hub_files(name, data, split), data, kind)
-    made = "; python -m dpo.label makes sets of labels (docs/label.md)" if "labels" in path.parts else ""
-    raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name){made}")
+    made = [f"; python -m dpo.{maker}" for folder, maker in MAKERS.items() if folder in path.parts]
+    raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name){''.join(made)}")
 
 
 def _of_files(paths: list[Path], root: Path, data: Data) -> Source:

@@ -108,7 +108,7 @@ def load(
         raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
-    scheduler_config, said = complete(_scheduler_config(place), f"{model}: ")
+    scheduler_config, said = read_scheduler(place, model)
     turbo = is_turbo(model, scheduler_config, timesteps)
     tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
     network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)
@@ -132,6 +132,14 @@ def load(
         turbo=turbo,
         notes=[*said, *checks.notes(configs)],
     )
+
+
+def read_scheduler(folder: Path, model: str) -> tuple[dict[str, Any], list[str]]:
+    """The scheduler's config in a pipeline's folder as `complete` makes it, and lines for the log. Raises UserError.
+
+    model: as the user named it.
+    """
+    return complete(_scheduler_config(folder), f"{model}: ")
 
 
 def _scheduler_config(folder: Path) -> dict:

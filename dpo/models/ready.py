@@ -15,6 +15,7 @@ from dpo.common.words import first_line
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import load
+from dpo.models.offload import use_offload
 from dpo.models.pipeline import as_trained, scheduler_of, settings_of
 from dpo.settings.config import Config, Runtime, change
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
@@ -89,6 +90,18 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     model = load_named(config)
     for line in model.notes:
         log.info("%s", line)
+    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
+    config, plan, decided = decide(config, model, has)
+    config = change(config, attention=available_attention(config.runtime.attention))  # warned once, not for each UNet
+    return config, model, plan, decided
+
+
+def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, schedule.Schedule, list[str]]:
+    """The config with everything decided, the model's noise schedule, and lines for the log that say what was decided.
+
+    Needs no weights. Makes the model's scheduler follow the training. Raises UserError for what this model or device
+    cannot do.
+    """
     for line in _against(config, model):
         log.warning("%s", line)
     facts = ModelFacts(
@@ -101,9 +114,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         num_timesteps=model.scheduler_config["num_train_timesteps"],
         empty_is_zeros=bool(settings_of(model).get("force_zeros_for_empty_prompt")),
     )
-    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
-    config, decided = resolve(config, facts, has)
-    config = change(config, attention=available_attention(config.runtime.attention))  # warned once, not for each UNet
+    config, decided = resolve(config, facts, device)
     plan = schedule.from_scheduler(
         model.scheduler_config,
         prediction_type=config.model.prediction_type,
@@ -120,7 +131,7 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"
         ) from error
-    return config, model, plan, [*decided, *said]
+    return config, plan, [*decided, *said]
 
 
 def cast(model: Model, precision: str, vae: str = "auto") -> None:
@@ -163,6 +174,8 @@ def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Mod
     fix_projections(denoiser)
     use_attention(denoiser, runtime.attention)
     use_checkpointing(denoiser, runtime.checkpointing)
+    if runtime.activation_offload:
+        use_offload(denoiser, device)
     if runtime.kernels == "triton":
         from dpo.models import kernels
 

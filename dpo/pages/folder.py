@@ -222,12 +222,9 @@ class RunFolder(NamedTuple):
         return rate * (self.effective_batch() if self.setting("scale_lr") else 1) if rate else None
 
     def effective_batch(self) -> int:
-        """Pairs per update."""
-        return (
-            int(self.setting("batch_size", 1))
-            * int(self.setting("accumulation", 1))
-            * int(self.summary.get("processes", 1))
-        )
+        """Pairs per update; runs of earlier versions say only how they come about."""
+        passes = int(self.setting("batch_size", 1)) * int(self.setting("accumulation", 1))
+        return int(self.setting("effective_batch") or passes * int(self.summary.get("processes", 1)))
 
     @property
     def method(self) -> str:

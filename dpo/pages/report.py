@@ -26,6 +26,7 @@ from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
 from dpo.pages.plots import DARK, as_svg
+from dpo.pages.spikes import command, spikes
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
 
@@ -101,6 +102,7 @@ def render(run: RunFolder) -> str:
         whole=whole,
         picture_step=step,
         sections=_sections(run),
+        spikes=_spikes(run),
         figures=_figures(run),
         facts=_facts(run),
         notes=run.summary.get("notes", []),
@@ -213,6 +215,20 @@ def _figures(run: RunFolder) -> dict[str, Any]:
         for at in places
     ]
     return {"names": [name.replace("_", " ") for name in names], "rows": rows}
+
+
+def _spikes(run: RunFolder) -> list[dict[str, Any]]:
+    """The updates that stand out, in words, each with the command that looks into it."""
+    return [
+        {
+            "update": spike.update,
+            "figure": spike.figure.replace("_", " "),
+            "value": shown(spike.figure, spike.value),
+            "usual": shown(spike.figure, spike.usual),
+            "command": command(run, spike),
+        }
+        for spike in spikes(run)
+    ]
 
 
 def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:

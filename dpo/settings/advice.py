@@ -18,18 +18,19 @@ def headline(config: Config, processes: int = 1) -> str:
     optim, method = config.optim, config.method
     what = f"LoRA of rank {config.lora.rank}" if config.lora.lora else "full UNet"
     split = f"{optim.batch_size} x {optim.accumulation}" + (f" x {processes} processes" if processes > 1 else "")
-    rate = f"learning rate {learning_rate(config, processes):.4g}" + (
+    rate = f"learning rate {learning_rate(config):.4g}" + (
         f" ({optim.learning_rate:g} x batch)" if optim.scale_lr else ""
     )
     warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
     beta = f", beta {brief(method.beta)}" if "beta" in METHODS[method.method].settings else ""
-    return f"{method.method}, {what}: {optim.effective_batch * processes} pairs an update ({split}), {rate}{warm}{beta}"
+    return f"{method.method}, {what}: {optim.pairs} pairs an update ({split}), {rate}{warm}{beta}"
 
 
-def warnings(config: Config, processes: int = 1) -> list[str]:
+def warnings(config: Config) -> list[str]:
     """Messages on settings that are allowed but probably not meant."""
     found = []
-    rate, batch = learning_rate(config, processes), config.optim.effective_batch * processes
+    rate, batch = learning_rate(config), config.optim.pairs
+    release = config.optim.gradient_release
     highest = HIGHEST_RATE["lora" if config.lora.lora else "full"]
     if rate < LOWEST_RATE:
         scaled = (
@@ -55,11 +56,8 @@ def warnings(config: Config, processes: int = 1) -> list[str]:
             "the default is a tenth of dpo's"
         )
     if config.model.model and not config.lora.lora and batch < FEWEST_PAIRS:
-        found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); raise --accumulation")
-    if config.runtime.precision == "bf16-pure" and config.optim.accumulation > 16:
-        found.append(
-            f"bf16-pure sums the gradients of {config.optim.accumulation} passes in bf16, which loses the small ones: raise --batch-size"
-        )
+        more = "with --gradient-release only a larger --batch-size has more" if release else "raise --accumulation"
+        found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); {more}")
     if config.runtime.vae_precision == "fp16" and config.model.family == "sdxl" and not config.model.vae:
         found.append(
             "SDXL's own VAE overflows in fp16: give --vae madebyollin/sdxl-vae-fp16-fix, or leave --vae-precision at auto"

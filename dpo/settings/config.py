@@ -7,6 +7,7 @@ stays fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -228,7 +229,7 @@ class Optim:
     )
     accumulation: int = option(
         1,
-        "passes summed into one update",
+        "passes of each process summed into one update",
         unit="passes",
         low=1,
         aliases=("gradient_accumulation_steps",),
@@ -279,6 +280,19 @@ class Optim:
         high=0.999999,
         resume="said",
     )
+    gradient_release: bool = option(
+        False,
+        "update each weight inside the backward pass and free its gradient at once: less memory, one pass an update",
+        resume="said",
+    )
+
+    effective_batch: int | None = option(
+        None,
+        "pairs of an update over all processes, from which accumulation follows; none: those that the other two give",
+        unit="pairs",
+        low=1,
+        resume="said",
+    )
 
     @property
     def betas(self) -> tuple[float, float]:
@@ -287,9 +301,9 @@ class Optim:
         return self.adam_beta1, self.adam_beta2
 
     @property
-    def effective_batch(self) -> int:
-        """Pairs per update on one process."""
-        return self.batch_size * self.accumulation
+    def pairs(self) -> int:
+        """Pairs per update over all processes; before that is decided (`resolve`), of a single process."""
+        return self.effective_batch or self.batch_size * self.accumulation
 
 
 @dataclass(frozen=True)
@@ -340,6 +354,15 @@ class Runtime:
         8, "images per VAE call", unit="images", low=1, aliases=("vae_encode_batch_size",), resume="free"
     )
     threads: int | None = option(None, "CPU threads of torch; none: torch's choice", low=1, resume="free")
+    activation_offload: bool = option(
+        False, "keep what the backward pass needs in host memory: less GPU memory, the same result", resume="free"
+    )
+    sharding: str = option(
+        "off",
+        "on: each process holds a part of the weights, gradients and optimizer states (FSDP2), for what does not fit a GPU",
+        choices=("off", "on"),
+        resume="free",
+    )
 
 
 @dataclass(frozen=True)
@@ -477,9 +500,13 @@ def of_before(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings of a run of this or an earlier version, as they are allowed now.
 
     Seeds were once allowed to 2^63; every number that a run drew was that of the remainder. A dropped caption was the
-    encoding of the empty one whatever the model.
+    encoding of the empty one whatever the model. A run was always of one process.
     """
-    return {"dropped_caption": "empty", **settings, "seed": settings.get("seed", 0) % SEEDS}
+    passes = (
+        coerce(spec := specs()[name], settings.get(name, spec.default)) for name in ("batch_size", "accumulation")
+    )
+    known = {"dropped_caption": "empty", "effective_batch": math.prod(passes)}
+    return known | dict(settings) | {"seed": settings.get("seed", 0) % SEEDS}
 
 
 def change(config: Config, **values: Any) -> Config:

@@ -50,7 +50,9 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
-    config = from_mapping(base | changes)
+    if {"accumulation", "effective_batch"} <= changes.keys():
+        raise UserError("--effective-batch and --accumulation: the one follows from the other; give one")
+    config = from_mapping(recipe.over(base, changes))
     if config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
@@ -106,7 +108,8 @@ def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]
     of_preset = flat_settings(load_preset(preset)) if preset else {}
     of_preset = recipe.beside(of_preset, said, f"preset {preset}", notes)
     of_peer = compat.defaults(peer, changes) if peer else {}
-    return recipe.beside(of_peer, of_preset | said, f"--compat {peer}", notes) | of_preset | file
+    of_peer = recipe.beside(of_peer, of_preset | said, f"--compat {peer}", notes)
+    return recipe.over(recipe.over(of_peer, of_preset), file)
 
 
 def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

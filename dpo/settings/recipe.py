@@ -24,6 +24,19 @@ def beside(recipe: Mapping[str, Any], said: Mapping[str, Any], name: str, notes:
     return _held_out(_method(dict(recipe), said, name, notes), said, name, notes)
 
 
+def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of both, the upper ones where both have them. Each may say how large an update is in its own way.
+
+    The lower's effective batch does not hold beside an upper accumulation, nor its accumulation beside an effective batch.
+    """
+    kept = dict(lower)
+    if "effective_batch" in upper:
+        kept.pop("accumulation", None)
+    elif "accumulation" in upper:
+        kept.pop("effective_batch", None)
+    return kept | dict(upper)
+
+
 def _method(kept: dict[str, Any], said: Mapping[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
     """Without the settings that belong to the recipe's method, where the user chose another."""
     own, asked = kept.get("method", specs()["method"].default), said.get("method")

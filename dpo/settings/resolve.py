@@ -128,6 +128,7 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         "adam_beta2": own_beta2 if config.optim.adam_beta2 is None else config.optim.adam_beta2,
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
         "kernels": ("triton" if gpu and device.triton else "torch") if runtime.kernels == "auto" else runtime.kernels,
+        "activation_offload": runtime.activation_offload and gpu,
         "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }
 
@@ -135,6 +136,40 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
 def _of_length(config: Config) -> dict[str, Any]:
     steps = STEPS if config.optim.steps is None and config.optim.epochs is None else config.optim.steps
     return {"steps": steps, "epochs": config.optim.epochs if steps is None else None}
+
+
+def dealt(config: Config, processes: int) -> Config:
+    """`config` with the pairs of an update over all processes, and the passes of each.
+
+    Raises UserError where those pairs cannot be dealt out in whole passes.
+    """
+    optim = config.optim
+    if optim.gradient_release and processes > 1:
+        raise UserError(
+            f"--gradient-release updates weights before the gradients of {processes} processes are summed: leave it out, or "
+            "train on one process"
+        )
+    at_once = optim.batch_size * processes
+    if optim.effective_batch is None:
+        return change(config, effective_batch=at_once * optim.accumulation)
+    pairs = optim.effective_batch
+    if pairs % at_once == 0:
+        return change(config, accumulation=pairs // at_once)
+    counts = [count for count in range(1, 2 * processes + 1) if pairs % (optim.batch_size * count) == 0]
+    sizes = [size for size in range(1, 2 * optim.batch_size + 1) if pairs % (size * processes) == 0]
+    ways = [f"{_few(counts, processes)} processes"] if counts else []
+    ways += [f"--batch-size {_few(sizes, optim.batch_size)}"] if sizes else []
+    ways += [f"--effective-batch {max(1, round(pairs / at_once)) * at_once}"]
+    raise UserError(
+        f"an update of {pairs} pairs (--effective-batch) does not divide into {processes} x {optim.batch_size} (processes x "
+        f"--batch-size): what fits is {', '.join(ways[:-1])}{' or ' * (len(ways) > 1)}{ways[-1]}"
+    )
+
+
+def _few(numbers: list[int], near: int) -> str:
+    """The three of `numbers` next to `near`, ascending, in words."""
+    chosen = sorted(sorted(numbers, key=lambda number: abs(number - near))[:3])
+    return " or ".join(map(str, chosen))
 
 
 def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
@@ -146,6 +181,8 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("triton is not installed: everything runs on plain torch")
     if asked.runtime.precision == "fp16" and decided.runtime.precision == "fp32":
         notes.append("precision fp16 needs a GPU: fp32 is used")
+    if asked.runtime.activation_offload and not device.gpu:
+        notes.append("activation_offload has no effect on a CPU, whose memory is the host's")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
     if decided.model.timesteps == "turbo":
@@ -171,15 +208,15 @@ def _of_dropped(decided: Config, model: ModelFacts) -> list[str]:
     return [f"dropped captions train {other}, but {sampled}, which --dropped-caption {flag} trains"]
 
 
-def learning_rate(config: Config, processes: int = 1) -> float:
+def learning_rate(config: Config) -> float:
     """The peak learning rate of the optimizer, multiplied by the effective batch where --scale-lr asks for it."""
-    return config.optim.learning_rate * (config.optim.effective_batch * processes if config.optim.scale_lr else 1)
+    return config.optim.learning_rate * (config.optim.pairs if config.optim.scale_lr else 1)
 
 
-def total_steps(config: Config, pairs: int, processes: int = 1) -> int:
+def total_steps(config: Config, pairs: int) -> int:
     """Updates of the whole run, for a training set of `pairs` usable pairs."""
     if config.optim.steps is not None:
         return config.optim.steps
     if config.optim.epochs is None:
         return STEPS
-    return max(1, math.ceil(config.optim.epochs * pairs / (config.optim.effective_batch * processes)))
+    return max(1, math.ceil(config.optim.epochs * pairs / config.optim.pairs))

@@ -76,6 +76,45 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (not DEVICE.fullmatch(v.device), f"device = {v.device}: expected auto, cpu, cuda or cuda:N"),
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
+        (
+            v.gradient_release and v.accumulation > 1,
+            f"gradient_release makes an update of every pass, so accumulation = {v.accumulation} cannot be: "
+            "leave --gradient-release out, or use --accumulation 1 and the largest --batch-size that fits",
+        ),
+        (
+            v.gradient_release and v.optimizer not in ("auto", "adamw8bit", "adamw"),
+            f"gradient_release needs optimizer adamw8bit or adamw: {v.optimizer} cannot leave out a gradient that is not finite",
+        ),
+        (
+            v.gradient_release and v.precision == "fp16",
+            "gradient_release cannot scale the loss, which precision = fp16 needs: use --precision bf16 or bf16-pure",
+        ),
+        (
+            v.activation_offload and v.compile,
+            "activation_offload moves what uncompiled code keeps for the backward pass: leave it or --compile out",
+        ),
+        *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
+    ]
+
+
+def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
+    """What does not go together with sharding: (whether it is so, the rest of the message)."""
+    return [
+        (v.lora, "is for all weights: adapters are small, so leave --sharding off and each process holds them whole"),
+        (
+            v.optimizer not in ("auto", "adamw", "adamw8bit"),
+            f"needs optimizer adamw or adamw8bit: {v.optimizer} works on whole tensors",
+        ),
+        (
+            v.precision == "fp16",
+            "cannot scale the loss, which precision = fp16 needs: use --precision bf16 or bf16-pure",
+        ),
+        (v.compile, "gathers weights between compiled blocks, which is not tried: leave --compile out"),
+        (
+            v.gradient_release,
+            "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
+        ),
+        (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
     ]
 
 
@@ -135,6 +174,8 @@ def _on_resume(spec: Spec, old: SimpleNamespace, new: SimpleNamespace) -> str:
     """A setting's rule for changes on resume: the declared one, except for the few whose rule depends on values."""
     if spec.name == "precision":
         return "said" if {old.precision, new.precision} <= AUTOCAST else "refused"
+    if spec.name == "accumulation" and old.effective_batch == new.effective_batch:
+        return "free"  # more or fewer processes, or another micro-batch: the update is the same
     if spec.name == "ema":
         return "said" if old.ema and new.ema else "refused"
     if spec.name in ("steps", "epochs") and new.scheduler != "constant":

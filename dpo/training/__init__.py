@@ -1,12 +1,15 @@
 """A run from settings to result.
 
+sharding.py weights and states cut over processes
 build.py settings -> Run | start.py the weights it starts from | denoisers.py policy and reference, made from them
 run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update
+release.py the update made inside backward
 metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
-flops.py counted FLOPs | cost.py what a run computes | folder.py the output folder
+flops.py counted FLOPs | memory.py bytes and FLOPs, counted as tensors come and go | cost.py what a run computes | folder.py the output folder
 samples.py sample images | results.py the trained weights | summary.py what the pages read
-judging.py the result against its start
+judging.py the result against its start | rescue.py what is kept of updates that did not come to their end
+parallel.py the processes of a run | agreement.py whether they agree
 preparing.py the work of the prepare command | stored.py what a run takes from a store
 embedded.py the embedded world where no model or data is named
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,30 +36,37 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import checkpoint, cost, denoisers, flops, start, stored, validation
+from dpo.training import agreement, checkpoint, cost, denoisers, flops, start, stored, validation
 from dpo.training.embedded import embedded
-from dpo.training.folder import check_output
+from dpo.training.folder import check_output, folder_of
+from dpo.training.parallel import Processes, Reduced
 from dpo.training.run import Run, Speed
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("dpo")
 
 
-def build(config: Config, notes: list[str]) -> Run:
+def build(config: Config, notes: list[str], processes: Processes | None = None) -> Run:
     """Makes the run of `config`, restored from a checkpoint where one is resumed. Raises UserError.
 
-    notes: lines for the log from reading the command line.
+    notes: lines for the log from reading the command line. processes: those that train it, this one among them.
     """
-    _start(config.runtime)
-    device = pick_device(config.runtime.device)
-    output = check_output(config)
+    processes = processes or Processes()
+    _start(config.runtime, processes)
+    config = resolve.dealt(config, processes.count)
+    if processes.count > 1 and config.optim.gradient_release:
+        raise UserError(
+            "--gradient-release updates weights before gradients are summed over processes: leave it out, or use one process"
+        )
+    if processes.count == 1 and config.runtime.sharding == "on":
+        log.warning("--sharding on has no effect on one process: it holds the whole model")
+    device = pick_device(processes.device(config.runtime.device))
+    processes.join(device)
+    output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
     _check_named(config.model)
 
-    saved = _saved(config.output, output)
+    saved = _saved(config.output, output, processes)
     config = _left_open(config, saved)
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
@@ -68,7 +74,7 @@ def build(config: Config, notes: list[str]) -> Run:
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)
-    _tell(config, [*notes, *decided, *told])
+    _tell(config, [*notes, *decided, *told], processes.count)
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
@@ -89,10 +95,21 @@ def build(config: Config, notes: list[str]) -> Run:
     config = _rhythm(config, counted, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
-    policy = model.family.denoise(settle(config.runtime, model.denoiser, device))
+    # What is sharded comes to the device block by block: whole it may not fit.
+    place = torch.device("cpu") if denoisers.is_sharded(config, processes) else device
+    settled = settle(config.runtime, model.denoiser, place)
+    shards = denoisers.shards_of(config, model.denoiser, device, processes)
+    updater = denoisers.make_updater(config, model.denoiser, shards)
+    policy: Denoise = model.family.denoise(settled)
+    if shards is not None:
+        policy = shards.denoise(policy)
+    elif processes.count > 1:
+        policy = Reduced(model.family.denoise, settled)
     compared = None
     if twin is not None:
-        compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, device)))
+        copy = model.family.denoise(settle(config.runtime, twin, place))
+        cut = denoisers.shards_of(config, twin, device, processes)
+        compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:
         compared = reference.from_adapters(policy, layers)
     step, tables = denoisers.pair_step(config, model, plan, policy, None if errors else compared, device)
@@ -111,11 +128,11 @@ def build(config: Config, notes: list[str]) -> Run:
         source=source,
         encoder=encoder,
         step=step,
-        updater=denoisers.make_updater(config, model.denoiser),
+        updater=updater,
         table=CorrectionTable.zeros(
-            tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.effective_batch
+            tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),
-        held_out=_held_out(config, held_out_source, step, encoder, compared),
+        held_out=_held_out(config, held_out_source, step, encoder, compared, processes),
         output=output,
         fingerprints=fingerprints,
         speed=Speed(
@@ -126,6 +143,7 @@ def build(config: Config, notes: list[str]) -> Run:
         held_out_source=held_out_source,
         total=total,
         recorded=errors,
+        processes=processes,
     )
     if errors is not None:
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
@@ -140,6 +158,9 @@ def build(config: Config, notes: list[str]) -> Run:
         log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())
+    held = held_out_source.fingerprint if held_out_source is not None else "none"
+    made = {**fingerprints, "held-out pairs": held, "updates made": run.done, "torch version": torch.__version__}
+    agreement.check_made(processes, run.config, made)
     return run
 
 
@@ -160,14 +181,15 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
     }
 
 
-def _start(runtime: Runtime) -> None:
+def _start(runtime: Runtime, processes: Processes) -> None:
     """Sets what holds for the whole process: seed, threads, TF32.
 
-    Raises UserError when it is one of several processes: each would train the same model on its own.
+    Raises UserError when it is one of several processes that do not know each other: each would train on its own.
     """
-    if (processes := of_launcher("WORLD_SIZE", 1)) > 1:
+    if (started := of_launcher("WORLD_SIZE", 1)) != processes.count:
         raise UserError(
-            f"started as {processes} processes: this trainer uses one GPU; give torchrun --nproc-per-node 1 and a larger --accumulation"
+            f"started as {started} processes, each of which would train on its own: several processes are for python -m "
+            "dpo.train alone; start this command without torchrun"
         )
     torch.manual_seed(runtime.seed)  # for libraries that initialise weights; no update draws from it
     if runtime.threads:
@@ -189,15 +211,33 @@ def _check_named(named: NamedModel) -> None:
         lora_files.locate(named.lora_init)
 
 
-def _saved(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
+def _saved(output: Output, folder: Path, processes: Processes) -> checkpoint.Checkpoint | None:
+    """The checkpoint to resume, None for a fresh start: all processes take the one that the first has found.
+
+    Raises UserError where another does not see it.
+    """
+    if output.resume is None:
+        return None
+    found = _found(output, folder) if processes.first else None
+    path, *_ = processes.objects(None if found is None else str(found.path.resolve()))
+    if path is None or processes.first:
+        return found
+    try:
+        return checkpoint.load(Path(path))
+    except checkpoint.Damaged as error:
+        raise UserError(
+            f"{error} here, and not to process 0: --output must be a folder that all processes see"
+        ) from error
+
+
+def _found(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to resume, None for a fresh start.
 
     "latest" without any checkpoint starts afresh, with a warning. Raises UserError where a result is there, which that
     would replace.
     """
     which, root = output.resume, folder / CHECKPOINTS
-    if which is None:
-        return None
+    assert which is not None, "something is resumed"
     if which == "latest" and not checkpoint.listing(root):
         if results := [name for name in (INDEX_FILE, ADAPTER_FILE) if (folder / name).exists()]:
             raise UserError(
@@ -221,13 +261,13 @@ def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
     return change(config, validation_fraction=0.0) if unmeasured else config
 
 
-def _tell(config: Config, lines: list[str]) -> None:
+def _tell(config: Config, lines: list[str], processes: int) -> None:
     """Logs `lines` (what was decided), the warnings on the settings, and the headline of the run."""
     for line in lines:
         log.info("%s", line)
     for line in advice.warnings(config):
         log.warning("%s", line)
-    log.info("%s", advice.headline(config))
+    log.info("%s", advice.headline(config, processes))
 
 
 def _recorded(
@@ -266,12 +306,20 @@ def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | N
 
 
 def _held_out(
-    config: Config, source: Source | None, step: PairStep, encoder: Encoder, compared: Denoise | None
+    config: Config,
+    source: Source | None,
+    step: PairStep,
+    encoder: Encoder,
+    compared: Denoise | None,
+    processes: Processes,
 ) -> validation.HeldOut | None:
     """The held-out pairs, encoded, with their reference errors; None where there are none or they are never used."""
     if source is None or not config.output.validate_every:
         return None
     data = config.data
     assert data.resolution is not None, "decided when the model was loaded"
-    stream = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
-    return validation.encode_held_out(step, encoder, stream, data.validation_draws, compared)
+    reading = replace(Reading.of(data), workers=0)
+    stream = held_out_batches(
+        source, config.optim.batch_size, data.resolution, reading, processes.rank, processes.count
+    )
+    return validation.encode_held_out(step, encoder, stream, data.validation_draws, compared, processes)

@@ -54,7 +54,7 @@ def validation_share(cost: Cost, config: Config, steps: int, pairs: int, *, ever
     """
     once, each = _validation(cost, config, pairs, encoded)
     spent = once + each * math.ceil(steps / every)
-    return spent / (spent + steps * config.optim.effective_batch * cost.pair)
+    return spent / (spent + steps * config.optim.pairs * cost.pair)
 
 
 def validate_every(cost: Cost, config: Config, steps: int, pairs: int, *, encoded: bool) -> int:
@@ -63,7 +63,7 @@ def validate_every(cost: Cost, config: Config, steps: int, pairs: int, *, encode
     The smallest that keeps them at SHARE of the run's FLOPs; the run's length where one alone costs more.
     """
     once, each = _validation(cost, config, pairs, encoded)
-    budget = SHARE / (1 - SHARE) * steps * config.optim.effective_batch * cost.pair
+    budget = SHARE / (1 - SHARE) * steps * config.optim.pairs * cost.pair
     times = max(1, int((budget - once) // each))
     return max(1, math.ceil(steps / times / USUAL)) * USUAL
 

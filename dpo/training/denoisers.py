@@ -19,10 +19,14 @@ from dpo.models.ready import HALF, WEIGHTS
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import optimizer
+from dpo.training.release import Release
 from dpo.training.start import Start
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from dpo.training.parallel import Processes
+    from dpo.training.sharding import Shards
 
 log = logging.getLogger("dpo")
 
@@ -43,16 +47,26 @@ def make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser
     Also puts the starting weights into the policy. With recorded errors, a policy that starts from other weights than
     the reference needs the copy for the held-out pairs alone.
     """
-    apart = begin.moved and config.model.reference_model == "base"
+    apart = _apart(config, begin)
     if not apart:
         begin.put(model)
-    compared = METHODS[config.method.method].reference
-    own = compared and (apart or not (config.lora.lora or config.runtime.reference == "recorded"))
-    twin = reference.frozen(model.denoiser, HALF.get(config.runtime.precision)) if own else None
+    twin = copy_for_reference(config, model.denoiser, begin)
     weights = hashes("reference", model.denoiser)
     if apart:
         begin.put(model)
     return twin, weights
+
+
+def copy_for_reference(config: Config, denoiser: Denoiser, begin: Start) -> Denoiser | None:
+    """A frozen copy of `denoiser` where the reference needs its own weights, else None."""
+    compared = METHODS[config.method.method].reference
+    own = compared and (_apart(config, begin) or not (config.lora.lora or config.runtime.reference == "recorded"))
+    return reference.frozen(denoiser, HALF.get(config.runtime.precision)) if own else None
+
+
+def _apart(config: Config, begin: Start) -> bool:
+    """Whether the policy starts from other weights than the reference has."""
+    return begin.moved and config.model.reference_model == "base"
 
 
 def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> list[BaseTunerLayer]:
@@ -79,6 +93,29 @@ def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> 
     if config.runtime.precision in HALF:
         halve(denoiser, HALF[config.runtime.precision])
     return layers
+
+
+def is_sharded(config: Config, processes: Processes) -> bool:
+    return config.runtime.sharding == "on" and processes.count > 1
+
+
+def shards_of(config: Config, denoiser: Denoiser, device: torch.device, processes: Processes) -> Shards | None:
+    """Policy or reference cut over the processes, where the settings ask for it; None otherwise.
+
+    Raises UserError for a number of processes that does not fit the optimizer.
+    """
+    if not is_sharded(config, processes):
+        return None
+    trained = any(p.requires_grad for p in denoiser.parameters())
+    from dpo.training import sharding  # it imports much of torch.distributed
+
+    eight_bit = trained and config.optim.optimizer == "adamw8bit"
+    if eight_bit:
+        sharding.check_blocks(denoiser, processes.count)
+    shards = sharding.Shards(denoiser, device, blocks_of_states=eight_bit)
+    if trained:
+        log.info("sharding: each of %d processes holds %s of the weights", processes.count, f"{shards.share():.1%}")
+    return shards
 
 
 def pair_step(
@@ -115,10 +152,11 @@ def pair_step(
     return step, tables
 
 
-def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
+def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = None) -> optimizer.Updater:
+    """The updater of what is trained in `denoiser`; of its `shards`, this process's rows of all of it."""
     optim = config.optim
     trained: dict[str, Tensor] = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-    parameters = list(trained.values())
+    parameters = list(trained.values()) if shards is None else shards.parameters
     made = optimizer.build(
         optim.optimizer,
         parameters,
@@ -127,11 +165,13 @@ def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         seed=config.runtime.seed,
+        parts=None if shards is None else shards.parts,
     )
     scaler = torch.amp.GradScaler(parameters[0].device.type) if config.runtime.precision == "fp16" else None
+    release = Release(made, parameters, optim.max_grad_norm) if optim.gradient_release else None
     log.info(
         "training %s of %.1f M parameters",
-        f"{sum(p.numel() for p in parameters):,}",
+        f"{sum(p.numel() for p in trained.values()):,}",
         sum(p.numel() for p in denoiser.parameters()) / 1e6,
     )
     if optim.ema:
@@ -140,4 +180,13 @@ def make_updater(config: Config, denoiser: Denoiser) -> optimizer.Updater:
             "the figures of each update are of the weights in training",
             optim.ema,
         )
-    return optimizer.Updater(list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema)
+    if optim.pairs > optim.batch_size and (size := optimizer.accumulate_in_fp32(parameters)):
+        log.info("gradients of bf16 weights are summed in fp32 over the passes of an update: %.1f GiB", size / 2**30)
+    if release is not None:
+        log.info(
+            "gradient release: each weight is updated inside backward; clipping goes by the norm of the update before (the "
+            "first is not clipped), and a gradient that is not finite leaves its own weights as they are"
+        )
+    return optimizer.Updater(
+        list(trained), parameters, made, optim.max_grad_norm, scaler, optim.ema, release=release, shards=shards
+    )

@@ -16,12 +16,17 @@ from dpo.settings.config import Config, Output
 log = logging.getLogger("dpo")
 
 
+def folder_of(config: Config) -> Path:
+    """The output folder as it is named."""
+    return Path(config.output.output).expanduser()
+
+
 def check_output(config: Config) -> Path:
     """The output folder.
 
     Raises UserError when it cannot be written, or holds a run that is neither resumed nor replaced.
     """
-    output = Path(config.output.output).expanduser()
+    output = folder_of(config)
     with reading(f"--output {str(output)[:80]}", "name another folder"):  # a name may be too long to be asked for
         there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not there.is_dir():

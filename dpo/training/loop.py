@@ -6,12 +6,12 @@ import errno
 import gc
 import itertools
 import logging
-import shlex
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,18 @@ from dpo.common import files, locks, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
-from dpo.common.words import first_line
 from dpo.data.batch import PairBatch
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
-from dpo.pages.folder import CONFIG_FILE
+from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE
 from dpo.settings.config import Config, Output, change, flatten, to_toml
 from dpo.training import build, checkpoint, judging, results, samples, summary, validation
-from dpo.training.folder import check_output, clear_output
+from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
-from dpo.training.run import Diverged, Figures, Run
-from dpo.training.state import snapshot
+from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
+from dpo.training.rescue import check_there, goes_on, is_logged, rescue
+from dpo.training.run import Figures, Run
+from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
 
 log = logging.getLogger("dpo")
@@ -43,6 +44,7 @@ OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDI
 # What ends a run from outside. Windows has no SIGHUP, which a closed terminal sends.
 ENDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+BEGUN = "begun"  # remembered for a restart: the output folder holds this run
 NOT_COMPARED = "its result is not compared with its start yet"
 
 TrainStep = Callable[[Run, Iterator[PairBatch]], Figures]
@@ -90,6 +92,15 @@ def until(stop: threading.Event, batches: Iterator[PairBatch]) -> Iterator[PairB
         yield batch
 
 
+def until_agreed(run: Run, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    """The micro-batches of a sharded run. Raises Stopped in all processes at the same one once any was asked to stop."""
+    for batch in batches:
+        if run.processes.tensors(torch.tensor([run.stop.is_set()])).any():
+            run.stopping = True
+            raise Stopped
+        yield batch
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
@@ -97,17 +108,27 @@ def peak_memory_gib(device: torch.device) -> float:
     return machine.peak_memory() / 2**30
 
 
-def train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate) -> int:
+def train(
+    config: Config,
+    notes: list[str],
+    train_step: TrainStep,
+    evaluate: Evaluate,
+    processes: Processes | None = None,
+) -> int:
     """Trains the run of `config` to its end, from its checkpoint where it is resumed; the exit code.
 
-    Raises UserError for what a person can mend.
+    processes: those that train it together, this one among them; None: this one alone. Raises UserError for what a
+    person can mend.
     """
+    processes = processes or Processes()
     try:
         with handled(signal.default_int_handler, *ENDS):  # outside the updates they interrupt like Ctrl-C
-            _train(config, notes, train_step, evaluate)
-    except Stopped:
+            _train(_again(config, processes), notes, train_step, evaluate, processes)
+    except Stopped as error:
+        processes.ends(error)
         return INTERRUPTED
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        processes.ends(error)
         log.warning("stopped at once; --resume latest goes on from the last checkpoint, if there is one")
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
@@ -136,18 +157,32 @@ def _not_ours(error: Exception, config: Config) -> UserError | None:
     return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")
 
 
-def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate) -> None:
+def _again(config: Config, processes: Processes) -> Config:
+    """`config` as torchrun's restart of a run goes on with it: from its latest checkpoint, once it had begun."""
+    if not restarts() or processes.word_of_first(remembered()) != BEGUN:  # the first alone began it
+        return config
+    whole = checkpoint.listing(folder_of(config) / CHECKPOINTS)
+    resume = config.output.resume if config.output.resume and not whole else "latest"
+    log.warning("started again by torchrun, for the %d. time", restarts())
+    return change(config, resume=resume, overwrite=False)
+
+
+def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate, processes: Processes) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
+    if not processes.first:
+        _help(build.build(config, notes, processes), train_step)
+        return
     output = check_output(config)
     with ExitStack() as stack:
         if there := output.is_dir():  # before its checkpoints are read
             stack.enter_context(locks.held(output, "--output"))
-        run = build.build(config, notes)
+        run = build.build(config, notes, processes)
         if not there:  # made only now: a mistake in a setting leaves no folder behind
             clear_output(output, config.output)
             stack.enter_context(locks.held(output, "--output"))
             check_output(change(config, resume=None, overwrite=False))  # another process may have made a run here
         clear_output(output, config.output)
+        remember(BEGUN)
         if run.resumed is not None:
             checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
         with _tracking(run.output, run.config, run.done) as trackers:
@@ -158,6 +193,19 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
                 torch.cuda.empty_cache()  # what is drawn and scored now finds the memory free
             with _told_how_to_finish(ending.output, ending.step):
                 _conclude(ending, trackers, evaluate)
+    forget()
+
+
+def _help(run: Run, train_step: TrainStep) -> None:
+    """What the other processes do of a run: the updates, and no file."""
+    judging.words(run)  # refuses as in the first one
+    with open(os.devnull, "w") as nowhere, stop_on_signals() as stop:
+        trackers = Trackers(nowhere, [])
+        with whole(run, _draws_before(run)):
+            run.processes.once(_begin, run, trackers)
+        updates(run, trackers, train_step, stop)
+    with whole(run):
+        run.processes.leave()
 
 
 class Ending(NamedTuple):
@@ -187,12 +235,14 @@ def _tracking(output: Path, config: Config, done: int) -> Iterator[Trackers]:
 def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
     """Everything that needs the run: updates, result, last sample images, report."""
     compared = judging.words(run)  # refuses what could not be compared before anything is trained
-    _begin(run, trackers)
+    with whole(run, _draws_before(run)):
+        run.processes.once(_begin, run, trackers)
     if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
         files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
     with stop_on_signals() as stop:
         updates(run, trackers, train_step, stop)
-    with _told_how_to_finish(run.output, run.done):
+    with whole(run), _told_how_to_finish(run.output, run.done):
+        run.processes.leave()
         if compared:
             judging.prepare(run)
         written = results.write(run)
@@ -211,7 +261,7 @@ def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
             found = judging.evaluated(evaluate, ending.compared)
         except KeyboardInterrupt:
             log.warning("the comparison was cut short; the aligned model in %s is whole", ending.output)
-            log.warning("go on with: %s", _goes_on(ending.output))
+            log.warning("go on with: %s", goes_on(ending.output))
             raise Stopped from None
         if found:
             trackers.event({"event": "judged", "step": ending.step, **found})
@@ -221,10 +271,6 @@ def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
     log.info("done: %s", ending.output)
 
 
-def _goes_on(output: Path) -> str:
-    return f"python -m dpo.train --output {shlex.quote(str(output))} --resume latest"
-
-
 @contextmanager
 def _told_how_to_finish(output: Path, done: int) -> Iterator[None]:
     """Around what follows the last update, whose checkpoint is there: an error is said to cost none of the training."""
@@ -232,8 +278,12 @@ def _told_how_to_finish(output: Path, done: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Stopped | KeyboardInterrupt):  # of those it is said elsewhere
-            log.warning("all %d updates are made and kept; finish with: %s", done, _goes_on(output))
+            log.warning("all %d updates are made and kept; finish with: %s", done, goes_on(output))
         raise
+
+
+def _draws_before(run: Run) -> bool:
+    return run.config.output.samples and not run.done
 
 
 def _begin(run: Run, trackers: Trackers) -> None:
@@ -251,15 +301,21 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
     the last whole update. KeyboardInterrupt alone, the second Ctrl-C, does not wait for one. Raises UserError when no
     pair could be used.
     """
-    first, batches = run.done, run.batches()
+    first, batches, run.stop = run.done, run.batches(), stop
     try:
-        used = _all_updates(run, trackers, train_step, until(stop, batches))
+        watched: Iterator[PairBatch] = batches
+        if run.updater.shards is not None:
+            watched = until_agreed(run, batches)
+        elif run.processes.first:  # it may wait in a sum for the others, so these go on until it has ended
+            watched = until(stop, batches)
+        used = _all_updates(run, trackers, train_step, watched)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         # Who stops a whole group of processes stops the workers too, which wait for the main process, but not for ever.
-        ending = Stopped() if stop.is_set() and isinstance(error, Exception) and of_dead_worker(error) else error
-        _rescue(run, trackers, batches, ending)
+        ending = Stopped() if stop.is_set() and isinstance(error, Exception) and _of_others(error) else error
+        ending = run.processes.meaning(ending)
+        rescue(run, trackers, batches, ending)
         if ending is error:
             raise
         raise ending from error
@@ -269,47 +325,61 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
         )
 
 
+def _of_others(error: Exception) -> bool:
+    """Whether it was raised because another process is gone, a data worker or one that trains too."""
+    return of_dead_worker(error) or broken(error)
+
+
 def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: Iterator[PairBatch]) -> int:
     """Makes the updates, with what belongs to each; the number of pairs that could be used."""
     out, optim = run.config.output, run.config.optim
     held_out: Figures = {}
-    used = 0
+    used, first = 0, run.done
     every = out.validate_every or run.total  # decided when the run was built
-    with Progress(run.total, progress_fields, run.done, out.log_every) as progress:
+    shown = Progress(run.total, progress_fields, run.done, out.log_every)
+    with shown if run.processes.first else nullcontext() as progress:
         while run.done < run.total:
+            if run.stopping:
+                raise Stopped
             began = time.monotonic()
             rate = run.learning_rate()
             figures = train_step(run, itertools.islice(batches, optim.accumulation))
             used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
-            figures |= run.speed.figures(figures["pairs_per_s"])
+            figures |= run.speed.figures(figures["pairs_per_s"] / run.processes.count)  # of one device
             figures["peak_memory_gib"] = peak_memory_gib(run.device)
             run.count()
             last = run.done == run.total
-            if _is_logged(run):
+            if is_logged(run):
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
                 held_out = _held_out(run, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
-            progress.update(run.done, figures | held_out)
+            if progress is not None:
+                progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
-                samples.write(run)
+                with whole(run):
+                    run.processes.once(samples.write, run)
             if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
-                _check_there(run)
-                snapshot(run)
+                run.processes.once(_kept, run, held(run))
+            elif run.updater.shards is not None and run.done == first + 1:
+                held(run)  # what cannot be put together shows now, not at the first checkpoint
     return used
 
 
-def _check_there(run: Run) -> None:
-    """Raises UserError where the output folder is gone: made anew it would hold a checkpoint where nobody looks for it."""
-    if not run.output.is_dir():
-        raise UserError(f"{run.output} is gone: it was moved or deleted while the run went on; resume where it is now")
+def _kept(run: Run, found: Held) -> None:
+    check_there(run)
+    snapshot(run, found)
 
 
-def _is_logged(run: Run) -> bool:
-    """Whether the figures of the last update belong into metrics.jsonl."""
-    return run.done % run.config.output.log_every == 0 or run.done == run.total
+@contextmanager
+def whole(run: Run, wanted: bool = True) -> Iterator[None]:
+    """Inside the block the weights of a sharded run are in the first process whole as well; all processes enter it."""
+    if wanted and (shards := run.updater.shards) is not None:
+        run.whole_weights = dict(shards.whole(run.updater.ema or run.updater.parameters))
+    yield
+    run.whole_weights = None
 
 
 def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
@@ -317,49 +387,3 @@ def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
     with run.updater.averaged():
         found = validation.accuracy(run.step, pairs)
     return {**found, "weights": "averaged"} if run.updater.ema else found
-
-
-def _rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, None], ending: BaseException) -> None:
-    """Drops the update in progress, writes a checkpoint of the last whole one, and logs how to go on after `ending`.
-
-    A state that is not whole is not written: weights between two updates, or an update without its line in
-    metrics.jsonl. Raises no Exception, which would take the place of the one that ended the run.
-    """
-    whole = run.whole and (trackers.logged == run.done or not _is_logged(run))
-    path = None
-    try:
-        batches.close()  # else another dying worker interrupts what follows
-        if whole:
-            run.drop()
-            _check_there(run)
-            path = snapshot(run, emergency=True, diverged=isinstance(ending, Diverged))
-    except Exception as error:  # the disk is full, or the device is dead
-        log.warning("update %d could not be kept: no checkpoint can be written (%s)", run.done, first_line(error))
-    if not whole:
-        log.warning("the state is between two updates: no checkpoint is written of it")
-    try:
-        _record(run, trackers, ending)
-    except Exception as error:
-        log.warning("the end of the run is not in its report (%s)", first_line(error))
-    if path is not None:
-        log.warning("stopped after update %d of %d; checkpoint %s", run.done, run.total, path)
-    elif not run.output.is_dir():
-        log.warning("%s is gone: it was moved or deleted; resume the run where it is now", run.output)
-        return
-    elif before := checkpoint.listing(run.checkpoints):
-        log.warning("stopped in update %d of %d; the last checkpoint is %s", run.done + 1, run.total, before[-1])
-    else:
-        log.warning("stopped with no checkpoint to go on from")
-        return
-    log.warning("go on with: %s", _goes_on(run.output))
-
-
-def _record(run: Run, trackers: Trackers, ending: BaseException) -> None:
-    """Writes how the updates ended into metrics.jsonl and the report."""
-    if isinstance(ending, Stopped):
-        trackers.event({"event": "interrupted", "step": run.done})
-        summary.report(run, "interrupted", "stopped by a signal")
-        return
-    reason = str(ending) if isinstance(ending, UserError) else f"{type(ending).__name__}: {first_line(ending)}"
-    trackers.event({"event": "failed", "step": run.done, "message": reason})
-    summary.report(run, "failed", reason)

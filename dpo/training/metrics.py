@@ -47,6 +47,10 @@ class StepMetrics:
         self._rows = []
         return rows
 
+    def put(self, rows: Tensor) -> None:
+        """Keeps rows [R, N] that `take` gave, here or in several processes."""
+        self._rows.append(rows)
+
     def read(
         self,
         shape: str | None,

@@ -34,6 +34,9 @@ def write(run: Run) -> list[str]:
 
 def trained(run: Run) -> Denoiser:
     """The denoiser that is the result: on the CPU in fp32, with the averaged weights if any."""
+    if run.updater.shards is not None:
+        assert run.whole_weights is not None, "gathered by all processes before one of them writes"
+        return detached(run.updater.shards.alone(run.whole_weights))
     weights = dict(zip(run.updater.names, run.updater.ema, strict=True)) if run.updater.ema else None
     return detached(run.model.denoiser, weights)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import threading
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +18,7 @@ from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.batches import batches
-from dpo.data.loader import Reading
+from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
 from dpo.data.pairs import Source
 from dpo.data.store import recorded
@@ -26,8 +29,9 @@ from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
-from dpo.training import optimizer, validation
+from dpo.training import agreement, optimizer, validation
 from dpo.training.metrics import StepMetrics
+from dpo.training.parallel import Processes, Reduced
 
 log = logging.getLogger("dpo")
 Figures: TypeAlias = dict[str, Any]  # an update's figures, as in metrics.jsonl: numbers and lists of numbers by name
@@ -76,11 +80,18 @@ class Run:
     whole: bool = True  # False while weights, table and counters are not all of the same update
     started: float = 0.0  # seconds since the epoch
     recorded: recorded.RecordedErrors | None = None  # the reference's errors, where they replace a reference model
+    processes: Processes = field(default_factory=Processes)
+    stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
+    stopping: bool = False  # one of several processes was asked to stop during the last update
+    whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
+    compared: bool = False  # whether the processes were found to agree since this one started
+    unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
+    bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
 
     @property
     def nominal(self) -> int:
-        """Pairs per update, holes included."""
-        return self.config.optim.effective_batch
+        """Pairs per update over all processes, holes included."""
+        return self.config.optim.pairs
 
     @property
     def checkpoints(self) -> Path:
@@ -114,27 +125,74 @@ class Run:
         self.position += self.nominal
         self.whole = True
 
+    def gather(self, usable: int) -> int:
+        """Ends an update's passes: table sums, metrics, usable pairs and unusable images, of all processes.
+
+        usable: pairs of this process. Returns those of all. Raises UserError where too many images cannot be used, or
+        the processes do not agree on gradients, weights or optimizer states, which is looked at now and then.
+        """
+        if self.processes.count == 1:
+            return usable
+        if isinstance(self.step.policy, Reduced):
+            self.step.policy.finish()
+        parts = [self.table.sums, self.table.counts, rows := self.metrics.take()]
+        numbers = torch.tensor([usable, self.stop.is_set(), len(self.unread)])
+        packed = torch.cat([part.double().reshape(-1) for part in (*parts, numbers.to(rows.device))])
+        found = self.processes.tensors(packed).split([part.numel() for part in (*parts, numbers)], dim=1)
+        for total, share in zip((self.table.sums, self.table.counts), found):
+            total.copy_(sum(share.unbind()))
+        # Micro-batch j of the update is number j // count of process j % count: back into the order of one process.
+        dealt = found[2].view(self.processes.count, len(rows), self.config.optim.accumulation, -1)
+        self.metrics.put(dealt.permute(1, 2, 0, 3).reshape(len(rows), -1).to(rows.dtype))
+        usable, asked, unread = found[3].sum(0).long().tolist()
+        self.stopping = bool(asked)
+        if unread:
+            each = self.processes.objects(self.unread)
+            self.unread = {}
+            look_after(
+                [item for share in each for item in share.items()], self.bad, self.source, Reading.of(self.config.data)
+            )
+        if not self.compared or self.done % agreement.EVERY == 0:
+            agreement.check_state(self.processes, self.updater)
+            self.compared = True
+        return usable
+
     def drop(self) -> None:
         """Drops the gradients, sums and metrics of the update in progress."""
         self.updater.drop()
         self.table.discard()
         self.metrics = StepMetrics()
+        self.unread = {}
 
     def check_finite(self, figures: Figures) -> None:
         """Raises Diverged, naming the timesteps, for a loss or gradient that is not finite: no weight has changed."""
         scaled = self.updater.scaler is not None  # under a loss scale infinite gradients are normal: they lower it
         if figures["nonfinite_timesteps"] or (figures["grad_norm"] is None and figures["pairs"] and not scaled):
+            if not figures["nonfinite_timesteps"] and self._released():
+                return
+            self.whole = self.whole or bool(figures["nonfinite_timesteps"])  # such a loss is never released
             self.drop()
             at = ", ".join(map(str, figures["nonfinite_timesteps"][:8])) or "none in the loss, only in the gradient"
             broken = f"update {self.done + 1} gave a loss or gradient that is not finite (timesteps: {at})"
             if not self.done:
                 raise Diverged(f"{broken}, and no weight has changed yet: {self._other_causes()}")
             raise Diverged(
-                f"{broken}; the state before it is saved: "
+                f"{broken}; {'the state before it is saved: ' if self.whole else ''}"
                 "lower --learning-rate, or use --precision bf16 or fp32, and --resume latest, which goes on from the last "
                 "checkpoint before; if that fails too, resume an earlier checkpoint "
                 "or start anew with --overwrite"
             )
+
+    def _released(self) -> bool:
+        """Whether gradient release updated a part of the weights all the same, which is then logged."""
+        release = self.updater.release
+        if release is None or not 0 < (skipped := release.skipped()) < len(self.updater.parameters):
+            return False
+        log.warning(
+            "update %d: the gradient of %d of %d parameters was not finite: they keep their weights, the others were updated",
+            self.done + 1, skipped, len(self.updater.parameters),
+        )  # fmt: skip
+        return True
 
     def _other_causes(self) -> str:
         """What to do where the learning rate cannot be the cause, in words."""
@@ -147,7 +205,25 @@ class Run:
         )
 
     def batches(self) -> Generator[PairBatch, None, None]:
-        """Micro-batches from the run's position on, without end. Close the generator to end its workers or thread."""
-        data, seed = self.config.data, self.config.runtime.seed
-        order = Order(seed, self.position, self.config.optim.batch_size)
-        return batches(self.source, order, Decoding.of(data, seed), Reading.of(data), self.recorded)
+        """This process's micro-batches from the run's position on, without end.
+
+        Close the generator to end its workers or thread.
+        """
+        data, seed, processes = self.config.data, self.config.runtime.seed, self.processes
+        order = Order(seed, self.position, self.config.optim.batch_size, rank=processes.rank, world=processes.count)
+        reading = replace(Reading.of(data), shared=processes.count > 1)
+        found = batches(self.source, order, Decoding.of(data, seed), reading, self.recorded)
+        return found if processes.count == 1 else self._dealt(found)
+
+    def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
+        """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
+        policy = self.step.policy
+        with closing(found):
+            for number in itertools.count(1):
+                if (batch := next(found, None)) is None:
+                    return
+                self.processes.look()
+                self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
+                if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
+                    policy.reduces(number % self.config.optim.accumulation == 0)
+                yield batch

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import write_whole
 from dpo.common.words import first_line
 from dpo.drawing import draw, grid, memory
+from dpo.models.family import Model
 from dpo.models.pipeline import Pipeline, pipeline_of
 from dpo.pages.folder import SAMPLES
 from dpo.settings.config import Output
@@ -65,12 +69,26 @@ def _drawn(run: Run) -> list[Image.Image] | None:
 
     None where the GPU has no memory for them: the log says so, and training goes on.
     """
-    with run.updater.averaged() as unused:
-        pipe = pipeline_of(run.model)
+    with _present(run) as (model, unused):
+        pipe = pipeline_of(model)
         batch, frugal = _within(run, pipe)
         states = checkpoint.pack(run.updater.optimizer.state_dict())[0].values()
         with memory.aside([*unused, *states]) if frugal else nullcontext():
             return _sampled(run, pipe, batch, frugal)  # has let go of its memory when the states come back
+
+
+@contextmanager
+def _present(run: Run) -> Iterator[tuple[Model, list[Tensor]]]:
+    """The model as it would be saved now, and the weights in training that it stands for: `Updater.averaged`."""
+    shards = run.updater.shards
+    if shards is None:
+        with run.updater.averaged() as unused:
+            yield run.model, unused
+        return
+    assert run.whole_weights is not None, "gathered by all processes before one of them draws"
+    dtype = run.updater.parameters[0].dtype
+    denoiser = shards.alone({name: weight.to(dtype) for name, weight in run.whole_weights.items()})
+    yield replace(run.model, denoiser=denoiser), []
 
 
 def _sampled(run: Run, pipe: Pipeline, batch: int, frugal: bool) -> list[Image.Image] | None:

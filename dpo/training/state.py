@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
@@ -47,22 +49,34 @@ def check_complete(saved: checkpoint.Checkpoint) -> None:
         raise checkpoint.Damaged(f"{saved.path} is incomplete: it lacks {', '.join(lacking)}")
 
 
-def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Path:
-    """Writes a checkpoint of the run, and deletes the oldest ones beyond the limit; the checkpoint's folder.
+class Held(NamedTuple):
+    """What a run has trained, whole: of shards on the host of the first process, and nothing in the others."""
 
-    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
-    and does not replace one that was made of the same update before.
-    """
-    path = checkpoint.folder_of(run.checkpoints, run.done)
-    if diverged and path.exists():
-        return path
-    optimizer_tensors, optimizer_rest = checkpoint.pack(run.updater.optimizer.state_dict())
-    names = run.updater.names
+    policy: dict[str, Tensor]
+    averaged: dict[str, Tensor]  # empty without averaging
+    optimizer: dict[str, Any]
+
+
+def held(run: Run) -> Held:
+    """The weights and the optimizer's state of `run`. Of shards all processes must ask at once, each gives its own."""
+    updater, shards = run.updater, run.updater.shards
+    if shards is not None:
+        policy = dict(shards.whole(updater.parameters))
+        averaged = dict(shards.whole(updater.ema)) if updater.ema else {}
+        return Held(policy, averaged, shards.state_dict(updater.optimizer) or {})
+    policy = dict(zip(updater.names, updater.parameters, strict=True))
+    averaged = dict(zip(updater.names, updater.ema, strict=True)) if updater.ema else {}
+    return Held(policy, averaged, updater.optimizer.state_dict())
+
+
+def contents(run: Run, found: Held) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What a checkpoint of the run with `found` in it holds: tensors by group and name, and a JSON object."""
+    optimizer_tensors, optimizer_rest = checkpoint.pack(found.optimizer)
     tensors = {
-        "policy": dict(zip(names, run.updater.parameters, strict=True)),
+        "policy": found.policy,
         "optimizer": optimizer_tensors,
         "tables": run.table.tensors(),
-        "ema": dict(zip(names, run.updater.ema, strict=True)) if run.updater.ema else {},
+        "ema": found.averaged,
     }
     state = {
         "step": run.done,
@@ -72,8 +86,23 @@ def snapshot(run: Run, *, emergency: bool = False, diverged: bool = False) -> Pa
         "optimizer": optimizer_rest,
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
-        **({"diverged": True} if diverged else {}),
+        **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
     }
+    return tensors, state
+
+
+def snapshot(run: Run, found: Held | None = None, *, emergency: bool = False, diverged: bool = False) -> Path:
+    """Writes a checkpoint of the run, `found` (else: `held`) in it, and deletes the oldest ones beyond the limit; its folder.
+
+    An emergency deletes none: what is newest then may be the worst. Of a run that has diverged the checkpoint says so,
+    and does not replace one that was made of the same update before.
+    """
+    path = checkpoint.folder_of(run.checkpoints, run.done)
+    if diverged and path.exists():
+        return path
+    tensors, state = contents(run, found or held(run))
+    if diverged:
+        state |= {"diverged": True}
     checkpoint.save(path, tensors, state)
     if not emergency:
         checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
@@ -148,12 +177,17 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     state, tensors = saved.state, saved.tensors
     _check_same(run, saved)
     updater = run.updater
+    if (shards := updater.shards) is not None:  # of each whole tensor this process's rows
+        tensors = {**tensors, **{group: shards.put(tensors[group]) for group in ("policy", "ema") if group in tensors}}
+        tensors["optimizer"] = shards.put_state(tensors.get("optimizer", {}))
     checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), tensors["policy"], "policy")
     if updater.ema:
         checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), tensors["ema"], "averaged weights")
     checkpoint.load_optimizer(updater.optimizer, tensors.get("optimizer", {}), state["optimizer"])
     if updater.scaler is not None and state["scaler"]:
         updater.scaler.load_state_dict(state["scaler"])
+    if updater.release is not None:  # a run that went on without release until now knows no norm to clip by
+        updater.release.before.fill_(state.get("norm_before", 0.0))
     run.table = run.table.restored(tensors["tables"])
     if run.table.start is None and METHODS[run.config.method.method].correction:
         log.info(

@@ -47,12 +47,13 @@ def report(run: Run, status: str, reason: str = "") -> None:
     card.
     """
     model = run.model
-    trained = sum(p.numel() for p in run.updater.parameters)
+    trained = sum(p.numel() for p in model.denoiser.parameters() if p.requires_grad)
     summary = {
         "status": status,
         "reason": reason,
         "steps": run.total,
         "seconds": time.time() - run.started,
+        "processes": run.processes.count,
         "device": device_name(run.device),
         "versions": versions(),
         "model": {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpo.common.stats import share_interval
 from dpo.data.batch import PairBatch
@@ -18,20 +19,28 @@ from dpo.encode import Encoder, Inputs
 from dpo.models.family import Denoise
 from dpo.objective import implicit_accuracy
 from dpo.step import PairStep
+from dpo.training.parallel import Processes
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Encoded validation pairs on the CPU and their reference errors [S, 2, N], win and lose."""
+    """Encoded validation pairs on the CPU and their reference errors [S, 2, N], win and lose.
 
-    batches: list[Inputs]
+    Of several processes each has every count-th batch, and all the same number; what tells of pairs is of all of them.
+    """
+
+    batches: list[Inputs]  # of this process
+    keys: Tensor  # [N] int64
+    labelled: Tensor  # [N] bool: which can be used and have a preferred image
+    sizes: list[int]  # pairs of each batch of all processes, in stored order; they add up to N
     reference_errors: Tensor
     draws: int
     timesteps: Tensor  # [K] int64, the timesteps to draw from
+    processes: Processes
 
 
 @torch.no_grad()
-def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
+def _errors(step: PairStep, batches: list[Inputs], draws: int, sizes: list[int], processes: Processes) -> Tensor:
     """Errors [S, 2, N] (win, lose) of the policy in `step`, for S draws of N pairs, in fp32 or wider, on the device."""
     alone = replace(step, reference=None)
     zero = torch.zeros_like(step.weight)
@@ -41,43 +50,55 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int) -> Tensor:
         for batch in batches:
             x = batch.to(zero.device)
             errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
-            found.append(errors[:2])
-        rows.append(torch.cat(found, dim=1))
-    return torch.stack(rows)
+            found.append(pad(errors[:2], (0, sizes[0] - errors.shape[1])))
+        rows.append(torch.stack(found))  # [rounds, 2, B]
+    every = processes.tensors(torch.stack(rows))  # [processes, S, rounds, 2, B]
+    in_order = every.permute(1, 3, 2, 0, 4).flatten(2, 3)  # [S, 2, batches of all, B]
+    return torch.cat([in_order[:, :, number, :size] for number, size in enumerate(sizes)], dim=2)
 
 
 def encode_held_out(
-    step: PairStep, encoder: Encoder, batches: Iterable[PairBatch], draws: int, reference: Denoise | None
+    step: PairStep,
+    encoder: Encoder,
+    batches: Iterable[PairBatch],
+    draws: int,
+    reference: Denoise | None,
+    processes: Processes | None = None,
 ) -> HeldOut | None:
     """Encodes the held-out pairs and computes their reference errors in `draws` draws; None without a usable pair.
 
-    Without a `reference` (sft, or recorded errors) the policy before its first update stands for it.
+    batches: of this process among `processes`, as `held_out_batches` deals them out. Without a `reference` (sft, or
+    recorded errors) the policy before its first update stands for it.
     """
-    encoded = [encoder.inputs(batch).to("cpu") for batch in batches]
-    if not encoded or not any(x.usable.any() for x in encoded):
+    processes = processes or Processes()
+    encoded, own = [], []
+    for batch in batches:
+        encoded.append(x := encoder.inputs(batch).to("cpu"))
+        own.append((batch.position, x.keys, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
+    by_round = zip(*processes.objects(own), strict=True)
+    there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
+    if not any(usable for _, _, usable in there.values()):
         return None
     if reference is not None:
         step = replace(step, policy=reference)
-    return HeldOut(encoded, _errors(step, encoded, draws), draws, step.path.timesteps)
+    keys, labelled = (torch.cat([pairs[part] for pairs in there.values()]) for part in (0, 1))
+    sizes = [len(pairs[0]) for pairs in there.values()]
+    errors = _errors(step, encoded, draws, sizes, processes)
+    return HeldOut(encoded, keys, labelled, sizes, errors, draws, step.path.timesteps, processes)
 
 
 def differences(step: PairStep, held_out: HeldOut) -> Tensor:
     """d [S, N] of the N labelled pairs (without ties and pairs that cannot be used) in each of S draws, on the CPU."""
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
-    errors = _errors(there, held_out.batches, held_out.draws) - held_out.reference_errors
-    return (errors[:, 0] - errors[:, 1]).cpu()[:, labelled(held_out)]
-
-
-def labelled(held_out: HeldOut) -> Tensor:
-    """Which of the held-out pairs [N] bool can be used and have a preferred image."""
-    usable = torch.cat([x.usable for x in held_out.batches]).bool()
-    return (usable & (torch.cat([x.prob for x in held_out.batches]) > 0.5)).cpu()
+    errors = _errors(there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
+    errors = errors - held_out.reference_errors
+    return (errors[:, 0] - errors[:, 1]).cpu()[:, held_out.labelled]
 
 
 def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
     """The timestep [S, N] int64 of each draw of those pairs, on the CPU."""
     there = replace(step.path, timesteps=held_out.timesteps)
-    keys = torch.cat([x.keys for x in held_out.batches])[labelled(held_out)].to(step.weight.device)
+    keys = held_out.keys[held_out.labelled].to(step.weight.device)
     rows = [there.draw(keys, torch.full_like(keys, draw), step.seed).cpu() for draw in range(held_out.draws)]
     return torch.stack(rows)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from csrc_triton.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit, round_stochastic
+from csrc_triton.adamw8bit import AdamW8bit, round_stochastic
 from csrc_triton.dynamic_map import LEVELS
+from csrc_triton.parts import MIN_8BIT_ELEMENTS
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -131,6 +132,54 @@ def test_scale_clip_and_skip():
     assert all(torch.equal(a, b) for a, b in zip(scaled, plain, strict=True))
 
 
+KINDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "gradient"), KINDS)
+def test_one_parameter_at_a_time_is_the_same_update(dtype, gradient):
+    """In any order, each gradient freed before the next one is there; a skipped update counts nowhere."""
+    whole, parts = parameters(dtype=dtype), parameters(dtype=dtype)
+    for p in (*whole, *parts):
+        p.grad_dtype = gradient
+    one, other = AdamW8bit(whole, lr=1e-2, seed=3), AdamW8bit(parts, lr=1e-2, seed=3)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        skip, clip = torch.tensor([float(step == 1)]), torch.tensor([0.3])
+        for p in whole:
+            p.grad = torch.randn(p.shape, generator=generator).to(gradient)
+        one.step(clip=clip, found_inf=skip)
+        other.begin(found_inf=skip)
+        for key in reversed(range(len(parts))):
+            parts[key].grad = whole[key].grad
+            other.step_one(key, clip=clip, found_inf=skip)
+            parts[key].grad = None
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert all(torch.equal(other.state_tensors()[name], t) for name, t in one.state_tensors().items())
+    assert one.state_tensors()["step"].item() == 3
+
+
+def test_fp32_gradients_of_bf16_weights_are_not_rounded():
+    """The update is that of fp32 weights with the same gradients, rounded once at its end."""
+    (half,) = parameters(((64, 100),), torch.bfloat16)
+    wide = torch.nn.Parameter(half.detach().float())
+    half.grad_dtype = torch.float32
+    half.grad = torch.randn(64, 100, generator=torch.Generator().manual_seed(9))
+    wide.grad = half.grad.clone()
+    AdamW8bit([half], lr=1e-2, seed=7).step()
+    AdamW8bit([wide], lr=1e-2, seed=7).step()
+    assert torch.equal(half.detach().flatten(), round_stochastic(wide.detach().flatten(), key=0, step=1, seed=7))
+
+
+def test_a_gradient_of_another_dtype_is_refused():
+    (weight,) = parameters(((64, 100),), torch.bfloat16)
+    weight.grad_dtype = torch.float32
+    optimizer = AdamW8bit([weight])
+    weight.grad_dtype = None
+    weight.grad = torch.zeros(64, 100)
+    with pytest.raises(AssertionError, match=r"gradient torch.float32 of a torch.bfloat16 parameter"):
+        optimizer.step()
+
+
 def test_learning_rate_tensor_and_memory_formats():
     generator = torch.Generator().manual_seed(0)
     value, grad = torch.randn(2, 16, 24, 3, 5, generator=generator)
@@ -141,3 +190,12 @@ def test_learning_rate_tensor_and_memory_formats():
         AdamW8bit([p], lr=torch.tensor(1e-2)).step()
         results.append(p.detach().contiguous())
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_that_does_not_start_on_16_bytes_is_copied():
+    """DistributedDataParallel packs gradients without gaps; the kernel reads sixteen bytes at a time."""
+    p = torch.nn.Parameter(torch.zeros(6))
+    p.grad = torch.arange(7.0)[1:]
+    assert p.grad.data_ptr() % 16
+    AdamW8bit([p], lr=1.0, weight_decay=0.0).step()
+    assert p.grad.data_ptr() % 16 == 0 and p.grad.tolist() == [1, 2, 3, 4, 5, 6]

@@ -12,5 +12,5 @@ pages.py pages as a parser and a browser see them | judges.py scorers of one's o
 evaluations.py content of an evaluation.json, made up
 drawing.py dpo.sample in the test's own process | labelling.py dpo.label likewise
 browser.py a real browser, driven by its DevTools | votes.py studies of small images, and what serves them
-simulated.py studies voted on by raters with known preferences
+simulated.py studies voted on by raters with known preferences | processes.py several processes of one run
 """

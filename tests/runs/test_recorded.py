@@ -104,6 +104,14 @@ def test_the_logit_at_step_0_is_exactly_0(world, stores, tmp_path, flags):
     assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
 
 
+def test_a_store_in_half_precision_trains_in_another(world, tmp_path):
+    """A store is fp16 and a GPU trains in bf16: autocast refuses to mix the two where SDXL's pooled text meets the sizes."""
+    store, model = tmp_path / "store", ["--model", world("sdxl"), "--data", world("pairs"), "--max-pairs", "8"]
+    assert prepare.main(["--store", str(store), "--dtype", "fp16", "--workers", "0", *model, *FLAGS]) == 0
+    run = make_run(world("sdxl"), str(store), tmp_path / "run", *FLAGS, "--precision", "bf16")
+    assert advance(run, 1)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
 def test_other_batches_show_their_noise(world, stores, tmp_path):
     """Bits may differ with another batch size; the logged noise is small beside a margin of 0.1."""
     run = recorded_run(world, stores("sd15"), tmp_path, "--batch-size", "7")

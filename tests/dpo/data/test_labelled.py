@@ -58,6 +58,10 @@ def test_the_set_of_a_preset_that_is_not_made_yet_is_named_with_what_makes_it():
         UserError, match=r"runs/labels/pickscore: no such file .*; python -m dpo.label makes sets of labels"
     ):
         open_source(parse(["--preset", "sd15-pickscore"])[0].data)
+    with pytest.raises(
+        UserError, match=r"runs/stores/sdxl: no such file .*; python -m dpo.prepare makes prepared stores"
+    ):
+        open_source(parse(["--preset", "sdxl-24gb"])[0].data)
 
 
 def test_a_folder_of_pairs_with_somebody_elses_label_json_is_read_as_ever(tmp_path):

@@ -411,6 +411,13 @@ def test_worker_count():
     assert worker_count(5) == 5 and 0 <= worker_count(-1) <= 8
 
 
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    assert worker_count(-1) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count(-1) == 2 and worker_count(5) == 5
+
+
 def test_small_shared_memory_means_fewer_batches_ahead(monkeypatch, caplog):
     monkeypatch.setattr(os, "statvfs", lambda path: type("Space", (), {"f_bavail": 64, "f_frsize": 1024**2}))
     assert _fit_shared_memory(4, 2, 1024**2) == 4 and not caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -141,3 +142,14 @@ def test_the_browser_would_say_so(dde, tmp_path):
     spoiled = dde.replace("</main>", '<img src="http://x.example/a.png"><p style="width:3000px">wide</p></main>')
     seen, said = look(spoiled, tmp_path, 360)
     assert seen["overflow"] > 2000 and any("Content Security Policy" in line for line in said)
+
+
+def test_updates_that_stand_out_are_named_with_their_command(blank_charts):
+    run = run_of("good")
+    updates = [dict(update) for update in run.updates]
+    updates[40]["grad_norm"] = 90.0
+    spiked = run._replace(updates=updates)
+    text = Page(render(spiked)).text
+    assert "Updates that stand out" in text and "grad norm 90" in text
+    assert f"python -m dpo.replay {shlex.quote(str(run.folder))} --update {updates[40]['step']}" in text
+    assert "Updates that stand out" not in Page(render(run)).text

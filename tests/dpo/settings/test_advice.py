@@ -4,6 +4,7 @@ import pytest
 
 from dpo.settings.advice import headline, warnings
 from dpo.settings.config import change, from_mapping
+from dpo.settings.resolve import dealt
 from tests.dpo.settings.test_config import PAIRED
 
 
@@ -11,7 +12,7 @@ def test_headline():
     cfg = from_mapping(
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
-    line = headline(change(cfg, warmup=10), processes=2)
+    line = headline(dealt(change(cfg, warmup=10), 2), processes=2)
     for part in ("dpo, full UNet", "64 pairs", "4 x 8 x 2", "6.4e-07", "10 updates of warm-up", "beta 2000"):
         assert part in line
     assert "beta" not in headline(change(cfg, method="sft")) and "LoRA of rank 8" in headline(change(cfg, lora=True))
@@ -25,7 +26,8 @@ def test_headline():
         ({"learning_rate": 1e-3}, "noise"),
         ({"method": "dde", "beta": 5000.0, "prediction_type": "epsilon"}, "a tenth"),
         ({"learning_rate": 5e-3, "lora": True}, "noise"),
-        ({"batch_size": 2} | PAIRED, "--accumulation"),
+        ({"batch_size": 2} | PAIRED, "raise --accumulation"),
+        ({"batch_size": 2, "gradient_release": True} | PAIRED, "only a larger --batch-size"),
         (PAIRED | {"validation_fraction": 0.0}, "--validation-fraction"),
         ({"steps": 10, "warmup": 10}, "warm-up"),
         ({"family": "sdxl", "vae_precision": "fp16"}, "overflows in fp16"),

@@ -84,7 +84,15 @@ def test_every_setting_survives_toml_and_mapping(name):
 
 
 def test_a_dropped_caption_of_before_was_the_empty_one():
-    assert of_before({"steps": 3}) == {"seed": 0, "steps": 3, "dropped_caption": "empty"}
+    before = of_before({"steps": 3, "batch_size": 2, "accumulation": 8})
+    assert before == {
+        "seed": 0,
+        "steps": 3,
+        "dropped_caption": "empty",
+        "batch_size": 2,
+        "accumulation": 8,
+        "effective_batch": 16,
+    }
     assert of_before({"dropped_caption": "zeros"})["dropped_caption"] == "zeros"
 
 

@@ -102,7 +102,7 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
     (tmp_path / "config.toml").write_text(to_toml(saved))
     for resume in ("latest", str(tmp_path / "checkpoints" / "step-4")):
         cfg, notes = parse(["--output", str(tmp_path), "--resume", resume, "--steps", "20"])
-        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20)
+        assert cfg == change(saved, overwrite=False, device="auto", resume=resume, steps=20, effective_batch=4)
         assert len(notes) == 1 and "config.toml" in notes[0]
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.toml").write_text("steps = = 3")
@@ -138,19 +138,40 @@ def test_every_preset_parses_resolves_and_trains():
         "sdxl-turbo",
         "sd15-pickscore",
         "sdxl-pickscore",
+        "sdxl-24gb",
+        "sdxl-16gb",
+        "sd15-12gb",
         "dde-study",
         "smoke",
         "tiny",
     } == set(presets())
     for name, title in presets().items():
         cfg, notes = parse(["--preset", name])
-        assert notes == [] and warnings(cfg) == [] and title.endswith("?" if name == "smoke" else ".")
+        few = ["2 pairs an update is few for full fine-tuning"] if name == "sdxl-16gb" else []  # and is said
+        assert [warning.split(" (")[0] for warning in warnings(cfg)] == few
+        assert notes == [] and title.endswith("?" if name == "smoke" else ".")
         assert (cfg.model.model is None) == (name in ("smoke", "tiny"))
         facts = ModelFacts("sdxl" if "sdxl" in name else "sd", "epsilon", turbo="turbo" in name)
         decided, _ = resolve(cfg, facts, DeviceFacts("cpu"))
-        assert "pairs an update" in headline(decided) and warnings(decided) == []
+        assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
-        assert cfg.optim.effective_batch == published.get(name, cfg.optim.effective_batch)
+        published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2}
+        assert cfg.optim.pairs == published.get(name, cfg.optim.pairs)
+
+
+SMALL = [name for name in presets() if name.endswith("gb")]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_preset_for_a_small_gpu_names_the_command_that_makes_its_store(name):
+    """The command in its comments prepares the folder that it reads, with the settings that it trains with."""
+    text = Path(__file__).parents[3].joinpath("dpo", "settings", "presets", f"{name}.toml").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if "python -m dpo.prepare" in line]
+    own, rest = prepare.make_parser().parse_known_args(line.split("dpo.prepare")[1].split())
+    made, trained = flatten(prepare._config(Path(own.store), rest)), flatten(parse(["--preset", name])[0])
+    assert own.reference and own.store == trained["data"] and made["data"] == "liuhuohuo2/pick-a-pic-v2"
+    assert {key for key in made if made[key] != trained[key]} == {"data", "validation_data", "validation_split"}
+    assert (trained["precision"], trained["reference"]) == ("bf16-pure", "recorded")
 
 
 def test_print_config_shows_the_result_and_exits(capsys):
@@ -303,6 +324,23 @@ def test_a_presets_validation_can_be_switched_off():
     config, _ = parse(["--preset", "sd15", "--validation-data", "none", "--validation-fraction", "0"])
     assert config.data.validation_data is None and config.data.validation_fraction == 0.0
     assert parse(["--preset", "sd15"])[0].data.validation_data is not None
+
+
+def test_the_last_word_on_how_large_an_update_is(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text("[optim]\naccumulation = 3\n")
+    sized = lambda *words: (parse(list(words))[0].optim.effective_batch, parse(list(words))[0].optim.accumulation)  # noqa: E731
+    assert sized("--preset", "sd15") == (2048, 1)  # passes follow once the processes are known
+    assert sized("--preset", "sd15", "--batch-size", "8") == (2048, 1)
+    assert sized("--preset", "sd15", "--accumulation", "4") == (None, 4)
+    assert sized("--preset", "sd15", "--gradient_accumulation_steps", "4") == (None, 4)
+    assert sized(*BASE, "--config", str(file)) == (None, 3)
+    assert sized(*BASE, "--config", str(file), "--effective-batch", "12") == (12, 1)
+    file.write_text("[optim]\nbatch_size = 2\naccumulation = 3\neffective_batch = 12\n")  # as a run writes them
+    assert sized(*BASE, "--config", str(file)) == (12, 3)
+    assert sized(*BASE, "--config", str(file), "--accumulation", "5") == (None, 5)
+    with pytest.raises(UserError, match="--effective-batch and --accumulation"):
+        parse([*BASE, "--effective-batch", "8", "--accumulation", "2"])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten, from_mapping
-from dpo.settings.resolve import DeviceFacts, ModelFacts, large_weight, learning_rate, resolve, total_steps
+from dpo.settings.resolve import DeviceFacts, ModelFacts, dealt, large_weight, learning_rate, resolve, total_steps
 
 SDXL = {"family": "sdxl", "beta": 5000.0, "guidance": 5.0, "native_resolution": 1024}
 
@@ -96,6 +96,20 @@ def test_a_prediction_type_that_is_asked_for_beats_the_models():
     assert (cfg.model.prediction_type, cfg.method.beta) == ("v_prediction", 2000.0)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_activations_leave_a_gpu_alone(device):
+    config, notes = decide({"activation_offload": True}, device=device)
+    assert config.runtime.activation_offload == (device == "cuda")
+    assert any("activation_offload has no effect on a CPU" in note for note in notes) == (device == "cpu")
+
+
+def test_gradient_release_is_for_one_process():
+    config = from_mapping({"gradient_release": True})
+    assert dealt(config, 1).optim.gradient_release
+    with pytest.raises(UserError, match="before the gradients of 2 processes are summed: leave it out"):
+        dealt(config, 2)
+
+
 def test_lion_has_its_own_betas_unless_they_are_given():
     cfg, notes = decide({"optimizer": "lion8bit"})
     assert cfg.optim.betas == (0.9, 0.99) and any("lion8bit: betas 0.9 and 0.99" in note for note in notes)
@@ -142,9 +156,9 @@ def test_length_and_rate():
     cfg = from_mapping(
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
-    assert total_steps(cfg, pairs=100) == 7 and total_steps(cfg, pairs=100, processes=2) == 4
+    assert total_steps(cfg, pairs=100) == 7 and total_steps(dealt(cfg, 2), pairs=100) == 4
     assert total_steps(change(cfg, steps=5), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
-    assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(cfg, processes=2) == pytest.approx(6.4e-7)
+    assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(dealt(cfg, 2)) == pytest.approx(6.4e-7)
 
 
 def test_the_weight_of_single_shot_estimation_is_large_on_the_epsilon_error_alone():
@@ -159,3 +173,27 @@ def test_all_that_the_kernels_lack_is_named(there, words):
     asked = change(Config(), kernels="triton")
     with pytest.raises(UserError, match=words):
         resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cpu", triton=there))
+
+
+def test_the_pairs_of_an_update_decide_the_passes_of_each_process():
+    published = from_mapping({"batch_size": 16, "effective_batch": 2048})
+    for processes, passes in ((1, 128), (8, 16), (64, 2)):
+        found = dealt(published, processes).optim
+        assert (found.batch_size, found.accumulation, found.effective_batch) == (16, passes, 2048)
+    own = dealt(from_mapping({"batch_size": 4, "accumulation": 3}), 2)  # counted per process
+    assert own.optim.effective_batch == own.optim.pairs == 24
+    assert dealt(own, 1).optim.accumulation == 6  # a resumed run's is that of its settings
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "words"),
+    [
+        ((16, 2048), 6, ["6 x 16", "4 or 8 processes", "--batch-size", "--effective-batch 2016"]),
+        ((4, 6), 1, ["1 x 4", "--batch-size 2 or 3 or 6", "--effective-batch 8"]),
+        ((4, 2), 2, ["2 x 4", "--batch-size 1 or", "--effective-batch 8"]),
+    ],
+)
+def test_pairs_that_cannot_be_dealt_out_are_refused_with_what_fits(values, processes, words):
+    with pytest.raises(UserError) as caught:
+        dealt(from_mapping(dict(zip(("batch_size", "effective_batch"), values))), processes)
+    assert [word for word in words if word not in str(caught.value)] == [] and "\n" not in str(caught.value)

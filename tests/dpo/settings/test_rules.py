@@ -27,6 +27,17 @@ from tests.dpo.settings.test_resolve import decide
         ({"device": "gpu"}, "cuda:N"),
         ({"device": "cpu", "kernels": "triton"}, "needs a GPU"),
         ({"resume": "latest", "overwrite": True}, "give one"),
+        ({"gradient_release": True, "accumulation": 2}, "--accumulation 1"),
+        ({"gradient_release": True, "optimizer": "adafactor"}, "adamw8bit or adamw"),
+        ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
+        ({"activation_offload": True, "compile": True}, "--compile"),
+        ({"sharding": "on", "lora": True}, "--sharding off"),
+        ({"sharding": "on", "optimizer": "lion8bit"}, "adamw or adamw8bit"),
+        ({"sharding": "on", "optimizer": "adafactor"}, "adamw or adamw8bit"),
+        ({"sharding": "on", "precision": "fp16"}, "bf16-pure"),
+        ({"sharding": "on", "compile": True}, "--compile"),
+        ({"sharding": "on", "gradient_release": True}, "gradient_release"),
+        ({"sharding": "on", "activation_offload": True}, "--activation-offload"),
     ],
 )
 def test_bad_combinations_are_refused_in_one_line(values, words):

@@ -1,5 +1,6 @@
 """dpo.training.build: which reference a run has, what its policy trains, and what is refused first."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,19 @@ def test_adapters_against_the_policy_without_them(build):
     run = build("--lora", "--rank", "2")
     assert run.step.reference is not None and all("lora_" in name for name in run.updater.names)
     assert run.speed.pair_flops < build().speed.pair_flops  # no gradient of the weights
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_of_bf16_weights_are_fp32_where_they_are_summed(build, caplog, passes):
+    caplog.set_level(logging.INFO, "dpo")
+    run = build("--precision", "bf16-pure", "--accumulation", str(passes))
+    assert {p.grad_dtype for p in run.updater.parameters} == {torch.float32 if passes > 1 else torch.bfloat16}
+    assert ("gradients of bf16 weights are summed in fp32" in caplog.text) == (passes > 1)
+
+
+def test_gradient_release_is_said(build, caplog):
+    caplog.set_level(logging.INFO, "dpo")
+    assert build("--gradient-release").updater.release is not None and "first is not clipped" in caplog.text
 
 
 def test_a_supervised_run_has_no_reference(build):

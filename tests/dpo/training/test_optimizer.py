@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dpo.training.optimizer import Updater, averaging_decay, build, learning_rate
+from dpo.training.optimizer import Updater, accumulate_in_fp32, averaging_decay, build, learning_rate
 
 
 def lr(step: int, scheduler: str = "constant", **options) -> float:
@@ -141,6 +141,31 @@ def test_parameters_without_a_gradient_are_left_alone():
     before = made.parameters[0].detach().clone()
     made.update(0.1, made.grad_norm(1.0))
     assert torch.equal(made.parameters[0].detach(), before)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_gradients_of_bf16_weights_are_summed_in_fp32(wide):
+    """64 micro-batches beside the float64 sum of the same gradients: in bf16 the sum is off by 0.8 %."""
+    weight = torch.nn.Parameter(torch.randn(40, 60, generator=torch.Generator().manual_seed(0)).bfloat16())
+    assert not wide or accumulate_in_fp32([weight]) == 4 * weight.numel()
+    made = Updater(["w"], [weight], adam("adamw8bit", [weight]), 1.0)
+    exact = torch.zeros(40, 60, dtype=torch.float64)
+    for step in range(64):
+        gradient = (0.02 + 0.01 * torch.randn(40, 60, generator=torch.Generator().manual_seed(step))).bfloat16()
+        exact += gradient.double()
+        made.backward((weight * gradient).sum())
+    error = ((weight.grad.double() - exact).norm() / exact.norm()).item()
+    assert error < 1e-6 if wide else error > 5e-3, error
+    norm = made.grad_norm(0.5)
+    assert norm.item() == pytest.approx(2 * exact.norm().item(), rel=1e-6 if wide else 0.1)
+    before = weight.detach().clone()
+    made.update(1e-2, norm)
+    assert weight.dtype == torch.bfloat16 and not torch.equal(weight, before) and weight.grad is None
+
+
+def test_gradients_of_fp32_weights_stay_as_they_are():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    assert accumulate_in_fp32([weight]) == 0 and weight.grad_dtype == torch.float32
 
 
 # --- averaged weights -------------------------------------------------------------------------------------------------

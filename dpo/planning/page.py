@@ -1,0 +1,97 @@
+"""A plan in words: what the command prints."""
+
+from __future__ import annotations
+
+from dpo.common.console import duration
+from dpo.planning.asked import Asked
+from dpo.planning.cuda import CARDS, GIB
+from dpo.planning.fitting import Fitted
+from dpo.planning.work import Plan, fits
+
+WIDTH = 13
+
+
+def page(plan: Plan, asked: Asked) -> list[str]:
+    """The lines on a plan."""
+    config, taken = plan.config, plan.taken
+    processes = f" x {asked.processes} processes" if asked.processes > 1 else ""
+    optim = config.optim
+    trained = "LoRA" if config.lora.lora else "all weights"
+    update = f"{_count(optim.batch_size, 'pair')} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    where = "on a GPU (not measured)" if plan.gpu else "on the CPU"
+    rows = [
+        ("run", f"{config.model.model}, method {config.method.method}"),
+        ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {config.data.resolution} pixels"),
+        ("", f"{update} = {_count(plan.nominal, 'pair')} an update"),
+        ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
+        ("FLOPs", f"{_flops(plan.pair_flops)} a pair"),
+        *(("", f"  {name:<38}{_flops(value):>12}") for name, value in plan.flops.items()),
+        ("memory", f"{plan.peak / GIB:.2f} GiB at the peak of an update, {where}"),
+        *(("", f"  {name:<38}{value / GIB:>8.2f} GiB") for name, value in plan.memory.items()),
+    ]  # fmt: skip
+    if config.runtime.sharding == "on" and asked.processes > 1:
+        rows.append(("", "  --sharding is not counted: these are whole weights, gradients and states"))
+    if plan.gpu:
+        rows.append(("fits", ", ".join(f"{card} GB {'yes' if fits(plan, card) else 'no'}" for card in CARDS)))
+    rows.append(("time", _time(plan, asked)))
+    rows.append(("disk", ""))
+    rows += [("", f"  {name}: {_bytes(value)}") for name, value in plan.disk.items()]
+    return [_row(name, text) for name, text in rows]
+
+
+def largest_line(found: Plan | None, card: float) -> str:
+    """The line on the largest micro-batch for a card of so many GB."""
+    if found is None:
+        return _row("largest", f"not one pair fits {card:g} GB")
+    optim = found.config.optim
+    flags = f"--batch-size {optim.batch_size} --accumulation {optim.accumulation}"
+    return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB)")
+
+
+def cheapest_lines(found: Fitted | None, card: float) -> list[str]:
+    """The lines on what makes it fit a card of so many GB."""
+    if found is None:
+        return [_row("to fit", f"no change that is known here makes it fit {card:g} GB")]
+    told = f"{card:g} GB, the cheapest change ({found.plan.peak / GIB:.2f} GiB):"
+    return [_row("to fit", told), *(_row("", f"  {one.flags}: {one.cost}") for one in found.changes)]
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<{WIDTH}}{text}".rstrip()
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _flops(value: float) -> str:
+    scale, unit = next((s, u) for s, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (0, "FLOP")) if value >= s)
+    return f"{value / (scale or 1):.2f} {unit}"
+
+
+def _bytes(value: float) -> str:
+    scale, unit = next(
+        (s, u) for s, u in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "bytes")) if value >= s
+    )
+    return f"{value / (scale or 1):.1f} {unit}" if scale else f"{value:.0f} {unit}"
+
+
+def _time(plan: Plan, asked: Asked) -> str:
+    if plan.speed is None or plan.seconds is None:
+        return "name the --gpu, or a run that was --measured, for hours"
+    text = f"{plan.speed.told}: {plan.speed.pairs_per_s:.3g} pairs/s, {_seconds(plan.seconds)} an update"
+    if plan.steps is None:
+        return f"{text}; give --pairs for the number of updates"
+    hours = plan.steps * plan.seconds / 3600
+    text += f"; {plan.steps:,} updates ({plan.steps * plan.nominal:,} pairs) take {_hours(hours)}"
+    if asked.price is None:
+        return text
+    return f"{text} and cost {hours * asked.price * asked.processes:,.2f} at {asked.price:g} an hour"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 120 else duration(value)
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.1f} hours" if value >= 1 else _seconds(3600 * value)

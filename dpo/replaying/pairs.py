@@ -1,0 +1,171 @@
+"""The pairs of an update, and the share of its gradient that each of them has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.data.batch import PairBatch
+from dpo.data.order import Order, Place, run_order
+from dpo.encode import Inputs
+from dpo.models.family import TextEncoding
+from dpo.objective import SHAPES, PairTerms, slope
+from dpo.training.run import Run
+
+SHARE = (
+    "a pair's share: the norm of its own gradient over the sum of those of all measured pairs; "
+    "cosine: with the gradient of the update, below 0 it pulled against it"
+)
+
+
+@dataclass
+class OnePair:
+    """A pair of an update. Figures that are not finite are nan; those of a pair that was not measured are None."""
+
+    key: int
+    caption: str  # as it was trained; empty where it was dropped
+    dropped: bool
+    timestep: int
+    difference: float  # d, below 0 where the policy prefers the winner
+    logit: float
+    loss: float
+    pull: float  # |dloss/dlogit| times the method's weight at the timestep; the loss itself without a logit
+    prob: float  # that "win" is preferred
+    usable: bool
+    index: int  # in the source
+    place: Place  # of its micro-batch
+    gradient_norm: float | None = None  # of its own part in the update's gradient
+    cosine: float | None = None
+    share: float | None = None
+    images: dict[str, str] = field(default_factory=dict)  # where win and lose lie, in words
+
+    def row(self) -> dict[str, Any]:
+        """As JSON: numbers that are not finite are None, and the key is text, which no reader rounds."""
+        texts = ("caption", "dropped", "timestep", "prob", "usable", "images")
+        figures = ("difference", "logit", "loss", "pull", "gradient_norm", "cosine", "share")
+        names = (*texts, *figures)
+        values = {name: getattr(self, name) for name in names}
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return {"key": str(self.key), **numbers, "measured": self.gradient_norm is not None}
+
+
+def measured(run: Run, top: int | None = None) -> list[OnePair]:
+    """The pairs of the run's next update, those with the largest share first. The run is left as it was.
+
+    One pass over the update gives the figures of all pairs and the update's gradient. A second one gives each pair's own
+    gradient, from a forward and a backward of that pair alone: about the cost of the update again. With `top` only so
+    many pairs have theirs, those that pull most. A pair whose loss or gradient is not finite comes first.
+    """
+    parameters = run.updater.parameters
+    scale = 1.0 if run.updater.scaler is None else float(run.updater.scaler.get_scale())  # fp16 gradients would vanish
+    correction = run.correction()
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    found: list[OnePair] = []
+    for place, batch in _batches(run):
+        inputs = run.encoder.inputs(batch)
+        terms = run.step(inputs, correction, recorded=batch.recorded)
+        grads = torch.autograd.grad(terms.loss.sum() * (scale / run.nominal), parameters, allow_unused=True)
+        for sum_, grad in zip(total, grads, strict=True):
+            if grad is not None:
+                sum_ += grad
+        found += _figures(run, place, batch, terms)
+    usable = [pair for pair in found if pair.usable]
+    chosen = sorted(usable, key=lambda pair: -_rank(pair.pull))[:top]
+    wanted = {id(pair) for pair in chosen}
+    size = _norm(total)
+    number = iter(found)
+    for _, batch in _batches(run):
+        mine = list(islice(number, len(batch)))
+        if not any(id(pair) in wanted for pair in mine):
+            continue
+        inputs = run.encoder.inputs(batch)
+        for i, pair in enumerate(mine):
+            if id(pair) not in wanted:
+                continue
+            recorded = None if batch.recorded is None else batch.recorded[:, i : i + 1]
+            loss = run.step(alone(inputs, i), correction, recorded=recorded).loss.sum()
+            grads = torch.autograd.grad(loss * (scale / len(usable)), parameters, allow_unused=True)
+            norm = _norm(grads)
+            pair.gradient_norm = norm / scale
+            pair.cosine = _dot(grads, total) / (norm * size) if norm and size else 0.0
+    norms = [pair.gradient_norm for pair in chosen if pair.gradient_norm is not None]
+    whole = sum(norm for norm in norms if math.isfinite(norm))
+    for pair, norm in zip(chosen, norms, strict=True):
+        pair.share = (norm / whole if whole else 0.0) if math.isfinite(norm) else math.nan
+    return sorted(found, key=lambda pair: (not pair.usable, -_rank(pair.gradient_norm), -_rank(pair.pull)))
+
+
+def alone(x: Inputs, i: int) -> Inputs:
+    """Pair `i` of a micro-batch as a micro-batch of its own."""
+    both = torch.tensor([i, x.keys.numel() + i], device=x.latent_mean.device)
+    one = slice(i, i + 1)
+    return Inputs(
+        keys=x.keys[one],
+        draws=x.draws[one],
+        prob=x.prob[one],
+        usable=x.usable[one],
+        latent_mean=x.latent_mean[both],
+        latent_std=x.latent_std[both],
+        text=TextEncoding(x.text.hidden[one], None if x.text.pooled is None else x.text.pooled[one]),
+        micro=None if x.micro is None else x.micro[both],
+    )
+
+
+def keys_between(run: Run, first: int, last: int) -> set[int]:
+    """The keys of the pairs of updates `first` to `last`, none of which is made yet. Reads pairs, decodes nothing."""
+    start = run.position + (first - 1 - run.done) * run.nominal
+    stop = run.position + (last - run.done) * run.nominal
+    places = run_order(run.source, Order(run.config.runtime.seed, start, run.config.optim.batch_size, stop))
+    return {run.source[i].key for place in places for i in place.indices}
+
+
+def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
+    """The micro-batches of the run's next update, and where each stands."""
+    order = Order(run.config.runtime.seed, run.position, run.config.optim.batch_size, run.position + run.nominal)
+    with closing(run.batches()) as batches:
+        yield from zip(run_order(run.source, order), batches, strict=False)  # the batches have no end
+
+
+def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list[OnePair]:
+    shape = run.step.shape
+    if shape is None:
+        pull = terms.loss.detach()
+    else:
+        prob = batch.prob.to(terms.logit.device, terms.logit.dtype)
+        pull = slope(terms.logit, prob, SHAPES[shape]).abs() * run.step.weight[terms.timesteps]
+    names = (terms.timesteps, terms.difference, terms.logit, terms.loss, pull)
+    rows = torch.stack([value.detach().double() for value in names], dim=1).tolist()
+    return [
+        OnePair(
+            key=key, caption=caption, dropped=dropped, timestep=int(t), difference=d, logit=z, loss=loss, pull=pull_,
+            prob=prob_, usable=usable > 0, index=index, place=place,
+        )
+        for key, caption, dropped, (t, d, z, loss, pull_), prob_, usable, index in zip(
+            batch.keys.tolist(), batch.captions, batch.dropped.tolist(), rows, batch.prob.tolist(), batch.usable.tolist(),
+            place.indices, strict=True,
+        )
+    ]  # fmt: skip
+
+
+def _rank(value: float | None) -> float:
+    """A number to sort by: what is not finite above all, what was not measured below."""
+    if value is None:
+        return -1.0
+    return value if math.isfinite(value) else math.inf
+
+
+def _norm(grads: list[Tensor] | tuple[Tensor | None, ...]) -> float:
+    squares = [grad.double().square().sum() for grad in grads if grad is not None]
+    return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
+
+
+def _dot(grads: tuple[Tensor | None, ...], total: list[Tensor]) -> float:
+    parts = [(g.double() * t.double()).sum() for g, t in zip(grads, total, strict=True) if g is not None]
+    return float(torch.stack(parts).sum()) if parts else 0.0

@@ -1,0 +1,84 @@
+"""The dry run takes what the real step takes: bytes within 2 % of what torch's allocator reports, FLOPs exactly."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measuring import peak_of_update
+from dpo.models import offload
+from dpo.planning import work
+from dpo.settings.flags import parse
+from dpo.train import train_step
+from dpo.training.memory import ATTENTION
+from tests.help.running import QUIET, advance, make_run
+
+CASES = [
+    ("sd15", []),
+    ("sdxl", ["--lora", "--accumulation", "2", "--checkpointing", "on"]),
+]
+REST = [
+    ("sd15", ["--optimizer", "adafactor", "--ema", "0.99", "--method", "dde", "--accumulation", "2"]),
+    ("sd2v", ["--method", "dde-step"]),
+    ("sdxl", ["--flip", "--gradient-release"]),
+    ("sdxl", ["--optimizer", "adamw8bit", "--checkpointing", "mid_block"]),
+    ("sd15", ["--method", "sft"]),
+]
+
+
+def dry(config):
+    return work.planner(train_step)(config)
+
+
+@pytest.mark.parametrize(("kind", "flags"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
+def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, kind, flags):
+    flags = ["--batch-size", "8", "--resolution", "64", *QUIET, "--device", "cpu", *flags]
+    config, _ = parse(["--model", world(kind), "--data", world("pairs"), *flags])
+    _, taken = dry(config)
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *flags)
+    advance(run, 1)
+    assert peak_of_update(run) == pytest.approx(taken.peak, rel=0.02)
+    batches = run.batches()
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        train_step(run, itertools.islice(batches, run.config.optim.accumulation))
+    batches.close()
+    assert counter.get_total_flops() == sum(taken.flops.values()) * run.nominal
+    assert taken.trained == sum(p.numel() for p in run.updater.parameters)
+    assert taken.averaged_bytes == sum(e.nbytes for e in run.updater.ema)
+
+
+def planned(world, kind: str, *flags: str):
+    config, _ = parse(["--model", world(kind), "--data", world("pairs"), "--batch-size", "2", *flags])
+    return dry(config)
+
+
+def test_on_a_gpu_each_saving_saves_what_it_should(world):
+    """Decided as on a GPU: kernels, 8-bit states, bf16; then one change at a time, by kind of memory."""
+    config, usual = planned(world, "sdxl")
+    assert (config.runtime.kernels, config.optim.optimizer, config.runtime.precision) == ("triton", "adamw8bit", "bf16")
+    assert usual.parts["weights"] > 1.8 * usual.parts["reference"] > 0  # fp32 against bf16 under autocast
+    assert usual.parts["VAE and text encoders"] and usual.flops["VAE"] and usual.flops["reference's forward"]
+    _, store = planned(world, "sdxl", "--data-format", "store", "--reference", "recorded", "--activation-offload")
+    assert not {"VAE", "text encoders", "reference's forward"} & {name for name, value in store.flops.items() if value}
+    assert "reference" not in store.parts and "VAE and text encoders" not in store.parts
+    assert store.peak < usual.peak and store.trained == usual.trained
+    assert store.flops["backward"] == usual.flops["backward"]
+    assert offload.on_host.__name__ == "on_host" and torch.ones(2).add(1).tolist() == [2, 2]  # nothing is left behind
+
+
+@pytest.mark.slow
+def test_plain_torch_saves_more_for_backward_than_the_kernels(world):
+    """Under CUDA's autocast norms run in fp32, and what they save is twice as large."""
+    taken = {kernels: planned(world, "sd15", "--kernels", kernels)[1] for kernels in ("triton", "torch")}
+    assert taken["torch"].peak > 1.1 * taken["triton"].peak
+    assert taken["torch"].flops == taken["triton"].flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adamw", "adamw8bit"])
+def test_every_optimizer_has_its_states(optimizer):
+    _, taken = dry(work.prepared(parse(["--batch-size", "2", "--optimizer", optimizer, "--ema", "0.9"])[0])[0])
+    each = {"lion8bit": 1, "adamw": 8}.get(optimizer, 2)
+    assert taken.state_bytes == pytest.approx(each * taken.trained, rel=0.1)  # small tensors keep fp32 moments
+    assert taken.averaged_bytes == 4 * taken.trained

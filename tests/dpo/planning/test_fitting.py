@@ -1,0 +1,74 @@
+"""The largest micro-batch and the cheapest changes, on a step whose memory is a formula."""
+
+import pytest
+
+from dpo.planning import fitting, work
+from dpo.planning.asked import Asked
+from dpo.planning.cuda import room
+from dpo.settings.config import Config, change
+from dpo.settings.resolve import dealt
+from tests.dpo.planning.test_work import GIB, TAKEN
+
+CONFIG = change(
+    Config(), batch_size=16, accumulation=4, device="cuda", precision="bf16", optimizer="adamw8bit", reference="copy"
+)
+
+
+def dry(config):
+    """10 GiB, 4 of the VAE, 5 of the reference; 1 a pair, a quarter of it with checkpointing."""
+    pair = 0.25 if config.runtime.checkpointing == "on" else 1.0
+    fixed = 10 + 4 * (config.data.data_format != "store") + 5 * (config.runtime.reference == "copy")
+    fixed -= 4 * (config.runtime.precision == "bf16-pure")
+    peak = int((fixed + pair * config.optim.batch_size) * GIB)
+    return dealt(config, 1), TAKEN.__class__(**{**vars(TAKEN), "peak": peak, "parts": {}})
+
+
+@pytest.mark.parametrize("card", [24, 40, 80])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
+    found = fitting.largest(CONFIG, Asked(), dry, card)
+    size = found.config.optim.batch_size
+    assert found.peak <= room(card) and size * found.config.optim.accumulation >= 64
+    one_more = work.plan(change(CONFIG, batch_size=size + 1), Asked(), dry)
+    assert size == 64 or not work.fits(one_more, card)
+
+
+def test_an_update_inside_backward_stays_one_pass():
+    config = change(CONFIG, batch_size=2, accumulation=1, gradient_release=True)
+    optim = fitting.largest(config, Asked(), dry, 40).config.optim
+    assert optim.accumulation == 1 and optim.batch_size > 2
+    assert fitting._with(config, fitting.CHANGES[:2], Asked(), dry).plan.nominal == 1
+
+
+def test_no_pair_fits_a_card_that_is_too_small():
+    assert fitting.largest(CONFIG, Asked(), dry, 16) is None
+
+
+@pytest.mark.parametrize(
+    ("card", "wanted"),
+    [
+        (40, ["--batch-size"]),  # 20 of 39.3 GiB instead of 35: the first change that is enough
+        (24, ["--batch-size"]),
+        (20, ["--batch-size", "a prepared store"]),
+        (16, ["--batch-size", "a prepared store", "--reference"]),
+    ],
+)
+def test_the_cheapest_changes_come_first_and_none_is_needless(card, wanted):
+    told = []
+    config = change(CONFIG, batch_size=32)
+    found = fitting.cheapest(config, Asked(), dry, card, told.append)
+    assert [next(w for w in wanted if one.flags.startswith(w)) for one in found.changes] == wanted
+    assert work.fits(found.plan, card) and told
+    for left_out in found.changes:
+        rest = fitting._with(config, [one for one in found.changes if one is not left_out], Asked(), dry)
+        assert not work.fits(rest.plan, card)
+
+
+def test_what_cannot_fit_is_said():
+    assert fitting.cheapest(CONFIG, Asked(), dry, 4, lambda line: None) is None
+
+
+def test_every_change_goes_with_the_settings_it_is_made_on():
+    config = change(Config(), model="m", data="d", batch_size=2, device="cuda", reference="copy", optimizer="adamw")
+    made = fitting._with(config, fitting.CHANGES, Asked(), dry)
+    assert {one.flags for one in made.changes} == {one.flags for one in fitting.CHANGES}
+    assert fitting._with(made.plan.config, fitting.CHANGES, Asked(), dry).changes == ()

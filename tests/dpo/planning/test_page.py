@@ -1,0 +1,44 @@
+"""What the command prints."""
+
+from dpo.planning import fitting, page
+from dpo.planning.asked import Asked
+from dpo.settings.config import change
+from tests.dpo.planning.test_fitting import dry
+from tests.dpo.planning.test_work import CONFIG, plan
+
+
+def lines(**asked) -> str:
+    return "\n".join(page.page(plan(**asked), Asked(**asked)))
+
+
+def test_a_plan_says_each_part():
+    text = lines(gpu="H100", price=2.0, mfu=0.5)
+    for words in ("4 pairs x 8 passes = 32 pairs an update", "1,000 in the denoiser, 900 trained", "7.00 TFLOP a pair"):
+        assert words in text
+    assert "policy, recomputed" in text and "not measured" in text and "estimate" in text
+    assert "12 GB yes" in text and "70.7 pairs/s" in text and "10 updates (320 pairs) take 4.53 s and cost 0.00" in text
+
+
+def test_without_a_gpu_it_says_what_hours_need():
+    assert "name the --gpu, or a run that was --measured" in lines()
+    text = "\n".join(page.page(plan(change(CONFIG, steps=None, epochs=1.0), gpu="H100"), Asked(gpu="H100")))
+    assert "give --pairs" in text
+
+
+def test_costs_count_every_gpu():
+    one, two = (plan(gpu="H100", price=100000.0, processes=n) for n in (1, 2))
+    cost = [
+        float(next(line for line in page.page(found, Asked(gpu="H100", price=100000.0, processes=n)) if " cost " in line)
+        .split(" cost ")[1].split()[0].replace(",", ""))
+        for n, found in ((1, one), (2, two))
+    ]  # fmt: skip
+    assert cost[0] > 0 and abs(cost[1] - 2 * cost[0]) < 1  # twice the pairs an update, on twice the GPUs
+
+
+def test_what_fits_is_said_in_flags():
+    best = fitting.largest(CONFIG, Asked(), dry, 40)
+    assert f"--batch-size {best.config.optim.batch_size} " in page.largest_line(best, 40)
+    assert page.largest_line(None, 12).endswith("not one pair fits 12 GB")
+    found = fitting.cheapest(change(CONFIG, reference="copy", batch_size=32), Asked(), dry, 24, lambda line: None)
+    assert any(one.flags in "\n".join(page.cheapest_lines(found, 24)) for one in found.changes)
+    assert "no change" in page.cheapest_lines(None, 4)[0]

@@ -1,0 +1,102 @@
+"""Hours, disk and cards, from what a step takes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.planning import work
+from dpo.planning.asked import Asked, peak_of
+from dpo.planning.dry import Taken
+from dpo.settings.config import Config, change
+from dpo.settings.resolve import dealt
+from tests.help.worlds import make_pickapic
+
+GIB = 2**30
+TAKEN = Taken(
+    peak=10 * GIB,
+    parts={"weights": 4 * GIB, "optimizer": 2 * GIB, "backward": GIB},
+    flops={"activations": 2e12, "backward": 4e12, "recompute": 1e12, "VAE": 0.0},
+    total=1000,
+    trained=900,
+    trained_bytes=3600,
+    state_bytes=1800,
+    averaged_bytes=0,
+    model_bytes=8000,
+    stored_bytes=500,
+)
+CONFIG = change(Config(), batch_size=4, accumulation=8, steps=10, device="cuda")
+
+
+def plan(config=CONFIG, pairs=None, **asked):
+    return work.plan(config, Asked(**asked), lambda config: (dealt(config, asked.get("processes", 1)), TAKEN), pairs)
+
+
+def test_hours_follow_from_flops_and_a_share_of_the_peak():
+    found = plan(gpu="H100", mfu=0.5)
+    assert found.pair_flops == 7e12 and found.flops["policy, recomputed"] == 1e12 and "VAE" not in found.flops
+    assert found.speed.pairs_per_s == pytest.approx(0.5 * 989.4e12 / 7e12)
+    assert found.seconds == pytest.approx(32 / found.speed.pairs_per_s) and "not measured" in found.speed.told
+    assert plan(gpu="H100", mfu=0.5, processes=4).speed.pairs_per_s == pytest.approx(4 * found.speed.pairs_per_s)
+    assert plan().speed is None and plan().seconds is None
+
+
+def test_measured_hours_are_a_runs_own(tmp_path):
+    lines = [{"step": 1, "pairs_per_s": 1.0}, {"event": "validation"}, *({"pairs_per_s": 8.0 + i} for i in range(3))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert plan(measured=str(tmp_path)).speed.pairs_per_s == 9.0
+    with pytest.raises(UserError, match="--measured"):
+        plan(measured=str(tmp_path / "nowhere"))
+
+
+def test_parts_add_up_to_the_peak_and_what_no_tensor_shows():
+    memory = plan().memory
+    assert (
+        memory["temporary"] == 4 * GIB
+        and sum(value for name, value in memory.items() if "estimate" not in name) == 10 * GIB
+    )
+    assert plan().peak > 10 * GIB
+    on_cpu = plan(change(CONFIG, device="cpu"))
+    assert on_cpu.peak == 10 * GIB and not on_cpu.gpu
+    assert [work.fits(plan(), card) for card in (11, 12, 16)] == [False, True, True]
+
+
+def test_disk_is_that_of_the_set_where_its_size_is_known():
+    each, every = plan().disk, plan(pairs=1000, draws=3).disk
+    assert [*each.values()][:2] == [500, 32] and [*every.values()][:2] == [500_000, 24_000]
+    assert each["checkpoints, 2 kept"] == 2 * 5400 and each["result"] == 8000
+    assert plan(change(CONFIG, checkpoints_limit=0)).disk["each checkpoint (all are kept)"] == 5400
+
+
+def test_updates_of_epochs_want_the_number_of_pairs():
+    epochs = change(CONFIG, steps=None, epochs=2.0)
+    assert plan(epochs).steps is None and plan(epochs, pairs=160).steps == 10 and plan().steps == 10
+
+
+def test_a_recorded_reference_comes_with_a_store(world):
+    config = change(Config(), model=world("sd15"), data=world("pairs"), reference="recorded")
+    assert work.prepared(config)[0].data.data_format == "store"
+    assert work.prepared(change(config, reference="auto"))[1] is None
+
+
+def test_a_store_says_its_pairs_and_its_resolution(world, tmp_path):
+    from dpo import prepare
+
+    pairs, store = make_pickapic(tmp_path / "pairs", 8, 0), str(tmp_path / "store")
+    flags = ["--model", world("sd15"), "--data", str(pairs), "--resolution", "16", "--workers", "0", "--flip"]
+    assert prepare.main(["--store", store, *flags]) == 0
+    config, count = work.prepared(change(Config(), model=world("sd15"), data=store))
+    assert (config.data.data_format, config.data.resolution) == ("store", 16) and 0 < count <= 8
+
+
+def test_gpus_are_known_by_a_part_of_their_name():
+    assert peak_of("H100") == 989.4 and peak_of("4090") == peak_of("RTX 4090") == 165.2
+    with pytest.raises(UserError, match="--gpu X9: its peak is not known; one of: GB200"):
+        peak_of("X9")
+
+
+def test_a_plan_as_json_is_plain_values():
+    found = json.loads(json.dumps(work.as_json(plan(gpu="A100"))))
+    assert found["peak"] == plan().peak and found["updates"] == 10 and found["fits"]["24"] is True
+    assert dataclasses.replace(plan(), speed=None).seconds is None

@@ -1,0 +1,65 @@
+"""The command: a plan of the embedded world, its JSON, and mistakes in one line."""
+
+import json
+
+import pytest
+
+from dpo import plan
+
+
+def test_a_plan_is_printed_and_written(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    flags = ["--gpu", "RTX 4090", "--mfu", "0.2", "--pairs", "500", "--lora", "--batch-size", "2", "--json", str(file)]
+    assert plan.main(flags) == 0
+    told = capsys.readouterr()
+    for words in ("LoRA", "at 20% of the peak of RTX 4090", "500 pairs", "24 GB yes", "pairs/s"):
+        assert words in told.out
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["trained"] < found["parameters"] == 3_827_092 + found["trained"]
+    assert (
+        found["pairs_per_update"] == 2
+        and found["seconds_per_update"] > 0
+        and sum(found["memory"].values()) == found["peak"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gpu", "X9"], "--gpu X9: its peak is not known"),
+        (["--memroy", "24"], "did you mean --memory?"),
+        (["--batch-szie", "2"], "did you mean --batch-size?"),
+        (["--mfu", "2"], "2 is not between 0 and 1"),
+        (["--price", "nan"], "nan is not above 0"),
+        (["--processes", "0"], "0 is not above 0"),
+        (["--pairs", "many"], "invalid"),
+        (["--measured", "nowhere"], "name the --output of a run"),
+        (["--model", "nobody/nothing", "--data", "d"], "cannot get the configs of nobody/nothing"),
+        (["--model", "stabilityai/stable-diffusion-xl-base-1.0"], "no pairs to train on"),
+        (["--device", "cpu", "--memory", "24"], "leave out --device cpu"),
+        (["--json", "nowhere/plan.json"], "nowhere"),
+    ],
+)
+def test_a_mistake_costs_one_line(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plan.main(flags) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and said in told.err and told.err.startswith("dpo.plan: ")
+    assert told.out == ""
+
+
+@pytest.mark.slow
+def test_a_card_that_is_too_small_is_answered_with_changes(capsys):
+    assert plan.main(["--preset", "sd15", "--resolution", "256", "--memory", "16"]) == 0
+    told = capsys.readouterr()
+    assert "largest      " in told.out and "to fit       16 GB, the cheapest change" in told.out and "tried" in told.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "below"), [("sdxl-24gb", 23.0), ("sdxl-16gb", 14.6), ("sd15-12gb", 11.6)])
+def test_presets_for_small_gpus_fit_them(preset, below, tmp_path, capsys):
+    """From the real step on fake tensors, with the estimates of what no tensor shows."""
+    assert plan.main(["--preset", preset, "--json", str(tmp_path / "plan.json")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert found["peak"] / 2**30 < below
+    assert found["fits"][{"sdxl-24gb": "24", "sdxl-16gb": "16", "sd15-12gb": "12"}[preset]]

@@ -1,0 +1,68 @@
+"""Invariant: nothing in a micro-step waits for the device.
+
+Shown without a GPU: the micro-step runs on fake tensors, which have no values, so whatever would read one (.item(), a
+branch on a tensor, a mask as an index) raises.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from dpo.methods import METHODS
+from tests.help.running import make_run
+
+WAITS = (DataDependentOutputException, DynamicOutputShapeException)
+PATHS = {
+    "dpo": [],
+    "dde": ["--method", "dde"],
+    "sft": ["--method", "sft"],
+    "lora with dropout": ["--lora", "--lora-dropout", "0.5"],
+    "bf16 autocast": ["--precision", "bf16"],
+    "checkpointing": ["--checkpointing", "on"],
+}
+
+
+def micro_step(run):
+    """One micro-step of `run` on fake tensors, gradients and figures included."""
+    batches = run.batches()
+    inputs, correction, rate = run.encoder.inputs(next(batches)), run.correction(), run.learning_rate()
+    batches.close()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def faked(value):
+            return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+        inputs = inputs._replace(
+            **{name: faked(value) for name, value in inputs._asdict().items() if name != "text"},
+            text=type(inputs.text)(*map(faked, inputs.text)),
+        )
+        terms = run.step(inputs, faked(correction))
+        run.updater.backward(terms.loss.sum() / run.nominal, rate, 1.0)
+        run.table.gather(terms.table_sum, terms.table_count)
+        run.metrics.add(terms, inputs.prob, inputs.usable)
+
+
+@pytest.mark.parametrize("flags", PATHS.values(), ids=PATHS)
+def test_no_method_waits_for_the_device(world, tmp_path, flags):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", *flags)
+    micro_step(run)
+    assert any(p.grad is not None for p in run.updater.parameters)  # it went to the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in PATHS])
+def test_no_other_table_waits_for_the_device(world, tmp_path, method):
+    """These methods differ from the ones above by the values of their tables."""
+    micro_step(make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--method", method))
+
+
+@pytest.mark.parametrize("kind", ["sd2v", "sdxl", pytest.param("sdxl-turbo", marks=pytest.mark.slow)])
+def test_no_family_waits_for_the_device(world, tmp_path, kind):
+    micro_step(make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2"))
+
+
+@pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x[x > 0]])
+def test_a_wait_raises(wait):
+    """The tests above can fail."""
+    with FakeTensorMode(), pytest.raises(WAITS):
+        wait(torch.zeros(2))

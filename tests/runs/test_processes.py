@@ -1,0 +1,367 @@
+"""One run on several processes: the same training as on one, whole checkpoints, and one clear end."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo import prepare
+from dpo.common.errors import UserError
+from dpo.train import train_step
+from dpo.training import build, validation
+from dpo.training.state import snapshot
+from tests.help.commands import command
+from tests.help.processes import codes, commands, end, free_port, together
+from tests.help.running import advance, everything, make_run, weights
+from tests.help.worlds import make_pickapic
+
+EXACT = ["--precision", "fp64", "--learning-rate", "1e-4", "--eps", "1e-4", "--seed", "3"]
+HELD_OUT = [
+    "--validate-every",
+    "5",
+    "--validation-fraction",
+    "0.32",
+    "--validation-pairs",
+    "7",
+    "--validation-by",
+    "pair",
+    "--validation-draws",
+    "1",
+]
+RECORDED = [*EXACT, "--method", "dde", "--reference", "recorded", "--batch-size", "1", "--effective-batch", "4"]
+
+# By name: updates, and the flags of a run.
+SETTINGS = {
+    "dpo": (2, [*EXACT, *HELD_OUT, "--flip", "--crop", "random", "--caption-dropout", "0.3", "--ema", "0.9"]),
+    "lora": (1, [*EXACT, "--lora", "--lora-dropout", "0.3", "--rank", "1", "--checkpointing", "on"]),
+    "recorded": (20, RECORDED),
+    "sft": (1, [*EXACT, "--method", "sft"]),
+    "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
+    "half": (1, ["--precision", "bf16-pure"]),
+    "dde": (0, [*EXACT, "--method", "dde", "--checkpointing", "on"]),  # in the slow test alone
+}
+SINGLE = ("single", "half")  # no float64: their first gradient is compared
+TRIED = {
+    2: ("dpo", "lora", "recorded", "sft", "single", "half"),
+    4: ("dpo", "recorded", "single"),
+}  # by number of processes
+
+
+@pytest.fixture(scope="module")
+def store(world, tmp_path_factory):
+    place = tmp_path_factory.mktemp("store") / "store"
+    words = [
+        "--store",
+        str(place),
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--dtype",
+        "fp32",
+        "--workers",
+        "0",
+    ]
+    assert prepare.main([*words, "--reference", "--precision", "fp64", "--seed", "3"]) == 0
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def made(world, store, tmp_path_factory):
+    """A function of a name in SETTINGS, and of one of several processes: what its run comes to."""
+    folder = tmp_path_factory.mktemp("made")
+    world("sd15"), world("pairs")
+
+    def result(name: str, processes=None, updates: int | None = None) -> dict:
+        few, flags = SETTINGS[name]
+        pairs = store if name == "recorded" else world("pairs")
+        flags = ["--batch-size", "1", "--effective-batch", "4", *flags]
+        run = make_run(world("sd15"), pairs, folder / name, *flags, processes=processes)
+        seen, figures, gradients, update = [], [], [], run.updater.update
+        batches = run.batches()
+
+        def watched(micro_batches):
+            for batch in micro_batches:
+                seen.append((batch.position, batch.keys.tolist(), batch.captions))
+                yield batch
+
+        def kept(*of_update):
+            gradients.append([p.grad.clone() for p in run.updater.parameters])
+            update(*of_update)
+
+        run.updater.update = kept
+        for _ in range(updates or few):
+            figures.append(train_step(run, watched(itertools.islice(batches, run.config.optim.accumulation))))
+            run.count()
+        batches.close()
+        found = validation.accuracy(run.step, run.held_out) if run.held_out else {}
+        passes = run.config.optim.accumulation
+        return {"state": everything(run), "figures": figures, "seen": seen, "gradients": gradients[0], "held out": found,
+                "passes": passes}  # fmt: skip
+
+    return result
+
+
+def at(folder: Path, world, store, steps: int, processes=None, *flags: str) -> dict:
+    """The state of a run in `folder` after `steps` updates, made anew or gone on with, and kept there."""
+    run = make_run(world("sd15"), store, folder, *RECORDED, *flags, processes=processes)
+    advance(run, steps - run.done)
+    run.processes.once(snapshot, run)
+    return everything(run)
+
+
+@pytest.fixture(scope="module")
+def runs(made, world, store, tmp_path_factory):
+    """What 1, 2 and 4 processes make: results by their number, then process, then name.
+
+    "resumed" is a run of two updates each on 2 processes, on 1, and on 4.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    make_pickapic(folder / "broken", 8, broken=("corrupt", "empty"))
+    found = {1: [{name: made(name) for name in TRIED[2]}]}
+    for count, steps in ((2, 2), (4, 6)):
+        goes_on = () if count == 2 else ("--resume", "latest")
+
+        def work(processes, steps=steps, goes_on=goes_on):
+            results = {name: made(name, processes) for name in TRIED[processes.count]}
+            results["resumed"] = at(folder / "resumed", world, store, steps, processes, *goes_on)
+            if processes.count == 2:
+                results["wrong"] = wrong(processes, world, folder)
+            return results
+
+        found[count] = together(count, work, folder)
+        if count == 2:
+            at(folder / "resumed", world, store, 4, None, "--resume", "latest")
+    found[1][0]["resumed"] = at(folder / "straight", world, store, 6)
+    return found
+
+
+def wrong(processes, world, folder: Path) -> dict[str, str]:
+    """What two processes say where they differ, or see too many broken images; rank 1 alone does the wrong."""
+    said = {}
+
+    def refused(name, work):
+        with pytest.raises(UserError) as caught:
+            work()
+        said[name] = str(caught.value)
+
+    asked = ["--seed", str(processes.rank)]
+    refused("settings", lambda: make_run(world("sd15"), world("pairs"), folder / "wrong", *asked, processes=processes))
+    run = make_run(world("sd15"), world("pairs"), folder / "wrong", processes=processes)
+    before = weights(run)
+    advance(run, 1)
+    with torch.no_grad():
+        run.updater.parameters[-1].view(-1)[0] += 1e-6 * processes.rank
+    run.compared = False  # as after 100 updates
+    refused("weights", lambda: advance(run, 1))
+    assert not torch.equal(before[run.updater.names[0]], weights(run)[run.updater.names[0]])
+    flags = ["--bad-image-limit", "0", "--batch-size", "4", "--validation-fraction", "0"]
+    run = make_run(world("sd15"), str(folder / "broken"), folder / "wrong", *flags, processes=processes)
+    refused("images", lambda: advance(run, 4))
+    return said
+
+
+def close(found, expected, tolerance):
+    """Whether two figures are the same, number by number; None stands for none."""
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(close, found, expected, itertools.repeat(tolerance)))
+    if expected is None or found is None:
+        return found is expected
+    return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def check_same(alone: dict, every: list[dict]) -> None:
+    """A run on several processes is that on one: pairs and their order, state, figures, held-out accuracy."""
+    assert sorted(place for found in every for place in found["seen"]) == alone["seen"]
+    for found in every:
+        assert found["passes"] * len(every) == alone["passes"]
+        check_state(alone["state"], found["state"])
+        for theirs, own in zip(found["figures"], alone["figures"], strict=True):
+            assert [key for key in own if not close(theirs[key], own[key], 1e-8)] == []
+        for name, value in alone["held out"].items():
+            assert close(found["held out"][name], value, 1e-12 if name == "heldout_difference" else 0), name
+
+
+def check_state(expected: dict, found: dict) -> None:
+    assert found.keys() == expected.keys()
+    far = [name for name, value in expected.items() if not (found[name].double() - value.double()).abs().max() < 1e-10]
+    assert far == []
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(count, name) for count, names in TRIED.items() for name in names if name not in SINGLE]
+)
+def test_the_number_of_processes_changes_the_order_of_sums_alone(runs, count, name):
+    check_same(runs[1][0][name], [found[name] for found in runs[count]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_it_does_so_in_a_longer_run_of_every_kind(made, tmp_path, count):
+    names = [name for name in SETTINGS if name not in SINGLE]
+    alone = {name: made(name, None, 20) for name in names}
+    every = together(count, lambda processes: {name: made(name, processes, 20) for name in names}, tmp_path)
+    for name in names:
+        check_same(alone[name], [found[name] for found in every])
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "single"), (4, "single"), (2, "half")])
+def test_the_first_gradient_in_single_precision(runs, count, name):
+    """Later weights cannot be compared: AdamW turns the rounding of a gradient near zero into a whole step."""
+    alone = runs[1][0][name]["gradients"]
+    size = torch.stack([g.norm() for g in alone]).norm()
+    for every in runs[count]:
+        found = every[name]["gradients"]
+        apart = torch.stack([(a - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
+        assert apart / size < 1e-6
+    first, *others = (found[name]["state"] for found in runs[count])
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)  # 8-bit states, bf16 weights
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs):
+    """Two updates each on 2 processes, 1 and 4 are six on one: pairs, learning rate, states and DDE's table go on."""
+    for found in runs[4]:
+        check_state(runs[1][0]["resumed"], found["resumed"])
+
+
+def test_processes_that_differ_end_in_one_line(runs):
+    first, second = (found["wrong"] for found in runs[2])
+    assert first == second
+    assert first["settings"].startswith("process 1 has another setting seed than process 0 ('1', not '0'): start all")
+    assert first["weights"].startswith(
+        "process 1 has other weights (conv_out.bias) than process 0: each trains a model"
+    )
+
+
+def test_unreadable_images_are_counted_over_all_processes(runs):
+    first, second = (found["wrong"]["images"] for found in runs[2])
+    assert first == second and first.startswith("2 of 10 pairs have an unreadable image, the last: ")
+
+
+def test_held_out_pairs_are_dealt_out_unevenly(runs):
+    assert runs[1][0]["dpo"]["held out"]["heldout_pairs"] % 4  # else the test above shows less than it should
+
+
+@pytest.fixture
+def launched(start, tmp_path):
+    """A function that starts a run on two processes; those that are left at the end are killed."""
+    children: list[int] = []
+
+    def launch(*words: object, **more: str) -> list[int]:
+        flags = [*start, "--effective-batch", "4", "--batch-size", "1", "--no-samples", *words]
+        children[:] = commands(2, [str(word) for word in flags], tmp_path, **more)
+        return children
+
+    yield launch
+    end(children)
+
+
+def lines(folder: Path, rank: int) -> list[str]:
+    """What a process wrote, without what is only logged."""
+    text = (folder / f"said-{rank}").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and " INFO " not in line and "c10d" not in line]
+
+
+def updates(folder: Path) -> list[dict]:
+    file = folder / "out" / "metrics.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    return [record for record in found if "event" not in record]
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(launched, start, tmp_path, capsys, brief):
+    children = launched("--steps", "500")
+    limit = time.monotonic() + 120
+    while len(updates(tmp_path)) < 2 and time.monotonic() < limit:
+        time.sleep(0.02)
+    os.kill(children[1], signal.SIGKILL)
+    assert codes(children) == [2, -signal.SIGKILL]
+    *logged, last = lines(tmp_path, 0)
+    assert last.startswith("dpo.train: a process of this run died: ") and last.endswith("--resume latest")
+    done = len(updates(tmp_path))
+    assert f"stopped after update {done} of 500; checkpoint" in logged[-2] and "go on with: " in logged[-1]
+    said = command(capsys, "--output", tmp_path / "out", "--resume", "latest", "--steps", done + 1)
+    assert said.code == 0 and len(updates(tmp_path)) == done + 1 and said.warnings("changed on resume") == []
+
+
+def test_a_mistake_of_one_process_is_said_by_it_and_ends_all(launched, monkeypatch, tmp_path):
+    opened = build.open_sources
+
+    def elsewhere(data):
+        if os.environ["RANK"] == "1":
+            raise UserError("the disk of this machine is full; make room")
+        return opened(data)
+
+    monkeypatch.setattr(build, "open_sources", elsewhere)
+    assert codes(launched()) == [2, 2]
+    assert [line for line in lines(tmp_path, 0) if " WARNING " not in line] == []
+    assert lines(tmp_path, 1) == ["dpo.train, process 1 of 2: the disk of this machine is full; make room"]
+
+
+def test_a_mistake_of_all_is_said_once_and_not_again_at_a_restart(launched, tmp_path):
+    agent = {"TORCHELASTIC_RUN_ID": str(tmp_path.name), "TORCHELASTIC_MAX_RESTARTS": "1"}
+    assert codes(launched("--effective-batch", "3", **agent)) == [2, 2]
+    assert len(lines(tmp_path, 0)) == 1 and "--effective-batch" in lines(tmp_path, 0)[0] and lines(tmp_path, 1) == []
+    assert codes(launched("--effective-batch", "3", TORCHELASTIC_RESTART_COUNT="1", **agent)) == [2, 2]
+    assert len(lines(tmp_path, 0)) == 1 and lines(tmp_path, 1) == []
+
+
+def under_torchrun(start, folder: Path, *words: str) -> subprocess.Popen:
+    """`torchrun --nproc-per-node 2 -m dpo.train`; what it writes goes to `said`."""
+    own = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "1", "-m", "dpo.train"]
+    flags = [str(word) for word in (*start, "--batch-size", "1", "--effective-batch", "4", "--no-samples", *words)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *own, *flags]
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(launcher, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(folder)})
+
+
+def test_torchrun_starts_it(start, tmp_path):
+    assert under_torchrun(start, tmp_path, "--steps", "1").wait(120) == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert "4 pairs an update (1 x 2 x 2 processes)" in said and said.count("step 1/1") == 1
+    assert len(updates(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_latest_checkpoint(start, tmp_path):
+    """Of torchrun's two children the second is killed; the first alone knows that the run had begun."""
+    launcher = under_torchrun(start, tmp_path, "--steps", "40", "--checkpoint-every", "2", "--overwrite")
+    limit = time.monotonic() + 120
+    while len(updates(tmp_path)) < 5 and time.monotonic() < limit:
+        time.sleep(0.02)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert launcher.wait(180) == 0
+    said = (tmp_path / "said").read_text("utf-8")
+    assert "started again by torchrun" in said and "resumed" in said
+    assert [record["step"] for record in updates(tmp_path)] == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_a_run_comes_to_the_same_end(start, tmp_path, world):
+    """All processes are killed at once, wherever they are; weights at the end are those of a run left alone."""
+    rng, flags = (
+        random.Random(0),
+        ["--batch-size", "1", "--effective-batch", "4", "--no-samples", "--checkpoint-every", "1"],
+    )
+    flags = [str(word) for word in (*start, *flags, "--steps", "6", "--resume", "latest")]
+    (tmp_path / "straight").mkdir()
+    assert codes(commands(2, [*flags, "--output", str(tmp_path / "straight")], tmp_path)) == [0, 0]
+    for _ in range(10):
+        children = commands(2, flags, tmp_path)
+        time.sleep(rng.uniform(0.5, 12))
+        end(children)
+    assert codes(commands(2, flags, tmp_path)) == [0, 0]
+    found, expected = (
+        load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("out", "straight")
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
