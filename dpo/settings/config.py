@@ -334,7 +334,7 @@ class Runtime:
         "auto", "memory layout of convolutions; auto: on a GPU", choices=("auto", "on", "off"), resume="free"
     )
     attention: str = option("sdpa", "attention implementation", choices=("sdpa", "xformers"), resume="said")
-    compile: bool = option(False, "torch.compile the UNet (slow start, faster steps)", resume="said")
+    compile: bool = option(False, "torch.compile the UNet's repeated blocks (slow start, faster steps)", resume="said")
     kernels: str = option(
         "auto", "own Triton kernels, or plain torch", choices=("auto", "triton", "torch"), resume="said"
     )

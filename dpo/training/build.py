@@ -157,8 +157,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
                 "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
             )
             keep_trained(run, saved)
-    elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
-        log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
+    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+        _say_noise(run)
     run.kept = keeping(
         config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
     )
@@ -275,6 +275,16 @@ def _tell(config: Config, lines: list[str], processes: int) -> None:
     for line in advice.warnings(config):
         log.warning("%s", line)
     log.info("%s", advice.headline(config, processes))
+
+
+def _say_noise(run: Run) -> None:
+    """Logs how far from 0 the logit is at the start of a run whose policy and reference begin alike, where that may be."""
+    if run.recorded is not None:
+        cause = "recorded with another batch size, kernel choice or device"
+        log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches(), cause))
+    elif run.config.runtime.compile and run.step.reference is not None and run.processes.count == 1:
+        cause = "compiled code rounds differently with and without a gradient"
+        log.info("--compile: %s", stored.noise(run.step, run.encoder, run.batches(), cause, graded=True))
 
 
 def _recorded(
