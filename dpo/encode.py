@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from dpo.common.device import moved
 from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
+
+# Takes a batch with pixels and its encoding: mean and std [2B, 4, h, w], encoded captions [B, ...].
+Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, tuple[Tensor, ...]], None]
 
 
 class Inputs(NamedTuple):
@@ -41,6 +44,7 @@ class Encoder:
     vae_batch: int
     offload: bool = False
     zero_dropped: bool = False  # a dropped caption is zeros, not the encoding of the empty one
+    keep: Keep | None = None  # takes what was encoded, so that it need not be encoded again
 
     def _place(self, modules: Sequence[nn.Module], busy: bool) -> None:
         for module in modules:
@@ -89,6 +93,8 @@ class Encoder:
         else:
             assert batch.pixels is not None, "images, or what a store has of them"
             (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
+            if self.keep is not None:
+                self.keep(batch, mean, std, tuple(x for x in text if x is not None))
         if self.zero_dropped:
             text = text.zero_where(self._moved(batch.dropped))
         return Inputs(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Literal
+
+CGROUP = Path("/sys/fs/cgroup")
+# A container's files: its limit, what it uses, and where of that the cache of files stands, which is given back when asked.
+CONTAINER = (
+    ("memory.max", "memory.current", ("memory.stat", "inactive_file")),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", ("memory/memory.stat", "total_inactive_file")),
+)
 
 
 def usable_cores() -> int:
@@ -23,6 +31,21 @@ def peak_memory() -> int:
         return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Memory that this process may still take, in bytes: of the machine, or what its container's limit leaves."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit, used, cache in CONTAINER:
+        try:
+            found = dict(line.split() for line in (CGROUP / cache[0]).read_text().splitlines())
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()) + int(found.get(cache[1], 0))
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+        free = min(free, left)
+    return max(free, 0)
 
 
 def start_method() -> Literal["fork", "spawn"]:

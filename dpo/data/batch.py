@@ -43,6 +43,7 @@ class PairBatch:
     text: tuple[Tensor, ...] | None = None  # encoded captions [B, ...]: hidden, and for SDXL pooled
     recorded: Tensor | None = None  # [2, B] fp32: the reference's errors of win and lose, recorded beforehand
     bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
+    indices: list[int] | None = None  # [B] in the source, where the encoded pairs may be kept
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -84,6 +85,21 @@ class Decoding:
         return cls(data.resolution, seed, data.crop, data.flip, data.caption_dropout, data.max_image_mib)
 
 
+def _keyed(keys: Tensor, draws: Tensor, stream: Stream, seed: int, count: int, wanted: bool) -> list[list[float]]:
+    return uniform(keys, draws, stream, seed, count).tolist() if wanted else [[0.5] * count] * len(keys)
+
+
+def mirrors(keys: Tensor, draws: Tensor, decoding: Decoding) -> list[bool]:
+    """Which of the pairs with these keys [B] int64 are mirrored in these draws [B] int64."""
+    return [flip < 0.5 for (flip,) in _keyed(keys, draws, Stream.FLIP, decoding.seed, 1, decoding.flip)]
+
+
+def drops(keys: Tensor, draws: Tensor, decoding: Decoding) -> list[bool]:
+    """Which of the captions of the pairs with these keys [B] int64 are dropped in these draws [B] int64."""
+    share = decoding.caption_dropout
+    return [drop < share for (drop,) in _keyed(keys, draws, Stream.DROPOUT, decoding.seed, 1, share > 0)]
+
+
 def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, decoding: Decoding) -> PairBatch:
     """Reads and decodes the images of B pairs in these draws [B]; position: that of the first pair in the run.
 
@@ -92,19 +108,14 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
     keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
     draw = torch.tensor(draws, dtype=torch.int64)
 
-    def keyed(stream: Stream, count: int, wanted: bool) -> list[list[float]]:
-        return uniform(keys, draw, stream, decoding.seed, count).tolist() if wanted else [[0.5] * count] * len(pairs)
-
-    flips = keyed(Stream.FLIP, 1, decoding.flip)
-    crops = keyed(Stream.CROP, 4, decoding.crop == "random")
-    drops = keyed(Stream.DROPOUT, 1, decoding.caption_dropout > 0)
-    dropped = [drop < decoding.caption_dropout for (drop,) in drops]
+    crops = _keyed(keys, draw, Stream.CROP, decoding.seed, 4, decoding.crop == "random")
+    mirrored, dropped = mirrors(keys, draw, decoding), drops(keys, draw, decoding)
     size = decoding.resolution
     pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
     micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
     usable = torch.ones(len(pairs))
     bad = []
-    for i, (pair, (flip,), crop) in enumerate(zip(pairs, flips, crops, strict=True)):
+    for i, (pair, mirror, crop) in enumerate(zip(pairs, mirrored, crops, strict=True)):
         places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
         if embedded_twice(pair):
             usable[i] = 0.0
@@ -112,7 +123,7 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
             continue
         for place, image, uniforms in places:
             try:
-                pixels[place], numbers = square(image.load(decoding.max_mib), size, decoding.crop, uniforms, flip < 0.5)
+                pixels[place], numbers = square(image.load(decoding.max_mib), size, decoding.crop, uniforms, mirror)
             except BadImage as error:
                 usable[i] = 0.0
                 bad.append((pair.key, unreadable(image, pair.caption, error)))

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 from dpo.data import loader
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.kept import Kept
 from dpo.data.loader import Reading
 from dpo.data.order import Order, run_order, stored_order
 from dpo.data.pairs import Source
@@ -15,18 +16,24 @@ from dpo.data.store.store import of_store
 
 
 def batches(
-    source: Source, order: Order, decoding: Decoding, reading: Reading, recorded: RecordedErrors | None = None
+    source: Source,
+    order: Order,
+    decoding: Decoding,
+    reading: Reading,
+    recorded: RecordedErrors | None = None,
+    kept: Kept | None = None,
 ) -> Generator[PairBatch, None, None]:
     """The micro-batches of `order`; close the generator to end the workers or the thread that read ahead.
 
-    Images are decoded by worker processes. A prepared store gives latents, encoded text and, with `recorded`, the
-    reference's errors. Raises UserError for unreadable images, as `reading` says, and when a worker dies.
+    Images are decoded by worker processes, but not those of pairs that are `kept`. A prepared store gives latents,
+    encoded text and, with `recorded`, the reference's errors. Raises UserError for unreadable images, as `reading`
+    says, and when a worker dies.
     """
     store = of_store(source)
     if store is not None:
         return reader.read(store, run_order(store, order), decoding, recorded)
     assert recorded is None, "recorded reference errors belong to a prepared store"
-    return loader.load(source, run_order(source, order), decoding, reading, order.micro_batch)
+    return loader.load(source, run_order(source, order), decoding, reading, order.micro_batch, kept)
 
 
 def held_out_batches(

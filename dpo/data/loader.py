@@ -28,6 +28,7 @@ from dpo.common.words import first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
 from dpo.data.images import STOPPED, check_bad
+from dpo.data.kept import Kept
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import Pair, Source
@@ -60,24 +61,34 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Work:
-    """A micro-batch for a worker: the position of its first pair, the pairs to decode, and the epoch of each."""
+    """A micro-batch for a worker: the position of its first pair, the pairs to decode, and the epoch of each.
+
+    One whose encoded pairs are in memory has none to decode, and comes back as it is, in its turn.
+    """
 
     position: int
     pairs: list[Pair]
     draws: list[int]
+    indices: list[int] | None  # [B] in the source, where encoded pairs are kept
 
 
 def load(
-    source: Source, places: Iterable[Place], decoding: Decoding, reading: Reading, micro_batch: int
+    source: Source,
+    places: Iterable[Place],
+    decoding: Decoding,
+    reading: Reading,
+    micro_batch: int,
+    kept: Kept | None = None,
 ) -> Generator[PairBatch, None, None]:
     """The micro-batches at `places`, in order, of at most `micro_batch` pairs. Close the generator to end its workers.
 
+    kept: encoded pairs of this source; what it has is neither read nor decoded.
     Raises UserError for unreadable images, as reading.on_bad_image and bad_image_limit say, and when a worker dies.
     """
     workers = worker_count(reading.workers)
     prefetch = _fit_shared_memory(reading.prefetch, workers, 2 * micro_batch * 3 * decoding.resolution**2)
     bad: dict[int, str] = {}
-    work = (_Work(position, [source[i] for i in indices], epochs) for position, indices, epochs in places)
+    work = (_work(source, place, kept) for place in places)
     ahead = read_ahead(work, READ_AHEAD) if workers and source.groups is not None else work
     loader = DataLoader(
         _Decoder(decoding),
@@ -91,12 +102,13 @@ def load(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader seeds its workers from it: the global one stays untouched
     )
-    iterator: Iterator[PairBatch] | None = None
+    iterator: Iterator[PairBatch | _Work] | None = None
     try:
         iterator = iter(loader)
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._workers_done_event = _Ending(iterator._workers_done_event)  # type: ignore[assignment]  # acts as one
-        while (batch := _next(iterator, workers)) is not None:
+        while (made := _next(iterator, workers)) is not None:
+            batch = _from_memory(made, kept) if isinstance(made, _Work) else made
             _stop_at(batch, reading)
             if not reading.shared:
                 look_after(batch.bad, bad, source, reading)
@@ -129,7 +141,21 @@ class _Ending:
         telling.join(LOCK_WAIT)  # then torch ends the workers that were not told
 
 
-def _next(iterator: Iterator[PairBatch], workers: int) -> PairBatch | None:
+def _work(source: Source, place: Place, kept: Kept | None) -> _Work:
+    position, indices, epochs = place
+    if kept is None:
+        return _Work(position, [source[i] for i in indices], epochs, None)
+    there = kept.has(indices, epochs)
+    return _Work(position, [] if there else [source[i] for i in indices], epochs, indices)
+
+
+def _from_memory(work: _Work, kept: Kept | None) -> PairBatch:
+    assert kept is not None and work.indices is not None, "only then is there nothing to decode"
+    batch = kept.batch(work.position, work.indices, work.draws)
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+def _next(iterator: Iterator[PairBatch | _Work], workers: int) -> PairBatch | _Work | None:
     try:
         return next(iterator, None)
     except UserError:
@@ -180,14 +206,18 @@ def look_after(found: Iterable[tuple[int, str]], bad: dict[int, str], source: So
         check_bad(len(unreadable), len(source), reading.bad_image_limit, unreadable[-1])
 
 
-class _Decoder(Dataset[PairBatch]):
+class _Decoder(Dataset[PairBatch | _Work]):
     """The "data set" of the DataLoader: its index is the work to do."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
 
-    def __getitem__(self, work: _Work) -> PairBatch:
-        return decode_batch(work.pairs, work.draws, work.position, self.decoding)
+    def __getitem__(self, work: _Work) -> PairBatch | _Work:
+        if not work.pairs:
+            return work
+        batch = decode_batch(work.pairs, work.draws, work.position, self.decoding)
+        batch.indices = work.indices
+        return batch
 
 
 def _as_it_is(batch: T) -> T:

@@ -6,7 +6,7 @@ checks.py what a model must be, asked of its configs and file headers
 outside.py what its configs may not name: code, other files, other models
 weights.py the weights of one network in a file of any layout
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
-offload.py activations that wait in host memory
+offload.py activations that wait in host memory | compiled.py repeated blocks, compiled
 kernels.py the fused kernels in a UNet | pipeline.py a diffusers pipeline, for sampling and saving
 lora.py adapters in a denoiser; adapter.py the tensors of one; lora_files.py those of other tools, read; dropout.py
 dropout inside them

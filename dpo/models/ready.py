@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import typing
 
 import torch
 from torch import nn
@@ -163,7 +162,7 @@ def _decode_in(vae: Vae, dtype: torch.dtype) -> None:
             part.register_forward_pre_hook(cast_inputs)
 
 
-def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Module:
+def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> Denoiser:
     """The denoiser with device, layout, attention, checkpointing, kernels and compilation as `runtime` says.
 
     Policy and reference both pass through here, so that their numerics are the same.
@@ -180,4 +179,8 @@ def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> nn.Mod
         from dpo.models import kernels
 
         kernels.patch(denoiser)
-    return typing.cast(nn.Module, torch.compile(denoiser)) if runtime.compile else denoiser
+    if runtime.compile:
+        from dpo.models import compiled  # imports torch's compiler, which takes a second
+
+        log.info("--compile: %d blocks, at their first calls", compiled.compile_blocks(denoiser))
+    return denoiser

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+LONG_WAIT = 0.1  # of an update's seconds spent waiting for data, from which on it is shown
 DECILES = 10  # equal stretches of the timesteps, for the figures `<name>_by_decile`
 
 
@@ -40,6 +41,7 @@ FIGURES = {
         "{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"
     ),
     "pairs_per_s": Figure("{:.3g}", words="pairs/s", line="{:.3g} pairs/s"),
+    "wait_share": Figure("{:.0%}", line="waiting for data {:.0%}"),
     "mfu": Figure("{:.0%}", line="MFU {:.1%}"),
     "peak_memory_gib": Figure("{:.1f}", line="{:.1f} GiB"),
 }
@@ -54,7 +56,16 @@ SWEEP = (
     "pairs_per_s",
 )  # fmt: skip
 CARD_OF_PAIRS = ("implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference")
-LINE = ("loss", "implicit_accuracy", "margin_mean", "heldout_accuracy", "pairs_per_s", "mfu", "peak_memory_gib")
+LINE = (
+    "loss",
+    "implicit_accuracy",
+    "margin_mean",
+    "heldout_accuracy",
+    "pairs_per_s",
+    "wait_share",
+    "mfu",
+    "peak_memory_gib",
+)
 
 
 def shown(name: str, value: float | int) -> str:
@@ -63,5 +74,11 @@ def shown(name: str, value: float | int) -> str:
 
 
 def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
-    """The known figures of the progress line: loss, accuracy, margin, held-out accuracy, speed, MFU, memory."""
-    return [FIGURES[name].line.format(metrics[name]) for name in LINE if metrics.get(name) is not None]
+    """The known figures of the progress line: loss, accuracy, margin, held-out accuracy, speed, MFU, memory.
+
+    The wait for data only where it is long.
+    """
+    known = {name: value for name in LINE if (value := metrics.get(name)) is not None}
+    if known.get("wait_share", 1.0) <= LONG_WAIT:
+        del known["wait_share"]
+    return [FIGURES[name].line.format(value) for name, value in known.items()]

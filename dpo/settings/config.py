@@ -334,7 +334,7 @@ class Runtime:
         "auto", "memory layout of convolutions; auto: on a GPU", choices=("auto", "on", "off"), resume="free"
     )
     attention: str = option("sdpa", "attention implementation", choices=("sdpa", "xformers"), resume="said")
-    compile: bool = option(False, "torch.compile the UNet (slow start, faster steps)", resume="said")
+    compile: bool = option(False, "torch.compile the UNet's repeated blocks (slow start, faster steps)", resume="said")
     kernels: str = option(
         "auto", "own Triton kernels, or plain torch", choices=("auto", "triton", "torch"), resume="said"
     )
@@ -361,6 +361,12 @@ class Runtime:
         "off",
         "on: each process holds a part of the weights, gradients and optimizer states (FSDP2), for what does not fit a GPU",
         choices=("off", "on"),
+        resume="free",
+    )
+    keep_encoded: str = option(
+        "auto",
+        "keep encoded pairs in memory, so that later epochs read no images; auto: where they fit and crops are centred",
+        choices=("auto", "on", "off"),
         resume="free",
     )
     cuda_graph: bool = option(

@@ -93,6 +93,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.activation_offload and v.compile,
             "activation_offload moves what uncompiled code keeps for the backward pass: leave it or --compile out",
         ),
+        (
+            v.keep_encoded == "on" and v.crop == "random",
+            "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
+        ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
     ]

@@ -5,7 +5,7 @@ build.py settings -> Run | start.py the weights it starts from | denoisers.py po
 run.py a run in progress | state.py what its checkpoint holds
 checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimizer.py the update
 release.py the update made inside backward | graph.py a micro-step as a CUDA graph
-metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
+waiting.py the wait for data | metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
 flops.py counted FLOPs | memory.py bytes and FLOPs, counted as tensors come and go | cost.py what a run computes | folder.py the output folder
 samples.py sample images | results.py the trained weights | summary.py what the pages read
 judging.py the result against its start | rescue.py what is kept of updates that did not come to their end

@@ -18,6 +18,7 @@ from dpo.common.words import digest
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
 from dpo.data.contents import stamps
+from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.pairs import Source
 from dpo.data.sources import describe, open_sources
@@ -93,6 +94,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     total = resolve.total_steps(config, len(source))
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
+    kept = cost.of(config, counted.forward, counted.encode, live_reference=live, encoded=True)
     config = _rhythm(config, counted, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
@@ -139,6 +141,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         speed=Speed(
             counted.pair,
             flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+            encode_flops=counted.pair - kept.pair,
         ),
         device=device,
         held_out_source=held_out_source,
@@ -156,8 +159,12 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
                 "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
             )
             keep_trained(run, saved)
-    elif errors is not None and twin is None and begin.adapter is None:  # policy and reference begin alike
-        log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches()))
+    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+        _say_noise(run)
+    run.kept = keeping(
+        config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
+    )
+    encoder.keep = None if run.kept is None else run.kept.put
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())
     held = held_out_source.fingerprint if held_out_source is not None else "none"
@@ -270,6 +277,16 @@ def _tell(config: Config, lines: list[str], processes: int) -> None:
     for line in advice.warnings(config):
         log.warning("%s", line)
     log.info("%s", advice.headline(config, processes))
+
+
+def _say_noise(run: Run) -> None:
+    """Logs how far from 0 the logit is at the start of a run whose policy and reference begin alike, where that may be."""
+    if run.recorded is not None:
+        cause = "recorded with another batch size, kernel choice or device"
+        log.info("recorded reference: %s", stored.noise(run.step, run.encoder, run.batches(), cause))
+    elif run.config.runtime.compile and run.step.reference is not None and run.processes.count == 1:
+        cause = "compiled code rounds differently with and without a gradient"
+        log.info("--compile: %s", stored.noise(run.step, run.encoder, run.batches(), cause, graded=True))
 
 
 def _recorded(

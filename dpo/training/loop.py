@@ -35,6 +35,7 @@ from dpo.training.rescue import check_there, goes_on, is_logged, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
+from dpo.training.waiting import Waiting
 
 log = logging.getLogger("dpo")
 
@@ -335,6 +336,7 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
     out, optim = run.config.output, run.config.optim
     held_out: Figures = {}
     used, first = 0, run.done
+    waiting = Waiting(batches, warns=run.device.type == "cuda")
     every = out.validate_every or run.total  # decided when the run was built
     shown = Progress(run.total, progress_fields, run.done, out.log_every)
     with shown if run.processes.first else nullcontext() as progress:
@@ -343,11 +345,13 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
                 raise Stopped
             began = time.monotonic()
             rate = run.learning_rate()
-            figures = train_step(run, itertools.islice(batches, optim.accumulation))
+            figures = train_step(run, itertools.islice(waiting, optim.accumulation))
             used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
-            figures |= run.speed.figures(figures["pairs_per_s"] / run.processes.count)  # of one device
+            kept = run.kept.take() * run.processes.count / run.nominal if run.kept is not None else 0.0
+            figures |= run.speed.figures(figures["pairs_per_s"] / run.processes.count, kept)  # of one device
+            figures["wait_share"] = waiting.share(seconds)
             figures["peak_memory_gib"] = peak_memory_gib(run.device)
             run.count()
             last = run.done == run.total

@@ -18,6 +18,7 @@ from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.batches import batches
+from dpo.data.kept import Kept
 from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
 from dpo.data.pairs import Source
@@ -48,10 +49,14 @@ class Speed:
 
     pair_flops: float
     peak_tflops: float | None  # None for a device without a known peak
+    encode_flops: float = 0.0  # the part of pair_flops that a pair kept in memory does without
 
-    def figures(self, pairs_per_second: float) -> Figures:
-        """TFLOP/s, and model FLOPs utilisation (the share of the peak; None without a peak)."""
-        tflops = self.pair_flops * pairs_per_second / 1e12
+    def figures(self, pairs_per_second: float, kept: float = 0.0) -> Figures:
+        """TFLOP/s, and model FLOPs utilisation (the share of the peak; None without a peak).
+
+        kept: the share of the pairs that were taken from memory instead of being encoded.
+        """
+        tflops = (self.pair_flops - kept * self.encode_flops) * pairs_per_second / 1e12
         return {"tflops": tflops, "mfu": tflops / self.peak_tflops if self.peak_tflops else None}
 
 
@@ -86,6 +91,7 @@ class Run:
     stopping: bool = False  # one of several processes was asked to stop during the last update
     whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
+    kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
     graphs: Graphs | None = None  # forward and backward of a micro-batch as CUDA graphs
@@ -214,7 +220,7 @@ class Run:
         data, seed, processes = self.config.data, self.config.runtime.seed, self.processes
         order = Order(seed, self.position, self.config.optim.batch_size, rank=processes.rank, world=processes.count)
         reading = replace(Reading.of(data), shared=processes.count > 1)
-        found = batches(self.source, order, Decoding.of(data, seed), reading, self.recorded)
+        found = batches(self.source, order, Decoding.of(data, seed), reading, self.recorded, self.kept)
         return found if processes.count == 1 else self._dealt(found)
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:

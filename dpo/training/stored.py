@@ -54,17 +54,23 @@ def check(model: Model, *sources: Source | None) -> None:
 MEASURED = 4  # micro-batches on which the noise of the logit is measured
 
 
-@torch.no_grad()
-def noise(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None]) -> str:
-    """A log line on how far recorded errors move the logit before the first update, where it should be 0."""
+def noise(
+    step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None], cause: str, *, graded: bool = False
+) -> str:
+    """A log line on how far the logit is from 0 before the first update, where policy and reference are the same.
+
+    cause: what may move it, in words. graded: the policy runs as in training, with what a backward pass needs.
+    """
     zero = torch.zeros_like(step.weight)
     logits = []
     for batch in islice(stream, MEASURED):
-        found, _ = step.errors(encoder.inputs(batch), zero, recorded=batch.recorded)
-        logits.append(found.logit[batch.usable.to(zero.device) > 0])
+        with torch.set_grad_enabled(graded):
+            found, _ = step.errors(encoder.inputs(batch), zero, recorded=batch.recorded)
+        logits.append(found.logit.detach()[batch.usable.to(zero.device) > 0])
+        del found  # and with it what was kept for a backward pass
     stream.close()
     z = torch.cat(logits).double()
     if not z.numel() or not bool(z.any()):
         return f"the logit of the first {z.numel()} pairs is exactly 0"
     text = f"noise on the logit of the first {z.numel()} pairs: sd {float(z.square().mean().sqrt()):.2g}, largest {float(z.abs().max()):.2g}"
-    return text + " (recorded with another batch size, kernel choice or device)"
+    return f"{text} ({cause})"

@@ -101,7 +101,7 @@ def test_the_logit_at_step_0_is_exactly_0(world, stores, tmp_path, flags):
         prepare.main(["--store", str(store), "--model", world("sd15"), "--reference", "--draws", "2", *precision]) == 0
     )
     run = recorded_run(world, store, tmp_path, *flags)
-    assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
+    assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches(), "")
 
 
 def test_a_store_in_half_precision_trains_in_another(world, tmp_path):
@@ -122,7 +122,7 @@ def test_other_batches_show_their_noise(world, stores, tmp_path):
         run.recorded, pieces=tuple((piece, errors + torch.tensor([1e-5, 0])) for piece, errors in run.recorded.pieces)
     )
     run.recorded = shifted
-    text = stored.noise(run.step, run.encoder, run.batches())
+    text = stored.noise(run.step, run.encoder, run.batches(), "")
     assert "noise on the logit of the first 28 pairs: sd 0.01" in text  # beta / 2 * 1e-5
 
 
@@ -168,7 +168,7 @@ def test_a_record_of_a_window_serves_that_window_and_narrower_ones(world, stores
         == 0
     )
     run = recorded_run(world, store, tmp_path, *window)
-    assert run.recorded.inside is None and "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
+    assert run.recorded.inside is None and "exactly 0" in stored.noise(run.step, run.encoder, run.batches(), "")
     narrow = recorded_run(world, store, tmp_path, *window, "--window-high", "400")
     assert narrow.recorded.inside is not None
     with pytest.raises(UserError, match="its timesteps lack 100 of the run's"):
@@ -246,7 +246,7 @@ def test_a_record_of_a_supervised_lora(world, stores, tmp_path, caplog):
     preparing.record_reference(config, stores("sd15"), 1)
     for flags in ([], ["--lora"]):
         run = recorded_run(world, stores("sd15"), tmp_path, *start, *flags)
-        assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches())
+        assert "exactly 0" in stored.noise(run.step, run.encoder, run.batches(), "")
 
 
 def test_a_store_without_a_record_and_pairs_without_a_store(world, tmp_path):

@@ -44,3 +44,14 @@ def test_children_are_copies_on_linux_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.delattr(os, "fork")
     assert machine.start_method() == "spawn" and "spawn" in multiprocessing.get_all_start_methods()
+
+
+@pytest.mark.parametrize("limit, left", [("max", 1000), ("700", 700 - 300 + 50)])
+def test_free_memory_is_that_of_the_machine_or_of_its_container(monkeypatch, tmp_path, limit, left):
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=1000))
+    monkeypatch.setitem(sys.modules, "psutil", memory)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    assert machine.free_memory() == 1000
+    for name, text in {"memory.max": limit, "memory.current": "300", "memory.stat": "anon 9\ninactive_file 50"}.items():
+        (tmp_path / name).write_text(text)
+    assert machine.free_memory() == left

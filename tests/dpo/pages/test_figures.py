@@ -39,5 +39,14 @@ def test_figures_are_said_as_they_were_published():
 def test_figures_of_an_update_are_named_as_the_trainer_names_them():
     """What summarise does not compute is added by the loop: see dpo/training/loop.py."""
     rows = torch.from_numpy(np.ones((len(ROWS), 3)))
-    by_the_loop = {"step", "grad_norm", "learning_rate", "pairs_per_s", "mfu", "peak_memory_gib", "heldout_accuracy"}
+    by_the_loop = {
+        "step",
+        "grad_norm",
+        "learning_rate",
+        "pairs_per_s",
+        "wait_share",
+        "mfu",
+        "peak_memory_gib",
+        "heldout_accuracy",
+    }
     assert set(FIGURES) - set(summarise(rows, "sigmoid")) == by_the_loop

@@ -187,6 +187,14 @@ def test_all_that_the_kernels_lack_is_named(there, words):
         resolve(asked, ModelFacts("sd", "epsilon"), DeviceFacts("cpu", triton=there))
 
 
+@pytest.mark.parametrize(
+    "values, kept",
+    [({}, "on"), ({"keep_encoded": "off"}, "off"), ({"crop": "random"}, "off"), ({"data_format": "store"}, "off")],
+)
+def test_encoded_pairs_are_kept_where_each_epoch_has_the_same(values, kept):
+    assert decide(values)[0].runtime.keep_encoded == kept
+
+
 def test_the_pairs_of_an_update_decide_the_passes_of_each_process():
     published = from_mapping({"batch_size": 16, "effective_batch": 2048})
     for processes, passes in ((1, 128), (8, 16), (64, 2)):

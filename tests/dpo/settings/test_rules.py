@@ -31,6 +31,7 @@ from tests.dpo.settings.test_resolve import decide
         ({"gradient_release": True, "optimizer": "adafactor"}, "adamw8bit or adamw"),
         ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
         ({"activation_offload": True, "compile": True}, "--compile"),
+        ({"keep_encoded": "on", "crop": "random"}, "cuts another in each epoch"),
         ({"sharding": "on", "lora": True}, "--sharding off"),
         ({"sharding": "on", "optimizer": "lion8bit"}, "adamw or adamw8bit"),
         ({"sharding": "on", "optimizer": "adafactor"}, "adamw or adamw8bit"),

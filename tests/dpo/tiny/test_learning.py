@@ -1,4 +1,4 @@
-"""Every method learns from the embedded world's pairs within twenty updates, measured on pairs, captions and draws it
+"""Every method learns from the embedded world's pairs within sixteen updates, measured on pairs, captions and draws it
 never saw.
 """
 
@@ -49,9 +49,9 @@ def _encoded_once():
 def test_learning(method, tmp_path):
     run = make_run(
         str(paths.pipeline_path()), str(paths.train_pairs_path()), tmp_path / "run",
-        *("--validation-data", str(paths.validation_pairs_path()), "--validation-pairs", "120", "--validation-draws", "2"),
-        *("--validate-every", "100", "--method", method, "--learning-rate", "3e-5", "--batch-size", "8"),  # thrice the default
-        *("--steps", "20", "--warmup", "0", *FLAGS.get(method, [])),
+        *("--validation-data", str(paths.validation_pairs_path()), "--validation-pairs", "120", "--validation-draws", "1"),
+        *("--validate-every", "100", "--method", method, "--learning-rate", "1e-4", "--batch-size", "8"),  # ten times the default
+        *("--steps", "16", "--warmup", "0", *FLAGS.get(method, [])),
     )  # fmt: skip
-    advance(run, 20)
+    advance(run, 16)
     assert validation.accuracy(run.step, run.held_out)["heldout_accuracy"] > 0.55

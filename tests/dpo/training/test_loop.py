@@ -55,7 +55,7 @@ def test_updates_are_counted_logged_and_kept(run):
     assert [path.name for path in checkpoint.listing(run.checkpoints)] == ["step-00000002", "step-00000004"]
     lines = (run.output / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all(
-        name in lines[0] for name in ("pairs_per_s", "learning_rate", "tflops", "peak_memory_gib")
+        name in lines[0] for name in ("pairs_per_s", "learning_rate", "tflops", "peak_memory_gib", "wait_share")
     )
 
 

@@ -76,3 +76,4 @@ def test_tables_are_those_of_the_method(run, world, tmp_path):
 def test_speed():
     assert Speed(2e12, 10.0).figures(3.0) == {"tflops": 6.0, "mfu": 0.6}
     assert Speed(2e12, None).figures(3.0) == {"tflops": 6.0, "mfu": None}
+    assert Speed(2e12, None, encode_flops=1e12).figures(3.0, kept=0.5)["tflops"] == 4.5, "what was not encoded"

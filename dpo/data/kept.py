@@ -1,0 +1,251 @@
+"""Encoded pairs kept in host memory after their first use: from the second epoch no image is read, decoded or encoded.
+
+Legend: B pairs of a micro-batch; h, w of latents. A micro-batch comes from memory where all its pairs are kept. The
+others are decoded and encoded as ever, and compared with what is kept of them: a batch of other pairs could change the
+last bits of an encoding. Nothing is taken from memory before CHECKED pairs came out equal to the bit, and nothing once
+one did not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.common import machine
+from dpo.common.command import of_launcher
+from dpo.data.batch import Decoding, PairBatch, drops, mirrors
+from dpo.data.pairs import Source
+from dpo.settings.config import Data, Runtime
+
+CHECKED = 16  # pairs
+SHARE = 0.25  # of the free host memory
+
+log = logging.getLogger("dpo")
+
+
+class _Told(NamedTuple):
+    """What is known of a pair without its images."""
+
+    key: int
+    prob: float
+    bad: str | None  # why it is a hole
+
+
+class _Images(NamedTuple):
+    """The preferred image and the other one, of one pair."""
+
+    mean: Tensor  # [2, 4, h, w] VAE posterior, unscaled
+    std: Tensor  # [2, 4, h, w]
+    micro: Tensor  # [2, 6] int64
+
+
+class _Copy(NamedTuple):
+    """An encoded micro-batch on its way to the host."""
+
+    arrived: Callable[[], bool]
+    batch: PairBatch
+    mean: Tensor
+    std: Tensor
+    text: tuple[Tensor, ...]
+
+
+@dataclass
+class Kept:
+    """The encoded pairs of a source, by their index in it. Filled by the training loop, read by any thread."""
+
+    pairs: int  # of the source
+    captions: int  # different ones, the empty one included where captions are dropped
+    decoding: Decoding
+    free: int  # bytes of host memory that this process may take a SHARE of
+    served: int = 0  # pairs taken from memory since `take`
+    full: bool = False  # whether nothing more is kept: it does not fit, or encoding anew gives other bits
+    _agreed: int = 0  # pairs that were encoded again and came out equal
+    _strides: list[tuple[int, ...]] = field(
+        default_factory=list
+    )  # of an encoded micro-batch: sums depend on the layout
+    _told: dict[int, _Told] = field(default_factory=dict)
+    _caption: dict[int, str] = field(default_factory=dict)  # of the pairs that came with theirs
+    _images: dict[tuple[int, bool], _Images] = field(default_factory=dict)  # by (index, whether mirrored)
+    _text: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    _copies: list[_Copy] = field(default_factory=list)
+
+    def has(self, indices: Sequence[int], epochs: Sequence[int]) -> bool:
+        """Whether the micro-batch of these pairs [B] in these epochs [B] comes from memory."""
+        if self.full or self._agreed < min(CHECKED, self.pairs):
+            return False
+        if any(index not in self._told for index in indices):
+            return False
+        mirrored, dropped = self._drawn(indices, epochs)
+        return all(
+            (index, mirror) in self._images and (self._caption.get(index) if not drop else "") in self._text
+            for index, mirror, drop in zip(indices, mirrored, dropped, strict=True)
+        )
+
+    def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
+        """The micro-batch at this position, for which `has` was true: as encoded before, without pixels."""
+        mirrored, dropped = self._drawn(indices, epochs)
+        told = [self._told[index] for index in indices]
+        images = [self._images[index, mirror] for index, mirror in zip(indices, mirrored, strict=True)]
+        captions = ["" if drop else self._caption[index] for index, drop in zip(indices, dropped, strict=True)]
+        self.served += len(told)
+
+        def both(of: int) -> Tensor:
+            return torch.stack([item[of] for item in images], dim=1).flatten(0, 1)  # [2B, ...], preferred ones first
+
+        mean, std, *text = (
+            torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+            for x, strides in zip(
+                (both(0), both(1), *map(torch.stack, zip(*(self._text[caption] for caption in captions), strict=True))),
+                self._strides,
+                strict=True,
+            )
+        )
+
+        return PairBatch(
+            keys=torch.tensor([pair.key for pair in told], dtype=torch.int64),
+            draws=torch.tensor(epochs, dtype=torch.int64),
+            prob=torch.tensor([pair.prob for pair in told], dtype=torch.float32),
+            usable=torch.tensor([float(pair.bad is None) for pair in told]),
+            captions=captions,
+            dropped=torch.tensor(dropped),
+            micro=both(2),
+            position=position,
+            epoch=int(epochs[0]),
+            latent_mean=mean,
+            latent_std=std,
+            text=tuple(text),
+            bad=tuple((pair.key, pair.bad) for pair in told if pair.bad is not None),
+        )
+
+    def take(self) -> int:
+        """Pairs taken from memory since the last call."""
+        served, self.served = self.served, 0
+        return served
+
+    @torch.no_grad()
+    def put(self, batch: PairBatch, mean: Tensor, std: Tensor, text: Sequence[Tensor]) -> None:
+        """Keeps a micro-batch that was decoded, with its encoding: mean and std [2B, 4, h, w], text [B, ...].
+
+        The host does not wait for a GPU: a copy is kept by a later call, once it has arrived.
+        """
+        if self.full or batch.indices is None:
+            return
+        if not self._strides:
+            self._size(len(batch), (mean, std), text)
+        if not self.full:
+            there = [x.to("cpu", non_blocking=True) for x in (mean, std, *text)]  # pinned where it comes from a GPU
+            self._copies.append(_Copy(_arrival(mean), batch, there[0], there[1], tuple(there[2:])))
+        while self._copies and self._copies[0].arrived():
+            self._keep(self._copies.pop(0))
+
+    def _size(self, pairs: int, latents: Sequence[Tensor], text: Sequence[Tensor]) -> None:
+        """Decides whether the whole set fits, from one micro-batch, and says so."""
+        self._strides = [x.stride() for x in (*latents, *text)]
+        image = sum(x.nbytes for x in latents) / pairs * (2 if self.decoding.flip else 1)
+        size = int(self.pairs * image + self.captions * sum(x.nbytes for x in text) / pairs)
+        self.full = size > SHARE * self.free
+        said = f"{self.pairs} encoded pairs take {size / 2**20:,.0f} MiB, {size / max(self.free, 1):.2g} of the free memory"
+        if self.full:
+            log.info(
+                "%s, more than %g: they are encoded anew in each epoch (python -m dpo.prepare keeps them on disk)",
+                said,
+                SHARE,
+            )
+        else:
+            log.info("%s: kept from their first use, no image is read twice (--keep-encoded off refuses)", said)
+
+    def _keep(self, copy: _Copy) -> None:
+        batch, half = copy.batch, len(copy.batch)
+        assert batch.indices is not None, "put looks"
+        bad = dict(batch.bad)
+        mirrored, _ = self._drawn(batch.indices, batch.draws.tolist(), batch.keys)
+        for i, (index, mirror) in enumerate(zip(batch.indices, mirrored, strict=True)):
+            key, rows = int(batch.keys[i]), [i, i + half]
+            if not batch.usable[i] and key not in bad:
+                continue  # a hole that was made after decoding: the images are not what was encoded
+            told = _Told(key, float(batch.prob[i]), bad.get(key))
+            known = self._told.setdefault(index, told)
+            if (known.bad is None) != (told.bad is None):
+                continue  # an image came or went since its first use: the first is what is kept
+            images = _Images(copy.mean[rows], copy.std[rows], batch.micro[rows])
+            text, caption = tuple(x[i] for x in copy.text), batch.captions[i]
+            before = self._images.get((index, mirror)), self._text.get(caption)
+            if not (_same(before[0], images) and _same(before[1], text)):
+                return self._give_up()
+            self._agreed += before[0] is not None
+            if before[1] is None:
+                self._text[caption] = tuple(x.clone() for x in text)
+            if before[0] is None:
+                self._images[index, mirror] = images
+            if not batch.dropped[i]:
+                self._caption[index] = caption
+
+    def _give_up(self) -> None:
+        """Nothing more comes from memory. What other threads were promised stays."""
+        promised = self._agreed >= min(CHECKED, self.pairs)
+        self.full = True
+        self._copies.clear()
+        if not promised:
+            self._images.clear()
+            self._text.clear()
+        log.warning(
+            "encoded pairs are no longer kept: one encoded again came out different (an image was changed, or on this device "
+            "the last bits depend on the other pairs of a micro-batch)"
+        )
+
+    def _drawn(
+        self, indices: Sequence[int], epochs: Sequence[int], keys: Tensor | None = None
+    ) -> tuple[list[bool], list[bool]]:
+        """Which of these pairs are mirrored, and which captions dropped, in these epochs."""
+        if keys is None:
+            keys = torch.tensor([self._told[index].key for index in indices], dtype=torch.int64)
+        draws = torch.tensor(epochs, dtype=torch.int64)
+        return mirrors(keys, draws, self.decoding), drops(keys, draws, self.decoding)
+
+
+def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahead: int) -> Kept | None:
+    """An empty memory for the decided settings; None where nothing is kept, which is said where it could have helped.
+
+    micro_batch: its pairs; ahead: pairs that the rest of the run takes. In a run of one epoch none comes twice.
+    """
+    if ahead <= len(source):
+        return None
+    if data.crop == "random":
+        log.info("images are encoded anew in each epoch: crop = random cuts another square of each")
+    if runtime.keep_encoded != "on":
+        return None
+    images = 2 * micro_batch
+    if images > runtime.vae_batch and images % runtime.vae_batch:  # tried: a rest of another size has other last bits
+        log.info(
+            "images are encoded anew in each epoch: --vae-batch %d does not divide the %d images of a micro-batch",
+            runtime.vae_batch,
+            images,
+        )
+        return None
+    captions = len(np.unique(source.caption_keys())) + (data.caption_dropout > 0)
+    free = machine.free_memory() // of_launcher("LOCAL_WORLD_SIZE", 1)
+    return Kept(len(source), captions, Decoding.of(data, runtime.seed), free)
+
+
+def _arrival(x: Tensor) -> Callable[[], bool]:
+    """Tells whether what was copied so far from the device of `x` has arrived."""
+    if x.device.type != "cuda":
+        return lambda: True
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(x.device))
+    return event.query
+
+
+def _same(before: tuple[Tensor, ...] | None, now: tuple[Tensor, ...]) -> bool:
+    """Whether tensors on the host are equal to the bit; also where there are none to compare with."""
+    return before is None or all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(before, now, strict=True))
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    return x.contiguous().view(torch.uint8).numpy()
