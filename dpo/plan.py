@@ -35,7 +35,9 @@ def _command(argv: Sequence[str]) -> int:
 
     parser = make_parser()
     own, rest = parser.parse_known_args(list(argv))
-    config, notes = parse(rest, also=[flag for action in parser._actions for flag in action.option_strings])
+    config, notes = parse(
+        rest, also=[flag for action in parser._actions for flag in action.option_strings], with_pairs=False
+    )
     for note in notes:
         sys.stderr.write(f"dpo.plan: {note}\n")
     return run(own, config)
@@ -57,6 +59,10 @@ def run(own: argparse.Namespace, config: Config) -> int:
         work.measured(Path(asked.measured).expanduser())
     if asked.memory is not None and config.runtime.device == "cpu":
         raise UserError("--memory asks about a card: leave out --device cpu")
+    if asked.price is not None and asked.gpu is None and asked.measured is None:
+        raise UserError("--price has no effect without hours: give --gpu, or a run that was --measured")
+    if own.json is not None and Path(own.json).expanduser().is_dir():
+        raise UserError(f"--json {own.json} is a folder; name a file in it")
     if own.json is not None and not (parent := Path(own.json).expanduser().parent).is_dir():
         raise UserError(f"--json {own.json}: there is no folder {parent}; make it, or name another file")
     dry = work.planner(train_step, asked.processes)

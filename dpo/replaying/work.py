@@ -85,7 +85,7 @@ def _replayed(
     except UserError as error:
         if not (moved := history.gone(config)):
             raise
-        raise UserError(f"{error}; where it has moved, name it with {' and '.join(moved)}") from error
+        raise UserError(f"{error}; where it is elsewhere now, say where with {' and '.join(moved)}") from error
     before, total = run.done, run.total
     last = min(asked.update + asked.around, total) if asked.otherwise else asked.update
     _check_pairs(run, folder, asked.update)

@@ -30,11 +30,11 @@ EPILOG = (
 )
 
 
-def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[str]]:
+def parse(argv: Sequence[str], also: Sequence[str] = (), *, with_pairs: bool = True) -> tuple[Config, list[str]]:
     """The settings that `argv` asks for, and lines for the log on how it was read.
 
-    also: further flags that the caller knows, so that a misspelt one of them gets a suggestion too. Raises UserError,
-    and SystemExit after --help and --print-config.
+    also: further flags that the caller knows, so that a misspelt one of them gets a suggestion too. with_pairs: whether
+    a named model needs pairs. Raises UserError, and SystemExit after --help and --print-config.
     """
     given = read_flags(argv, also)
     start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str], also: Sequence[str] = ()) -> tuple[Config, list[s
     if {"accumulation", "effective_batch"} <= changes.keys():
         raise UserError("--effective-batch and --accumulation: the one follows from the other; give one")
     config = from_mapping(recipe.over(base, changes))
-    if config.model.model and not config.data.data:
+    if with_pairs and config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")

@@ -34,10 +34,11 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         (["--processes", "0"], "0 is not above 0"),
         (["--pairs", "many"], "invalid"),
         (["--measured", "nowhere"], "name the --output of a run"),
-        (["--model", "nobody/nothing", "--data", "d"], "cannot get the configs of nobody/nothing"),
-        (["--model", "stabilityai/stable-diffusion-xl-base-1.0"], "no pairs to train on"),
+        (["--model", "nobody/nothing"], "cannot get the configs of nobody/nothing"),
         (["--device", "cpu", "--memory", "24"], "leave out --device cpu"),
         (["--json", "nowhere/plan.json"], "nowhere"),
+        (["--json", "."], "--json . is a folder"),
+        (["--price", "3"], "--price has no effect without hours"),
     ],
 )
 def test_a_mistake_costs_one_line(flags, said, capsys, tmp_path, monkeypatch):
