@@ -33,7 +33,7 @@ def dry(config):
 
 @pytest.mark.parametrize(("kind", "flags"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
 def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, kind, flags):
-    flags = ["--batch-size", "8", "--resolution", "64", *QUIET, "--device", "cpu", *flags]
+    flags = ["--batch-size", "8", "--resolution", "64", *QUIET, "--device", "cpu", "--keep-encoded", "off", *flags]
     config, _ = parse(["--model", world(kind), "--data", world("pairs"), *flags])
     _, taken = dry(config)
     run = make_run(world(kind), world("pairs"), tmp_path / "run", *flags)
