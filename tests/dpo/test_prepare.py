@@ -54,9 +54,9 @@ def same(first, second) -> bool:
     "kind, flags",
     [
         ("sd15", []),
-        ("sd15", ["--lora"]),
+        pytest.param("sd15", ["--lora"], marks=pytest.mark.slow),
         ("sd15", ["--flip", "--caption-dropout", "0.3"]),
-        ("sd2v", ["--method", "dde"]),
+        pytest.param("sd2v", ["--method", "dde"], marks=pytest.mark.slow),
         ("sdxl", ["--method", "dde-step", "--caption-dropout", "0.5", "--dropped-caption", "zeros"]),
         pytest.param("sdxl", ["--lora", "--method", "dde"], marks=pytest.mark.slow),
         pytest.param("sd2v", ["--lora", "--method", "discounted"], marks=pytest.mark.slow),

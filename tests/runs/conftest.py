@@ -1,9 +1,14 @@
 """Fixtures of the tests that run the command."""
 
+import sys
+
 import pytest
 
 from dpo.training import summary
 from tests.help.commands import SMALL, command
+
+# Its process plays another machine wherever it is started: once, by tests.help.elsewhere, is enough.
+collect_ignore = [] if sys.modules.get("triton", sys) is None else ["test_elsewhere.py"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tests.help.running import advance, make_run, weights
 CUTS = [(8, 1, 0), (4, 2, 0), (1, 8, 0), (4, 2, 2)]
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), ("fp32", 2e-5)])
+@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), pytest.param("fp32", 2e-5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["dde"])
 def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, method, precision, tolerance):
     results = []

@@ -16,7 +16,8 @@ from dpo.common.command import GOES_ON, INTERRUPTED, MISTAKE, Parser, run, shard
 from dpo.common.errors import UserError
 
 COMMANDS = {
-    name: f"dpo.{name}" for name in ("train", "prepare", "sweep", "report", "sample", "evaluate", "vote", "label")
+    name: f"dpo.{name}"
+    for name in ("train", "prepare", "sweep", "report", "sample", "evaluate", "vote", "label", "plan", "replay")
 }
 
 

@@ -40,10 +40,8 @@ def test_blocks_of_a_kind_share_what_is_compiled(world):
     assert 0 < first.graphs < blocks[0] == blocks[1] and second.graphs == 0 and list(unet.state_dict()) == names
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--lora", "--rank", "2"], pytest.param(["--method", "dde", "--checkpointing", "on"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--lora", "--rank", "2"], ["--method", "dde", "--checkpointing", "on"]])
 def test_a_compiled_run_is_the_run(world, tmp_path, caplog, flags):
     """Also under checkpointing, and where the reference is the UNet with its adapters off."""
     caplog.set_level("INFO", "dpo")

@@ -234,7 +234,7 @@ def covered(draw, truth, interval, rng, resamples):
     return hits / TABLES
 
 
-@pytest.mark.parametrize("prompts", [20, 50, 200])
+@pytest.mark.parametrize("prompts", [20, 50, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_intervals_of_the_difference_cover(prompts, effect):
     of, truth = EFFECTS[effect]

@@ -33,10 +33,10 @@ def _encoded_once():
             encoded[key] = encode(encoder, batch)
         return encoded[key]
 
-    def prepared(step, encoder, batches, draws, predict):
+    def prepared(step, encoder, batches, draws, *rest):
         key = (draws, *step.path.timesteps.tolist())
         if key not in held_out:
-            held_out[key] = prepare(step, encoder, batches, draws, predict)
+            held_out[key] = prepare(step, encoder, batches, draws, *rest)
         return held_out[key]
 
     with pytest.MonkeyPatch.context() as patch:
