@@ -4,6 +4,7 @@ python -m benchmarks.gpu --out DIR   everything a GPU has to show, in one call: 
 python -m benchmarks.flops           FLOPs of training on one pair, counted
 python -m benchmarks.plan            how near a plan's memory and FLOPs are to the step's own, on the CPU
 python -m benchmarks.prepare         what a prepared store and recorded reference errors save, on the CPU
+python -m benchmarks.step            the trainer's update against the peers', by where its pairs come from, on the CPU
 python -m benchmarks.sampling        memory and speed of drawing and scoring by the number of images, on the CPU
 python -m benchmarks.study           do the methods do what the papers say: study_rows.py the runs, evidence.py the page
 python -m benchmarks.aot             registers, spills and vector accesses of every kernel: machine_code.py, no GPU needed

@@ -42,10 +42,16 @@ PAIRS = 16
 QUIET = ["--workers", "0", "--validate-every", "0", "--checkpoint-every", "0", "--overwrite"]
 
 
-def make_model(folder: Path, size: dict[str, Any]) -> Path:
-    """A random SD 1.x pipeline; its VAE has factor 4 (tiny) or 8 (mid)."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_model(folder: Path, size: dict[str, Any], family: str = "sd") -> Path:
+    """A random pipeline of the layout of SD 1.x or SDXL; its VAE has factor 4 (tiny) or 8 (mid)."""
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from dpo.tiny import paths
 
@@ -53,11 +59,10 @@ def make_model(folder: Path, size: dict[str, Any]) -> Path:
     unet, vae, layers = size["unet"], size["vae"], size["layers"]
     levels = len(unet) - 1
     tokenizer = StableDiffusionPipeline.from_pretrained(paths.pipeline_path()).tokenizer
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
-    )
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(
+    width = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=64, **width)
+    common = {
+        "vae": AutoencoderKL(
             block_out_channels=vae,
             down_block_types=("DownEncoderBlock2D",) * len(vae),
             up_block_types=("UpDecoderBlock2D",) * len(vae),
@@ -65,24 +70,44 @@ def make_model(folder: Path, size: dict[str, Any]) -> Path:
             norm_num_groups=8,
             latent_channels=4,
         ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=size["side"] // 2 ** (len(vae) - 1),
-            block_out_channels=unet,
-            down_block_types=("CrossAttnDownBlock2D",) * levels + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * levels,
-            layers_per_block=layers,
-            norm_num_groups=8,
-            attention_head_dim=4,
-            cross_attention_dim=64,
-        ),
-        scheduler=PNDMScheduler(
+        "text_encoder": CLIPTextModel(text),
+        "tokenizer": tokenizer,
+        "scheduler": PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    }
+    shape = {
+        "sample_size": size["side"] // 2 ** (len(vae) - 1),
+        "block_out_channels": unet,
+        "layers_per_block": layers,
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+    }
+    if family == "sd":
+        network = UNet2DConditionModel(
+            down_block_types=("CrossAttnDownBlock2D",) * levels + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * levels,
+            cross_attention_dim=64,
+            **shape,
+        )
+        StableDiffusionPipeline(
+            **common, unet=network, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        ).save_pretrained(folder)
+        return folder
+    network = UNet2DConditionModel(
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels + ("UpBlock2D",),
+        transformer_layers_per_block=(1, 2, 10)[: len(unet)],
+        cross_attention_dim=128,  # of both text encoders
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=64 + 6 * 32,
+        **shape,
+    )
+    second = CLIPTextModelWithProjection(text)
+    StableDiffusionXLPipeline(
+        **common, unet=network, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False
     ).save_pretrained(folder)
     return folder
 
@@ -119,7 +144,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
         if prepare.main(["--store", str(store), "--reference", "--draws", "1", "--dtype", "fp32", *flags]):
             raise RuntimeError("preparing failed")
         kinds = {
-            "images": make_run(model, pairs, root / "a", batch),
+            "images": make_run(model, pairs, root / "a", batch, "--keep-encoded", "off"),
             "prepared": make_run(model, store, root / "b", batch),
             "prepared + recorded": make_run(model, store, root / "c", batch, "--reference", "recorded"),
         }

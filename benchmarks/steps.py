@@ -11,16 +11,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measuring import captured, median_seconds, peak_memory_gib
+from benchmarks.step import peers_loss
 from dpo import reference
 from dpo.common.words import first_line
 from dpo.encode import Inputs
 from dpo.models import lora
 from dpo.models.denoiser import halve, use_checkpointing
-from dpo.models.family import Model, TextEncoding, families
+from dpo.models.family import Denoise, Model, TextEncoding, families
 from dpo.schedule import Schedule, noise_path
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
@@ -233,27 +233,24 @@ def peers_step(model: Size, device: torch.device) -> tuple[Callable[[], Any], li
     ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
     abar = torch.linspace(0.999, 0.005, 1000, device=device)
     filler = torch.randn(1, tokens, width, device=device, dtype=half)
-    pooled = None if model.pooled is None else torch.randn(2, model.pooled, device=device, dtype=half)
+    pooled = None if model.pooled is None else torch.randn(1, model.pooled, device=device, dtype=half)
     sizes = torch.tensor([8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side], device=device).repeat(2, 1)
+
+    def wrapped(module: nn.Module) -> Denoise:
+        def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
+            added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": sizes}
+            x_t = x_t.to(half) if module is twin else x_t
+            with torch.autocast(device.type, half, enabled=device.type == "cuda"):
+                return module(x_t, t, text.hidden, added_cond_kwargs=added).sample
+
+        return denoise
 
     def step() -> None:
         with torch.no_grad():
             latents = vae.encode(pixels.to(next(vae.parameters()).dtype)).latent_dist.sample().float() * 0.18215
             hidden = encoder(ids).last_hidden_state
-            hidden = (hidden if hidden.shape[-1] == width else filler).repeat(2, 1, 1)
-        noise = torch.randn_like(latents[:1]).repeat(2, 1, 1, 1)
-        t = torch.randint(0, 1000, (1,), device=device).repeat(2)
-        a = abar[t].view(-1, 1, 1, 1)
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
-        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-            prediction = policy(noisy, t, hidden, added_cond_kwargs=added).sample
-            with torch.no_grad():
-                other = twin(noisy.to(half), t, hidden, added_cond_kwargs=added).sample
-        p = (prediction.float() - noise).square().mean((1, 2, 3))
-        r = (other.float() - noise).square().mean((1, 2, 3))
-        loss = -F.logsigmoid(-2500 * ((p - r)[0] - (p - r)[1]))
-        loss.backward()
+        text = TextEncoding(hidden if hidden.shape[-1] == width else filler, pooled)
+        peers_loss(wrapped(policy), wrapped(twin), latents, text, sizes, abar).backward()
 
     return step, list(policy.parameters())
 
