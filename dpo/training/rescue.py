@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
 
+from dpo.common.command import of_launcher
 from dpo.common.errors import Elsewhere, Stopped, UserError
 from dpo.common.words import first_line
 from dpo.data.batch import PairBatch
@@ -21,7 +22,10 @@ log = logging.getLogger("dpo")
 
 
 def goes_on(output: Path) -> str:
-    return f"python -m dpo.train --output {shlex.quote(str(output))} --resume latest"
+    """The command that goes on with the run in `output`, on as many processes of this machine as now."""
+    local = of_launcher("LOCAL_WORLD_SIZE", 1)
+    launcher = f"torchrun --nproc-per-node {local}" if local > 1 else "python"
+    return f"{launcher} -m dpo.train --output {shlex.quote(str(output))} --resume latest"
 
 
 def check_there(run: Run) -> None:
