@@ -139,7 +139,8 @@ class Kept:
         if not self._strides:
             self._size(len(batch), (mean, std), text)
         if not self.full:
-            there = [x.to("cpu", non_blocking=True) for x in (mean, std, *text)]  # pinned where it comes from a GPU
+            # From a GPU into page-locked memory, without waiting: nothing reads it before the event behind it is there.
+            there = [x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std, *text)]
             self._copies.append(_Copy(_arrival(mean), batch, there[0], there[1], tuple(there[2:])))
         while self._copies and self._copies[0].arrived():
             self._keep(self._copies.pop(0))

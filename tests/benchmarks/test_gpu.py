@@ -3,11 +3,13 @@
 import csv
 import json
 
+import pytest
 import torch
 
 from benchmarks import gpu, parity
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--minutes", "60"]) == 0
     found = json.loads((tmp_path / "results.json").read_text())

@@ -9,6 +9,7 @@ from benchmarks import step
 from dpo.models.family import TextEncoding
 
 
+@pytest.mark.slow
 def test_the_tiny_size(tmp_path, capsys):
     words = ["--size", "tiny", "--family", "sdxl", "--train", "lora", "--updates", "2", "--out", str(tmp_path)]
     assert step.main(words) == 0

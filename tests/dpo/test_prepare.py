@@ -53,7 +53,7 @@ def same(first, second) -> bool:
 @pytest.mark.parametrize(
     "kind, flags",
     [
-        ("sd15", []),
+        pytest.param("sd15", [], marks=pytest.mark.slow),
         pytest.param("sd15", ["--lora"], marks=pytest.mark.slow),
         ("sd15", ["--flip", "--caption-dropout", "0.3"]),
         pytest.param("sd2v", ["--method", "dde"], marks=pytest.mark.slow),

@@ -40,7 +40,13 @@ def messy(tmp_path_factory):
     return make_pickapic(folder, 24, 1, split="validation")
 
 
-@pytest.mark.parametrize(("kind", "flags"), RUNS.values(), ids=RUNS)
+SLOW = ("sd2v, all weights",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [pytest.param(*run, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, run in RUNS.items()],
+)
 def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, capsys, kind, flags):
     words = [
         "--model",

@@ -288,7 +288,10 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(launched, start, tmp_path
     *logged, last = lines(tmp_path, 0)
     assert last.startswith("dpo.train: a process of this run died: ") and last.endswith("--resume latest")
     done = len(updates(tmp_path))
-    assert f"stopped after update {done} of 500; checkpoint" in logged[-2] and "go on with: torchrun --nproc-per-node 2 -m dpo.train " in logged[-1]
+    assert (
+        f"stopped after update {done} of 500; checkpoint" in logged[-2]
+        and "go on with: torchrun --nproc-per-node 2 -m dpo.train " in logged[-1]
+    )
     said = command(capsys, "--output", tmp_path / "out", "--resume", "latest", "--steps", done + 1)
     assert said.code == 0 and len(updates(tmp_path)) == done + 1 and said.warnings("changed on resume") == []
 

@@ -124,6 +124,7 @@ def test_unknown_blocks_keep_their_forward_and_are_named():
         torch.testing.assert_close(unet(*inputs()).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_break():
     unet = make_unet(True, levels=1)
     patch(unet)

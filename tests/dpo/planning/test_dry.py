@@ -14,11 +14,9 @@ from dpo.train import train_step
 from dpo.training.memory import ATTENTION
 from tests.help.running import QUIET, advance, make_run
 
-CASES = [
-    ("sd15", []),
-    ("sdxl", ["--lora", "--accumulation", "2", "--checkpointing", "on"]),
-]
+CASES = [("sd15", [])]
 REST = [
+    ("sdxl", ["--lora", "--accumulation", "2", "--checkpointing", "on"]),
     ("sd15", ["--optimizer", "adafactor", "--ema", "0.99", "--method", "dde", "--accumulation", "2"]),
     ("sd2v", ["--method", "dde-step"]),
     ("sdxl", ["--flip", "--gradient-release"]),

@@ -18,7 +18,10 @@ SD21 = SD15 | {
 REAL = sorted(name for name in presets() if "model" in load_preset(name))
 
 
-@pytest.mark.parametrize("name", REAL)
+SLOW = ("sd21", "sdxl-turbo")  # the shapes of SD 1.5 and SDXL, and others for a count of their own
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in REAL])
 def test_presets_of_real_models_validate_for_a_twentieth_of_their_flops(name):
     cfg, _ = parse(["--preset", name])
     unet = SDXL if name.startswith("sdxl") else SD21 if name == "sd21" else SD15

@@ -84,6 +84,7 @@ def test_a_run_is_judged_and_says_that_nothing_was_left_to_train(again, few_prom
     assert summary(again)["evaluation"] == figures, "a later visit keeps what is known"
 
 
+@pytest.mark.slow
 def test_images_of_weights_that_were_trained_on_are_drawn_again(again):
     drawn = ["--evaluate-prompts", "a frog", "an owl", "a red cup", "a blue car", "--sample-steps", "2"]
     words = ["--output", str(again), "--resume", "latest", "--judge", *drawn]
