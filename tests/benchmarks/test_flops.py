@@ -11,6 +11,7 @@ from dpo.training.flops import pair_flops, unet_flops
 SMALL = replace(SD15, unet=SMALL_UNET, text=(7, 32))
 
 
+@pytest.mark.slow
 def test_the_count_sees_what_is_saved(monkeypatch):
     monkeypatch.setitem(flops.ENCODERS, SD15.name, ({"num_hidden_layers": 1},))
     rows = {(row["trained"], row["checkpointing"]): row for row in flops.rows((SMALL,))}

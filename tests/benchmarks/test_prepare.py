@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import prepare
 
 
+@pytest.mark.slow
 def test_the_tiny_size(tmp_path, capsys):
     assert prepare.main(["--size", "tiny", "--steps", "2", "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["prepare"]

@@ -171,6 +171,7 @@ def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys,
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_is_a_stop_with_a_checkpoint(start, tmp_path, capsys):
     """The real one: the process leads the session of a terminal whose other end goes away; its workers hear of it too."""
     words = [str(word) for word in [*start, *WORDS, "--steps", "100000", "--workers", "1"]]

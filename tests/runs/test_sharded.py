@@ -147,6 +147,7 @@ def result(folder):
     return load_file(file)
 
 
+@pytest.mark.slow
 def test_result_and_images_are_those_of_one_process(launched, start, tmp_path, capsys, brief):
     more = ["--steps", "2", "--ema", "0.5"]
     assert codes(launched(*more)) == [0, 0]

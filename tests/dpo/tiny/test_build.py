@@ -40,6 +40,7 @@ def rebuild(tmp_path, arguments=()):
     return record
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "CHUNK", 32)
     monkeypatch.setattr(vae, "CHECK", 32)

@@ -83,6 +83,7 @@ def press(tab, key, count=None):
     tab.wait(f"document.getElementById('bar').value === {count} && (({SEEN}) || ({AT_END}))")
 
 
+@pytest.mark.slow
 def test_a_whole_study_by_raters_at_the_keyboard(browser, tmp_path):
     """Three raters answer 40 questions each, and what is on disk is what they meant."""
     folder, draw = tmp_path / "study", random.Random(0)
