@@ -36,7 +36,7 @@ def start_command(words: list[str], said: Path, main: Callable[[list[str]], int]
     """Forks a child that is `python -m COMMAND words...` from there on; its process id.
 
     main: of the command, dpo.train unless said; `said` gets what it writes. fresh: in a new interpreter, which imports
-    everything itself and hears Ctrl-C as from a terminal.
+    everything itself. Either hears Ctrl-C as from a terminal.
     """
     child = os.fork()
     if child:
@@ -46,8 +46,8 @@ def start_command(words: list[str], said: Path, main: Callable[[list[str]], int]
         with open(said, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run behind `&` it is ignored
         if fresh:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.execv(sys.executable, [sys.executable, "-m", main.__module__, *words])
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         logging.getLogger("dpo").handlers.clear()
