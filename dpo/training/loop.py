@@ -382,8 +382,10 @@ def whole(run: Run, wanted: bool = True) -> Iterator[None]:
     """Inside the block the weights of a sharded run are in the first process whole as well; all processes enter it."""
     if wanted and (shards := run.updater.shards) is not None:
         run.whole_weights = dict(shards.whole(run.updater.ema or run.updater.parameters))
-    yield
-    run.whole_weights = None
+    try:
+        yield
+    finally:  # else what comes after an error could take weights of an earlier update for those of now
+        run.whole_weights = None
 
 
 def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:

@@ -46,7 +46,7 @@ def together(count: int, work: Callable[[parallel.Processes], Any], folder: Path
     children = [start(lambda rank=rank: one(rank)) for rank in range(count)]
     codes = [os.waitpid(child, 0)[1] for child in children]
     assert codes == [0] * count, codes
-    return [torch.load(folder / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)]
+    return [torch.load(folder / f"{count}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
 def commands(count: int, words: list[str], folder: Path, **more: str) -> list[int]:
