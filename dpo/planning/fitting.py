@@ -86,9 +86,7 @@ CHANGES = (  # the cheapest first
     Change(
         "--activation-offload",
         "the same result; copies to host memory",
-        lambda c: _unless(
-            c.runtime.activation_offload or c.runtime.compile or _whole_pass(c), activation_offload=True
-        ),
+        lambda c: _unless(c.runtime.activation_offload or c.runtime.compile or _whole_pass(c), activation_offload=True),
     ),
     RELEASE,
     Change(

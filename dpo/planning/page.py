@@ -44,7 +44,10 @@ def _of_memory(config: Config, processes: int) -> list[str]:
     sharded = config.runtime.sharding == "on"
     said = [
         (sharded and processes == 1, "--sharding on has no effect on one process: give --processes"),
-        (sharded and processes > 1, f"of each of {processes} processes, which hold the weights in shards; not measured"),
+        (
+            sharded and processes > 1,
+            f"of each of {processes} processes, which hold the weights in shards; not measured",
+        ),
         (config.runtime.cuda_graph, "--cuda-graph is not counted: its pool of memory comes on top"),
         (config.runtime.compile, "--compile is not counted: compiled blocks may take more or less"),
     ]

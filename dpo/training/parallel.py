@@ -45,7 +45,9 @@ T = TypeVar("T")
 class Died(UserError):
     """Another process ended without a word. how: to go on, in words."""
 
-    def __init__(self, how: str = "--resume latest goes on from the last checkpoint, or anew where there is none") -> None:
+    def __init__(
+        self, how: str = "--resume latest goes on from the last checkpoint, or anew where there is none"
+    ) -> None:
         super().__init__(DIED + how)
 
 
