@@ -92,6 +92,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source = errors.covered(source)
 
     total = resolve.total_steps(config, len(source))
+    for line in advice.length(config, len(source)):
+        log.info("%s", line)
+    for line in advice.too_long(config, len(source)):
+        log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     trained = cost.training(counted, config, total, len(source), processes.count)
