@@ -72,6 +72,7 @@ setup(
             "dpo-label = dpo.label:main",
             "dpo-plan = dpo.plan:main",
             "dpo-replay = dpo.replay:main",
+            "dpo-pairs = dpo.pairs:main",
         ]
     },
 )
