@@ -74,6 +74,7 @@ setup(
             "dpo-replay = dpo.replay:main",
             "dpo-export = dpo.export:main",
             "dpo-extract = dpo.extract:main",
+            "dpo-pairs = dpo.pairs:main",
         ]
     },
 )
