@@ -1,0 +1,100 @@
+"""What pages say that can be run: the blocks of docs/api.md and the cells of the notebook, as they stand."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import dpo
+from dpo import train
+from dpo.common import command
+from tests.help.worlds import make_folders
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+
+
+def blocks(page: str) -> list[str]:
+    """The blocks of Python on a page, in order."""
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working folder with pairs in it; what a run sets for the whole process is set back."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    make_folders(tmp_path / "pairs", 6)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def run_one_after_another(parts: list[str]) -> dict:
+    """The names that the parts leave, run in one namespace as a reader would."""
+    names: dict = {}
+    for number, part in enumerate(parts, 1):
+        exec(compile(part, f"<part {number}>", "exec"), names)
+    return names
+
+
+def test_the_blocks_of_the_api_page(elsewhere, capsys):
+    parts = blocks("docs/api.md")
+    assert len(parts) == 4
+    left = run_one_after_another(parts)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("Too early to tell. runs") and said[1].startswith("6 a "), said
+    assert (elsewhere / "runs" / "first" / "report.html").is_file() and not (elsewhere / "runs" / "loop").exists()
+    assert left["terms"].loss.tolist() == [pytest.approx(0.693147, abs=1e-6)] * 2
+    assert all(p.grad is not None for p in left["run"].updater.parameters)
+
+
+def test_the_api_page_lists_every_public_name():
+    table = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("\n## ")[0]
+    assert set(re.findall(r"`(\w+)(?:\([^`]*\))?`", table)) >= dpo.PUBLIC.keys()
+
+
+def test_an_interrupted_run_does_not_return(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "to_its_end", lambda config, notes: command.INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt, match="resume='latest' goes on"):
+        dpo.align(output=tmp_path)
+    with pytest.raises(dpo.UserError, match="did you mean steps"):
+        dpo.align(dpo.Config(), step=3)
+
+
+def cells() -> list[str]:
+    """The code of the notebook, a text a cell."""
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 4)
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_imports_what_is_there_and_holds_no_output():
+    code = ast.parse("\n".join(cells()))
+    named = [node for node in ast.walk(code) if isinstance(node, ast.ImportFrom) and node.module.startswith("dpo")]
+    names = {alias.name for node in named for alias in node.names}
+    assert names == {"align", "errors_of", "open_pairs", "pair_loss", "read_run", "train_pairs_path"}
+    exec(compile(ast.Module(named, []), "imports", "exec"), {})
+    assert '"outputs": []' in (text := NOTEBOOK.read_text("utf-8")) and '"output_type"' not in text
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """In a kernel of its own, as in Jupyter."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(book)
+    client = NotebookClient(book, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = [output for cell in book.cells for output in cell.get("outputs", [])]
+    said = "".join(output.get("text", "") for output in shown)
+    assert "Evidence(share=" in said and "implicit_accuracy" in said
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
+    assert (tmp_path / "runs" / "notebook" / "report.html").is_file()
