@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import dpo
-from dpo import train
+from dpo import plan, train
 from dpo.common import command
 from tests.help.worlds import make_folders
 
@@ -65,6 +66,38 @@ def test_an_interrupted_run_does_not_return(tmp_path, monkeypatch):
         dpo.align(output=tmp_path)
     with pytest.raises(dpo.UserError, match="did you mean steps"):
         dpo.align(dpo.Config(), step=3)
+
+
+def test_the_tables_of_the_data_page_are_pairs(tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^```(csv|jsonl)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "images").mkdir()
+    for name in sorted(set(re.findall(r"images/(\w+\.png)", text))):
+        Image.new("RGB", (8, 8), {"1a.png": "red", "2b.png": "red", "3a.png": "green"}.get(name, "blue")).save(
+            tmp_path / "images" / name
+        )
+    found = {}
+    for number, (kind, table) in enumerate(tables):
+        (tmp_path / f"{number}.{kind}").write_text(table, encoding="utf-8")
+        pairs = list(dpo.open_pairs(tmp_path / f"{number}.{kind}", ties="keep"))
+        assert [pair.prompt for pair in pairs[:2]] == ["a fox in the snow", "a cup, half full"]
+        assert all(pair.chosen.getpixel((0, 0)) == (255, 0, 0) for pair in pairs[:2])
+        found[number] = [round(pair.p, 3) for pair in pairs]
+    assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]}
+
+
+ROWS = re.compile(r"^\|[^|]*\|[^|]*\| `(--preset [^`]*)`[^|]*\| ([\d.]+) \| (\d+) GB \|$", re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_hardware_page_is_what_a_plan_says(tmp_path, capsys):
+    found = ROWS.findall((ROOT / "docs" / "hardware.md").read_text(encoding="utf-8"))
+    assert len(found) >= 9
+    for words, gib, card in found:
+        assert plan.main([*words.split(), "--json", str(tmp_path / "plan.json")]) == 0
+        peak = json.loads((tmp_path / "plan.json").read_text("utf-8"))["peak"] / 2**30
+        assert f"{peak:.1f}" == gib, words
+        assert peak < int(card) and re.search(rf"{card} GB yes|^memory", capsys.readouterr().out), words
 
 
 def cells() -> list[str]:
