@@ -298,10 +298,9 @@ class AdamW8bit(torch.optim.Optimizer):
         self._factors.copy_(factors_reference(self._hyper, self._tensors["step"].item()))
 
     def _reference_one(self, key: int, clip, inv_scale) -> None:
-        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
+        (p, group), part, start, t = self._parameters[key], self._parts[key], self._starts[key], self._tensors
         if p.grad is None or not p.numel():
             return
-        t = self._tensors
         pieces = zip(_memory_order(p).split(PIECE), _memory_order(p.grad).split(PIECE), strict=True)
         for before, (flat, grad) in zip(range(0, p.numel(), PIECE), pieces, strict=True):
             w, g, begin = flat.float(), grad.float() * (clip * inv_scale), start + before
