@@ -240,7 +240,7 @@ class Optim:
     )
     epochs: float | None = option(
         None,
-        "passes over the pairs, when steps is none",
+        "passes over the training pairs, in the place of steps; 0.5 is half of one",
         unit="epochs",
         above=0.0,
         aliases=("num_train_epochs",),

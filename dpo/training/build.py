@@ -37,7 +37,7 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, checkpoint, cost, denoisers, flops, start, stored, validation
+from dpo.training import agreement, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -67,6 +67,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
     _check_named(config.model)
+    optimizer.check_installed(config.optim.optimizer)
 
     saved = _saved(config.output, output, processes)
     config = _left_open(config, saved)
@@ -92,6 +93,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source = errors.covered(source)
 
     total = resolve.total_steps(config, len(source))
+    for line in advice.length(config, len(source)):
+        log.info("%s", line)
+    for line in advice.too_long(config, len(source)):
+        log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     trained = cost.training(counted, config, total, len(source), processes.count)

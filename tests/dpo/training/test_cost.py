@@ -15,7 +15,7 @@ SD21 = SD15 | {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
-REAL = sorted(name for name in presets() if "model" in load_preset(name))
+REAL = sorted(name for name in presets() if {"model", "data"} <= load_preset(name).keys())
 
 
 SLOW = ("sd21", "sdxl-turbo")  # the shapes of SD 1.5 and SDXL, and others for a count of their own
