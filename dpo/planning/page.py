@@ -98,7 +98,8 @@ def _time(plan: Plan, asked: Asked) -> str:
     if plan.steps is None or plan.total is None:
         return f"{text}; give --pairs for the number of updates"
     seen = plan.steps * plan.nominal
-    encoded = f", {plan.encoded:,} of them encoded" if plan.encoded is not None and plan.encoded < seen else ""
+    kept = plan.encoded is not None and plan.encoded < seen
+    encoded = f", {plan.encoded:,} of them encoded where memory keeps the set" if kept else ""
     hours = plan.total / 3600
     text += f"; {plan.steps:,} updates ({seen:,} pairs{encoded}) take {_hours(hours)}"
     if asked.price is None:
