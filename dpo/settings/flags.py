@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dpo.common import libraries
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str], also: Sequence[str] = (), *, with_pairs: bool = T
     changes, notes = compat.translate(given, start["compat"])
     notes += _repeated(argv)
     base = _base(start, changes, notes)
+    notes += _untracked(base, changes) if start["compat"] else []
     for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
         if changes.get(asked):
             base.pop(other, None)
@@ -62,6 +64,19 @@ def parse(argv: Sequence[str], also: Sequence[str] = (), *, with_pairs: bool = T
         sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(config))
         raise SystemExit(0)
     return config, notes
+
+
+def _untracked(base: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Leaves TensorBoard out of `base` where it is not installed and only a script's default asks for it; says so.
+
+    One that is asked for stops the run later: training.trackers.check.
+    """
+    if "tensorboard" in changes or not base.get("tensorboard") or libraries.is_there("tensorboard"):
+        return []
+    base["tensorboard"] = False
+    return [
+        f"--report_to tensorboard, the script's default: it is not installed, so it is left out: {libraries.TRACKING}"
+    ]
 
 
 def presets() -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Build the embedded world: sprites -> autoencoder -> judges -> base pipeline -> preference pairs -> what ships.
 
-    python -m dpo.tiny.build                          # everything, about 1.5 h on two quiet cores; run again to resume
+    python -m dpo.tiny.build                          # everything, hours on two cores; run again to resume
     python -m dpo.tiny.build --stage vae              # one stage; `--stage judges` can run beside it in another terminal
     python -m dpo.tiny.build --stage unchanged        # only draw the shipped pictures of the unchanged model again
-    python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline, minutes on one core: for tests, draws poorly
+    python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline: for tests, draws poorly
 
 Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the
 seed; the base stage also depends on its number of processes (their draws differ). build.json says what was built,
