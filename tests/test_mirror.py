@@ -72,6 +72,7 @@ TESTED_BY = {
     "dpo/tiny/making/text.py": "tests/dpo/tiny/test_build.py",
     "dpo/tiny/making/sprites.py": "tests/dpo/tiny/making/test_scenes.py",
     "dpo/tiny/making/vae.py": "tests/dpo/tiny/test_build.py",
+    "dpo/tiny/making/unchanged.py": "tests/dpo/tiny/test_unchanged.py",
     "dpo/training/embedded.py": "tests/dpo/training/test_judging.py",
     "dpo/training/agreement.py": "tests/runs/test_processes.py",
     "dpo/training/parallel.py": "tests/runs/test_processes.py",

@@ -35,6 +35,7 @@ from dpo.training.rescue import check_there, goes_on, is_logged, known, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
+from dpo.training.trackers import check as check_trackers
 from dpo.training.waiting import Waiting
 
 log = logging.getLogger("dpo")
@@ -170,6 +171,7 @@ def _again(config: Config, processes: Processes) -> Config:
 
 def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate, processes: Processes) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
+    check_trackers(config.output.tensorboard, config.output.wandb)
     if not processes.first:
         _help(build.build(config, notes, processes), train_step)
         return
