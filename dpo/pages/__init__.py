@@ -9,5 +9,5 @@ sweep.py the comparison of a sweep | evaluation.py, evaluation.html, evaluation.
 replay.py, replay.html the page of a replayed update | spikes.py updates that stand out
 votes.py, votes.html, vote_tables.py what people prefer | labels.py, labels.html the page of a labelled set
 pairs.py, pairs.html the page of any set of pairs: chosen beside rejected
-head.html, verdicts.html what pages share | markdown.py tables of Markdown
+head.html, tiles.html, cells.html, verdicts.html what pages share | markdown.py tables of Markdown
 """
