@@ -97,6 +97,14 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.keep_encoded == "on" and v.crop == "random",
             "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
         ),
+        (
+            v.buckets and v.compile,
+            "compile makes code for minutes for each shape, and buckets has up to a dozen: leave --compile or --buckets out",
+        ),
+        (
+            v.buckets and v.gradient_release,
+            "gradient_release makes an update of one pass, and buckets needs a pass for each shape: leave one of them out",
+        ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
     ]

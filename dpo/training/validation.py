@@ -50,7 +50,7 @@ def _errors(step: PairStep, batches: list[Inputs], draws: int, sizes: list[int],
         for batch in batches:
             x = batch.to(zero.device)
             errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
-            found.append(pad(errors[:2], (0, sizes[0] - errors.shape[1])))
+            found.append(pad(errors[:2], (0, max(sizes) - errors.shape[1])))
         rows.append(torch.stack(found))  # [rounds, 2, B]
     every = processes.tensors(torch.stack(rows))  # [processes, S, rounds, 2, B]
     in_order = every.permute(1, 3, 2, 0, 4).flatten(2, 3)  # [S, 2, batches of all, B]
