@@ -7,5 +7,5 @@ batches.py micro-batches of any source: order.py which pairs they have,
 batch.py what one holds, loader.py made from images, kept.py encoded pairs in memory, store/reader.py from a prepared store
 buckets.py the shapes of images that are not square, and the one of each pair
 writing.py judged pairs -> parquet | labelled.py what dpo.label made | images.py a file -> pixels
-contents.py whether image files were changed | ahead.py an iterator read by a thread
+examples.py pairs to look at from Python | contents.py whether image files were changed | ahead.py an iterator read by a thread
 """
