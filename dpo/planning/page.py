@@ -19,10 +19,13 @@ def page(plan: Plan, asked: Asked) -> list[str]:
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
     update = f"{_count(optim.batch_size, 'pair')} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    pixels = f"{config.data.resolution} pixels" + (
+        " (counted for the square: buckets need no more)" if config.data.buckets else ""
+    )
     where = "on a GPU (not measured)" if plan.gpu else "on the CPU"
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
-        ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {config.data.resolution} pixels"),
+        ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
         ("", f"{update} = {_count(plan.nominal, 'pair')} an update"),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
         ("FLOPs", f"{_flops(plan.pair_flops)} a pair"),

@@ -158,6 +158,9 @@ class Data:
     max_image_mib: int = option(
         256, "an image file larger than this is left out, as an unreadable one is", unit="MiB", low=1, resume="said"
     )
+    buckets: bool = option(
+        False, "cut each pair to one of a few shapes of the square's area, the nearest to its own (docs/data.md)"
+    )
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,14 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
         ),
         (
+            v.buckets and v.compile,
+            "compile makes code for minutes for each shape, and buckets has up to a dozen: leave --compile or --buckets out",
+        ),
+        (
+            v.buckets and v.gradient_release,
+            "gradient_release makes an update of one pass, and buckets needs a pass for each shape: leave one of them out",
+        ),
+        (
             v.steps is not None and v.epochs is not None,
             f"steps = {v.steps} and epochs = {brief(v.epochs)} both say how long a run is: give one",
         ),

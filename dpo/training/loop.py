@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
 import logging
 import os
 import signal
@@ -22,7 +21,7 @@ from dpo.common import files, locks, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
-from dpo.data.batch import PairBatch
+from dpo.data.batch import PairBatch, of_update
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE
@@ -336,7 +335,7 @@ def _of_others(error: Exception) -> bool:
 
 def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: Iterator[PairBatch]) -> int:
     """Makes the updates, with what belongs to each; the number of pairs that could be used."""
-    out, optim = run.config.output, run.config.optim
+    out = run.config.output
     held_out: Figures = {}
     used, first = 0, run.done
     waiting = Waiting(batches, warns=run.device.type == "cuda")
@@ -348,7 +347,7 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
                 raise Stopped
             began = time.monotonic()
             rate = run.learning_rate()
-            figures = train_step(run, itertools.islice(waiting, optim.accumulation))
+            figures = train_step(run, of_update(waiting))
             used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Generator
@@ -18,6 +17,7 @@ from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.batches import batches
+from dpo.data.buckets import Buckets
 from dpo.data.kept import Kept
 from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
@@ -91,6 +91,7 @@ class Run:
     stopping: bool = False  # one of several processes was asked to stop during the last update
     whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
+    buckets: Buckets | None = None  # the shapes of the pairs, where not all are squares
     kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
@@ -150,7 +151,7 @@ class Run:
         for total, share in zip((self.table.sums, self.table.counts), found):
             total.copy_(sum(share.unbind()))
         # Micro-batch j of the update is number j // count of process j % count: back into the order of one process.
-        dealt = found[2].view(self.processes.count, len(rows), self.config.optim.accumulation, -1)
+        dealt = found[2].view(self.processes.count, len(rows), -1, self.config.optim.batch_size)
         self.metrics.put(dealt.permute(1, 2, 0, 3).reshape(len(rows), -1).to(rows.dtype))
         usable, asked, unread = found[3].sum(0).long().tolist()
         self.stopping = bool(asked)
@@ -217,21 +218,32 @@ class Run:
 
         Close the generator to end its workers or thread.
         """
-        data, seed, processes = self.config.data, self.config.runtime.seed, self.processes
-        order = Order(seed, self.position, self.config.optim.batch_size, rank=processes.rank, world=processes.count)
-        reading = replace(Reading.of(data), shared=processes.count > 1)
+        data, seed, count = self.config.data, self.config.runtime.seed, self.processes.count
+        reading = replace(Reading.of(data), shared=count > 1)
+        order = self.order(self.position)
         found = batches(self.source, order, Decoding.of(data, seed), reading, self.recorded, self.kept)
-        return found if processes.count == 1 else self._dealt(found)
+        return found if count == 1 else self._dealt(found)
+
+    def order(self, start: int, stop: int | None = None) -> Order:
+        """The order of this process's micro-batches from one position to another; None: without end."""
+        return Order(
+            self.config.runtime.seed,
+            start,
+            self.config.optim.batch_size,
+            stop,
+            self.processes.rank,
+            self.processes.count,
+            self.nominal,
+            self.buckets,
+        )
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
-        """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
+        """The micro-batches, of which the last one of each update has the gradients summed over the processes."""
         policy = self.step.policy
         with closing(found):
-            for number in itertools.count(1):
-                if (batch := next(found, None)) is None:
-                    return
+            for batch in found:
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
                 if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
-                    policy.reduces(number % self.config.optim.accumulation == 0)
+                    policy.reduces(batch.last)
                 yield batch

@@ -57,7 +57,7 @@ def _errors(
             for number, batch in enumerate(batches, draw * len(batches) + 1):
                 x = batch.to(zero.device)
                 errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
-                found.append(pad(errors[:2], (0, sizes[0] - errors.shape[1])))
+                found.append(pad(errors[:2], (0, max(sizes) - errors.shape[1])))
                 told(number)
             rows.append(torch.stack(found))  # [rounds, 2, B]
     every = processes.tensors(torch.stack(rows))  # [processes, S, rounds, 2, B]
