@@ -1,7 +1,7 @@
 """What a person reads afterwards, made from a folder alone.
 
 folder.py the files of a run, and reading them back; kinds.py what stands in them; began.py what a run began with
-figures.py every figure: name, words, format
+figures.py every figure: name, words, format; kept.py which of them are of the result
 verdict.py what the figures mean | charts.py, plots.py the charts | report.py report.html | card.py the model card
 sweep.py the comparison of a sweep | evaluation.py, evaluation.html, evaluation.md: is it better? better.py in words
 replay.py, replay.html the page of a replayed update | spikes.py updates that stand out

@@ -37,7 +37,7 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, checkpoint, cost, denoisers, flops, start, stored, validation
+from dpo.training import agreement, best, checkpoint, cost, denoisers, flops, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -100,6 +100,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     kept = cost.of(config, counted.forward, counted.encode, live_reference=live, encoded=True)
     config = _rhythm(config, counted, total, held_out_source)
+    best.check(config, held_out_source, total)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     # What is sharded comes to the device block by block: whole it may not fit.
@@ -158,12 +159,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
-        if run.done >= run.total:
-            log.warning(
-                "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
-            )
-            keep_trained(run, saved)
-    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+    run.best = best.begin(run, saved)
+    if saved is not None and (run.done >= run.total or run.ended):
+        log.warning(
+            "update %d of %d was made before: nothing is trained; raise %s to go on",
+            run.done, run.total, "--patience" if run.ended else "--steps",
+        )  # fmt: skip
+        keep_trained(run, saved)
+    elif saved is None and begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
         _say_noise(run)
     run.kept = keeping(
         config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
@@ -313,7 +316,9 @@ def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | N
     if held_out is None or every == 0:
         return change(config, validate_every=cost.USUAL if every is None else every)
     pairs, encoded = len(held_out), of_store(held_out) is not None
-    if every is None:
+    if every is None and config.output.keep_best:
+        every = max(1, steps // best.MEASURED)
+    elif every is None:
         every = cost.validate_every(counted, config, steps, pairs, encoded=encoded)
     share = cost.validation_share(counted, config, steps, pairs, every=every, encoded=encoded)
     hint = (
