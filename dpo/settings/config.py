@@ -361,7 +361,7 @@ class Runtime:
         "off",
         "on: each process holds a part of the weights, gradients and optimizer states (FSDP2), for what does not fit a GPU",
         choices=("off", "on"),
-        resume="free",
+        resume="said",
     )
     keep_encoded: str = option(
         "auto",

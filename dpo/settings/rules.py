@@ -77,6 +77,11 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
         (
+            v.gradient_release and v.effective_batch and v.effective_batch != v.batch_size,
+            f"gradient_release makes an update of every pass, so effective_batch = {v.effective_batch} with batch_size = "
+            f"{v.batch_size} cannot be: leave --gradient-release out, or give both as the largest number that fits",
+        ),
+        (
             v.gradient_release and v.accumulation > 1,
             f"gradient_release makes an update of every pass, so accumulation = {v.accumulation} cannot be: "
             "leave --gradient-release out, or use --accumulation 1 and the largest --batch-size that fits",

@@ -49,6 +49,14 @@ def test_a_mistake_costs_one_line(flags, said, capsys, tmp_path, monkeypatch):
     assert told.out == ""
 
 
+def test_under_torchrun_it_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan.main([]) == 2
+    assert capsys.readouterr().err == (
+        "dpo.plan: started as 2 processes: a plan is made by one; leave out torchrun, and give --processes\n"
+    )
+
+
 @pytest.mark.slow
 def test_a_card_that_is_too_small_is_answered_with_changes(capsys):
     assert plan.main(["--preset", "sd15", "--resolution", "256", "--memory", "16"]) == 0

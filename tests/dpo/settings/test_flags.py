@@ -17,7 +17,17 @@ from dpo.common.errors import UserError
 from dpo.settings.advice import headline, warnings
 from dpo.settings.compat import FOREIGN
 from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
-from dpo.settings.flags import help_of, help_text, load_config, load_preset, make_parser, parse, presets, shown
+from dpo.settings.flags import (
+    asked,
+    help_of,
+    help_text,
+    load_config,
+    load_preset,
+    make_parser,
+    parse,
+    presets,
+    shown,
+)
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 from tests.dpo.settings.test_config import PAIRED, altered
 
@@ -365,6 +375,58 @@ def test_the_last_word_on_how_large_an_update_is(tmp_path):
     assert sized(*BASE, "--config", str(file), "--accumulation", "5") == (None, 5)
     with pytest.raises(UserError, match="--effective-batch and --accumulation"):
         parse([*BASE, "--effective-batch", "8", "--accumulation", "2"])
+
+
+# --- what a program asks for ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, []),
+        (
+            {"preset": "sd15-lora", "data": Path("mine"), "rank": 4},
+            ["--preset", "sd15-lora", "--data", "mine", "--rank", "4"],
+        ),
+        (
+            {
+                "model": "m",
+                "data": "d",
+                "steps": None,
+                "epochs": 2.0,
+                "flip": True,
+                "sample_prompts": ["a fox", "a cup"],
+            },
+            [*BASE, "--steps", "none", "--epochs", "2", "--flip", "--sample-prompts", "a fox", "a cup"],
+        ),
+    ],
+)
+def test_settings_of_a_program_are_read_as_flags(settings, words):
+    assert asked(settings) == parse(words)
+
+
+def test_a_file_is_a_start_of_a_program_too(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        "[model]\nmodel = 'm'\n[data]\ndata = 'd'\n[optim]\nsteps = 7\n", encoding="utf-8"
+    )
+    config, _ = asked({"config": tmp_path / "mine.toml", "batch_size": 2})
+    assert (config.optim.steps, config.optim.batch_size) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stepps": 3}, "unknown setting stepps: did you mean steps?"),
+        ({"dataset_name": "d"}, "unknown setting dataset_name: it is called data here"),
+        ({"batch_size": None}, "batch_size = none: expected a whole number"),
+        ({"model": "m"}, "no pairs to train on"),
+        ({"preset": "sd15", "config": "x.toml"}, "two starting points"),
+    ],
+)
+def test_mistakes_of_a_program_are_told_in_one_line(settings, message):
+    with pytest.raises(UserError) as told:
+        asked(settings)
+    assert message in str(told.value) and "\n" not in str(told.value)
 
 
 if __name__ == "__main__":
