@@ -464,6 +464,18 @@ class Output:
         resume="free",
     )
     model_card: bool = option(True, "write README.md with method, data, settings and figures", resume="free")
+    keep_best: bool = option(
+        False,
+        "the weights of the best held-out accuracy are the result: half of the held-out pairs choose, the others are reported",
+        resume="said",
+    )
+    patience: int | None = option(
+        None,
+        "with keep_best: held-out accuracies without gain that end the run; none: it makes all its updates",
+        unit="accuracies",
+        low=1,
+        resume="said",
+    )
 
 
 @dataclass(frozen=True)

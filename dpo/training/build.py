@@ -39,7 +39,7 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
+from dpo.training import agreement, best, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -107,6 +107,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     trained = cost.training(counted, config, total, len(source), processes.count)
     config = _rhythm(config, counted, trained, total, held_out_source)
+    best.check(config, held_out_source, total)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     # What is sharded comes to the device block by block: whole it may not fit.
@@ -166,12 +167,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
-        if run.done >= run.total:
-            log.warning(
-                "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
-            )
-            keep_trained(run, saved)
-    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+    run.best = best.begin(run, saved)
+    if saved is not None and (run.done >= run.total or run.ended):
+        log.warning(
+            "update %d of %d was made before: nothing is trained; raise %s to go on",
+            run.done, run.total, "--patience" if run.ended else "--steps",
+        )  # fmt: skip
+        keep_trained(run, saved)
+    elif saved is None and begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
         _say_noise(run)
     run.kept = keeping(
         config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
@@ -342,7 +345,9 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
     if held_out is None or every == 0:
         return change(config, validate_every=cost.USUAL if every is None else every)
     pairs, encoded = len(held_out), of_store(held_out) is not None
-    if every is None:
+    if every is None and config.output.keep_best:
+        every = max(1, steps // best.MEASURED)
+    elif every is None:
         every = cost.validate_every(counted, config, trained, steps, pairs, encoded=encoded)
     share = cost.validation_share(counted, config, trained, steps, pairs, every=every, encoded=encoded)
     hint = (

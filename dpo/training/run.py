@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from dpo.training import agreement, optimizer, validation
 from dpo.training.graph import Graphs
 from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
+
+if TYPE_CHECKING:
+    from dpo.training.best import Best
 
 log = logging.getLogger("dpo")
 Figures: TypeAlias = dict[str, Any]  # an update's figures, as in metrics.jsonl: numbers and lists of numbers by name
@@ -89,6 +92,8 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
     stopping: bool = False  # one of several processes was asked to stop during the last update
+    best: Best | None = None  # the best weights so far, where they become the result
+    shown: int | None = None  # the update whose weights these are, where they are the best and not the last
     whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
     buckets: Buckets | None = None  # the shapes of the pairs, where not all are squares
@@ -101,6 +106,11 @@ class Run:
     def nominal(self) -> int:
         """Pairs per update over all processes, holes included."""
         return self.config.optim.pairs
+
+    @property
+    def ended(self) -> bool:
+        """Whether no update follows, though not all were made: held-out accuracy has not risen for long."""
+        return self.best is not None and self.best.ended
 
     @property
     def checkpoints(self) -> Path:

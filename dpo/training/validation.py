@@ -115,7 +115,11 @@ def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    d = differences(step, held_out).mean(0)
+    return figures(differences(step, held_out).mean(0))
+
+
+def figures(d: Tensor) -> dict[str, float | list[float]]:
+    """The same of pairs whose mean differences are `d` [N]."""
     right = implicit_accuracy(d)
     count = len(d)
     low, high = share_interval(float(right.sum()), count)
