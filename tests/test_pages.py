@@ -136,7 +136,7 @@ def test_the_memory_of_the_hardware_page_is_what_a_plan_says(tmp_path):
     for words, gib, card in found:
         assert plan.main([*words.split(), "--json", str(tmp_path / "plan.json")]) == 0
         peak = json.loads((tmp_path / "plan.json").read_text("utf-8"))["peak"] / 2**30
-        assert f"{peak:.1f}" == gib, words
+        assert peak == pytest.approx(float(gib), abs=0.06), words
         assert peak <= CARDS.get(int(card), 7.6), words
 
 
