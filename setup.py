@@ -92,6 +92,9 @@ setup(
             "dpo-label = dpo.label:main",
             "dpo-plan = dpo.plan:main",
             "dpo-replay = dpo.replay:main",
+            "dpo-export = dpo.export:main",
+            "dpo-extract = dpo.extract:main",
+            "dpo-pairs = dpo.pairs:main",
         ]
     },
 )

@@ -98,6 +98,9 @@ def _settled(
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
     if {"accumulation", "effective_batch"} <= changes.keys():
         raise UserError("--effective-batch and --accumulation: the one follows from the other; give one")
+    if start["compat"] and {"steps", "epochs"} <= changes.keys():  # those scripts take both, and count the one
+        del changes["epochs"]
+        notes.append("--epochs has no effect because --steps is given")
     config = from_mapping(recipe.over(base, changes))
     if with_pairs and config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
