@@ -5,9 +5,6 @@ tenth of the tests' time, and a quarter of every run's, which collects garbage a
 """
 
 import gc
-
-gc.disable()  # while everything is imported
-
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # while the tests are imported
 
 
 def look_no_more() -> None:
@@ -29,6 +27,10 @@ def look_no_more() -> None:
 def pytest_collection_finish(session):
     look_no_more()
     gc.enable()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # or bindings complain at the end of what they think leaked
 
 
 @pytest.fixture(scope="session")
