@@ -39,7 +39,19 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, best, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
+from dpo.training import (
+    agreement,
+    best,
+    checkpoint,
+    choice,
+    cost,
+    denoisers,
+    flops,
+    optimizer,
+    start,
+    stored,
+    validation,
+)
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -167,7 +179,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
-    run.best = best.begin(run, saved)
+    run.best = choice.begin(run, saved)
     if saved is not None and (run.done >= run.total or run.ended):
         log.warning(
             "update %d of %d was made before: nothing is trained; raise %s to go on",

@@ -26,7 +26,7 @@ from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE
 from dpo.settings.config import Config, Output, change, flatten, to_toml
-from dpo.training import best, build, checkpoint, judging, results, samples, summary
+from dpo.training import build, checkpoint, choice, judging, results, samples, summary
 from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
 from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
@@ -187,7 +187,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
         remember(BEGUN)
         if run.resumed is not None:
             checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
-            best.bring(run)
+            choice.bring(run)
         with _tracking(run.output, run.config, run.done) as trackers:
             ending = _make(run, trackers, train_step)
             del run
@@ -246,7 +246,7 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
         updates(run, trackers, train_step, stop)
     with whole(run), _told_how_to_finish(run.output, run.done):
         run.processes.leave()
-        best.keep(run)
+        choice.keep(run)
         if compared:
             judging.prepare(run)
         written = results.write(run)
@@ -362,7 +362,7 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
             if is_logged(run):
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
-                held_out, better = best.measure(run, run.held_out)
+                held_out, better = choice.measure(run, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
                 last = last or run.ended
                 if last and trackers.logged < run.done:  # after an early end

@@ -17,7 +17,7 @@ from dpo.models.ready import WEIGHTS
 from dpo.pages.began import MADE_FROM
 from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
-from dpo.training import best
+from dpo.training import choice
 from dpo.training.run import Figures, Run
 
 log = logging.getLogger("dpo")
@@ -53,7 +53,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "status": status,
         "reason": reason,
         "steps": run.done if run.ended else run.total,
-        "kept": best.told(run),
+        "kept": choice.told(run),
         "seconds": time.time() - run.started,
         "processes": run.processes.count,
         "device": device_name(run.device),

@@ -11,7 +11,7 @@ from dpo.pages.folder import ADAPTER_FILE, read_run
 from dpo.pages.kept import grids
 from dpo.pages.verdict import held_out, verdict
 from dpo.settings.flags import parse
-from dpo.training import best, build, checkpoint, results, samples
+from dpo.training import build, checkpoint, choice, results, samples
 from tests.help.commands import check_refused, command
 from tests.help.running import advance
 
@@ -42,14 +42,14 @@ def scripted(monkeypatch):
             found[side] = torch.where(torch.arange(count) < round(share * count), -1.0 + EDGE[at], 1.0)
         return found[None]
 
-    measure = best.measure
+    measure = choice.measure
 
     def noted(run, pairs):
         scripted.run = run
         return measure(run, pairs)
 
-    monkeypatch.setattr(best, "measure", noted)
-    monkeypatch.setattr(best.validation, "differences", differences)
+    monkeypatch.setattr(choice, "measure", noted)
+    monkeypatch.setattr(choice.validation, "differences", differences)
 
 
 def kept(folder):
