@@ -28,6 +28,8 @@ COMMANDS = {
         "label",
         "plan",
         "replay",
+        "export",
+        "extract",
         "pairs",
     )
 }
