@@ -5,9 +5,6 @@ tenth of the tests' time, and a quarter of every run's, which collects garbage a
 """
 
 import gc
-
-gc.disable()  # while everything is imported
-
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # while the tests import everything
 
 
 def look_no_more() -> None:
@@ -29,6 +27,14 @@ def look_no_more() -> None:
 def pytest_collection_finish(session):
     look_no_more()
     gc.enable()
+
+
+@pytest.fixture
+def pageless(monkeypatch):
+    """Leaves out the pages at the end of a run, which take a second; summary.json and tables.json are written."""
+    from dpo.training import summary
+
+    monkeypatch.setattr(summary, "_write_pages", lambda output, model_card: None)
 
 
 @pytest.fixture(scope="session")

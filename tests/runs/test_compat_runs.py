@@ -39,7 +39,7 @@ CHEAP = ["--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a re
 
 
 @pytest.mark.parametrize(("line", "peer", "pipeline", "beta"), LINES.values(), ids=LINES)
-def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, line, peer, pipeline, beta):
+def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, brief, line, peer, pipeline, beta):
     import diffusers
 
     lora = peer.startswith("hf")
