@@ -4,7 +4,7 @@ family.py what the trainer must know of an architecture; sd.py, sdxl.py a family
 load.py a diffusers folder; single_file.py a single checkpoint file; parts.py one module
 checks.py what a model must be, asked of its configs and file headers
 outside.py what its configs may not name: code, other files, other models
-weights.py the weights of one network in a file of any layout
+weights.py the weights of one network in a file of any layout | original.py what weights are called in the original one
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
 offload.py activations that wait in host memory | compiled.py repeated blocks, compiled
 kernels.py the fused kernels in a UNet | pipeline.py a diffusers pipeline, for sampling and saving

@@ -61,13 +61,17 @@ def _present(place: Path, variant: str | None) -> str | None:
     return ("" if "" in found else "fp16" if "fp16" in found else next(iter(found))) or None
 
 
+def weight_files(place: Path, variant: str | None) -> list[Path]:
+    """The .safetensors files in a folder that are read for `variant`, by name."""
+    taken = _present(place, variant) or ""
+    found = ((path, WEIGHTS.fullmatch(path.name)) for path in sorted(place.glob("*.safetensors")))
+    return [path for path, match in found if match and (match[1] or match[2]).removeprefix(".") == taken]
+
+
 def check_files(place: Path, variant: str | None) -> None:
     """Raises UserError for quantised weights among the files in a folder that are read for `variant`; reads headers."""
-    taken = _present(place, variant) or ""
-    for path in sorted(place.glob("*.safetensors")):
-        match = WEIGHTS.fullmatch(path.name)
-        if match and (match[1] or match[2]).removeprefix(".") == taken:
-            check_stored(path)
+    for path in weight_files(place, variant):
+        check_stored(path)
 
 
 def pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:

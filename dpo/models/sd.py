@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dpo.models.checks import absent, text_width
 from dpo.models.family import Family, Model, TextEncoding
 from dpo.models.text import run_encoder
+from dpo.settings.families import PIPELINES
 
 
 def encode(model: Model, captions: list[str]) -> TextEncoding:
@@ -28,7 +29,7 @@ def pipeline_options(model: Model) -> dict[str, Any]:
 
 FAMILY = Family(
     name="sd",
-    pipeline="StableDiffusionPipeline",
+    pipeline=PIPELINES["sd"],
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
     beta=2000.0,

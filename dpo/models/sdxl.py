@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -10,7 +9,9 @@ from torch import Tensor, nn
 
 from dpo.models.checks import REFINER, Configs, equal, number, scaling_said, text_width
 from dpo.models.family import Denoiser, Family, Model, TextEncoding
+from dpo.models.original import unet_layer
 from dpo.models.text import run_encoder
+from dpo.settings.families import PIPELINES
 
 
 def encode(model: Model, captions: list[str]) -> TextEncoding:
@@ -50,46 +51,15 @@ def pooled_and_sizes(configs: Configs) -> str | None:
     return f"the UNet takes {taken} numbers for pooled text and sizes, but is given {given}"
 
 
-PLACE = re.compile(r"(down_blocks|mid_block|up_blocks)\.(?:(\d+)\.)?(resnets|attentions|\w+samplers)\.(\d+)\.(.+)")
-STEM = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
-
 def kohya_name(name: str, denoiser: Denoiser) -> str:
-    """A layer's name in the original code of SDXL, whose UNet sd-scripts trains: flat lists of blocks.
-
-    A level of n resnets fills n + 1 places of `input_blocks` (the last one samples down) and, having n + 1 resnets,
-    as many of `output_blocks` (where the last one also samples up).
-    """
-    if (match := PLACE.fullmatch(name)) is None:
-        return STEM.get(name, name)
-    side, level, kind, number, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-    layers = int(denoiser.config["layers_per_block"])
-    rest = RESNET.get(rest, rest) if kind == "resnets" else rest
-    if side == "mid_block":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * number}.{rest}"
-    at = level * (layers + 1) + (layers if kind.endswith("samplers") else number)
-    if kind == "downsamplers":
-        return f"input_blocks.{1 + at}.0.op"
-    inner = {"resnets": 0, "attentions": 1, "upsamplers": 2}[kind]
-    return f"input_blocks.{1 + at}.{inner}.{rest}" if side == "down_blocks" else f"output_blocks.{at}.{inner}.{rest}"
+    """A layer's name in the original code of SDXL, whose UNet sd-scripts trains."""
+    levels = {level for level, kind in enumerate(denoiser.config["up_block_types"]) if "Attn" in kind}
+    return unet_layer(name, int(denoiser.config["layers_per_block"]), levels)
 
 
 FAMILY = Family(
     name="sdxl",
-    pipeline="StableDiffusionXLPipeline",
+    pipeline=PIPELINES["sdxl"],
     denoiser="unet",
     denoiser_class="UNet2DConditionModel",
     beta=5000.0,

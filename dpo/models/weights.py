@@ -69,7 +69,7 @@ def read(path: Path, part: Part, module: Any, flag: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{flag} {path} cannot be read as safetensors ({first_line(error)}); fetch it again") from error
     if any("mid_block." in name for name in state):  # diffusers' layout; the original one says mid. and middle_block.
-        return {_renamed(name): value for name, value in state.items()}
+        return {renamed(name): value for name, value in state.items()}
     return _converted(state, part, module)
 
 
@@ -89,7 +89,8 @@ def _unwrapped(name: str) -> str:
     return name.replace("._orig_mod.", ".")  # blocks that were compiled one by one
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """A weight of a network in diffusers under the name of today, where the file is older."""
     block, _, rest = name.partition(".attentions.")
     words = [FORMER.get(word, word) for word in rest.split(".")]
     return f"{block}.attentions.{'.'.join(words)}" if rest else name

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo.common.files import write_text
-from dpo.common.hub import is_hub_id
 from dpo.common.words import well_formed
 from dpo.methods import own_settings
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
+from dpo.pages.origin import hub_id, licence, public
 from dpo.pages.verdict import verdict, warnings
+from dpo.settings.families import PIPELINES
 
 REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
@@ -22,6 +23,9 @@ SETTINGS = (
     "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
     "caption_dropout", "precision", "unet_init", "lora_init",
 )  # fmt: skip
+
+
+PLACES = ("unet_init", "lora_init")  # of SETTINGS: what names a place
 
 
 def write_model_card(run_folder: Path | str) -> Path:
@@ -52,8 +56,7 @@ def model_card(run: RunFolder) -> str:
 
 def _front_matter(run: RunFolder) -> str:
     """The card's metadata as YAML; every text is written as a JSON string, which is valid YAML."""
-    base = run.setting("model")
-    data = run.setting("data")
+    base, data = hub_id(run.setting("model")), hub_id(run.setting("data"))
     tags = [
         "text-to-image",
         "diffusers",
@@ -62,10 +65,13 @@ def _front_matter(run: RunFolder) -> str:
     ]
     tags += ["lora"] if run.lora else []
     fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
-    if base and is_hub_id(str(base)) and not Path(str(base)).exists():
-        fields |= {"base_model": str(base), "base_model_relation": "adapter" if run.lora else "finetune"}
-    if data and is_hub_id(str(data)) and not Path(str(data)).exists():
-        fields["datasets"] = [str(data)]
+    if (terms := licence(run)) is not None:
+        fields["license"] = terms.license
+        fields |= {"license_name": terms.name, "license_link": terms.link} if terms.link else {}
+    if base:
+        fields |= {"base_model": base, "base_model_relation": "adapter" if run.lora else "finetune"}
+    if data:
+        fields["datasets"] = [data]
     return (
         "---\n"
         + "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items())
@@ -74,30 +80,47 @@ def _front_matter(run: RunFolder) -> str:
 
 
 def _title(run: RunFolder) -> str:
-    return f"{Path(run.model_name).name} aligned by {run.method_name}"
+    return f"{_base(run).rpartition('/')[2]} aligned by {run.method_name}"
 
 
 def _introduction(run: RunFolder) -> str:
     rank = "" if run.setting("lora_init") else f" of rank {run.setting('rank')}"  # that of both where one was merged
     what = f"A LoRA adapter{rank} for" if run.lora else "A fine-tuned copy of"
-    data = run.setting("data") or "the pairs of the embedded world"
+    data = public(run.setting("data")) or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
     state = (
         ""
         if run.status == "finished"
         else f" The training was {run.status} after {run.done:,} of {run.wanted:,} updates."
     )
-    return f"{what} `{_code(run.model_name)}`, {how} `{_code(data)}` by {run.method_name}.{_started(run)}{state}"
+    return (
+        f"{what} `{_code(_base(run))}`, {how} `{_code(data)}` by {run.method_name}.{_started(run)}{state}{_terms(run)}"
+    )
+
+
+def _base(run: RunFolder) -> str:
+    """The model as others may read it."""
+    return run.model_name if run.embedded else public(run.model_name) or run.model_name
+
+
+def _terms(run: RunFolder) -> str:
+    """What the front matter cannot say of the licence: none is known, and the hub asks for one."""
+    if licence(run) is not None:
+        return ""
+    return (
+        f" The licence of `{_code(_base(run))}` holds for what was made from it; it is not known here: put it into the "
+        "front matter above, as `license:`."
+    )
 
 
 def _started(run: RunFolder) -> str:
     """What the training began with, and what of it the saved result contains."""
     sentences = ""
     if unet := run.setting("unet_init"):
-        sentences += f" The training began with the UNet `{_code(unet)}`."
+        sentences += f" The training began with the UNet `{_code(public(unet))}`."
     if adapter := run.setting("lora_init"):
         whole = ", which is part of this adapter: do not load it as well" if run.lora else ""
-        sentences += f" The training began with the LoRA `{_code(adapter)}`{whole}."
+        sentences += f" The training began with the LoRA `{_code(public(adapter))}`{whole}."
     return sentences
 
 
@@ -115,17 +138,31 @@ def _usage(run: RunFolder) -> str:
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(unet)} into pipe.unet: the adapter was trained on them\n" if unet else ""
+        f"# first put the weights of {_code(public(unet))} into pipe.unet: the adapter was trained on them\n"
+        if unet
+        else ""
     )
+    kind, loaded = _loaded(run)
     within = run.embedded  # the package has its model, and knows where
     return (
-        "from diffusers import DiffusionPipeline\n"
+        f"from diffusers import {kind}\n"
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
-        + f"\npipe = DiffusionPipeline.from_pretrained({'pipeline_path()' if within else json.dumps(run.model_name)})\n"
+        + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
         f'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY", weight_name="{ADAPTER_FILE}")\n'
         'image = pipe("a prompt").images[0]'
     )
+
+
+def _loaded(run: RunFolder) -> tuple[str, str]:
+    """The class of the base's pipeline, and the call that loads the base."""
+    name = _base(run) if hub_id(run.setting("model")) else f"PATH_TO/{_base(run)}"
+    if run.embedded:
+        return "DiffusionPipeline", "from_pretrained(pipeline_path())"
+    if name.endswith(".safetensors"):  # the class that finds out the kind by itself does not read one file
+        family = (run.summary.get("model") or {}).get("family")
+        return PIPELINES.get(str(family), PIPELINES["sd"]), f"from_single_file({json.dumps(name)})"
+    return "DiffusionPipeline", f"from_pretrained({json.dumps(name)})"
 
 
 def _scheduler(run: RunFolder) -> str:
@@ -142,7 +179,7 @@ def _scheduler(run: RunFolder) -> str:
 def _training(run: RunFolder) -> list[tuple[str, Any]]:
     unused = own_settings() - run.row.settings
     rows = [
-        (name.replace("_", " "), run.setting(name))
+        (name.replace("_", " "), public(run.setting(name)) if name in PLACES else run.setting(name))
         for name in SETTINGS
         if name not in unused and run.setting(name) != 0
     ]

@@ -16,6 +16,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
+from dpo.models.family import Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import locate
 from dpo.models.load import load_weights_into
@@ -53,14 +54,15 @@ class Opened(NamedTuple):
     side: int  # pixels that it was trained at
 
 
-def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
-    """The pipeline that `name` stands for, on the CPU.
+def read(
+    name: str, *, device: torch.device, lora_base: str | None, cache_dir: str | None
+) -> tuple[settings.Config, Model]:
+    """The model that `name` stands for, in fp32 on the CPU with its LoRA merged into it, and its settings, decided.
 
-    precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32; lora_base: the
-    model that a LoRA belongs to, None: what its run says. Raises UserError.
+    device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says. Raises UserError.
     """
-    lora = _lora_file(name, lora_base, cache_dir)
-    wanted = _config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
+    lora = lora_file(name, lora_base, cache_dir)
+    wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
     if cache_dir is not None:
         wanted["cache_dir"] = cache_dir
     config, model, _, _ = load_model(settings.from_mapping(wanted), device)
@@ -72,11 +74,20 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     if lora is None and config.model.lora_init is not None:
         lora = lora_files.locate(config.model.lora_init, cache_dir)
     if lora is not None:
-        with _plainly():
+        with plainly():
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
         log.info("%s: a LoRA on %s", name, model.source)
     if name.startswith(START):
         same(start=[model.denoiser])
+    return config, model
+
+
+def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
+    """The pipeline that `name` stands for, on the CPU; arguments as of `read`.
+
+    precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32. Raises UserError.
+    """
+    config, model = read(name, device=device, lora_base=lora_base, cache_dir=cache_dir)
     pipe = pipeline_of(model)
     weights = checksum(model.denoiser, model.vae, *model.text_encoders)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
@@ -113,8 +124,8 @@ def check(name: str, lora_base: str | None = None, cache_dir: str | None = None)
     """
     if not name.strip():
         raise UserError(f"no model to draw with: name {EXAMPLES}")
-    lora = _lora_file(name, lora_base, cache_dir)
-    wanted = settings_of(name) if lora is None else _config_of_lora(name, lora, lora_base)
+    lora = lora_file(name, lora_base, cache_dir)
+    wanted = settings_of(name) if lora is None else config_of_lora(name, lora, lora_base)
     locate(wanted["model"], cache_dir=cache_dir)
     return lora is not None
 
@@ -135,7 +146,7 @@ def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: 
             )
 
 
-def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
+def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
     """The file of a LoRA, where `name` is one: a folder without a pipeline, a file with a LoRA's names, or so asked."""
     path = Path(name).expanduser()
     if name in (EMBEDDED, lora_base) or name.startswith(START) or (path / "model_index.json").is_file():
@@ -146,7 +157,7 @@ def _lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path 
         is_lora = lora_base is not None or (path.suffix == ".safetensors" and path.is_file() and _names_lora(path))
     if not is_lora:
         return None
-    with _plainly():
+    with plainly():
         return lora_files.locate(name, cache_dir)
 
 
@@ -160,7 +171,7 @@ def _names_lora(path: Path) -> bool:
         raise UserError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
 
 
-def _config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, Any]:
+def config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, Any]:
     """The settings that give the model under a LoRA: `lora_base`, or that of the run which left it. Raises UserError."""
     if lora_base is not None:
         return settings_of(lora_base)
@@ -184,7 +195,7 @@ def _config_of_run(path: Path, without: set[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def plainly() -> Iterator[None]:
     """Around the reading of a LoRA: its mistakes do not name the flag of the training, which nobody gave here."""
     try:
         yield

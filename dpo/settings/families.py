@@ -5,3 +5,5 @@ from __future__ import annotations
 # The families of models, each a file of that name in dpo/models/. A more special one stands after a more general one:
 # see single_file.family_by_keys.
 FAMILIES = ("sd", "sdxl")
+
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}  # their classes in diffusers

@@ -17,7 +17,21 @@ from dpo.common.errors import UserError
 
 COMMANDS = {
     name: f"dpo.{name}"
-    for name in ("train", "prepare", "sweep", "report", "sample", "evaluate", "vote", "label", "plan", "replay")
+    for name in (
+        "train",
+        "prepare",
+        "sweep",
+        "report",
+        "sample",
+        "evaluate",
+        "vote",
+        "label",
+        "plan",
+        "replay",
+        "export",
+        "extract",
+        "pairs",
+    )
 }
 
 

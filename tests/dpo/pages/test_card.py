@@ -38,6 +38,42 @@ def test_front_matter_names_no_local_paths(runs):
     assert {"base_model", "datasets"}.isdisjoint(front_matter(model_card(run._replace(settings=settings))))
 
 
+def test_no_place_on_this_machine_is_published(runs):
+    run = runs["lora-gpu"]
+    model = {"model": "/home/me/sd15", "unet_init": "/home/me/sft/unet", "lora_init": "/home/me/a.safetensors"}
+    settings = {**run.settings, "model": model, "data": {"data": r"D:\me\pairs"}}
+    card = model_card(run._replace(settings=settings))
+    assert "/home" not in card and "D:" not in card and 'from_pretrained("PATH_TO/sd15")' in card
+    assert "with the preferences in `pairs`" in card and "LoRA `a.safetensors`" in card
+
+
+def test_the_licence_of_the_base_is_in_the_front_matter_where_it_is_known(runs):
+    run = runs["lora-gpu"]
+    assert front_matter(model_card(run))["license"] == "openrail++" and "not known here" not in model_card(run)
+    turbo = front_matter(of_model(run, "stabilityai/sdxl-turbo"))
+    assert (turbo["license"], turbo["license_name"]) == ("other", "sai-nc-community") and "LICENSE" in turbo[
+        "license_link"
+    ]
+    unknown = of_model(run, "owner/model")
+    assert "license" not in front_matter(unknown) and "not known here: put it into the front matter" in unknown
+
+
+def of_model(run, name):
+    return model_card(run._replace(settings={**run.settings, "model": {**run.settings["model"], "model": name}}))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_the_code_of_an_adapter_on_a_single_file_reads_one_file(runs, family):
+    run = runs["lora-gpu"]
+    run = run._replace(summary={**run.summary, "model": {"family": family}})
+    code = _use(run._replace(settings={**run.settings, "model": {"model": "/home/me/jugger.safetensors"}}))
+    kind = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    assert (
+        f"from diffusers import {kind}\n" in code and f'{kind}.from_single_file("PATH_TO/jugger.safetensors")' in code
+    )
+    assert "from_pretrained" not in code and hasattr(getattr(diffusers, kind), "from_single_file")
+
+
 def started(run, **named):
     return model_card(run._replace(settings={**run.settings, "model": {**run.settings["model"], **named}}))
 
@@ -50,10 +86,7 @@ def test_what_the_training_began_with(runs):
     assert "began with the LoRA `runs/sft`, which is part of this adapter: do not load it as well." in card
     assert "| lora init | runs/sft |" in card and "pipe.unet" not in card
     card = started(runs["lora-gpu"], unet_init="runs/sft/unet")
-    assert (
-        "began with the UNet `runs/sft/unet`." in card
-        and "# first put the weights of runs/sft/unet into pipe.unet" in card
-    )
+    assert "began with the UNet `sft/unet`." in card and "# first put the weights of sft/unet into pipe.unet" in card
     card = started(runs["good"], lora_init="runs/sft", unet_init="u")
     assert "began with the LoRA `runs/sft`." in card and "pipe.unet" not in card and "load_lora_weights" not in card
 

@@ -1,0 +1,26 @@
+"""What an export is asked for. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PLACES = {  # program -> where it looks for a whole model, and for a LoRA
+    "comfyui": ("ComfyUI/models/checkpoints", "ComfyUI/models/loras"),
+    "a1111": ("stable-diffusion-webui/models/Stable-diffusion", "stable-diffusion-webui/models/Lora"),
+}
+DIFFUSERS, SINGLE = "diffusers", "single-file"
+TARGETS = (*PLACES, DIFFUSERS, SINGLE)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to hand on, and how."""
+
+    run: str  # a run's folder, a diffusers folder, a hub id, a LoRA
+    to: str  # of TARGETS
+    output: Path | None = None  # a file or a folder for it, or the folder of a pipeline; None: beside the run
+    fp16: bool = False
+    merge: bool = False
+    lora_base: str | None = None  # the model that a LoRA belongs to; None: what its run says
+    cache_dir: str | None = None

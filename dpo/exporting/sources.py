@@ -1,0 +1,131 @@
+"""The two models of an extraction: run folders, diffusers folders or single files, read one layer at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.exporting import whole
+from dpo.exporting.pieces import Piece, Pieces, of_file
+from dpo.exporting.spec import Known
+from dpo.models import original
+from dpo.models.hub import LORA_FILES, locate
+from dpo.models.weights import UNET, VAE
+from dpo.sampling.model import settings_of
+
+TEXT = ("cond_stage_model.", "conditioner.")
+DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
+UNUSED = re.compile(
+    rf"position_ids$|logit_scale$|^cond_stage_model\.model\.transformer\.resblocks\.{original.SD2_LAYERS}\."
+)
+NO_LORA = "holds a LoRA, no whole model: its file is what an extraction would give"
+
+
+class Side(NamedTuple):
+    """One of the two models."""
+
+    said: str  # as the user named it
+    unet: Pieces  # by diffusers' names
+    others: Pieces  # VAE and text encoders, by the original names
+    scheduler: Mapping[str, Any]  # {} where a single file does not say
+    side: int  # pixels that it was trained at; 0 where it is not known
+
+    @property
+    def family(self) -> str:
+        """Its name: "sdxl" has sizes beside the text."""
+        return "sdxl" if "add_embedding.linear_1.weight" in self.unet else "sd"
+
+    def known(self) -> Known:
+        """What a file's header says of it."""
+        levels = range(sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.unet))
+        widths = [self.unet[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
+        text = next((one.shape[1] for name, one in self.unet.items() if name.endswith("attn2.to_k.weight")), 0)
+        return Known({"block_out_channels": widths, "cross_attention_dim": text}, self.scheduler, False, self.side)
+
+
+def opened(name: str, cache_dir: str | None) -> Side:
+    """The model that `name` stands for. Raises UserError for what is none."""
+    folder = Path(name).expanduser()
+    if not (folder / "model_index.json").is_file() and any((folder / one).is_file() for one in LORA_FILES):
+        raise UserError(f"{name} {NO_LORA}")
+    place = locate(settings_of(name)["model"], cache_dir=cache_dir)
+    if place.is_file():
+        return _of_file(place, name)
+    model = whole.of_folder(place, name)
+    return Side(name, model.parts["unet"], whole.around(model), model.known.scheduler, model.known.side)
+
+
+def _of_file(path: Path, name: str) -> Side:
+    pieces = of_file(path)
+    prefix = UNET.prefixes[0]
+    unet = {key.removeprefix(prefix): piece for key, piece in pieces.items() if key.startswith(prefix)}
+    if not unet:
+        kind = NO_LORA if any("lora" in key for key in pieces) else "is no whole model in the original layout"
+        raise UserError(f"{name} {kind}")
+    others = {key: piece for key, piece in pieces.items() if key.startswith((VAE.prefixes[0], *TEXT))}
+    return Side(name, _in_diffusers(unet, name), others, {}, 0)
+
+
+def _in_diffusers(unet: Pieces, said: str) -> Pieces:
+    """The tensors of a UNet in the original layout under diffusers' names. Raises UserError for another network."""
+    from diffusers.loaders import single_file_utils
+
+    given = {name: torch.empty(piece.shape, device="meta") for name, piece in unet.items()}
+    first = min((int(match[1]) for name in given if (match := DOWN.fullmatch(name))), default=2)
+    config: dict[str, Any] = {"layers_per_block": first - 1}
+    config |= {"addition_embed_type": "text_time"} if "label_emb.0.0.weight" in given else {}
+    try:
+        found = single_file_utils.convert_ldm_unet_checkpoint(
+            {UNET.prefixes[0] + name: value for name, value in given.items()}, config
+        )
+    except Exception:  # it looks names up without asking
+        found = {}
+    named = {id(value): name for name, value in given.items()}
+    shapes = {name: tuple(value.shape) for name, value in found.items() if value is not None}
+    back = {name: made.of[0] for name, made in original.unet(shapes).items()}
+    if back.keys() != given.keys() or any(named[id(found[back[name]])] != name for name in given):
+        raise UserError(f"{said}: its UNet is of an architecture that this trainer does not know")
+    return {name: unet[named[id(found[name])]] for name in shapes}
+
+
+def check_alike(aligned: Side, base: Side) -> None:
+    """Raises UserError where the UNets are of two architectures, or the VAEs or text encoders differ."""
+    wrong = [
+        name for name in base.unet if name not in aligned.unet or aligned.unet[name].shape != base.unet[name].shape
+    ]
+    wrong += [name for name in aligned.unet if name not in base.unet]
+    if wrong:
+        raise UserError(
+            f"{aligned.said} is of another architecture than --base {base.said} (first mismatch: {wrong[0]}): name the "
+            "model that it was trained from"
+        )
+    for name in sorted(aligned.others.keys() & base.others.keys()):
+        if UNUSED.search(name):
+            continue
+        one, other = aligned.others[name], base.others[name]
+        if one.shape != other.shape or _differ(one, other):
+            part = "VAE" if name.startswith(VAE.prefixes[0]) else "text encoder"
+            raise UserError(
+                f"{aligned.said} has another {part} than --base {base.said} ({name}): a LoRA of the UNet cannot hold that; "
+                "name the model that it was trained from, or hand on the whole model"
+            )
+
+
+def _differ(one: Piece, other: Piece) -> bool:
+    """Whether two tensors differ by more than the rounding to the coarser of their dtypes; of one dtype, at all."""
+    left, right = one.make(), other.make()
+    if one.dtype == other.dtype:
+        return not torch.equal(left, right)
+    step = torch.finfo(coarser(one.dtype, other.dtype)).eps
+    left, right = left.double(), right.double()
+    return bool(((left - right).abs() > step * left.abs() + 2.0**-24).any())
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The one with the largest steps."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

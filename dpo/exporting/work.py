@@ -1,0 +1,142 @@
+"""One export, from what is asked to a file or a folder."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.common.files import make_folder
+from dpo.exporting import adapters, pieces, spec, whole
+from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, Asked
+from dpo.models import lora_files
+from dpo.models.hub import locate
+from dpo.models.save import save_pipeline
+from dpo.pages.folder import SUMMARY_FILE, read_json
+from dpo.sampling import model as named
+from dpo.settings import config as settings
+
+log = logging.getLogger("dpo")
+
+CPU = torch.device("cpu")
+
+
+def export(asked: Asked) -> Path:
+    """Writes what is asked; the path of the file or folder. Raises UserError."""
+    lora = named.lora_file(asked.run, asked.lora_base, asked.cache_dir)
+    if lora is None and asked.merge:
+        raise UserError(f"--merge folds a LoRA into its base, and {asked.run} is no LoRA: leave it out")
+    if lora is None and asked.lora_base is not None:
+        raise UserError(f"--lora-base {asked.lora_base}: {asked.run} is a whole model, no LoRA; leave it out")
+    if lora is not None and not asked.merge:
+        if asked.to == SINGLE:
+            raise UserError(f"{asked.run} is a LoRA, no whole model: add --merge, or --to comfyui for the LoRA's file")
+        return _adapter(asked, lora)
+    if asked.to == DIFFUSERS:
+        return _folder(asked)
+    return _single(asked, lora)
+
+
+def _adapter(asked: Asked, lora: Path) -> Path:
+    wanted = settings.from_mapping(named.config_of_lora(asked.run, lora, asked.lora_base)).model
+    path = _target(asked, ".safetensors")
+    model = adapters.network_of(wanted)
+    with named.plainly():
+        adapter = lora_files.read(lora, model.denoiser, model.family)
+    if wanted.unet_init is not None:
+        log.warning(
+            "%s was trained on the UNet %s: on another UNet it gives something else; --merge writes what was trained",
+            asked.run,
+            wanted.unet_init,
+        )
+    kohya_name = None if asked.to == DIFFUSERS else partial(model.family.kohya_name, denoiser=model.denoiser)
+    tensors, told = adapters.named(adapter, model.family.denoiser, kohya_name)
+    known = adapters.known_of(model)
+    known = known._replace(scheduler={**known.scheduler, **_resampled(lora.parent)})
+    header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya_name is not None) | told
+    pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
+    _say_where(asked, known, lora=True)
+    return path
+
+
+def _resampled(run: Path) -> dict[str, object]:
+    """Where the scheduler of a run's result departs from its base's."""
+    return read_json(run / SUMMARY_FILE).get("scheduler") or {}
+
+
+def _folder(asked: Asked) -> Path:
+    """A diffusers folder of a merged LoRA, or of a model in fp16."""
+    if not (asked.merge or asked.fp16) and (Path(asked.run).expanduser() / "model_index.json").is_file():
+        raise UserError(f"{asked.run} is a diffusers folder already: copy it, or add --fp16")
+    path = _target(asked, "")
+    _, model = named.read(asked.run, device=CPU, lora_base=asked.lora_base, cache_dir=asked.cache_dir)
+    make_folder(path.parent, "--output")
+    if asked.fp16:
+        whole.save_half(model, path)
+    else:
+        save_pipeline(model, model.denoiser, path)
+    return path
+
+
+def _single(asked: Asked, lora: Path | None) -> Path:
+    path = _target(asked, ".safetensors")
+    place = None if lora is not None else locate(asked.run, cache_dir=asked.cache_dir)
+    if place is not None and place.is_file():
+        raise UserError(f"{asked.run} is one file already: name the folder of a run or of a diffusers pipeline")
+    if place is not None:
+        model = whole.of_folder(place, asked.run)
+    else:
+        _, merged = named.read(asked.run, device=CPU, lora_base=asked.lora_base, cache_dir=asked.cache_dir)
+        model = whole.of_model(merged)
+    found = whole.in_one(model, asked.run)
+    run = lora.parent if lora is not None else place
+    header = spec.metadata(model.known, _name(asked), run, lora=False, original=True)
+    pieces.write(path, found, header, fp16=asked.fp16)
+    _say_where(asked, model.known, lora=False)
+    return path
+
+
+def _name(asked: Asked) -> str:
+    """The run's own name, or that of the model."""
+    place = _place(asked)
+    return place.resolve().name.removesuffix(".safetensors") if place.exists() else asked.run.rpartition("/")[2]
+
+
+def _place(asked: Asked) -> Path:
+    """What the export is named after and lies beside: of a run's LoRA its folder."""
+    path = Path(asked.run).expanduser()
+    return path.parent if path.name in lora_files.USUAL else path
+
+
+def _target(asked: Asked, suffix: str) -> Path:
+    """Where the result goes: nothing is there yet. Raises UserError."""
+    place = _place(asked)
+    name = _name(asked) + (suffix or f"-{DIFFUSERS}")
+    given = asked.output
+    if given is None:
+        path = (place.resolve().parent if place.exists() else Path.cwd()) / name
+    else:
+        path = given / name if suffix and given.is_dir() else given
+    if suffix and path.suffix != suffix:
+        raise UserError(f"--output {path}: name a {suffix} file, or a folder that is there")
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists():
+        raise UserError(f"{path} is there already: remove it, or name another place with --output")
+    make_folder(path.parent, "--output")
+    return path
+
+
+def _say_where(asked: Asked, known: spec.Known, *, lora: bool) -> None:
+    """One line on where the program looks for the file, or a warning that it will not know the model."""
+    if asked.to in PLACES and spec.architecture(known) is not None:
+        log.info("put the file into %s", PLACES[asked.to][lora])
+    elif spec.architecture(known) is None and asked.to != DIFFUSERS:
+        log.warning(
+            "%s is of the size of no published model: ComfyUI, A1111 and Forge know models by their size; diffusers "
+            "reads a file of it with config=FOLDER, the diffusers folder of the model",
+            asked.run,
+        )

