@@ -10,7 +10,22 @@ setup(
     description="Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, with Triton kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The diffusion-dpo developers",
     license="Apache-2.0",
+    keywords="diffusion-dpo, dpo, preference alignment, text-to-image, stable diffusion, sdxl, lora, triton",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["csrc_triton", "csrc_triton.*", "dpo", "dpo.*"]),
     package_data={
@@ -29,7 +44,6 @@ setup(
         "transformers>=4.57.1,<6",  # 4.57.0 was withdrawn
         "peft>=0.19,<0.23",  # LoRA
         "accelerate>=1.0,<2",  # diffusers loads faster and leaner with it
-        "bitsandbytes>=0.50,<0.52",  # 8-bit optimizers; on the CPU from 0.50
         "safetensors>=0.8,<1",
         "huggingface_hub>=0.34,<3",  # below 1 with transformers 4, which asks for it
         "filelock>=3.10",  # one process in a folder; huggingface_hub brings it
@@ -44,6 +58,9 @@ setup(
         "psutil>=5.9; platform_system == 'Windows'",  # the most memory used
     ],
     extras_require={
+        "bitsandbytes": [
+            "bitsandbytes>=0.50,<0.52"
+        ],  # its optimizers, on the CPU from 0.50; our own 8-bit AdamW needs none
         "xformers": ["xformers"],
         "vote": ["starlette>=0.46,<2", "uvicorn>=0.30,<1"],  # the page of a human study
         "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
@@ -53,6 +70,9 @@ setup(
             "hypothesis>=6,<7",
             "ruff>=0.9",
             "mypy>=1.14",
+            "bitsandbytes>=0.50,<0.52",
+            "nbclient>=0.11,<1",  # runs the notebook
+            "ipykernel>=7.4,<8",
             "tensorboard>=2.16",
             "scipy>=1.13",  # statistics to compare ours with
             "evalica>=0.4.2,<0.5",  # agreement and strengths to compare ours with
@@ -74,6 +94,7 @@ setup(
             "dpo-replay = dpo.replay:main",
             "dpo-export = dpo.export:main",
             "dpo-extract = dpo.extract:main",
+            "dpo-pairs = dpo.pairs:main",
         ]
     },
 )

@@ -70,6 +70,14 @@ def peers_loss(
     return -F.logsigmoid(-2500 * (win - lose)).mean()
 
 
+@torch.no_grad()
+def peers_encoding(vae: Any, pixels: Tensor, encode_text: Callable[[], TextEncoding]) -> tuple[Tensor, TextEncoding]:
+    """Latents [N, C, h, w] of pixels [N, 3, H, W] in [-1, 1], and captions, as the peers encode them in every step."""
+    images = pixels.to(next(vae.parameters()).dtype).split(VAE_BATCH)
+    latents = torch.cat([vae.encode(part).latent_dist.sample() for part in images]).float()
+    return latents * vae.config["scaling_factor"], encode_text()
+
+
 def peers_update(run: Run, stream: Iterator[PairBatch]) -> Callable[[], None]:
     """An update as the peers make it, on the modules and images of `run`: everything encoded anew in every step."""
     model, path = run.model, run.step.path
@@ -81,11 +89,8 @@ def peers_update(run: Run, stream: Iterator[PairBatch]) -> Callable[[], None]:
     def update() -> None:
         batch = next(stream)
         assert batch.pixels is not None, "the run reads images"
-        with torch.no_grad():
-            pixels = batch.pixels.float() / 127.5 - 1
-            parts = [model.vae.encode(part).latent_dist.sample() for part in pixels.split(VAE_BATCH)]
-            latents = torch.cat(parts) * model.vae.config["scaling_factor"]
-            text = model.family.encode(model, batch.captions)
+        pixels, captions = batch.pixels.float() / 127.5 - 1, batch.captions
+        latents, text = peers_encoding(model.vae, pixels, lambda: model.family.encode(model, captions))
         peers_loss(policy, reference, latents, text, batch.micro, path.signal.square()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         updates.step()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measuring import captured, median_seconds, peak_memory_gib
-from benchmarks.step import peers_loss
+from benchmarks.step import peers_encoding, peers_loss
 from dpo import reference
 from dpo.common.words import first_line
 from dpo.encode import Inputs
@@ -245,11 +245,12 @@ def peers_step(model: Size, device: torch.device) -> tuple[Callable[[], Any], li
 
         return denoise
 
+    def encode_text() -> TextEncoding:
+        hidden = encoder(ids).last_hidden_state
+        return TextEncoding(hidden if hidden.shape[-1] == width else filler, pooled)
+
     def step() -> None:
-        with torch.no_grad():
-            latents = vae.encode(pixels.to(next(vae.parameters()).dtype)).latent_dist.sample().float() * 0.18215
-            hidden = encoder(ids).last_hidden_state
-        text = TextEncoding(hidden if hidden.shape[-1] == width else filler, pooled)
+        latents, text = peers_encoding(vae, pixels, encode_text)
         peers_loss(wrapped(policy), wrapped(twin), latents, text, sizes, abar).backward()
 
     return step, list(policy.parameters())

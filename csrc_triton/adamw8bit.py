@@ -30,6 +30,7 @@ from csrc_triton.specimen import Specimen
 
 ROWS = 4  # quantisation blocks per program, one per warp
 WARPS = 4
+PIECE = 1024 * BLOCK  # elements the plain form works on at a time: its temporaries are as large, whatever the tensor
 STREAM = int(Stream.ROUNDING)
 FORMAT = "adamw8bit/1"
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}  # of weights
@@ -297,23 +298,23 @@ class AdamW8bit(torch.optim.Optimizer):
         self._factors.copy_(factors_reference(self._hyper, self._tensors["step"].item()))
 
     def _reference_one(self, key: int, clip, inv_scale) -> None:
-        (p, group), part, start = self._parameters[key], self._parts[key], self._starts[key]
+        (p, group), part, start, t = self._parameters[key], self._parts[key], self._starts[key], self._tensors
         if p.grad is None or not p.numel():
             return
-        t = self._tensors
-        flat, count = _memory_order(p), p.numel()
-        w, g = flat.float(), _memory_order(p.grad).float() * (clip * inv_scale)
-        if not part.quantised:
-            m, v = t["m_fp32"][start : start + count], t["v_fp32"][start : start + count]
-            w, new_m, new_v = adamw_reference(w, g, m, v, self._factors[group])
-            m.copy_(new_m), v.copy_(new_v)
-        else:
-            w = self._reference_8bit(w, g, start, self._factors[group])
-        random = key, t["step"].item(), t["seed"].item(), part.first
-        flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, *random))
+        pieces = zip(_memory_order(p).split(PIECE), _memory_order(p.grad).split(PIECE), strict=True)
+        for before, (flat, grad) in zip(range(0, p.numel(), PIECE), pieces, strict=True):
+            w, g, begin = flat.float(), grad.float() * (clip * inv_scale), start + before
+            if part.quantised:
+                w = self._reference_8bit(w, g, begin, self._factors[group])
+            else:
+                m, v = t["m_fp32"][begin : begin + len(w)], t["v_fp32"][begin : begin + len(w)]
+                w, new_m, new_v = adamw_reference(w, g, m, v, self._factors[group])
+                m.copy_(new_m), v.copy_(new_v)
+            random = key, t["step"].item(), t["seed"].item(), part.first + before
+            flat.copy_(w if p.dtype == torch.float32 else round_stochastic(w, *random))
 
     def _reference_8bit(self, w, g, start, factors):
-        """Updates the moments of one tensor in place and returns its new weights, fp32 [E]."""
+        """Updates the moments of a piece in place and returns its new weights, fp32 [E]."""
         blocks = -(-w.numel() // BLOCK)
         block, element = slice(start // BLOCK, start // BLOCK + blocks), slice(start, start + blocks * BLOCK)
         w_rows, g_rows = (

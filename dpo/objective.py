@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from csrc_triton.pair_errors import PairErrors
+from csrc_triton.pair_errors import PairErrors, pair_errors
 
 
 class Shape(NamedTuple):
@@ -86,15 +86,40 @@ class PairTerms(NamedTuple):
     table_count: Tensor  # [T]: number of those pairs
 
 
+def errors_of(policy: Tensor, reference: Tensor, target: Tensor, *, beta: float) -> PairErrors:
+    """Errors, difference and logit of B pairs from predictions made anywhere; gradients flow into `policy`.
+
+    policy, reference [2B, C, H, W]: predictions, the preferred images first; target [2B, C, H, W], or [B, C, H, W]
+    where both images of a pair share their noise, as they should. beta multiplies the mean squared error, as published
+    (2000, 5000). Every timestep counts alike: weights and corrections by timestep are the business of PairStep. Raises
+    AssertionError for other shapes.
+    """
+    pairs, device = policy.shape[0] // 2, policy.device
+    ones, zeros = torch.ones(pairs, device=device), torch.zeros(1, device=device)
+    t = torch.zeros(pairs, dtype=torch.int64, device=device)
+    strength = torch.tensor(beta, device=device)
+    return pair_errors(policy, t, ones, ones, zeros + 1, zeros, strength, reference=reference, target=target)
+
+
 def pair_loss(
-    found: PairErrors, prob: Tensor, usable: Tensor, timesteps: Tensor, *, shape: str | None, sft_weight: float = 0.0
+    found: PairErrors,
+    prob: Tensor | None = None,
+    usable: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    *,
+    shape: str | None = "sigmoid",
+    sft_weight: float = 0.0,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
     prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing);
-    usable [B]: 0 marks a hole; timesteps [B]. `shape` names one of SHAPES; None is supervised training: the loss is the
-    preferred image's own error. `sft_weight` adds that error to a pairwise loss.
+    usable [B]: 0 marks a hole; timesteps [B] int64. Where they are left out labels are hard, no pair is a hole, and the
+    timesteps 0. `shape` names one of SHAPES; None is supervised training: the loss is the preferred image's own error.
+    `sft_weight` adds that error to a pairwise loss.
     """
+    prob = torch.ones_like(found.difference) if prob is None else prob
+    usable = torch.ones_like(found.difference) if usable is None else usable
+    timesteps = torch.zeros_like(found.difference, dtype=torch.int64) if timesteps is None else timesteps
     live = usable > 0
     win = found.errors[0]
     if shape is None:

@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     from dpo.settings.flags import parse
 
+    if (started := command.of_launcher("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"started as {started} processes: a plan is made by one; leave out torchrun, and give --processes"
+        )
     parser = make_parser()
     own, rest = parser.parse_known_args(list(argv))
     config, notes = parse(

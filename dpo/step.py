@@ -37,10 +37,10 @@ class PairStep:
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
-    shape: str | None  # a name in objective.SHAPES; None: supervised
-    sft_weight: float
-    autocast: torch.dtype | None
-    dtype: torch.dtype  # of x_t: fp32, or fp64 / bf16 where the weights are
+    shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
+    sft_weight: float = 0.0
+    autocast: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32  # of x_t: fp64 / bf16 where the weights are
     masks: Masks | None = None  # of dropout inside the adapters; None without
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:

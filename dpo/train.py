@@ -7,6 +7,8 @@
     torchrun --nproc-per-node 8 -m dpo.train --preset sd15 ...          the same run on eight GPUs
     python -m dpo.train --compat hf-sd15 <a diffusers command line>     another trainer's flags and meanings
 
+From Python: `from dpo import align` (docs/api.md).
+
 Read `train_step` below, then step.py (a micro-batch), objective.py (the methods) and training/loop.py (what surrounds
 the updates).
 """
@@ -17,12 +19,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dpo.common import command
 
-if TYPE_CHECKING:  # torch is imported only once the command line is checked
+if TYPE_CHECKING:  # torch is imported only once the settings are checked
     from dpo.data.batch import PairBatch
+    from dpo.pages.aligned import Aligned
+    from dpo.settings.config import Config
     from dpo.training.parallel import Processes
     from dpo.training.run import Figures, Run
 
@@ -62,6 +67,30 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     return figures
 
 
+def align(config: Config | None = None, **settings: Any) -> Aligned:
+    """Trains a run from Python, as the command does, and returns what came of it.
+
+    `settings` alone are read as the flags of the same names: `preset` or `config` (a TOML file) may be among them, and
+    without a model and data the small world inside the package is trained. To a Config they are changes.
+    What is decided on the way goes to logging.getLogger("dpo"). Sets torch's seed, threads and TF32 as the settings
+    say, for the whole process. Raises UserError for what a person can mend, and KeyboardInterrupt where Ctrl-C or
+    SIGTERM ended the updates: a checkpoint is written before, and resume="latest" goes on from it.
+    """
+    from dpo.settings import flags
+    from dpo.settings.config import change
+
+    if config is None:
+        config, notes = flags.asked(settings)
+    else:
+        config, notes = change(config, **{name: flags.plain(value) for name, value in settings.items()}), []
+    command.spin_less()
+    if to_its_end(config, notes) == command.INTERRUPTED:
+        raise KeyboardInterrupt(f"stopped; resume='latest' goes on from the last checkpoint in {config.output.output}")
+    from dpo.pages.aligned import read_aligned
+
+    return read_aligned(Path(config.output.output).expanduser())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 when the run ended, 2 after a user's mistake (one line on stderr), 130 when interrupted."""
     words, rank = sys.argv[1:] if argv is None else argv, os.environ.get("RANK", "0")
@@ -85,13 +114,22 @@ def train(argv: Sequence[str], processes: Processes | None = None) -> int:
     from dpo.settings.flags import parse
 
     config, notes = parse(argv)
-    from dpo import evaluate
     from dpo.common import console
+
+    console.setup(logging.INFO if processes is None or processes.first else logging.ERROR)
+    return to_its_end(config, notes, processes)
+
+
+def to_its_end(config: Config, notes: list[str], processes: Processes | None = None) -> int:
+    """Trains the run of `config` to its end, and compares it with its start where that is asked for; the exit code.
+
+    notes: lines for the log on how the settings were read. Raises UserError.
+    """
+    from dpo import evaluate
     from dpo.evaluating.flags import check_scorers
     from dpo.sampling import work as sampling
     from dpo.training import loop
 
-    console.setup(logging.INFO if processes is None or processes.first else logging.ERROR)
     if config.output.evaluate_prompts:  # what is drawn at the end is looked at before hours of training
         sampling.prompts_of(sampling.Asked(model="", prompts=config.output.evaluate_prompts), ())
     check_scorers(config.output.evaluate, flag="--evaluate", cache_dir=config.model.cache_dir)

@@ -30,18 +30,20 @@ COMMANDS = (
     "replay",
     "export",
     "extract",
+    "pairs",
 )  # dpo/*.py that a person runs; the other files there are the method
 
 # A room -> what it may call besides itself. "room" allows all of a room, "room.file" that file alone. A file of dpo/ that is no
 # command is a room of its own. Everybody may call `common` and `methods`, except csrc_triton and these two themselves.
 MAY_CALL = {
     "benchmarks": "anything",
-    "commands": "training sampling evaluating labelling voting planning replaying exporting scorers tiny models data drawing pages settings "
+    "commands": "training sampling evaluating labelling pairing voting planning replaying exporting scorers tiny models data drawing pages settings "
     "step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
     "sampling": "tiny models drawing pages.began pages.folder settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
-    "labelling": "sampling scorers evaluating data drawing models pages settings tiny",
+    "labelling": "sampling scorers evaluating pairing.choose data drawing models pages settings tiny",
+    "pairing": "data drawing pages settings",
     "replaying": "training encode objective models data pages settings",
     "exporting": "sampling planning.sketch models pages settings",
     "voting": "evaluating scorers data drawing pages settings",

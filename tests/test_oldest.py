@@ -17,7 +17,8 @@ def test_they_are_those_of_setup():
     setup = (ROOT / "setup.py").read_text("utf-8")
     claimed = setup.split("install_requires=[")[1].split("    ],")[0]
     claims = lowest(claimed, ">=")
-    claims |= lowest("\n".join(re.findall(r'"vote": \[([^\]]*)', setup)[0].split(", ")), ">=")
+    for extra in ("vote", "bitsandbytes"):
+        claims |= lowest("\n".join(re.findall(rf'"{extra}": \[([^\]]*)', setup)[0].split(", ")), ">=")
     assert len(claims) > 15 and claims.keys() > APART
     tested = lowest((ROOT / ".ci" / "oldest.txt").read_text("utf-8"), "==")
     assert tested == {name: version for name, version in claims.items() if name not in APART}

@@ -18,6 +18,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 FOLDERS = ("dpo/", "csrc_triton/", "benchmarks/", "tests/", "docs/", ".ci/")
 
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
+ANCHOR = re.compile(r"\]\(([\w./-]*)#([\w-]+)\)")
 PATH = re.compile(rf"`((?:{'|'.join(map(re.escape, FOLDERS))})[\w./-]*)`")
 FILE = r"\[?`([\w/.-]+\.py)`(?:\]\([^)]*\))?"
 BESIDE = (  # (name, file) of `name` (`file`), and (file, name) of `file`: `name`
@@ -56,6 +57,22 @@ def defined(path: Path) -> set[str]:
 def test_every_path_is_there(page):
     missing = [path for path in paths(page) if not (ROOT / path).exists()]
     assert missing == [], f"{page} names files that are not there (moved? say where they are now): {missing}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings have on the usual hosts: words in lower case, joined by hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_anchor_is_a_heading(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    linked = [(ROOT / page).parent / file if file else ROOT / page for file, _ in ANCHOR.findall(text)]
+    told = zip(linked, [name for _, name in ANCHOR.findall(text)], strict=True)
+    wrong = [f"{file.name}#{name}" for file, name in told if name not in anchors(file)]
+    assert wrong == [], f"{page} links to headings that are not there: {wrong}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -35,8 +35,7 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
 
     When interrupted, the log says `stopped`; without it stderr says that the command was interrupted.
     """
-    # OpenMP threads wait for work by spinning. Without it a run takes a third longer; spinning long starves a busy CPU.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
+    spin_less()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a Windows console may lack a character of the log: no reason to end
@@ -59,6 +58,14 @@ def run(name: str, work: Callable[[], int], stopped: str | None = None) -> int:
         else:
             log.warning("%s", stopped)
         return INTERRUPTED
+
+
+def spin_less() -> None:
+    """Before torch is imported, which reads it: OpenMP threads that wait for work spin, but not long.
+
+    Without spinning a run takes a third longer; spinning long starves a busy CPU. What the user set stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _too_long(error: Exception) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 from dpo.common.words import first_line
@@ -11,13 +14,33 @@ OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 
 
 def quiet() -> None:
-    """Turns off the progress bars and advice of diffusers and transformers; their errors stay."""
-    import diffusers
+    """Turns off the progress bars and advice of diffusers and transformers; their errors stay.
+
+    The first import of diffusers should be this one. It and peft, which it imports, then leave out bitsandbytes, wanted
+    by them for weights that are quantised, and with it torch's compiler: more than a second of processor time. What
+    wants bitsandbytes itself still finds it.
+    """
+    with hidden("bitsandbytes"):
+        import diffusers
+        import peft  # noqa: F401
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Inside the block a package that is not imported yet is not to be found."""
+    absent = name not in sys.modules
+    if absent:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a module that is not there
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules[name]
 
 
 def misfit(error: BaseException) -> str | None:

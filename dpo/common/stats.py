@@ -1,4 +1,4 @@
-"""Confidence intervals of counted shares."""
+"""Confidence intervals of counted shares, and strengths from counted wins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 Z95 = 1.959964  # standard deviations of a normal distribution on either side that hold 95 %
+STEPS, CLOSE = 10_000, 1e-10  # of the iteration for strengths: at most so many, ended by a change so small
 
 
 def share_interval(successes: float, count: float, z: float = Z95) -> tuple[float, float]:
@@ -48,3 +49,23 @@ def at_most(few: int, count: int, p: float) -> float:
     logs = np.concatenate([[0.0], np.cumsum(np.log(count - i + 1) - np.log(i))])
     k = np.arange(few + 1)
     return float(np.exp(logs + k * math.log(p) + (count - k) * math.log1p(-p)).sum())
+
+
+def bradley_terry(wins: np.ndarray, close: float = CLOSE) -> np.ndarray:
+    """Log strengths [R, K], the first player's 0, that make wins [R, K, K] likeliest (D. Hunter's iteration, 2004).
+
+    wins: R sets of results, of each player (row) over each (column). A player without a win, as a resample may have one,
+    would fall for ever; it gets a billionth of its games.
+    """
+    games = wins + wins.transpose(0, 2, 1)
+    won = np.maximum(wins.sum(2), 1e-9 * games.sum(2)) + 1e-12
+    gamma = np.ones(won.shape)
+    for _ in range(STEPS):
+        updated = won / ((games / (gamma[:, :, None] + gamma[:, None, :])).sum(2) + 1e-12)
+        updated /= np.exp(np.log(updated).mean(1, keepdims=True))
+        moved = np.abs(np.log(updated / gamma)).max()
+        gamma = updated
+        if moved < close:
+            break
+    theta: np.ndarray = np.log(gamma)
+    return theta - theta[:, :1]

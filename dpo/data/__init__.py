@@ -6,5 +6,5 @@ folder | held_out.py which pairs are held out | labels.py which columns, which l
 batches.py micro-batches of any source: order.py which pairs they have,
 batch.py what one holds, loader.py made from images, kept.py encoded pairs in memory, store/reader.py from a prepared store
 writing.py judged pairs -> parquet | labelled.py what dpo.label made | images.py a file -> pixels
-contents.py whether image files were changed | ahead.py an iterator read by a thread
+examples.py pairs to look at from Python | contents.py whether image files were changed | ahead.py an iterator read by a thread
 """

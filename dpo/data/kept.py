@@ -221,17 +221,22 @@ def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahea
         log.info("images are encoded anew in each epoch: crop = random cuts another square of each")
     if runtime.keep_encoded != "on":
         return None
-    images = 2 * micro_batch
-    if images > runtime.vae_batch and images % runtime.vae_batch:  # tried: a rest of another size has other last bits
+    if leaves_rest(runtime, micro_batch):
         log.info(
             "images are encoded anew in each epoch: --vae-batch %d does not divide the %d images of a micro-batch",
             runtime.vae_batch,
-            images,
+            2 * micro_batch,
         )
         return None
     captions = len(np.unique(source.caption_keys())) + (data.caption_dropout > 0)
     free = machine.free_memory() // of_launcher("LOCAL_WORLD_SIZE", 1)
     return Kept(len(source), captions, Decoding.of(data, runtime.seed), free)
+
+
+def leaves_rest(runtime: Runtime, micro_batch: int) -> bool:
+    """Whether the VAE's calls for a micro-batch of so many pairs differ in size: tried, a rest has other last bits."""
+    images = 2 * micro_batch
+    return images > runtime.vae_batch and images % runtime.vae_batch > 0
 
 
 def _arrival(x: Tensor) -> Callable[[], bool]:

@@ -29,6 +29,7 @@ from dpo.data.tar import open_tar
 from dpo.settings.config import Data
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
+BESIDES = "summary.json"  # of our own commands, beside pairs; where nothing else is there, a table as any
 NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
 LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 MAKERS = {  # by a folder that presets take their pairs from: the command that makes what is not there
@@ -176,6 +177,7 @@ def _of_folder(folder: Path, data: Data, split: str) -> Source:
             return _of_listed(folder, listing, files_of_split(files, split, str(folder)), files, data)
     beside = [name for name in listing.files if "/" not in name and not is_image(name)]
     tables = [name for name in beside if Path(name).suffix.lower() in TABLES and name.lower() not in NOT_PAIRS]
+    tables = [name for name in tables if name != BESIDES] or tables
     tables = tables or [name for name in beside if name.lower() in METADATA]  # an imagefolder of two images a row
     if tables and kind in ("auto", "jsonl", "csv"):
         chosen = files_of_split(tables, split, str(folder)) if len(tables) > 1 else tables

@@ -135,12 +135,12 @@ def _named(where: str, row: object) -> Row:
     return row
 
 
-def csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number of its first line, row) of a CSV or TSV file. Raises UserError."""
+def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, Row]]:
+    """(number of its first line, row) of a CSV or TSV file; delimiter: as the ending says unless given. Raises UserError."""
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a cell is not refused here for being an image
     try:
         with in_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=DELIMITERS[path.suffix.lower()])
+            reader = csv.DictReader(file, delimiter=delimiter or DELIMITERS[path.suffix.lower()])
             end = 0
             for row in reader:  # the first line of a row; a quote that is never closed takes the file's end with it
                 number = max(end + 1, reader.line_num - sum(map(_line_breaks, row.values())))

@@ -62,14 +62,14 @@ def write_grid(
     boxes = []
     for row, prompt in enumerate(prompts):
         top = MARGIN + row * row_height
-        pen.text((MARGIN, top), _fitted(pen, prompt, title, width - 2 * MARGIN), INK, title)
+        pen.text((MARGIN, top), fitted(pen, prompt, title, width - 2 * MARGIN), INK, title)
         for place, seed in enumerate(seeds):
             for column, (name, images) in enumerate(columns.items()):
                 left = MARGIN + place * (group + 2 * MARGIN) + column * (side + GAP)
                 image = images[row * len(seeds) + place].convert("RGB")
                 method = Image.Resampling.NEAREST if side > max(image.size) else Image.Resampling.LANCZOS
                 grid.paste(image.resize((side, side), method), (left, top + 52))
-                pen.text((left, top + 30), _fitted(pen, f"{name} · seed {seed}", label, side), QUIET, label)
+                pen.text((left, top + 30), fitted(pen, f"{name} · seed {seed}", label, side), QUIET, label)
                 boxes.append([row, seed, name, left, top + 52, side])
     info = PngImagePlugin.PngInfo()
     info.add_itxt(CHUNK, json.dumps({"prompts": list(prompts), "boxes": boxes}))
@@ -108,7 +108,7 @@ def read_picture(path: Path) -> Image.Image | None:
         return None
 
 
-def _fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
+def fitted(pen: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
     """The text, cut with an ellipsis so that it is at most `width` pixels wide."""
     text = " ".join(text.split())
     if len(text) <= width and pen.textlength(text, font) <= width:

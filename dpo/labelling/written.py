@@ -24,8 +24,8 @@ from dpo.labelling import scale, summary
 from dpo.labelling.asked import Asked
 from dpo.labelling.folder import README, files, forget_parts
 from dpo.labelling.items import Item, Items, OfPairs, OfSides, content
-from dpo.labelling.pairing import paired
 from dpo.labelling.votes import Votes
+from dpo.pairing.choose import paired
 
 log = logging.getLogger("dpo")
 

@@ -97,10 +97,10 @@ def load(
     single_file_config: a diffusers folder that describes a single file; timesteps: as the user chose. Raises UserError
     for what cannot be found, read or recognised, and, before its weights are read, for what the training does not fit.
     """
+    quiet()  # before anything else imports diffusers
     import diffusers
     import transformers
 
-    quiet()
     place = locate(model, revision=revision, variant=variant, cache_dir=cache_dir)
     if place.is_file():
         return load_single_file(place, family, single_file_config, vae, cache_dir, timesteps)

@@ -77,7 +77,7 @@ def render(
                     {
                         "caption": one.caption,
                         "said": one.said,
-                        "images": [(text, _small(image)) for text, image in one.images],
+                        "images": [(text, small(image)) for text, image in one.images],
                     }
                     for one in cells
                 ],
@@ -87,7 +87,8 @@ def render(
     )
 
 
-def _small(image: Image.Image) -> str:
+def small(image: Image.Image) -> str:
+    """The data URI of a copy whose sides are SMALL pixels at most."""
     image = image.copy()
     image.thumbnail((SMALL, SMALL))
     return data_uri(image)

@@ -115,7 +115,9 @@ def _equality(result: Mapping[str, Any]) -> str:
 def _machines(result: Mapping[str, Any]) -> str:
     """What is other here than where the run was made, in words."""
     then, now = result["of_run"], result
+    count = then.get("processes", 1)
     found = [f"{then['device']} then, {now['device']} now"] if then["device"] not in (None, now["device"]) else []
+    found += [f"{count} processes then, whose sums had another order"] if count > 1 else []
     for name, version in (then["versions"] or {}).items():
         if now["versions"].get(name) not in (None, version):
             found.append(f"{name} {version} then, {now['versions'][name]} now")

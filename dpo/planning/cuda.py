@@ -54,7 +54,7 @@ def unseen(peak: int) -> dict[str, int]:
 
 
 # GiB that CUDA has of a card sold with so many GB: of the smallest common one, rounded down (ECC and drivers keep some).
-CARDS: dict[float, float] = {12: 11.6, 16: 14.6, 24: 22.0, 40: 39.3, 48: 44.4, 80: 79.0, 141: 139.5}
+CARDS: dict[float, float] = {8: 7.6, 12: 11.6, 16: 14.6, 24: 22.0, 40: 39.3, 48: 44.4, 80: 79.0, 141: 139.5}
 KEPT = 0.07  # of other sizes
 
 

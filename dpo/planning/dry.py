@@ -24,8 +24,8 @@ from dpo.encode import Encoder
 from dpo.models import offload
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model, TextEncoding
+from dpo.models.ready import WEIGHTS, settle
 from dpo.models.ready import cast as cast_model
-from dpo.models.ready import settle
 from dpo.planning.cuda import BLOCK, autocast_of_cuda
 from dpo.planning.optimizers import MOMENTS, PAGED, StatesOnly
 from dpo.planning.sketch import parameters
@@ -56,6 +56,7 @@ class Taken:
     averaged_bytes: int  # of the averaged weights
     model_bytes: int  # of the saved result: a pipeline in fp32, or an adapter
     stored_bytes: int  # of a pair in a prepared store
+    gathered: int = 0  # bytes of weights and gradients that a sharded run has whole at a time; an estimate
 
 
 @dataclass
@@ -102,9 +103,10 @@ def dry_step(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     gpu, offloaded = config.runtime.device != "cpu", config.runtime.activation_offload
+    shares, gathered = _cut(config, model, processes) if config.runtime.sharding == "on" and processes > 1 else ({}, 0)
     config = change(
         config, compile=False, cuda_graph=False, activation_offload=False, sharding="off"
-    )  # offloaded below, the others not at all
+    )  # offloaded below, shards counted as such, the others not at all
     cast_model(model, config.runtime.precision, config.runtime.vae_precision)
     twin = denoisers.copy_for_reference(config, model.denoiser, _start(config))
     layers = denoisers.make_policy(config, model.denoiser, None)
@@ -119,7 +121,7 @@ def dry_step(
     elif denoisers.live_reference(config):
         compared = reference.from_adapters(policy, layers)
 
-    memory = Lifetimes(BLOCK if gpu else 1, numbers={"other": 1.0})  # train_step's own: there are usable pairs
+    memory = Lifetimes(BLOCK if gpu else 1, numbers={"other": 1.0}, shares=shares)  # train_step's own: usable pairs
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         for module in (model.denoiser, twin, model.vae, *model.text_encoders):
             if module is not None:
@@ -171,7 +173,7 @@ def dry_step(
             metrics=Unread(),
         )
         _make_states(updater, memory)
-        states = memory.live["optimizer"]
+        states = round(memory.live["optimizer"] / shares.get("optimizer", 1.0))  # whole, as on disk
         if gpu and config.optim.optimizer in PAGED:
             memory.hold(HOST, cast(StatesOnly, updater.optimizer).tensors())
         memory.begin()
@@ -182,7 +184,26 @@ def dry_step(
         if offloaded:
             stack.enter_context(_offloading(model.denoiser, memory))
         train_step(run, iter([_batch(config, model, text if encoded else None)]))
-    return _taken(config, model, memory, updater, states, text)
+    return replace(_taken(config, model, memory, updater, states, text), gathered=gathered)
+
+
+def _cut(config: Config, model: Model, processes: int) -> tuple[dict[str, float], int]:
+    """What the first of the sharded processes has, which has most: its share by kind, and bytes of what is gathered.
+
+    Gathered are the running block and the one fetched ahead, what lies around the blocks, and the gradients of a block,
+    once more as they are summed. Raises UserError for a number of processes that does not fit the optimizer.
+    """
+    from dpo.training import sharding  # it imports much of torch.distributed
+
+    denoiser, pure = model.denoiser, WEIGHTS.get(config.runtime.precision, torch.float32)
+    if eight_bit := config.optim.optimizer == "adamw8bit":
+        sharding.check_blocks(denoiser, processes)
+    trained = sharding.first_share(denoiser, processes, blocks_of_states=eight_bit)
+    shares = dict.fromkeys(("weights", "gradients", "optimizer", "averaged weights"), trained)
+    shares["reference"] = sharding.first_share(denoiser, processes)
+    block, around = sharding.largest_block(denoiser)
+    summed = max(pure.itemsize, torch.float32.itemsize)
+    return shares, (2 * block + around) * pure.itemsize + block * (pure.itemsize + summed)
 
 
 def _taken(

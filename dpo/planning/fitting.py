@@ -41,6 +41,20 @@ def _unless(now: bool, **values: Any) -> dict[str, Any]:
     return {} if now else values
 
 
+RELEASE = Change(
+    "--gradient-release --accumulation 1",
+    "an update of one micro-batch alone: another training (docs/scaling.md)",
+    lambda c: _unless(
+        c.optim.gradient_release
+        or c.lora.lora
+        or _whole_pass(c)
+        or c.runtime.precision == "fp16"
+        or c.optim.optimizer not in RELEASING,
+        gradient_release=True,
+        accumulation=1,
+        effective_batch=None,
+    ),
+)
 CHANGES = (  # the cheapest first
     Change("--offload on", "the same result, a little slower", lambda c: _unless(_encoders_away(c), offload="on")),
     Change("--batch-size 1, and as much more --accumulation", "the same result, slower", _smallest),
@@ -72,27 +86,16 @@ CHANGES = (  # the cheapest first
     Change(
         "--activation-offload",
         "the same result; copies to host memory",
-        lambda c: _unless(c.runtime.activation_offload or c.runtime.compile, activation_offload=True),
+        lambda c: _unless(c.runtime.activation_offload or c.runtime.compile or _whole_pass(c), activation_offload=True),
     ),
-    Change(
-        "--gradient-release --accumulation 1",
-        "an update of one micro-batch alone: another training (docs/scaling.md)",
-        lambda c: _unless(
-            c.optim.gradient_release
-            or c.lora.lora
-            or c.runtime.precision == "fp16"
-            or c.optim.optimizer not in RELEASING,
-            gradient_release=True,
-            accumulation=1,
-            effective_batch=None,
-        ),
-    ),
+    RELEASE,
     Change(
         "--lora",
         "adapters in the place of all weights",
         lambda c: _unless(
             c.lora.lora,
             lora=True,
+            sharding="off",
             gradient_release=False,
             reference="recorded" if c.runtime.reference == "recorded" else "auto",
         ),
@@ -140,6 +143,11 @@ def _encoders_away(config: Config) -> bool:
     return config.runtime.offload == "on" or _stored(config)
 
 
+def _whole_pass(config: Config) -> bool:
+    """Whether shards or a CUDA graph rule out what works inside the backward pass."""
+    return config.runtime.sharding == "on" or config.runtime.cuda_graph
+
+
 def _stored(config: Config) -> bool:
     return config.data.data_format == "store"
 
@@ -157,14 +165,15 @@ def cheapest(config: Config, asked: Asked, dry: Dry, card: float, tell: Callable
 
     None where all of them are not enough. tell: hears of each plan that is tried.
     """
-    low, high = 0, len(CHANGES)  # the least number of them that fits is in (low, high]
-    found = _with(config, CHANGES, asked, dry)
+    changes = [one for one in CHANGES if one is not RELEASE or asked.processes == 1]
+    low, high = 0, len(changes)  # the least number of them that fits is in (low, high]
+    found = _with(config, changes, asked, dry)
     tell(_said(found))
     if not fits(found.plan, card):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        tried = _with(config, CHANGES[:middle], asked, dry)
+        tried = _with(config, changes[:middle], asked, dry)
         tell(_said(tried))
         if fits(tried.plan, card):
             high, found = middle, tried

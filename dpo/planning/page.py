@@ -7,6 +7,7 @@ from dpo.planning.asked import Asked
 from dpo.planning.cuda import CARDS, GIB
 from dpo.planning.fitting import Fitted
 from dpo.planning.work import Plan, fits
+from dpo.settings.config import Config
 
 WIDTH = 13
 
@@ -29,14 +30,28 @@ def page(plan: Plan, asked: Asked) -> list[str]:
         ("memory", f"{plan.peak / GIB:.2f} GiB at the peak of an update, {where}"),
         *(("", f"  {name:<38}{value / GIB:>8.2f} GiB") for name, value in plan.memory.items()),
     ]  # fmt: skip
-    if config.runtime.sharding == "on" and asked.processes > 1:
-        rows.append(("", "  --sharding is not counted: these are whole weights, gradients and states"))
+    rows += [("", f"  {said}") for said in _of_memory(config, asked.processes)]
     if plan.gpu:
         rows.append(("fits", ", ".join(f"{card} GB {'yes' if fits(plan, card) else 'no'}" for card in CARDS)))
     rows.append(("time", _time(plan, asked)))
     rows.append(("disk", ""))
     rows += [("", f"  {name}: {_bytes(value)}") for name, value in plan.disk.items()]
     return [_row(name, text) for name, text in rows]
+
+
+def _of_memory(config: Config, processes: int) -> list[str]:
+    """What the figures of memory leave out, or count in a way of its own."""
+    sharded = config.runtime.sharding == "on"
+    said = [
+        (sharded and processes == 1, "--sharding on has no effect on one process: give --processes"),
+        (
+            sharded and processes > 1,
+            f"of each of {processes} processes, which hold the weights in shards; not measured",
+        ),
+        (config.runtime.cuda_graph, "--cuda-graph is not counted: its pool of memory comes on top"),
+        (config.runtime.compile, "--compile is not counted: compiled blocks may take more or less"),
+    ]
+    return [text for holds, text in said if holds]
 
 
 def largest_line(found: Plan | None, card: float) -> str:
@@ -80,10 +95,12 @@ def _time(plan: Plan, asked: Asked) -> str:
     if plan.speed is None or plan.seconds is None:
         return "name the --gpu, or a run that was --measured, for hours"
     text = f"{plan.speed.told}: {plan.speed.pairs_per_s:.3g} pairs/s, {_seconds(plan.seconds)} an update"
-    if plan.steps is None:
+    if plan.steps is None or plan.total is None:
         return f"{text}; give --pairs for the number of updates"
-    hours = plan.steps * plan.seconds / 3600
-    text += f"; {plan.steps:,} updates ({plan.steps * plan.nominal:,} pairs) take {_hours(hours)}"
+    seen = plan.steps * plan.nominal
+    encoded = f", {plan.encoded:,} of them encoded" if plan.encoded is not None and plan.encoded < seen else ""
+    hours = plan.total / 3600
+    text += f"; {plan.steps:,} updates ({seen:,} pairs{encoded}) take {_hours(hours)}"
     if asked.price is None:
         return text
     return f"{text} and cost {hours * asked.price * asked.processes:,.2f} at {asked.price:g} an hour"

@@ -51,10 +51,10 @@ def sketch(named: Named) -> Model:
 
     Reads config files alone: of a local folder, of the package for a known hub id, else of the hub. Raises UserError.
     """
+    quiet()  # before anything else imports diffusers
     import diffusers
     import transformers
 
-    quiet()
     assert named.model is not None, "the embedded one where none is named"
     folder = configs(named.model, named)
     vae = str(CONFIGS / VAES[named.vae]) if named.vae in VAES else named.vae

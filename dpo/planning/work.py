@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from dpo.planning.dry import Taken, TrainStep, dry_step
 from dpo.planning.sketch import sketch
 from dpo.settings.config import Config, change
 from dpo.settings.resolve import DeviceFacts, dealt, total_steps
+from dpo.training import cost
 from dpo.training.embedded import embedded
 
 Dry = Callable[[Config], tuple[Config, Taken]]
 PARTS = ("weights", "gradients", "optimizer", "averaged weights", "reference", "activations", "VAE and text encoders")
 TEMPORARY = "temporary"
+GATHERED = "gathered blocks of shards (estimate)"
+ENCODING = ("VAE", "text encoders")  # FLOPs that a pair whose encoding is kept does without
 FLOPS = {  # what the dry run calls a part, and what it is
     "VAE": "VAE",
     "text encoders": "text encoders",
@@ -40,6 +43,7 @@ class Speed:
 
     pairs_per_s: float
     told: str
+    kept_pairs_per_s: float  # of pairs whose encodings are kept
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Plan:
     flops: dict[str, float]  # of a pair, by part
     nominal: int  # pairs of an update, over all processes
     steps: int | None  # updates; None where they follow from a number of pairs that is not known
+    encoded: int | None  # pairs of the run that are encoded; None where its length or its pairs are not known
     speed: Speed | None
     disk: dict[str, float]  # bytes, by what is written
 
@@ -70,6 +75,15 @@ class Plan:
     def seconds(self) -> float | None:
         """Of one update."""
         return self.nominal / self.speed.pairs_per_s if self.speed else None
+
+    @property
+    def total(self) -> float | None:
+        """Seconds of all updates; of those whose encodings are kept without the encoding. None where not known."""
+        if self.speed is None or self.steps is None:
+            return None
+        seen = self.steps * self.nominal
+        encoded = seen if self.encoded is None else self.encoded
+        return encoded / self.speed.pairs_per_s + (seen - encoded) / self.speed.kept_pairs_per_s
 
 
 def prepared(config: Config) -> tuple[Config, int | None]:
@@ -109,14 +123,17 @@ def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Pl
     pairs = asked.pairs or pairs
     flops = {told: taken.flops[name] for name, told in FLOPS.items() if taken.flops.get(name)}
     open_ended = decided.optim.steps is None and pairs is None
+    steps = None if open_ended else total_steps(decided, pairs or 0)
+    seen = None if steps is None else steps * decided.optim.pairs
     return Plan(
         config=decided,
         taken=taken,
         memory=memory(decided, taken),
         flops=flops,
         nominal=decided.optim.pairs,
-        steps=None if open_ended else total_steps(decided, pairs or 0),
-        speed=speed(asked, sum(flops.values())),
+        steps=steps,
+        encoded=None if seen is None or pairs is None else cost.encoded_anew(decided, seen, pairs, asked.processes),
+        speed=speed(asked, flops),
         disk=disk(decided, taken, asked, pairs),
     )
 
@@ -125,6 +142,7 @@ def memory(config: Config, taken: Taken) -> dict[str, int]:
     """Bytes at the peak of an update, by part; on a GPU with what no tensor shows."""
     parts = {name: taken.parts.get(name, 0) for name in PARTS}
     parts[TEMPORARY] = taken.peak - sum(parts.values())
+    parts[GATHERED] = taken.gathered
     if config.runtime.device != "cpu":
         parts |= cuda.unseen(sum(parts.values()))
     return {name: value for name, value in parts.items() if value}
@@ -135,8 +153,11 @@ def fits(plan: Plan, card: float) -> bool:
     return plan.peak <= cuda.room(card)
 
 
-def speed(asked: Asked, pair_flops: float) -> Speed | None:
-    """Pairs per second over all processes, measured by another run or at the stated share of the GPU's peak."""
+def speed(asked: Asked, flops: Mapping[str, float]) -> Speed | None:
+    """Pairs per second over all processes, measured by another run or at the stated share of the GPU's peak.
+
+    flops: of a pair, by part.
+    """
     if asked.measured is not None:
         return measured(Path(asked.measured).expanduser())
     if asked.gpu is None:
@@ -144,7 +165,9 @@ def speed(asked: Asked, pair_flops: float) -> Speed | None:
     peak = peak_of(asked.gpu)
     many = f"{asked.processes} x " if asked.processes > 1 else ""
     told = f"at {asked.mfu:.0%} of the peak of {many}{asked.gpu} ({peak:g} TFLOP/s in bf16)"
-    return Speed(asked.mfu * peak * 1e12 * asked.processes / pair_flops, f"{told}, not measured")
+    reached, pair = asked.mfu * peak * 1e12 * asked.processes, sum(flops.values())
+    kept = pair - sum(flops.get(part, 0.0) for part in ENCODING)
+    return Speed(reached / pair, f"{told}, not measured", reached / kept)
 
 
 def measured(folder: Path) -> Speed:
@@ -158,7 +181,8 @@ def measured(folder: Path) -> Speed:
         raise UserError(
             f"--measured {folder}: no run with pairs/s is there; name the --output of a run that has made updates"
         )
-    return Speed(statistics.median(found[len(found) // 4 :]), f"as measured in {folder}")
+    usual = statistics.median(found[len(found) // 4 :])
+    return Speed(usual, f"as measured in {folder}", usual)
 
 
 def disk(config: Config, taken: Taken, asked: Asked, pairs: int | None) -> dict[str, float]:
@@ -185,7 +209,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pairs_per_update": plan.nominal,
         "updates": plan.steps,
         "pairs_per_s": plan.speed and plan.speed.pairs_per_s,
+        "pairs_encoded": plan.encoded,
         "seconds_per_update": plan.seconds,
+        "seconds": plan.total,
         "disk": plan.disk,
         "fits": {str(card): fits(plan, card) for card in cuda.CARDS} if plan.gpu else {},
     }

@@ -56,6 +56,12 @@ def settings(run: RunFolder, update: int) -> Config:
     return from_mapping(of_before(saved))
 
 
+def processes(run: RunFolder, update: int) -> int:
+    """How many processes made `update`: the pairs of an update are those of all, a pass's those of one."""
+    optim = settings(run, update).optim
+    return max(1, optim.pairs // (optim.batch_size * optim.accumulation))
+
+
 def on_this_machine(config: Config, run: RunFolder, asked: Mapping[str, Any]) -> Config:
     """`config` with the places that are `asked` for, on a device that is here. Raises UserError.
 

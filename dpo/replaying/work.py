@@ -121,7 +121,11 @@ def _replayed(
         "from": {"step": before, "checkpoint": saved.path.name if saved else None, "updates": last - before},
         "device": device,
         "versions": summary.versions(),
-        "of_run": {"device": folder.summary.get("device"), "versions": folder.summary.get("versions")},
+        "of_run": {
+            "device": folder.summary.get("device"),
+            "versions": folder.summary.get("versions"),
+            "processes": history.processes(folder, asked.update),
+        },
         "compared": history.compared(folder, curve.figures),
         "figures": curve.figures.get(asked.update),
         "ended": curve.ended,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dpo.methods import METHODS
-from dpo.settings.config import Config
+from dpo.settings.config import Config, change
 from dpo.settings.fields import brief
-from dpo.settings.resolve import large_weight, learning_rate
+from dpo.settings.resolve import large_weight, learning_rate, total_steps
 
 LOWEST_RATE = 1e-7  # nothing published trains below this
 HIGHEST_SINGLE_SHOT_BETA = 1000.0
 FEWEST_PAIRS = 16  # in a full fine-tuning update
 HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
+MANY_EPOCHS = 30  # of the published runs none comes to ten
+USUAL_EPOCHS = 10
 
 
 def headline(config: Config, processes: int = 1) -> str:
@@ -24,6 +26,32 @@ def headline(config: Config, processes: int = 1) -> str:
     warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
     beta = f", beta {brief(method.beta)}" if "beta" in METHODS[method.method].settings else ""
     return f"{method.method}, {what}: {optim.pairs} pairs an update ({split}), {rate}{warm}{beta}"
+
+
+def length(config: Config, pairs: int) -> list[str]:
+    """A line for the log on the length of a run over `pairs` training pairs, where it was given in epochs."""
+    if config.optim.epochs is None:
+        return []
+    return [f"{brief(config.optim.epochs)} epochs of {pairs:,} pairs = {total_steps(config, pairs):,} updates"]
+
+
+def too_long(config: Config, pairs: int) -> list[str]:
+    """Messages on a length that does not suit the `pairs` that are trained on, which the settings alone do not tell."""
+    found, optim, steps = [], config.optim, total_steps(config, pairs)
+    epochs = steps * optim.pairs / pairs
+    if optim.epochs is None and epochs > MANY_EPOCHS:
+        fewer = total_steps(change(config, steps=None, epochs=USUAL_EPOCHS), pairs)
+        found.append(
+            f"{steps} updates of {optim.pairs} pairs are {epochs:.0f} epochs of these {pairs:,} pairs, which may be learned by "
+            f"heart: --epochs {USUAL_EPOCHS} makes {fewer} updates"
+        )
+    if optim.epochs is not None and optim.warmup >= steps:
+        found.append(_long_warmup(optim.warmup, steps))
+    return found
+
+
+def _long_warmup(warmup: int, steps: int) -> str:
+    return f"the warm-up of {warmup} updates does not end within {steps}: the rate stays below its peak"
 
 
 def warnings(config: Config) -> list[str]:
@@ -63,9 +91,7 @@ def warnings(config: Config) -> list[str]:
             "SDXL's own VAE overflows in fp16: give --vae madebyollin/sdxl-vae-fp16-fix, or leave --vae-precision at auto"
         )
     if config.optim.steps is not None and config.optim.warmup >= config.optim.steps:
-        found.append(
-            f"the warm-up of {config.optim.warmup} updates does not end within {config.optim.steps}: the rate stays below its peak"
-        )
+        found.append(_long_warmup(config.optim.warmup, config.optim.steps))
     if (
         config.model.model
         and not config.data.validation_data

@@ -240,7 +240,7 @@ class Optim:
     )
     epochs: float | None = option(
         None,
-        "passes over the pairs, when steps is none",
+        "passes over the training pairs, in the place of steps; 0.5 is half of one",
         unit="epochs",
         above=0.0,
         aliases=("num_train_epochs",),
@@ -361,7 +361,7 @@ class Runtime:
         "off",
         "on: each process holds a part of the weights, gradients and optimizer states (FSDP2), for what does not fit a GPU",
         choices=("off", "on"),
-        resume="free",
+        resume="said",
     )
     keep_encoded: str = option(
         "auto",

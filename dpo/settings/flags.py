@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -16,7 +17,17 @@ from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.settings import compat, recipe
-from dpo.settings.config import Config, flat_settings, flatten, from_mapping, groups, of_before, specs, to_toml
+from dpo.settings.config import (
+    Config,
+    flat_settings,
+    flatten,
+    from_mapping,
+    groups,
+    of_before,
+    specs,
+    to_toml,
+    unknown_setting,
+)
 from dpo.settings.fields import NOTHING, Spec, brief, coerce, nearest
 from dpo.settings.rules import without_effect
 
@@ -30,6 +41,9 @@ EPILOG = (
 )
 
 
+STARTS = ("preset", "config", "compat")  # what settings are laid over
+
+
 def parse(argv: Sequence[str], also: Sequence[str] = (), *, with_pairs: bool = True) -> tuple[Config, list[str]]:
     """The settings that `argv` asks for, and lines for the log on how it was read.
 
@@ -37,31 +51,62 @@ def parse(argv: Sequence[str], also: Sequence[str] = (), *, with_pairs: bool = T
     a named model needs pairs. Raises UserError, and SystemExit after --help and --print-config.
     """
     given = read_flags(argv, also)
-    start = {name: given.pop(name, None) for name in ("preset", "config", "compat", "print_config")}
+    printed = given.pop("print_config", False)
+    config, notes = _settled(given, _repeated(argv), with_pairs)
+    if printed:
+        sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(config))
+        raise SystemExit(0)
+    return config, notes
+
+
+def asked(settings: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The settings that a program asks for by our own names, and lines for the log; read as `parse` reads flags.
+
+    `preset` or `config` (a TOML file) may be among them. A path may be a Path; None is what a flag's "none" is. Raises
+    UserError.
+    """
+    given = {}
+    for name, value in settings.items():
+        if name not in (*specs(), "preset", "config"):
+            raise UserError(unknown_setting(name))
+        given[name] = "none" if value is None and name in specs() else plain(value)
+    return _settled(given)
+
+
+def plain(value: Any) -> Any:
+    """A value of Python's as a TOML file would have it: a path is text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _settled(
+    given: Mapping[str, Any], repeated: Sequence[str] = (), with_pairs: bool = True
+) -> tuple[Config, list[str]]:
+    """The Config of settings by name, also by other trainers' names, laid over STARTS; and lines for the log."""
+    start = {name: given.get(name) for name in STARTS}
     if start["preset"] and start["config"]:
         raise UserError("--preset and --config are two starting points: give one")
     if start["compat"] and start["compat"] not in compat.PEERS:
         raise UserError(f"--compat {start['compat']}: expected one of {', '.join(compat.PEERS)}")
-    changes, notes = compat.translate(given, start["compat"])
-    notes += _repeated(argv)
+    named = {name: value for name, value in given.items() if name not in STARTS}
+    changes, notes = compat.translate(named, start["compat"])
+    notes += repeated
     base = _base(start, changes, notes)
-    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
-        if changes.get(asked):
+    for one, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(one):
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
     if {"accumulation", "effective_batch"} <= changes.keys():
         raise UserError("--effective-batch and --accumulation: the one follows from the other; give one")
+    if start["compat"] and {"steps", "epochs"} <= changes.keys():  # those scripts take both, and count the one
+        del changes["epochs"]
+        notes.append("--epochs has no effect because --steps is given")
     config = from_mapping(recipe.over(base, changes))
     if with_pairs and config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
-    notes += without_effect(flatten(config), changes, specs())
-    if start["print_config"]:
-        sys.stdout.write("".join(f"# {note}\n" for note in notes) + to_toml(config))
-        raise SystemExit(0)
-    return config, notes
+    return config, notes + without_effect(flatten(config), changes, specs())
 
 
 def presets() -> dict[str, str]:

@@ -25,11 +25,16 @@ def beside(recipe: Mapping[str, Any], said: Mapping[str, Any], name: str, notes:
 
 
 def over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of both, the upper ones where both have them. Each may say how large an update is in its own way.
+    """The settings of both, the upper ones where both have them. Each may say in its own way how large an update is, or how
+    long the run.
 
-    The lower's effective batch does not hold beside an upper accumulation, nor its accumulation beside an effective batch.
+    The lower's effective batch does not hold beside an upper accumulation, nor its accumulation beside an effective
+    batch; nor do its steps beside upper epochs, nor its epochs beside upper steps.
     """
     kept = dict(lower)
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if coerce(specs()[one], upper.get(one)) is not None:
+            kept.pop(other, None)
     if "effective_batch" in upper:
         kept.pop("accumulation", None)
     elif "accumulation" in upper:

@@ -12,6 +12,7 @@ from dpo.settings.config import Config, change, flatten
 from dpo.settings.fields import brief
 
 ADAM_BETA2, LION_BETA2 = 0.999, 0.99  # torch's default, and that of Lion (Chen et al. 2023)
+MOST = 1024  # processes that a refusal looks through for numbers that fit
 STEPS = 2000  # updates when neither steps nor epochs is given
 
 
@@ -164,14 +165,18 @@ def dealt(config: Config, processes: int) -> Config:
     pairs = optim.effective_batch
     if pairs % at_once == 0:
         return change(config, accumulation=pairs // at_once)
-    counts = [count for count in range(1, 2 * processes + 1) if pairs % (optim.batch_size * count) == 0]
+    counts = [count for count in range(1, MOST + 1) if pairs % (optim.batch_size * count) == 0]
     sizes = [size for size in range(1, 2 * optim.batch_size + 1) if pairs % (size * processes) == 0]
+    singly = [count for count in range(1, MOST + 1) if pairs % count == 0]  # where each pass is one pair
     ways = [f"{_few(counts, processes)} processes"] if counts else []
     ways += [f"--batch-size {_few(sizes, optim.batch_size)}"] if sizes else []
-    ways += [f"--effective-batch {max(1, round(pairs / at_once)) * at_once}"]
+    if not ways:
+        ways = [f"{_few(singly, processes)} processes with --batch-size 1"]
+    whole = pairs // at_once
+    ways += [f"--effective-batch {_few([n * at_once for n in (whole, whole + 1) if n], pairs)}"]
     raise UserError(
         f"an update of {pairs} pairs (--effective-batch) does not divide into {processes} x {optim.batch_size} (processes x "
-        f"--batch-size): what fits is {', '.join(ways[:-1])}{' or ' * (len(ways) > 1)}{ways[-1]}"
+        f"--batch-size): what fits is {', '.join(ways[:-1])}, or {ways[-1]}"
     )
 
 
@@ -192,6 +197,8 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("precision fp16 needs a GPU: fp32 is used")
     if asked.runtime.activation_offload and not device.gpu:
         notes.append("activation_offload has no effect on a CPU, whose memory is the host's")
+    if asked.runtime.keep_encoded == "on" and decided.data.data_format == "store":
+        notes.append("keep_encoded has no effect with a prepared store, whose pairs are encoded already")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
     if decided.model.timesteps == "turbo":

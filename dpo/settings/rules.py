@@ -77,6 +77,11 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
         (
+            v.gradient_release and v.effective_batch and v.effective_batch != v.batch_size,
+            f"gradient_release makes an update of every pass, so effective_batch = {v.effective_batch} with batch_size = "
+            f"{v.batch_size} cannot be: leave --gradient-release out, or give both as the largest number that fits",
+        ),
+        (
             v.gradient_release and v.accumulation > 1,
             f"gradient_release makes an update of every pass, so accumulation = {v.accumulation} cannot be: "
             "leave --gradient-release out, or use --accumulation 1 and the largest --batch-size that fits",
@@ -96,6 +101,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (
             v.keep_encoded == "on" and v.crop == "random",
             "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
+        ),
+        (
+            v.steps is not None and v.epochs is not None,
+            f"steps = {v.steps} and epochs = {brief(v.epochs)} both say how long a run is: give one",
         ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
@@ -162,7 +171,6 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (v.optimizer == "lion8bit", ("eps",), "with --optimizer lion8bit"),
         (not v.warmup, ("warmup_start",), "without --warmup"),
         (not v.caption_dropout, ("dropped_caption",), "without --caption-dropout"),
-        (v.steps is not None, ("epochs",), "because --steps is given"),
         (not v.push_to_hub, ("hub_id", "hub_public"), "without --push-to-hub"),
         (not v.samples, DRAWN, "with --no-samples"),
     ]

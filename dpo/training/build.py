@@ -37,7 +37,7 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, checkpoint, cost, denoisers, flops, start, stored, validation
+from dpo.training import agreement, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -67,6 +67,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
     _check_named(config.model)
+    optimizer.check_installed(config.optim.optimizer)
 
     saved = _saved(config.output, output, processes)
     config = _left_open(config, saved)
@@ -92,10 +93,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         source = errors.covered(source)
 
     total = resolve.total_steps(config, len(source))
+    for line in advice.length(config, len(source)):
+        log.info("%s", line)
+    for line in advice.too_long(config, len(source)):
+        log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
-    kept = cost.of(config, counted.forward, counted.encode, live_reference=live, encoded=True)
-    config = _rhythm(config, counted, total, held_out_source)
+    trained = cost.training(counted, config, total, len(source), processes.count)
+    config = _rhythm(config, counted, trained, total, held_out_source)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     # What is sharded comes to the device block by block: whole it may not fit.
@@ -141,7 +146,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         speed=Speed(
             counted.pair,
             flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
-            encode_flops=counted.pair - kept.pair,
+            encode_flops=counted.pair - counted.kept,
         ),
         device=device,
         held_out_source=held_out_source,
@@ -303,15 +308,18 @@ def _recorded(
     return recorded.find(source, wanted, timesteps, weights["reference_checksum"])
 
 
-def _rhythm(config: Config, counted: cost.Cost, steps: int, held_out: Source | None) -> Config:
-    """`config` with the updates between held-out accuracies decided; logs what they cost."""
+def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held_out: Source | None) -> Config:
+    """`config` with the updates between held-out accuracies decided; logs what they cost.
+
+    trained: FLOPs of the run's `steps` updates.
+    """
     every, data = config.output.validate_every, config.data
     if held_out is None or every == 0:
         return change(config, validate_every=cost.USUAL if every is None else every)
     pairs, encoded = len(held_out), of_store(held_out) is not None
     if every is None:
-        every = cost.validate_every(counted, config, steps, pairs, encoded=encoded)
-    share = cost.validation_share(counted, config, steps, pairs, every=every, encoded=encoded)
+        every = cost.validate_every(counted, config, trained, steps, pairs, encoded=encoded)
+    share = cost.validation_share(counted, config, trained, steps, pairs, every=every, encoded=encoded)
     hint = (
         ""
         if share <= cost.SHARE or every >= steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dpo.data.kept import leaves_rest
 from dpo.methods import METHODS
 from dpo.models.family import Model
 from dpo.settings.config import Config
@@ -21,6 +22,7 @@ class Cost:
     forward: float  # of one image through the denoiser
     encode: float  # of one image through the VAE
     pair: float  # of training on one pair
+    kept: float  # of training on one whose encoding is there already
 
 
 def count(config: Config, model: Model, *, live_reference: bool, encoded: bool) -> Cost:
@@ -36,34 +38,57 @@ def count(config: Config, model: Model, *, live_reference: bool, encoded: bool) 
 
 def of(config: Config, forward: float, encode: float, *, live_reference: bool, encoded: bool) -> Cost:
     """The cost of a config, from the FLOPs of one image through denoiser and VAE."""
-    pair = flops.pair_flops(
-        forward,
-        trainable="lora" if config.lora.lora else "full",
-        reference="live" if live_reference else None,
-        halves=2 if METHODS[config.method.method].images == "pair" else 1,
-        encode=0.0 if encoded else encode,
+    kept, pair = (
+        flops.pair_flops(
+            forward,
+            trainable="lora" if config.lora.lora else "full",
+            reference="live" if live_reference else None,
+            halves=2 if METHODS[config.method.method].images == "pair" else 1,
+            encode=of_encoding,
+        )
+        for of_encoding in (0.0, 0.0 if encoded else encode)
     )
-    return Cost(forward, encode, pair)
+    return Cost(forward, encode, pair, kept)
 
 
-def validation_share(cost: Cost, config: Config, steps: int, pairs: int, *, every: int, encoded: bool) -> float:
+def training(cost: Cost, config: Config, steps: int, source: int, processes: int = 1) -> float:
+    """FLOPs of `steps` updates on a set of `source` pairs, without held-out accuracies."""
+    seen = steps * config.optim.pairs
+    anew = encoded_anew(config, seen, source, processes)
+    return anew * cost.pair + (seen - anew) * cost.kept
+
+
+def encoded_anew(config: Config, seen: int, source: int, processes: int = 1) -> int:
+    """How many of the `seen` pairs a run of a decided config encodes at most, of a set of `source` pairs.
+
+    Where encodings are kept each process makes them once, and once more where images are mirrored.
+    """
+    if config.runtime.keep_encoded != "on" or leaves_rest(config.runtime, config.optim.batch_size):
+        return seen
+    return min(seen, source * processes * (2 if config.data.flip else 1))
+
+
+def validation_share(
+    cost: Cost, config: Config, trained: float, steps: int, pairs: int, *, every: int, encoded: bool
+) -> float:
     """The share of a whole run's FLOPs that goes to its held-out accuracies.
 
-    steps: updates of the run; pairs: held out; every: updates between two accuracies; encoded: the held-out pairs
-    come from a store. The last update is always followed by one.
+    trained: FLOPs of `training`; steps: updates of the run; pairs: held out; every: updates between two accuracies;
+    encoded: the held-out pairs come from a store. The last update is always followed by one.
     """
     once, each = _validation(cost, config, pairs, encoded)
     spent = once + each * math.ceil(steps / every)
-    return spent / (spent + steps * config.optim.pairs * cost.pair)
+    return spent / (spent + trained)
 
 
-def validate_every(cost: Cost, config: Config, steps: int, pairs: int, *, encoded: bool) -> int:
+def validate_every(cost: Cost, config: Config, trained: float, steps: int, pairs: int, *, encoded: bool) -> int:
     """Updates between held-out accuracies where they are left open: a multiple of USUAL.
 
-    The smallest that keeps them at SHARE of the run's FLOPs; the run's length where one alone costs more.
+    The smallest that keeps them at SHARE of the run's FLOPs; the run's length where one alone costs more. Takes what
+    `validation_share` does.
     """
     once, each = _validation(cost, config, pairs, encoded)
-    budget = SHARE / (1 - SHARE) * steps * config.optim.pairs * cost.pair
+    budget = SHARE / (1 - SHARE) * trained
     times = max(1, int((budget - once) // each))
     return max(1, math.ceil(steps / times / USUAL)) * USUAL
 

@@ -31,7 +31,7 @@ from dpo.training import build, checkpoint, judging, results, samples, summary, 
 from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
 from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
-from dpo.training.rescue import check_there, goes_on, is_logged, rescue
+from dpo.training.rescue import check_there, goes_on, is_logged, known, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
@@ -317,6 +317,7 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
         ending = Stopped() if stop.is_set() and isinstance(error, Exception) and _of_others(error) else error
         ending = run.processes.meaning(ending)
         rescue(run, trackers, batches, ending)
+        ending = known(run, ending)
         if ending is error:
             raise
         raise ending from error

@@ -6,6 +6,7 @@ could never run it. Only what the allocator hands out to tensors is seen; what a
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,12 +45,18 @@ class Lifetimes(TorchDispatchMode):
     """Counts live bytes, their peak and what they were at it, and FLOPs, by the phase that made them.
 
     block: bytes are rounded up to a multiple of it for each storage. numbers: what is read from a fake tensor, which has
-    no value, by phase; 0 in the others.
+    no value, by phase; 0 in the others. shares: of each storage that lies on this device, by kind; 1 of the others.
     """
 
-    def __init__(self, block: int = 1, numbers: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        block: int = 1,
+        numbers: Mapping[str, float] | None = None,
+        shares: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.block = block
+        self.shares = shares or {}
         self.phase = "other"
         self.live: Counter[str] = Counter()  # bytes by kind
         self.peak = 0
@@ -105,7 +112,8 @@ class Lifetimes(TorchDispatchMode):
         there = self._kinds.get(key)
         if there is not None and not again:
             kind = there[0]
-        size = 0 if kind == HOST else -(-storage.nbytes() // self.block) * self.block
+        own = math.ceil(storage.nbytes() * self.shares.get(kind, 1))
+        size = 0 if kind == HOST else -(-own // self.block) * self.block
         if there == (kind, size):
             return
         self._drop(key)

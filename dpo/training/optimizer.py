@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,24 @@ from torch import Tensor
 
 from csrc_triton.adamw8bit import AdamW8bit
 from csrc_triton.parts import Part
+from dpo.common.errors import UserError
 from dpo.training.release import Release
 
 if TYPE_CHECKING:
     from dpo.training.sharding import Shards
 
 log = logging.getLogger("dpo")
+
+OF_BITSANDBYTES = ("bnb-adamw8bit", "paged-adamw8bit", "lion8bit")  # values of --optimizer that need that package
+
+
+def check_installed(kind: str) -> None:
+    """Raises UserError where --optimizer `kind` needs a package that is not there."""
+    if kind in OF_BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--optimizer {kind} needs the package bitsandbytes, which is not installed: pip install bitsandbytes, or use "
+            "--optimizer adamw8bit, our own 8-bit AdamW, which needs none"
+        )
 
 
 def learning_rate(

@@ -36,13 +36,19 @@ PART = 1 << 26  # bytes of gradients summed at a time, where DDP does not
 MEET = 600.0  # seconds until all processes have started
 HEAR = 4.0  # seconds in which the others say why they ended
 OF_COLLECTIVES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+DIED = "a process of this run died: its own last lines, or the system's log where memory ran out, say why; "
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Died(UserError):
-    """Another process ended without a word."""
+    """Another process ended without a word. how: to go on, in words."""
+
+    def __init__(
+        self, how: str = "--resume latest goes on from the last checkpoint, or anew where there is none"
+    ) -> None:
+        super().__init__(DIED + how)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ class Processes:
         if self.store is None or not broken(error):
             return error
         said = self._hear("ended")
-        return Died(DIED) if said is None else _ended(said)
+        return Died() if said is None else _ended(said)
 
     def last_word(self, error: Exception) -> Exception:
         """What this process raises at its end in the place of `error`: Elsewhere where another says the same."""
@@ -168,7 +174,8 @@ class Processes:
         said = self._hear("ended/0")
         if said is None and isinstance(found, Died):  # of those that are left one speaks
             return found if self.rank == 1 or self._claims("died") else Elsewhere(MISTAKE, str(found))
-        same = said is not None and json.loads(said)[2] == str(found)
+        words = "" if said is None else json.loads(said)[2]
+        same = words.startswith(DIED) if isinstance(found, Died) else words == str(found)
         return Elsewhere(MISTAKE, str(found)) if same else found
 
     def _claims(self, what: str) -> bool:
@@ -203,9 +210,6 @@ class Processes:
         while not (there := self.store.check(keys)) and time.monotonic() < end:
             time.sleep(0.05)
         return there
-
-
-DIED = "a process of this run died: its own last lines, or the system's log where memory ran out, say why; go on with --resume latest"
 
 
 def _ended(said: bytes) -> Stopped | Elsewhere:

@@ -14,6 +14,7 @@ from dpo.common.words import first_line
 from dpo.data.batch import PairBatch
 from dpo.training import checkpoint, summary
 from dpo.training.agreement import Disagreed
+from dpo.training.parallel import Died
 from dpo.training.run import Diverged, Run
 from dpo.training.state import held, snapshot
 from dpo.training.trackers import Trackers
@@ -85,6 +86,18 @@ def rescue(run: Run, trackers: Trackers, batches: Generator[PairBatch, None, Non
         log.warning("stopped with no checkpoint to go on from")
         return
     log.warning("go on with: %s", goes_on(run.output))
+
+
+def known(run: Run, ending: BaseException) -> BaseException:
+    """`ending`, after `rescue`; where another process died, with words on what there is to go on from.
+
+    That no checkpoint is there only the first process knows, which writes them: it may do so just now.
+    """
+    if not isinstance(ending, Died):
+        return ending
+    if checkpoint.listing(run.checkpoints):
+        return Died("go on with --resume latest")
+    return Died("no checkpoint was written yet: --resume latest starts anew") if run.processes.first else ending
 
 
 def _record(run: Run, trackers: Trackers, ending: BaseException) -> None:

@@ -248,6 +248,25 @@ def groups(denoiser: nn.Module) -> Iterator[Any]:
             yield from filter(None, found)  # torch 2.11 has one or none
 
 
+def first_share(denoiser: nn.Module, count: int, *, blocks_of_states: bool = False) -> float:
+    """The share of all weights that the first of `count` processes holds: none holds more."""
+    shapes = [p.shape for p in denoiser.parameters()]
+    held = (s.numel() if blocks_of_states and _cut(s, count) else _part(s, count, 0, 0).counts[0] for s in shapes)
+    return sum(held) / sum(shape.numel() for shape in shapes)
+
+
+def largest_block(denoiser: nn.Module) -> tuple[int, int]:
+    """Weights of the largest block that is gathered when it runs, and of what is gathered around all blocks."""
+    blocks = [block for block in denoiser.modules() if isinstance(block, BLOCKS)]
+    taken: set[nn.Parameter] = set()
+    sizes = [0]
+    for block in reversed(blocks):  # inner blocks first
+        own = set(block.parameters()) - taken
+        sizes.append(sum(p.numel() for p in own))
+        taken |= own
+    return max(sizes), sum(p.numel() for p in denoiser.parameters() if p not in taken)
+
+
 def check_blocks(denoiser: nn.Module, count: int) -> None:
     """Raises UserError where rows of `count` processes end inside blocks of AdamW8bit's states, with numbers that fit.
 

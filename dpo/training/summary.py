@@ -73,7 +73,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "effective_batch": run.nominal,
         },
         "evaluation": {},
-        "warnings": advice.warnings(run.config),
+        "warnings": [*advice.warnings(run.config), *advice.too_long(run.config, len(run.source))],
     }
     tables = {
         "weight": run.step.weight,

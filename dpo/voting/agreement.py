@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo.common.stats import exact_interval
+from dpo.common.stats import bradley_terry, exact_interval
 from dpo.scorers.compare import Besides, Interval, holm, keyed, mean_interval, percentiles, resampled
 from dpo.voting.rates import rater_error
 from dpo.voting.tally import Votes
 
 SIGNIFICANT = 0.05
-STEPS, CLOSE = 10_000, 1e-10  # of the iteration for strengths: at most so many, ended by a change so small
-ROUGHLY = 1e-4  # that of a resample
+ROUGHLY = 1e-4  # change that ends the iteration for a resample's strengths
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,9 @@ def strengths(
     by_prompt, wins = _wins(first, second, found, count)
     if not _connected(wins):
         return None
-    theta = _fit(wins[None])[0]
+    theta = bradley_terry(wins[None])[0]
     rows = by_prompt.reshape(len(by_prompt), -1)
-    drawn = _fit(resampled(rows, keyed(seed, count), resamples).reshape(-1, count, count), ROUGHLY)
+    drawn = bradley_terry(resampled(rows, keyed(seed, count), resamples).reshape(-1, count, count), ROUGHLY)
     errors = _rater_errors(theta, wins, first, second, found)
     random = keyed(seed, count + 1)
     result = []
@@ -212,25 +211,6 @@ def _connected(wins: np.ndarray) -> bool:
     for _ in wins:
         reach = reach @ reach
     return bool(reach.all())
-
-
-def _fit(wins: np.ndarray, close: float = CLOSE) -> np.ndarray:
-    """Log strengths [R, K], the first model's 0, that make wins [R, K, K] likeliest (D. Hunter's iteration, 2004).
-
-    Where a resample gives a model no win its strength would fall for ever; it gets a billionth of its votes.
-    """
-    games = wins + wins.transpose(0, 2, 1)
-    won = np.maximum(wins.sum(2), 1e-9 * games.sum(2)) + 1e-12
-    gamma = np.ones(won.shape)
-    for _ in range(STEPS):
-        updated = won / ((games / (gamma[:, :, None] + gamma[:, None, :])).sum(2) + 1e-12)
-        updated /= np.exp(np.log(updated).mean(1, keepdims=True))
-        moved = np.abs(np.log(updated / gamma)).max()
-        gamma = updated
-        if moved < close:
-            break
-    theta: np.ndarray = np.log(gamma)
-    return theta - theta[:, :1]
 
 
 def _rater_errors(

@@ -1,6 +1,7 @@
 """The benchmark of an update runs from end to end, and its peers' update is the peers' loss."""
 
 import json
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,22 @@ def test_the_peers_loss_of_equal_models_is_ln_2():
         lambda x, *_: x, lambda x, *_: x, torch.randn(6, 4, 2, 2), text, None, torch.full((10,), 0.5)
     )
     assert loss.item() == pytest.approx(torch.log(torch.tensor(2.0)).item())
+
+
+def test_the_peers_encode_in_calls_of_eight_images_and_scale():
+    calls = []
+
+    class Vae(torch.nn.Conv2d):
+        config = MappingProxyType({"scaling_factor": 0.5})
+
+        def encode(self, part):
+            calls.append((len(part), part.dtype, torch.is_grad_enabled()))
+            return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda: self(part)))
+
+    vae, pixels = Vae(3, 4, 1).bfloat16(), torch.randn(10, 3, 2, 2)
+    latents, text = step.peers_encoding(vae, pixels, lambda: "text")
+    assert calls == [(8, torch.bfloat16, False), (2, torch.bfloat16, False)] and text == "text"
+    assert torch.allclose(latents, vae(pixels.bfloat16()).float() * 0.5, atol=1e-2) and latents.dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
+from csrc_triton import adamw8bit
 from csrc_triton.adamw8bit import AdamW8bit, round_stochastic
 from csrc_triton.dynamic_map import LEVELS
 from csrc_triton.parts import MIN_8BIT_ELEMENTS
@@ -81,6 +82,19 @@ def test_stochastic_rounding_is_unbiased_and_keyed():
     assert not torch.equal(rounded, round_stochastic(w, key=3, step=6, seed=7))
     exact = torch.randn(1000).bfloat16()
     assert torch.equal(round_stochastic(exact.float(), 0, 0, 0), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_a_tensor_have_the_bits_of_the_whole(dtype, monkeypatch):
+    found = []
+    for piece in (2**40, 2 * adamw8bit.BLOCK):
+        monkeypatch.setattr(adamw8bit, "PIECE", piece)
+        params = parameters(((70, 101), (MIN_8BIT_ELEMENTS - 1,)), dtype)
+        optimizer = AdamW8bit(params, lr=1e-2, seed=3)
+        found.append((train(optimizer, params, 3), optimizer.state_tensors()))
+    (whole, states), (pieces, others) = found
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    assert all(torch.equal(states[name], others[name]) for name in states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -434,3 +434,20 @@ def test_gradcheck(method, shape, direct):
     assert torch.autograd.gradcheck(losses, policy.clone().requires_grad_(), eps=1e-6, atol=1e-7, rtol=1e-6)
     if shape == "hinge" and seen:
         assert ((seen[0].abs() - 1).abs() > 1e-3).all()  # away from the kinks, where no derivative exists
+
+
+def test_the_loss_from_predictions_alone_is_that_of_the_oracle():
+    generator = torch.Generator().manual_seed(3)
+    policy, reference = (torch.randn(6, 4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    noise = torch.randn(3, 4, 5, 3, generator=generator, dtype=torch.float64)
+    policy.requires_grad_()
+    terms = objective.pair_loss(objective.errors_of(policy, reference, noise, beta=500.0))
+    target = noise.repeat(2, 1, 1, 1)
+    d = pair_difference(policy, reference, target)
+    torch.testing.assert_close(terms.loss, F.softplus(250 * d), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(terms.loss.sum(), policy)
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.softplus(250 * d).sum(), policy)[0], rtol=1e-10, atol=0)
+    same = objective.pair_loss(objective.errors_of(reference, reference, noise, beta=500.0))
+    assert same.loss.tolist() == [pytest.approx(LN2, rel=1e-15)] * 3 and same.logit.tolist() == [0.0] * 3
+    soft = objective.pair_loss(objective.errors_of(policy, reference, noise, beta=500.0), torch.full((3,), 0.75))
+    torch.testing.assert_close(soft.loss, 0.75 * F.softplus(250 * d) + 0.25 * F.softplus(-250 * d), rtol=1e-12, atol=0)

@@ -49,6 +49,14 @@ def test_a_mistake_costs_one_line(flags, said, capsys, tmp_path, monkeypatch):
     assert told.out == ""
 
 
+def test_under_torchrun_it_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert plan.main([]) == 2
+    assert capsys.readouterr().err == (
+        "dpo.plan: started as 2 processes: a plan is made by one; leave out torchrun, and give --processes\n"
+    )
+
+
 @pytest.mark.slow
 def test_a_card_that_is_too_small_is_answered_with_changes(capsys):
     assert plan.main(["--preset", "sd15", "--resolution", "256", "--memory", "16"]) == 0
@@ -57,10 +65,20 @@ def test_a_card_that_is_too_small_is_answered_with_changes(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "below"), [("sdxl-24gb", 23.0), ("sdxl-16gb", 14.6), ("sd15-12gb", 11.6)])
-def test_presets_for_small_gpus_fit_them(preset, below, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("preset", "card", "below"),
+    [
+        ("sdxl-24gb", "24", 23.0),
+        ("sdxl-16gb", "16", 14.6),
+        ("sd15-12gb", "12", 11.6),
+        ("sd15-lora-8gb", "8", 6.0),  # these leave room for a desktop
+        ("sdxl-lora-12gb", "12", 9.5),
+        ("sdxl-lora-24gb", "24", 18.0),
+    ],
+)
+def test_presets_for_small_gpus_fit_them(preset, card, below, tmp_path, capsys):
     """From the real step on fake tensors, with the estimates of what no tensor shows."""
     assert plan.main(["--preset", preset, "--json", str(tmp_path / "plan.json")]) == 0
     found = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert found["peak"] / 2**30 < below
-    assert found["fits"][{"sdxl-24gb": "24", "sdxl-16gb": "16", "sd15-12gb": "12"}[preset]]
+    assert found["fits"][card]

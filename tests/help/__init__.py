@@ -10,7 +10,7 @@ imports.py the imports of a source tree | oracle.py the pairwise loss from predi
 originals.py torchvision and open_clip, where they are installed to compare with | towers.py tiny CLIP models
 pages.py pages as a parser and a browser see them | judges.py scorers of one's own
 evaluations.py content of an evaluation.json, made up
-drawing.py dpo.sample in the test's own process | labelling.py dpo.label likewise
+drawing.py dpo.sample in the test's own process | labelling.py dpo.label likewise | pairing.py dpo.pairs likewise
 browser.py a real browser, driven by its DevTools | votes.py studies of small images, and what serves them | handed.py LoRA runs to hand on
 simulated.py studies voted on by raters with known preferences | processes.py several processes of one run
 """

@@ -27,7 +27,7 @@ ADDRESS = re.compile(rf"(?<![\w/.-])(?:{'|'.join(OWNERS)})/[\w.-]*\w")
 
 def named(preset: str) -> set[str]:
     """The hub addresses that a preset uses."""
-    cfg, _ = parse(["--preset", preset])
+    cfg, _ = parse(["--preset", preset], with_pairs=False)
     values = (cfg.model.model, cfg.model.vae, cfg.model.unet_init, cfg.data.data, cfg.data.validation_data)
     return {value for value in values if value and is_hub_id(value)}
 
@@ -45,9 +45,9 @@ def test_the_addresses_of_the_presets():
     assert set(CHECKED) == set().union(*used.values()), "docs/models.md says how each was checked"
     for name, users in CHECKED.items():
         by = {preset for preset, names in used.items() if name in names}
-        said = set(re.findall(r"`([^`]+)`", users)) or {
-            preset for preset in presets() if "model" in load_preset(preset)
-        }
+        said = set(re.findall(r"`([^`]+)`", users))
+        if users.startswith("all of these"):
+            said = {preset for preset in presets() if "model" in load_preset(preset)} - said
         assert said == by, f"docs/models.md: {name} is used by {sorted(by)}"
 
 

@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dpo import prepare
-from dpo.common.errors import UserError
+from dpo.common.errors import Elsewhere, UserError
 from dpo.train import train_step
-from dpo.training import build, validation
+from dpo.training import build, checkpoint, validation
+from dpo.training.parallel import DIED, Died, Processes
+from dpo.training.rescue import known
 from dpo.training.state import snapshot
 from tests.help.commands import command
 from tests.help.processes import codes, commands, end, free_port, together
@@ -294,6 +297,30 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(launched, start, tmp_path
     )
     said = command(capsys, "--output", tmp_path / "out", "--resume", "latest", "--steps", done + 1)
     assert said.code == 0 and len(updates(tmp_path)) == done + 1 and said.warnings("changed on resume") == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "kept", "how"),
+    [
+        (0, True, "go on with --resume latest"),
+        (0, False, "no checkpoint was written yet: --resume latest starts anew"),
+        (1, True, "go on with --resume latest"),
+        (1, False, "--resume latest goes on from the last checkpoint, or anew where there is none"),
+    ],
+)
+def test_after_a_death_what_is_there_to_go_on_from_is_said(tmp_path, rank, kept, how):
+    if kept:
+        checkpoint.save(checkpoint.folder_of(tmp_path, 3), {}, {})
+    run = SimpleNamespace(checkpoints=tmp_path, processes=Processes(rank, 2))
+    found = known(run, Died())
+    assert str(found) == DIED + how and isinstance(found, Died)
+    assert known(run, KeyboardInterrupt()).args == ()
+
+
+def test_of_those_that_are_left_one_speaks():
+    store = torch.distributed.HashStore()
+    Processes(0, 2, store=store).ends(Died("no checkpoint was written yet"))
+    assert isinstance(Processes(1, 2, store=store).last_word(Died()), Elsewhere)
 
 
 def test_a_mistake_of_one_process_is_said_by_it_and_ends_all(launched, monkeypatch, tmp_path):

@@ -30,6 +30,7 @@ COMMANDS = {
         "replay",
         "export",
         "extract",
+        "pairs",
     )
 }
 

@@ -1,6 +1,7 @@
-"""dpo.common.libraries: a library that does not fit costs one line, with both versions and the remedy."""
+"""dpo.common.libraries: a library that does not fit costs one line, with both versions and the remedy; a needless one is not imported."""
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from dpo.common.command import MISTAKE, run
-from dpo.common.libraries import misfit
+from dpo.common.libraries import hidden, misfit
 
 NMS = 'def register():\n    raise RuntimeError("operator torchvision::nms does not exist\\nsecond line")\nregister()\n'
 
@@ -80,3 +81,29 @@ def test_a_torchvision_for_another_torch_is_one_line(tmp_path):
     said = [line for line in ended.stderr.splitlines() if " INFO " not in line]
     assert ended.returncode == MISTAKE and len(said) == 1, ended.stderr
     assert said[0].startswith(f"dpo.train: torchvision 0.20.1 does not fit torch {torch.__version__} (operator")
+
+
+def test_a_hidden_package_is_not_found_unless_it_is_there_already(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(library(tmp_path, "unwanted", "here = True\n"))
+    with hidden("unwanted"):
+        assert importlib.util.find_spec("unwanted") is None
+        imported("unwanted")
+    module = importlib.import_module("unwanted")
+    with hidden("unwanted"):
+        assert importlib.import_module("unwanted") is module
+    assert sys.modules["unwanted"] is module
+
+
+@pytest.mark.slow  # a process of its own: this one has them
+def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work():
+    text = (
+        "import sys, torch\n"
+        "from dpo.models.load import load\n"
+        "from dpo.tiny import paths\n"
+        "load(str(paths.pipeline_path()))\n"
+        "print(*(name in sys.modules for name in ('bitsandbytes', 'torch._inductor.compile_fx', 'peft')))\n"
+        "import bitsandbytes\n"
+        "print(bitsandbytes.optim.AdamW8bit.__name__)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["False", "False", "True", "AdamW8bit"]

@@ -154,7 +154,7 @@ def test_a_long_prompt_is_cut_to_the_longest_that_fits_without_measuring_it_all(
             measured.append(len(text))
             return pen.textlength(text, font)
 
-    fitted = grid._fitted(Pen(), text, font, 300)
+    fitted = grid.fitted(Pen(), text, font, 300)
     assert len(measured) < 15 and max(measured) <= 302
     text = " ".join(text.split())
     if fitted != text:

@@ -76,9 +76,12 @@ def test_captions_and_places_are_text():
         (
             {
                 "compared": {"updates": 3, "first": {"update": 4, "figure": "loss", "run": 0.5, "replay": 0.25}},
-                "of_run": {"device": "H100", "versions": {"torch": "2.11.0", "gone": "1"}},
+                "of_run": {"device": "H100", "versions": {"torch": "2.11.0", "gone": "1"}, "processes": 2},
             },
-            ["differs from the run first at update 4: loss 0.5 there, 0.25 here", "H100 then, CPU now; torch 2.11.0 then, 2.13.0 now"],
+            [
+                "differs from the run first at update 4: loss 0.5 there, 0.25 here",
+                "H100 then, CPU now; 2 processes then, whose sums had another order; torch 2.11.0 then, 2.13.0 now",
+            ],
         ),
         ({"from": {"step": 0, "checkpoint": None, "updates": 5}}, ["5 updates made again from the start of the run"]),
         ({"ended": "update 5 gives x", "figures": None}, ["As it was, update 5 gives x."]),

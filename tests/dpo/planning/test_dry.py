@@ -7,10 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import peak_of_update
+from dpo.common.errors import UserError
 from dpo.models import offload
 from dpo.planning import work
+from dpo.planning.dry import _cut
+from dpo.planning.sketch import sketch
+from dpo.settings.config import change
 from dpo.settings.flags import parse
 from dpo.train import train_step
+from dpo.training import sharding
 from dpo.training.memory import ATTENTION
 from tests.help.running import QUIET, advance, make_run
 
@@ -63,6 +68,36 @@ def test_on_a_gpu_each_saving_saves_what_it_should(world):
     assert store.peak < usual.peak and store.trained == usual.trained
     assert store.flops["backward"] == usual.flops["backward"]
     assert offload.on_host.__name__ == "on_host" and torch.ones(2).add(1).tolist() == [2, 2]  # nothing is left behind
+
+
+SHARDED = ["--batch-size", "2", "--optimizer", "adamw", "--precision", "fp32", "--sharding", "on"]
+
+
+def test_of_shards_the_first_process_is_planned(world):
+    """From shapes alone: its share of all that is cut, and what is whole at a time; counts that do not fit are refused."""
+    config, _ = parse(["--model", world("sd15"), "--data", world("pairs"), *SHARDED])
+    model = sketch(config.model)
+    shares, gathered = _cut(config, model, 2)
+    share = sharding.first_share(model.denoiser, 2)
+    assert shares == dict.fromkeys(("weights", "gradients", "optimizer", "averaged weights", "reference"), share)
+    block, around = sharding.largest_block(model.denoiser)
+    assert 0.5 <= share < 0.51 and gathered == 4 * (4 * block + around)
+    with pytest.raises(UserError, match="shards of 2 processes would cut blocks of 256"):
+        _cut(change(config, optimizer="adamw8bit"), model, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_sharded_plan_is_that_of_whole_weights_but_for_the_share(world, kind):
+    flags = ["--model", world(kind), "--data", world("pairs"), "--device", "cpu", *SHARDED]
+    whole, cut = (work.planner(train_step, 2)(parse([*flags, *more])[0])[1] for more in (["--sharding", "off"], []))
+    assert cut.flops == whole.flops and cut.total == whole.total and whole.gathered == 0 < cut.gathered
+    of_training = 0
+    for kind_of in ("weights", "reference", "gradients", "optimizer"):
+        assert cut.parts[kind_of] == pytest.approx(whole.parts[kind_of] / 2, rel=0.02), kind_of
+        of_training += whole.parts[kind_of]
+    assert whole.peak - cut.peak == pytest.approx(of_training / 2, rel=0.02)
+    assert cut.state_bytes == pytest.approx(whole.state_bytes, rel=0.01) and cut.trained_bytes == whole.trained_bytes
 
 
 @pytest.mark.slow

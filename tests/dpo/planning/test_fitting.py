@@ -72,3 +72,14 @@ def test_every_change_goes_with_the_settings_it_is_made_on():
     made = fitting._with(config, fitting.CHANGES, Asked(), dry)
     assert {one.flags for one in made.changes} == {one.flags for one in fitting.CHANGES}
     assert fitting._with(made.plan.config, fitting.CHANGES, Asked(), dry).changes == ()
+
+
+@pytest.mark.parametrize(("changes", "processes"), [({"sharding": "on"}, 2), ({"cuda_graph": True}, 1), ({}, 2)])
+def test_changes_that_do_not_go_with_the_run_are_not_tried(changes, processes):
+    """Shards, a CUDA graph and several processes rule some out: none of them may end the search."""
+    config = change(CONFIG, batch_size=32, **changes)
+
+    def of_processes(config):
+        return dealt(config, processes), dry(config)[1]
+
+    assert fitting.cheapest(config, Asked(processes=processes), of_processes, 7, lambda line: None) is None

@@ -1,5 +1,7 @@
 """What the command prints."""
 
+import pytest
+
 from dpo.planning import fitting, page
 from dpo.planning.asked import Asked
 from dpo.settings.config import change
@@ -17,6 +19,28 @@ def test_a_plan_says_each_part():
         assert words in text
     assert "policy, recomputed" in text and "not measured" in text and "estimate" in text
     assert "12 GB yes" in text and "70.7 pairs/s" in text and "10 updates (320 pairs) take 4.53 s and cost 0.00" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "said"),
+    [
+        ({"sharding": "on"}, 1, "--sharding on has no effect on one process: give --processes"),
+        ({"sharding": "on"}, 4, "of each of 4 processes, which hold the weights in shards; not measured"),
+        ({"cuda_graph": True}, 1, "--cuda-graph is not counted"),
+        ({"compile": True}, 1, "--compile is not counted"),
+        ({}, 4, None),
+    ],
+)
+def test_what_the_memory_leaves_out_is_said(changes, processes, said):
+    found = plan(change(CONFIG, **changes), processes=processes)
+    lines = [line.strip() for line in page.page(found, Asked(processes=processes))]
+    told = [line for line in lines if "is not counted" in line or "sharding" in line or "shards" in line]
+    assert len(told) == (said is not None) and all(line.startswith(said) for line in told)
+
+
+def test_hours_say_how_many_pairs_are_encoded():
+    found = plan(change(CONFIG, keep_encoded="on"), 100, gpu="H100")
+    assert "(320 pairs, 100 of them encoded) take" in "\n".join(page.page(found, Asked(gpu="H100")))
 
 
 def test_without_a_gpu_it_says_what_hours_need():

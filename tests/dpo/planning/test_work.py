@@ -26,7 +26,7 @@ TAKEN = Taken(
     model_bytes=8000,
     stored_bytes=500,
 )
-CONFIG = change(Config(), batch_size=4, accumulation=8, steps=10, device="cuda")
+CONFIG = change(Config(), batch_size=4, accumulation=8, steps=10, device="cuda", keep_encoded="off")
 
 
 def plan(config=CONFIG, pairs=None, **asked):
@@ -40,6 +40,20 @@ def test_hours_follow_from_flops_and_a_share_of_the_peak():
     assert found.seconds == pytest.approx(32 / found.speed.pairs_per_s) and "not measured" in found.speed.told
     assert plan(gpu="H100", mfu=0.5, processes=4).speed.pairs_per_s == pytest.approx(4 * found.speed.pairs_per_s)
     assert plan().speed is None and plan().seconds is None
+
+
+def test_pairs_that_are_kept_are_encoded_once_in_the_hours():
+    taken = dataclasses.replace(TAKEN, flops={**TAKEN.flops, "VAE": 2e12, "text encoders": 1e12})
+    config = change(CONFIG, keep_encoded="on")
+
+    def planned(**asked):
+        return work.plan(config, Asked(gpu="H100", mfu=0.5, **asked), lambda config: (dealt(config, 1), taken))
+
+    reached, found = 0.5 * 989.4e12, planned(pairs=100)
+    assert found.steps * found.nominal == 320 and found.encoded == 100
+    assert found.total == pytest.approx((100 * 10e12 + 220 * 7e12) / reached)
+    assert found.seconds == pytest.approx(32 * 10e12 / reached), "of the first epoch"
+    assert planned().encoded is None and planned().total == pytest.approx(320 * 10e12 / reached)
 
 
 def test_measured_hours_are_a_runs_own(tmp_path):
@@ -57,6 +71,8 @@ def test_parts_add_up_to_the_peak_and_what_no_tensor_shows():
         and sum(value for name, value in memory.items() if "estimate" not in name) == 10 * GIB
     )
     assert plan().peak > 10 * GIB
+    cut = work.memory(CONFIG, dataclasses.replace(TAKEN, gathered=GIB))
+    assert cut["gathered blocks of shards (estimate)"] == GIB and "gathered blocks of shards (estimate)" not in memory
     on_cpu = plan(change(CONFIG, device="cpu"))
     assert on_cpu.peak == 10 * GIB and not on_cpu.gpu
     assert [work.fits(plan(), card) for card in (11, 12, 16)] == [False, True, True]

@@ -41,6 +41,12 @@ def test_the_settings_are_those_that_the_update_had(folder, update, rate):
     assert history.settings(read_run(folder), update).optim.learning_rate == rate
 
 
+def test_the_number_of_processes_follows_from_the_pairs_of_an_update(folder):
+    save(folder, 25, change(BASE, batch_size=2, accumulation=3, effective_batch=24))
+    found = [history.processes(read_run(folder), update) for update in (20, 21, 30)]
+    assert found == [1, 4, 1], "the run went on with fewer"
+
+
 def test_a_folder_that_says_no_settings_is_refused(folder):
     (folder / "config.toml").unlink()
     with pytest.raises(UserError, match=r"does not say with which settings.*config\.toml is missing"):

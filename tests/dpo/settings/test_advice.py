@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo.settings.advice import headline, warnings
+from dpo.settings.advice import headline, length, too_long, warnings
 from dpo.settings.config import change, from_mapping
 from dpo.settings.resolve import dealt
 from tests.dpo.settings.test_config import PAIRED
@@ -35,6 +35,26 @@ def test_headline():
 )
 def test_warnings(values, words):
     assert any(words in warning for warning in warnings(from_mapping(values)))
+
+
+def test_a_length_in_epochs_is_said_in_updates():
+    cfg = from_mapping({"batch_size": 4, "accumulation": 4, "epochs": 3})
+    assert length(cfg, 1500) == ["3 epochs of 1,500 pairs = 282 updates"]
+    assert length(change(cfg, epochs=0.5), 150) == ["0.5 epochs of 150 pairs = 5 updates"]
+    assert length(change(cfg, epochs=None, steps=7), 150) == []
+
+
+def test_many_epochs_that_nobody_asked_for_are_said_with_their_number():
+    """The steps of a preset for a large set make 213 epochs of 150 pairs."""
+    cfg = from_mapping({"batch_size": 8, "accumulation": 2, "steps": 2000})
+    (line,) = too_long(cfg, 150)
+    assert (
+        line.startswith("2000 updates of 16 pairs are 213 epochs of these 150 pairs") and "--epochs 10 makes 94" in line
+    )
+    assert too_long(cfg, 1066) and not too_long(cfg, 1067), "from 30 on"
+    asked = change(cfg, steps=None, epochs=213)
+    assert too_long(asked, 150) == [], "who asks for them has them"
+    assert "warm-up of 10" in too_long(change(asked, epochs=1, warmup=10), 150)[0]
 
 
 def test_published_settings_raise_no_warning():

@@ -40,7 +40,7 @@ HF_COMMON = {
     "lora": True, "rank": 8, "split": "validation", "flip": True, "caption_dropout": 0.0, "beta": 5000.0, "precision": "fp16",
     "optimizer": "adamw8bit", "learning_rate": 1e-5, "scheduler": "constant", "warmup": 0, "checkpointing": "on", "wandb": True,
     "tensorboard": False, "push_to_hub": True, "seed": 0, "accumulation": 2, "data": "kashif/pickascore", "checkpoints_limit": 0,
-    "ties": "drop", "scale_lr": False, "resume": None, "sample_steps": 25, "epochs": 1.0,
+    "ties": "drop", "scale_lr": False, "resume": None, "sample_steps": 25,
 }  # fmt: skip
 SF_COMMON = {
     "lora": False, "split": "train", "flip": True, "caption_dropout": 0.2, "beta": 5000.0, "precision": "fp16",

@@ -17,7 +17,17 @@ from dpo.common.errors import UserError
 from dpo.settings.advice import headline, warnings
 from dpo.settings.compat import FOREIGN
 from dpo.settings.config import Config, change, flatten, from_mapping, specs, to_toml
-from dpo.settings.flags import help_of, help_text, load_config, load_preset, make_parser, parse, presets, shown
+from dpo.settings.flags import (
+    asked,
+    help_of,
+    help_text,
+    load_config,
+    load_preset,
+    make_parser,
+    parse,
+    presets,
+    shown,
+)
 from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
 from tests.dpo.settings.test_config import PAIRED, altered
 
@@ -125,6 +135,28 @@ def test_the_families_are_those_of_the_registry():
     assert specs()["family"].meta["choices"] == ("auto", *families())
 
 
+OWN = ("sd15-lora-8gb", "sdxl-lora-12gb", "sdxl-lora-24gb")  # presets for the user's own pairs
+OWN_PAIRS = ["--data", "my.csv"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_preset_for_ones_own_pairs_asks_for_them_and_keeps_its_hands_off_how_they_are_read(name):
+    with pytest.raises(UserError, match="^no pairs to train on: give --data"):
+        parse(["--preset", name])
+    cfg, notes = parse(["--preset", name, *OWN_PAIRS])
+    assert cfg.data == change(Config(), model="m", data="my.csv").data and notes == []
+    text = Path(__file__).parents[3].joinpath("dpo", "settings", "presets", f"{name}.toml").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if "python -m dpo.train" in line]
+    said, _ = parse(line.split("dpo.train")[1].split())
+    assert change(said, data="my.csv", output=cfg.output.output) == cfg
+
+
+def test_sdxl_trains_the_same_on_12_and_on_24_gb():
+    """The two presets differ in what a pass holds alone, so that their runs do not differ."""
+    small, large = (flatten(parse(["--preset", name, *OWN_PAIRS])[0]) for name in OWN[1:])
+    assert {key for key in small if small[key] != large[key]} == {"batch_size", "vae_batch", "output"}
+
+
 def test_every_preset_parses_resolves_and_trains():
     assert {
         "sd15",
@@ -141,12 +173,15 @@ def test_every_preset_parses_resolves_and_trains():
         "sdxl-24gb",
         "sdxl-16gb",
         "sd15-12gb",
+        "sd15-lora-8gb",
+        "sdxl-lora-12gb",
+        "sdxl-lora-24gb",
         "dde-study",
         "smoke",
         "tiny",
     } == set(presets())
     for name, title in presets().items():
-        cfg, notes = parse(["--preset", name])
+        cfg, notes = parse(["--preset", name, *(OWN_PAIRS if name in OWN else [])])
         few = ["2 pairs an update is few for full fine-tuning"] if name == "sdxl-16gb" else []  # and is said
         assert [warning.split(" (")[0] for warning in warnings(cfg)] == few
         assert notes == [] and title.endswith("?" if name == "smoke" else ".")
@@ -155,11 +190,11 @@ def test_every_preset_parses_resolves_and_trains():
         decided, _ = resolve(cfg, facts, DeviceFacts("cpu"))
         assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
-        published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2}
+        published |= {"sdxl-24gb": 2048, "sd15-12gb": 2048, "sdxl-16gb": 2} | dict.fromkeys(OWN, 8)
         assert cfg.optim.pairs == published.get(name, cfg.optim.pairs)
 
 
-SMALL = [name for name in presets() if name.endswith("gb")]
+SMALL = [name for name in presets() if name.endswith("gb") and name not in OWN]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -253,7 +288,6 @@ def test_bad_config_files_are_told(tmp_path):
         (["--beta", "5", "--method", "sft"], "--beta", "method sft"),
         (["--alpha", "5"], "--alpha", "--lora"),
         (["--eps", "1e-6", "--optimizer", "adafactor"], "--eps", "adafactor"),
-        (["--steps", "5", "--epochs", "1"], "--epochs", "--steps"),
         (["--hub-id", "a/b"], "--hub-id", "--push-to-hub"),
     ],
 )
@@ -341,6 +375,58 @@ def test_the_last_word_on_how_large_an_update_is(tmp_path):
     assert sized(*BASE, "--config", str(file), "--accumulation", "5") == (None, 5)
     with pytest.raises(UserError, match="--effective-batch and --accumulation"):
         parse([*BASE, "--effective-batch", "8", "--accumulation", "2"])
+
+
+# --- what a program asks for ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, []),
+        (
+            {"preset": "sd15-lora", "data": Path("mine"), "rank": 4},
+            ["--preset", "sd15-lora", "--data", "mine", "--rank", "4"],
+        ),
+        (
+            {
+                "model": "m",
+                "data": "d",
+                "steps": None,
+                "epochs": 2.0,
+                "flip": True,
+                "sample_prompts": ["a fox", "a cup"],
+            },
+            [*BASE, "--steps", "none", "--epochs", "2", "--flip", "--sample-prompts", "a fox", "a cup"],
+        ),
+    ],
+)
+def test_settings_of_a_program_are_read_as_flags(settings, words):
+    assert asked(settings) == parse(words)
+
+
+def test_a_file_is_a_start_of_a_program_too(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        "[model]\nmodel = 'm'\n[data]\ndata = 'd'\n[optim]\nsteps = 7\n", encoding="utf-8"
+    )
+    config, _ = asked({"config": tmp_path / "mine.toml", "batch_size": 2})
+    assert (config.optim.steps, config.optim.batch_size) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stepps": 3}, "unknown setting stepps: did you mean steps?"),
+        ({"dataset_name": "d"}, "unknown setting dataset_name: it is called data here"),
+        ({"batch_size": None}, "batch_size = none: expected a whole number"),
+        ({"model": "m"}, "no pairs to train on"),
+        ({"preset": "sd15", "config": "x.toml"}, "two starting points"),
+    ],
+)
+def test_mistakes_of_a_program_are_told_in_one_line(settings, message):
+    with pytest.raises(UserError) as told:
+        asked(settings)
+    assert message in str(told.value) and "\n" not in str(told.value)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import pytest
 
+from dpo.common.errors import UserError
 from dpo.methods import own_settings
 from dpo.settings.config import flatten, specs
 from dpo.settings.flags import load_preset, parse, presets
 from dpo.settings.recipe import beside
 
 HUB = "liuhuohuo2/pick-a-pic-v2"
-REAL = sorted(name for name in presets() if "model" in load_preset(name))
+REAL = sorted(name for name in presets() if {"model", "data"} <= load_preset(name).keys())
 CHOICE = ("validation_data", "validation_split", "validation_fraction")
 
 
@@ -55,6 +56,24 @@ def test_a_file_of_the_users_keeps_its_word(tmp_path):
     assert parse(["--config", str(file), "--method", "dde"])[0].method.beta == 7.0
     file.write_text('model = "m"\ndata = "d"\nvalidation_fraction = 0.2')
     assert held_out("--config", str(file), "--validation-data", "v")[0] == ("v", "validation", None)
+
+
+def test_the_length_of_a_run_in_the_users_way_replaces_the_other_way():
+    """Steps of a preset do not hold beside a user's epochs, and its epochs not beside his steps; both from him are refused."""
+
+    def length(*argv):
+        cfg, notes = parse(list(argv))
+        return cfg.optim.steps, cfg.optim.epochs, notes
+
+    own = ["--preset", "sd15-lora-8gb", "--data", "my.csv"]
+    assert length("--preset", "sd15-lora", "--epochs", "0.5") == (None, 0.5, [])
+    assert length(*own) == (None, 10.0, []) and length(*own, "--steps", "40") == (40, None, [])
+    assert length(*own, "--steps", "none") == (None, 10.0, []) and length("--epochs", "2") == (None, 2.0, [])
+    with pytest.raises(UserError, match="^steps = 5 and epochs = 3 both say how long a run is: give one$"):
+        length(*own, "--steps", "5", "--epochs", "3")
+    peer = ["--compat", "sf", "--model", "m", "--data", "d", "--max_train_steps", "7", "--num_train_epochs", "3"]
+    steps, epochs, notes = length(*peer)
+    assert (steps, epochs) == (7, None) and "--epochs has no effect because --steps is given" in notes
 
 
 def test_beta_belongs_to_the_method_of_the_recipe():

@@ -169,7 +169,7 @@ def test_length_and_rate():
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
     assert total_steps(cfg, pairs=100) == 7 and total_steps(dealt(cfg, 2), pairs=100) == 4
-    assert total_steps(change(cfg, steps=5), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
+    assert total_steps(change(cfg, steps=5, epochs=None), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
     assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(dealt(cfg, 2)) == pytest.approx(6.4e-7)
 
 
@@ -195,6 +195,12 @@ def test_encoded_pairs_are_kept_where_each_epoch_has_the_same(values, kept):
     assert decide(values)[0].runtime.keep_encoded == kept
 
 
+@pytest.mark.parametrize("asked", ["on", "auto"])
+def test_keeping_what_a_store_has_is_said_to_have_no_effect(asked):
+    _, notes = decide({"keep_encoded": asked, "data_format": "store"})
+    assert any("keep_encoded has no effect with a prepared store" in note for note in notes) == (asked == "on")
+
+
 def test_the_pairs_of_an_update_decide_the_passes_of_each_process():
     published = from_mapping({"batch_size": 16, "effective_batch": 2048})
     for processes, passes in ((1, 128), (8, 16), (64, 2)):
@@ -208,9 +214,11 @@ def test_the_pairs_of_an_update_decide_the_passes_of_each_process():
 @pytest.mark.parametrize(
     ("values", "processes", "words"),
     [
-        ((16, 2048), 6, ["6 x 16", "4 or 8 processes", "--batch-size", "--effective-batch 2016"]),
-        ((4, 6), 1, ["1 x 4", "--batch-size 2 or 3 or 6", "--effective-batch 8"]),
-        ((4, 2), 2, ["2 x 4", "--batch-size 1 or", "--effective-batch 8"]),
+        ((16, 2048), 6, ["6 x 16", "4 or 8 processes", "--batch-size", "--effective-batch 2016 or 2112"]),
+        ((4, 6), 1, ["1 x 4", "--batch-size 2 or 3 or 6", "--effective-batch 4 or 8"]),
+        ((4, 2), 2, ["2 x 4", "what fits is --batch-size 1, or --effective-batch 8"]),
+        ((4, 7), 3, ["what fits is 1 or 7 processes with --batch-size 1, or --effective-batch 12"]),
+        ((16, 208), 4, ["1 or 13 processes, --batch-size 4 or 13 or 26, or --effective-batch 192 or 256"]),
     ],
 )
 def test_pairs_that_cannot_be_dealt_out_are_refused_with_what_fits(values, processes, words):

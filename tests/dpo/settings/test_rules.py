@@ -28,6 +28,7 @@ from tests.dpo.settings.test_resolve import decide
         ({"device": "cpu", "kernels": "triton"}, "needs a GPU"),
         ({"resume": "latest", "overwrite": True}, "give one"),
         ({"gradient_release": True, "accumulation": 2}, "--accumulation 1"),
+        ({"gradient_release": True, "effective_batch": 8}, "effective_batch = 8 with batch_size = 4 cannot be"),
         ({"gradient_release": True, "optimizer": "adafactor"}, "adamw8bit or adamw"),
         ({"gradient_release": True, "precision": "fp16"}, "bf16-pure"),
         ({"activation_offload": True, "compile": True}, "--compile"),
@@ -79,11 +80,10 @@ def test_a_setting_that_the_method_does_not_read_has_no_effect(method):
 
 def test_what_has_no_effect_is_said_in_the_order_of_the_settings():
     values = flatten(change(Config(), steps=5))
-    assert without_effect(values, {"epochs", "alpha", "rank", "gamma", "steps"}, specs()) == [
+    assert without_effect(values, {"alpha", "rank", "gamma", "steps"}, specs()) == [
         "--rank has no effect without --lora",
         "--alpha has no effect without --lora",
         "--gamma has no effect with method dpo",
-        "--epochs has no effect because --steps is given",
     ]
     assert without_effect(values, (), specs()) == []
 
@@ -115,6 +115,7 @@ RESUME = [
     ({"steps": 4000, "scheduler": "cosine"}, "said"),
     ({"learning_rate": 2e-5}, "said"),
     ({"beta": 10.0}, "said"),
+    ({"sharding": "on"}, "said"),
     ({"precision": "bf16"}, "said"),
     ({"precision": "bf16-pure", "optimizer": "adamw8bit"}, "refused"),
     ({"seed": 1}, "refused"),

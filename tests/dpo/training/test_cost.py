@@ -5,7 +5,7 @@ import pytest
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change
 from dpo.settings.flags import load_preset, parse, presets
-from dpo.training.cost import SHARE, Cost, of, validate_every, validation_share
+from dpo.training.cost import SHARE, Cost, encoded_anew, of, training, validate_every, validation_share
 from dpo.training.flops import unet_flops, vae_encode_flops
 from tests.dpo.training.test_flops import SD15, SDXL, VAE
 
@@ -15,7 +15,7 @@ SD21 = SD15 | {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
-REAL = sorted(name for name in presets() if "model" in load_preset(name))
+REAL = sorted(name for name in presets() if {"model", "data"} <= load_preset(name).keys())
 
 
 SLOW = ("sd21", "sdxl-turbo")  # the shapes of SD 1.5 and SDXL, and others for a count of their own
@@ -35,33 +35,53 @@ def test_presets_of_real_models_validate_for_a_twentieth_of_their_flops(name):
         encoded=False,
     )
     every, pairs = cfg.output.validate_every, cfg.data.validation_pairs
-    share = validation_share(cost, cfg, cfg.optim.steps, pairs, every=every, encoded=False)
+    trained = cfg.optim.steps * cfg.optim.pairs * cost.pair
+    share = validation_share(cost, cfg, trained, cfg.optim.steps, pairs, every=every, encoded=False)
     assert 0 < share <= SHARE
     assert cfg.optim.steps / every >= 4 and pairs >= 200, "often enough for a curve, pairs enough for +-0.06"
 
 
 # Counts in units of a forward: 10 updates of 8 pairs, 4 forwards an image and 1 of the VAE.
-COST = Cost(forward=1.0, encode=1.0, pair=2 * (4 + 1))
-RUN = change(Config(), batch_size=4, accumulation=2, validation_draws=3)
+COST = Cost(forward=1.0, encode=1.0, pair=2 * (4 + 1), kept=2 * 4)
+RUN = change(Config(), batch_size=4, accumulation=2, validation_draws=3, keep_encoded="off")
 
 
 def test_the_share_counts_every_forward():
-    training = 10 * 8 * 10
+    trained = training(COST, RUN, 10, 40)
+    assert trained == 10 * 8 * 10
     once, each = 2 * 5 * 3 + 2 * 5, 2 * 5 * 3  # reference errors and latents; five pairs in three draws
     for every, times in ((1, 10), (3, 4), (5, 2), (10, 1), (99, 1)):
         spent = once + times * each
-        expected = spent / (spent + training)
-        assert validation_share(COST, RUN, 10, 5, every=every, encoded=False) == pytest.approx(expected)
-    stored = validation_share(COST, RUN, 10, 5, every=10, encoded=True)
-    assert stored == pytest.approx(2 * each / (2 * each + training))
+        expected = spent / (spent + trained)
+        assert validation_share(COST, RUN, trained, 10, 5, every=every, encoded=False) == pytest.approx(expected)
+    stored = validation_share(COST, RUN, trained, 10, 5, every=10, encoded=True)
+    assert stored == pytest.approx(2 * each / (2 * each + trained))
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "encoded"),
+    [
+        ({}, 1, 20),  # kept from their first use: 80 pairs are four epochs of 20
+        ({"keep_encoded": "off"}, 1, 80),
+        ({"flip": True}, 1, 40),  # mirrored ones are others
+        ({}, 3, 60),  # each process makes its own
+        ({"flip": True}, 4, 80),  # none comes twice
+        ({"vae_batch": 3}, 1, 80),  # calls of 3, 3 and 2 images: none is kept
+    ],
+)
+def test_pairs_that_are_kept_are_encoded_once(changes, processes, encoded):
+    config = change(RUN, **{"keep_encoded": "on", **changes})
+    assert encoded_anew(config, 80, 20, processes) == encoded
+    assert training(COST, config, 10, 20, processes) == encoded * 10 + (80 - encoded) * 8
 
 
 @pytest.mark.parametrize("steps", [1, 150, 2000, 10000])
 @pytest.mark.parametrize("pairs", [50, 256])
 def test_an_interval_left_open_keeps_to_the_share_or_validates_once(steps, pairs):
-    every = validate_every(COST, RUN, steps, pairs, encoded=False)
+    trained = training(COST, RUN, steps, 40)
+    every = validate_every(COST, RUN, trained, steps, pairs, encoded=False)
     assert every % 100 == 0 and every >= 100
-    share = validation_share(COST, RUN, steps, pairs, every=every, encoded=False)
+    share = validation_share(COST, RUN, trained, steps, pairs, every=every, encoded=False)
     assert share <= SHARE or every >= steps
     if every > 100:
-        assert validation_share(COST, RUN, steps, pairs, every=every - 100, encoded=False) > SHARE
+        assert validation_share(COST, RUN, trained, steps, pairs, every=every - 100, encoded=False) > SHARE

@@ -52,6 +52,15 @@ def test_storages_are_rounded_up_to_blocks():
     assert memory.peak == 512 + 1024 and len(kept) == 2
 
 
+def test_of_a_kind_that_is_cut_a_share_counts():
+    with Lifetimes(shares={"weights": 0.25}) as memory:
+        weight, other = torch.empty(SIDE, SIDE), torch.empty(SIDE, SIDE)
+        memory.hold("weights", [weight])
+        assert memory.live == {"weights": SQUARE // 4, "other": SQUARE} and other.numel()
+        del weight
+    assert memory.live["weights"] == 0 and memory.peak == 2 * SQUARE
+
+
 def test_counting_begins_anew():
     with Lifetimes() as memory:
         x = torch.empty(SIDE, SIDE)

@@ -1,13 +1,24 @@
 """dpo.optimizer: learning rates, the mean over usable pairs, clipping, loss scaling, averaged weights, fallbacks."""
 
 import contextlib
+import importlib.util
 import logging
 import math
 
 import pytest
 import torch
 
-from dpo.training.optimizer import Updater, accumulate_in_fp32, averaging_decay, build, learning_rate
+from dpo.common.errors import UserError
+from dpo.settings.config import Config, change
+from dpo.training import build as building
+from dpo.training.optimizer import (
+    Updater,
+    accumulate_in_fp32,
+    averaging_decay,
+    build,
+    check_installed,
+    learning_rate,
+)
 
 
 def lr(step: int, scheduler: str = "constant", **options) -> float:
@@ -306,6 +317,17 @@ def test_adamw_is_adamw():
             give_gradients(made)
             made.update(1e-3, made.grad_norm(1.0))
     torch.testing.assert_close(one.parameters[0], two.parameters[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["bnb-adamw8bit", "paged-adamw8bit", "lion8bit"])
+def test_a_missing_bitsandbytes_is_said_before_anything_is_loaded(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(building, "open_sources", None)
+    with pytest.raises(
+        UserError, match=rf"^--optimizer {kind} needs the package bitsandbytes, which is not installed:"
+    ):
+        building.build(change(Config(), output=str(tmp_path / "run"), optimizer=kind), [])
+    check_installed("adamw8bit")
 
 
 def test_paged_optimizer_on_the_cpu_says_that_it_is_not_paged(caplog):

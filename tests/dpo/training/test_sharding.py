@@ -181,6 +181,13 @@ def without_growth(unet):
     return lengths
 
 
+def cut(unet, blocks_of_states):
+    """The share of the weights that this process holds, and the weights of each group that is gathered, the root's first."""
+    shards = sharding.Shards(settled(unet), CPU, blocks_of_states=blocks_of_states)
+    sizes = [sum(p._orig_size.numel() for p in group.fsdp_params) for group in sharding.groups(shards.module)]
+    return shards.share(), sizes
+
+
 @pytest.fixture(scope="module")
 def two(unets, tmp_path_factory):
     """What two processes find, all in one launch."""
@@ -191,6 +198,7 @@ def two(unets, tmp_path_factory):
             "step zero": step_zero(unets["sdxl"]),
             "round trip": round_trip(unets["wide"], torch.bfloat16, channels_last="on"),
             "growth": without_growth(unets["sd15"]),
+            "cut": [cut(unets["wide"], blocks_of_states) for blocks_of_states in (False, True)],
         }
 
     return together(2, work, tmp_path_factory.mktemp("two"))
@@ -234,6 +242,14 @@ def test_updates_and_states_have_the_bits_of_one_process(unets, two):
 
 def test_passes_without_gradient_leave_nothing(two):
     assert two[0]["growth"] == [(0, 0)] * 3
+
+
+def test_a_plan_knows_what_the_first_process_holds_and_what_is_gathered(unets, two):
+    """Without a second process: from shapes alone."""
+    for blocks_of_states, (share, _), (other, _) in zip((False, True), two[0]["cut"], two[1]["cut"], strict=True):
+        assert sharding.first_share(unets["wide"], 2, blocks_of_states=blocks_of_states) == share >= other > 0.4
+    around, *blocks = two[0]["cut"][0][1]
+    assert sharding.largest_block(unets["wide"]) == (max(blocks), around) and len(blocks) > 5
 
 
 def test_process_counts_that_cut_blocks_are_refused(unets):

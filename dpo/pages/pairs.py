@@ -1,0 +1,44 @@
+"""pairs.html of a set of pairs: chosen beside rejected, and what is to be known before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpo.pages.labels import Cell, small
+from dpo.pages.report import Tile, template
+
+PAGE, SHEET = "pairs.html", "sheet.png"
+
+
+def render(
+    direction: str,
+    sentences: Sequence[str],
+    warnings: Sequence[str],
+    tiles: Sequence[Tile],
+    groups: Sequence[tuple[str, Sequence[Cell]]],
+) -> str:
+    """The page, as HTML without script or network.
+
+    direction: which image of a pair is the chosen one, in words; groups: (title, pairs).
+    """
+    return template("pairs.html").render(
+        title=direction[:1].upper() + direction[1:],
+        sentences=list(sentences),
+        warnings=list(warnings),
+        tiles=list(tiles),
+        groups=[
+            {
+                "title": title,
+                "cells": [
+                    {
+                        "caption": one.caption,
+                        "said": one.said,
+                        "images": [(label, small(image)) for label, image in one.images],
+                    }
+                    for one in cells
+                ],
+            }
+            for title, cells in groups
+            if cells
+        ],
+    )

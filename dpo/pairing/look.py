@@ -1,0 +1,115 @@
+"""What is in the images of a set: sizes, broken ones, a small copy of each to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dpo.common.console import Progress
+from dpo.common.pictures import pixel_hash
+from dpo.common.words import first_line
+from dpo.data.images import decode
+from dpo.data.order import epoch_order
+from dpo.data.pairs import BadImage, ImageRef, Source, image_ref
+from dpo.data.parquet import read_in_order
+
+READERS, AT_ONCE = 2, 32  # threads that decode, and pairs that are in memory at once
+SMALL = 16  # pixels of a side of the small copies
+LINES = 8  # of progress, where there is no terminal
+
+
+class Seen(NamedTuple):
+    """An image as it was decoded, upright."""
+
+    width: int
+    height: int
+    pixels: str  # a hash of them: the same picture, whatever its file is called
+    small: np.ndarray  # [SMALL, SMALL, 3] uint8
+
+
+class Broken(NamedTuple):
+    """An image that cannot be used, and why."""
+
+    why: str
+
+
+class Looked(NamedTuple):
+    """A pair and what is in its images."""
+
+    place: int  # in its set
+    key: int
+    caption: str
+    names: tuple[str, str]  # uids of the chosen and of the rejected image
+    win: Seen | Broken
+    lose: Seen | Broken
+
+
+@dataclass
+class Looker:
+    """Looks at each image once, by its content. Safe to use from several threads."""
+
+    known: dict[str, Seen | Broken] = field(default_factory=dict)
+
+    def see(self, image: ImageRef) -> Seen | Broken:
+        """What is in an image."""
+        try:
+            data = image.load()
+        except BadImage as error:
+            return Broken(first_line(error))
+        name = image_ref(data, None, None).uid
+        if name not in self.known:
+            self.known[name] = _seen(data)
+        return self.known[name]
+
+    def all(self, images: Sequence[ImageRef]) -> Iterator[Seen | Broken]:
+        """What is in each of the images, in their order; says how far it is."""
+        with ThreadPoolExecutor(READERS) as pool, Progress(
+            len(images), lambda _: ["looked at"], 0, max(1, len(images) // LINES), unit="image"
+        ) as bar:  # fmt: skip
+            done = 0
+            for part in (images[i : i + AT_ONCE] for i in range(0, len(images), AT_ONCE)):
+                yield from pool.map(self.see, part)
+                done += len(part)
+                bar.update(done, {})
+
+
+def _seen(data: bytes) -> Seen | Broken:
+    try:
+        image = decode(data)
+    except BadImage as error:
+        return Broken(first_line(error))
+    small = np.asarray(image.resize((SMALL, SMALL), Image.Resampling.BOX), dtype=np.uint8)
+    return Seen(image.width, image.height, pixel_hash(image), small)
+
+
+def apart(a: Seen, b: Seen) -> float:
+    """How far the small copies of two images are apart: root mean square, in levels of 255."""
+    return float(np.sqrt(np.mean((a.small.astype(np.float64) - b.small) ** 2)))
+
+
+def chosen(source: Source, most: int) -> np.ndarray:
+    """The indices of at most `most` pairs, by key, in stored order: int64."""
+    if len(source) <= most:
+        return np.arange(len(source), dtype=np.int64)
+    return np.sort(epoch_order(len(source), seed=0, epoch=0)[:most])
+
+
+def look(source: Source, indices: np.ndarray, looker: Looker) -> list[Looked]:
+    """The pairs at `indices` [m] int64 of a set with what is in their images; a few pairs' files are in memory at once."""
+    source, found = read_in_order(source), list[Looked]()
+    with ThreadPoolExecutor(READERS) as pool, Progress(
+        len(indices), lambda _: ["looked at"], 0, max(1, len(indices) // LINES), unit="pair"
+    ) as bar:  # fmt: skip
+        for part in (indices[i : i + AT_ONCE].tolist() for i in range(0, len(indices), AT_ONCE)):
+            pairs = [source[place] for place in part]
+            images = [image for pair in pairs for image in (pair.win, pair.lose)]
+            seen = list(pool.map(looker.see, images))
+            for place, pair, win, lose in zip(part, pairs, seen[::2], seen[1::2], strict=True):
+                found.append(Looked(place, pair.key, pair.caption, (pair.win.uid, pair.lose.uid), win, lose))
+            bar.update(len(found), {})
+    return found

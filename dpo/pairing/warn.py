@@ -1,0 +1,195 @@
+"""What a person should know of a set of pairs before hours are spent on it, a line each."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
+
+import numpy as np
+
+from dpo.common.errors import UserError
+from dpo.common.words import excerpt, excerpt_of_path
+from dpo.data.labels import BLANK
+from dpo.data.pairs import Labelled, Source
+from dpo.data.parquet import ParquetSource
+from dpo.data.sources import LAYOUTS, open_source
+from dpo.pairing.look import Broken, Looked, Seen, apart
+from dpo.settings.config import Data, specs
+
+FEW = 100  # pairs
+ALIKE = 3.0  # root mean square of small copies, in levels of 255, below which two images are almost the same
+LOST = 0.2  # share of an image's area, cut to a square, above which its ends are worth a word
+RARE = 0.02  # share of images above which a fault of some of them is one of the set
+MANY = 20  # pairs of one image
+TOKENS = 75  # of a caption between its two marks, in the 77 that CLIP reads
+SURE, MOST = 20, 0.9  # pairs from which a direction can be seen, and the share that shows one
+
+# CLIP begins a new token at least here: words, single digits, runs of other marks. Long words take more than one.
+PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set of pairs, and those of them that were looked at."""
+
+    source: Source
+    data: Data
+    looked: Sequence[Looked]
+    captions: int  # different ones in all pairs
+    resolution: int
+
+    @property
+    def images(self) -> dict[str, tuple[str, Seen]]:
+        """Name and content of every sound image that was looked at, by a hash of its pixels."""
+        sides = ((one.names[place], (one.win, one.lose)[place]) for one in self.looked for place in (0, 1))
+        return {seen.pixels: (name, seen) for name, seen in sides if isinstance(seen, Seen)}
+
+
+def warnings(found: Set) -> list[str]:
+    """One line for each thing that is wrong or unusual, the gravest first."""
+    return [line for check in CHECKS for line in check(found)]
+
+
+def _broken(found: Set) -> Iterator[str]:
+    broken: dict[str, str] = {}
+    for one in found.looked:
+        for name, seen in zip(one.names, (one.win, one.lose), strict=True):
+            if isinstance(seen, Broken):
+                broken.setdefault(name, seen.why)
+    if broken:
+        name, why = next(iter(broken.items()))
+        yield (
+            f"{len(broken)} images cannot be read, the first: {excerpt_of_path(name) or '(none)'} ({why}): mend them, or train "
+            "with --on-bad-image skip, which leaves their pairs out"
+        )
+
+
+def _direction(found: Set) -> Iterator[str]:
+    source = found.source
+    if len(source) < SURE:
+        return
+    sides = set(source.swap.tolist()) if isinstance(source, ParquetSource | Labelled) else set()
+    if sides == {True} or (sides == {False} and _has_labels(found.data)):
+        yield (
+            f"the {'second' if True in sides else 'first'} image is the preferred one in all {len(source)} pairs: are these labels, "
+            "or was a column filled with one value? Look at the pairs"
+        )
+    sizes = [
+        (one.win.width * one.win.height, one.lose.width * one.lose.height)
+        for one in found.looked
+        if isinstance(one.win, Seen) and isinstance(one.lose, Seen)
+    ]
+    differ = [win < lose for win, lose in sizes if win != lose]
+    if len(differ) >= SURE and np.mean(differ) > MOST:
+        yield (
+            f"the chosen image is the smaller one in {sum(differ)} of {len(differ)} pairs of different sizes: are the labels "
+            "swapped? Look at the pairs"
+        )
+
+
+def _has_labels(data: Data) -> bool:
+    """Whether a set has a column that says which image is preferred: then it can be read as Pick-a-Pic is."""
+    if data.data_format not in LAYOUTS:
+        return False
+    try:
+        return len(open_source(replace(data, data_format="pickapic"))) > 0
+    except UserError:
+        return False
+
+
+def _circles(found: Set) -> Iterator[str]:
+    better: dict[str, dict[str, set[str]]] = {}
+    names: dict[str, str] = {}
+    for one in found.looked:
+        if isinstance(one.win, Seen) and isinstance(one.lose, Seen) and one.win.pixels != one.lose.pixels:
+            better.setdefault(one.caption, {}).setdefault(one.win.pixels, set()).add(one.lose.pixels)
+            names |= {one.win.pixels: one.names[0], one.lose.pixels: one.names[1]}
+    circles = [circle for graph in better.values() if (circle := _circle(graph))]
+    if circles:
+        first = ", ".join(excerpt_of_path(names[image]) for image in circles[0][:4])
+        yield (
+            f"{len(circles)} captions have images that beat each other in a circle, such as {first}: the labels contradict each "
+            "other there, leave some of these pairs out"
+        )
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """Images that each beat the next and the last the first; none where there is an order."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1][:-1])
+    return []
+
+
+def _few(found: Set) -> Iterator[str]:
+    if len(found.source) < FEW:
+        yield (
+            f"{len(found.source)} pairs are few, and what a run shows on them hangs on chance: rank more images, a few hundred "
+            "pairs are usual"
+        )
+
+
+def _captions(found: Set) -> Iterator[str]:
+    pairs = len(found.source)
+    if found.captions == 1 and pairs > 1:
+        yield (
+            f"all {pairs} pairs have one caption: the model learns this one alone, and pairs that are held out have it too; rank "
+            "images of more prompts"
+        )
+    if blank := found.source.summary.get(BLANK, 0):
+        yield f"{blank} of {pairs} pairs have no caption, and train the empty prompt: give their images one"
+    long = [one.caption for one in found.looked if len(PIECES.findall(one.caption)) > TOKENS]
+    if long:
+        yield (
+            f"{len(long)} of {len(found.looked)} captions are longer than the 77 tokens that CLIP reads (words, digits and marks "
+            f"counted, which is the least): their ends are cut, the first: {excerpt(long[0], 40)}; shorten them"
+        )
+
+
+def _shapes(found: Set) -> Iterator[str]:
+    images = found.images
+    lost = [1 - min(seen[:2]) / max(seen[:2]) for _, seen in images.values()]
+    much = [share for share in lost if share > LOST]
+    if len(much) > RARE * len(images):
+        cure = "--buckets keeps their shape" if "buckets" in specs() else "crop them yourself, or draw square ones"
+        yield (
+            f"{len(much)} of {len(images)} images are far from square and lose {np.mean(much):.0%} of their area on average, at "
+            f"both ends, when they are cut to a square: {cure}"
+        )
+    small = [min(seen[:2]) for _, seen in images.values() if min(seen[:2]) < found.resolution]
+    if len(small) > RARE * len(images):
+        yield (
+            f"{len(small)} of {len(images)} images are smaller than {found.resolution} pixels (the smallest {min(small)}) and would "
+            "be enlarged: give larger ones, or train with a lower --resolution"
+        )
+
+
+def _alike(found: Set) -> Iterator[str]:
+    alike = [one for one in found.looked if is_alike(one)]
+    if alike:
+        yield (
+            f"{len(alike)} of {len(found.looked)} pairs have two images that are almost the same, the first: "
+            f"{excerpt_of_path(alike[0].names[0])} and {excerpt_of_path(alike[0].names[1])}: there is little to learn from them"
+        )
+    times = Counter(seen.pixels for one in found.looked for seen in (one.win, one.lose) if isinstance(seen, Seen))
+    if times and times.most_common(1)[0][1] > MANY:
+        pixels, most = times.most_common(1)[0]
+        crowded = sum(count > MANY for count in times.values())
+        yield (
+            f"{crowded} images are in more than {MANY} pairs each, the most in {most}: {excerpt_of_path(found.images[pixels][0])}; few "
+            f"images then decide much, --max-per-image {MANY} of python -m dpo.pairs spreads the pairs"
+        )
+
+
+def is_alike(one: Looked) -> bool:
+    """Whether the two images of a pair are almost the same."""
+    return isinstance(one.win, Seen) and isinstance(one.lose, Seen) and apart(one.win, one.lose) < ALIKE
+
+
+CHECKS: tuple[Callable[[Set], Iterator[str]], ...] = (
+    _broken, _direction, _circles, _few, _captions, _shapes, _alike,
+)  # fmt: skip

@@ -1,0 +1,52 @@
+"""Strengths from matches: the order that wins say, finite for one that never lost, and only where somebody compared."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dpo.common.errors import UserError
+from dpo.pairing.matches import Match, ranking, strengths
+
+
+def test_strengths_are_the_likeliest_with_one_unseen_tie_each():
+    wins = np.array([[0, 3, 2, 0.5], [1, 0, 2, 4], [0, 0, 0, 1], [0.5, 0, 0, 0]], dtype=np.float64)
+    theta = strengths(wins)
+    better = 1 / (1 + np.exp(theta[None, :] - theta[:, None]))  # of the row over the column
+    over_unseen = 1 / (1 + np.exp(-theta))
+    slope = (wins * (1 - better)).sum(1) - (wins.T * better).sum(1) + 0.5 * (1 - over_unseen) - 0.5 * over_unseen
+    assert np.abs(slope).max() < 1e-5 < np.abs(theta).min(), "the likelihood, which is concave, is flat there"
+
+
+def rated(tmp_path, *matches, prompt="x", group=None):
+    for name in "abcdefgh":
+        (tmp_path / name).touch()
+    counts = Counter()
+    found = ranking(
+        [
+            Match(f"line {i}", tmp_path / a, tmp_path / b, tie, prompt, group)
+            for i, (a, b, tie) in enumerate(matches, 2)
+        ],
+        counts,
+    )
+    return {image.name: value for image, value in zip(found.images, found.values, strict=True)}, found
+
+
+def test_a_tournament_orders_its_images(tmp_path):
+    values, found = rated(tmp_path, ("a", "b", False), ("b", "c", False), ("a", "c", False), ("c", "d", True))
+    assert values["a"] > values["b"] > values["c"] and np.isfinite(list(values.values())).all()
+    assert found.direction == "chosen is the one with the higher strength" and found.groups == ["x"]
+    values, _ = rated(tmp_path, ("a", "b", True), ("a", "c", False), ("b", "c", False))
+    assert values["a"] == values["b"] > values["c"], "equal results are a tie, to the bit"
+
+
+def test_images_that_nobody_compared_are_in_different_groups(tmp_path):
+    _, found = rated(tmp_path, ("a", "b", False), ("c", "d", False), ("d", "e", False))
+    assert found.groups == ["x (part 1)", "x (part 2)"] and found.prompts == ["x", "x"]
+    assert found.group.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_matches_without_a_prompt_or_with_oneself(tmp_path):
+    assert rated(tmp_path, ("a", "b", False), prompt="")[1].counts["without a prompt"] == 1
+    with pytest.raises(UserError, match="line 2: an image is matched with itself"):
+        rated(tmp_path, ("a", "a", False))
