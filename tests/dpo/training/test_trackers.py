@@ -1,13 +1,15 @@
 """dpo.training.trackers: metrics.jsonl survives kills and resumes; what is missing costs one warning."""
 
+import io
 import json
 import logging
 import sys
 import types
 
 import pytest
+from PIL import Image
 
-from dpo.pages.folder import METRICS_FILE, WANDB_ID_FILE, read_records
+from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
 from dpo.training.trackers import open_trackers
 
 
@@ -154,7 +156,38 @@ def fake_wandb(monkeypatch, calls, fail=None):
             log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda picture: picture))
+
+
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / "grid.png"
+    Image.new("RGB", (6, 4), (250, 20, 30)).save(path)
+    return path
+
+
+def test_pictures_go_to_wandb(tmp_path, monkeypatch, grid):
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    trackers = open_trackers(tmp_path, wandb=True)
+    trackers.picture(7, grid)
+    trackers.picture(8, None)  # none was drawn
+    (sent,) = [call for call in calls if call[0] == "log"]
+    assert sent[:2] == ("log", 7) and sent[2]["samples"].size == (6, 4)
+    open_trackers(tmp_path / "alone").picture(7, tmp_path / "missing.png")  # read for nobody
+
+
+def test_pictures_go_to_tensorboard(tmp_path, grid):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(tmp_path, tensorboard=True)
+    trackers.picture(7, grid)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / TENSORBOARD))
+    events.Reload()
+    (found,) = events.Images("samples")
+    assert found.step == 7 and Image.open(io.BytesIO(found.encoded_image_string)).getpixel((0, 0)) == (250, 20, 30)
 
 
 def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
