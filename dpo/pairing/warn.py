@@ -163,11 +163,7 @@ def _shapes(found: Set) -> Iterator[str]:
     small = [seen for _, seen in images.values() if min(seen[:2]) < found.resolution]
     if len(small) > RARE * len(images):
         large = all(seen.width * seen.height >= ENOUGH * found.resolution**2 for seen in small)
-        cure = (
-            "--buckets keeps their area"
-            if large
-            else "give larger ones, or train with a lower --resolution"
-        )
+        cure = "--buckets keeps their area" if large else "give larger ones, or train with a lower --resolution"
         yield (
             f"{len(small)} of {len(images)} images have a side below {found.resolution} pixels (the shortest "
             f"{min(min(seen[:2]) for seen in small)}) and would be enlarged to the square: {cure}"
