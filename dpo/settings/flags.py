@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dpo.common import libraries
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
@@ -91,8 +92,9 @@ def _settled(
     changes, notes = compat.translate(named, start["compat"])
     notes += repeated
     base = _base(start, changes, notes)
-    for one, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
-        if changes.get(one):
+    notes += _untracked(base, changes) if start["compat"] else []
+    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(asked):
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
@@ -107,6 +109,19 @@ def _settled(
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
     return config, notes + without_effect(flatten(config), changes, specs())
+
+
+def _untracked(base: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Leaves TensorBoard out of `base` where it is not installed and only a script's default asks for it; says so.
+
+    One that is asked for stops the run later: training.trackers.check.
+    """
+    if "tensorboard" in changes or not base.get("tensorboard") or libraries.is_there("tensorboard"):
+        return []
+    base["tensorboard"] = False
+    return [
+        f"--report_to tensorboard, the script's default: it is not installed, so it is left out: {libraries.TRACKING}"
+    ]
 
 
 def presets() -> dict[str, str]:

@@ -438,3 +438,15 @@ def test_a_file_of_settings_that_is_no_regular_file_is_not_read(tmp_path):
     for place in filter(os.path.exists, ("/dev/zero", str(tmp_path))):  # Windows has no such device
         with pytest.raises(UserError, match=r"^--config .* is no regular file$"):
             load_config(place)
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"), [([], False), (["--report_to", "tensorboard"], True), (["--tensorboard"], True)]
+)
+def test_a_tracker_that_no_one_named_is_left_out_where_it_is_not_installed(monkeypatch, words, asked):
+    line = [*BASE, "--compat", "sf", *words]
+    assert parse(line)[0].output.tensorboard is True
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    config, notes = parse(line)
+    assert config.output.tensorboard is asked
+    assert ["tensorboard" in note and "diffusion-dpo[tracking]" in note for note in notes].count(True) == (not asked)

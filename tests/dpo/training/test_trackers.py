@@ -1,4 +1,4 @@
-"""dpo.training.trackers: metrics.jsonl survives kills and resumes; what is missing costs one warning."""
+"""dpo.training.trackers: metrics.jsonl survives kills and resumes; what is not to be had stops the run."""
 
 import json
 import logging
@@ -7,8 +7,10 @@ import types
 
 import pytest
 
+from dpo.common.errors import UserError
 from dpo.pages.folder import METRICS_FILE, WANDB_ID_FILE, read_records
-from dpo.training.trackers import open_trackers
+from dpo.training.trackers import check, open_trackers
+from tests.help.trackers import fake_wandb
 
 
 @pytest.fixture(autouse=True)
@@ -123,13 +125,19 @@ def test_missing_file_is_no_records(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_missing_tracker_is_one_warning(tmp_path, monkeypatch, heard, name):
-    module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name]
-    monkeypatch.setitem(sys.modules, module, None)
-    run(tmp_path, [1, 2], **{name: True})
-    assert steps_in(tmp_path) == [1, 2]
-    assert [record.levelname for record in heard.records] == ["WARNING"]
-    assert "not available" in heard.text
+def test_a_tracker_that_is_not_installed_stops_the_run_and_names_the_extra(tmp_path, monkeypatch, name):
+    check(tensorboard=False, wandb=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        UserError, match=rf"^--{name}: {name} is not installed: pip install 'diffusion-dpo\[tracking\]'"
+    ):
+        check(**{"tensorboard": False, "wandb": False, name: True})
+
+
+def test_a_tensorboard_that_cannot_be_imported_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"^--tensorboard: cannot be imported .* leave --tensorboard out"):
+        run(tmp_path, [1], tensorboard=True)
 
 
 def test_tensorboard_gets_scalars_and_lists(tmp_path):
@@ -145,18 +153,6 @@ def test_tensorboard_gets_scalars_and_lists(tmp_path):
     assert (scalar.step, scalar.value) == (3, 0.75)
 
 
-def fake_wandb(monkeypatch, calls, fail=None):
-    def init(**settings):
-        if fail:
-            raise fail
-        calls.append(("init", settings))
-        return types.SimpleNamespace(
-            log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
-        )
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-
-
 def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
     calls = []
     fake_wandb(monkeypatch, calls)
@@ -170,8 +166,10 @@ def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
     assert ("log", 2, {"loss": 2.5}) in calls and calls[-1] == ("finish",)
 
 
-def test_wandb_that_fails_to_start_is_one_warning(tmp_path, monkeypatch, heard):
+def test_wandb_that_fails_to_start_stops_a_new_run_and_costs_a_resumed_one_a_warning(tmp_path, monkeypatch, heard):
     fake_wandb(monkeypatch, [], fail=RuntimeError("no API key"))
-    run(tmp_path, [1], wandb=True)
+    with pytest.raises(UserError, match=r"^--wandb: W&B cannot be used \(RuntimeError: no API key\): log in"):
+        run(tmp_path, [1], wandb=True)
+    run(tmp_path, [1], wandb=True, resume_step=0)
     assert steps_in(tmp_path) == [1]
     assert len(heard.records) == 1 and "no API key" in heard.text
