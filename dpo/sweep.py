@@ -172,7 +172,8 @@ def _finished(folder: Path, config: Config) -> bool:
     if not (folder / SUMMARY_FILE).is_file():
         return False
     run = read_run(folder)
-    return run.status == "finished" and run.done >= (config.optim.steps or run.wanted)
+    early = (run.summary.get("kept") or {}).get("early")  # --patience ended it
+    return run.status == "finished" and (early or run.done >= (config.optim.steps or run.wanted))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 from dpo.common.files import write_text
 from dpo.common.words import well_formed
 from dpo.methods import own_settings
+from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.origin import hub_id, licence, public
@@ -127,7 +128,7 @@ def _started(run: RunFolder) -> str:
 def _pictures(run: RunFolder) -> str:
     if not run.grids:
         return ""
-    return f"![The same prompts and seeds before and after the training](samples/{run.grids[-1].name})"
+    return f"![The same prompts and seeds before and after the training](samples/{kept.grids(run)[-1].name})"
 
 
 def _usage(run: RunFolder) -> str:
@@ -186,16 +187,25 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
     if (end := run.setting("window_high")) is not None:  # the timestep after the last
         rows.append(("timesteps", f"{run.setting('window_low', 0)} to {end - 1}"))
     rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
-    return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
+    return [
+        ("updates made", run.done),
+        ("update that is kept", kept.kept_update(run)),
+        ("pairs seen", run.pairs_seen()),
+        *rows,
+        ("seed", run.setting("seed")),
+    ]
 
 
 def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for event in run.validations[-1:]:
+    if (event := kept.validation(run)) is not None:
         low, high = event.get("heldout_interval") or (None, None)
         interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
         share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
         rows.append((FIGURES["heldout_accuracy"].card, share + interval))
+    if chosen := kept.kept(run):
+        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} pairs)"
+        rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
     rows += [(FIGURES[name].card, run.late(name)) for name in names]
     rows += [(name.replace("_", " "), value) for name, value in run.evaluation.items()]

@@ -157,6 +157,7 @@ def write(run: Run) -> Path | None:
         first = [image for path in _before_paths(run) if (image := grid.read_picture(path)) is not None]
         if len(first) == len(drawn):
             columns = {"before": first, **columns}
+    step = run.done if run.shown is None else run.shown
     return grid.write_grid(
-        run.output / SAMPLES / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
+        run.output / SAMPLES / f"step-{step:08d}.png", prompts(run), run.config.output.sample_seeds, columns
     )

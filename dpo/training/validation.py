@@ -57,7 +57,7 @@ def _errors(
             for number, batch in enumerate(batches, draw * len(batches) + 1):
                 x = batch.to(zero.device)
                 errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
-                found.append(pad(errors[:2], (0, sizes[0] - errors.shape[1])))
+                found.append(pad(errors[:2], (0, max(sizes) - errors.shape[1])))
                 told(number)
             rows.append(torch.stack(found))  # [rounds, 2, B]
     every = processes.tensors(torch.stack(rows))  # [processes, S, rounds, 2, B]
@@ -115,7 +115,11 @@ def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    d = differences(step, held_out).mean(0)
+    return figures(differences(step, held_out).mean(0))
+
+
+def figures(d: Tensor) -> dict[str, float | list[float]]:
+    """The same of pairs whose mean differences are `d` [N]."""
     right = implicit_accuracy(d)
     count = len(d)
     low, high = share_interval(float(right.sum()), count)

@@ -114,7 +114,17 @@ def test_ranks_that_are_cut_off_and_rounding_are_told(world, tmp_path):
     said = "\n".join(table.lines(found, 0.99))
     assert max(row.rank for row in found.rows) == 2 and "--max-rank cut them off" in said
     assert "rounding to half precision" in said and any(row.floor > 0.9 for row in found.rows)
+    halved = {f"{part}__": lambda value: value.half().float() for part in ("unet", "vae", "text_encoder")}
+    trained = changed(world("sd15"), tmp_path / "trained", **halved, unet__to_q__weight=noise(1e-4))
+    found = extract(Asked(trained, str(halved_base(world, tmp_path)), tmp_path / "m.safetensors", rank=2, device="cpu"))
+    assert max(row.floor for row in found.rows) < 1e-3, (
+        "the base in half precision is what was trained from, to the bit"
+    )
     assert coarser(torch.float16, torch.bfloat16, torch.float32) == torch.bfloat16
+
+
+def halved_base(world, folder):
+    return export(Exported(world("sd15"), "single-file", folder / "base.safetensors", fp16=True))
 
 
 def test_a_half_of_the_same_vae_and_text_encoder_is_no_change(world, tmp_path):
