@@ -23,7 +23,7 @@ from PIL import Image
 
 from dpo import evaluate, prepare
 from dpo.common.errors import UserError
-from dpo.data.images import square
+from dpo.data.images import fitted
 from dpo.data.pairs import BadImage
 from dpo.data.sources import open_source
 from dpo.data.store import recorded
@@ -43,7 +43,7 @@ from tests.help.ldm import write_single_file
 from tests.help.pipelines import make_pipeline
 from tests.help.worlds import make_chosen_rejected, make_folders, make_pickapic, make_saved, make_table, make_tar
 
-FEW, MANY = 12, 2000
+FEW, MANY = 8, 2000
 ODD = [None, True, -1, 0, 1e308, float("nan"), 10**6000, "", "\ud800", "\0", "x" * 70_000, [], {}, [[]], {"a": None}]
 TOKENS = [
     b"\xff\xfe",
@@ -79,7 +79,7 @@ def pairs(name: str) -> Callable[[Path], object]:
             pair = source[index]
             for image in (pair.win, pair.lose):
                 with suppress(BadImage):  # one pair is left out and counted
-                    square(image.load(), 16)
+                    fitted(image.load(), (16, 16))
 
     return read
 
