@@ -1,7 +1,7 @@
 """Preference alignment of text-to-image diffusion models: Diffusion-DPO and DDE, on one GPU or many.
 
 Doors: the commands dpo.train, dpo.prepare, dpo.sweep, dpo.report, dpo.sample, dpo.evaluate, dpo.label, dpo.vote, dpo.plan,
-dpo.replay; the names in PUBLIC (docs/api.md), each imported when first used.
+dpo.replay, dpo.pairs, dpo.export, dpo.extract; the names in PUBLIC (docs/api.md), each imported when first used.
 """
 
 from importlib import import_module

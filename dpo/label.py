@@ -181,7 +181,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pairs-per-prompt", type=flags.above(0), default=1, metavar="N", help="with --pairing random (default: 1)")
     add(
         "--min-margin",
-        type=_not_below_0,
+        type=flags.not_below_0,
         default=0.0,
         metavar="X",
         help="pair only images whose scores differ by X (default: 0)",
@@ -231,7 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--margin",
-        type=_not_below_0,
+        type=flags.not_below_0,
         metavar="X",
         help="differences up to X are ties (default: what the scorer cannot tell apart)",
     )
@@ -265,13 +265,6 @@ def _above_0(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _not_below_0(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
     return value
 
 

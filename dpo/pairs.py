@@ -158,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--min-margin",
-        type=_not_below_0,
+        type=flags.not_below_0,
         default=0.0,
         metavar="X",
         help="pair only images whose numbers differ by X (default: 0)",
@@ -212,13 +212,6 @@ def _some(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; a variable of the shell may be empty")
     return text.strip()
-
-
-def _not_below_0(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
-    return value
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     for cell in runs:  # every mistake is found before the first run starts
         flags = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
         config, notes = parse([*rest, *flags, "--output", str(out / name_of(cell))])
-        configs.append((change(config, resume="latest"), notes))
+        name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
+        configs.append((change(config, resume="latest", run_name=name), notes))
     check_scorers(configs[0][0].output.evaluate)
     _same_flags(out, rest)
     codes: list[int] = []
@@ -172,7 +173,8 @@ def _finished(folder: Path, config: Config) -> bool:
     if not (folder / SUMMARY_FILE).is_file():
         return False
     run = read_run(folder)
-    return run.status == "finished" and run.done >= (config.optim.steps or run.wanted)
+    early = (run.summary.get("kept") or {}).get("early")  # --patience ended it
+    return run.status == "finished" and (early or run.done >= (config.optim.steps or run.wanted))
 
 
 if __name__ == "__main__":

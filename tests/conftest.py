@@ -15,7 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-gc.disable()  # while the tests import everything
+gc.disable()  # while the tests are imported
 
 
 def look_no_more() -> None:
@@ -27,6 +27,10 @@ def look_no_more() -> None:
 def pytest_collection_finish(session):
     look_no_more()
     gc.enable()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # or bindings complain at the end of what they think leaked
 
 
 @pytest.fixture

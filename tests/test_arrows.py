@@ -50,7 +50,7 @@ MAY_CALL = {
     "planning": "training reference schedule correction encode step models data pages settings csrc_triton",
     "scorers": "",
     "tiny": "scorers drawing models",
-    "tiny.making": "training tiny drawing models data.writing",  # and tiny/build.py, the command that makes the embedded world again
+    "tiny.making": "training sampling tiny drawing models data.writing",  # and tiny/build.py, the command that makes the embedded world again
     "step": "encode objective reference schedule models data.batch csrc_triton",
     "encode": "models data.batch csrc_triton",
     "reference": "models schedule settings",

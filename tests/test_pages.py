@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dpo
-from dpo import evaluate, label, plan, prepare, replay, sample, train, vote
+from dpo import evaluate, export, extract, label, pairs, plan, prepare, replay, sample, train, vote
 from dpo.common import command
 from dpo.planning.cuda import CARDS
 from dpo.settings import flags
@@ -82,10 +82,10 @@ def test_the_tables_of_the_data_page_are_pairs(tmp_path):
     found = {}
     for number, (kind, table) in enumerate(tables):
         (tmp_path / f"{number}.{kind}").write_text(table, encoding="utf-8")
-        pairs = list(dpo.open_pairs(tmp_path / f"{number}.{kind}", ties="keep"))
-        assert [pair.prompt for pair in pairs[:2]] == ["a fox in the snow", "a cup, half full"]
-        assert all(pair.chosen.getpixel((0, 0)) == (255, 0, 0) for pair in pairs[:2])
-        found[number] = [round(pair.p, 3) for pair in pairs]
+        read = list(dpo.open_pairs(tmp_path / f"{number}.{kind}", ties="keep"))
+        assert [pair.prompt for pair in read[:2]] == ["a fox in the snow", "a cup, half full"]
+        assert all(pair.chosen.getpixel((0, 0)) == (255, 0, 0) for pair in read[:2])
+        found[number] = [round(pair.p, 3) for pair in read]
     assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]}
 
 
@@ -96,6 +96,9 @@ OWN = {
     "label": label,
     "vote": vote,
     "replay": replay,
+    "pairs": pairs,
+    "export": export,
+    "extract": extract,
 }  # all their flags are theirs
 OVER = {"train": None, "plan": plan, "prepare": prepare}  # those of dpo.train, and theirs
 
@@ -136,7 +139,7 @@ def test_the_memory_of_the_hardware_page_is_what_a_plan_says(tmp_path):
     for words, gib, card in found:
         assert plan.main([*words.split(), "--json", str(tmp_path / "plan.json")]) == 0
         peak = json.loads((tmp_path / "plan.json").read_text("utf-8"))["peak"] / 2**30
-        assert f"{peak:.1f}" == gib, words
+        assert peak == pytest.approx(float(gib), abs=0.06), words
         assert peak <= CARDS.get(int(card), 7.6), words
 
 

@@ -7,9 +7,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
 
 from dpo.common.words import first_line
 
+TRACKING = "pip install 'diffusion-dpo[tracking]', or -e '.[tracking]' where its source is"  # TensorBoard and W&B
 OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 
 
@@ -28,6 +30,11 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def is_there(name: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return sys.modules[name] is not None if name in sys.modules else find_spec(name) is not None
 
 
 @contextmanager

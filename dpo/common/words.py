@@ -13,9 +13,16 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 300 characters; the name of the error's class where it has no text."""
+    """The first line of an error's text, at most some 300 characters; the name of the error's class where it has no text."""
     text = str(error).strip()
-    return (text.splitlines() or [type(error).__name__])[0][:300]
+    return shortened((text.splitlines() or [type(error).__name__])[0], 300)
+
+
+def shortened(text: str, most: int) -> str:
+    """`text`, or its first words of at most so many characters and " ..."; one word that is longer is cut."""
+    if len(text) <= most:
+        return text
+    return (text[: most + 1].rpartition(" ")[0].rstrip() or text[:most]) + " ..."
 
 
 def printable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, uniform
 from dpo.common.words import excerpt
-from dpo.data.images import square, unreadable
+from dpo.data.images import fitted, unreadable
 from dpo.data.labels import SAME
+from dpo.data.order import Place
 from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
 from dpo.settings.config import Data
 
@@ -25,7 +26,8 @@ class PairBatch:
     """B pairs on the CPU; of everything with 2B rows the first B are the preferred images.
 
     A hole (a pair with an image that cannot be used) keeps its place, with usable 0, prob 0.5 and black pixels; `bad`
-    says why. A batch has either pixels or, from a prepared store, latents and encoded text; the other fields are None.
+    says why. So does one that makes up for pairs of its shape that an update lacks, without a reason. A batch has either
+    pixels or, from a prepared store, latents and encoded text; the other fields are None.
     """
 
     keys: Tensor  # [B] int64
@@ -44,6 +46,7 @@ class PairBatch:
     recorded: Tensor | None = None  # [2, B] fp32: the reference's errors of win and lose, recorded beforehand
     bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
     indices: list[int] | None = None  # [B] in the source, where the encoded pairs may be kept
+    last: bool = False  # whether it is the last one of an update, in this process
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -67,11 +70,19 @@ class PairBatch:
         return self
 
 
+def of_update(batches: Iterable[PairBatch]) -> Iterator[PairBatch]:
+    """The micro-batches of the next update."""
+    for batch in batches:
+        yield batch
+        if batch.last:
+            return
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How images become pixels; everything random is a function of (seed, pair key, draw)."""
 
-    resolution: int  # pixels of a side
+    resolution: int  # pixels of a side, where a micro-batch has no size of its own
     seed: int
     crop: str = "center"
     flip: bool = False
@@ -100,39 +111,40 @@ def drops(keys: Tensor, draws: Tensor, decoding: Decoding) -> list[bool]:
     return [drop < share for (drop,) in _keyed(keys, draws, Stream.DROPOUT, decoding.seed, 1, share > 0)]
 
 
-def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, decoding: Decoding) -> PairBatch:
-    """Reads and decodes the images of B pairs in these draws [B]; position: that of the first pair in the run.
+def decode_batch(pairs: Sequence[Pair], place: Place, decoding: Decoding) -> PairBatch:
+    """Reads and decodes the images of the B pairs of a micro-batch that stands at `place`.
 
-    An image that cannot be used leaves a hole, never an exception.
+    An image that cannot be used leaves a hole, never an exception. Nothing is read of the holes that `place` has.
     """
     keys = torch.tensor([pair.key for pair in pairs], dtype=torch.int64)
-    draw = torch.tensor(draws, dtype=torch.int64)
+    draw = torch.tensor(place.epochs, dtype=torch.int64)
 
     crops = _keyed(keys, draw, Stream.CROP, decoding.seed, 4, decoding.crop == "random")
     mirrored, dropped = mirrors(keys, draw, decoding), drops(keys, draw, decoding)
-    size = decoding.resolution
-    pixels = torch.zeros(2 * len(pairs), 3, size, size, dtype=torch.uint8)
-    micro = torch.tensor([size, size, 0, 0, size, size], dtype=torch.int64).repeat(2 * len(pairs), 1)
-    usable = torch.ones(len(pairs))
+    size = place.size or (decoding.resolution, decoding.resolution)
+    pixels = torch.zeros(2 * len(pairs), 3, *size, dtype=torch.uint8)
+    whole = torch.tensor([*size, 0, 0, *size], dtype=torch.int64)
+    micro = whole.repeat(2 * len(pairs), 1)
+    usable = place.usable()
     bad = []
-    for i, (pair, mirror, crop) in enumerate(zip(pairs, mirrored, crops, strict=True)):
+    for i, (pair, mirror, crop) in enumerate(zip(pairs[: place.pairs], mirrored, crops, strict=False)):
         places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
         if embedded_twice(pair):
             usable[i] = 0.0
             bad.append((pair.key, f"{SAME}, of {excerpt(pair.caption)}"))
             continue
-        for place, image, uniforms in places:
+        for row, image, uniforms in places:
             try:
-                pixels[place], numbers = square(image.load(decoding.max_mib), size, decoding.crop, uniforms, mirror)
+                pixels[row], numbers = fitted(image.load(decoding.max_mib), size, decoding.crop, uniforms, mirror)
             except BadImage as error:
                 usable[i] = 0.0
                 bad.append((pair.key, unreadable(image, pair.caption, error)))
                 break
-            micro[place] = torch.tensor(numbers)
+            micro[row] = torch.tensor(numbers)
         if not usable[i]:
-            for place, _, _ in places:
-                pixels[place] = 0
-                micro[place] = torch.tensor([size, size, 0, 0, size, size])
+            for row, _, _ in places:
+                pixels[row] = 0
+                micro[row] = whole
     prob = torch.tensor([pair.prob for pair in pairs], dtype=torch.float32)
     return PairBatch(
         keys=keys,
@@ -142,8 +154,9 @@ def decode_batch(pairs: Sequence[Pair], draws: Sequence[int], position: int, dec
         captions=["" if drop else pair.caption for pair, drop in zip(pairs, dropped, strict=True)],
         dropped=torch.tensor(dropped),
         micro=micro,
-        position=position,
-        epoch=int(draws[0]),
+        position=place.position,
+        epoch=place.epochs[0],
         pixels=pixels,
         bad=tuple(bad),
+        last=place.last,
     )

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 from dpo.data import loader
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.buckets import Buckets
 from dpo.data.kept import Kept
 from dpo.data.loader import Reading
 from dpo.data.order import Order, run_order, stored_order
@@ -37,13 +38,21 @@ def batches(
 
 
 def held_out_batches(
-    source: Source, micro_batch: int, resolution: int, reading: Reading, rank: int = 0, world: int = 1
+    source: Source,
+    micro_batch: int,
+    resolution: int,
+    reading: Reading,
+    rank: int = 0,
+    world: int = 1,
+    buckets: Buckets | None = None,
 ) -> Generator[PairBatch, None, None]:
     """One pass over held-out pairs in stored order: draw 0, centre crop, not mirrored, captions kept.
 
-    The last micro-batch may be short. rank, world: as in `stored_order`. Raises UserError as `batches` does.
+    The last micro-batch (with `buckets`, of each shape) may be short. rank, world, buckets: as in `stored_order`. Raises
+    UserError as `batches` does.
     """
     plain, store = Decoding(resolution, seed=0), of_store(source)
+    places = stored_order(source, micro_batch, rank, world, buckets)
     if store is not None:
-        return reader.read(store, stored_order(store, micro_batch, rank, world), plain)
-    return loader.load(source, stored_order(source, micro_batch, rank, world), plain, reading, micro_batch)
+        return reader.read(store, places, plain)
+    return loader.load(source, places, plain, reading, micro_batch)

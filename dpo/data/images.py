@@ -1,4 +1,4 @@
-"""From an image file to a square of pixels: orientation, colours, mirror, resize, crop.
+"""From an image file to a rectangle of pixels: orientation, colours, mirror, resize, crop.
 
 Transparent images are laid over white. Sixteen-bit greys are scaled to eight bits. Colour profiles are ignored, as in
 the published pipelines. Of an animation the first frame is used. Only FORMATS are read: others name programs (EPS starts
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, excerpt_of_path, first_line
-from dpo.data.pairs import BadImage, ImageRef
+from dpo.data.pairs import MAX_MIB, BadImage, ImageRef
 
 STOPPED = "{}; leave such pairs out with --on-bad-image skip"  # with --on-bad-image stop
 FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
@@ -36,6 +36,10 @@ TURNS = {  # by EXIF orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # those that exchange width and height
+
+Size = tuple[int, int]  # height, width
+HEAD = 1 << 16  # bytes, in which most files say how large their image is
 
 # SDXL's numbers of an image: original height and width, crop top and left, target height and width.
 Micro = tuple[int, int, int, int, int, int]
@@ -56,39 +60,62 @@ def check_bad(bad: int, pairs: int, limit: float, last: str) -> None:
         raise UserError(f"{bad} of {pairs} pairs have an unreadable image, the last: {last}; see --bad-image-limit")
 
 
-def square(
+def fitted(
     data: bytes,
-    resolution: int,
+    size: Size,
     crop: str = "center",
     crop_uniforms: Sequence[float] = (0.5, 0.5),
     flip: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, Micro]:
-    """File bytes -> pixels uint8 [3, resolution, resolution] and SDXL's size and crop of the image.
+    """File bytes -> pixels uint8 [3, H, W] of `size` = (H, W), and SDXL's size and crop of the image.
 
-    The short side becomes `resolution`, the other is cut: in the middle, or with crop "random" at `crop_uniforms`
-    (down, right) in [0, 1). `Micro` counts in pixels; crop top and left are those of the resized and mirrored image.
-    Raises BadImage.
+    The image is resized to the smallest that covers `size`, and what is over on one side is cut: in the middle, or with
+    crop "random" at `crop_uniforms` (down, right) in [0, 1). `Micro` counts in pixels; crop top and left are those of the
+    resized and mirrored image. Raises BadImage.
     """
     image = decode(data, max_pixels)
     width, height = image.size
-    scale = resolution / min(width, height)
-    wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    scale = max(size[0] / height, size[1] / width)
+    wide, high = max(size[1], round(width * scale)), max(size[0], round(height * scale))
     if crop == "random":
-        top = min(int(crop_uniforms[0] * (high - resolution + 1)), high - resolution)
-        left = min(int(crop_uniforms[1] * (wide - resolution + 1)), wide - resolution)
+        top = min(int(crop_uniforms[0] * (high - size[0] + 1)), high - size[0])
+        left = min(int(crop_uniforms[1] * (wide - size[1] + 1)), wide - size[1])
     else:
-        top, left = (high - resolution) // 2, (wide - resolution) // 2
+        top, left = (high - size[0]) // 2, (wide - size[1]) // 2
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if image.size != (resolution, resolution):
+    if image.size != (size[1], size[0]):
         # Only the cut is resampled. The result is that of resizing all and cutting; a very long image costs no more.
         x, y = width / wide, height / high
-        box = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)
+        box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
         box = (box[0], box[1], min(box[2], width), min(box[3], height))
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        image = image.resize((size[1], size[0]), Image.Resampling.LANCZOS, box=box)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels, (height, width, top, left, resolution, resolution)
+    return pixels, (height, width, top, left, *size)
+
+
+def upright_size(image: ImageRef, max_mib: int = MAX_MIB) -> tuple[int, int] | None:
+    """(width, height) of an image as it is shown, from its file's header; None where that cannot be read.
+
+    Of a PNG an orientation that comes after the pixels is not seen.
+    """
+    try:
+        return _header(image.load(max_mib, HEAD)) or _header(image.load(max_mib))
+    except BadImage:
+        return None
+
+
+def _header(data: bytes) -> tuple[int, int] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=formats())
+    except Exception:  # as in `decode`; that says what is wrong
+        return None
+    width, height = image.size
+    turn = _turn(lambda: Image.Image.getexif(image))  # a PNG's own would read all pixels first
+    return (height, width) if turn in SIDEWAYS else (width, height)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -118,12 +145,16 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turns the image as its EXIF tag says; an unreadable tag counts as none."""
+def _turn(exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
+    """What makes an image upright, as its EXIF tag says; an unreadable tag counts as none."""
     try:
-        turn = TURNS.get(image.getexif().get(0x0112, 1))
+        return TURNS.get(exif().get(0x0112, 1))
     except Exception:  # malformed EXIF of an otherwise sound image
-        turn = None
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image.getexif)
     if turn is None:
         return image
     upright = image.transpose(turn)

@@ -20,6 +20,7 @@ from torch import Tensor
 from dpo.common import machine
 from dpo.common.command import of_launcher
 from dpo.data.batch import Decoding, PairBatch, drops, mirrors
+from dpo.data.order import Place
 from dpo.data.pairs import Source
 from dpo.settings.config import Data, Runtime
 
@@ -66,9 +67,8 @@ class Kept:
     served: int = 0  # pairs taken from memory since `take`
     full: bool = False  # whether nothing more is kept: it does not fit, or encoding anew gives other bits
     _agreed: int = 0  # pairs that were encoded again and came out equal
-    _strides: list[tuple[int, ...]] = field(
-        default_factory=list
-    )  # of an encoded micro-batch: sums depend on the layout
+    # Of an encoded micro-batch, by height and width of its latents: sums depend on the layout.
+    _strides: dict[torch.Size, list[tuple[int, ...]]] = field(default_factory=dict)
     _told: dict[int, _Told] = field(default_factory=dict)
     _caption: dict[int, str] = field(default_factory=dict)  # of the pairs that came with theirs
     _images: dict[tuple[int, bool], _Images] = field(default_factory=dict)  # by (index, whether mirrored)
@@ -87,13 +87,16 @@ class Kept:
             for index, mirror, drop in zip(indices, mirrored, dropped, strict=True)
         )
 
-    def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
-        """The micro-batch at this position, for which `has` was true: as encoded before, without pixels."""
+    def batch(self, place: Place) -> PairBatch:
+        """The micro-batch at this place, for whose pairs `has` was true: as encoded before, without pixels."""
+        indices, epochs = place.indices, place.epochs
         mirrored, dropped = self._drawn(indices, epochs)
         told = [self._told[index] for index in indices]
         images = [self._images[index, mirror] for index, mirror in zip(indices, mirrored, strict=True)]
         captions = ["" if drop else self._caption[index] for index, drop in zip(indices, dropped, strict=True)]
-        self.served += len(told)
+        self.served += place.pairs
+        usable = place.usable() * torch.tensor([float(pair.bad is None) for pair in told])
+        prob = torch.tensor([pair.prob for pair in told], dtype=torch.float32)
 
         def both(of: int) -> Tensor:
             return torch.stack([item[of] for item in images], dim=1).flatten(0, 1)  # [2B, ...], preferred ones first
@@ -102,7 +105,7 @@ class Kept:
             torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
             for x, strides in zip(
                 (both(0), both(1), *map(torch.stack, zip(*(self._text[caption] for caption in captions), strict=True))),
-                self._strides,
+                self._strides[images[0].mean.shape[-2:]],
                 strict=True,
             )
         )
@@ -110,17 +113,18 @@ class Kept:
         return PairBatch(
             keys=torch.tensor([pair.key for pair in told], dtype=torch.int64),
             draws=torch.tensor(epochs, dtype=torch.int64),
-            prob=torch.tensor([pair.prob for pair in told], dtype=torch.float32),
-            usable=torch.tensor([float(pair.bad is None) for pair in told]),
+            prob=torch.where(usable > 0, prob, torch.full_like(prob, 0.5)),
+            usable=usable,
             captions=captions,
             dropped=torch.tensor(dropped),
             micro=both(2),
-            position=position,
-            epoch=int(epochs[0]),
+            position=place.position,
+            epoch=epochs[0],
             latent_mean=mean,
             latent_std=std,
             text=tuple(text),
-            bad=tuple((pair.key, pair.bad) for pair in told if pair.bad is not None),
+            bad=tuple((pair.key, pair.bad) for pair in told[: place.pairs] if pair.bad is not None),
+            last=place.last,
         )
 
     def take(self) -> int:
@@ -138,6 +142,7 @@ class Kept:
             return
         if not self._strides:
             self._size(len(batch), (mean, std), text)
+        self._strides.setdefault(mean.shape[-2:], [x.stride() for x in (mean, std, *text)])
         if not self.full:
             # From a GPU into page-locked memory, without waiting: nothing reads it before the event behind it is there.
             there = [x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std, *text)]
@@ -147,7 +152,6 @@ class Kept:
 
     def _size(self, pairs: int, latents: Sequence[Tensor], text: Sequence[Tensor]) -> None:
         """Decides whether the whole set fits, from one micro-batch, and says so."""
-        self._strides = [x.stride() for x in (*latents, *text)]
         image = sum(x.nbytes for x in latents) / pairs * (2 if self.decoding.flip else 1)
         size = int(self.pairs * image + self.captions * sum(x.nbytes for x in text) / pairs)
         self.full = size > SHARE * self.free
@@ -169,7 +173,7 @@ class Kept:
         for i, (index, mirror) in enumerate(zip(batch.indices, mirrored, strict=True)):
             key, rows = int(batch.keys[i]), [i, i + half]
             if not batch.usable[i] and key not in bad:
-                continue  # a hole that was made after decoding: the images are not what was encoded
+                continue  # a hole of the order, or made after decoding: the images are not what was encoded
             told = _Told(key, float(batch.prob[i]), bad.get(key))
             known = self._told.setdefault(index, told)
             if (known.bad is None) != (told.bad is None):

@@ -61,15 +61,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Work:
-    """A micro-batch for a worker: the position of its first pair, the pairs to decode, and the epoch of each.
+    """A micro-batch for a worker: where it stands, and the pairs to decode.
 
     One whose encoded pairs are in memory has none to decode, and comes back as it is, in its turn.
     """
 
-    position: int
+    place: Place
     pairs: list[Pair]
-    draws: list[int]
-    indices: list[int] | None  # [B] in the source, where encoded pairs are kept
+    keeps: bool  # whether encoded pairs are kept
 
 
 def load(
@@ -142,16 +141,13 @@ class _Ending:
 
 
 def _work(source: Source, place: Place, kept: Kept | None) -> _Work:
-    position, indices, epochs = place
-    if kept is None:
-        return _Work(position, [source[i] for i in indices], epochs, None)
-    there = kept.has(indices, epochs)
-    return _Work(position, [] if there else [source[i] for i in indices], epochs, indices)
+    there = kept is not None and kept.has(place.indices, place.epochs)
+    return _Work(place, [] if there else [source[i] for i in place.indices], kept is not None)
 
 
 def _from_memory(work: _Work, kept: Kept | None) -> PairBatch:
-    assert kept is not None and work.indices is not None, "only then is there nothing to decode"
-    batch = kept.batch(work.position, work.indices, work.draws)
+    assert kept is not None, "only then is there nothing to decode"
+    batch = kept.batch(work.place)
     return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
@@ -215,8 +211,8 @@ class _Decoder(Dataset[PairBatch | _Work]):
     def __getitem__(self, work: _Work) -> PairBatch | _Work:
         if not work.pairs:
             return work
-        batch = decode_batch(work.pairs, work.draws, work.position, self.decoding)
-        batch.indices = work.indices
+        batch = decode_batch(work.pairs, work.place, self.decoding)
+        batch.indices = work.place.indices if work.keeps else None
         return batch
 
 

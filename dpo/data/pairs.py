@@ -38,17 +38,18 @@ class ImageRef:
     path: str | None = None
     span: tuple[int, int] | None = None  # offset and length, in bytes
 
-    def load(self, max_mib: int = MAX_MIB) -> bytes:
-        """The file's bytes. Raises BadImage when there are none, or more than `max_mib` MiB.
+    def load(self, max_mib: int = MAX_MIB, first: int | None = None) -> bytes:
+        """The file's bytes, or the `first` so many. Raises BadImage when there are none, or more than `max_mib` MiB.
 
         Only regular files are opened: a pipe would wait for ever, and a device has no end.
         """
         if self.data is not None:
             _check_size(len(self.data), max_mib)
-            return self.data
+            return self.data[:first]
         if self.path is None:
             raise BadImage("no image")
         begin, length = self.span or (0, -1)
+        wanted = length if first is None else first if length < 0 else min(first, length)
         try:
             status = os.stat(self.path)
             if not stat.S_ISREG(status.st_mode):
@@ -56,10 +57,10 @@ class ImageRef:
             _check_size(status.st_size if length < 0 else length, max_mib)
             with open(self.path, "rb") as file:
                 file.seek(begin)
-                data = file.read(length)
+                data = file.read(wanted)
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise BadImage(f"{excerpt_of_path(self.path)}: {getattr(error, 'strerror', error)}") from error
-        if len(data) < length:
+        if len(data) < min(length, wanted):
             raise BadImage(f"{excerpt_of_path(self.path)}: ends within image {excerpt_of_path(self.uid)}")
         return data
 

@@ -43,13 +43,15 @@ def sample(
     batch: int = BATCH,
     autocast: torch.dtype | None = None,
     frugal: bool = False,
+    told: Callable[[int], None] = lambda done: None,
 ) -> list[Image.Image]:
     """One image for each prompt and its seed.
 
     device: where all modules run; steps: sampling steps; guidance: guidance scale; size: pixels of a side, None for the
     model's own; batch: images at a time; autocast: the precision that the policy is trained under; frugal: decode one
     image at a time, and one larger than TILE in tiles (which meet in a blend: the image differs slightly), and keep no
-    casts of the weights. The modules' devices and modes and the pipeline's scheduler are restored afterwards.
+    casts of the weights; told: hears how many images are drawn, after each group. The modules' devices and modes and
+    the pipeline's scheduler are restored afterwards.
     """
     device = torch.device(device)
 
@@ -67,7 +69,11 @@ def sample(
 
     groups = [tasks[start : start + batch] for start in range(0, len(tasks), batch)]
     with borrowed(pipe, device), tiled(pipe.vae, TILE if frugal else 0), side_by_side(pipe, device) as each:
-        return [image for images in each(together, groups) for image in images]
+        drawn: list[Image.Image] = []
+        for images in each(together, groups):
+            drawn += images
+            told(len(drawn))
+        return drawn
 
 
 class Hands:

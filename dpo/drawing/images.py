@@ -125,6 +125,13 @@ def draw_set(
     return pace
 
 
+def write_set(folder: Path, tasks: Sequence[Task], pictures: Sequence[Image.Image], protocol: Protocol) -> None:
+    """Writes pictures that are there already as the set of `tasks`; the caller holds the folder. Raises UserError as `draw_set`."""
+    _begin(folder, protocol, len(tasks))
+    for task, picture in zip(tasks, pictures, strict=True):
+        _write(folder, task, Rendered(picture, ""), protocol)
+
+
 def read_protocol(folder: Path) -> tuple[Protocol, int] | None:
     """The protocol of a set and how many images belong to it; None where no set is. Raises UserError for a damaged one."""
     path = folder / PROTOCOL

@@ -14,6 +14,7 @@ import torch
 
 from dpo.common.stats import share_interval
 from dpo.data.batches import held_out_batches
+from dpo.data.buckets import find
 from dpo.data.loader import Reading
 from dpo.data.sources import open_source
 from dpo.encode import Encoder
@@ -46,7 +47,9 @@ def by_side(
     reference = family.denoise(settle(config.runtime, model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
     encoder = Encoder(model, device, config.runtime.vae_batch)
-    pairs = held_out_batches(source, config.optim.batch_size, data.resolution, replace(Reading.of(data), workers=0))
+    buckets = find(data, model.side_factor, source)
+    reading = replace(Reading.of(data), workers=0)
+    pairs = held_out_batches(source, config.optim.batch_size, data.resolution, reading, buckets=buckets)
     held_out = validation.encode_held_out(step, encoder, pairs, data.validation_draws, None)
     if held_out is None:
         return

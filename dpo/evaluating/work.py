@@ -37,6 +37,7 @@ from dpo.scorers.cache import ScoreCache
 from dpo.scorers.scorer import Scorer, listed, opened
 from dpo.scorers.sets import SetScorer
 from dpo.settings.config import Config
+from dpo.tiny import unchanged
 
 log = logging.getLogger("dpo")
 
@@ -67,7 +68,7 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         base, *rest = _sides(asked, folder) if scored else _undrawn(asked)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]
         compared = [side for group in (base, *groups) for side in group.sides]
-        lines = check_protocols(compared, MAY_DIFFER) if scored else []
+        lines = _checked(compared) if scored else []
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         look = Look()
         found = _measured(asked, compared, [group.sides[0] for group in variants], cache, look, device)
@@ -98,6 +99,16 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         log.info("%s", line)
     log.info("%s, %s", path, ", ".join(one.name for one in made))
     return path
+
+
+def _checked(sides: Sequence[Side]) -> list[str]:
+    """Lines on sides whose protocol is not known. Raises UserError where two that are known differ.
+
+    Pictures that came with the package may be of other versions of the libraries: some of them were drawn here too.
+    """
+    check_protocols([side for side in sides if not unchanged.are_from(side.protocol)], MAY_DIFFER)
+    versions = ("versions",) if any(unchanged.are_from(side.protocol) for side in sides) else ()
+    return check_protocols(sides, (*MAY_DIFFER, *versions))
 
 
 def _undrawn(asked: Asked) -> Iterator[Group]:
@@ -137,7 +148,7 @@ def side_of(
         return found
     own = folder / DRAWN / folder_of(named.name)
     log.info("%s: drawing with %s", named.name, named.place)
-    sampling.draw(replace(draw, model=named.place), own, shard)
+    sampling.draw(replace(draw, model=named.place, shipped=True), own, shard)
     _await(own)
     return of_set(named.name, own)
 

@@ -28,6 +28,7 @@ log = logging.getLogger("dpo")
 HELD = re.compile(
     r"(down_blocks|mid_block|up_blocks)\..+\.weight"
 )  # with two dimensions or more: what every reader knows
+LINES = 5  # of progress, where there is no terminal
 SHARES = (0.9, 0.95, 0.99)
 
 
@@ -78,12 +79,12 @@ def extract(asked: Asked) -> Extraction:
     """Writes the LoRA that is asked for. Raises UserError for two models that differ in more than the UNet's weights."""
     device = pick_device(asked.device)
     aligned, base = opened(asked.aligned, asked.cache_dir), opened(asked.base, asked.cache_dir)
-    check_alike(aligned, base)
+    exact = check_alike(aligned, base)  # the base is what was trained from, to the bit: its own rounding is no change
     rows: list[Row] = []
     adapter: Adapter = {}
     left: Counter[str] = Counter()
     total = 0.0
-    with Progress(len(base.unet), lambda _: [], unit="weight") as bar:
+    with Progress(len(base.unet), lambda _: [], log_every=len(base.unet) // LINES + 1, unit="weight") as bar:
         for count, name in enumerate(base.unet, 1):
             before = base.unet[name].make().to(device, torch.float64)
             change = aligned.unet[name].make().to(device, torch.float64) - before
@@ -94,7 +95,8 @@ def extract(asked: Asked) -> Extraction:
             if squared and change.dim() > 1 and HELD.fullmatch(name):
                 layer = name.removesuffix(".weight")
                 found = decompose(change)
-                row = _row(asked, layer, before, found, coarser(aligned.unet[name].dtype, base.unet[name].dtype))
+                stored = aligned.unet[name].dtype
+                row = _row(asked, layer, before, found, stored if exact else coarser(stored, base.unet[name].dtype))
                 rows.append(row)
                 adapter[layer] = _factors(found, row)
             elif squared:

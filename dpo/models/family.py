@@ -102,6 +102,11 @@ class Model:
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
+    def side_factor(self) -> int:
+        """What the sides of images must be a multiple of, in pixels, to be halved exactly by VAE and denoiser."""
+        return self.vae_scale * 2 ** (len(self.denoiser.config["block_out_channels"]) - 1)
+
+    @property
     def native_resolution(self) -> int:
         """Pixels of a side that the model was trained at."""
         return int(self.denoiser.config["sample_size"]) * self.vae_scale

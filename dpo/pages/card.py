@@ -9,6 +9,7 @@ from typing import Any
 from dpo.common.files import write_text
 from dpo.common.words import well_formed
 from dpo.methods import own_settings
+from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.origin import hub_id, licence, public
@@ -45,7 +46,7 @@ def model_card(run: RunFolder) -> str:
         _front_matter(run),
         f"# {_inline(_title(run))}\n\n{_introduction(run)}",
         _pictures(run),
-        f"## Use\n\n```python\n{_usage(run)}\n```",
+        f"## Use\n\n```python\n{usage(run)}\n```",
         f"## Training\n\n{_table(_training(run))}",
         f"## Figures\n\n{_table(_figures(run))}\n\n{_reading(run)}",
         f"## How to repeat it\n\n```bash\n{REPEAT}\n```\n\n{_versions(run)}",
@@ -80,7 +81,7 @@ def _front_matter(run: RunFolder) -> str:
 
 
 def _title(run: RunFolder) -> str:
-    return f"{_base(run).rpartition('/')[2]} aligned by {run.method_name}"
+    return str(run.setting("run_name") or f"{_base(run).rpartition('/')[2]} aligned by {run.method_name}")
 
 
 def _introduction(run: RunFolder) -> str:
@@ -127,36 +128,43 @@ def _started(run: RunFolder) -> str:
 def _pictures(run: RunFolder) -> str:
     if not run.grids:
         return ""
-    return f"![The same prompts and seeds before and after the training](samples/{run.grids[-1].name})"
+    return f"![The same prompts and seeds before and after the training](samples/{kept.grids(run)[-1].name})"
 
 
-def _usage(run: RunFolder) -> str:
+def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: bool = False) -> str:
+    """Python that draws an image with the result, which lies at `place`; here: other files by their paths on this machine."""
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
+            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe("a prompt").images[0]'
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(public(unet))} into pipe.unet: the adapter was trained on them\n"
+        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into pipe.unet: the adapter was trained on them\n"
         if unet
         else ""
     )
-    kind, loaded = _loaded(run)
+    kind, loaded = _loaded(run, here)
     within = run.embedded  # the package has its model, and knows where
     return (
         f"from diffusers import {kind}\n"
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
-        f'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY", weight_name="{ADAPTER_FILE}")\n'
+        f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
         'image = pipe("a prompt").images[0]'
     )
 
 
-def _loaded(run: RunFolder) -> tuple[str, str]:
+def _here(name: Any) -> str:
+    """A hub id as it is, of a path the whole."""
+    return hub_id(name) or str(Path(str(name)).expanduser().resolve())
+
+
+def _loaded(run: RunFolder, here: bool) -> tuple[str, str]:
     """The class of the base's pipeline, and the call that loads the base."""
     name = _base(run) if hub_id(run.setting("model")) else f"PATH_TO/{_base(run)}"
+    name = _here(run.setting("model")) if here else name
     if run.embedded:
         return "DiffusionPipeline", "from_pretrained(pipeline_path())"
     if name.endswith(".safetensors"):  # the class that finds out the kind by itself does not read one file
@@ -186,16 +194,25 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
     if (end := run.setting("window_high")) is not None:  # the timestep after the last
         rows.append(("timesteps", f"{run.setting('window_low', 0)} to {end - 1}"))
     rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
-    return [("updates made", run.done), ("pairs seen", run.pairs_seen()), *rows, ("seed", run.setting("seed"))]
+    return [
+        ("updates made", run.done),
+        ("update that is kept", kept.kept_update(run)),
+        ("pairs seen", run.pairs_seen()),
+        *rows,
+        ("seed", run.setting("seed")),
+    ]
 
 
 def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for event in run.validations[-1:]:
+    if (event := kept.validation(run)) is not None:
         low, high = event.get("heldout_interval") or (None, None)
         interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
         share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
         rows.append((FIGURES["heldout_accuracy"].card, share + interval))
+    if chosen := kept.kept(run):
+        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} pairs)"
+        rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
     rows += [(FIGURES[name].card, run.late(name)) for name in names]
     rows += [(name.replace("_", " "), value) for name, value in run.evaluation.items()]

@@ -12,6 +12,7 @@
         processes     number of processes that shared the work, 1 if missing
         evaluation    win_rate, win_rate_interval [low, high], prompts, score_before, score_after, judge, and of further
                       scorers faithfulness_before, faithfulness_after, win_rate_by_<scorer>
+        kept          of --keep-best: step, the update whose weights are the result; choosing_accuracy, heldout_accuracy, ...
         notes, warnings   lists of lines
     tables.json       weight, precision, table, correction: [T] each (methods dde*); weight for the others too
     samples/*.png     grids of dpo.drawing.grid, in the order of their names

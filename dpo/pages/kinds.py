@@ -47,6 +47,8 @@ VALIDATION = {
     "heldout_interval": BOUNDS,
     "heldout_difference": NUMBER,
     "heldout_pairs": COUNT,
+    "choosing_accuracy": NUMBER,
+    "choosing_pairs": COUNT,
 }
 SUMMARY = {
     "status": TEXT,
@@ -61,6 +63,7 @@ SUMMARY = {
     "model": TABLE,
     "data": TABLE,
     "evaluation": TABLE,
+    "kept": TABLE,
     "notes": TEXTS,
     "warnings": TEXTS,
 }

@@ -70,25 +70,24 @@ def render(
         tiles=_tiles(found),
         scorers=found["scorers"],
         chart=Markup(svg("margins", TITLE, _draw(apart, found["margin"]))),
-        groups=[
-            {
-                "title": title,
-                "cells": [
-                    {
-                        "caption": one.caption,
-                        "said": one.said,
-                        "images": [(text, small(image)) for text, image in one.images],
-                    }
-                    for one in cells
-                ],
-            }
-            for title, cells in groups
-        ],
+        groups=as_shown(groups),
     )
 
 
-def small(image: Image.Image) -> str:
-    """The data URI of a copy whose sides are SMALL pixels at most."""
+def as_shown(groups: Sequence[tuple[str, Sequence[Cell]]]) -> list[dict[str, Any]]:
+    """Groups of pairs (title, pairs) as cells.html has them, with small pictures."""
+    return [
+        {
+            "title": title,
+            "cells": [
+                one._asdict() | {"images": [(text, _small(image)) for text, image in one.images]} for one in cells
+            ],
+        }
+        for title, cells in groups
+    ]
+
+
+def _small(image: Image.Image) -> str:
     image = image.copy()
     image.thumbnail((SMALL, SMALL))
     return data_uri(image)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo.pages.labels import Cell, small
+from dpo.pages.labels import Cell, as_shown
 from dpo.pages.report import Tile, template
 
 PAGE, SHEET = "pairs.html", "sheet.png"
@@ -26,19 +26,5 @@ def render(
         sentences=list(sentences),
         warnings=list(warnings),
         tiles=list(tiles),
-        groups=[
-            {
-                "title": title,
-                "cells": [
-                    {
-                        "caption": one.caption,
-                        "said": one.said,
-                        "images": [(label, small(image)) for label, image in one.images],
-                    }
-                    for one in cells
-                ],
-            }
-            for title, cells in groups
-            if cells
-        ],
+        groups=as_shown([(title, cells) for title, cells in groups if cells]),
     )

@@ -22,6 +22,7 @@ from dpo.common.console import duration
 from dpo.common.files import write_text
 from dpo.common.words import well_formed
 from dpo.drawing.grid import read_grid, read_picture
+from dpo.pages import kept
 from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
@@ -91,7 +92,7 @@ def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     cells, hidden, whole, step = _pictures(run)
     return template("report.html").render(
-        title=f"{run.model_name}: alignment report",
+        title=f"{run.setting('run_name') or run.model_name}: alignment report",
         subtitle=_subtitle(run),
         run=run,
         verdict=verdict(run),
@@ -173,7 +174,7 @@ def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, st
 
     One that cannot be read is passed over.
     """
-    readable = ((path, picture) for path in reversed(run.grids) if (picture := read_picture(path)) is not None)
+    readable = ((path, picture) for path in reversed(kept.grids(run)) if (picture := read_picture(path)) is not None)
     last, picture = next(readable, (None, None))
     if last is None or picture is None:
         return [], 0, None, "after it"

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dpo.common.files import write_text, write_whole
+from dpo.pages import kept
 from dpo.pages.figures import FIGURES, SWEEP
 from dpo.pages.folder import FAILED_FILE, METRICS_FILE, read_run
 from dpo.pages.plots import STYLE
@@ -70,8 +71,7 @@ def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
         figures |= {FIGURES[name].words: run.late(name) for name in SWEEP}
         figures["seconds"] = run.summary.get("seconds")
         figures["win rate"] = run.evaluation.get("win_rate")
-        if run.validations:
-            last = run.validations[-1]
+        if (last := kept.validation(run)) is not None:
             figures[held_out] = last["heldout_accuracy"]
             figures["held-out low"], figures["held-out high"] = last["heldout_interval"]
     return {**found, **figures, "folder": folder.name}
@@ -105,9 +105,9 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
                 marker="o",
                 ms=3,
             )
-            if validations:
-                last = validations[-1]["heldout_accuracy"]
-                low, high = validations[-1]["heldout_interval"]
+            if (of_result := kept.validation(run)) is not None:
+                last = of_result["heldout_accuracy"]
+                low, high = of_result["heldout_interval"]
                 bars.errorbar(last, i, xerr=[[last - low], [high - last]], fmt="o", color=colour)
             elif (late := run.late("implicit_accuracy")) is not None:
                 bars.plot(late, i, "s", color=colour)

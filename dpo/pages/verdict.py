@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.stats import share_interval
+from dpo.pages import kept
 from dpo.pages.folder import RunFolder
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
@@ -72,12 +73,12 @@ class Evidence(NamedTuple):
 
 
 def held_out(run: RunFolder) -> Evidence | None:
-    """The last held-out preference accuracy."""
-    found = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
-    if not found:
+    """The held-out preference accuracy of the result."""
+    found = kept.validation(run)
+    if found is None:
         return None
-    share, count = float(found[-1]["heldout_accuracy"]), int(found[-1].get("heldout_pairs") or 0)
-    low, high = found[-1].get("heldout_interval") or share_interval(share * count, count)
+    share, count = float(found["heldout_accuracy"]), int(found.get("heldout_pairs") or 0)
+    low, high = found.get("heldout_interval") or share_interval(share * count, count)
     return Evidence(share, low, high, count)
 
 
@@ -178,6 +179,7 @@ def _findings(run: RunFolder) -> list[str]:
         )
         if run.validations[-1].get("weights") == "averaged":
             found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")
+        found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
         found.append(
             f"On the pairs it was trained on, the model sides with the preferred image in {accuracy:.0%}; guessing gives 50%."

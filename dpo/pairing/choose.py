@@ -98,6 +98,20 @@ def preferred(
     return Preferred(found, lost["ties"], lost["narrow"], lost["same"], lost["crowded"])
 
 
+def how_many(prompt: np.ndarray, scores: np.ndarray, pairing: str) -> int:
+    """The pairs that `preferred` would look at, ties left out, before anything is known of the images."""
+    total = 0
+    for images in _by_prompt(prompt, scores):
+        sizes = [len(level) for level in _levels(images, scores)]
+        if pairing == "all":
+            total += (sum(sizes) ** 2 - sum(size**2 for size in sizes)) // 2
+        elif pairing == "neighbours":
+            total += sum(low * high for low, high in pairwise(sizes))
+        else:
+            total += len(sizes) > 1
+    return total
+
+
 def _by_prompt(prompt: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
     """The images of each prompt that have a score, in their order."""
     order = np.argsort(prompt, kind="stable")

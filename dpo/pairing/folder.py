@@ -23,7 +23,9 @@ OWN = (SUMMARY, TABLE, "data", PAGE, SHEET)
 
 def check_free(folder: Path) -> None:
     """Raises UserError where a folder holds what this command did not make."""
-    sweep(folder)
+    for name in (SUMMARY, TABLE, PAGE, SHEET):
+        sweep(folder, name)
+    sweep(folder / "data", Path(EMBEDDED).name)
     strange = sorted(path.name for path in folder.glob("*") if not path.name.startswith(".") and path.name not in OWN)
     if read(folder) is None:
         strange += [name for name in OWN if (folder / name).exists()]

@@ -19,6 +19,7 @@ from dpo.data.pairs import BadImage, ImageRef, Source, image_ref
 from dpo.data.parquet import read_in_order
 
 READERS, AT_ONCE = 2, 32  # threads that decode, and pairs that are in memory at once
+UNITS = 20  # row groups of a large set that are read
 SMALL = 16  # pixels of a side of the small copies
 LINES = 8  # of progress, where there is no terminal
 
@@ -93,10 +94,16 @@ def apart(a: Seen, b: Seen) -> float:
 
 
 def chosen(source: Source, most: int) -> np.ndarray:
-    """The indices of at most `most` pairs, by key, in stored order: int64."""
+    """The indices of at most `most` pairs, by key, in stored order: int64.
+
+    Of a set that is read by row groups they come from UNITS of these: a row group is the least that can be read.
+    """
+    places = np.arange(len(source), dtype=np.int64)
     if len(source) <= most:
-        return np.arange(len(source), dtype=np.int64)
-    return np.sort(epoch_order(len(source), seed=0, epoch=0)[:most])
+        return places
+    if source.groups is not None and len(units := np.unique(source.groups)) > UNITS:
+        places = np.flatnonzero(np.isin(source.groups, units[epoch_order(len(units), seed=0, epoch=0)[:UNITS]]))
+    return np.sort(places[epoch_order(len(places), seed=0, epoch=0)[:most]])
 
 
 def look(source: Source, indices: np.ndarray, looker: Looker) -> list[Looked]:

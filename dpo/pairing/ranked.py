@@ -21,6 +21,7 @@ log = logging.getLogger("dpo")
 
 ROWS, NO_NUMBER, NO_PROMPT, NO_FILE = "rows", "without a number", "without a prompt", "without their file"
 AGAIN, MATCHES = "rated again", "matches"  # names of counts; NO_... are of rows that are left out
+COUNTED = ("stars", "points", "votes", "likes")  # numbers that one has more or fewer of
 
 
 class Row(NamedTuple):
@@ -54,6 +55,8 @@ class Ranking:
     @property
     def direction(self) -> str:
         """Which image of a pair is the chosen one, in words."""
+        if self.named in COUNTED:
+            return f"chosen is the one with {'more' if self.higher_is_better else 'fewer'} {self.named}"
         return f"chosen is the one with the {'higher' if self.higher_is_better else 'lower'} {self.named}"
 
 

@@ -22,7 +22,7 @@ from dpo.pages.report import Tile
 from dpo.pairing import folder as place
 from dpo.pairing import rankings, shown, written
 from dpo.pairing.asked import Asked, Looking
-from dpo.pairing.choose import Preferred, preferred
+from dpo.pairing.choose import Preferred, how_many, preferred
 from dpo.pairing.look import Broken, Looker, Seen, chosen, look
 from dpo.pairing.ranked import Ranking
 from dpo.pairing.warn import Set, warnings
@@ -98,12 +98,11 @@ def check(data: Data, folder: Path, looking: Looking, *, overwrite: bool = False
 
 def _check_size(ranking: Ranking, asked: Asked) -> None:
     """Raises UserError, before an image is opened, where there would be more pairs than anybody trains on."""
-    counts = np.bincount(ranking.group, minlength=1).astype(np.int64)
-    most = int((counts * (counts - 1) // 2).sum())
-    if asked.rule.pairing == "all" and most > AT_MOST:
+    most = how_many(ranking.group, ranking.scores, asked.rule.pairing)
+    if most > AT_MOST:
         raise UserError(
-            f"{asked.ranking}: --pair all makes {most:,} pairs of {len(ranking.images):,} images: take --pair neighbours or "
-            "best-worst, or a column of groups"
+            f"{asked.ranking}: {len(ranking.images):,} images in {len(ranking.groups):,} groups make {most:,} pairs, more than "
+            f"{AT_MOST:,}: take --pair best-worst or neighbours, or a column of groups"
         )
 
 

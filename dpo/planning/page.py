@@ -19,10 +19,13 @@ def page(plan: Plan, asked: Asked) -> list[str]:
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
     update = f"{_count(optim.batch_size, 'pair')} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    pixels = f"{config.data.resolution} pixels" + (
+        " (counted for the square: buckets need no more)" if config.data.buckets else ""
+    )
     where = "on a GPU (not measured)" if plan.gpu else "on the CPU"
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
-        ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {config.data.resolution} pixels"),
+        ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
         ("", f"{update} = {_count(plan.nominal, 'pair')} an update"),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
         ("FLOPs", f"{_flops(plan.pair_flops)} a pair"),
@@ -98,7 +101,8 @@ def _time(plan: Plan, asked: Asked) -> str:
     if plan.steps is None or plan.total is None:
         return f"{text}; give --pairs for the number of updates"
     seen = plan.steps * plan.nominal
-    encoded = f", {plan.encoded:,} of them encoded" if plan.encoded is not None and plan.encoded < seen else ""
+    kept = plan.encoded is not None and plan.encoded < seen
+    encoded = f", {plan.encoded:,} of them encoded where memory keeps the set" if kept else ""
     hours = plan.total / 3600
     text += f"; {plan.steps:,} updates ({seen:,} pairs{encoded}) take {_hours(hours)}"
     if asked.price is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -14,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dpo.data.batch import PairBatch
+from dpo.data.batch import PairBatch, of_update
 from dpo.settings.config import Config, change
 from dpo.training import build, checkpoint, validation
 from dpo.training.run import Figures, Run
@@ -59,7 +58,7 @@ def updates(run: Run, until: int, train_step: TrainStep, without: Collection[int
         stream = (holed(batch, without) for batch in batches) if without else batches
         while run.done < until:
             rate = run.learning_rate()
-            figures = train_step(run, itertools.islice(stream, run.config.optim.accumulation))
+            figures = train_step(run, of_update(stream))
             run.count()
             yield figures | {"learning_rate": rate}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.batch import PairBatch
-from dpo.data.order import Order, Place, run_order
+from dpo.data.order import Place, run_order
 from dpo.encode import Inputs
 from dpo.models.family import TextEncoding
 from dpo.objective import SHAPES, PairTerms, slope
@@ -81,8 +81,8 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
     wanted = {id(pair) for pair in chosen}
     size = _norm(total)
     number = iter(found)
-    for _, batch in _batches(run):
-        mine = list(islice(number, len(batch)))
+    for place, batch in _batches(run):
+        mine = list(islice(number, place.pairs))
         if not any(id(pair) in wanted for pair in mine):
             continue
         inputs = run.encoder.inputs(batch)
@@ -122,13 +122,13 @@ def keys_between(run: Run, first: int, last: int) -> set[int]:
     """The keys of the pairs of updates `first` to `last`, none of which is made yet. Reads pairs, decodes nothing."""
     start = run.position + (first - 1 - run.done) * run.nominal
     stop = run.position + (last - run.done) * run.nominal
-    places = run_order(run.source, Order(run.config.runtime.seed, start, run.config.optim.batch_size, stop))
-    return {run.source[i].key for place in places for i in place.indices}
+    places = run_order(run.source, run.order(start, stop))
+    return {run.source[i].key for place in places for i in place.indices[: place.pairs]}
 
 
 def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
     """The micro-batches of the run's next update, and where each stands."""
-    order = Order(run.config.runtime.seed, run.position, run.config.optim.batch_size, run.position + run.nominal)
+    order = run.order(run.position, run.position + run.nominal)
     with closing(run.batches()) as batches:
         yield from zip(run_order(run.source, order), batches, strict=False)  # the batches have no end
 
@@ -151,7 +151,7 @@ def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list
             batch.keys.tolist(), batch.captions, batch.dropped.tolist(), rows, batch.prob.tolist(), batch.usable.tolist(),
             place.indices, strict=True,
         )
-    ]  # fmt: skip
+    ][: place.pairs]  # fmt: skip
 
 
 def _rank(value: float | None) -> float:

@@ -24,7 +24,7 @@ def pictures(run: Run, pair: OnePair) -> list[Image.Image]:
     Those of a prepared store are what the VAE makes of the latents it holds.
     """
     at = pair.place.indices.index(pair.index)
-    only = Place(pair.place.position + at, [pair.index], [pair.place.epochs[at]])
+    only = Place(pair.place.position + at, [pair.index], [pair.place.epochs[at]], size=pair.place.size)
     decoding, store = Decoding.of(run.config.data, run.config.runtime.seed), of_store(run.source)
     if store is not None:
         stream = reader.read(store, [only], decoding)

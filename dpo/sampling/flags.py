@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 LARGEST = 16384  # pixels of a side
@@ -75,6 +76,13 @@ def above(least: int) -> Callable[[str], int]:
 
     whole.__name__ = "whole number"
     return whole
+
+
+def not_below_0(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+    return value
 
 
 def seed(text: str) -> int:

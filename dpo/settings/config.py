@@ -158,6 +158,9 @@ class Data:
     max_image_mib: int = option(
         256, "an image file larger than this is left out, as an unreadable one is", unit="MiB", low=1, resume="said"
     )
+    buckets: bool = option(
+        False, "cut each pair to one of a few shapes of the square's area, the nearest to its own (docs/data.md)"
+    )
 
 
 @dataclass(frozen=True)
@@ -461,6 +464,23 @@ class Output:
         resume="free",
     )
     model_card: bool = option(True, "write README.md with method, data, settings and figures", resume="free")
+    keep_best: bool = option(
+        False,
+        "the weights of the best held-out accuracy are the result: half of the held-out pairs choose, the others are reported",
+        resume="said",
+    )
+    patience: int | None = option(
+        None,
+        "with keep_best: held-out accuracies without gain that end the run; none: it makes all its updates",
+        unit="accuracies",
+        low=1,
+        resume="said",
+    )
+    run_name: str | None = option(
+        None,
+        "name of the run at W&B and on its pages; its folder is runs/NAME where --output is not given",
+        resume="free",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dpo.common import libraries
 from dpo.common.command import Parser
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
@@ -90,9 +91,13 @@ def _settled(
     named = {name: value for name, value in given.items() if name not in STARTS}
     changes, notes = compat.translate(named, start["compat"])
     notes += repeated
-    base = _base(start, changes, notes)
-    for one, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
-        if changes.get(one):
+    file = flat_settings(load_config(start["config"])) if start["config"] else {}
+    if changes.get("run_name", "none") not in NOTHING and "output" not in changes | file:
+        changes["output"] = f"runs/{changes['run_name']}"
+    base = _base(start, changes, file, notes)
+    notes += _untracked(base, changes) if start["compat"] else []
+    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(asked):
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone
@@ -107,6 +112,19 @@ def _settled(
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
     return config, notes + without_effect(flatten(config), changes, specs())
+
+
+def _untracked(base: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Leaves TensorBoard out of `base` where it is not installed and only a script's default asks for it; says so.
+
+    One that is asked for stops the run later: training.trackers.check.
+    """
+    if "tensorboard" in changes or not base.get("tensorboard") or libraries.is_there("tensorboard"):
+        return []
+    base["tensorboard"] = False
+    return [
+        f"--report_to tensorboard, the script's default: it is not installed, so it is left out: {libraries.TRACKING}"
+    ]
 
 
 def presets() -> dict[str, str]:
@@ -138,13 +156,14 @@ def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
         raise UserError(f"{flag} {path}: not TOML ({first_line(error)})") from None
 
 
-def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _base(
+    start: Mapping[str, Any], changes: Mapping[str, Any], file: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     """The settings that the flags change: a script's defaults, over them a preset's, over them those of a file.
 
     Without any start, model or data: those of the resumed run, or the tiny preset.
     """
     peer, preset = start["compat"], start["preset"]
-    file = flat_settings(load_config(start["config"])) if start["config"] else {}
     if not (peer or preset or start["config"] or changes.get("model") or changes.get("data")):
         file = _of_resumed_run(changes, notes)
         preset = None if file else "tiny"

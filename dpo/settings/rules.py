@@ -14,6 +14,7 @@ from dpo.methods import METHODS, own_settings
 from dpo.settings.fields import Spec, brief
 
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
+FOLDER = re.compile(r"[\w=+,-](?:[\w .=+,-]{0,98}[\w=+,-])?")  # on every system
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # read with --lora alone
 DRAWN = ("sample_every", "sample_prompts", "sample_seeds", "sample_steps", "sample_guidance", "sample_batch")
@@ -103,8 +104,25 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             "keep_encoded = on keeps one crop of each image, and crop = random cuts another in each epoch: leave one at auto or center",
         ),
         (
+            v.buckets and v.compile,
+            "compile makes code for minutes for each shape, and buckets has up to a dozen: leave --compile or --buckets out",
+        ),
+        (
+            v.buckets and v.gradient_release,
+            "gradient_release makes an update of one pass, and buckets needs a pass for each shape: leave one of them out",
+        ),
+        (
             v.steps is not None and v.epochs is not None,
             f"steps = {v.steps} and epochs = {brief(v.epochs)} both say how long a run is: give one",
+        ),
+        (
+            v.run_name is not None and not FOLDER.fullmatch(v.run_name),
+            f"run_name = {brief(v.run_name)}: it names a folder, so use letters, digits, spaces and . _ - = + , alone, and no dot or "
+            "space at its ends",
+        ),
+        (
+            v.keep_best and v.validate_every == 0,
+            "keep_best chooses by held-out accuracies, and validate_every = 0 makes none: leave one of them out",
         ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
@@ -129,6 +147,7 @@ def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
             "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
         ),
         (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
+        (v.keep_best, "cannot put the best weights back into shards: leave --keep-best out"),
     ]
 
 
@@ -173,6 +192,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (not v.caption_dropout, ("dropped_caption",), "without --caption-dropout"),
         (not v.push_to_hub, ("hub_id", "hub_public"), "without --push-to-hub"),
         (not v.samples, DRAWN, "with --no-samples"),
+        (not v.keep_best, ("patience",), "without --keep-best"),
     ]
     return [
         f"{spec.flag} has no effect {why}"

@@ -1,8 +1,9 @@
 """Build the embedded world: sprites -> autoencoder -> judges -> base pipeline -> preference pairs -> what ships.
 
-    python -m dpo.tiny.build                          # everything, about 1.5 h on two quiet cores; run again to resume
+    python -m dpo.tiny.build                          # everything, hours on two cores; run again to resume
     python -m dpo.tiny.build --stage vae              # one stage; `--stage judges` can run beside it in another terminal
-    python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline, minutes on one core: for tests, draws poorly
+    python -m dpo.tiny.build --stage unchanged        # only draw the shipped pictures of the unchanged model again
+    python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline: for tests, draws poorly
 
 Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the
 seed; the base stage also depends on its number of processes (their draws differ). build.json says what was built,
@@ -35,12 +36,13 @@ from transformers import CLIPTokenizer
 from dpo.common import command, files
 from dpo.drawing.draw import sample
 from dpo.tiny import judge, outcome
-from dpo.tiny.making import judges, loop, pairs, pipeline, sprites, text, vae
+from dpo.tiny.making import judges, loop, pairs, pipeline, sprites, text, unchanged, vae
 from dpo.tiny.making.scenes import CANVAS, PHRASES, Renderer, Scenes, World, caption, world
 from dpo.tiny.paths import ASSETS
 from dpo.tiny.world import COLOURS
 
 log = logging.getLogger("dpo.tiny")
+RECORD = "build.json"
 NOTICES = ("NOTICE", "LICENSE-fluent-emoji")
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "pillow", "numpy")
 BANK_SEED = 20
@@ -269,7 +271,7 @@ def build_pairs(job: Job) -> Figures:
 
 
 def publish(job: Job) -> Figures:
-    """Copy what ships to --out and write build.json beside it."""
+    """Copy what ships to --out."""
     job.out.mkdir(parents=True, exist_ok=True)
     for kind in ("pipeline", "pairs", "judges"):
         shutil.rmtree(job.out / kind, ignore_errors=True)
@@ -282,8 +284,18 @@ def publish(job: Job) -> Figures:
     if job.out.resolve() != ASSETS.resolve():
         for name in NOTICES:
             shutil.copyfile(ASSETS / name, job.out / name)
-    written = sorted(path for path in job.out.rglob("*") if path.is_file() and path.name != "build.json")
-    return {"sha256": {path.relative_to(job.out).as_posix(): files.checksum(path) for path in written}}
+    return {}
+
+
+def draw_unchanged(job: Job) -> Figures:
+    """The shipped pictures of the unchanged model, where it is the package's: a run is judged by no other's."""
+    return {"pictures": unchanged.draw(job.work / "unchanged") if job.out.resolve() == ASSETS.resolve() else 0}
+
+
+def sums(out: Path) -> dict[str, str]:
+    """The SHA-256 of every file that ships, by its path; of build.json, which holds them, none."""
+    written = sorted(path for path in out.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(out).as_posix(): files.checksum(path) for path in written}
 
 
 STAGES: dict[str, Callable[[Job], Figures]] = {
@@ -295,7 +307,9 @@ STAGES: dict[str, Callable[[Job], Figures]] = {
     "base": build_base,
     "pairs": build_pairs,
     "publish": publish,
+    "unchanged": draw_unchanged,
 }
+OF_SHIPPED = ("publish", "unchanged")  # always run: what they take may be another by now
 
 
 def run(processes: int, work: Callable[[int, Job], None], job: Job) -> None:
@@ -307,9 +321,9 @@ def run(processes: int, work: Callable[[int, Job], None], job: Job) -> None:
 
 
 def run_stage(name: str, job: Job) -> Figures:
-    """The figures of a stage, which runs unless they are there already. `publish` always runs: it only copies."""
+    """The figures of a stage, which runs unless they are there already, or it works on what ships."""
     path = job.work / "figures" / f"{name}.json"
-    if path.exists() and name != "publish":
+    if path.exists() and name not in OF_SHIPPED:
         return json.loads(path.read_text("utf-8"))
     began = time.monotonic()
     figures = STAGES[name](job) | {"minutes": round((time.monotonic() - began) / 60, 1)}
@@ -351,17 +365,20 @@ def build(arguments: list[str]) -> int:
     figures = {}
     for name in [options.stage] if options.stage else STAGES:
         figures[name] = run_stage(name, job)
-        log.info("%s: %s", name, json.dumps({key: value for key, value in figures[name].items() if key != "sha256"}))
+        log.info("%s: %s", name, json.dumps(figures[name]))
     if not options.stage:
         libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {
             "command": shlex.join(["python", "-m", "dpo.tiny.build", *arguments]),
             "seed": options.seed,
             "versions": {"python": platform.python_version()} | libraries,
-            "sha256": figures["publish"].pop("sha256"),
+            "sha256": sums(job.out),
             "stages": figures,
         }
-        files.write_text(job.out / "build.json", json.dumps(record, indent=1) + "\n")
+        files.write_text(job.out / RECORD, json.dumps(record, indent=1) + "\n")
+    elif options.stage == "unchanged" and (job.out / RECORD).is_file():
+        record = json.loads((job.out / RECORD).read_text("utf-8"))
+        files.write_text(job.out / RECORD, json.dumps(record | {"sha256": sums(job.out)}, indent=1) + "\n")
     return 0
 
 

@@ -17,9 +17,11 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
+from dpo.data.buckets import Buckets, find
 from dpo.data.contents import stamps
 from dpo.data.kept import keeping
 from dpo.data.loader import Reading
+from dpo.data.order import run_order
 from dpo.data.pairs import Source
 from dpo.data.sources import describe, open_sources
 from dpo.data.store import recorded
@@ -37,13 +39,27 @@ from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
 from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
-from dpo.training import agreement, checkpoint, cost, denoisers, flops, optimizer, start, stored, validation
+from dpo.training import (
+    agreement,
+    best,
+    checkpoint,
+    choice,
+    cost,
+    denoisers,
+    flops,
+    optimizer,
+    start,
+    stored,
+    validation,
+)
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
 from dpo.training.parallel import Processes, Reduced
 from dpo.training.run import Run, Speed
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
+
+LOOKED_AT = 16  # updates, for the share of holes
 
 log = logging.getLogger("dpo")
 
@@ -92,6 +108,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     if errors is not None:
         source = errors.covered(source)
 
+    buckets = find(config.data, model.side_factor, source)
+
     total = resolve.total_steps(config, len(source))
     for line in advice.length(config, len(source)):
         log.info("%s", line)
@@ -101,6 +119,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     counted = cost.count(config, model, live_reference=live, encoded=encoded)
     trained = cost.training(counted, config, total, len(source), processes.count)
     config = _rhythm(config, counted, trained, total, held_out_source)
+    best.check(config, held_out_source, total)
 
     layers = denoisers.make_policy(config, model.denoiser, begin.adapter)
     # What is sharded comes to the device block by block: whole it may not fit.
@@ -141,6 +160,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
             tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
         ),
         held_out=_held_out(config, held_out_source, step, encoder, compared, processes),
+        buckets=buckets,
         output=output,
         fingerprints=fingerprints,
         speed=Speed(
@@ -159,12 +179,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
-        if run.done >= run.total:
-            log.warning(
-                "update %d of %d was made before: nothing is trained; raise --steps to go on", run.done, run.total
-            )
-            keep_trained(run, saved)
-    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+    run.best = choice.begin(run, saved)
+    if saved is not None and (run.done >= run.total or run.ended):
+        log.warning(
+            "update %d of %d was made before: nothing is trained; raise %s to go on",
+            run.done, run.total, "--patience" if run.ended else "--steps",
+        )  # fmt: skip
+        keep_trained(run, saved)
+    elif saved is None and begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
         _say_noise(run)
     run.kept = keeping(
         config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position
@@ -172,8 +194,11 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     encoder.keep = None if run.kept is None else run.kept.put
     if METHODS[config.method.method].correction:
         log.info("correction table: %d entries for %d timesteps", *run.table.size())
+    if buckets is not None:
+        _tell_buckets(run, buckets)
     held = held_out_source.fingerprint if held_out_source is not None else "none"
     made = {**fingerprints, "held-out pairs": held, "updates made": run.done, "torch version": torch.__version__}
+    made |= {"buckets": digest(buckets.of.tobytes().hex())} if buckets else {}
     agreement.check_made(processes, run.config, made)
     return run
 
@@ -294,6 +319,21 @@ def _say_noise(run: Run) -> None:
         log.info("--compile: %s", stored.noise(run.step, run.encoder, run.batches(), cause, graded=True))
 
 
+def _tell_buckets(run: Run, buckets: Buckets) -> None:
+    """Logs the shapes of the pairs, what they cut away, and how much of the next updates' work goes to holes."""
+    log.info("%s", buckets.told())
+    order = replace(run.order(run.position, run.position + LOOKED_AT * run.nominal), rank=0)
+    places = list(run_order(run.source, order))
+    passes = len(places) * run.processes.count
+    log.info(
+        "buckets: %.1f passes of %d pairs an update, %.0f %% of them holes (fewer with a smaller --batch-size); FLOPs are "
+        "counted for the square",
+        passes / LOOKED_AT,
+        order.micro_batch,
+        100 - 100 * LOOKED_AT * run.nominal / (passes * order.micro_batch),
+    )
+
+
 def _recorded(
     config: Config, plan: schedule.Schedule, source: Source, weights: dict[str, str]
 ) -> recorded.RecordedErrors | None:
@@ -317,7 +357,9 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
     if held_out is None or every == 0:
         return change(config, validate_every=cost.USUAL if every is None else every)
     pairs, encoded = len(held_out), of_store(held_out) is not None
-    if every is None:
+    if every is None and config.output.keep_best:
+        every = max(1, steps // best.MEASURED)
+    elif every is None:
         every = cost.validate_every(counted, config, trained, steps, pairs, encoded=encoded)
     share = cost.validation_share(counted, config, trained, steps, pairs, every=every, encoded=encoded)
     hint = (
@@ -346,7 +388,8 @@ def _held_out(
     data = config.data
     assert data.resolution is not None, "decided when the model was loaded"
     reading = replace(Reading.of(data), workers=0)
+    buckets = find(data, encoder.model.side_factor, source)
     stream = held_out_batches(
-        source, config.optim.batch_size, data.resolution, reading, processes.rank, processes.count
+        source, config.optim.batch_size, data.resolution, reading, processes.rank, processes.count, buckets
     )
     return validation.encode_held_out(step, encoder, stream, data.validation_draws, compared, processes)

@@ -215,11 +215,16 @@ def _healthy_first(newest: list[Path]) -> list[Path]:
 
 def _diverged(folder: Path) -> bool:
     """Whether a checkpoint says so; one that cannot be read is found damaged later."""
+    return bool(read_state(folder).get("diverged"))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON object of a checkpoint, unverified; empty where it cannot be read."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(state, dict) and bool(state.get("diverged"))
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def set_aside(root: Path, resumed: Path, step: int) -> None:
@@ -244,11 +249,17 @@ def set_aside(root: Path, resumed: Path, step: int) -> None:
 
 
 def prune(root: Path, limit: int | None) -> None:
-    """Keeps the newest `limit` checkpoints (None or 0: all) and deletes the unfinished ones of killed writes."""
+    """Keeps the newest `limit` checkpoints (None or 0: all) and deletes the unfinished ones of killed writes.
+
+    What a newest one names as the best weights so far stays too.
+    """
     sweep(root, "step-*")
     if limit:
-        for path in listing(root)[:-limit]:
-            discard(path)
+        there = listing(root)
+        best = {(read_state(path).get("best") or {}).get("step") for path in there[-limit:]}
+        for path in there[:-limit]:
+            if path not in [folder_of(root, step) for step in best if step is not None]:
+                discard(path)
 
 
 def _leaves(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import itertools
 import logging
 import os
 import signal
@@ -22,12 +21,13 @@ from dpo.common import files, locks, machine
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
-from dpo.data.batch import PairBatch
+from dpo.data.batch import PairBatch, of_update
 from dpo.data.loader import of_dead_worker, worker_died
+from dpo.pages import afterwards
 from dpo.pages.figures import progress_fields
-from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE
+from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, read_run
 from dpo.settings.config import Config, Output, change, flatten, to_toml
-from dpo.training import build, checkpoint, judging, results, samples, summary, validation
+from dpo.training import build, checkpoint, choice, judging, results, samples, summary
 from dpo.training.folder import check_output, clear_output, folder_of
 from dpo.training.judging import Evaluate
 from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
@@ -35,6 +35,7 @@ from dpo.training.rescue import check_there, goes_on, is_logged, known, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
+from dpo.training.trackers import check as check_trackers
 from dpo.training.waiting import Waiting
 
 log = logging.getLogger("dpo")
@@ -170,6 +171,7 @@ def _again(config: Config, processes: Processes) -> Config:
 
 def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate, processes: Processes) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
+    check_trackers(config.output.tensorboard, config.output.wandb)
     if not processes.first:
         _help(build.build(config, notes, processes), train_step)
         return
@@ -186,6 +188,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
         remember(BEGUN)
         if run.resumed is not None:
             checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
+            choice.bring(run)
         with _tracking(run.output, run.config, run.done) as trackers:
             ending = _make(run, trackers, train_step)
             del run
@@ -223,7 +226,9 @@ class Ending(NamedTuple):
 def _tracking(output: Path, config: Config, done: int) -> Iterator[Trackers]:
     """The trackers of a run at update `done`, closed at the end of the block."""
     out = config.output
-    trackers = open_trackers(output, out.tensorboard, out.wandb, out.project, None, flatten(config), done or None)
+    trackers = open_trackers(
+        output, out.tensorboard, out.wandb, out.project, out.run_name, flatten(config), done or None
+    )
     try:
         yield trackers
     except BaseException:
@@ -244,10 +249,11 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
         updates(run, trackers, train_step, stop)
     with whole(run), _told_how_to_finish(run.output, run.done):
         run.processes.leave()
+        choice.keep(run)
         if compared:
             judging.prepare(run)
         written = results.write(run)
-        samples.write(run)
+        trackers.picture(run.done, samples.write(run))
         summary.report(run, *(("interrupted", NOT_COMPARED) if compared else ("finished", "")))
     return Ending(run.output, run.config.output, run.done, written, compared)
 
@@ -270,6 +276,8 @@ def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
     if ending.asked.push_to_hub:
         results.upload(ending.output, ending.asked, ending.written)
     log.info("done: %s", ending.output)
+    for line in afterwards.next_steps(read_run(ending.output)):
+        log.info("%s", line)
 
 
 @contextmanager
@@ -334,19 +342,19 @@ def _of_others(error: Exception) -> bool:
 
 def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: Iterator[PairBatch]) -> int:
     """Makes the updates, with what belongs to each; the number of pairs that could be used."""
-    out, optim = run.config.output, run.config.optim
+    out = run.config.output
     held_out: Figures = {}
     used, first = 0, run.done
     waiting = Waiting(batches, warns=run.device.type == "cuda")
     every = out.validate_every or run.total  # decided when the run was built
     shown = Progress(run.total, progress_fields, run.done, out.log_every)
     with shown if run.processes.first else nullcontext() as progress:
-        while run.done < run.total:
+        while run.done < run.total and not run.ended:
             if run.stopping:
                 raise Stopped
             began = time.monotonic()
             rate = run.learning_rate()
-            figures = train_step(run, itertools.islice(waiting, optim.accumulation))
+            figures = train_step(run, of_update(waiting))
             used += figures["pairs"]
             seconds = time.monotonic() - began
             figures |= {"learning_rate": rate, "pairs_per_s": run.nominal / seconds, "seconds": seconds}
@@ -355,18 +363,21 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
             figures["wait_share"] = waiting.share(seconds)
             figures["peak_memory_gib"] = peak_memory_gib(run.device)
             run.count()
-            last = run.done == run.total
+            last, better = run.done == run.total, False
             if is_logged(run):
                 trackers.log(run.done, figures)
             if run.held_out is not None and (run.done % every == 0 or last):
-                held_out = _held_out(run, run.held_out)
+                held_out, better = choice.measure(run, run.held_out)
                 trackers.event({"event": "validation", "step": run.done, **held_out})
+                last = last or run.ended
+                if last and trackers.logged < run.done:  # after an early end
+                    trackers.log(run.done, figures)
             if progress is not None:
                 progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
                 with whole(run):
-                    run.processes.once(samples.write, run)
-            if last or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
+                    trackers.picture(run.done, run.processes.once(samples.write, run))
+            if last or better or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 run.processes.once(_kept, run, held(run))
             elif run.updater.shards is not None and run.done == first + 1:
                 held(run)  # what cannot be put together shows now, not at the first checkpoint
@@ -387,10 +398,3 @@ def whole(run: Run, wanted: bool = True) -> Iterator[None]:
         yield
     finally:  # else what comes after an error could take weights of an earlier update for those of now
         run.whole_weights = None
-
-
-def _held_out(run: Run, pairs: validation.HeldOut) -> Figures:
-    """Held-out accuracy of the weights that are saved: the averaged ones, which is said, where there are any."""
-    with run.updater.averaged():
-        found = validation.accuracy(run.step, pairs)
-    return {**found, "weights": "averaged"} if run.updater.ema else found

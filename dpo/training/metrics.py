@@ -56,12 +56,14 @@ class StepMetrics:
         shape: str | None,
         scalars: Mapping[str, Tensor] | None = None,
         tables: Mapping[str, Tensor] | None = None,
+        nominal: int | None = None,
     ) -> dict:
         """The step's figures, by one transfer to the host; empties the accumulator.
 
         shape: of the pairwise loss, as in `summarise`; scalars: device tensors of one element, such as the gradient
         norm, read in the same transfer; they keep their names. tables: vectors [T] (DDE's table, its correction),
-        returned as their means `<name>_by_decile`.
+        returned as their means `<name>_by_decile`. nominal: pairs of the step, where the rows have more holes than those
+        of unusable pairs.
         """
         scalars, tables = scalars or {}, tables or {}
         rows = self.take()
@@ -69,6 +71,8 @@ class StepMetrics:
         packed = torch.cat([part.detach().to(rows.device, rows.dtype).reshape(-1) for part in parts]).cpu()
         pieces = packed.split([part.numel() for part in parts])
         figures = summarise(pieces[0].reshape(rows.shape), shape, self.timestep_count)
+        if nominal is not None:
+            figures["unusable_pairs"] = nominal - figures["pairs"]
         for name, piece in zip(scalars, pieces[1:]):
             figures[name] = _number(piece.item())
         for name, piece in zip(tables, pieces[1 + len(scalars) :]):

@@ -16,6 +16,7 @@ from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
 from dpo.data.sources import describe, open_source
@@ -92,6 +93,9 @@ def encode_pairs(
             "precision": _encoded_in(config.runtime),
         }
     )
+    if config.data.buckets:
+        assert config.data.resolution is not None, "decided when the model was loaded"
+        settings |= {"buckets": step_of(config.data.resolution, model.side_factor), "vae_scale": model.vae_scale}
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
@@ -114,6 +118,8 @@ def encode_pairs(
     make_folder(place, "--store")
     with locks.held(place, "--store"):
         fresh = fill.fill(task)
+    if task.cut.images:
+        log.info("buckets: %s", task.cut.told())
     log.info("%s: %s", place, f"finished, {_pairs_in(place)}" if fresh else "already finished, nothing to do")
     return fresh
 
@@ -239,6 +245,7 @@ def record_reference(
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
+        sizes=buckets.sizes if (buckets := find(config.data, model.side_factor, source)) else (),
         progress=progress_line("recorded", "draws of pairs"),
     )
     with locks.held(folder, "--store", "-{}-of-{}".format(*shard) if shard[1] > 1 else ""):

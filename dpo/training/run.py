@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.batches import batches
+from dpo.data.buckets import Buckets
 from dpo.data.kept import Kept
 from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
@@ -34,6 +34,9 @@ from dpo.training import agreement, optimizer, validation
 from dpo.training.graph import Graphs
 from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
+
+if TYPE_CHECKING:
+    from dpo.training.best import Best
 
 log = logging.getLogger("dpo")
 Figures: TypeAlias = dict[str, Any]  # an update's figures, as in metrics.jsonl: numbers and lists of numbers by name
@@ -89,8 +92,11 @@ class Run:
     processes: Processes = field(default_factory=Processes)
     stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
     stopping: bool = False  # one of several processes was asked to stop during the last update
+    best: Best | None = None  # the best weights so far, where they become the result
+    shown: int | None = None  # the update whose weights these are, where they are the best and not the last
     whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started
+    buckets: Buckets | None = None  # the shapes of the pairs, where not all are squares
     kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
@@ -100,6 +106,11 @@ class Run:
     def nominal(self) -> int:
         """Pairs per update over all processes, holes included."""
         return self.config.optim.pairs
+
+    @property
+    def ended(self) -> bool:
+        """Whether no update follows, though not all were made: held-out accuracy has not risen for long."""
+        return self.best is not None and self.best.ended
 
     @property
     def checkpoints(self) -> Path:
@@ -150,7 +161,7 @@ class Run:
         for total, share in zip((self.table.sums, self.table.counts), found):
             total.copy_(sum(share.unbind()))
         # Micro-batch j of the update is number j // count of process j % count: back into the order of one process.
-        dealt = found[2].view(self.processes.count, len(rows), self.config.optim.accumulation, -1)
+        dealt = found[2].view(self.processes.count, len(rows), -1, self.config.optim.batch_size)
         self.metrics.put(dealt.permute(1, 2, 0, 3).reshape(len(rows), -1).to(rows.dtype))
         usable, asked, unread = found[3].sum(0).long().tolist()
         self.stopping = bool(asked)
@@ -217,21 +228,32 @@ class Run:
 
         Close the generator to end its workers or thread.
         """
-        data, seed, processes = self.config.data, self.config.runtime.seed, self.processes
-        order = Order(seed, self.position, self.config.optim.batch_size, rank=processes.rank, world=processes.count)
-        reading = replace(Reading.of(data), shared=processes.count > 1)
+        data, seed, count = self.config.data, self.config.runtime.seed, self.processes.count
+        reading = replace(Reading.of(data), shared=count > 1)
+        order = self.order(self.position)
         found = batches(self.source, order, Decoding.of(data, seed), reading, self.recorded, self.kept)
-        return found if processes.count == 1 else self._dealt(found)
+        return found if count == 1 else self._dealt(found)
+
+    def order(self, start: int, stop: int | None = None) -> Order:
+        """The order of this process's micro-batches from one position to another; None: without end."""
+        return Order(
+            self.config.runtime.seed,
+            start,
+            self.config.optim.batch_size,
+            stop,
+            self.processes.rank,
+            self.processes.count,
+            self.nominal,
+            self.buckets,
+        )
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
-        """The micro-batches, of which every accumulation-th has the gradients summed over the processes."""
+        """The micro-batches, of which the last one of each update has the gradients summed over the processes."""
         policy = self.step.policy
         with closing(found):
-            for number in itertools.count(1):
-                if (batch := next(found, None)) is None:
-                    return
+            for batch in found:
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
                 if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
-                    policy.reduces(number % self.config.optim.accumulation == 0)
+                    policy.reduces(batch.last)
                 yield batch

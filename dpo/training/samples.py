@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dpo.common.console import part
 from dpo.common.errors import UserError
 from dpo.common.files import write_whole
 from dpo.common.words import first_line
@@ -94,17 +95,20 @@ def _present(run: Run) -> Iterator[tuple[Model, list[Tensor]]]:
 def _sampled(run: Run, pipe: Pipeline, batch: int, frugal: bool) -> list[Image.Image] | None:
     out = run.config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
+    tasks = list(itertools.product(prompts(run), out.sample_seeds))
     try:
-        return draw.sample(
-            pipe,
-            list(itertools.product(prompts(run), out.sample_seeds)),
-            device=run.device,
-            steps=out.sample_steps,
-            guidance=out.sample_guidance,
-            batch=batch,
-            autocast=run.step.autocast,
-            frugal=frugal,
-        )
+        with part("sample images", len(tasks)) as told:
+            return draw.sample(
+                pipe,
+                tasks,
+                device=run.device,
+                steps=out.sample_steps,
+                guidance=out.sample_guidance,
+                batch=batch,
+                autocast=run.step.autocast,
+                frugal=frugal,
+                told=told,
+            )
     except torch.OutOfMemoryError as error:
         fewer = "" if batch == 1 else ", or draw fewer at a time with --sample-batch 1"
         log.warning(
@@ -153,6 +157,7 @@ def write(run: Run) -> Path | None:
         first = [image for path in _before_paths(run) if (image := grid.read_picture(path)) is not None]
         if len(first) == len(drawn):
             columns = {"before": first, **columns}
+    step = run.done if run.shown is None else run.shown
     return grid.write_grid(
-        run.output / SAMPLES / f"step-{run.done:08d}.png", prompts(run), run.config.output.sample_seeds, columns
+        run.output / SAMPLES / f"step-{step:08d}.png", prompts(run), run.config.output.sample_seeds, columns
     )

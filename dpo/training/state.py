@@ -14,7 +14,7 @@ from dpo.common.errors import UserError
 from dpo.methods import METHODS
 from dpo.settings import resolve, rules
 from dpo.settings.config import Config, change, flatten, from_mapping, of_before, specs
-from dpo.training import checkpoint
+from dpo.training import best, checkpoint
 from dpo.training.run import Run
 
 TRAINED = ("method", "optim", "lora")  # the groups of settings that say how the weights were made
@@ -87,6 +87,7 @@ def contents(run: Run, found: Held) -> tuple[dict[str, dict[str, Tensor]], dict[
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
         **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
+        **({"best": run.best.as_json()} if run.best is not None else {}),
     }
     return tensors, state
 
@@ -104,6 +105,8 @@ def snapshot(run: Run, found: Held | None = None, *, emergency: bool = False, di
     if diverged:
         state |= {"diverged": True}
     checkpoint.save(path, tensors, state)
+    if run.best is not None and run.best.step == run.done:
+        run.best.checksums = best.weights_of(path)
     if not emergency:
         checkpoint.prune(run.checkpoints, run.config.output.checkpoints_limit)
     return path

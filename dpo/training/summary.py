@@ -17,6 +17,7 @@ from dpo.models.ready import WEIGHTS
 from dpo.pages.began import MADE_FROM
 from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
+from dpo.training import choice
 from dpo.training.run import Figures, Run
 
 log = logging.getLogger("dpo")
@@ -51,7 +52,8 @@ def report(run: Run, status: str, reason: str = "") -> None:
     summary = {
         "status": status,
         "reason": reason,
-        "steps": run.total,
+        "steps": run.done if run.ended else run.total,
+        "kept": choice.told(run),
         "seconds": time.time() - run.started,
         "processes": run.processes.count,
         "device": device_name(run.device),
@@ -123,5 +125,5 @@ def _write_pages(output: Path, model_card: bool) -> None:
 def _as_trained(run: Run, now: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run that this process found complete: what its training left, and how it stands now."""
     before = read_run(run.output).summary
-    kept = {name: before[name] for name in now if name in before and name not in ("status", "reason", "steps")}
-    return now | kept
+    new = {"status", "reason", "steps"} | ({"kept"} if now["kept"] is None else set())
+    return now | {name: before[name] for name in now if name in before and name not in new}

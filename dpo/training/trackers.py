@@ -14,16 +14,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
+from PIL import Image
+
+from dpo.common import libraries
+from dpo.common.errors import UserError
 from dpo.common.files import write_text
+from dpo.common.words import first_line
+from dpo.drawing.grid import read_picture
 from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
+
+PICTURE = "samples"  # the name of the grid of sample images at the trackers
 
 log = logging.getLogger("dpo")
 
 
 class Sink(NamedTuple):
-    """One further destination: `scalars(step, flat)` and `close()`."""
+    """One further destination: `scalars(step, flat)`, `picture(step, image)` and `close()`."""
 
     scalars: Callable[[int, dict[str, float]], None]
+    picture: Callable[[int, Image.Image], None]
     close: Callable[[], None]
 
 
@@ -47,6 +57,12 @@ class Trackers:
         if "step" in event:
             numbers = flat_numbers({key: value for key, value in event.items() if key not in ("event", "step")})
             self._scalars(event["step"], {f"{event['event']}/{key}": value for key, value in numbers.items()})
+
+    def picture(self, step: int, path: Path | None) -> None:
+        """Shows the grid of sample images in the file `path` with update `step`; nothing where there is none."""
+        image = read_picture(path) if path is not None and self._sinks else None
+        for sink in self._sinks if image is not None else ():
+            sink.picture(step, image)
 
     def close(self) -> None:
         """Flushes and closes every destination."""
@@ -72,10 +88,10 @@ def open_trackers(
     config: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
 ) -> Trackers:
-    """Opens the destinations of a run; one that was asked for and is not available costs one warning, not the run.
+    """Opens the destinations of a run. Raises UserError for one that was asked for and is not to be had.
 
     resume_step: None begins metrics.jsonl anew; k keeps its lines up to step k and drops those of updates that are made
-    again.
+    again. Then W&B that cannot be reached costs one warning, not the run, which may have been started again by night.
     """
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +103,7 @@ def open_trackers(
     lines = path.open(
         "a", encoding="utf-8", newline="\n"
     )  # first: it tells a run that was killed below from others' files
-    sinks = []
+    sinks: list[Sink | None] = []
     if tensorboard:
         sinks.append(_open_tensorboard(folder, resume_step))
     if wandb:
@@ -130,14 +146,20 @@ def _finite(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 
 
-def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
+def check(tensorboard: bool, wandb: bool) -> None:
+    """Raises UserError for a tracker that is asked for and not installed: before hours of training, not after."""
+    for name, asked in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if asked and not libraries.is_there(name):
+            raise UserError(f"--{name}: {name} is not installed: {libraries.TRACKING}; or leave --{name} out")
+
+
+def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        log.warning(
-            "TensorBoard is not available (%s): install tensorboard; the run goes on with %s.", error, METRICS_FILE
-        )
-        return None
+        raise UserError(
+            f"--tensorboard: cannot be imported ({first_line(error)}): {libraries.TRACKING}; or leave --tensorboard out"
+        ) from error
     purge = None if resume_step is None else resume_step + 1
     writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
 
@@ -145,7 +167,10 @@ def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink | None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(scalars, writer.close)
+    def picture(step: int, image: Image.Image) -> None:
+        writer.add_image(PICTURE, np.asarray(image), step, dataformats="HWC")
+
+    return Sink(scalars, picture, writer.close)
 
 
 def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any], resumed: bool) -> Sink | None:
@@ -158,8 +183,15 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
         run = wandb.init(project=project, name=run_name, config=config, dir=str(folder), id=run_id, resume="allow")
         write_text(id_file, run_id + "\n")
     except Exception as error:  # the client raises its own kinds for a missing key, network or service
-        log.warning(
-            "W&B is not available (%s: %s); the run goes on with %s.", type(error).__name__, error, METRICS_FILE
-        )
+        why = f"{type(error).__name__}: {first_line(error)}"
+        if not resumed:
+            raise UserError(
+                f"--wandb: W&B cannot be used ({why}): log in with wandb login, set WANDB_MODE=offline, or leave --wandb out"
+            ) from error
+        log.warning("W&B cannot be used (%s); the run goes on with %s.", why, METRICS_FILE)
         return None
-    return Sink(lambda step, numbers: run.log(numbers, step=step), run.finish)
+    return Sink(
+        lambda step, numbers: run.log(numbers, step=step),
+        lambda step, image: run.log({PICTURE: wandb.Image(image)}, step=step),
+        run.finish,
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dpo.common.console import part
 from dpo.common.stats import share_interval
 from dpo.data.batch import PairBatch
 from dpo.encode import Encoder, Inputs
@@ -40,18 +41,25 @@ class HeldOut:
 
 
 @torch.no_grad()
-def _errors(step: PairStep, batches: list[Inputs], draws: int, sizes: list[int], processes: Processes) -> Tensor:
-    """Errors [S, 2, N] (win, lose) of the policy in `step`, for S draws of N pairs, in fp32 or wider, on the device."""
+def _errors(
+    what: str, step: PairStep, batches: list[Inputs], draws: int, sizes: list[int], processes: Processes
+) -> Tensor:
+    """Errors [S, 2, N] (win, lose) of the policy in `step`, for S draws of N pairs, in fp32 or wider, on the device.
+
+    what: the name of this work, for the line that says how far it is.
+    """
     alone = replace(step, reference=None)
     zero = torch.zeros_like(step.weight)
     rows = []
-    for draw in range(draws):
-        found = []
-        for batch in batches:
-            x = batch.to(zero.device)
-            errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
-            found.append(pad(errors[:2], (0, sizes[0] - errors.shape[1])))
-        rows.append(torch.stack(found))  # [rounds, 2, B]
+    with part(what, draws * len(batches)) as told:
+        for draw in range(draws):
+            found = []
+            for number, batch in enumerate(batches, draw * len(batches) + 1):
+                x = batch.to(zero.device)
+                errors = alone.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors
+                found.append(pad(errors[:2], (0, max(sizes) - errors.shape[1])))
+                told(number)
+            rows.append(torch.stack(found))  # [rounds, 2, B]
     every = processes.tensors(torch.stack(rows))  # [processes, S, rounds, 2, B]
     in_order = every.permute(1, 3, 2, 0, 4).flatten(2, 3)  # [S, 2, batches of all, B]
     return torch.cat([in_order[:, :, number, :size] for number, size in enumerate(sizes)], dim=2)
@@ -72,9 +80,11 @@ def encode_held_out(
     """
     processes = processes or Processes()
     encoded, own = [], []
-    for batch in batches:
-        encoded.append(x := encoder.inputs(batch).to("cpu"))
-        own.append((batch.position, x.keys, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
+    with part("held-out pairs encoded", None) as told:
+        for batch in batches:
+            encoded.append(x := encoder.inputs(batch).to("cpu"))
+            own.append((batch.position, x.keys, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
+            told(sum(len(keys) for _, keys, _, _ in own))
     by_round = zip(*processes.objects(own), strict=True)
     there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
     if not any(usable for _, _, usable in there.values()):
@@ -83,14 +93,14 @@ def encode_held_out(
         step = replace(step, policy=reference)
     keys, labelled = (torch.cat([pairs[part] for pairs in there.values()]) for part in (0, 1))
     sizes = [len(pairs[0]) for pairs in there.values()]
-    errors = _errors(step, encoded, draws, sizes, processes)
+    errors = _errors("held-out reference errors", step, encoded, draws, sizes, processes)
     return HeldOut(encoded, keys, labelled, sizes, errors, draws, step.path.timesteps, processes)
 
 
 def differences(step: PairStep, held_out: HeldOut) -> Tensor:
     """d [S, N] of the N labelled pairs (without ties and pairs that cannot be used) in each of S draws, on the CPU."""
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
-    errors = _errors(there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
+    errors = _errors("held-out accuracy", there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
     errors = errors - held_out.reference_errors
     return (errors[:, 0] - errors[:, 1]).cpu()[:, held_out.labelled]
 
@@ -105,7 +115,11 @@ def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    d = differences(step, held_out).mean(0)
+    return figures(differences(step, held_out).mean(0))
+
+
+def figures(d: Tensor) -> dict[str, float | list[float]]:
+    """The same of pairs whose mean differences are `d` [N]."""
     right = implicit_accuracy(d)
     count = len(d)
     low, high = share_interval(float(right.sum()), count)

@@ -126,6 +126,15 @@ def test_flags_that_do_nothing_are_refused(words, said, tmp_path, capsys):
     assert code == 2 and said in wrote and len(wrote.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+def test_more_pairs_than_anybody_trains_on_are_refused_before_an_image_is_opened(
+    ranking, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dpo.pairing.work.AT_MOST", 19)
+    monkeypatch.setattr("dpo.pairing.look.decode", lambda data: pytest.fail("an image was opened"))
+    code, said = paired(capsys, ranking, *LOW, output=tmp_path / "out")
+    assert code == 2 and "16 images in 4 groups make 20 pairs, more than 19: take --pair best-worst" in said
+
+
 def test_rankings_without_a_pair_say_why(tmp_path, capsys):
     path = make_ranking(tmp_path, prompts=1)
     for text, words in [
@@ -147,7 +156,7 @@ def test_a_look_at_any_set(tmp_path, capsys, monkeypatch):
     found = summary(tmp_path / "look")
     assert (found["pairs"], found["captions"], found["images_looked_at"]) == (7, 7, 13) and found["source"]["ties"] == 2
     assert [line.split(" ", 1)[1].split(",")[0][:22] for line in found["warnings"]] == [
-        "images cannot be read", "pairs are few", "of 13 images are small",
+        "images cannot be read", "pairs are few", "of 13 images have a si",
     ]  # fmt: skip
     text = (tmp_path / "look/pairs.html").read_text(encoding="utf-8")
     shown = Page(text)

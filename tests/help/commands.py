@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,8 +40,8 @@ class Said(NamedTuple):
         return [line for line in self.log if " WARNING " in line and word in line]
 
 
-def command(capsys, *words: object) -> Said:
-    """Runs `python -m dpo.train words...` in this process, and restores the logger afterwards."""
+def quietly(main: Callable[[list[str]], int], capsys, *words: object) -> tuple[int, str]:
+    """Runs a command's `main` in this process: its exit code and what it wrote to stderr. The logger is as before."""
     log = logging.getLogger("dpo")
     before = log.handlers[:], log.level, log.propagate
     capsys.readouterr()
@@ -48,7 +49,13 @@ def command(capsys, *words: object) -> Said:
         code = main([str(word) for word in words])
     finally:
         log.handlers[:], log.level, log.propagate = before
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    return code, capsys.readouterr().err
+
+
+def command(capsys, *words: object) -> Said:
+    """Runs `python -m dpo.train words...` in this process, and restores the logger afterwards."""
+    code, wrote = quietly(main, capsys, *words)
+    lines = [line for line in wrote.splitlines() if line.strip()]
     logged = [line for line in lines if LOG_LINE.match(line)]
     return Said(code, logged, [line for line in lines if line not in logged])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,14 @@ from PIL import Image
 from dpo import sample
 from dpo.common import locks
 from dpo.drawing.protocol import Protocol
+from tests.help.commands import quietly
 
 QUICK = ("--steps", "2", "--guidance", "2", "--sheets", "0", "--device", "cpu")
 
 
 def drawn(capsys, *words: object) -> tuple[int, str]:
     """Runs `python -m dpo.sample words...`: its exit code and what it wrote to stderr; the logger is restored."""
-    log = logging.getLogger("dpo")
-    before = log.handlers[:], log.level, log.propagate
-    capsys.readouterr()
-    try:
-        code = sample.main([str(word) for word in words])
-    finally:
-        log.handlers[:], log.level, log.propagate = before
-    return code, capsys.readouterr().err
+    return quietly(sample.main, capsys, *words)
 
 
 def files(folder: Path) -> dict[str, bytes]:

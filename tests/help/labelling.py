@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dpo import label
+from tests.help.commands import quietly
 from tests.help.drawing import files
 
 GREY = ("--scorers", "tests.help.judges:Grey")
@@ -19,14 +19,7 @@ GREY = ("--scorers", "tests.help.judges:Grey")
 
 def labelled(capsys, *words: object, output: Path) -> tuple[int, str]:
     """Runs `python -m dpo.label words... --output output`: its exit code and what it wrote to stderr."""
-    log = logging.getLogger("dpo")
-    before = log.handlers[:], log.level, log.propagate
-    capsys.readouterr()
-    try:
-        code = label.main([*map(str, words), "--output", str(output)])
-    finally:
-        log.handlers[:], log.level, log.propagate = before
-    return code, capsys.readouterr().err
+    return quietly(label.main, capsys, *words, "--output", output)
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

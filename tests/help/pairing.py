@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import csv
-import logging
 from pathlib import Path
 
 import numpy as np
 
 from dpo import pairs
+from tests.help.commands import quietly
 from tests.help.worlds import draw, encode
 
 
 def paired(capsys, *words: object, output: Path) -> tuple[int, str]:
     """Runs `python -m dpo.pairs words... --output output`: its exit code and what it wrote to stderr."""
-    log = logging.getLogger("dpo")
-    before = log.handlers[:], log.level, log.propagate
-    capsys.readouterr()
-    try:
-        code = pairs.main([*map(str, words), "--output", str(output)])
-    finally:
-        log.handlers[:], log.level, log.propagate = before
-    return code, capsys.readouterr().err
+    return quietly(pairs.main, capsys, *words, "--output", output)
 
 
 def make_ranking(folder: Path, prompts: int = 4, size: tuple[int, int] = (32, 32)) -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import torch
 
 from dpo.common.files import write_text
+from dpo.data.batch import of_update
 from dpo.pages.folder import CONFIG_FILE
 from dpo.settings.config import to_toml
 from dpo.settings.flags import parse
@@ -32,7 +32,7 @@ def advance(run: Run, updates: int) -> list[dict]:
     batches = run.batches()
     figures = []
     for _ in range(updates):
-        figures.append(train_step(run, itertools.islice(batches, run.config.optim.accumulation)))
+        figures.append(train_step(run, of_update(batches)))
         run.done += 1
         run.position += run.nominal
     batches.close()

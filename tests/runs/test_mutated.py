@@ -23,7 +23,7 @@ from PIL import Image
 
 from dpo import evaluate, prepare
 from dpo.common.errors import UserError
-from dpo.data.images import square
+from dpo.data.images import fitted
 from dpo.data.pairs import BadImage
 from dpo.data.sources import open_source
 from dpo.data.store import recorded
@@ -79,7 +79,7 @@ def pairs(name: str) -> Callable[[Path], object]:
             pair = source[index]
             for image in (pair.win, pair.lose):
                 with suppress(BadImage):  # one pair is left out and counted
-                    square(image.load(), 16)
+                    fitted(image.load(), (16, 16))
 
     return read
 

@@ -174,12 +174,18 @@ def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, capsys, monkey
 # --- asked for and not available
 
 
-def test_xformers_wandb_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
+def test_wandb_that_is_not_installed_stops_the_run_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = command(capsys, "--wandb", "--output", tmp_path / "out")
+    check_refused(said, ["--wandb", "not installed", "diffusion-dpo[tracking]"])
+    assert said.log == [] and not (tmp_path / "out").exists()
+
+
+def test_xformers_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
     monkeypatch.setattr("dpo.models.denoiser.find_spec", lambda name: None)
-    said = command(capsys, *start, "--steps", "1", "--attention", "xformers", "--wandb", "--push-to-hub")
+    said = command(capsys, *start, "--steps", "1", "--attention", "xformers", "--push-to-hub")
     assert said.code == 0 and said.errors == []
-    for word in ("xformers is not installed", "W&B", "not uploaded to the hub"):
+    for word in ("xformers is not installed", "not uploaded to the hub"):
         assert len(said.warnings(word)) == 1, said.log
     assert (tmp_path / "out" / "model_index.json").is_file()
 

@@ -25,6 +25,7 @@ from dpo.common.words import excerpt, first_line
 FORMAT = 1
 INDEX = "store.json"
 NOT_ALWAYS = ("encoders",)  # settings that stores of earlier versions lack: not compared then
+UNNAMED = {"buckets": 0}  # what an index without this name means
 PREPARE_AGAIN = "delete its store.json and shards, and prepare it again"
 SEAL = "checksum"  # the key under which a JSON file of a store carries the digest of its rest
 DTYPES = {
@@ -161,7 +162,7 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
 
 
 TABLE_PREFIXES = (
-    "pair_", "bad_", "image_key", "image_crc", "image_micro", "caption_key", "caption_crc", "caption_end", "caption_text",
+    "pair_", "bad_", "image_key", "image_crc", "image_micro", "image_end", "caption_key", "caption_crc", "caption_end", "caption_text",
 )  # fmt: skip
 
 

@@ -7,14 +7,15 @@ bytes each. Pairs that were left out for an unreadable image are tried again: se
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +25,17 @@ from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data import labelled
 from dpo.data.ahead import read_ahead
+from dpo.data.buckets import Cut, of_pair, shapes
 from dpo.data.contents import state
-from dpo.data.images import STOPPED, Micro, check_bad, square, unreadable
+from dpo.data.images import STOPPED, Micro, Size, check_bad, fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
 from dpo.data.store.files import (
-    LATENTS,
     NOT_ALWAYS,
     NOWHERE,
-    TEXT,
     TWICE,
+    UNNAMED,
     read_index,
-    row_crcs,
     sweep_away,
     tables_crc,
     write_index,
@@ -43,31 +43,10 @@ from dpo.data.store.files import (
 )
 from dpo.data.store.known import AlreadyStored, Known, image_key, known
 from dpo.data.store.mended import holes, in_order, same_files, stamp
+from dpo.data.store.shard import Encode, PairRow, Shard
 
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
-
-
-class Encode(Protocol):
-    """The encoders: pixels and captions to what is stored, on the CPU and in the store's dtype."""
-
-    @property
-    def image_batch(self) -> int:
-        """Images encoded at once."""
-        ...
-
-    @property
-    def text_batch(self) -> int:
-        """Captions encoded at once."""
-        ...
-
-    def images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w]."""
-        ...
-
-    def captions(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """N captions -> hidden [N, S, D], and for SDXL pooled [N, P]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,24 +66,17 @@ class Filling:
     first: int = 0  # this process encodes the pairs first..last-1 of the source
     last: int | None = None  # None: to the source's end
     progress: Callable[[int, int], None] = lambda done, total: None
+    cut: Cut = field(default_factory=Cut)  # counts the images of pairs with buckets
 
+    @property
+    def buckets(self) -> bool:
+        return bool(self.settings.get("buckets"))
 
-# Key, win, lose, caption, prob, group. Win and lose are the images' hashes until the images have rows.
-PairRow = tuple[int, int, int, int, float, int]
-
-
-@dataclass
-class Shard:
-    """What a shard holds, while it is being made."""
-
-    pairs: list[PairRow] = field(default_factory=list)
-    image_keys: list[int] = field(default_factory=list)
-    latents: list[tuple[Tensor, ...]] = field(default_factory=list)  # batches of mean, std (and both when mirrored)
-    micro: list[Micro] = field(default_factory=list)
-    bad: dict[int, str] = field(default_factory=dict)  # image key -> what is wrong
-    again: Collection[int] = ()  # keys of images that were unreadable before
-    files: dict[int, tuple[int, str]] = field(default_factory=dict)  # image key -> `state`, of the bad and `again`
-    captions: list[str] = field(default_factory=list)
+    @functools.cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """The shapes that images are cut to."""
+        side = self.settings["resolution"]
+        return shapes(side, self.settings["buckets"]) if self.buckets else ((side, side),)
 
 
 def fill(task: Filling) -> bool:
@@ -185,8 +157,8 @@ def _about(task: Filling, shards: list[dict[str, Any]]) -> dict[str, Any]:
 def _check(task: Filling, index: Mapping[str, Any]) -> None:
     if "parts" in index:
         raise UserError(f"{task.folder} was merged from parts: add data to a part of its own, then merge again")
-    for name, value in task.settings.items():
-        found = index["settings"].get(name)
+    for name, value in (UNNAMED | dict(task.settings)).items():
+        found = (UNNAMED | index["settings"]).get(name)
         if found != value and not (found is None and name in NOT_ALWAYS):
             raise UserError(
                 f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"
@@ -225,14 +197,14 @@ def _mended(
             if shard.image_keys or shard.pairs:
                 entry = _write(task, index, number, upto[-1] if upto else task.first, shard)
                 entry["instead"] = [row for row, good in zip(taken, whole, strict=True) if good]
-                yield entry | {"mended": {str(key): shard.files[key] for key in shard.image_keys if key in again}}
+                yield entry | {"mended": {str(key): shard.files[key] for key in shard.mended}}
             images.settle()
 
 
 def _write(task: Filling, index: Mapping[str, Any], number: int, upto: int, shard: Shard) -> dict[str, Any]:
     """Writes the next shard, of the pairs before `upto` of source `number`; its entry for the index."""
     name = f"{len(index['shards']):06d}.safetensors"
-    entry = write_shard(task.folder / name, tensors := _tensors(shard, task.encode))
+    entry = write_shard(task.folder / name, tensors := shard.tensors(task.encode, task.buckets))
     entry |= {"source": number, "upto": upto, "pairs": len(shard.pairs), "bad": len(shard.bad)}
     entry |= {"images": len(shard.image_keys), "captions": len(shard.captions), "crc": tables_crc(tensors)}
     files = {str(key): shard.files[key] for key in shard.bad}
@@ -287,7 +259,6 @@ def _collect(
 ) -> int:
     """Gives every pair of a shard its rows and encodes new images; the number of images in the store afterwards."""
     waiting: deque[tuple[int, ImageRef, str, Future[Decoded]]] = deque()
-    decoded: list[Tensor] = []
     rows: list[PairRow] = []
     begin, text_rows = next_image, len(captions.keys)
 
@@ -298,103 +269,56 @@ def _collect(
             try:
                 pixels, micro = future.result()
             except BadImage as error:
-                images.recent[key] = NOWHERE
-                shard.bad[key] = unreadable(image, caption, error)
-                shard.files[key] = state(image)
+                plain = image_key(image)  # in another shape it is unreadable too
+                images.recent |= {name: NOWHERE for name in (key, plain) if images.get(name) is None}
+                shard.bad[plain] = unreadable(image, caption, error)
+                shard.files[plain] = state(image)
                 if task.stop_at_bad:
-                    raise UserError(STOPPED.format(shard.bad[key])) from error
-                log.warning("left out: %s", shard.bad[key])
+                    raise UserError(STOPPED.format(shard.bad[plain])) from error
+                log.warning("left out: %s", shard.bad[plain])
                 continue
             images.recent[key] = next_image
             next_image += 1
-            if key in shard.again:
-                shard.files[key] = state(image)
-            shard.image_keys.append(key)
-            shard.micro.append(micro)
-            decoded.append(torch.stack(pixels))
-            if len(decoded) == task.encode.image_batch:
-                shard.latents.append(_encode(task.encode, decoded))
-                decoded.clear()
+            if shard.again and (plain := image_key(image)) in shard.again:
+                shard.files[plain] = state(image)
+                shard.mended.append(plain)
+            shard.add(key, torch.stack(pixels), micro, task.encode)
 
     pending: set[int] = set()
     for i, pair in pairs:
-        win, lose = image_key(pair.win), image_key(pair.lose)
+        bucket = of_pair(task.sizes, pair, task.max_mib, task.cut) if task.buckets else 0
+        size = task.sizes[bucket]
+        win, lose = (image_key(image, None if size[0] == size[1] else size) for image in (pair.win, pair.lose))
         if embedded_twice(pair):
             log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
             win = lose = caption_key(SAME)
             images.recent |= {} if images.get(win) else {win: TWICE}  # a hole, as it is from the images
         for key, image in ((win, pair.win), (lose, pair.lose)):
             if key not in pending and images.get(key) is None:
+                if images.get(image_key(image)) == NOWHERE:
+                    images.recent[key] = NOWHERE
+                    continue
                 pending.add(key)
-                waiting.append((key, image, pair.caption, pool.submit(_decode, image, task)))
+                waiting.append((key, image, pair.caption, pool.submit(_decode, image, size, task)))
         text = caption_key(pair.caption)
         if captions.get(text) is None:
             captions.recent[text] = text_rows + len(shard.captions)
             shard.captions.append(pair.caption)
         group = int(task.source.groups[i]) if task.source.groups is not None else 0
-        rows.append((pair.key, win, lose, captions.row(text), float(task.source.prob[i]), group))
+        rows.append((pair.key, win, lose, captions.row(text), float(task.source.prob[i]), group, bucket))
         finish(2 * (task.encode.image_batch + task.workers))
     finish(0)
-    if decoded:
-        shard.latents.append(_encode(task.encode, decoded))
+    shard.finish(task.encode)
     assert next_image - begin == len(shard.image_keys)
-    shard.pairs += [
-        (key, images.row(win), images.row(lose), text, prob, group) for key, win, lose, text, prob, group in rows
-    ]
+    shard.pairs += [(row[0], images.row(row[1]), images.row(row[2]), *row[3:]) for row in rows]
     return next_image
 
 
 Decoded = tuple[list[Tensor], Micro]
 
 
-def _decode(image: ImageRef, task: Filling) -> Decoded:
+def _decode(image: ImageRef, size: Size, task: Filling) -> Decoded:
     """An image's pixels (and those of its mirror image, where the store has them) and its `Micro`. Raises BadImage."""
-    data, settings = image.load(task.max_mib), task.settings
-    found = [square(data, settings["resolution"], flip=flip) for flip in (False, True)[: 1 + settings["flip"]]]
+    data = image.load(task.max_mib)
+    found = [fitted(data, size, flip=flip) for flip in (False, True)[: 1 + task.settings["flip"]]]
     return [pixels for pixels, _ in found], found[0][1]
-
-
-def _encode(encode: Encode, decoded: list[Tensor]) -> tuple[Tensor, ...]:
-    """N images [1 or 2, 3, H, W], the second mirrored -> mean, std (and both of the mirrored images) [N, C, h, w]."""
-    found: list[Tensor] = []
-    for pixels in torch.stack(decoded, dim=1):
-        found += encode.images(pixels)
-    return tuple(found)
-
-
-def _tensors(shard: Shard, encode: Encode) -> dict[str, Tensor]:
-    """The content of a shard's file. Raises UserError for encodings that are not finite in the store's dtype."""
-    columns = list(zip(*shard.pairs, strict=True)) or [()] * 6
-    found = {
-        name: torch.tensor(values, dtype=dtype)
-        for (name, dtype), values in zip(
-            {
-                "pair_key": torch.int64, "pair_win": torch.int64, "pair_lose": torch.int64, "pair_caption": torch.int64,
-                "pair_prob": torch.float32, "pair_group": torch.int32,
-            }.items(),
-            columns,
-            strict=True,
-        )
-    }  # fmt: skip
-    found["bad_key"] = torch.tensor(list(shard.bad), dtype=torch.int64)
-    if shard.image_keys:
-        found["image_key"] = torch.tensor(shard.image_keys, dtype=torch.int64)
-        found["image_micro"] = torch.tensor(shard.micro, dtype=torch.int32)
-        stacked = [torch.cat(parts) for parts in zip(*shard.latents, strict=True)]
-        found |= dict(zip(LATENTS, stacked))
-        found["image_crc"] = row_crcs(stacked, len(shard.image_keys))
-    if shard.captions:
-        batches = [shard.captions[i : i + encode.text_batch] for i in range(0, len(shard.captions), encode.text_batch)]
-        encoded = [torch.cat(parts) for parts in zip(*map(encode.captions, batches), strict=True)]
-        texts = [caption.encode("utf-8", "surrogatepass") for caption in shard.captions]
-        found |= dict(zip(TEXT, encoded))
-        found["caption_key"] = torch.tensor([caption_key(caption) for caption in shard.captions], dtype=torch.int64)
-        found["caption_end"] = torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0)
-        found["caption_text"] = torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8).clone()
-        found["caption_crc"] = row_crcs(encoded, len(shard.captions))
-    for name in (*LATENTS, *TEXT):
-        if name in found and not found[name].isfinite().all():
-            raise UserError(
-                f"{name.split('_')[0]} encodings are not finite in {found[name].dtype}: prepare with --dtype bf16 or fp32"
-            )
-    return found

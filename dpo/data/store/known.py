@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from dpo.data.images import Size
 from dpo.data.pairs import ImageRef
 from dpo.data.store.files import NOWHERE, check_shard, open_shard
 
 
-def image_key(image: ImageRef) -> int:
-    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path."""
+def image_key(image: ImageRef, size: Size | None = None) -> int:
+    """A signed 64-bit hash of an image's path (and place in that file), or of its uid where it has no path.
+
+    size: the shape that it is cut to; None for the square.
+    """
     # realpath: of a link to itself Path.resolve raises
     name = f"path\0{os.path.realpath(image.path)}" if image.path is not None else f"uid\0{image.uid}"
     name += f"\0{image.span[0]}" if image.span else ""
+    name += "\0{} x {}".format(*size) if size else ""
     return int.from_bytes(
         hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from csrc_triton.philox import Stream, uniform
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.images import Size
 from dpo.data.order import Place
 from dpo.data.pairs import caption_key
 from dpo.data.store.files import LATENTS, TEXT
@@ -30,7 +31,7 @@ def read(
     Raises DamagedStore.
     """
     reader, pin = _Reader(store, decoding, recorded), torch.cuda.is_available()
-    made = (reader.batch(*place) for place in places)
+    made = (reader.batch(place) for place in places)
     stream = read_ahead((batch.pin_memory() if pin else batch for batch in made), READ_AHEAD)
     try:
         yield from stream
@@ -45,13 +46,13 @@ class _Reader:
         self.store, self.decoding, self.recorded = store, decoding, recorded
         self.empty = int(np.flatnonzero(store.contents.caption_hash == EMPTY)[0])
 
-    def batch(self, position: int, indices: Sequence[int], epochs: Sequence[int]) -> PairBatch:
-        """The batch of the pairs at `indices` [B] of the source, in these epochs [B]."""
+    def batch(self, place: Place) -> PairBatch:
+        """The micro-batch at this place, of B pairs."""
         store, inside = self.store, self.store.contents
-        pairs = store.pairs[np.asarray(indices)]
-        keys, epoch = torch.from_numpy(inside.key[pairs]), torch.tensor(epochs, dtype=torch.int64)
+        pairs = store.pairs[np.asarray(place.indices)]
+        keys, epoch = torch.from_numpy(inside.key[pairs]), torch.tensor(place.epochs, dtype=torch.int64)
         draws = epoch if self.recorded is None else self.recorded.draws(keys, epoch)
-        usable = torch.from_numpy((inside.win[pairs] >= 0) & (inside.lose[pairs] >= 0))
+        usable = torch.from_numpy((inside.win[pairs] >= 0) & (inside.lose[pairs] >= 0)) & place.usable().bool()
         prob = torch.from_numpy(inside.prob[pairs])
         prob = torch.where(prob == 1.0, torch.tensor(1.0 - store.smoothing, dtype=torch.float32), prob)
         images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]])]
@@ -61,7 +62,7 @@ class _Reader:
         if self.decoding.caption_dropout > 0:
             dropped = uniform(keys, draws, Stream.DROPOUT, self.decoding.seed, 1)[:, 0] < self.decoding.caption_dropout
             captions = [self.empty if drop else row for row, drop in zip(captions, dropped.tolist(), strict=True)]
-        mean, std = self._latents(images, keys, draws)
+        mean, std = self._latents(images, keys, draws, place.size)
         names = TEXT[: 2 if inside.has_pooled else 1]
         return PairBatch(
             keys=keys,
@@ -70,21 +71,22 @@ class _Reader:
             usable=usable.float(),
             captions=[inside.text(row) for row in captions],
             dropped=dropped,
-            micro=inside.micro(images),
-            position=position,
+            micro=inside.micro(images, place.size),
+            position=place.position,
             epoch=int(epoch[0]),
             latent_mean=mean,
             latent_std=std,
             text=tuple(inside.rows("caption", names, captions)),
             recorded=None if self.recorded is None else self.recorded.errors(pairs, draws),
+            last=place.last,
         )
 
-    def _latents(self, images: list[int], keys: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    def _latents(self, images: list[int], keys: Tensor, draws: Tensor, size: Size | None) -> tuple[Tensor, Tensor]:
         """Mean and std [2B, C, h, w] of the images; with `decoding.flip` half of the pairs (keyed) are mirrored."""
         inside = self.store.contents
         if not self.decoding.flip:
-            mean, std = inside.rows("image", LATENTS[:2], images)
+            mean, std = inside.rows("image", LATENTS[:2], images, size)
             return mean, std
-        found = inside.rows("image", LATENTS, images)
+        found = inside.rows("image", LATENTS, images, size)
         mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
         return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

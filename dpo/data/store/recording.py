@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -17,6 +18,8 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.words import digest
 from dpo.data.batch import Decoding, PairBatch
+from dpo.data.buckets import Buckets
+from dpo.data.images import Size
 from dpo.data.order import Order, run_order
 from dpo.data.store.files import (
     DamagedStore,
@@ -51,6 +54,7 @@ class Recording:
     decoding: Decoding  # its seed decides the order of the pairs too
     shard: tuple[int, int] = (0, 1)  # this process and the number of processes
     block: int = BLOCK_PAIRS
+    sizes: tuple[Size, ...] = ()  # the shapes of a store with buckets
     progress: Callable[[int, int], None] = lambda done, total: None
 
 
@@ -98,7 +102,8 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
     """The entry of a piece, recorded block by block; None while blocks of other processes are missing.
 
     The batches are those of a training run over these pairs from its start, so that a run of the same batch size has
-    exactly these; the last one may reach into the next epoch.
+    exactly these; the last one may reach into the next epoch. With buckets they have its shapes and length, and the pairs
+    of a block are sorted by shape.
     """
     contents, size = task.contents, task.batch_size
     pairs = StoreSource(contents, np.arange(piece.begin, piece.end), 0.0)
@@ -142,13 +147,29 @@ def _block(
     begun = path.with_suffix(".begun.safetensors")
     found = list(filter(None, [_kept(begun, "is recorded again")]))
     done = sum(len(part["pair"]) for part in found)
-    order = Order(task.decoding.seed, positions.start + done, task.batch_size, positions.stop)
-    stream = read(pairs, run_order(pairs, order), task.decoding)
+    order = Order(
+        task.decoding.seed,
+        positions.start,
+        task.batch_size,
+        positions.stop,
+        update=len(positions),
+        buckets=Buckets(task.sizes, task.contents.bucket[pairs.pairs]) if task.contents.bucket is not None else None,
+    )
+    places = list(run_order(pairs, order))
+    before = itertools.accumulate((place.pairs for place in places), initial=0)
+    places = [place for place, count in zip(places, before, strict=False) if count >= done]
+    stream = read(pairs, places, task.decoding)
     try:
-        for (_, indices, epochs), batch in zip(run_order(pairs, order), stream, strict=True):
-            errors = task.errors(batch).float().cpu()
-            found.append({"pair": torch.tensor(indices), "draw": torch.tensor(epochs), "errors": errors})
-            done += len(indices)
+        for place, batch in zip(places, stream, strict=True):
+            errors, n = task.errors(batch).float().cpu(), place.pairs
+            found.append(
+                {
+                    "pair": torch.tensor(place.indices[:n]),
+                    "draw": torch.tensor(place.epochs[:n]),
+                    "errors": errors[:, :n],
+                }
+            )
+            done += n
             said(done)
     except KeyboardInterrupt:
         if found:

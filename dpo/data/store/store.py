@@ -19,16 +19,15 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.files import Mapped, checksum
 from dpo.common.words import digest
-from dpo.data.labels import SAME_BYTES, UNREADABLE
+from dpo.data.images import Size
 from dpo.data.pairs import ImageRef, Pair, Source, Subset
 from dpo.data.store.files import (
     INDEX,
     LATENTS,
     NOT_ALWAYS,
-    NOWHERE,
     PREPARE_AGAIN,
     TEXT,
-    TWICE,
+    UNNAMED,
     DamagedStore,
     check_shard,
     crc,
@@ -38,6 +37,7 @@ from dpo.data.store.files import (
     write_index,
 )
 from dpo.data.store.mended import in_order
+from dpo.data.store.parts import counted, of_order
 from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
@@ -76,6 +76,7 @@ class Contents:
     prob: np.ndarray  # [n] fp32, before smoothing
     group: np.ndarray | None  # [n] int32, where the pairs were read in groups
     window: int | None
+    bucket: np.ndarray | None  # [n] int32, where the images have several shapes
     caption_hash: np.ndarray  # [captions] int64
     summary: Mapping[str, int]
     fingerprint: str
@@ -91,11 +92,11 @@ class Contents:
         mapped.check()
         return tensors
 
-    def rows(self, kind: str, names: Sequence[str], rows: Sequence[int]) -> list[Tensor]:
+    def rows(self, kind: str, names: Sequence[str], rows: Sequence[int], size: Size | None = None) -> list[Tensor]:
         """A tensor [N, ...] for each name, of the images or captions at `rows` [N]; zero where the row is -1.
 
-        kind: "image" or "caption"; names: of files.LATENTS or files.TEXT. Raises DamagedStore when a row fails its
-        checksum.
+        kind: "image" or "caption"; names: of files.LATENTS or files.TEXT; size: pixels of these images, None for the
+        square. Raises DamagedStore when a row fails its checksum.
         """
         where = self.images if kind == "image" else self.captions
         all_names = [name for name in (LATENTS if kind == "image" else TEXT) if name in self._names(kind)]
@@ -107,13 +108,21 @@ class Contents:
                 continue
             number, at = where.find(row)
             shard = self.shard(number)
-            if crc(*(shard[name][at] for name in all_names)) != int(shard[f"{kind}_crc"][at]):
+            if crc(*(self._row(shard, name, at) for name in all_names)) != int(shard[f"{kind}_crc"][at]):
                 raise DamagedStore(
                     f"{self.shards[number]} was altered: {kind} {at} has another checksum; {PREPARE_AGAIN}"
                 )
             for values, name in zip(found, names, strict=True):
-                values.append(shard[name][at])
-        return [_stack(values, self._like(kind, name)) for values, name in zip(found, names, strict=True)]
+                values.append(self._row(shard, name, at))
+        return [_stack(values, self._like(kind, name, size)) for values, name in zip(found, names, strict=True)]
+
+    def _row(self, shard: Mapping[str, Tensor], name: str, at: int) -> Tensor:
+        """One row of a tensor: latents of several shapes lie one after another."""
+        if name not in LATENTS or self.bucket is None:
+            return shard[name][at]
+        end = shard["image_end"]
+        high, wide = (int(side) // self.settings["vae_scale"] for side in shard["image_micro"][at, 4:])
+        return shard[name][int(end[at - 1]) if at else 0 : int(end[at])].view(-1, high, wide)
 
     @property
     def has_pooled(self) -> bool:
@@ -129,8 +138,11 @@ class Contents:
     def _names(self, kind: str) -> frozenset[str]:
         return frozenset(self._first(kind))
 
-    def _like(self, kind: str, name: str) -> Tensor:
-        return self._first(kind)[name][:1]
+    def _like(self, kind: str, name: str, size: Size | None) -> Tensor:
+        """A row of zeros."""
+        row = self._row(self._first(kind), name, 0)
+        scale = size and [side // self.settings["vae_scale"] for side in size]
+        return torch.zeros(row.shape[:-2] + torch.Size(scale) if scale else row.shape, dtype=row.dtype)
 
     def text(self, row: int) -> str:
         """The caption at a row."""
@@ -141,10 +153,13 @@ class Contents:
             "utf-8", "surrogatepass"
         )
 
-    def micro(self, rows: Sequence[int]) -> Tensor:
-        """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut square where the row is -1."""
-        side = self.settings["resolution"]
-        plain = torch.tensor([side, side, 0, 0, side, side])
+    def micro(self, rows: Sequence[int], size: Size | None = None) -> Tensor:
+        """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut image where the row is -1.
+
+        size: pixels of these images, None for the square.
+        """
+        size = size or (self.settings["resolution"],) * 2
+        plain = torch.tensor([*size, 0, 0, *size])
         places = [self.images.find(row) if row >= 0 else None for row in rows]
         return torch.stack(
             [plain if place is None else self.shard(place[0])["image_micro"][place[1]].long() for place in places]
@@ -152,8 +167,7 @@ class Contents:
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:
-    empty = torch.zeros(like.shape[1:], dtype=like.dtype)
-    return torch.stack([value if value.numel() else empty for value in values])
+    return torch.stack([value if value.numel() else like for value in values])
 
 
 @dataclass(frozen=True)
@@ -232,6 +246,9 @@ def _suit(contents: Contents, data: Data) -> None:
         raise UserError(f"{where} holds centre crops: --crop random needs the images themselves")
     if data.flip and not settings["flip"]:
         raise UserError(f"{where} has no mirrored images: leave out --flip, or prepare with --flip")
+    if data.buckets != bool((UNNAMED | dict(settings))["buckets"]):
+        have, change = ("squares", "prepare with --buckets") if data.buckets else ("buckets", "give --buckets")
+        raise UserError(f"{where} holds {have}: {change}, or {'leave it out' if data.buckets else 'prepare without'}")
     if data.resolution not in (None, settings["resolution"]):
         raise UserError(
             f"{where} holds images of {settings['resolution']} pixels: --resolution {data.resolution} needs another store"
@@ -249,21 +266,22 @@ def read_contents(folder: Path) -> Contents:
         [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
     )
     for where, part in parts:
-        for name, value in part["settings"].items():
-            first = parts[0][1]["settings"].get(name)
+        for name, value in (UNNAMED | part["settings"]).items():
+            first = (UNNAMED | parts[0][1]["settings"]).get(name)
             if first != value and not (first is None and name in NOT_ALWAYS):
                 raise UserError(
                     f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike"
                 )
     entries = [(where / entry["file"], entry) for where, part in parts for entry in part["shards"]]
+    bucketed = ("bucket",) if parts[0][1]["settings"].get("buckets") else ()
     columns: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("key", "win", "lose", "caption", "prob", "group", "hash")
+        name: [] for name in ("key", "win", "lose", "caption", "prob", "group", "hash", *bucketed)
     }
     image_base = caption_base = 0
     for where, part in parts:
         for entry in part["shards"]:
             shard = _tables(where / entry["file"], entry)
-            for name in ("key", "prob", "group"):
+            for name in ("key", "prob", "group", *bucketed):
                 columns[name].append(shard[f"pair_{name}"].numpy().copy())
             for name in ("win", "lose"):
                 rows = shard[f"pair_{name}"].numpy()
@@ -273,7 +291,7 @@ def read_contents(folder: Path) -> Contents:
         image_base += sum(entry["images"] for entry in part["shards"])
         caption_base += sum(entry["captions"] for entry in part["shards"])
     table = {name: np.concatenate(values) for name, values in columns.items()}
-    group, window = _groups(parts, table["group"])
+    group, window = of_order(parts, table["group"])
     order = in_order([part["shards"] for _, part in parts])
     return Contents(
         folder=folder,
@@ -291,8 +309,9 @@ def read_contents(folder: Path) -> Contents:
         prob=table["prob"],
         group=group,
         window=window,
+        bucket=table.get("bucket"),
         caption_hash=table["hash"],
-        summary=_summary(parts, table["win"][order], table["lose"][order]),
+        summary=counted(parts, table["win"][order], table["lose"][order]),
         fingerprint=digest(*(entry["sha256"] for _, entry in entries)),
     )
 
@@ -307,26 +326,6 @@ def _tables(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
     if tables_crc(shard) != entry["crc"]:
         raise DamagedStore(f"{path} was altered: its tables have another checksum; {PREPARE_AGAIN}")
     return shard
-
-
-def _groups(parts: Sequence[tuple[Path, Mapping[str, Any]]], group: np.ndarray) -> tuple[np.ndarray | None, int | None]:
-    """`groups` and `window` of the source, which decide the order of an epoch; (None, None) for several sources."""
-    sources = [source for _, part in parts for source in part["sources"]]
-    if len({source["fingerprint"].split(":")[0] for source in sources}) != 1 or not sources[0]["groups"]:
-        return None, None
-    return group, sources[0]["window"]
-
-
-def _summary(parts: Sequence[tuple[Path, Mapping[str, Any]]], win: np.ndarray, lose: np.ndarray) -> dict[str, int]:
-    """The counts of all sources, summed; a source that was cut into parts counts once. And those of the holes."""
-    summaries = {
-        source["fingerprint"].split(":")[0]: source["summary"] for _, part in parts for source in part["sources"]
-    }
-    total: dict[str, int] = {}
-    for summary in summaries.values():
-        total |= {name: total.get(name, 0) + count for name, count in summary.items()}
-    holes = {UNREADABLE: np.sum((win == NOWHERE) | (lose == NOWHERE)), SAME_BYTES: np.sum(win == TWICE)}
-    return total | {name: int(count) for name, count in holes.items() if count}
 
 
 def _finished(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from dpo.common.console import Progress, duration, setup
+from dpo.common.console import Progress, duration, part, setup
 from dpo.pages.figures import progress_fields
 
 METRICS = {
@@ -44,8 +44,17 @@ def play(total, terminal, start=0, log_every=1, width=160):
 def test_terminal_line_has_all_that_was_promised(library_log):
     text = play(3, terminal=True)
     last = text.split("\r")[-1]
-    for part in ("3/3", "loss 0.6543", "acc 0.625", "margin +0.087", "12.3 pairs/s", "MFU 31.2%", "21.2 GiB", "ETA 0s"):
-        assert part in last
+    for field in (
+        "3/3",
+        "loss 0.6543",
+        "acc 0.625",
+        "margin +0.087",
+        "12.3 pairs/s",
+        "MFU 31.2%",
+        "21.2 GiB",
+        "ETA 0s",
+    ):
+        assert field in last
     assert text.count("\n") <= 1
 
 
@@ -84,6 +93,71 @@ def test_setup_twice_does_not_double_lines(library_log):
     library_log.info("quiet")
     library_log.warning("heard")
     assert out.getvalue().count("heard") == 1 and "quiet" not in out.getvalue()
+
+
+class Clock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def play_parts(terminal, seconds, around=False, level="info"):
+    """Four parts of a work, each of so many seconds; around: between two updates of five seconds of a run of four."""
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=160, color_system=None, legacy_windows=False)
+    setup(level, console)
+
+    def parts():
+        with part("held-out accuracy", 4, console, clock) as told:
+            for done in range(1, 5):
+                clock.now += seconds
+                told(done)
+
+    if not around:
+        parts()
+        return out.getvalue()
+    with Progress(4, lambda _: ["loss 0.7"], 0, 1, console, clock) as progress:
+        for step in (1, 2):
+            clock.now += 5
+            progress.update(step, {})
+            parts()
+        clock.now += 5
+        progress.update(3, {})
+    return out.getvalue()
+
+
+def test_a_part_that_takes_long_says_how_far_it_is(library_log):
+    lines = [line.split("INFO ")[1] for line in play_parts(terminal=False, seconds=20).splitlines()]
+    assert lines == ["held-out accuracy 2/4  ETA 40s", "held-out accuracy 4/4  ETA 0s"]  # after 30 s without a line
+    assert play_parts(terminal=False, seconds=1) == ""
+    assert "held-out accuracy 1/4  ETA 1m 00s" in play_parts(terminal=True, seconds=20)
+
+
+def test_a_part_of_unknown_length_says_what_is_done(library_log):
+    out, clock = io.StringIO(), Clock()
+    setup("info", Console(file=out, force_terminal=False))
+    with part("held-out pairs encoded", None, Console(file=out, force_terminal=False), clock) as told:
+        clock.now += 31
+        told(96)
+    assert out.getvalue().rstrip().endswith("INFO held-out pairs encoded 96")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_part_between_updates_is_on_their_line_and_no_time_of_theirs(library_log, terminal):
+    text = play_parts(terminal, seconds=100, around=True)
+    shown = text.split("\r") if terminal else text.splitlines()
+    third = [line for line in shown if "loss 0.7" in line and "3/4" in line][-1]
+    assert "ETA 5s" in third  # one update of five seconds is left, not of a hundred
+    assert any("held-out accuracy 2/4" in line and ("1/4" in line or not terminal) for line in shown)
+    assert not terminal or text.count("\n") <= 1
+
+
+def test_a_part_is_not_shown_by_processes_that_log_no_such_lines(library_log):
+    assert play_parts(terminal=True, seconds=20, level="error") == ""
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from dpo.common.stats import at_most, exact_interval, share_interval
+from dpo.common.stats import at_most, bradley_terry, exact_interval, share_interval
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,14 @@ def test_the_exact_interval_by_hand():
 @pytest.mark.parametrize(("few", "count", "p"), [(0, 5, 0.2), (5, 5, 0.9), (3, 40, 0.1), (500, 1000, 0.5), (2, 9, 0.0)])
 def test_at_most_is_the_binomial_distribution(few, count, p):
     assert at_most(few, count, p) == pytest.approx(binom.cdf(few, count, p))
+
+
+def test_strengths_of_two_players_are_their_log_odds_and_make_the_wins_likeliest():
+    wins = np.array([[[0, 3.0], [1, 0]], [[0, 1.0], [1, 0]]])
+    np.testing.assert_allclose(bradley_terry(wins), [[0, -math.log(3)], [0, 0]], atol=1e-8)
+    wins = np.random.default_rng(0).integers(1, 9, (1, 5, 5)).astype(float)
+    wins[0, range(5), range(5)] = 0
+    (theta,) = bradley_terry(wins)
+    won = (wins[0] + wins[0].T) / (1 + np.exp(theta[None, :] - theta[:, None]))
+    np.testing.assert_allclose(won.sum(1), wins[0].sum(1), rtol=1e-6)
+    assert theta[0] == 0

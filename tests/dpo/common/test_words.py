@@ -6,7 +6,8 @@ from dpo.common.words import LISTED, SHOWN, excerpt, excerpt_of_path, first_line
 def test_the_first_line_of_an_error():
     assert first_line(ValueError("  one\ntwo")) == "one"
     assert first_line(ValueError("\n\none\n")) == "one"
-    assert first_line(ValueError("x" * 1000)) == "x" * 300
+    assert first_line(ValueError("x" * 1000)) == "x" * 300 + " ..."
+    assert set(first_line(ValueError("word " * 200)).split()) == {"word", "..."}
     assert first_line(KeyError()) == "KeyError"
 
 

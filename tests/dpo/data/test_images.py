@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFile
 
 from dpo.data import images
-from dpo.data.images import decode, square
+from dpo.data.images import decode, fitted
 from dpo.data.pairs import BadImage, ImageRef
 from tests.help import worlds
 
@@ -36,7 +36,7 @@ def png(image, **options):
 @pytest.mark.parametrize("kind", worlds.ODDITIES)
 def test_every_kind_of_file_shows_the_same_picture(kind):
     image = picture()
-    pixels, micro = square(worlds.encode(image.copy(), kind), 32)
+    pixels, micro = fitted(worlds.encode(image.copy(), kind), (32, 32))
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
     assert micro == (32, 48, 0, 8, 32, 32)
     wanted = np.asarray(image.crop((8, 0, 40, 32)).convert("L"), dtype=float)
@@ -50,7 +50,7 @@ def test_every_kind_of_file_shows_the_same_picture(kind):
 def test_alpha_lies_over_white():
     image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     image.paste((10, 20, 30, 255), (0, 0, 16, 32))
-    pixels, _ = square(png(image), 32)
+    pixels, _ = fitted(png(image), (32, 32))
     assert (pixels[:, :, 16:] == 255).all()
     assert pixels[:, 5, 5].tolist() == [10, 20, 30]
 
@@ -69,7 +69,7 @@ def test_palette_transparency_lies_over_white_even_when_turned():
 
 def test_sixteen_bit_grey_keeps_its_shades():
     values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    pixels, _ = square(png(Image.fromarray(values)), 32)
+    pixels, _ = fitted(png(Image.fromarray(values)), (32, 32))
     assert torch.equal(pixels[0], torch.from_numpy(np.rint(values / 257.0).astype(np.uint8)))
 
 
@@ -108,12 +108,12 @@ def test_bad_images_say_why(kind, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(BadImage, match=reason):
-            square(worlds.encode(picture(), kind), 32)
+            fitted(worlds.encode(picture(), kind), (32, 32))
 
 
 def test_a_limit_on_pixels_is_checked_before_decoding():
     with pytest.raises(BadImage, match="48 x 32 pixels, more than 1000"):
-        square(worlds.encode(picture()), 32, max_pixels=1000)
+        fitted(worlds.encode(picture()), (32, 32), max_pixels=1000)
 
 
 def test_truncated_images_are_never_loaded_in_part():
@@ -121,14 +121,14 @@ def test_truncated_images_are_never_loaded_in_part():
     data = worlds.encode(picture(256, 256), "png")
     for end in range(100, len(data) - 20, len(data) // 7):
         with pytest.raises(BadImage):
-            square(data[:end], 32)
+            fitted(data[:end], (32, 32))
 
 
 @pytest.mark.parametrize("size", [(64, 32), (33, 71), (32, 32), (20, 90), (17, 16), (640, 480)])
 def test_cutting_while_resizing_equals_resizing_then_cutting(size):
     image = gradient(*size)
     for crop, uniforms in (("center", (0.5, 0.5)), ("random", (0.13, 0.81))):
-        pixels, (high, wide, top, left, *_) = square(png(image), 32, crop, uniforms)
+        pixels, (high, wide, top, left, *_) = fitted(png(image), (32, 32), crop, uniforms)
         assert (wide, high) == size
         scale = 32 / min(size)
         whole = image.resize((max(32, round(wide * scale)), max(32, round(high * scale))), Image.Resampling.LANCZOS)
@@ -137,28 +137,28 @@ def test_cutting_while_resizing_equals_resizing_then_cutting(size):
 
 
 def test_a_very_long_image_costs_no_more():
-    pixels, micro = square(png(gradient(20000, 2)), 256)
+    pixels, micro = fitted(png(gradient(20000, 2)), (256, 256))
     assert pixels.shape == (3, 256, 256) and micro[3] > 1_000_000
 
 
 def test_random_crops_reach_both_ends_and_stay_inside():
     for uniform, left in ((0.0, 0), (0.999999, 32)):
-        _, micro = square(png(gradient(64, 32)), 32, "random", (0.5, uniform))
+        _, micro = fitted(png(gradient(64, 32)), (32, 32), "random", (0.5, uniform))
         assert micro[2:4] == (0, left)
 
 
 def test_flip_mirrors_before_the_crop():
     image = gradient(64, 32)
-    plain, _ = square(png(image), 32, "random", (0.0, 0.0), flip=False)
-    flipped, micro = square(png(image), 32, "random", (0.0, 0.0), flip=True)
-    other_end, _ = square(png(image), 32, "random", (0.0, 0.999), flip=False)
+    plain, _ = fitted(png(image), (32, 32), "random", (0.0, 0.0), flip=False)
+    flipped, micro = fitted(png(image), (32, 32), "random", (0.0, 0.0), flip=True)
+    other_end, _ = fitted(png(image), (32, 32), "random", (0.0, 0.999), flip=False)
     assert micro[3] == 0
     assert torch.equal(flipped, other_end.flip(-1))
     assert not torch.equal(flipped, plain)
 
 
 def test_small_images_grow():
-    pixels, micro = square(png(gradient(7, 5)), 64)
+    pixels, micro = fitted(png(gradient(7, 5)), (64, 64))
     assert pixels.shape == (3, 64, 64) and micro[:2] == (5, 7)
 
 

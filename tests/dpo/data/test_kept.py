@@ -9,6 +9,7 @@ import torch
 from dpo.data import kept as module
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.kept import Kept, keeping
+from dpo.data.order import Place
 from dpo.settings.config import Data, Runtime
 
 PLAIN = Decoding(8, seed=0)
@@ -46,7 +47,7 @@ def test_a_batch_comes_back_in_any_order_once_all_were_seen_twice_and_came_out_e
     assert not kept.has([1, 0], [1, 1]), "nothing was encoded twice yet"
     kept.put(*encoded(1, 0))
     assert kept.has([1, 0], [3, 3]) and not kept.has([1, 2], [3, 3])
-    batch, (expected, mean, std, text) = kept.batch(8, [1, 0], [3, 3]), encoded(1, 0)
+    batch, (expected, mean, std, text) = kept.batch(Place(8, [1, 0], [3, 3])), encoded(1, 0)
     assert batch.pixels is None and (batch.position, batch.epoch, batch.draws.tolist()) == (8, 3, [3, 3])
     for name in ("keys", "prob", "usable", "micro", "dropped"):
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
@@ -59,7 +60,7 @@ def test_a_hole_is_remembered_with_its_reason():
     kept = memory()
     for _ in range(2):
         kept.put(*encoded(0, 1, bad=(1,)))
-    batch = kept.batch(0, [0, 1], [1, 1])
+    batch = kept.batch(Place(0, [0, 1], [1, 1]))
     assert (batch.usable.tolist(), batch.prob.tolist()) == ([1.0, 0.0], [0.75, 0.5])
     assert batch.bad == ((101, "image 1 is broken"),)
 
@@ -71,14 +72,14 @@ def test_a_hole_made_after_decoding_is_not_kept():
         kept.put(replace(batch, bad=()), *encoding)
     kept.put(*encoded(0, 1))
     kept.put(*encoded(0, 1))
-    assert kept.batch(0, [1], [1]).usable.tolist() == [1.0]
+    assert kept.batch(Place(0, [1], [1])).usable.tolist() == [1.0]
 
 
 def test_an_image_that_comes_or_goes_leaves_what_was_kept_first():
     kept = memory()
     for bad, shift in (((), 0.0), ((1,), 9.0), ((), 0.0), ((), 0.0)):
         kept.put(*encoded(0, 1, bad=bad, shift=shift if bad else 0.0) if not bad else encoded(1, bad=bad, shift=shift))
-    assert kept.has([0, 1], [1, 1]) and kept.batch(0, [1], [1]).usable.tolist() == [1.0]
+    assert kept.has([0, 1], [1, 1]) and kept.batch(Place(0, [1], [1])).usable.tolist() == [1.0]
 
 
 def test_nothing_is_kept_where_encoding_again_gives_other_bits(caplog):
@@ -96,7 +97,9 @@ def test_what_was_promised_is_given_after_that_too():
     kept.put(*encoded(0, 1))
     assert kept.has([0, 1], [1, 1])
     kept.put(*encoded(0, 1, shift=1.0))
-    assert not kept.has([0, 1], [2, 2]) and torch.equal(kept.batch(0, [0, 1], [1, 1]).latent_mean, encoded(0, 1)[1])
+    assert not kept.has([0, 1], [2, 2]) and torch.equal(
+        kept.batch(Place(0, [0, 1], [1, 1])).latent_mean, encoded(0, 1)[1]
+    )
 
 
 @pytest.mark.parametrize("flip, fits", [(False, True), (True, False)])

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dpo.pairing.choose import Rule, paired, preferred
+from dpo.pairing.choose import Rule, how_many, paired, preferred
 
 PROMPTS = [f"prompt {number}" for number in range(40)]
 PROMPT = np.tile(np.arange(40), 5)  # images of a prompt do not stand together
@@ -111,3 +111,10 @@ def test_no_image_is_in_more_pairs_than_wanted_whatever_order_the_rows_have():
     turned = preferred(["a"], group, scores[::-1], lambda image: str(19 - image), Rule("all", most=3))
     assert {(19 - a, 19 - b) for a, b in turned.pairs} == set(found.pairs)
     assert preferred(["a"], group, scores, str, Rule("all", most=3, seed=1)).pairs != found.pairs
+
+
+@pytest.mark.parametrize("pairing", ["all", "neighbours", "best-worst"])
+def test_pairs_are_counted_before_they_are_made(pairing):
+    scores = np.round(SCORES, 0)  # with ties
+    made = preferred(PROMPTS, PROMPT, scores, str, Rule(pairing))
+    assert how_many(PROMPT, scores, pairing) == len(made.pairs) > 30

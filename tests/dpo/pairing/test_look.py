@@ -51,3 +51,11 @@ def test_pairs_of_any_source_and_a_keyed_part_of_a_large_one(tmp_path):
         assert all(one.key == source[one.place].key and one.caption == source[one.place].caption for one in found)
         assert all(one.win.small.mean((0, 1))[0] > one.lose.small.mean((0, 1))[0] for one in found), "winners are red"
     assert chosen(source, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_large_set_is_read_by_a_few_row_groups(tmp_path):
+    source = open_source(Data(data=str(make_pickapic(tmp_path, 48, size=(8, 8), row_group_size=2))))
+    found = chosen(source, 30)
+    assert len(np.unique(source.groups[found])) <= look.UNITS and len(found) == 30 == len(set(found.tolist()))
+    found = chosen(source, 47)
+    assert len(np.unique(source.groups[found])) == look.UNITS and len(found) == 40, "fewer pairs than asked for"

@@ -120,7 +120,7 @@ def test_folders_by_stars(tmp_path, caplog):
             (tmp_path / place / name).with_suffix(".txt").write_text(text)
     found = read(Asked(tmp_path))
     assert told(found) == {"a": (5, "x", "x"), "b": (4.5, "x", "x")}
-    assert found.direction == "chosen is the one with the higher stars" and found.counts["without a prompt"] == 1
+    assert found.direction == "chosen is the one with more stars" and found.counts["without a prompt"] == 1
     assert "notes is no number of stars" in caplog.text
     assert told(read(Asked(tmp_path, prompt="y", higher_is_better=False)))["c"] == (1, "y", "y")
     with pytest.raises(UserError, match="names of columns are of tables"):

@@ -9,7 +9,6 @@ import pytest
 from dpo.data.labels import BLANK
 from dpo.data.pairs import InMemory
 from dpo.data.sources import open_source
-from dpo.pairing import warn
 from dpo.pairing.look import Broken, Looked, Seen
 from dpo.pairing.warn import FEW, MANY, Set, warnings
 from dpo.settings.config import Data
@@ -65,7 +64,7 @@ FAULTS = {
     "portraits": ([*clean(), *(pair(f"p{i}", image((64, 96))) for i in range(10))],
                   "10 of 220 images are far from square and lose 33% of their area"),
     "small": ([*clean(), *(pair(f"s{i}", image((63, 64))) for i in range(10))],
-              "10 of 220 images are smaller than 64 pixels (the smallest 63)"),
+              "10 of 220 images have a side below 64 pixels (the shortest 63) and would be enlarged"),
     "broken": ([*clean(), pair("x", Broken("not an image"))], "1 images cannot be read, the first: w"),
     "long": ([*clean(), pair("fox " * 76)], "1 of 101 captions are longer than the 77 tokens"),
     "digits": ([*clean(), pair("1" * 76)], "1 of 101 captions are longer"),
@@ -94,12 +93,17 @@ def test_a_few_odd_shapes_among_many_are_not_a_fault_of_the_set():
     assert warnings(a_set([*clean(), pair("p", image((32, 96)))])) == []
 
 
-def test_buckets_are_named_where_there_are_any(monkeypatch):
-    found = a_set(FAULTS["portraits"][0])
-    monkeypatch.setattr(warn, "specs", lambda: {"buckets": None})
-    assert "--buckets keeps their shape" in warnings(found)[0]
-    monkeypatch.setattr(warn, "specs", dict)
-    assert "--buckets" not in warnings(found)[0]
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((64, 96), ["--buckets keeps their shape"]),
+        ((52, 78), ["--buckets keeps their shape", "--buckets keeps their area"]),
+        ((40, 60), ["--buckets keeps their shape", "give larger ones"]),
+    ],
+)
+def test_buckets_are_named_where_they_help(size, words):
+    lines = warnings(a_set([*clean(), *(pair(f"p{i}", image(size)) for i in range(10))]))
+    assert len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), lines
 
 
 @pytest.mark.parametrize(

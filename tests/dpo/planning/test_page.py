@@ -40,7 +40,9 @@ def test_what_the_memory_leaves_out_is_said(changes, processes, said):
 
 def test_hours_say_how_many_pairs_are_encoded():
     found = plan(change(CONFIG, keep_encoded="on"), 100, gpu="H100")
-    assert "(320 pairs, 100 of them encoded) take" in "\n".join(page.page(found, Asked(gpu="H100")))
+    assert "(320 pairs, 100 of them encoded where memory keeps the set) take" in "\n".join(
+        page.page(found, Asked(gpu="H100"))
+    )
 
 
 def test_without_a_gpu_it_says_what_hours_need():

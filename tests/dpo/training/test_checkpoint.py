@@ -231,6 +231,20 @@ def test_listing_and_prune(tmp_path):
         assert len(listing(tmp_path)) == 2
 
 
+def test_what_a_kept_checkpoint_names_as_the_best_stays(tmp_path):
+    """The newest two name updates 2 and 4 as the best so far; once neither is named, it goes."""
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4)):
+        save(folder_of(tmp_path, step), tensors_of(step), {"step": step, "best": {"step": best}})
+        prune(tmp_path, 2)
+    assert [path.name[-1] for path in listing(tmp_path)] == ["4", "5"]
+    save(folder_of(tmp_path, 6), tensors_of(6), {"step": 6, "best": {"step": 2}})
+    prune(tmp_path, 1)
+    assert [path.name[-1] for path in listing(tmp_path)] == ["6"], "update 2 is gone: it was of no kept one"
+    save(folder_of(tmp_path, 7), tensors_of(7), {"step": 7, "best": {"step": 6}})
+    prune(tmp_path, 1)
+    assert [path.name[-1] for path in listing(tmp_path)] == ["6", "7"]
+
+
 # --- a full disk --------------------------------------------------------------------------------------------------------
 
 

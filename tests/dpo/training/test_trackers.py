@@ -1,14 +1,18 @@
-"""dpo.training.trackers: metrics.jsonl survives kills and resumes; what is missing costs one warning."""
+"""dpo.training.trackers: metrics.jsonl survives kills and resumes; what is not to be had stops the run."""
 
+import io
 import json
 import logging
 import sys
 import types
 
 import pytest
+from PIL import Image
 
-from dpo.pages.folder import METRICS_FILE, WANDB_ID_FILE, read_records
-from dpo.training.trackers import open_trackers
+from dpo.common.errors import UserError
+from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
+from dpo.training.trackers import check, open_trackers
+from tests.help.trackers import fake_wandb
 
 
 @pytest.fixture(autouse=True)
@@ -123,13 +127,19 @@ def test_missing_file_is_no_records(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
-def test_missing_tracker_is_one_warning(tmp_path, monkeypatch, heard, name):
-    module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name]
-    monkeypatch.setitem(sys.modules, module, None)
-    run(tmp_path, [1, 2], **{name: True})
-    assert steps_in(tmp_path) == [1, 2]
-    assert [record.levelname for record in heard.records] == ["WARNING"]
-    assert "not available" in heard.text
+def test_a_tracker_that_is_not_installed_stops_the_run_and_names_the_extra(tmp_path, monkeypatch, name):
+    check(tensorboard=False, wandb=False)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        UserError, match=rf"^--{name}: {name} is not installed: pip install 'diffusion-dpo\[tracking\]'"
+    ):
+        check(**{"tensorboard": False, "wandb": False, name: True})
+
+
+def test_a_tensorboard_that_cannot_be_imported_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"^--tensorboard: cannot be imported .* leave --tensorboard out"):
+        run(tmp_path, [1], tensorboard=True)
 
 
 def test_tensorboard_gets_scalars_and_lists(tmp_path):
@@ -145,16 +155,35 @@ def test_tensorboard_gets_scalars_and_lists(tmp_path):
     assert (scalar.step, scalar.value) == (3, 0.75)
 
 
-def fake_wandb(monkeypatch, calls, fail=None):
-    def init(**settings):
-        if fail:
-            raise fail
-        calls.append(("init", settings))
-        return types.SimpleNamespace(
-            log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
-        )
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / "grid.png"
+    Image.new("RGB", (6, 4), (250, 20, 30)).save(path)
+    return path
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+
+def test_pictures_go_to_wandb(tmp_path, monkeypatch, grid):
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    trackers = open_trackers(tmp_path, wandb=True)
+    trackers.picture(7, grid)
+    trackers.picture(8, None)  # none was drawn
+    (sent,) = [call for call in calls if call[0] == "log"]
+    assert sent[:2] == ("log", 7) and sent[2]["samples"].size == (6, 4)
+    open_trackers(tmp_path / "alone").picture(7, tmp_path / "missing.png")  # read for nobody
+
+
+def test_pictures_go_to_tensorboard(tmp_path, grid):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(tmp_path, tensorboard=True)
+    trackers.picture(7, grid)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / TENSORBOARD))
+    events.Reload()
+    (found,) = events.Images("samples")
+    assert found.step == 7 and Image.open(io.BytesIO(found.encoded_image_string)).getpixel((0, 0)) == (250, 20, 30)
 
 
 def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
@@ -170,8 +199,10 @@ def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):
     assert ("log", 2, {"loss": 2.5}) in calls and calls[-1] == ("finish",)
 
 
-def test_wandb_that_fails_to_start_is_one_warning(tmp_path, monkeypatch, heard):
+def test_wandb_that_fails_to_start_stops_a_new_run_and_costs_a_resumed_one_a_warning(tmp_path, monkeypatch, heard):
     fake_wandb(monkeypatch, [], fail=RuntimeError("no API key"))
-    run(tmp_path, [1], wandb=True)
+    with pytest.raises(UserError, match=r"^--wandb: W&B cannot be used \(RuntimeError: no API key\): log in"):
+        run(tmp_path, [1], wandb=True)
+    run(tmp_path, [1], wandb=True, resume_step=0)
     assert steps_in(tmp_path) == [1]
     assert len(heard.records) == 1 and "no API key" in heard.text

@@ -29,7 +29,7 @@ def store(tmp_path):
 
 
 def batch(store, decoding, indices, epochs, recorded=None):
-    return _Reader(store, decoding, recorded).batch(0, indices, epochs)
+    return _Reader(store, decoding, recorded).batch(Place(0, indices, epochs))
 
 
 def test_a_batch_holds_the_pairs_that_it_was_asked_for(store):

@@ -1,0 +1,150 @@
+"""What --keep-best does in a run: begun or restored, asked after every held-out accuracy, and made the result at the end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import Any
+
+import torch
+
+from dpo.common.errors import UserError
+from dpo.common.files import beside, remove, sync_folder
+from dpo.common.words import digest
+from dpo.training import checkpoint, validation
+from dpo.training.best import FEWEST, WEIGHTS, Best, choosing_half, find, weights_of
+from dpo.training.run import Figures, Run
+
+log = logging.getLogger("dpo")
+
+
+def begin(run: Run, saved: checkpoint.Checkpoint | None) -> Best | None:
+    """The best of a run that was just built, as its checkpoint has it; None where the last weights are the result.
+
+    Raises UserError where too few pairs are held out, or the best weights so far are not there any more.
+    """
+    if not run.config.output.keep_best:
+        return None
+    held, source = run.held_out, run.held_out_source
+    labelled = 0 if held is None else int(held.labelled.sum())
+    if labelled < 2 * FEWEST or held is None or source is None:
+        raise UserError(
+            f"--keep-best wants {2 * FEWEST} held-out pairs with a preferred side, half to choose by and half to report, and "
+            f"{labelled} can be used: hold out more (--validation-fraction), or leave --keep-best out"
+        )
+    known = held.labelled.numpy()
+    keys, captions = held.keys.numpy()[known], source.caption_keys()[known]
+    chosen = choosing_half(keys, captions, run.config.data.validation_by)
+    count = int(chosen.sum())
+    if min(count, labelled - count) < FEWEST:
+        raise UserError(
+            f"--keep-best: whole captions give halves of {count} and {labelled - count} held-out pairs, and each wants {FEWEST}: "
+            "use --validation-by pair, or leave --keep-best out"
+        )
+    whole = not set(captions[chosen]) & set(captions[~chosen])
+    log.info(
+        "keep-best: %d held-out pairs choose the update, the other %d are reported (%s)",
+        count, labelled - count, "no caption is in both" if whole else "by pair: a caption may be in both",
+    )  # fmt: skip
+    measured = digest(str(held.draws), str(run.config.runtime.seed), *map(str, sorted(keys)), *map(str, keys[chosen]))
+    best = Best(torch.from_numpy(chosen), measured, run.config.output.patience)
+    before = saved.state.get("best") if saved is not None else None
+    if saved is None or not before or before["step"] is None:
+        return best
+    if before["measured"] != measured:
+        log.warning(
+            "keep-best: other pairs are held out than before: the best so far, of update %d, is let go", before["step"]
+        )
+        return best
+    own = {name: value for name, value in saved.state["checksums"].items() if name in WEIGHTS}
+    best.step, best.figures, best.waited = before["step"], before["figures"], before["waited"]
+    best.checksums = before["checksums"] or own  # a checkpoint of the best weights does not know its own
+    find(best, saved.path.parent)
+    return best
+
+
+def bring(run: Run) -> None:
+    """Copies the checkpoint of the best weights to the others, where a run goes on from one that lies elsewhere.
+
+    Raises UserError where it is not there any more, and OSError.
+    """
+    if run.best is None or run.best.step is None or run.resumed is None:
+        return
+    place = checkpoint.folder_of(run.checkpoints, run.best.step)
+    if weights_of(place) == run.best.checksums:
+        return
+    found, part = find(run.best, run.resumed.parent), beside(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(found, part)
+        part.replace(place)
+        sync_folder(place.parent)
+    finally:
+        remove(part)
+    log.info("keep-best: %s was copied to %s", found, place)
+
+
+def measure(run: Run, pairs: validation.HeldOut) -> tuple[Figures, bool]:
+    """Held-out accuracy of the weights that are saved, and whether these are the best so far: then a checkpoint is due.
+
+    Of averaged weights, which is said, where there are any. With --keep-best it is that of the half that is reported;
+    that of the other half stands beside it. All processes must ask, and all get the same answer.
+    """
+    with run.updater.averaged():
+        differences = validation.differences(run.step, pairs).mean(0)
+    said = {"weights": "averaged"} if run.updater.ema else {}
+    best = run.best
+    if best is None:
+        return {**validation.figures(differences), **said}, False
+    chosen = validation.figures(differences[best.choosing])
+    figures = {**validation.figures(differences[~best.choosing]), **said}
+    figures |= {f"choosing_{name}": chosen[f"heldout_{name}"] for name in ("accuracy", "difference", "pairs")}
+    better = run.processes.objects(best.is_beaten_by(figures))[0]
+    if better:
+        best.take(run.done, figures)
+    else:
+        best.waited += 1
+    if best.ended and run.done < run.total:
+        log.info(
+            "the run ends after update %d of %d: %d held-out accuracies without gain since update %d (--patience)",
+            run.done, run.total, best.waited, best.step,
+        )  # fmt: skip
+    return figures, better
+
+
+def keep(run: Run) -> None:
+    """Makes the best weights those of a run whose updates are made, in the first process, which writes the result.
+
+    Raises UserError where they cannot be read back.
+    """
+    best, updater = run.best, run.updater
+    if best is None or best.step is None or not run.processes.first:
+        return
+    if best.step != run.done:
+        place = find(best, run.checkpoints)
+        try:
+            found = checkpoint.load(place)
+        except checkpoint.Damaged as error:
+            raise UserError(
+                f"the best weights, of update {best.step}, cannot be read ({error}): --resume latest --no-keep-best makes the "
+                "last ones the result"
+            ) from error
+        checkpoint.copy_into(
+            dict(zip(updater.names, updater.parameters, strict=True)), found.tensors["policy"], "policy"
+        )
+        if updater.ema:
+            checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), found.tensors["ema"], "averages")
+        run.shown = best.step
+    log.info(
+        "keep-best: update %d of %d is the result: held-out accuracy %.3f of the %d pairs that chose it, %.3f of the other %d",
+        best.step, run.done, best.figures["choosing_accuracy"], best.figures["choosing_pairs"],
+        best.figures["heldout_accuracy"], best.figures["heldout_pairs"],
+    )  # fmt: skip
+
+
+def told(run: Run) -> dict[str, Any] | None:
+    """What the summary says of the weights that were kept; None before the end, or where the last ones are the result."""
+    best = run.best
+    if best is None or best.step is None or not (best.ended or run.done >= run.total):
+        return None
+    return {"step": best.step, "of": run.done, "early": best.ended and run.done < run.total, **best.figures}
