@@ -98,7 +98,8 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     for cell in runs:  # every mistake is found before the first run starts
         flags = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
         config, notes = parse([*rest, *flags, "--output", str(out / name_of(cell))])
-        configs.append((change(config, resume="latest"), notes))
+        name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
+        configs.append((change(config, resume="latest", run_name=name), notes))
     check_scorers(configs[0][0].output.evaluate)
     _same_flags(out, rest)
     codes: list[int] = []

@@ -33,6 +33,14 @@ def pytest_unconfigure(config):
     gc.unfreeze()  # or bindings complain at the end of what they think leaked
 
 
+@pytest.fixture
+def pageless(monkeypatch):
+    """Leaves out the pages at the end of a run, which take a second; summary.json and tables.json are written."""
+    from dpo.training import summary
+
+    monkeypatch.setattr(summary, "_write_pages", lambda output, model_card: None)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder of a tiny pipeline by kind, and of 48 learnable pairs under "pairs"; made once a session."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo.common.errors import UserError
 from dpo.data.sources import open_source
+from dpo.data.store.parts import has_buckets
 from dpo.drawing import images
 from dpo.evaluating.flags import Method, Named
 from dpo.evaluating.sides import is_of_images, of_folder
@@ -93,6 +94,7 @@ def _of_pairs(asked: Asked) -> Config:
     place = str(paths.validation_pairs_path()) if asked.pairs == model.EMBEDDED else str(asked.pairs)
     flags = ["--data", place, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
     flags += ["--split", asked.split] if asked.split else []
+    flags += ["--buckets"] if has_buckets(Path(place).expanduser()) else []
     base = model.settings_of(asked.base.place)
     config, _ = parse([*flags, "--model", base["model"]])
     open_source(config.data)

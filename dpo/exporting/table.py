@@ -62,7 +62,7 @@ def _summary(name: str, rows: list[Row]) -> list[str]:
         *ranks,
         str(round(median(row.rank for row in rows))),
         f"{sum(row.kept * row.squared for row in rows) / squared:.1%}",
-        f"{median(row.floor for row in rows):.1%}",
+        f"{median(row.floor for row in rows):.0e}",
     ]
 
 

@@ -5,6 +5,7 @@ origin.py what of that may be published, and its licence
 figures.py every figure: name, words, format; kept.py which of them are of the result
 verdict.py what the figures mean | aligned.py what came of a run, in a few values
 charts.py, plots.py the charts | report.py report.html | card.py the model card
+afterwards.py what to do with a run that has ended
 sweep.py the comparison of a sweep | evaluation.py, evaluation.html, evaluation.md: is it better? better.py in words
 replay.py, replay.html the page of a replayed update | spikes.py updates that stand out
 votes.py, votes.html, vote_tables.py what people prefer | labels.py, labels.html the page of a labelled set

@@ -46,7 +46,7 @@ def model_card(run: RunFolder) -> str:
         _front_matter(run),
         f"# {_inline(_title(run))}\n\n{_introduction(run)}",
         _pictures(run),
-        f"## Use\n\n```python\n{_usage(run)}\n```",
+        f"## Use\n\n```python\n{usage(run)}\n```",
         f"## Training\n\n{_table(_training(run))}",
         f"## Figures\n\n{_table(_figures(run))}\n\n{_reading(run)}",
         f"## How to repeat it\n\n```bash\n{REPEAT}\n```\n\n{_versions(run)}",
@@ -81,7 +81,7 @@ def _front_matter(run: RunFolder) -> str:
 
 
 def _title(run: RunFolder) -> str:
-    return f"{_base(run).rpartition('/')[2]} aligned by {run.method_name}"
+    return str(run.setting("run_name") or f"{_base(run).rpartition('/')[2]} aligned by {run.method_name}")
 
 
 def _introduction(run: RunFolder) -> str:
@@ -131,33 +131,40 @@ def _pictures(run: RunFolder) -> str:
     return f"![The same prompts and seeds before and after the training](samples/{kept.grids(run)[-1].name})"
 
 
-def _usage(run: RunFolder) -> str:
+def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: bool = False) -> str:
+    """Python that draws an image with the result, which lies at `place`; here: other files by their paths on this machine."""
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            'pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\nimage = pipe("a prompt").images[0]'
+            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe("a prompt").images[0]'
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(public(unet))} into pipe.unet: the adapter was trained on them\n"
+        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into pipe.unet: the adapter was trained on them\n"
         if unet
         else ""
     )
-    kind, loaded = _loaded(run)
+    kind, loaded = _loaded(run, here)
     within = run.embedded  # the package has its model, and knows where
     return (
         f"from diffusers import {kind}\n"
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
-        f'pipe.load_lora_weights("THIS_FOLDER_OR_REPOSITORY", weight_name="{ADAPTER_FILE}")\n'
+        f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
         'image = pipe("a prompt").images[0]'
     )
 
 
-def _loaded(run: RunFolder) -> tuple[str, str]:
+def _here(name: Any) -> str:
+    """A hub id as it is, of a path the whole."""
+    return hub_id(name) or str(Path(str(name)).expanduser().resolve())
+
+
+def _loaded(run: RunFolder, here: bool) -> tuple[str, str]:
     """The class of the base's pipeline, and the call that loads the base."""
     name = _base(run) if hub_id(run.setting("model")) else f"PATH_TO/{_base(run)}"
+    name = _here(run.setting("model")) if here else name
     if run.embedded:
         return "DiffusionPipeline", "from_pretrained(pipeline_path())"
     if name.endswith(".safetensors"):  # the class that finds out the kind by itself does not read one file

@@ -92,7 +92,7 @@ def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     cells, hidden, whole, step = _pictures(run)
     return template("report.html").render(
-        title=f"{run.model_name}: alignment report",
+        title=f"{run.setting('run_name') or run.model_name}: alignment report",
         subtitle=_subtitle(run),
         run=run,
         verdict=verdict(run),

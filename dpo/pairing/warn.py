@@ -17,7 +17,7 @@ from dpo.data.pairs import Labelled, Source
 from dpo.data.parquet import ParquetSource
 from dpo.data.sources import LAYOUTS, open_source
 from dpo.pairing.look import Broken, Looked, Seen, apart
-from dpo.settings.config import Data, specs
+from dpo.settings.config import Data
 
 FEW = 100  # pairs
 ALIKE = 3.0  # root mean square of small copies, in levels of 255, below which two images are almost the same
@@ -156,19 +156,14 @@ def _shapes(found: Set) -> Iterator[str]:
     lost = [1 - min(seen[:2]) / max(seen[:2]) for _, seen in images.values()]
     much = [share for share in lost if share > LOST]
     if len(much) > RARE * len(images):
-        cure = "--buckets keeps their shape" if "buckets" in specs() else "crop them yourself, or draw square ones"
         yield (
             f"{len(much)} of {len(images)} images are far from square and lose {np.mean(much):.0%} of their area on average, at "
-            f"both ends, when they are cut to a square: {cure}"
+            f"both ends, when they are cut to a square: --buckets keeps their shape"
         )
     small = [seen for _, seen in images.values() if min(seen[:2]) < found.resolution]
     if len(small) > RARE * len(images):
         large = all(seen.width * seen.height >= ENOUGH * found.resolution**2 for seen in small)
-        cure = (
-            "--buckets keeps their area"
-            if large and "buckets" in specs()
-            else "give larger ones, or train with a lower --resolution"
-        )
+        cure = "--buckets keeps their area" if large else "give larger ones, or train with a lower --resolution"
         yield (
             f"{len(small)} of {len(images)} images have a side below {found.resolution} pixels (the shortest "
             f"{min(min(seen[:2]) for seen in small)}) and would be enlarged to the square: {cure}"

@@ -476,6 +476,11 @@ class Output:
         low=1,
         resume="said",
     )
+    run_name: str | None = option(
+        None,
+        "name of the run at W&B and on its pages; its folder is runs/NAME where --output is not given",
+        resume="free",
+    )
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,10 @@ def _settled(
     named = {name: value for name, value in given.items() if name not in STARTS}
     changes, notes = compat.translate(named, start["compat"])
     notes += repeated
-    base = _base(start, changes, notes)
+    file = flat_settings(load_config(start["config"])) if start["config"] else {}
+    if changes.get("run_name", "none") not in NOTHING and "output" not in changes | file:
+        changes["output"] = f"runs/{changes['run_name']}"
+    base = _base(start, changes, file, notes)
     notes += _untracked(base, changes) if start["compat"] else []
     for one, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
         if changes.get(one):
@@ -153,13 +156,14 @@ def load_config(path: str, flag: str = "--config") -> dict[str, Any]:
         raise UserError(f"{flag} {path}: not TOML ({first_line(error)})") from None
 
 
-def _base(start: Mapping[str, Any], changes: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _base(
+    start: Mapping[str, Any], changes: Mapping[str, Any], file: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
     """The settings that the flags change: a script's defaults, over them a preset's, over them those of a file.
 
     Without any start, model or data: those of the resumed run, or the tiny preset.
     """
     peer, preset = start["compat"], start["preset"]
-    file = flat_settings(load_config(start["config"])) if start["config"] else {}
     if not (peer or preset or start["config"] or changes.get("model") or changes.get("data")):
         file = _of_resumed_run(changes, notes)
         preset = None if file else "tiny"

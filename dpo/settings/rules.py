@@ -14,6 +14,7 @@ from dpo.methods import METHODS, own_settings
 from dpo.settings.fields import Spec, brief
 
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
+FOLDER = re.compile(r"[\w=+,-](?:[\w .=+,-]{0,98}[\w=+,-])?")  # on every system
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 ADAPTER = ("rank", "alpha", "target_modules", "lora_dropout", "lora_format")  # read with --lora alone
 DRAWN = ("sample_every", "sample_prompts", "sample_seeds", "sample_steps", "sample_guidance", "sample_batch")
@@ -113,6 +114,11 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (
             v.steps is not None and v.epochs is not None,
             f"steps = {v.steps} and epochs = {brief(v.epochs)} both say how long a run is: give one",
+        ),
+        (
+            v.run_name is not None and not FOLDER.fullmatch(v.run_name),
+            f"run_name = {brief(v.run_name)}: it names a folder, so use letters, digits, spaces and . _ - = + , alone, and no dot or "
+            "space at its ends",
         ),
         (
             v.keep_best and v.validate_every == 0,

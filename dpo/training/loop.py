@@ -23,8 +23,9 @@ from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
 from dpo.data.batch import PairBatch, of_update
 from dpo.data.loader import of_dead_worker, worker_died
+from dpo.pages import afterwards
 from dpo.pages.figures import progress_fields
-from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE
+from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, read_run
 from dpo.settings.config import Config, Output, change, flatten, to_toml
 from dpo.training import build, checkpoint, choice, judging, results, samples, summary
 from dpo.training.folder import check_output, clear_output, folder_of
@@ -225,7 +226,9 @@ class Ending(NamedTuple):
 def _tracking(output: Path, config: Config, done: int) -> Iterator[Trackers]:
     """The trackers of a run at update `done`, closed at the end of the block."""
     out = config.output
-    trackers = open_trackers(output, out.tensorboard, out.wandb, out.project, None, flatten(config), done or None)
+    trackers = open_trackers(
+        output, out.tensorboard, out.wandb, out.project, out.run_name, flatten(config), done or None
+    )
     try:
         yield trackers
     except BaseException:
@@ -250,7 +253,7 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
         if compared:
             judging.prepare(run)
         written = results.write(run)
-        samples.write(run)
+        trackers.picture(run.done, samples.write(run))
         summary.report(run, *(("interrupted", NOT_COMPARED) if compared else ("finished", "")))
     return Ending(run.output, run.config.output, run.done, written, compared)
 
@@ -273,6 +276,8 @@ def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
     if ending.asked.push_to_hub:
         results.upload(ending.output, ending.asked, ending.written)
     log.info("done: %s", ending.output)
+    for line in afterwards.next_steps(read_run(ending.output)):
+        log.info("%s", line)
 
 
 @contextmanager
@@ -371,7 +376,7 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
                 progress.update(run.done, figures | held_out)
             if out.sample_every and run.done % out.sample_every == 0 and not last:
                 with whole(run):
-                    run.processes.once(samples.write, run)
+                    trackers.picture(run.done, run.processes.once(samples.write, run))
             if last or better or (out.checkpoint_every and run.done % out.checkpoint_every == 0):
                 run.processes.once(_kept, run, held(run))
             elif run.updater.shards is not None and run.done == first + 1:

@@ -14,19 +14,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
+from PIL import Image
+
 from dpo.common import libraries
 from dpo.common.errors import UserError
 from dpo.common.files import write_text
 from dpo.common.words import first_line
+from dpo.drawing.grid import read_picture
 from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
+
+PICTURE = "samples"  # the name of the grid of sample images at the trackers
 
 log = logging.getLogger("dpo")
 
 
 class Sink(NamedTuple):
-    """One further destination: `scalars(step, flat)` and `close()`."""
+    """One further destination: `scalars(step, flat)`, `picture(step, image)` and `close()`."""
 
     scalars: Callable[[int, dict[str, float]], None]
+    picture: Callable[[int, Image.Image], None]
     close: Callable[[], None]
 
 
@@ -50,6 +57,12 @@ class Trackers:
         if "step" in event:
             numbers = flat_numbers({key: value for key, value in event.items() if key not in ("event", "step")})
             self._scalars(event["step"], {f"{event['event']}/{key}": value for key, value in numbers.items()})
+
+    def picture(self, step: int, path: Path | None) -> None:
+        """Shows the grid of sample images in the file `path` with update `step`; nothing where there is none."""
+        image = read_picture(path) if path is not None and self._sinks else None
+        for sink in self._sinks if image is not None else ():
+            sink.picture(step, image)
 
     def close(self) -> None:
         """Flushes and closes every destination."""
@@ -154,7 +167,10 @@ def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink:
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
 
-    return Sink(scalars, writer.close)
+    def picture(step: int, image: Image.Image) -> None:
+        writer.add_image(PICTURE, np.asarray(image), step, dataformats="HWC")
+
+    return Sink(scalars, picture, writer.close)
 
 
 def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any], resumed: bool) -> Sink | None:
@@ -174,4 +190,8 @@ def _open_wandb(folder: Path, project: str, run_name: str, config: dict[str, Any
             ) from error
         log.warning("W&B cannot be used (%s); the run goes on with %s.", why, METRICS_FILE)
         return None
-    return Sink(lambda step, numbers: run.log(numbers, step=step), run.finish)
+    return Sink(
+        lambda step, numbers: run.log(numbers, step=step),
+        lambda step, image: run.log({PICTURE: wandb.Image(image)}, step=step),
+        run.finish,
+    )

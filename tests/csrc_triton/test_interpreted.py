@@ -1,7 +1,7 @@
 """Every kernel in Triton's interpreter: `interpreted/check_STEM.py`, in processes of their own.
 
-Triton decides on import whether kernels are interpreted. The quick tests share two processes, one for each worker of
-the test run: a start costs more than most of the files.
+Triton decides on import whether kernels are interpreted. The quick tests share a process: a start costs more than most
+of the files.
 """
 
 import os
@@ -13,8 +13,6 @@ import pytest
 
 HERE = Path(__file__).parent
 STEMS = sorted(path.stem.removeprefix("check_") for path in (HERE / "interpreted").glob("check_*.py"))
-LONGEST = "group_norm_silu"  # about as long as all others together
-QUICK = {LONGEST: [LONGEST], "the others": [stem for stem in STEMS if stem != LONGEST]}
 
 
 def run(stems: list[str], marker: str) -> tuple[int, str]:
@@ -26,11 +24,10 @@ def run(stems: list[str], marker: str) -> tuple[int, str]:
     return ended.returncode, ended.stdout + ended.stderr[-4000:]
 
 
-@pytest.mark.parametrize("stems", QUICK.values(), ids=QUICK)
-def test_interpreted(stems):
-    code, said = run(stems, "not slow")
+def test_interpreted():
+    code, said = run(STEMS, "not slow")
     assert code == 0, said[-10000:]
-    assert [stem for stem in stems if f"check_{stem}.py ." not in said] == [], "files without a quick test"
+    assert [stem for stem in STEMS if f"check_{stem}.py ." not in said] == [], "files without a quick test"
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def flags(world, tmp_path_factory):
     ]
 
 
-def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch):
+def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch, pageless):
     out = tmp_path / "sweep"
     command = ["--out", str(out), "--method", "dpo,dde", *flags]
     real, started = loop.train, []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -77,3 +80,26 @@ def end(children: list[int]) -> None:
         with suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+
+
+def updates(output: Path) -> list[dict]:
+    """The figures of the updates that a run has made so far, as its folder has them."""
+    file = output / "metrics.jsonl"
+    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    return [record for record in found if "event" not in record]
+
+
+def wait_for_updates(output: Path, count: int, seconds: float = 120) -> None:
+    """Returns once a run has made `count` updates, or after `seconds`."""
+    limit = time.monotonic() + seconds
+    while len(updates(output)) < count and time.monotonic() < limit:
+        time.sleep(0.02)
+
+
+def close(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether two figures are the same, number by number; None stands for none."""
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(close(*both, tolerance) for both in zip(found, expected))
+    if expected is None or found is None:
+        return found is expected
+    return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)

@@ -18,5 +18,5 @@ def fake_wandb(monkeypatch, calls: list[Any], fail: Exception | None = None) -> 
             log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda picture: picture))
     return calls

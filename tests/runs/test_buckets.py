@@ -7,11 +7,13 @@ import torch
 
 from dpo import prepare
 from dpo.common.errors import UserError
+from dpo.evaluating.asked import checked
 from dpo.replaying.pairs import keys_between, measured
 from dpo.replaying.pictures import pictures
 from dpo.settings.flags import parse
 from dpo.training import preparing, validation
 from dpo.training.state import snapshot
+from tests.dpo.evaluating.test_asked import asked
 from tests.help.processes import together
 from tests.help.running import advance, everything, make_run, weights
 from tests.help.shapes import make_shapes
@@ -113,6 +115,8 @@ def test_store_and_record_give_what_the_images_give(world, pairs, tmp_path):
         assert max((by_images[name] - other[name]).abs().max().item() for name in by_images) < 1e-7
     assert images["pairs"] == 4 and accuracy["heldout_pairs"] == from_store["heldout_pairs"] > 1
     assert accuracy["heldout_difference"] == pytest.approx(from_store["heldout_difference"], abs=1e-6)
+    compared = checked(asked(world("sd15"), world("sd15"), pairs=str(tmp_path / "store")))
+    assert compared.data.buckets, "dpo.evaluate takes a store as it is"
     with pytest.raises(UserError, match="holds buckets: give --buckets"):
         make_run(world("sd15"), str(tmp_path / "store"), tmp_path / "no")
     with pytest.raises(UserError, match="was prepared with buckets 8, now it is 0"):

@@ -40,7 +40,7 @@ CHEAP = ["--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a re
 
 
 @pytest.mark.parametrize(("line", "peer", "pipeline", "beta"), LINES.values(), ids=LINES)
-def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, monkeypatch, line, peer, pipeline, beta):
+def test_a_copied_command_line_runs_to_its_end(world, tmp_path, capsys, monkeypatch, brief, line, peer, pipeline, beta):
     import diffusers
 
     tracked = fake_wandb(monkeypatch, [])

@@ -40,7 +40,7 @@ def messy(tmp_path_factory):
     return make_pickapic(folder, 24, 1, split="validation")
 
 
-SLOW = ("sd15, all weights", "sd2v, all weights")
+SLOW = ("sd15, all weights", "sd2v, all weights", "sdxl, LoRA")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Whatever ends the updates leaves a checkpoint of the last whole one, and a resume ends where the run would have."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -21,11 +22,27 @@ LAST = "checkpoints/step-00000004"
 WORDS = ["--steps", "4", "--checkpoint-every", "0", "--log-every", "1"]
 
 
-@pytest.fixture
-def ended(start, tmp_path, capsys, brief):
-    """Ends a run by what `spoil` does to it; checks that a resume gives, bit for bit, what one go gives."""
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Where the runs in one go are kept, by their flags."""
+    return functools.cache(lambda flags: tmp_path_factory.mktemp("straight") / "out")
 
-    def end(monkeypatch, spoil, kept: int, code: int = 1, flags=()):
+
+def check_like(path, wanted):
+    """The tensors of two checkpoints are the same bits."""
+    mine, other = checkpoint.load(path).tensors, checkpoint.load(wanted).tensors
+    assert mine.keys() == other.keys() and {"policy", "optimizer", "tables"} <= mine.keys()
+    for group, values in other.items():
+        assert mine[group].keys() == values.keys()
+        assert all(torch.equal(value, mine[group][name]) for name, value in values.items()), group
+
+
+@pytest.fixture
+def ended(start, tmp_path, capsys, brief, straight):
+    """Ends a run by what `spoil` does to it; checks that what it leaves, and where asked what a resume makes of that, is
+    bit for bit what one go gives."""
+
+    def end(monkeypatch, spoil, kept: int, code: int = 1, flags=(), resumed: bool = True):
         words = [*start, *WORDS, *flags]
         with monkeypatch.context() as patch:
             spoil(patch)
@@ -37,16 +54,19 @@ def ended(start, tmp_path, capsys, brief):
                 said = command(capsys, *words)
                 assert said.code == code and len(said.errors) == (code != 130), said
                 assert bool(said.warnings(f"--output {tmp_path}/out --resume latest")) == (kept > 0)
-        names = [path.name for path in checkpoint.listing(tmp_path / "out" / "checkpoints")]
-        assert names == [f"step-{kept:08d}"] * (kept > 0)
+        found = checkpoint.listing(tmp_path / "out" / "checkpoints")
+        assert [path.name for path in found] == [f"step-{kept:08d}"] * (kept > 0)
+        whole = straight(flags)
+        if not whole.exists():
+            every = ["--checkpoint-every", "1", "--checkpoints-limit", "0"]
+            assert command(capsys, *words, "--output", whole, *every).code == 0
+        for path in found:
+            check_like(path, whole / "checkpoints" / path.name)
+        if not resumed:
+            return
         again = command(capsys, *words, "--resume", "latest")
         assert again.code == 0 and (kept == 0 or any(f"{kept} updates done" in line for line in again.log))
-        assert command(capsys, *words, "--output", tmp_path / "straight").code == 0
-        mine, other = (checkpoint.load(tmp_path / name / LAST).tensors for name in ("out", "straight"))
-        assert mine.keys() == other.keys() and {"policy", "optimizer", "tables"} <= mine.keys()
-        for group, values in other.items():
-            assert mine[group].keys() == values.keys()
-            assert all(torch.equal(value, mine[group][name]) for name, value in values.items()), group
+        check_like(tmp_path / "out" / LAST, whole / LAST)
         lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3, 4]
 
@@ -80,9 +100,12 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_any_error_leaves_a_checkpoint(ended, monkeypatch, name):
+@pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "resumed"])
+def test_any_error_leaves_a_checkpoint(ended, monkeypatch, name, resumed):
+    """Of the same bits whatever the error; the resume is made after faults in several places, below."""
     error, code = ERRORS[name]
-    ended(monkeypatch, lambda patch: at_call(patch, dpo.train, "train_step", error, 3), 2, code)
+    spoil = functools.partial(at_call, where=dpo.train, name="train_step", error=error, number=3)
+    ended(monkeypatch, spoil, 2, code, resumed=resumed)
 
 
 FAULT = RuntimeError("a fault of ours")

@@ -104,6 +104,8 @@ def test_the_best_weights_are_saved_drawn_and_reported(trained, tmp_path):
     assert same(straight / ADAPTER_FILE, short.output / ADAPTER_FILE)
     assert drawn_now.read_bytes() == (straight / "samples" / drawn_now.name).read_bytes()
     run = read_run(straight)
+    shown = straight.resolve() / "samples" / "step-00000002.png"
+    assert any(line.endswith(f"look at it: {straight.resolve() / 'report.html'}, {shown}") for line in trained.said.log)
     assert [path.stem for path in grids(run)] == ["step-00000004", "step-00000002"], "that of the result is shown"
     assert held_out(run).share == 0.5, "of the half that had no say"
     said = "weights of update 2 of 6: the best by one half of the held-out pairs, 75% of 8."

@@ -43,7 +43,7 @@ from tests.help.ldm import write_single_file
 from tests.help.pipelines import make_pipeline
 from tests.help.worlds import make_chosen_rejected, make_folders, make_pickapic, make_saved, make_table, make_tar
 
-FEW, MANY = 12, 2000
+FEW, MANY = 8, 2000
 ODD = [None, True, -1, 0, 1e308, float("nan"), 10**6000, "", "\ud800", "\0", "x" * 70_000, [], {}, [[]], {"a": None}]
 TOKENS = [
     b"\xff\xfe",

@@ -76,8 +76,17 @@ class Plain:
         return -F.logsigmoid(-BETA / 2 * (win - lose))
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
-@pytest.mark.parametrize("low_rank", [False, True], ids=["full", "lora"])
+SLOW = (("sd2v", True), ("sdxl", True))  # an adapter is the same in every family
+CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "low_rank"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW), id=f"{'lora' if case[1] else 'full'}-{case[0]}")
+        for case in CASES
+    ],
+)
 def test_five_updates_equal_a_plain_loop(world, tmp_path, kind, low_rank):
     flags = [
         "--precision",

@@ -9,7 +9,7 @@ from dpo import prepare
 from tests.help.commands import command
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("umask", [pytest.param(0o022, marks=pytest.mark.slow), 0o027])
 def test_everything_written_follows_the_umask(start, world, tmp_path, capsys, umask):
     before = os.umask(umask)
     try:

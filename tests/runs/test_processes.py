@@ -1,8 +1,6 @@
 """One run on several processes: the same training as on one, whole checkpoints, and one clear end."""
 
 import itertools
-import json
-import math
 import os
 import random
 import signal
@@ -15,16 +13,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
-from dpo import prepare
 from dpo.common.errors import Elsewhere, UserError
-from dpo.train import train_step
+from dpo.train import main, train_step
 from dpo.training import build, checkpoint, validation
 from dpo.training.parallel import DIED, Died, Processes
 from dpo.training.rescue import known
 from dpo.training.state import snapshot
+from tests.help.children import start_command
 from tests.help.commands import command
-from tests.help.processes import codes, commands, end, free_port, together
+from tests.help.processes import (
+    close,
+    codes,
+    commands,
+    end,
+    free_port,
+    together,
+    updates,
+    wait_for_updates,
+)
 from tests.help.running import advance, everything, make_run, weights
 from tests.help.worlds import make_pickapic
 
@@ -41,13 +50,14 @@ HELD_OUT = [
     "--validation-draws",
     "1",
 ]
+FOUR = ["--effective-batch", "4", "--batch-size", "1", "--no-samples"]  # of a run that is started as a command
 RECORDED = [*EXACT, "--method", "dde", "--reference", "recorded", "--batch-size", "1", "--effective-batch", "4"]
 
-# By name: updates, and the flags of a run.
+# By name: updates (the slow test makes 20 of each), and the flags of a run.
 SETTINGS = {
     "dpo": (2, [*EXACT, *HELD_OUT, "--flip", "--crop", "random", "--caption-dropout", "0.3", "--ema", "0.9"]),
     "lora": (1, [*EXACT, "--lora", "--lora-dropout", "0.3", "--rank", "1", "--checkpointing", "on"]),
-    "recorded": (20, RECORDED),
+    "recorded": (6, RECORDED),
     "sft": (1, [*EXACT, "--method", "sft"]),
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
     "half": (1, ["--precision", "bf16-pure"]),
@@ -56,38 +66,19 @@ SETTINGS = {
 SINGLE = ("single", "half")  # no float64: their first gradient is compared
 TRIED = {
     2: ("dpo", "lora", "recorded", "sft", "single", "half"),
-    4: ("dpo", "recorded", "single"),
-}  # by number of processes
+    4: ("recorded",),
+}  # by number of processes; the slow test tries all on both
 
 
 @pytest.fixture(scope="module")
-def store(world, tmp_path_factory):
-    place = tmp_path_factory.mktemp("store") / "store"
-    words = [
-        "--store",
-        str(place),
-        "--model",
-        world("sd15"),
-        "--data",
-        world("pairs"),
-        "--dtype",
-        "fp32",
-        "--workers",
-        "0",
-    ]
-    assert prepare.main([*words, "--reference", "--precision", "fp64", "--seed", "3"]) == 0
-    return str(place)
-
-
-@pytest.fixture(scope="module")
-def made(world, store, tmp_path_factory):
+def made(world, recorded_store, tmp_path_factory):
     """A function of a name in SETTINGS, and of one of several processes: what its run comes to."""
     folder = tmp_path_factory.mktemp("made")
     world("sd15"), world("pairs")
 
     def result(name: str, processes=None, updates: int | None = None) -> dict:
         few, flags = SETTINGS[name]
-        pairs = store if name == "recorded" else world("pairs")
+        pairs = recorded_store if name == "recorded" else world("pairs")
         flags = ["--batch-size", "1", "--effective-batch", "4", *flags]
         run = make_run(world("sd15"), pairs, folder / name, *flags, processes=processes)
         seen, figures, gradients, update = [], [], [], run.updater.update
@@ -115,16 +106,16 @@ def made(world, store, tmp_path_factory):
     return result
 
 
-def at(folder: Path, world, store, steps: int, processes=None, *flags: str) -> dict:
+def at(folder: Path, world, recorded_store, steps: int, processes=None, *flags: str) -> dict:
     """The state of a run in `folder` after `steps` updates, made anew or gone on with, and kept there."""
-    run = make_run(world("sd15"), store, folder, *RECORDED, *flags, processes=processes)
+    run = make_run(world("sd15"), recorded_store, folder, *RECORDED, *flags, processes=processes)
     advance(run, steps - run.done)
     run.processes.once(snapshot, run)
     return everything(run)
 
 
 @pytest.fixture(scope="module")
-def runs(made, world, store, tmp_path_factory):
+def runs(made, world, recorded_store, tmp_path_factory):
     """What 1, 2 and 4 processes make: results by their number, then process, then name.
 
     "resumed" is a run of two updates each on 2 processes, on 1, and on 4.
@@ -137,15 +128,14 @@ def runs(made, world, store, tmp_path_factory):
 
         def work(processes, steps=steps, goes_on=goes_on):
             results = {name: made(name, processes) for name in TRIED[processes.count]}
-            results["resumed"] = at(folder / "resumed", world, store, steps, processes, *goes_on)
+            results["resumed"] = at(folder / "resumed", world, recorded_store, steps, processes, *goes_on)
             if processes.count == 2:
                 results["wrong"] = wrong(processes, world, folder)
             return results
 
         found[count] = together(count, work, folder)
         if count == 2:
-            at(folder / "resumed", world, store, 4, None, "--resume", "latest")
-    found[1][0]["resumed"] = at(folder / "straight", world, store, 6)
+            at(folder / "resumed", world, recorded_store, 4, None, "--resume", "latest")
     return found
 
 
@@ -172,15 +162,6 @@ def wrong(processes, world, folder: Path) -> dict[str, str]:
     run = make_run(world("sd15"), str(folder / "broken"), folder / "wrong", *flags, processes=processes)
     refused("images", lambda: advance(run, 4))
     return said
-
-
-def close(found, expected, tolerance):
-    """Whether two figures are the same, number by number; None stands for none."""
-    if isinstance(expected, list):
-        return len(found) == len(expected) and all(map(close, found, expected, itertools.repeat(tolerance)))
-    if expected is None or found is None:
-        return found is expected
-    return math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def check_same(alone: dict, every: list[dict]) -> None:
@@ -211,30 +192,34 @@ def test_the_number_of_processes_changes_the_order_of_sums_alone(runs, count, na
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_it_does_so_in_a_longer_run_of_every_kind(made, tmp_path, count):
-    names = [name for name in SETTINGS if name not in SINGLE]
-    alone = {name: made(name, None, 20) for name in names}
-    every = together(count, lambda processes: {name: made(name, processes, 20) for name in names}, tmp_path)
-    for name in names:
-        check_same(alone[name], [found[name] for found in every])
+    def work(processes=None):
+        return {name: made(name, processes, 1 if name in SINGLE else 20) for name in SETTINGS}
+
+    alone, every = work(), together(count, work, tmp_path)
+    for name in SETTINGS:
+        check = check_first_gradient if name in SINGLE else check_same
+        check(alone[name], [found[name] for found in every])
 
 
-@pytest.mark.parametrize(("count", "name"), [(2, "single"), (4, "single"), (2, "half")])
-def test_the_first_gradient_in_single_precision(runs, count, name):
+def check_first_gradient(alone: dict, every: list[dict]) -> None:
     """Later weights cannot be compared: AdamW turns the rounding of a gradient near zero into a whole step."""
-    alone = runs[1][0][name]["gradients"]
-    size = torch.stack([g.norm() for g in alone]).norm()
-    for every in runs[count]:
-        found = every[name]["gradients"]
-        apart = torch.stack([(a - b).norm() for a, b in zip(found, alone, strict=True)]).norm()
-        assert apart / size < 1e-6
-    first, *others = (found[name]["state"] for found in runs[count])
+    size = torch.stack([g.norm() for g in alone["gradients"]]).norm()
+    for found in every:
+        both = zip(found["gradients"], alone["gradients"], strict=True)
+        assert torch.stack([(a - b).norm() for a, b in both]).norm() / size < 1e-6
+    first, *others = (found["state"] for found in every)
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)  # 8-bit states, bf16 weights
 
 
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_first_gradient_in_single_precision(runs, name):
+    check_first_gradient(runs[1][0][name], [found[name] for found in runs[2]])
+
+
 def test_a_run_goes_on_with_another_number_of_processes(runs):
-    """Two updates each on 2 processes, 1 and 4 are six on one: pairs, learning rate, states and DDE's table go on."""
+    """Two updates each on 2 processes, 1 and 4 are the six on one: pairs, learning rate, states and DDE's table go on."""
     for found in runs[4]:
-        check_state(runs[1][0]["resumed"], found["resumed"])
+        check_state(runs[1][0]["recorded"]["state"], found["resumed"])
 
 
 def test_processes_that_differ_end_in_one_line(runs):
@@ -252,21 +237,7 @@ def test_unreadable_images_are_counted_over_all_processes(runs):
 
 
 def test_held_out_pairs_are_dealt_out_unevenly(runs):
-    assert runs[1][0]["dpo"]["held out"]["heldout_pairs"] % 4  # else the test above shows less than it should
-
-
-@pytest.fixture
-def launched(start, tmp_path):
-    """A function that starts a run on two processes; those that are left at the end are killed."""
-    children: list[int] = []
-
-    def launch(*words: object, **more: str) -> list[int]:
-        flags = [*start, "--effective-batch", "4", "--batch-size", "1", "--no-samples", *words]
-        children[:] = commands(2, [str(word) for word in flags], tmp_path, **more)
-        return children
-
-    yield launch
-    end(children)
+    assert runs[1][0]["dpo"]["held out"]["heldout_pairs"] % 2  # else the test above shows less than it should
 
 
 def lines(folder: Path, rank: int) -> list[str]:
@@ -275,28 +246,19 @@ def lines(folder: Path, rank: int) -> list[str]:
     return [line for line in text.splitlines() if line and " INFO " not in line and "c10d" not in line]
 
 
-def updates(folder: Path) -> list[dict]:
-    file = folder / "out" / "metrics.jsonl"
-    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    return [record for record in found if "event" not in record]
-
-
 def test_a_killed_process_ends_all_and_the_run_goes_on(launched, start, tmp_path, capsys, brief):
-    children = launched("--steps", "500")
-    limit = time.monotonic() + 120
-    while len(updates(tmp_path)) < 2 and time.monotonic() < limit:
-        time.sleep(0.02)
+    children = launched(*FOUR, "--steps", "500", until=2)
     os.kill(children[1], signal.SIGKILL)
     assert codes(children) == [2, -signal.SIGKILL]
     *logged, last = lines(tmp_path, 0)
     assert last.startswith("dpo.train: a process of this run died: ") and last.endswith("--resume latest")
-    done = len(updates(tmp_path))
+    done = len(updates(tmp_path / "out"))
     assert (
         f"stopped after update {done} of 500; checkpoint" in logged[-2]
         and "go on with: torchrun --nproc-per-node 2 -m dpo.train " in logged[-1]
     )
     said = command(capsys, "--output", tmp_path / "out", "--resume", "latest", "--steps", done + 1)
-    assert said.code == 0 and len(updates(tmp_path)) == done + 1 and said.warnings("changed on resume") == []
+    assert said.code == 0 and len(updates(tmp_path / "out")) == done + 1 and said.warnings("changed on resume") == []
 
 
 @pytest.mark.parametrize(
@@ -332,58 +294,62 @@ def test_a_mistake_of_one_process_is_said_by_it_and_ends_all(launched, monkeypat
         return opened(data)
 
     monkeypatch.setattr(build, "open_sources", elsewhere)
-    assert codes(launched()) == [2, 2]
+    assert codes(launched(*FOUR)) == [2, 2]
     assert [line for line in lines(tmp_path, 0) if " WARNING " not in line] == []
     assert lines(tmp_path, 1) == ["dpo.train, process 1 of 2: the disk of this machine is full; make room"]
 
 
 def test_a_mistake_of_all_is_said_once_and_not_again_at_a_restart(launched, tmp_path):
     agent = {"TORCHELASTIC_RUN_ID": str(tmp_path.name), "TORCHELASTIC_MAX_RESTARTS": "1"}
-    assert codes(launched("--effective-batch", "3", **agent)) == [2, 2]
+    assert codes(launched(*FOUR, "--effective-batch", "3", **agent)) == [2, 2]
     assert len(lines(tmp_path, 0)) == 1 and "--effective-batch" in lines(tmp_path, 0)[0] and lines(tmp_path, 1) == []
-    assert codes(launched("--effective-batch", "3", TORCHELASTIC_RESTART_COUNT="1", **agent)) == [2, 2]
+    assert codes(launched(*FOUR, "--effective-batch", "3", TORCHELASTIC_RESTART_COUNT="1", **agent)) == [2, 2]
     assert len(lines(tmp_path, 0)) == 1 and lines(tmp_path, 1) == []
 
 
 def under_torchrun(start, folder: Path, *words: str) -> subprocess.Popen:
     """`torchrun --nproc-per-node 2 -m dpo.train`; what it writes goes to `said`."""
     own = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--max-restarts", "1", "-m", "dpo.train"]
-    flags = [str(word) for word in (*start, "--batch-size", "1", "--effective-batch", "4", "--no-samples", *words)]
+    flags = [str(word) for word in (*start, *FOUR, *words)]
     launcher = [sys.executable, "-m", "torch.distributed.run", *own, *flags]
     with (folder / "said").open("w") as said:
         return subprocess.Popen(launcher, stdout=said, stderr=said, env=os.environ | {"TMPDIR": str(folder)})
 
 
+def agent(words: list[str]) -> int:
+    """`torchrun --nproc-per-node 2 -m dpo.train words...` but for the start of the interpreters: its agent, and the
+    environment that it gives, with forked children."""
+    own = ["--nproc-per-node", "2", "--master-port", str(free_port()), "--start-method", "fork", "-m", "dpo.train"]
+    config, _, _ = config_from_args(parse_args([*own, *words]))
+    return sum(elastic_launch(config, main)(words).values())
+
+
 def test_torchrun_starts_it(start, tmp_path):
-    assert under_torchrun(start, tmp_path, "--steps", "1").wait(120) == 0
+    words = [str(word) for word in (*start, *FOUR, "--steps", "1")]
+    assert codes([start_command(words, tmp_path / "said", agent)]) == [0], (tmp_path / "said").read_text("utf-8")
     said = (tmp_path / "said").read_text("utf-8")
     assert "4 pairs an update (1 x 2 x 2 processes)" in said and said.count("step 1/1") == 1
-    assert len(updates(tmp_path)) == 1
+    assert len(updates(tmp_path / "out")) == 1
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_latest_checkpoint(start, tmp_path):
     """Of torchrun's two children the second is killed; the first alone knows that the run had begun."""
     launcher = under_torchrun(start, tmp_path, "--steps", "40", "--checkpoint-every", "2", "--overwrite")
-    limit = time.monotonic() + 120
-    while len(updates(tmp_path)) < 5 and time.monotonic() < limit:
-        time.sleep(0.02)
+    wait_for_updates(tmp_path / "out", 5, 300)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert launcher.wait(180) == 0
+    assert launcher.wait(600) == 0
     said = (tmp_path / "said").read_text("utf-8")
     assert "started again by torchrun" in said and "resumed" in said
-    assert [record["step"] for record in updates(tmp_path)] == list(range(1, 41))
+    assert [record["step"] for record in updates(tmp_path / "out")] == list(range(1, 41))
 
 
 @pytest.mark.slow
 def test_killed_at_ten_moments_a_run_comes_to_the_same_end(start, tmp_path, world):
     """All processes are killed at once, wherever they are; weights at the end are those of a run left alone."""
-    rng, flags = (
-        random.Random(0),
-        ["--batch-size", "1", "--effective-batch", "4", "--no-samples", "--checkpoint-every", "1"],
-    )
-    flags = [str(word) for word in (*start, *flags, "--steps", "6", "--resume", "latest")]
+    rng = random.Random(0)
+    flags = [str(word) for word in (*start, *FOUR, "--checkpoint-every", "1", "--steps", "6", "--resume", "latest")]
     (tmp_path / "straight").mkdir()
     assert codes(commands(2, [*flags, "--output", str(tmp_path / "straight")], tmp_path)) == [0, 0]
     for _ in range(10):

@@ -1,24 +1,20 @@
 """A run whose weights are cut over processes: the training, the figures and the files of one process that has them all."""
 
 import itertools
-import json
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from dpo import prepare
 from dpo.train import train_step
 from dpo.training import checkpoint, state, validation
 from tests.help.commands import command
-from tests.help.processes import codes, commands, end, together
+from tests.help.processes import close, codes, together, updates
 from tests.help.running import make_run
-from tests.runs.test_processes import close
 
 EXACT = ["--precision", "fp64", "--learning-rate", "1e-4", "--eps", "1e-4", "--seed", "3", "--batch-size", "1"]
 HELD_OUT = [
@@ -31,30 +27,12 @@ HELD_OUT = [
     "--validation-draws",
     "2",
 ]
+CUT = [*EXACT, "--effective-batch", "2", "--sharding", "on"]  # of a run that is started as a command
 SETTINGS = {
     "dpo": [*HELD_OUT, "--caption-dropout", "0.3", "--ema", "0.9"],
     "dde": ["--method", "dde", "--checkpointing", "on"],
     "recorded": ["--method", "dde", "--reference", "recorded"],
 }
-
-
-@pytest.fixture(scope="module")
-def store(world, tmp_path_factory):
-    place = tmp_path_factory.mktemp("store") / "store"
-    words = [
-        "--store",
-        str(place),
-        "--model",
-        world("sd15"),
-        "--data",
-        world("pairs"),
-        "--dtype",
-        "fp32",
-        "--workers",
-        "0",
-    ]
-    assert prepare.main([*words, "--reference", "--precision", "fp64", "--seed", "3"]) == 0
-    return str(place)
 
 
 def make(model, pairs, output, name, processes=None, resume=None):
@@ -119,29 +97,6 @@ def wide(model, folder):
     return str(folder)
 
 
-def updates(folder):
-    file = folder / "metrics.jsonl"
-    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    return [record for record in found if "event" not in record]
-
-
-@pytest.fixture
-def launched(start, tmp_path):
-    """A function that starts a sharded run on two processes; those that are left at the end are killed."""
-    children: list[int] = []
-
-    def launch(*words: object, until: int = 0) -> list[int]:
-        flags = [*start, *EXACT, "--effective-batch", "2", "--sharding", "on", *words]
-        children[:] = commands(2, [str(word) for word in flags], tmp_path)
-        limit = time.monotonic() + 120
-        while len(updates(tmp_path / "out")) < until and time.monotonic() < limit:
-            time.sleep(0.02)
-        return children
-
-    yield launch
-    end(children)
-
-
 def result(folder):
     (file,) = (folder / "unet").glob("*.safetensors")
     return load_file(file)
@@ -150,7 +105,7 @@ def result(folder):
 @pytest.mark.slow
 def test_result_and_images_are_those_of_one_process(launched, start, tmp_path, capsys, brief):
     more = ["--steps", "2", "--ema", "0.5"]
-    assert codes(launched(*more)) == [0, 0]
+    assert codes(launched(*CUT, *more)) == [0, 0]
     alone = [*start, *EXACT, "--effective-batch", "2", *more, "--output", tmp_path / "alone"]
     assert command(capsys, *alone).code == 0
     found, expected = result(tmp_path / "out"), result(tmp_path / "alone")
@@ -188,18 +143,18 @@ def test_8_bit_states_under_sharding(world, tmp_path, precision):
 
 @pytest.mark.slow
 def test_a_stop_of_one_is_agreed_by_all_and_kept(launched, tmp_path, brief):
-    first, second = launched("--steps", "500", "--no-samples", until=2)
+    first, second = launched(*CUT, "--steps", "500", "--no-samples", until=2)
     os.kill(second, signal.SIGTERM)
     assert codes([first, second]) == [130, 130]
     done = len(updates(tmp_path / "out"))
     assert f"stopped after update {done} of 500; checkpoint" in (tmp_path / "said-0").read_text("utf-8")
-    assert codes(launched("--no-samples", "--resume", "latest", "--steps", str(done + 1))) == [0, 0]
+    assert codes(launched(*CUT, "--no-samples", "--resume", "latest", "--steps", str(done + 1))) == [0, 0]
     assert len(updates(tmp_path / "out")) == done + 1
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_last_checkpoint_goes_on(launched, start, tmp_path, capsys, brief):
-    children = launched("--steps", "500", "--no-samples", "--checkpoint-every", "2", until=3)
+    children = launched(*CUT, "--steps", "500", "--no-samples", "--checkpoint-every", "2", until=3)
     os.kill(children[1], signal.SIGKILL)
     assert codes(children) == [2, -signal.SIGKILL]
     said = (tmp_path / "said-0").read_text("utf-8")
@@ -212,9 +167,9 @@ def test_a_killed_process_ends_all_and_the_last_checkpoint_goes_on(launched, sta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_twenty_updates_and_a_resume_on_other_numbers_of_processes(world, store, tmp_path, name):
+def test_twenty_updates_and_a_resume_on_other_numbers_of_processes(world, recorded_store, tmp_path, name):
     """20 updates on 2 processes; then on from there: 2 on one process, and 2 more on 4."""
-    model, pairs = world("sd15"), store if name == "recorded" else world("pairs")
+    model, pairs = world("sd15"), recorded_store if name == "recorded" else world("pairs")
     alone = make(model, pairs, tmp_path / "one", name)
     expected = [advanced(alone, updates) for updates in (20, 2, 2)]
 

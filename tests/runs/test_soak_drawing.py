@@ -153,13 +153,15 @@ def test_killed_again_and_again_it_leaves_the_same(once, tmp_path, kills, fresh)
     assert left(out) == whole and not list(out.rglob("*.part-*"))
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(once, tmp_path, times):
+@pytest.mark.parametrize(
+    ("times", "fresh"), [(1, False), pytest.param(5, True, marks=pytest.mark.slow)], ids=["fork", "python -m"]
+)
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(once, tmp_path, times, fresh):
     main, words, progress, left, whole = once
     out, dice, log = tmp_path / "out", random.Random(times), tmp_path / "log.txt"
     for number in range(times):
         said = tmp_path / f"said-{number}.txt"
-        child = start_command([*words, "--output", str(out)], said, main, fresh=True)
+        child = start_command([*words, "--output", str(out)], said, main, fresh=fresh)
         aim = progress(out) + dice.choice([1, 2])
         while progress(out) < aim:
             assert os.waitpid(child, os.WNOHANG) == (0, 0), said.read_text()

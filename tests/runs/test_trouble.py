@@ -283,7 +283,7 @@ def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
     assert said.code == 0 and any("step 1/1" in line for line in said.log)
 
 
-def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, capsys):
+def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, capsys, pageless):
     words = [*start, "--steps", "2", "--method", "discounted", "--beta", "500"]
     assert command(capsys, *words).code == 0
     out = tmp_path / "out"

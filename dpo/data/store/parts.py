@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo.data.labels import SAME_BYTES, UNREADABLE
-from dpo.data.store.files import NOWHERE, TWICE
+from dpo.data.store.files import INDEX, NOWHERE, TWICE, read_index
 
 
 def of_order(
@@ -32,3 +32,13 @@ def counted(parts: Sequence[tuple[Path, Mapping[str, Any]]], win: np.ndarray, lo
         total |= {name: total.get(name, 0) + count for name, count in summary.items()}
     holes = {UNREADABLE: np.sum((win == NOWHERE) | (lose == NOWHERE)), SAME_BYTES: np.sum(win == TWICE)}
     return total | {name: int(count) for name, count in holes.items() if count}
+
+
+def has_buckets(folder: Path) -> bool:
+    """Whether a folder is a store whose images have several shapes. Raises UserError where it is damaged."""
+    if not (folder / INDEX).is_file():
+        return False
+    index = read_index(folder) or {}
+    if parts := index.get("parts"):
+        index = read_index(folder / parts[0]["path"]) or {}
+    return bool(index.get("settings", {}).get("buckets"))

@@ -41,7 +41,7 @@ def plain(x, temb, weight, bias, groups, silu):
     return (F.silu(y) if silu else y).to(x.dtype)
 
 
-def run(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_worse):
+def run(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_worse, again=True):
     generator = torch.Generator().manual_seed(C * H * W)
 
     def draw(*shape, scale=1.0, shift=0.0, dtype=dtype):
@@ -65,16 +65,19 @@ def run(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_wor
     actual = (y, backward[0], *([backward[1]] if with_temb else []), *backward[2:])
     for ours, theirs, reference in zip(actual, eager, exact, strict=True):
         no_worse(ours, theirs, reference)
-    again = _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, True)
+    if not again:
+        return
+    second = _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, True)
     assert torch.equal(y, _launch_forward(x, temb, weight, bias, groups, 1e-5, silu)[0])
-    assert all(torch.equal(a, b) for a, b in zip(backward, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(backward, second, strict=True))
     frozen = _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, False)
     assert torch.equal(frozen[0], backward[0]) and frozen[2].numel() == frozen[3].numel() == 0
 
 
 @pytest.mark.parametrize("N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu", QUICK)
 def test_forward_and_backward(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_worse):
-    run(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_worse)
+    small = N * C * H * W < 50_000  # the full grid launches the large ones again too
+    run(N, C, H, W, groups, dtype, weight_dtype, offset, with_temb, silu, no_worse, again=small)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """dpo.exporting.extracting: a LoRA from two models is what was merged, the best of its rank, and what diffusers loads."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from tests.help.handed import lora_run
 @pytest.fixture(scope="module")
 def merged(world, tmp_path_factory):
     """By kind: the adapter of a LoRA run, and its base with it as one file."""
-    root, found = tmp_path_factory.mktemp("merged"), {}
-    for kind in ("sd15", "sdxl"):
+    root = tmp_path_factory.mktemp("merged")
+
+    @functools.cache
+    def made(kind):
         adapter = lora_run(root / kind / "run", world(kind))
-        found[kind] = adapter, export(Exported(str(root / kind / "run"), "single-file", merge=True))
-    return found
+        return adapter, export(Exported(str(root / kind / "run"), "single-file", merge=True))
+
+    return made
 
 
 def changed(base, folder, **changes):
@@ -47,9 +51,9 @@ def noise(size):
     return lambda value: value + torch.randn(value.shape, generator=generator) * size
 
 
-@pytest.mark.parametrize(("kind", "kohya"), [("sd15", False), ("sdxl", True)])
+@pytest.mark.parametrize(("kind", "kohya"), [("sd15", False), pytest.param("sdxl", True, marks=pytest.mark.slow)])
 def test_a_merged_lora_comes_out_at_its_own_rank(world, merged, tmp_path, kind, kohya):
-    adapter, aligned = merged[kind]
+    adapter, aligned = merged(kind)
     path = tmp_path / "lora.safetensors"
     found = extract(Asked(str(aligned), world(kind), path, energy=1 - 1e-9, kohya=kohya, device="cpu"))
     assert {row.layer for row in found.rows} == adapter.keys() and found.left == {}
@@ -65,7 +69,7 @@ def test_a_merged_lora_comes_out_at_its_own_rank(world, merged, tmp_path, kind, 
 def test_the_file_changes_the_unet_in_diffusers_as_it_should(world, merged, tmp_path):
     from diffusers import DiffusionPipeline
 
-    _, aligned = merged["sd15"]
+    _, aligned = merged("sd15")
     wanted = load(str(aligned), single_file_config=world("sd15")).denoiser.state_dict()
     for kohya in (False, True):  # every layer has a rank of its own in both
         path = tmp_path / f"{kohya}.safetensors"
@@ -112,21 +116,26 @@ def test_ranks_that_are_cut_off_and_rounding_are_told(world, tmp_path):
     half = export(Exported(aligned, "single-file", tmp_path / "half.safetensors", fp16=True))
     found = extract(Asked(str(half), world("sd15"), tmp_path / "l.safetensors", energy=0.99, max_rank=2, device="cpu"))
     said = "\n".join(table.lines(found, 0.99))
+    assert coarser(torch.float16, torch.bfloat16, torch.float32) == torch.bfloat16
     assert max(row.rank for row in found.rows) == 2 and "--max-rank cut them off" in said
     assert "rounding to half precision" in said and any(row.floor > 0.9 for row in found.rows)
+
+
+@pytest.mark.slow
+def test_a_base_in_half_precision_that_was_trained_from_is_exact(world, tmp_path):
     halved = {f"{part}__": lambda value: value.half().float() for part in ("unet", "vae", "text_encoder")}
     trained = changed(world("sd15"), tmp_path / "trained", **halved, unet__to_q__weight=noise(1e-4))
     found = extract(Asked(trained, str(halved_base(world, tmp_path)), tmp_path / "m.safetensors", rank=2, device="cpu"))
     assert max(row.floor for row in found.rows) < 1e-3, (
         "the base in half precision is what was trained from, to the bit"
     )
-    assert coarser(torch.float16, torch.bfloat16, torch.float32) == torch.bfloat16
 
 
 def halved_base(world, folder):
     return export(Exported(world("sd15"), "single-file", folder / "base.safetensors", fp16=True))
 
 
+@pytest.mark.slow
 def test_a_half_of_the_same_vae_and_text_encoder_is_no_change(world, tmp_path):
     half = export(Exported(world("sdxl"), "single-file", tmp_path / "half.safetensors", fp16=True))
     found = extract(Asked(str(half), world("sdxl"), tmp_path / "lora.safetensors", rank=1, device="cpu"))
@@ -156,12 +165,12 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
     ):
         extract(Asked(world("sdxl"), world("sd15"), tmp_path / "lora.safetensors", rank=2, device="cpu"))
     for lora in (
-        merged["sd15"][1].parent / "run",
-        merged["sd15"][1].parent / "run" / "pytorch_lora_weights.safetensors",
+        merged("sd15")[1].parent / "run",
+        merged("sd15")[1].parent / "run" / "pytorch_lora_weights.safetensors",
     ):
         with pytest.raises(UserError, match="holds a LoRA, no whole model"):
             opened(str(lora), None)
-    state = load_file(merged["sd15"][1])
+    state = load_file(merged("sd15")[1])
     save_file(
         {name.replace("input_blocks.1.", "input_blocks.9."): value for name, value in state.items()},
         tmp_path / "odd.safetensors",
@@ -170,8 +179,9 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
         opened(str(tmp_path / "odd.safetensors"), None)
 
 
+@pytest.mark.slow
 def test_two_files_are_read_as_two_folders_are(world, merged, tmp_path):
-    adapter, aligned = merged["sdxl"]
+    adapter, aligned = merged("sdxl")
     base = export(Exported(world("sdxl"), "single-file", tmp_path / "base.safetensors"))
     found = extract(Asked(str(aligned), str(base), tmp_path / "lora.safetensors", rank=3, device="cpu"))
     assert {row.layer for row in found.rows} == adapter.keys()

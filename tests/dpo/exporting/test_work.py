@@ -14,9 +14,9 @@ from dpo.exporting.spec import Known, architecture, metadata
 from dpo.exporting.work import export
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
-from dpo.models.load import load
-from dpo.planning.sketch import sketch
-from dpo.settings.config import Model
+from dpo.models.load import load, read_scheduler
+from dpo.models.parts import is_turbo
+from dpo.planning.sketch import CONFIGS, SHIPPED
 from tests.help.handed import header, lora_run
 from tests.help.ldm import write_single_file
 
@@ -75,6 +75,7 @@ def test_old_names_of_a_vae_and_counters_are_as_they_are_today(world, tmp_path):
     assert load_file(old).keys() == load_file(new).keys()
 
 
+@pytest.mark.slow
 def test_fp16_is_each_number_rounded(world, tmp_path):
     whole, half = (
         load_file(export(Asked(world("sdxl"), "comfyui", tmp_path / f"{fp16}.safetensors", fp16=fp16)))
@@ -115,11 +116,20 @@ def test_a_merged_lora_is_its_base_with_the_product_added(runs, world, tmp_path)
     assert all(torch.allclose(value, weights[name], atol=1e-7) for name, value in found.denoiser.state_dict().items())
     folder = export(Asked(str(run), "diffusers", tmp_path / "folder", merge=True))
     assert same(load(str(folder)), found)
+
+
+@pytest.mark.slow
+def test_a_merged_lora_as_a_folder_in_fp16(runs, world, tmp_path):
+    run, adapter = runs["sd15"]
+    found = load(world("sd15"))
+    merge_into(found.denoiser, adapter)
     half = export(
         Asked(str(run / "pytorch_lora_weights.safetensors"), "diffusers", tmp_path / "half", merge=True, fp16=True)
     )
     stored = load_file(next((half / "unet").glob("*.safetensors")))
-    assert all(torch.equal(value, found.denoiser.state_dict()[name].half()) for name, value in stored.items())
+    expected = found.denoiser.state_dict()
+    assert all(value.dtype == torch.float16 for value in stored.values()) and stored.keys() == expected.keys()
+    assert all(torch.allclose(value.float(), expected[name], rtol=1e-3, atol=1e-6) for name, value in stored.items())
 
 
 def test_what_a_file_says_of_itself(runs, world, tmp_path):
@@ -144,8 +154,10 @@ def test_what_a_file_says_of_itself(runs, world, tmp_path):
     ],
 )
 def test_published_sizes_are_named_as_other_programs_know_them(base, kind, version, v2):
-    model = sketch(Model(model=base))
-    known = Known(model.denoiser.config, model.scheduler_config, model.turbo, model.native_resolution)
+    folder = CONFIGS / SHIPPED[base]
+    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    scheduler, _ = read_scheduler(folder, base)
+    known = Known(unet, scheduler, is_turbo(base, scheduler), 512)
     said = metadata(known, "t", None, lora=True, original=True)
     assert architecture(known) == kind and said["modelspec.architecture"] == f"{kind}/lora"
     assert (said["ss_base_model_version"], said["ss_v2"]) == (version, v2)

@@ -26,7 +26,13 @@ from dpo.settings.config import (
 from dpo.settings.fields import coerce
 
 PAIRED = {"model": "m", "data": "d"}
-SPECIAL = {"checkpointing": "down_blocks.0,mid_block", "device": "cuda:1", "resolution": 768, "window_high": 900}
+SPECIAL = {
+    "checkpointing": "down_blocks.0,mid_block",
+    "device": "cuda:1",
+    "resolution": 768,
+    "window_high": 900,
+    "run_name": "red füxe, no. 2",  # names a folder
+}
 
 
 def another(name):
@@ -58,6 +64,8 @@ def altered(name):
         values = PAIRED | values
     if name == "reference":
         values["reference"] = "recorded"
+    if name == "run_name":  # otherwise it names the folder as well
+        values["output"] = Config().output.output
     return change(Config(), **values), values
 
 

@@ -105,6 +105,15 @@ def test_a_preset_or_file_replaces_what_is_in_its_own_folder_only(tmp_path):
     assert not parse(["--config", str(tmp_path / "config.toml"), "--output", "elsewhere"])[0].output.overwrite
 
 
+def test_a_run_with_a_name_has_its_folder_under_runs(tmp_path):
+    folder = lambda *argv: parse([*argv, "--run-name", "red foxes"])[0].output.output  # noqa: E731
+    assert folder(*BASE) == folder("--preset", "sd15") == "runs/red foxes"
+    assert folder(*BASE, "--output", "elsewhere") == "elsewhere", "a folder that is named is kept"
+    (tmp_path / "own.toml").write_text(to_toml(change(parse(BASE)[0], output="mine")))
+    assert folder("--config", str(tmp_path / "own.toml")) == "mine"
+    assert not parse(["--run-name", "foxes"])[0].output.overwrite, "a preset's overwrite is for its own folder"
+
+
 def test_a_resumed_run_brings_its_settings(tmp_path):
     saved = from_mapping(
         {**PAIRED, "beta": 7.0, "device": "cuda", "overwrite": True, "output": str(tmp_path), "steps": 10}

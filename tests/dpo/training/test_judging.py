@@ -13,7 +13,7 @@ from dpo.common.errors import UserError
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change
 from dpo.tiny.paths import pipeline_path
-from dpo.training import build
+from dpo.training import build, judging
 from dpo.training.embedded import embedded
 
 FLAGS = [
@@ -114,8 +114,21 @@ def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypa
     assert (folder / "report.html").exists() and (folder / "model_index.json").exists()
 
 
-@pytest.mark.parametrize("error", [UserError("no network"), torch.OutOfMemoryError("full")])
-def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsys, error):
+ERRORS = [UserError("no network"), torch.OutOfMemoryError("full")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_comparison_that_fails_is_said(caplog, error):
+    def failing(words):
+        raise error
+
+    assert judging.evaluated(failing, ["start=a", "aligned=b"]) == {}
+    assert f"not compared with its start ({error})" in caplog.text
+    assert "Later: python -m dpo.evaluate start=a aligned=b" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ERRORS[0], pytest.param(ERRORS[1], marks=pytest.mark.slow)])
+def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsys, pageless, error):
     def failing(*_):
         raise error
 
@@ -126,7 +139,7 @@ def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsy
     assert summary(again)["status"] == "finished" and not summary(again)["evaluation"]
 
 
-def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch):
+def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch, pageless):
     kept, alive = [], []
     make = build.build
 
@@ -146,7 +159,7 @@ def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch):
     assert alive == [False, False, False]
 
 
-def test_scorers_and_prompts_of_ones_own(world, tmp_path, capsys, monkeypatch):
+def test_scorers_and_prompts_of_ones_own(world, tmp_path, capsys, monkeypatch, pageless):
     """A LoRA on another start than the model's own: what it is compared with is that start, on held-out captions."""
     (tmp_path / "own.py").write_text(
         "import torch\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_a_divergence_right_after_a_checkpoint_leaves_it_healthy(run):
         loop.updates(run, trackers, step, threading.Event())
     trackers.close()
     assert "diverged" not in checkpoint.find(run.checkpoints, "latest").state
+
+
+def test_whole_weights_of_a_sharded_run_are_let_go_of_after_an_error_too():
+    shards = SimpleNamespace(whole=lambda values: [("weight", value) for value in values])
+    updater = SimpleNamespace(shards=shards, ema=[], parameters=[torch.ones(2)])
+    run = SimpleNamespace(updater=updater, whole_weights=None)
+    with pytest.raises(UserError), loop.whole(run):
+        assert list(run.whole_weights) == ["weight"]
+        raise UserError("the disk is full")
+    assert run.whole_weights is None
 
 
 @pytest.fixture

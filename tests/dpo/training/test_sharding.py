@@ -1,9 +1,6 @@
 """FSDP2 on two or four processes: gradients, norms, whole tensors and optimizer states are those of one process."""
 
 import copy
-import datetime
-import os
-import traceback
 from itertools import pairwise
 
 import pytest
@@ -18,7 +15,7 @@ from dpo.models.load import load
 from dpo.models.ready import settle
 from dpo.settings.config import Runtime
 from dpo.training import sharding
-from tests.help.children import start
+from tests.help.processes import together
 from tests.help.worlds import make_pipeline
 
 CPU = torch.device("cpu")
@@ -39,23 +36,14 @@ def settled(unet, **runtime):
     return settle(Runtime(**{"kernels": "torch", "channels_last": "off", "checkpointing": "off"} | runtime), unet, CPU)
 
 
-def together(count, work, folder):
-    """What `work` returns in each of `count` forked processes."""
+def joined(count, work, folder):
+    """What `work` returns in each of `count` processes that have joined for collectives."""
 
-    def one(rank):
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{count}", rank=rank, world_size=count,
-                                    timeout=datetime.timedelta(seconds=60))  # fmt: skip
-            torch.save(work(), folder / f"{count}-{rank}.pt")
-            dist.destroy_process_group()
-        except BaseException:
-            traceback.print_exc()
-            raise
+    def one(processes):
+        processes.join(CPU)
+        return work()
 
-    children = [start(lambda rank=rank: one(rank)) for rank in range(count)]
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    assert codes == [0] * count, codes
-    return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
+    return together(count, one, folder)
 
 
 def inputs(unet, rows, dtype=torch.float64):
@@ -201,7 +189,7 @@ def two(unets, tmp_path_factory):
             "cut": [cut(unets["wide"], blocks_of_states) for blocks_of_states in (False, True)],
         }
 
-    return together(2, work, tmp_path_factory.mktemp("two"))
+    return joined(2, work, tmp_path_factory.mktemp("two"))
 
 
 def agrees(found, wanted):
@@ -220,7 +208,7 @@ def test_gradients_are_summed(unets, two, case):
 
 @pytest.mark.slow
 def test_gradients_of_four_processes(unets, tmp_path):
-    found = together(4, lambda: gradients(unets["sd15"], 4), tmp_path)
+    found = joined(4, lambda: gradients(unets["sd15"], 4), tmp_path)
     agrees(found[0], one_process(unets["sd15"]))
 
 

@@ -1,14 +1,16 @@
 """dpo.training.trackers: metrics.jsonl survives kills and resumes; what is not to be had stops the run."""
 
+import io
 import json
 import logging
 import sys
 import types
 
 import pytest
+from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.pages.folder import METRICS_FILE, WANDB_ID_FILE, read_records
+from dpo.pages.folder import METRICS_FILE, TENSORBOARD, WANDB_ID_FILE, read_records
 from dpo.training.trackers import check, open_trackers
 from tests.help.trackers import fake_wandb
 
@@ -151,6 +153,37 @@ def test_tensorboard_gets_scalars_and_lists(tmp_path):
     assert set(read.Tags()["scalars"]) == {"loss", "accuracy_by_decile/0", "validation/heldout_accuracy"}
     (scalar,) = read.Scalars("validation/heldout_accuracy")
     assert (scalar.step, scalar.value) == (3, 0.75)
+
+
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / "grid.png"
+    Image.new("RGB", (6, 4), (250, 20, 30)).save(path)
+    return path
+
+
+def test_pictures_go_to_wandb(tmp_path, monkeypatch, grid):
+    calls = []
+    fake_wandb(monkeypatch, calls)
+    trackers = open_trackers(tmp_path, wandb=True)
+    trackers.picture(7, grid)
+    trackers.picture(8, None)  # none was drawn
+    (sent,) = [call for call in calls if call[0] == "log"]
+    assert sent[:2] == ("log", 7) and sent[2]["samples"].size == (6, 4)
+    open_trackers(tmp_path / "alone").picture(7, tmp_path / "missing.png")  # read for nobody
+
+
+def test_pictures_go_to_tensorboard(tmp_path, grid):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(tmp_path, tensorboard=True)
+    trackers.picture(7, grid)
+    trackers.close()
+    events = EventAccumulator(str(tmp_path / TENSORBOARD))
+    events.Reload()
+    (found,) = events.Images("samples")
+    assert found.step == 7 and Image.open(io.BytesIO(found.encoded_image_string)).getpixel((0, 0)) == (250, 20, 30)
 
 
 def test_wandb_run_continues_under_its_id(tmp_path, monkeypatch):

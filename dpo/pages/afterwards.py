@@ -1,0 +1,33 @@
+"""What to do with a run that has ended, in lines for the log: where to look, how to use it, how to go on."""
+
+from __future__ import annotations
+
+import shlex
+
+from dpo.pages import kept
+from dpo.pages.card import usage
+from dpo.pages.folder import EVALUATION, REPORT_FILE, RunFolder
+
+
+def next_steps(run: RunFolder) -> list[str]:
+    """The lines. All paths are absolute, and quoted where a shell wants that."""
+    here = run.folder.resolve()
+    look = [here / REPORT_FILE, *kept.grids(run)[-1:]]
+    if run.evaluation:
+        look.append(here / EVALUATION / "evaluation.html")
+    images = here.with_name(f"{here.name}-images")
+    lines = [f"look at it: {', '.join(str(path.resolve()) for path in look)}", "use it, in Python:"]
+    lines += [f"    {line}" for line in usage(run, str(here), here=True).splitlines() if line]
+    draw = ["dpo.sample", str(here), "--prompts", "a prompt", "--output", str(images)]
+    lines.append(f"draw more: {_command(draw)}")
+    if not run.evaluation:
+        sides = [f"start=start:{here}", f"aligned={here}"]
+        compare = ["dpo.evaluate", *sides, "--prompts", "prompts.txt", "--scorers", "pickscore"]
+        lines.append(f"is it better, on your prompts: {_command(compare)}")
+    if not run.embedded:
+        lines.append(f"for ComfyUI: {_command(['dpo.export', str(here), '--to', 'comfyui'])}")
+    return lines
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(["python", "-m", *words])
