@@ -60,7 +60,7 @@ class Trackers:
 
     def picture(self, step: int, path: Path | None) -> None:
         """Shows the grid of sample images in the file `path` with update `step`; nothing where there is none."""
-        if path is None or not self._sinks or (image := read_picture(path)) is None:
+        if not self._sinks or path is None or (image := read_picture(path)) is None:
             return
         for sink in self._sinks:
             sink.picture(step, image)
