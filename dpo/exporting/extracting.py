@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,7 @@ def extract(asked: Asked) -> Extraction:
     exact = check_alike(aligned, base)  # the base is what was trained from, to the bit: its own rounding is no change
     rows: list[Row] = []
     adapter: Adapter = {}
-    left: Counter[str] = Counter()
+    left: defaultdict[str, float] = defaultdict(float)
     total = 0.0
     with Progress(len(base.unet), lambda _: [], log_every=len(base.unet) // LINES + 1, unit="weight") as bar:
         for count, name in enumerate(base.unet, 1):
@@ -106,7 +106,7 @@ def extract(asked: Asked) -> Extraction:
         what = f"only in what a LoRA cannot hold ({', '.join(left)})" if left else "in nothing"
         raise UserError(f"{asked.aligned} and --base {asked.base} differ {what}: there is nothing to extract")
     _write(asked, adapter, aligned, base)
-    return Extraction(asked.output, rows, dict(left.most_common()), total)
+    return Extraction(asked.output, rows, dict(sorted(left.items(), key=lambda item: -item[1])), total)
 
 
 def _row(asked: Asked, layer: str, before: Tensor, found: Change, dtype: torch.dtype) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,11 +51,15 @@ def _adapter(asked: Asked, lora: Path) -> Path:
             asked.run,
             wanted.unet_init,
         )
-    kohya_name = None if asked.to == DIFFUSERS else partial(model.family.kohya_name, denoiser=model.denoiser)
-    tensors, told = adapters.named(adapter, model.family.denoiser, kohya_name)
+    kohya = asked.to != DIFFUSERS
+
+    def name_of(layer: str) -> str:
+        return model.family.kohya_name(layer, model.denoiser)
+
+    tensors, told = adapters.named(adapter, model.family.denoiser, name_of if kohya else None)
     known = adapters.known_of(model)
     known = known._replace(scheduler={**known.scheduler, **_resampled(lora.parent)})
-    header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya_name is not None) | told
+    header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya) | told
     pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
     _say_where(asked, known, lora=True)
     return path

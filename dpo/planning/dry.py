@@ -32,7 +32,7 @@ from dpo.planning.sketch import parameters
 from dpo.settings.config import Config, change
 from dpo.settings.rules import lora_goes_on
 from dpo.training import denoisers, optimizer
-from dpo.training.memory import HOST, Lifetimes
+from dpo.training.memory import HOST, Lifetimes, blocked
 from dpo.training.metrics import StepMetrics
 from dpo.training.run import Figures, Run, Speed
 from dpo.training.start import Start
@@ -121,7 +121,8 @@ def dry_step(
     elif denoisers.live_reference(config):
         compared = reference.from_adapters(policy, layers)
 
-    memory = Lifetimes(BLOCK if gpu else 1, numbers={"other": 1.0}, shares=shares)  # train_step's own: usable pairs
+    numbers = {"other": 1.0}  # train_step's own: usable pairs
+    memory = Lifetimes(BLOCK if gpu else 1, numbers=numbers, shares=shares, inside=None if gpu else blocked)
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         for module in (model.denoiser, twin, model.vae, *model.text_encoders):
             if module is not None:

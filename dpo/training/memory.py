@@ -41,11 +41,18 @@ ATTENTION: dict[Any, Callable[..., int]] = {  # on a CPU, which torch's own coun
 FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **ATTENTION}
 
 
+def blocked(func: Any, args: tuple) -> int:
+    """Bytes that a convolution takes on a CPU, where it puts what it reads into a layout of its own (oneDNN, NCHW)."""
+    read = {torch.ops.aten.convolution: 1, torch.ops.aten.convolution_backward: 2}.get(func._overloadpacket, 0)
+    return sum(tensor.nbytes for tensor in args[:read])
+
+
 class Lifetimes(TorchDispatchMode):
     """Counts live bytes, their peak and what they were at it, and FLOPs, by the phase that made them.
 
     block: bytes are rounded up to a multiple of it for each storage. numbers: what is read from a fake tensor, which has
     no value, by phase; 0 in the others. shares: of each storage that lies on this device, by kind; 1 of the others.
+    inside: bytes that a library takes while an operation runs, from the operation and its arguments.
     """
 
     def __init__(
@@ -53,10 +60,12 @@ class Lifetimes(TorchDispatchMode):
         block: int = 1,
         numbers: Mapping[str, float] | None = None,
         shares: Mapping[str, float] | None = None,
+        inside: Callable[[Any, tuple], int] | None = None,
     ) -> None:
         super().__init__()
         self.block = block
         self.shares = shares or {}
+        self.inside = inside
         self.phase = "other"
         self.live: Counter[str] = Counter()  # bytes by kind
         self.peak = 0
@@ -74,6 +83,8 @@ class Lifetimes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage(), self.phase)
+        if self.inside is not None and self._total + (taken := self.inside(func, args)) > self.peak:
+            self.peak, self.at_peak = self._total + taken, self.live + Counter({self.phase: taken})
         if (formula := FORMULAS.get(func._overloadpacket)) is not None:
             again = self.phase == "backward" and torch.is_grad_enabled()  # gradients alone are made without
             self.flops[RECOMPUTE if again else self.phase] += formula(*args, **kwargs, out_val=result)

@@ -60,8 +60,9 @@ class Trackers:
 
     def picture(self, step: int, path: Path | None) -> None:
         """Shows the grid of sample images in the file `path` with update `step`; nothing where there is none."""
-        image = read_picture(path) if path is not None and self._sinks else None
-        for sink in self._sinks if image is not None else ():
+        if not self._sinks or path is None or (image := read_picture(path)) is None:
+            return
+        for sink in self._sinks:
             sink.picture(step, image)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from dpo.models.adapter import Adapter
 from dpo.models.load import load
 from dpo.settings.config import Config, change, to_toml
 
-TARGETS = ("to_q", "to_out.0", "conv1", "ff.net.2")
+TARGETS = ("to_out.0", "conv1")
 
 
 def lora_run(folder: Path, base: str, *, rank: int = 3, alpha: float = 4.0) -> Adapter:

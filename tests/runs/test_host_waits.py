@@ -45,7 +45,7 @@ def micro_step(run, recorded=None):
         run.metrics.add(terms, inputs.prob, inputs.usable)
 
 
-SLOW = ("sft", "checkpointing")  # to test each time
+SLOW = ("dpo", "sft", "checkpointing")  # to test each time; dde does all that dpo does
 
 
 @pytest.mark.parametrize(

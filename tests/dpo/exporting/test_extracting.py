@@ -109,6 +109,7 @@ def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(wor
     assert len(table.table(found).splitlines()) == 1 + len(found.rows)
 
 
+@pytest.mark.slow
 def test_ranks_that_are_cut_off_and_rounding_are_told(world, tmp_path):
     aligned = changed(
         world("sd15"), tmp_path / "aligned", unet__to_q__weight=lambda value: noise(1e-4)(value).half().float()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
+from dpo.exporting.adapters import network_of
 from dpo.exporting.asked import Asked
 from dpo.exporting.spec import Known, architecture, metadata
 from dpo.exporting.work import export
@@ -17,6 +18,7 @@ from dpo.models.adapter import merge_into
 from dpo.models.load import load, read_scheduler
 from dpo.models.parts import is_turbo
 from dpo.planning.sketch import CONFIGS, SHIPPED
+from dpo.settings.config import Model
 from tests.help.handed import header, lora_run
 from tests.help.ldm import write_single_file
 
@@ -203,3 +205,15 @@ def test_a_number_beyond_fp16_is_refused_by_the_name_of_its_weight(world, tmp_pa
         with pytest.raises(UserError, match=f"{name} does not fit into fp16"):
             export(Asked(str(tmp_path / "model"), to, fp16=True))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_lora_on_one_file_needs_no_weights_of_it(tmp_path):
+    """The network is that of the published model with the file's width of text; its own config is nowhere."""
+    path = tmp_path / "base.safetensors"
+    cross = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({cross: torch.zeros(320, 768)}, path)
+    network = network_of(Model(model=str(path)))
+    assert network.denoiser.config["cross_attention_dim"] == 768 and network.denoiser.device.type == "meta"
+    save_file({cross: torch.zeros(320, 32)}, path)
+    with pytest.raises(UserError, match="has the size of no published model: name a diffusers folder"):
+        network_of(Model(model=str(path)))

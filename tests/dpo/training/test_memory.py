@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo.training.memory import ATTENTION, HOST, RECOMPUTE, Lifetimes
+from dpo.training.memory import ATTENTION, HOST, RECOMPUTE, Lifetimes, blocked
 
 SIDE = 64
 SQUARE = SIDE * SIDE * 4  # bytes
@@ -106,3 +106,18 @@ def test_attention_on_a_cpu_is_counted_as_on_a_gpu():
             out.sum().backward()
     product = 2 * 2 * 8 * 8 * 16
     assert memory.flops == {"other": 2 * product, "backward": 5 * product}
+
+
+def test_what_a_convolution_takes_inside_is_counted():
+    """[2, 3, 8, 8] read, [2, 5, 8, 8] made; backward reads both and makes the gradient of the first and of the weights."""
+    x, made = 4 * 2 * 3 * 64, 4 * 2 * 5 * 64
+    weight = torch.zeros(5, 3, 1, 1, requires_grad=True)
+    for inside, forward, back in ((None, 0, 0), (blocked, x, made + x)):
+        with Lifetimes(inside=inside) as memory:
+            pixels = torch.zeros(2, 3, 8, 8).requires_grad_()
+            output = torch.nn.functional.conv2d(pixels, weight)
+            assert memory.peak == x + made + forward
+            with torch.no_grad():
+                grad = torch.zeros_like(output)
+            output.backward(grad)
+        assert memory.peak == 2 * x + 2 * made + 4 * 15 + back, inside
