@@ -16,6 +16,7 @@ from dpo.settings.config import Data
 SHARE = 0.1  # of one's own pairs, where nothing was said
 FEWEST = 50  # pairs: an accuracy of one half is then known to +-0.14
 LARGEST_SHARE = 1 / 3
+NEAR = 0.8  # of the wanted number: so few are enough where one caption more would be too many
 ENOUGH = 150  # pairs; with fewer none are held out unless it was asked for
 WAYS = {"auto": ("caption", "pair")}  # the ways that are tried for --validation-by, one after another
 
@@ -26,8 +27,9 @@ def decide(data: Data, train: Source) -> Data:
     """`data` with the share to hold out, and what is held out together, where the user left the share open.
 
     A tenth of the pairs that are no ties, at least FEWEST, at most LARGEST_SHARE and at most the validation_pairs that
-    are measured; none of fewer than ENOUGH. Whole captions where the number allows it, else pairs. The share becomes
-    the one that `split` answers with just these pairs, so that a resumed run, which reads it, has the same ones.
+    are measured; none of fewer than ENOUGH. Whole captions where they give that number or, below it, NEAR of it, else pairs.
+    The share becomes the one that `split` answers with just these pairs, so that a resumed run, which reads it, has the
+    same ones.
     """
     if data.validation_fraction is not None:
         return data
@@ -40,20 +42,29 @@ def decide(data: Data, train: Source) -> Data:
     wanted = min(max(FEWEST, math.ceil(SHARE * count)), data.validation_pairs)
     ways = WAYS.get(data.validation_by, (data.validation_by,))
     for way in ways:
-        share, found = _reaching(keyed_numbers(_keys(train, way)), sure, wanted)
-        if found <= LARGEST_SHARE * count and share <= 0.5:
+        share, fits = _reaching(keyed_numbers(_keys(train, way)), sure, wanted)
+        if fits:
             break
     return replace(data, validation_fraction=min(share, 0.5), validation_by=way)
 
 
-def _reaching(numbers: np.ndarray, sure: np.ndarray, wanted: int) -> tuple[float, int]:
-    """The smallest share that holds out `wanted` of the pairs that are `sure`, and how many of them it holds out.
+def _reaching(numbers: np.ndarray, sure: np.ndarray, wanted: int) -> tuple[float, bool]:
+    """The smallest share that holds out `wanted` of the pairs that are `sure`, and whether that is not too much.
 
-    numbers [n]: the pairs' `order.keyed_numbers`.
+    Where it is, the largest share that holds out fewer, if those are NEAR as many. numbers [n]: the pairs'
+    `order.keyed_numbers`.
     """
     order = np.argsort(numbers, kind="stable")
-    last = numbers[order[np.searchsorted(np.cumsum(sure[order]), wanted)]]
-    return share_up_to(last), int(sure[numbers <= last].sum())
+    numbers, held = numbers[order], np.cumsum(sure[order])
+    ends = np.flatnonzero(np.append(numbers[1:] != numbers[:-1], True))  # the last pair of each key
+    reached = int(np.searchsorted(held[ends], wanted))
+    for end in ends[reached::-1]:
+        share = share_up_to(numbers[end])
+        if held[end] < NEAR * wanted:
+            break
+        if held[end] <= LARGEST_SHARE * held[-1] and share <= 0.5:
+            return share, True
+    return share_up_to(numbers[ends[reached]]), False
 
 
 def split(data: Data, train: Source) -> tuple[Source, Source | None]:
@@ -87,7 +98,6 @@ def _told(train: Source, way: str) -> str:
     if len(captions) == len(train):
         return "each pair alone"
     if len(captions) > 1:
-        return "each pair alone, so that a caption may be on both sides"
-    return "each pair alone: " + (
-        "they have no captions" if captions[0] == caption_key("") else "they have one caption"
-    )
+        return "each pair alone, so that a caption may be on both sides, and an image too"
+    why = "they have no captions" if captions[0] == caption_key("") else "they have one caption"
+    return f"each pair alone: {why}; an image may be on both sides"

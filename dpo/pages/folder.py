@@ -8,7 +8,7 @@
         device, versions {name: version}
         made_from     checksums of the weights that the run began with (dpo.pages.began)
         model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)
-        data          {name: value}, shown as it is; "usable" is the number of training pairs
+        data          {name: value}, shown as it is; "usable" is the number of training pairs, SHARED of held-out ones
         processes     number of processes that shared the work, 1 if missing
         evaluation    win_rate, win_rate_interval [low, high], prompts, score_before, score_after, judge, and of further
                       scorers faithfulness_before, faithfulness_after, win_rate_by_<scorer>
@@ -48,6 +48,8 @@ FAILED_FILE = "failed.txt"
 WANDB_ID_FILE = "wandb_id.txt"
 CHECKPOINTS, SAMPLES, TENSORBOARD, EVALUATION = "checkpoints", "samples", "tensorboard", "evaluation"
 
+
+SHARED = "held out with a caption trained on"  # of "data" in SUMMARY_FILE: a number of pairs
 
 MODULE = ("config.json", "diffusion_pytorch_model*.safetensors*")
 ENCODER = ("config.json", "model*.safetensors*")

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo.common.stats import share_interval
 from dpo.pages import kept
-from dpo.pages.folder import RunFolder
+from dpo.pages.folder import SHARED, RunFolder
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
@@ -174,7 +174,7 @@ def _findings(run: RunFolder) -> list[str]:
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
         found.append(
-            f"On {learned.cases:,} pairs that it never trained on, the model sides with the preferred image in "
+            f"On {learned.cases:,} pairs that it never trained on{_shared(run)}, the model sides with the preferred image in "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); guessing gives 50%."
         )
         if run.validations[-1].get("weights") == "averaged":
@@ -195,6 +195,14 @@ def _findings(run: RunFolder) -> list[str]:
         before = run.evaluation["faithfulness_before"]
         found.append(f"{after:.0%} of the images show what the prompt says, {before:.0%} before the training.")
     return found
+
+
+def _shared(run: RunFolder) -> str:
+    """A clause where held-out pairs may have more in common with the training pairs than whole captions would."""
+    alone = run.setting("validation_fraction") and run.setting("validation_by") == "pair"
+    if not alone and not run.summary.get("data", {}).get(SHARED):
+        return ""
+    return " (captions or images of theirs may be in pairs that it did train on)"
 
 
 def warnings(run: RunFolder) -> list[Caution]:

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo.common import files
 from dpo.models.ready import WEIGHTS
 from dpo.pages.began import MADE_FROM
-from dpo.pages.folder import SUMMARY_FILE, TABLES_FILE, read_run
+from dpo.pages.folder import SHARED, SUMMARY_FILE, TABLES_FILE, read_run
 from dpo.settings import advice, resolve
 from dpo.training import choice
 from dpo.training.run import Figures, Run
@@ -67,8 +68,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
         },
         "made_from": _made_from(run),
         "scheduler": model.resampled,
-        "data": run.source.summary
-        | {"usable": len(run.source), "held out": len(run.held_out_source) if run.held_out_source else 0},
+        "data": run.source.summary | {"usable": len(run.source)} | _held_out(run),
         "resolved": {
             "beta": run.config.method.beta,
             "learning_rate": resolve.learning_rate(run.config),
@@ -89,6 +89,15 @@ def report(run: Run, status: str, reason: str = "") -> None:
     if not (run.complete and (run.output / TABLES_FILE).is_file()):
         files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
     _write_pages(run.output, run.config.output.model_card and status == "finished")
+
+
+def _held_out(run: Run) -> dict[str, int]:
+    """How many pairs are held out and, where captions of theirs are trained on too, how many of them."""
+    if run.held_out_source is None:
+        return {"held out": 0}
+    keys = run.held_out_source.caption_keys()
+    shared = int(np.isin(keys, run.source.caption_keys()).sum())
+    return {"held out": len(keys)} | ({SHARED: shared} if shared else {})
 
 
 def _made_from(run: Run) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import pytest
 
 from dpo.data import held_out as held_out_pairs
+from dpo.pages.folder import SHARED
 from dpo.pages.verdict import ENOUGH_TO_SHARE, held_out, verdict, warnings, win_rate
 from tests.help.fake_run import KINDS, run_of
 
@@ -59,6 +60,17 @@ def test_the_sentences_carry_the_figures(runs):
         and "82% of 208 cases" in text
         and "97% of the images" in text
     )
+
+
+def test_what_held_out_pairs_share_with_training_pairs_is_said(runs):
+    words = " pairs that it never trained on (captions or images of theirs may be in pairs that it did train on), the"
+    run = with_held_out(runs["good"], 0.7, 50)
+    alone = with_setting(run, "data", validation_fraction=0.2, validation_by="pair", validation_data=None)
+    counted = run._replace(summary={**run.summary, "data": {**run.summary.get("data", {}), SHARED: 3}})
+    assert all(words in " ".join(verdict(one).sentences) for one in (alone, counted))
+    assert "never trained on, the model" in " ".join(verdict(run).sentences)
+    named = with_setting(run, "data", validation_fraction=0.0, validation_by="pair")
+    assert "never trained on, the model" in " ".join(verdict(named).sentences)
 
 
 def test_evidence_is_the_last_measurement(runs):

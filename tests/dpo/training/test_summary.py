@@ -1,10 +1,14 @@
 """dpo.training.summary: what the pages are made from, for a whole run and for a broken-off one."""
 
+import dataclasses
 import json
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 
+from dpo.data.pairs import Subset
+from dpo.pages.folder import SHARED
 from dpo.settings.config import to_toml
 from dpo.training import summary
 from tests.help.running import make_run
@@ -31,6 +35,16 @@ def test_what_a_whole_run_leaves(run, world):
     )
     assert tables["weight"] == run.step.weight.tolist()
     assert (run.output / "README.md").is_file() and (run.output / "report.html").is_file()
+
+
+def test_held_out_pairs_with_a_caption_that_is_trained_on_are_counted(run):
+    summary.report(run, "finished")
+    before = json.loads((run.output / "summary.json").read_text())["data"]
+    assert SHARED not in before
+    held = Subset(run.source, np.arange(5))
+    summary.report(dataclasses.replace(run, held_out_source=held), "finished")
+    found = json.loads((run.output / "summary.json").read_text())["data"]
+    assert (found["held out"], found[SHARED]) == (5, 5)
 
 
 def test_a_comparison_is_put_in_afterwards_and_stays(run):
