@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 
 SHOWN = 80  # characters of a cell, caption or key in a message
 LISTED = 20  # names in a message
 # Controls of the sets C0 and C1, marks of direction (which can hide what a line says), halves of surrogate pairs.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def command_line(words: Iterable[str]) -> str:
+    """A command of the package, "dpo.train" and its flags, as one types it: quoted where a shell wants that."""
+    return shlex.join(["python", "-m", *words])
 
 
 def first_line(error: BaseException) -> str:

@@ -8,12 +8,21 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import SHOWN, excerpt, listed
+from dpo.common.words import SHOWN, command_line, excerpt, listed
 from dpo.settings.config import Data
 
 CAPTION = ("caption", "prompt", "text")
 CHOSEN = ("chosen", "chosen_image", "image_chosen", "preferred", "winner", "win", "w", "chosen_file_name")
 REJECTED = ("rejected", "rejected_image", "image_rejected", "dispreferred", "loser", "lose", "l", "rejected_file_name")
+# Of a ranking, a line an image, which is no set of pairs yet; names as `plain` spells them.
+RANKINGS = (".csv", ".tsv", ".jsonl", ".json")
+IMAGE = ("image", "file", "file_name", "filename", "path", "image_path", "picture", "img")
+# Of a number: whether higher is better; None: people use the name both ways.
+NUMBERS: dict[str, bool | None] = {
+    "score": True, "stars": True, "rating": True, "points": True, "elo": True, "votes": True, "likes": True,
+    "place": False, "position": False,
+    "rank": None, "ranking": None, "order": None, "grade": None, "level": None, "value": None,
+}  # fmt: skip
 IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
 SAME, BLANK = "one image twice", "without a caption"  # names of counts; pairs without a caption are used
 UNREADABLE, SAME_BYTES = (
@@ -63,6 +72,11 @@ class Columns:
         return [name for name in (self.caption, self.first, self.second, self.uid_0, self.uid_1) if name]
 
 
+def plain(name: str) -> str:
+    """A column's name without what people spell differently: case, spaces, hyphens."""
+    return "_".join(name.replace("-", " ").replace("_", " ").lower().split())
+
+
 def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto") -> Columns:
     """Chooses the columns of a table among `names`; `kind` "pickapic" or "chosen-rejected" admits that layout only.
 
@@ -92,6 +106,10 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
         "pickapic": "caption, jpg_0, jpg_1, label_0",
         "chosen-rejected": "prompt, chosen, rejected",
     }
+    plainly = {plain(name) for name in names}
+    if kind == "auto" and where.endswith(RANKINGS) and plainly & {*IMAGE} and plainly & {*NUMBERS}:
+        make = command_line(["dpo.pairs", where])
+        raise UserError(f"{where}: is a ranking, one image in a line, and no pairs yet: make pairs of it with {make}")
     raise UserError(
         f"{where}: needs the columns {layouts[kind]}, found {listed(names) or 'none'}; "
         "name others with --caption-column, --chosen-column, --rejected-column"

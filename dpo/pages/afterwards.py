@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-
+from dpo.common.words import command_line
 from dpo.pages import kept
 from dpo.pages.card import usage
 from dpo.pages.folder import EVALUATION, REPORT_FILE, RunFolder
@@ -19,15 +18,11 @@ def next_steps(run: RunFolder) -> list[str]:
     lines = [f"look at it: {', '.join(str(path.resolve()) for path in look)}", "use it, in Python:"]
     lines += [f"    {line}" for line in usage(run, str(here), here=True).splitlines() if line]
     draw = ["dpo.sample", str(here), "--prompts", "a prompt", "--output", str(images)]
-    lines.append(f"draw more: {_command(draw)}")
+    lines.append(f"draw more: {command_line(draw)}")
     if not run.evaluation:
         sides = [f"start=start:{here}", f"aligned={here}"]
         compare = ["dpo.evaluate", *sides, "--prompts", "prompts.txt", "--scorers", "pickscore"]
-        lines.append(f"is it better, on your prompts: {_command(compare)}")
+        lines.append(f"is it better, on your prompts: {command_line(compare)}")
     if not run.embedded:
-        lines.append(f"for ComfyUI: {_command(['dpo.export', str(here), '--to', 'comfyui'])}")
+        lines.append(f"for ComfyUI: {command_line(['dpo.export', str(here), '--to', 'comfyui'])}")
     return lines
-
-
-def _command(words: list[str]) -> str:
-    return shlex.join(["python", "-m", *words])

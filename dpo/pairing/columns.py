@@ -6,18 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, listed
-from dpo.data.labels import CAPTION
+from dpo.common.words import command_line, excerpt, listed
+from dpo.data.labels import CAPTION, IMAGE, NUMBERS, plain
 from dpo.settings.fields import nearest
 
-# Names as `plain` spells them. Of a number: whether higher is better; None: people use the name both ways.
-NUMBERS: dict[str, bool | None] = {
-    "score": True, "stars": True, "rating": True, "points": True, "elo": True, "votes": True, "likes": True,
-    "place": False, "position": False,
-    "rank": None, "ranking": None, "order": None, "grade": None, "level": None, "value": None,
-}  # fmt: skip
 USUAL: dict[str, tuple[str, ...]] = {
-    "image": ("image", "file", "file_name", "filename", "path", "image_path", "picture", "img"),
+    "image": IMAGE,
     "number": tuple(NUMBERS),
     "prompt": (*CAPTION, "description"),
     "group": ("group", "group_id", "prompt_id"),
@@ -71,11 +65,6 @@ class Columns:
         return ", ".join(f"{name} from {excerpt(value)}" for name, value in found.items())
 
 
-def plain(name: str) -> str:
-    """A column's name without what people spell differently: case, spaces, hyphens."""
-    return "_".join(name.replace("-", " ").replace("_", " ").lower().split())
-
-
 def find(names: Iterable[str], named: Named, where: str) -> Columns:
     """The columns of a table with these `names`. Raises UserError, which names those that are almost right."""
     names = list(names)
@@ -112,7 +101,8 @@ def _wrong(
         return UserError(f"{where}: has images with a number and matches too: leave the columns of one of them out")
     if any(pair <= spelled.keys() for pair in PAIRS):
         return UserError(
-            f"{where}: holds pairs already: train with --data {where}; python -m dpo.pairs --check {where} looks at them"
+            f"{where}: holds pairs already: train with {command_line(['dpo.train', '--data', where])}; "
+            f"{command_line(['dpo.pairs', '--check', where])} looks at them"
         )
     wanted = ("winner", "loser") if found["winner"] or found["loser"] else ("image", "number")
     what = next(one for one in wanted if found[one] is None)

@@ -14,6 +14,7 @@ from pathlib import Path
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, listed
 from dpo.data.folders import is_image
+from dpo.data.labels import plain
 from dpo.data.listing import is_junk, list_files
 from dpo.data.tables import Row as Cells
 from dpo.data.tables import csv_rows, json_rows
@@ -96,7 +97,7 @@ def _table(path: Path, rows: Iterable[tuple[int, Cells]], asked: Asked, *, comma
         )
     values = [row.value for row in given]
     higher = columns.higher_is_better(found.number, asked.higher_is_better, min(values), max(values))
-    return gathered(columns.plain(found.number), higher, given, counts)
+    return gathered(plain(found.number), higher, given, counts)
 
 
 def _rows(

@@ -12,7 +12,7 @@ import numpy as np
 from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
-from dpo.common.words import digest
+from dpo.common.words import command_line, digest
 from dpo.data.listing import is_of_files
 from dpo.data.pairs import ImageRef, Source
 from dpo.data.sources import describe, open_source
@@ -72,11 +72,11 @@ def make(asked: Asked, folder: Path) -> None:
         found = _looked(Data(data=str(folder)), asked.looking, looker)
         _finish(folder, found, place.told(folder), sentences, asked.looking)
     log.info(
-        "%s: %d pairs; look at %s, then train with python -m dpo.train --data %s",
+        "%s: %d pairs; look at %s, then train with %s",
         folder,
         len(made.pairs),
         folder / PAGE,
-        folder,
+        command_line(["dpo.train", "--data", str(folder)]),
     )
 
 

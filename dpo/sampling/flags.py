@@ -79,9 +79,12 @@ def above(least: int) -> Callable[[str], int]:
 
 
 def not_below_0(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or above")
+        raise argparse.ArgumentTypeError(f"needs a number of at least 0, not {text!r}")
     return value
 
 

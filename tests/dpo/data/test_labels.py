@@ -45,6 +45,18 @@ def test_missing_columns_are_named_with_those_found(names, kind):
     assert "\n" not in text
 
 
+def test_a_ranking_is_sent_to_the_command_that_makes_pairs_of_it():
+    words = (
+        "is a ranking, one image in a line, and no pairs yet: make pairs of it with python -m dpo.pairs 'my set.csv'"
+    )
+    for names in (["image", "rank", "prompt"], ["File Name", "Score"]):
+        with pytest.raises(UserError, match=words):
+            find_columns(names, Data(), "my set.csv")
+    for names, where in ((["image", "caption"], "my set.csv"), (["image", "rank", "prompt"], "set.parquet")):
+        with pytest.raises(UserError, match="needs the columns"):
+            find_columns(names, Data(), where)
+
+
 def labels(label_0, label_1=None, ties="drop", **others):
     optional = [name if name in others else None for name in ("has_label", "are_different", "uid_0", "uid_1")]
     columns = Columns("caption", "a", "b", "label_0", None if label_1 is None else "label_1", *optional)
