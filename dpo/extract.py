@@ -18,8 +18,7 @@ from pathlib import Path
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.common.words import printable
-
-SUFFIX = ".safetensors"
+from dpo.exporting.asked import SUFFIX, file_at
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +66,7 @@ def _output(given: argparse.Namespace) -> Path:
     aligned = Path(given.aligned).expanduser()
     place = aligned.resolve() if aligned.exists() else Path(given.aligned.replace("/", "-")).absolute()
     name = f"{place.name.removesuffix(SUFFIX)}-lora{SUFFIX}"
-    path = place.with_name(name) if given.output is None else Path(given.output).expanduser()
-    path = path / name if path.is_dir() else path
-    if path.suffix != SUFFIX:
-        raise UserError(f"--output {path}: name a {SUFFIX} file, or a folder that is there")
+    path = place.with_name(name) if given.output is None else file_at(Path(given.output).expanduser(), name)
     for one in (path, path.with_suffix(".csv")):
         if one.exists():
             raise UserError(f"{one} is there already: remove it, or name another file with --output")

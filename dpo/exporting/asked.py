@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.common.errors import UserError
+
 PLACES = {  # program -> where it looks for a whole model, and for a LoRA
     "comfyui": ("ComfyUI/models/checkpoints", "ComfyUI/models/loras"),
     "a1111": ("stable-diffusion-webui/models/Stable-diffusion", "stable-diffusion-webui/models/Lora"),
 }
 DIFFUSERS, SINGLE = "diffusers", "single-file"
+SUFFIX = ".safetensors"
+OTHERS = (".bin", ".ckpt", ".pt", ".pth")  # what files of weights are called too; any other name is a folder's
 TARGETS = (*PLACES, DIFFUSERS, SINGLE)
 
 
@@ -24,3 +28,10 @@ class Asked:
     merge: bool = False
     lora_base: str | None = None  # the model that a LoRA belongs to; None: what its run says
     cache_dir: str | None = None
+
+
+def file_at(output: Path, name: str) -> Path:
+    """The file that --output means: itself, or `name` in a folder, which need not be there yet. Raises UserError."""
+    if output.suffix in OTHERS and not output.is_dir():
+        raise UserError(f"--output {output}: name a {SUFFIX} file, or a folder")
+    return output if output.suffix == SUFFIX and not output.is_dir() else output / name

@@ -16,7 +16,7 @@ from dpo.exporting.spec import Known
 from dpo.models import original
 from dpo.models.hub import LORA_FILES, locate
 from dpo.models.weights import UNET, VAE
-from dpo.sampling.model import settings_of
+from dpo.sampling.model import check_result, settings_of
 
 TEXT = ("cond_stage_model.", "conditioner.")
 DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
@@ -51,6 +51,7 @@ class Side(NamedTuple):
 def opened(name: str, cache_dir: str | None) -> Side:
     """The model that `name` stands for. Raises UserError for what is none."""
     folder = Path(name).expanduser()
+    check_result(name)
     if not (folder / "model_index.json").is_file() and any((folder / one).is_file() for one in LORA_FILES):
         raise UserError(f"{name} {NO_LORA}")
     place = locate(settings_of(name)["model"], cache_dir=cache_dir)

@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.exporting import adapters, pieces, spec, whole
-from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, Asked
+from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, SUFFIX, Asked, file_at
 from dpo.models import lora_files
 from dpo.models.hub import locate
 from dpo.models.save import save_pipeline
@@ -41,7 +41,7 @@ def export(asked: Asked) -> Path:
 
 def _adapter(asked: Asked, lora: Path) -> Path:
     wanted = settings.from_mapping(named.config_of_lora(asked.run, lora, asked.lora_base)).model
-    path = _target(asked, ".safetensors")
+    path = _target(asked, SUFFIX)
     model = adapters.network_of(wanted)
     with named.plainly():
         adapter = lora_files.read(lora, model.denoiser, model.family)
@@ -85,7 +85,7 @@ def _folder(asked: Asked) -> Path:
 
 
 def _single(asked: Asked, lora: Path | None) -> Path:
-    path = _target(asked, ".safetensors")
+    path = _target(asked, SUFFIX)
     place = None if lora is not None else locate(asked.run, cache_dir=asked.cache_dir)
     if place is not None and place.is_file():
         raise UserError(f"{asked.run} is one file already: name the folder of a run or of a diffusers pipeline")
@@ -105,7 +105,7 @@ def _single(asked: Asked, lora: Path | None) -> Path:
 def _name(asked: Asked) -> str:
     """The run's own name, or that of the model."""
     place = _place(asked)
-    return place.resolve().name.removesuffix(".safetensors") if place.exists() else asked.run.rpartition("/")[2]
+    return place.resolve().name.removesuffix(SUFFIX) if place.exists() else asked.run.rpartition("/")[2]
 
 
 def _place(asked: Asked) -> Path:
@@ -122,9 +122,7 @@ def _target(asked: Asked, suffix: str) -> Path:
     if given is None:
         path = (place.resolve().parent if place.exists() else Path.cwd()) / name
     else:
-        path = given / name if suffix and given.is_dir() else given
-    if suffix and path.suffix != suffix:
-        raise UserError(f"--output {path}: name a {suffix} file, or a folder that is there")
+        path = file_at(given, name) if suffix else given
     if path.is_dir() and not any(path.iterdir()):
         return path
     if path.exists():
@@ -138,8 +136,9 @@ def _say_where(asked: Asked, known: spec.Known, *, lora: bool) -> None:
     if asked.to in PLACES and spec.architecture(known) is not None:
         log.info("put the file into %s", PLACES[asked.to][lora])
     elif spec.architecture(known) is None and asked.to != DIFFUSERS:
+        then = "; diffusers reads a file of it with config=FOLDER, the diffusers folder of the model"
         log.warning(
-            "%s is of the size of no published model: ComfyUI, A1111 and Forge know models by their size; diffusers "
-            "reads a file of it with config=FOLDER, the diffusers folder of the model",
+            "%s is of the size of no published model: ComfyUI, A1111 and Forge know models by their size%s",
             asked.run,
+            "" if lora else then,
         )

@@ -23,7 +23,7 @@ from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import MADE_FROM, read_made_from
-from dpo.pages.folder import CONFIG_FILE
+from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, read_settings
 from dpo.sampling.flags import START
 from dpo.settings import config as settings
 from dpo.settings.flags import load_config
@@ -149,6 +149,7 @@ def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: 
 def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
     """The file of a LoRA, where `name` is one: a folder without a pipeline, a file with a LoRA's names, or so asked."""
     path = Path(name).expanduser()
+    check_result(name)
     if name in (EMBEDDED, lora_base) or name.startswith(START) or (path / "model_index.json").is_file():
         return None
     if path.is_dir() and (files := sorted(path.glob("*.safetensors"))):
@@ -159,6 +160,16 @@ def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path |
         return None
     with plainly():
         return lora_files.locate(name, cache_dir)
+
+
+def check_result(name: str) -> None:
+    """Raises UserError for the folder of a run that has no result yet."""
+    path = Path(name).expanduser()
+    if any((path / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)) or not read_settings(path):
+        return
+    begun = any((path / CHECKPOINTS).glob("step-*/state.json"))
+    then = "start it again with --resume latest" if begun else "it has no checkpoint, so start it again"
+    raise UserError(f"{name} holds a run that is not finished, and so no result: {then}")
 
 
 def _names_lora(path: Path) -> bool:

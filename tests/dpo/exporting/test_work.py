@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.exporting.adapters import network_of
-from dpo.exporting.asked import Asked
+from dpo.exporting.asked import Asked, file_at
 from dpo.exporting.spec import Known, architecture, metadata
 from dpo.exporting.work import export
 from dpo.models import lora_files
@@ -173,7 +173,7 @@ def test_published_sizes_are_named_as_other_programs_know_them(base, kind, versi
         ({"run": "sd15", "to": "diffusers"}, "is a diffusers folder already: copy it, or add --fp16"),
         ({"run": "sd15", "to": "comfyui", "lora_base": "x"}, "is a whole model, no LoRA; leave it out"),
         ({"run": "lora", "to": "single-file"}, "is a LoRA, no whole model: add --merge, or --to comfyui"),
-        ({"run": "sd15", "to": "a1111", "output": "here.ckpt"}, "name a .safetensors file, or a folder that is there"),
+        ({"run": "sd15", "to": "a1111", "output": "here.ckpt"}, "name a .safetensors file, or a folder"),
         ({"run": "sd15", "to": "a1111", "output": "there.safetensors"}, "is there already: remove it, or name another"),
         ({"run": "nowhere", "to": "a1111"}, "no such model: .*nowhere"),
     ],
@@ -187,6 +187,16 @@ def test_what_cannot_be_exported_is_refused_in_one_line(runs, world, tmp_path, m
     with pytest.raises(UserError, match=words) as error:
         export(asked)
     assert "\n" not in str(error.value) and [path.name for path in tmp_path.iterdir()] == ["there.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("output", "found"),
+    [("new", "new/a.safetensors"), ("sd1.5", "sd1.5/a.safetensors"), ("b.safetensors", "b.safetensors"),
+     ("old.ckpt", "old.ckpt/a.safetensors")],
+)  # fmt: skip
+def test_a_name_without_the_suffix_is_a_folder(tmp_path, output, found):
+    (tmp_path / "old.ckpt").mkdir()
+    assert file_at(tmp_path / output, "a.safetensors") == tmp_path / found
 
 
 def test_a_single_file_is_one_already(world, tmp_path):
