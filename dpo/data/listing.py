@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo.common import locks
 from dpo.common.errors import UserError
 
 NOT_READ = "files not read: "  # begins the name of a count of files; the other counts of a summary are of rows
@@ -67,7 +68,7 @@ def list_files(folder: Path, skip: tuple[str, ...] = ()) -> Listing:
             ) from error
         for entry in sorted(entries, key=lambda entry: entry.name):
             name = Path(entry.path).relative_to(folder).as_posix()
-            if name in skip:
+            if name in skip or entry.name == locks.NAME:  # a lock of our own commands is nobody's data
                 continue
             if is_junk(entry.name):
                 found.passed_over[HIDDEN] += 1

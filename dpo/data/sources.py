@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -30,6 +31,7 @@ from dpo.settings.config import Data
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 BESIDES = "summary.json"  # of our own commands, beside pairs; where nothing else is there, a table as any
+MADE = (BESIDES, "pairs.html", "sheet.png")  # of dpo.pairs, beside its pairs
 NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
 LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 MAKERS = {  # by a folder that presets take their pairs from: the command that makes what is not there
@@ -104,7 +106,7 @@ def describe(source: Source) -> str:
         counts.pop("ties", None)
     holes = counts.get(UNREADABLE, 0) + counts.get(SAME_BYTES, 0)
     if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
-        counts["by --max-pairs or as held out"] = rest
+        counts |= _rest(source, rest)
     notes = [f"{count} {name}" for name, count in counts.items() if count]
     text = f"{rows} rows: {pairs} pairs"
     text += f", {kept_ties} of them ties" if kept_ties else ""
@@ -116,6 +118,14 @@ def describe(source: Source) -> str:
         text += f"; {read} {CAPTION_FILES}"
     others = [f"{count} {name.removeprefix(NOT_READ)}" for name, count in files.items()]
     return text + (f"; {NOT_READ}{', '.join(others)}" if others else "")
+
+
+def _rest(source: Source, rest: int) -> dict[str, int]:
+    """Why so many rows are neither pairs nor counted otherwise."""
+    if isinstance(source, InMemory):  # does not know what it was taken from
+        return {"by --max-pairs or as held out": rest}
+    held = min(len(source.source) - len(source), rest) if isinstance(source, Subset) else 0
+    return {"as held out": held, "by --max-pairs": rest - held}
 
 
 def _find(data: Data, split: str) -> Source:
@@ -192,5 +202,15 @@ def _of_listed(folder: Path, listing: Listing, chosen: list[str], alike: list[st
     """Opens the files `chosen` of a folder's listing and counts the others; `alike` are those of the same kind."""
     source = _of_files([folder / name for name in chosen], folder, data)
     others = Counter({"of other splits": len(alike) - len(chosen)}) if len(alike) > len(chosen) else Counter()
-    source.summary.update(not_read(set(listing.files).difference(alike), listing.passed_over + others))
+    known = {*alike, *(MADE if _is_made(folder) else ())}
+    source.summary.update(not_read(set(listing.files).difference(known), listing.passed_over + others))
     return source
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether `dpo.pairs` made the pairs in this folder, and MADE beside them."""
+    try:
+        told = json.loads((folder / BESIDES).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(told, dict) and told.get("what") == "pairs"

@@ -38,16 +38,20 @@ def brightness(ref):
 
 
 def test_a_ranking_becomes_a_folder_that_trains(ranking, tmp_path, capsys, world):
-    output = tmp_path / "pairs"
+    output = tmp_path / "my pairs"
     code, said = paired(capsys, ranking, *LOW, output=output)
-    assert code == 0, said
+    assert code == 0 and f"python -m dpo.train --data '{output}'" in said, said
     assert "chosen is the one with the lower rank" in said and "20 pairs; left out: 4 ties" in said
     found = rows(output)
     assert len(found) == 20 and [(row["rank_chosen"], row["rank_rejected"]) for row in found[:5]] == [
         (1, 2), (1, 3), (1, 3), (2, 3), (2, 3),
     ]  # fmt: skip
     source = open_source(Data(data=str(output)))
-    assert describe(source).startswith("20 rows: 20 pairs") and source[1].caption == "a fox, number 0"
+    assert describe(source) == "20 rows: 20 pairs", "what this command puts beside its pairs is nobody's file"
+    (output / "notes.txt").touch()
+    (output / ".mine").touch()
+    assert describe(open_source(Data(data=str(output)))) == "20 rows: 20 pairs; files not read: 1 .txt, 1 hidden"
+    assert source[1].caption == "a fox, number 0"
     assert all(brightness(source[i].win) > brightness(source[i].lose) for i in (1, 2, 3, 4))
     (warned,) = summary(output)["warnings"]
     assert warned.startswith("20 pairs are few") and warned in said
@@ -67,6 +71,7 @@ def test_the_set_is_the_same_moved_with_its_images_or_embedded(ranking, tmp_path
     assert code == 0 and not (tmp_path / "embedded/pairs.jsonl").exists(), said
     shutil.rmtree(tmp_path / "there/images")
     inside = open_source(Data(data=str(tmp_path / "embedded")))
+    assert describe(inside) == "20 rows: 20 pairs"
     original = ranking.parent / "images/0-0.jpg"
     assert len(inside) == 20 and inside[0].win.load() == original.read_bytes(), "the files' own bytes"
     code, said = paired(capsys, "--check", tmp_path / "embedded", "--resolution", 32, output=tmp_path / "look")
@@ -117,7 +122,8 @@ def test_what_others_made_is_not_touched(ranking, tmp_path, capsys):
         (["--check", "y", "--embed"], "--embed is of a ranking"),
         (["--check", "y", "--lower-is-better"], "--higher-is-better or --lower-is-better is of a ranking"),
         (["x.csv", "--prompt", " "], "is empty"),
-        (["x.csv", "--min-margin", "-1"], "not 0 or above"),
+        (["x.csv", "--min-margin", "-1"], "needs a number of at least 0, not '-1'"),
+        (["x.csv", "--min-margin", "x"], "argument --min-margin: needs a number of at least 0, not 'x'"),
         (["x.csv", "--lower-is-better", "--higher-is-better"], "not allowed with"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from dpo.common.errors import UserError
 from dpo.data import held_out
 from dpo.data.pairs import caption_key
-from dpo.data.sources import open_sources
+from dpo.data.sources import describe, open_sources
 from dpo.settings.config import Data
 from tests.help import worlds
 
@@ -88,12 +88,28 @@ def test_whole_captions_where_they_allow_it(sizes):
     assert not {captions[i] for i in train} & {captions[i] for i in out}
 
 
+@pytest.mark.parametrize(("n", "size"), [(150, 4), (152, 4), (156, 8), (160, 6), (165, 15), (170, 12)])
+def test_a_few_less_than_fifty_before_a_caption_is_on_both_sides(n, size):
+    captions = [f"caption {i // size}" for i in range(n)]
+    data, train, out = chosen(pairs(captions))
+    assert data.validation_by == "caption" and 40 <= len(out) <= n / 3
+    assert not {captions[i] for i in train} & {captions[i] for i in out}
+    assert set(held_out.split(replace(data), pairs(captions))[1].indices) == out, "as a resumed run reads it"
+
+
+def test_far_less_than_fifty_are_no_reason_to_keep_captions_whole():
+    assert chosen(pairs([f"caption {i // 30}" for i in range(150)]))[0].validation_by == "pair"
+
+
 @pytest.mark.parametrize(
     ("captions", "words"),
     [
-        ([""] * 300, "each pair alone: they have no captions"),
-        (["a fox"] * 300, "each pair alone: they have one caption"),
-        (["a fox"] * 150 + ["a cat"] * 150, "each pair alone, so that a caption may be on both sides"),
+        ([""] * 300, "each pair alone: they have no captions; an image may be on both sides"),
+        (["a fox"] * 300, "each pair alone: they have one caption; an image may be on both sides"),
+        (
+            ["a fox"] * 150 + ["a cat"] * 150,
+            "each pair alone, so that a caption may be on both sides, and an image too",
+        ),
         (unique(300), "by caption: none is on both sides"),
     ],
 )
@@ -117,6 +133,13 @@ def test_a_share_that_was_asked_for_chooses_as_earlier_versions_did():
     """Literal places, written down by the version before pairs could be held out singly: old runs go on with them."""
     _, _, out = chosen(pairs(unique(20)), validation_fraction=0.3)
     assert out == {2, 3, 5, 9, 15, 17, 18}
+
+
+def test_rows_that_are_no_pairs_to_train_on_say_why(tmp_path, settings):
+    folder = worlds.make_folders(tmp_path, 160)
+    assert describe(open_sources(settings(folder)).train).startswith("160 rows: 110 pairs; left out: 50 as held out;")
+    said = describe(open_sources(settings(folder, max_pairs=155)).train)
+    assert said.startswith("160 rows: 105 pairs; left out: 50 as held out, 5 by --max-pairs;")
 
 
 def test_folders_without_captions_hold_pairs_out(tmp_path, settings):

@@ -51,7 +51,7 @@ def test_ties_kept_and_labels_smoothed(tmp_path, settings):
     assert (
         describe(holes) == "100 rows: 90 pairs; left out: 3 with an unreadable image, 10 by --max-pairs or as held out"
     )
-    assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs or as held out"
+    assert describe(few) == "9 rows: 4 pairs; left out: 2 ties, 3 by --max-pairs"
 
 
 def test_key_does_not_depend_on_the_row_but_on_who_won(tmp_path, settings):

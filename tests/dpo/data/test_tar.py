@@ -87,7 +87,7 @@ def test_max_pairs(tmp_path, settings):
     source = open_source(settings(shards(tmp_path), max_pairs=2))
     assert len(source) == 2
     assert describe(source) == (
-        "3 rows: 2 pairs; left out: 1 by --max-pairs or as held out; 3 caption files; files not read: 1 beyond --max-pairs"
+        "3 rows: 2 pairs; left out: 1 by --max-pairs; 3 caption files; files not read: 1 beyond --max-pairs"
     )
 
 
