@@ -27,7 +27,7 @@ def dry(config):
 def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
     lines: list[str] = []
     found = fitting.largest(CONFIG, Asked(), dry, card, lines.append)
-    assert lines[0] == "tried --batch-size 1: 20.0 GiB" and 2 <= len(lines) <= 1 + fitting.TRIES
+    assert lines[0].startswith("tried --batch-size 1: ") and 2 <= len(lines) <= 1 + fitting.TRIES
     size = found.config.optim.batch_size
     assert found.peak <= room(card) and size * found.config.optim.accumulation >= 64
     one_more = work.plan(change(CONFIG, batch_size=size + 1), Asked(), dry)
