@@ -25,15 +25,14 @@ def begin(run: Run, saved: checkpoint.Checkpoint | None) -> Best | None:
     """
     if not run.config.output.keep_best:
         return None
-    held, source = run.held_out, run.held_out_source
+    held = run.held_out
     labelled = 0 if held is None else int(held.labelled.sum())
-    if labelled < 2 * FEWEST or held is None or source is None:
+    if labelled < 2 * FEWEST or held is None:
         raise UserError(
             f"--keep-best wants {2 * FEWEST} held-out pairs with a preferred side, half to choose by and half to report, and "
             f"{labelled} can be used: hold out more (--validation-fraction), or leave --keep-best out"
         )
-    known = held.labelled.numpy()
-    keys, captions = held.keys.numpy()[known], source.caption_keys()[known]
+    keys, captions = (numbers[held.labelled].numpy() for numbers in (held.keys, held.captions))
     chosen = choosing_half(keys, captions, run.config.data.validation_by)
     count = int(chosen.sum())
     if min(count, labelled - count) < FEWEST:
