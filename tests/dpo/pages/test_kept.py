@@ -5,7 +5,14 @@ import pytest
 from dpo.pages.kept import grids, kept, kept_update, sentences, validation
 from tests.help.fake_run import run_of
 
-CHOICE = {"step": 40, "of": 120, "early": True, "heldout_accuracy": 0.625, "choosing_accuracy": 0.75, "choosing_pairs": 64}
+CHOICE = {
+    "step": 40,
+    "of": 120,
+    "early": True,
+    "heldout_accuracy": 0.625,
+    "choosing_accuracy": 0.75,
+    "choosing_pairs": 64,
+}
 
 
 @pytest.fixture
