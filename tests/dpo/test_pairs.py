@@ -117,6 +117,8 @@ def test_what_others_made_is_not_touched(ranking, tmp_path, capsys):
         (["--check", "y", "--embed"], "--embed is of a ranking"),
         (["--check", "y", "--lower-is-better"], "--higher-is-better or --lower-is-better is of a ranking"),
         (["x.csv", "--prompt", " "], "is empty"),
+        (["x.csv", "--prompt", "a", "--caption-column", "b"], "leave --caption-column out"),
+        (["x.csv", "--seed", "3"], "--seed has no effect without --max-per-image"),
         (["x.csv", "--min-margin", "-1"], "not 0 or above"),
         (["x.csv", "--lower-is-better", "--higher-is-better"], "not allowed with"),
     ],
