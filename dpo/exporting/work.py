@@ -16,6 +16,7 @@ from dpo.models.hub import locate
 from dpo.models.save import save_pipeline
 from dpo.pages.folder import SUMMARY_FILE, read_json
 from dpo.sampling import model as named
+from dpo.sampling.flags import START
 from dpo.settings import config as settings
 
 log = logging.getLogger("dpo")
@@ -40,7 +41,8 @@ def export(asked: Asked) -> Path:
 
 
 def _adapter(asked: Asked, lora: Path) -> Path:
-    wanted = settings.from_mapping(named.config_of_lora(asked.run, lora, asked.lora_base)).model
+    said = named.config_of_lora(asked.run, lora, asked.lora_base) | {"cache_dir": asked.cache_dir}
+    wanted = settings.from_mapping(said).model
     path = _target(asked, ".safetensors")
     model = adapters.network_of(wanted)
     with named.plainly():
@@ -86,7 +88,9 @@ def _folder(asked: Asked) -> Path:
 
 def _single(asked: Asked, lora: Path | None) -> Path:
     path = _target(asked, ".safetensors")
-    place = None if lora is not None else locate(asked.run, cache_dir=asked.cache_dir)
+    place = None
+    if lora is None and not asked.run.startswith(START):
+        place = locate(named.settings_of(asked.run)["model"], cache_dir=asked.cache_dir)
     if place is not None and place.is_file():
         raise UserError(f"{asked.run} is one file already: name the folder of a run or of a diffusers pipeline")
     if place is not None:

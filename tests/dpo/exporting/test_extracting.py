@@ -171,6 +171,9 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
     ):
         with pytest.raises(UserError, match="holds a LoRA, no whole model"):
             opened(str(lora), None)
+    (tmp_path / "config.toml").write_text('[model]\nmodel = "a"\nunet_init = "b"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="that run began with --unet-init b, which is not in the files of its model"):
+        opened(f"start:{tmp_path}", None)
     state = load_file(merged("sd15")[1])
     save_file(
         {name.replace("input_blocks.1.", "input_blocks.9."): value for name, value in state.items()},
