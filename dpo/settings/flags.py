@@ -96,8 +96,8 @@ def _settled(
         changes["output"] = f"runs/{changes['run_name']}"
     base = _base(start, changes, file, notes)
     notes += _untracked(base, changes) if start["compat"] else []
-    for asked, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
-        if changes.get(asked):
+    for one, other in (("resume", "overwrite"), ("overwrite", "resume")):  # a flag beats the opposite in a preset
+        if changes.get(one):
             base.pop(other, None)
     if "overwrite" not in changes and changes.get("output", base.get("output")) != base.get("output"):
         base.pop("overwrite", None)  # overwrite in a preset or file holds for the output folder named there alone

@@ -13,6 +13,7 @@ from dpo.pages.verdict import held_out, verdict
 from dpo.settings.flags import parse
 from dpo.training import build, checkpoint, choice, results, samples
 from tests.help.commands import check_refused, command
+from tests.help.processes import codes, commands
 from tests.help.running import advance
 
 CHOOSING = [0.5, 0.75, 0.75, 0.25, 0.5, 0.625]  # accuracy of the half that chooses, by update
@@ -152,3 +153,19 @@ def test_the_best_comes_along_where_a_run_goes_on_elsewhere(trained):
     assert names(elsewhere) == ["step-00000002", "step-00000006"]
     plain = trained("plain", "--no-keep-best", "--no-samples", "--resume", last)
     assert "kept" not in read_run(plain).summary and not same(plain / ADAPTER_FILE, early / ADAPTER_FILE)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one(world, tmp_path, capsys):
+    """No script here: accuracies of the weights as they are, in float64, so that both runs measure the same."""
+    flags = ["--model", world("sd15"), "--data", world("pairs"), "--workers", "0", "--lora", "--learning-rate", "3e-3"]
+    flags += ["--precision", "fp64", "--batch-size", "2", "--effective-batch", "4", "--steps", "8", "--no-samples"]
+    flags += ["--validation-data", world("pairs"), "--validation-split", "train", "--validation-pairs", "24"]
+    flags += ["--validate-every", "1", "--validation-draws", "2", "--max-pairs", "16", "--keep-best", "--patience", "3"]
+    said = command(capsys, *flags, "--output", tmp_path / "one")
+    assert said.code == 0, said
+    assert codes(commands(2, [*flags, "--output", str(tmp_path / "two")], tmp_path)) == [0, 0]
+    alone, both = kept(tmp_path / "one"), kept(tmp_path / "two")
+    assert alone == {**both, **{name: pytest.approx(both[name]) for name in both if name.endswith("difference")}}
+    one, two = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7) for name in one)
