@@ -177,6 +177,14 @@ def test_a_look_at_any_set(tmp_path, capsys, monkeypatch):
     assert code == 2 and "lies in the folder of the pairs" in said
 
 
+def test_a_look_never_deletes_the_pairs_that_are_looked_at(ranking, tmp_path, capsys):
+    output = tmp_path / "pairs"
+    assert paired(capsys, ranking, *LOW, output=output)[0] == 0
+    for named in ("pairs.jsonl", "*.jsonl"):
+        code, said = paired(capsys, "--check", output / named, "--overwrite", output=output)
+        assert code == 2 and "is the folder of the pairs" in said and (output / "pairs.jsonl").is_file()
+
+
 def test_a_set_beside_one_of_ours_is_not_taken_for_it(ranking, tmp_path, capsys):
     assert paired(capsys, ranking, *LOW, output=tmp_path / "pairs")[0] == 0
     other = worlds.make_table(tmp_path / "pairs/other", 2)
