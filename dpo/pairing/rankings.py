@@ -66,8 +66,8 @@ def _table(path: Path, rows: Iterable[tuple[int, Cells]], asked: Asked, *, comma
     rows = list(rows)
     if not rows:
         raise UserError(f"{path}: has no rows")
-    names = dict.fromkeys(name for _, cells in rows for name in cells)  # a row of JSON may leave some out
-    found = columns.find(names, asked.columns, str(path))
+    spelled = dict.fromkeys(name for _, cells in rows for name in cells)  # a row of JSON may leave some out
+    found = columns.find(spelled, asked.columns, str(path))
     log.info("%s: %s", path, found.said())
     root = path.parent if asked.images is None else asked.images
     if found.of_matches:
