@@ -99,6 +99,14 @@ def test_the_model_in_the_package_and_a_runs_start_are_whole_models(world, tmp_p
     assert export(Asked("embedded", "comfyui", tmp_path)) == tmp_path / "embedded.safetensors"
 
 
+def test_a_lora_says_what_its_run_predicted(runs, tmp_path):
+    shutil.copytree(runs["sd15"][0], tmp_path / "run")
+    file = tmp_path / "run" / "config.toml"
+    text = file.read_text("utf-8").replace('prediction_type = "auto"', 'prediction_type = "v_prediction"')
+    file.write_text(text, encoding="utf-8")
+    assert header(export(Asked(str(tmp_path / "run"), "a1111")))["modelspec.prediction_type"] == "v"
+
+
 def test_configs_of_a_loras_base_are_kept_where_asked(runs, tmp_path, monkeypatch):
     kept, sketch = [], adapters.sketch
     monkeypatch.setattr(adapters, "sketch", lambda named: kept.append(named.cache_dir) or sketch(named))
