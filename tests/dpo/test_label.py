@@ -458,7 +458,7 @@ def test_hostile_captions_are_text_on_the_page(tmp_path, capsys):
         (("--data", "PAIRS", *GREY, "--labels", "hard", "--temperature", "2"), "--labels hard have no temperature"),
         (("--data", "PAIRS", *GREY, "--temperature", "-1"), "not above 0"),
         (("--data", "PAIRS", *GREY, "--temperature", "1", "--fit-temperature"), "give one"),
-        (("--data", "PAIRS", *GREY, "--margin", "inf"), "not 0 or above"),
+        (("--data", "PAIRS", *GREY, "--margin", "inf"), "needs a number of at least 0"),
         (("--data", "PAIRS", *GREY, "--margin", "x"), "argument --margin"),
         (("--data", "PAIRS", *GREY, "--shard", "2/2"), "--shard 2/2: expected I/N"),
         (("--data", "PAIRS", *GREY, "--fit-temperature", "--max-pairs", "9"), "labelled pairs of different prompts"),
