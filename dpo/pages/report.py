@@ -119,7 +119,7 @@ def _subtitle(run: RunFolder) -> str:
     kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
     parts = [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
     seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
-    parts += [duration(seconds)] if seconds else []
+    parts += [duration(seconds) + (" since the last start" if run.resumed else "")] if seconds else []
     parts += [str(device)] if device else []
     parts += [str(started)[:16].replace("T", " ")] if started else []
     return " · ".join(parts)

@@ -115,7 +115,8 @@ def verdict(run: RunFolder) -> Verdict:
     if not evidence:
         return _verdict_without_evidence(run, sentences, costs)
     if not any(found.above for found in evidence):
-        text = "The interval includes one half, which is what guessing gives: train longer, or measure on more pairs."
+        what = "train on more pairs" if _overfit(run) else "train longer"
+        text = f"The interval includes one half, which is what guessing gives: {what}, or measure on more pairs."
         return Verdict("poor", "No effect can be shown.", [*sentences, text])
     if costs:
         return Verdict(
@@ -269,6 +270,8 @@ def _overfit(run: RunFolder) -> Caution | None:
         learned is None
         or accuracy is None
         or not run.pairwise
+        or run.done < FEW_UPDATES
+        or run.late_pairs() < FEW_HELD_OUT
         or accuracy - learned.share < OVERFIT
         or accuracy < learned.high
     ):
@@ -343,9 +346,20 @@ def _few_held_out(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         f"Only {learned.cases} held-out pairs",
-        f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; hold out more, by "
-        "--validation-data, --validation-fraction or --validation-pairs.",
+        f"The accuracy is known to plus or minus {50 * (learned.high - learned.low):.0f} percentage points only; "
+        f"{_how_to_measure_more(run)}.",
     )
+
+
+def _how_to_measure_more(run: RunFolder) -> str:
+    """What to give for more of them: the cap matters only where it leaves pairs unmeasured."""
+    there = run.summary.get("data", {}).get("held out")
+    if isinstance(there, int) and there > run.setting("validation_pairs", there):
+        return f"{there:,} are held out: measure more of them, by --validation-pairs"
+    given = (
+        "a larger --validation-data" if run.setting("validation_data") else "--validation-fraction or --validation-data"
+    )
+    return f"hold out more, by {given}"
 
 
 def _holes(run: RunFolder) -> Caution | None:

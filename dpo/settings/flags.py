@@ -111,6 +111,7 @@ def _settled(
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
+    notes += [] if start["compat"] else compat.of_rank(config.lora.lora, changes)
     return config, notes + without_effect(flatten(config), changes, specs())
 
 
