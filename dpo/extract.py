@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.common.words import printable
+from dpo.sampling import flags
 
 SUFFIX = ".safetensors"
 
@@ -84,15 +85,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _rank() -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"{text} is below 1")
-        return value
-
-    whole.__name__ = "whole number"
-    return whole
+_share.__name__ = "number"  # what argparse calls it: "invalid number value: 'x'"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -106,9 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("aligned", metavar="ALIGNED", help="the aligned model")
     parser.add_argument("--base", required=True, metavar="MODEL", help="the model that it was trained from")
     add = parser.add_argument_group("how much to keep (one of the first two)").add_argument
-    add("--rank", type=_rank(), metavar="R", help="rank of every layer")
+    add("--rank", type=flags.above(0), metavar="R", help="rank of every layer")
     add("--energy", type=_share, metavar="SHARE", help="least share of each layer's squared change, such as 0.95")
-    add("--max-rank", type=_rank(), metavar="R", help="highest rank of a layer with --energy (default: 128)")
+    add("--max-rank", type=flags.above(0), metavar="R", help="highest rank of a layer with --energy (default: 128)")
     add = parser.add_argument_group("the file").add_argument
     add(
         "--output",

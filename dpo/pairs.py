@@ -50,6 +50,10 @@ def _command(argv: Sequence[str]) -> int:
     if wrong := [name for name in others if getattr(given, name) != parser.get_default(name)]:
         flag = "higher-is-better or --lower-is-better" if wrong[0] == "higher_is_better" else wrong[0].replace("_", "-")
         raise UserError(f"--{flag} is of {'--check' if given.check is None else 'a ranking'}: leave it out")
+    if given.prompt is not None and given.caption_column is not None:
+        raise UserError("--prompt is the prompt of all images: leave --caption-column out, or --prompt")
+    if given.seed != parser.get_default("seed") and given.max_per_image is None:
+        raise UserError("--seed has no effect without --max-per-image: leave it out")
     console.setup()
     from dpo.pairing import work
 

@@ -76,7 +76,7 @@ def run(own: argparse.Namespace, config: Config) -> int:
     found: dict[str, Any] = work.as_json(plan)
     if asked.memory is not None:
         sys.stdout.flush()
-        best = fitting.largest(plan.config, asked, dry, asked.memory)
+        best = fitting.largest(plan.config, asked, dry, asked.memory, _tell)
         sys.stdout.write(page.largest_line(best, asked.memory) + "\n")
         found["largest_batch_size"] = best and best.config.optim.batch_size
         if not work.fits(plan, asked.memory):

@@ -167,14 +167,16 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
 
 
 def _finished(folder: Path, config: Config) -> bool:
-    """Whether the run in `folder` ended well after at least as many updates as are wanted now."""
+    """Whether the run in `folder` ended well after at least as many updates as are wanted now, or by the patience of now."""
     from dpo.pages.folder import SUMMARY_FILE, read_run
 
     if not (folder / SUMMARY_FILE).is_file():
         return False
     run = read_run(folder)
-    early = (run.summary.get("kept") or {}).get("early")  # --patience ended it
-    return run.status == "finished" and (early or run.done >= (config.optim.steps or run.wanted))
+    if run.status == "finished" and (run.summary.get("kept") or {}).get("early"):  # more updates would not go on
+        return bool(run.setting("patience") == config.output.patience)
+    more = (config.optim.epochs or 0) > (run.setting("epochs") or 0)
+    return run.status == "finished" and not more and run.done >= (config.optim.steps or run.wanted)
 
 
 if __name__ == "__main__":

@@ -67,20 +67,20 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     return figures
 
 
-def align(config: Config | None = None, **settings: Any) -> Aligned:
+def align(config: Config | str | os.PathLike[str] | None = None, **settings: Any) -> Aligned:
     """Trains a run from Python, as the command does, and returns what came of it.
 
-    `settings` alone are read as the flags of the same names: `preset` or `config` (a TOML file) may be among them, and
-    without a model and data the small world inside the package is trained. To a Config they are changes.
+    `settings` are read as the flags of the same names: `preset` or `config` (a TOML file) may be among them, and without
+    a model and data the small world inside the package is trained. To a Config they are changes.
     What is decided on the way goes to logging.getLogger("dpo"). Sets torch's seed, threads and TF32 as the settings
     say, for the whole process. Raises UserError for what a person can mend, and KeyboardInterrupt where Ctrl-C or
     SIGTERM ended the updates: a checkpoint is written before, and resume="latest" goes on from it.
     """
     from dpo.settings import flags
-    from dpo.settings.config import change
+    from dpo.settings.config import Config, change
 
-    if config is None:
-        config, notes = flags.asked(settings)
+    if not isinstance(config, Config):
+        config, notes = flags.asked(settings if config is None else {**settings, "config": config})
     else:
         config, notes = change(config, **{name: flags.plain(value) for name, value in settings.items()}), []
     command.spin_less()

@@ -71,6 +71,16 @@ def test_an_interrupted_run_does_not_return(tmp_path, monkeypatch):
         dpo.align(dpo.Config(), step=3)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_run_takes_its_settings_from_a_recipe(tmp_path, monkeypatch, kind):
+    given = []
+    monkeypatch.setattr(train, "to_its_end", lambda config, notes: given.append(config) or command.INTERRUPTED)
+    (tmp_path / "recipe.toml").write_text("[method]\nbeta = 77.0\n", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):
+        dpo.align(config=kind(tmp_path / "recipe.toml"), output=tmp_path / "run")
+    assert (given[0].method.beta, given[0].output.output) == (77.0, str(tmp_path / "run"))
+
+
 def test_the_tables_of_the_data_page_are_pairs(tmp_path):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     tables = re.findall(r"^```(csv|jsonl)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

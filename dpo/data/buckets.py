@@ -75,19 +75,19 @@ def find(data: Data, factor: int, source: Source) -> Buckets | None:
     """
     if not data.buckets:
         return None
-    assert data.resolution is not None, "decided when the model was loaded"
-    step = step_of(data.resolution, factor)
-    sizes = shapes(data.resolution, step)
     if (store := of_store(source)) is None:
-        return measured(source, sizes, data.max_image_mib)
+        assert data.resolution is not None, "decided when the model was loaded"
+        return measured(source, shapes(data.resolution, step_of(data.resolution, factor)), data.max_image_mib)
     inside = store.contents
+    side = inside.settings["resolution"]  # a command that takes a store as it is has decided on the model's
+    step = step_of(side, factor)
     if inside.settings["buckets"] != step:
         raise UserError(
             f"{inside.folder} has buckets in steps of {inside.settings['buckets']} pixels, this model needs {step}: "
             "prepare a store with this one"
         )
     assert inside.bucket is not None, "a store with buckets has those of its pairs"
-    return Buckets(sizes, inside.bucket[store.pairs])
+    return Buckets(shapes(side, step), inside.bucket[store.pairs])
 
 
 def step_of(resolution: int, factor: int) -> int:

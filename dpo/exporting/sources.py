@@ -23,6 +23,11 @@ DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
 UNUSED = re.compile(
     rf"position_ids$|logit_scale$|^cond_stage_model\.model\.transformer\.resblocks\.{original.SD2_LAYERS}\."
 )
+BESIDE = (
+    "unet_init",
+    "lora_init",
+    "variant",
+)  # settings of a run by which it began with other weights than its model's
 NO_LORA = "holds a LoRA, no whole model: its file is what an extraction would give"
 
 
@@ -53,7 +58,13 @@ def opened(name: str, cache_dir: str | None) -> Side:
     folder = Path(name).expanduser()
     if not (folder / "model_index.json").is_file() and any((folder / one).is_file() for one in LORA_FILES):
         raise UserError(f"{name} {NO_LORA}")
-    place = locate(settings_of(name)["model"], cache_dir=cache_dir)
+    wanted = settings_of(name)
+    if beside := next((one for one in BESIDE if wanted.get(one)), None):
+        raise UserError(
+            f"{name}: that run began with --{beside.replace('_', '-')} {wanted[beside]}, which is not in the files of its "
+            "model: name one whole model (python -m dpo.export writes it)"
+        )
+    place = locate(wanted["model"], revision=wanted.get("revision"), cache_dir=cache_dir)
     if place.is_file():
         return _of_file(place, name)
     model = whole.of_folder(place, name)

@@ -10,6 +10,7 @@ from statistics import median
 from dpo.exporting.extracting import SHARES, Extraction, Row, noisy
 
 NOISE = 0.95  # share of the squared change that is looked for where nobody says one
+SUMMED = 1e-12  # what summing in float64 may take from a share: all of it may be a little less than 1
 
 
 def block(layer: str) -> str:
@@ -29,7 +30,7 @@ def lines(found: Extraction, energy: float | None) -> list[str]:
     ]
     for what, squared in found.left.items():
         told.append(f"A LoRA cannot hold {what}: {squared / found.total:.2%} of the squared change.")
-    if fewer := [row for row in found.rows if energy is not None and row.kept < energy]:
+    if fewer := [row for row in found.rows if energy is not None and row.kept < energy - SUMMED]:
         told.append(f"{len(fewer)} layers keep less than {energy:.0%}: --max-rank cut them off.")
     if rough := noisy(found.rows, NOISE if energy is None else energy):
         told.append(

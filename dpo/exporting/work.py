@@ -16,6 +16,7 @@ from dpo.models.hub import locate
 from dpo.models.save import save_pipeline
 from dpo.pages.folder import SUMMARY_FILE, read_json
 from dpo.sampling import model as named
+from dpo.sampling.flags import START
 from dpo.settings import config as settings
 
 log = logging.getLogger("dpo")
@@ -40,7 +41,8 @@ def export(asked: Asked) -> Path:
 
 
 def _adapter(asked: Asked, lora: Path) -> Path:
-    wanted = settings.from_mapping(named.config_of_lora(asked.run, lora, asked.lora_base)).model
+    said = named.config_of_lora(asked.run, lora, asked.lora_base) | {"cache_dir": asked.cache_dir}
+    wanted = settings.from_mapping(said).model
     path = _target(asked, ".safetensors")
     model = adapters.network_of(wanted)
     with named.plainly():
@@ -58,7 +60,9 @@ def _adapter(asked: Asked, lora: Path) -> Path:
 
     tensors, told = adapters.named(adapter, model.family.denoiser, name_of if kohya else None)
     known = adapters.known_of(model)
-    known = known._replace(scheduler={**known.scheduler, **_resampled(lora.parent)})
+    # The run's word comes first: of a single file the network above is known by its size alone.
+    predicted = {} if wanted.prediction_type == "auto" else {"prediction_type": wanted.prediction_type}
+    known = known._replace(scheduler={**known.scheduler, **predicted, **_resampled(lora.parent)})
     header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya) | told
     pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
     _say_where(asked, known, lora=True)
@@ -86,7 +90,9 @@ def _folder(asked: Asked) -> Path:
 
 def _single(asked: Asked, lora: Path | None) -> Path:
     path = _target(asked, ".safetensors")
-    place = None if lora is not None else locate(asked.run, cache_dir=asked.cache_dir)
+    place = None
+    if lora is None and not asked.run.startswith(START):
+        place = locate(named.settings_of(asked.run)["model"], cache_dir=asked.cache_dir)
     if place is not None and place.is_file():
         raise UserError(f"{asked.run} is one file already: name the folder of a run or of a diffusers pipeline")
     if place is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo.pages.folder import RunFolder
 
-SAID = ("step", "of", "early", "choosing_accuracy", "choosing_pairs")
+SAID = ("step", "of", "early", "heldout_accuracy", "choosing_accuracy", "choosing_pairs")
 
 
 def kept(run: RunFolder) -> dict[str, Any]:
@@ -22,10 +22,12 @@ def kept_update(run: RunFolder) -> int | None:
 
 
 def validation(run: RunFolder) -> dict[str, Any] | None:
-    """The held-out accuracy of the result; None where there is none."""
+    """The held-out accuracy of the result; None where there is none.
+
+    That of a choice is in the summary: a run that goes on in another folder has records from its own start on alone.
+    """
     found = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
-    own = [event for event in found if event.get("step", -1) == kept_update(run)]
-    return (own or found)[-1] if found else None
+    return kept(run) or (found[-1] if found else None)
 
 
 def grids(run: RunFolder) -> list[Path]:

@@ -90,6 +90,9 @@ def find(names: Iterable[str], named: Named, where: str) -> Columns:
     if ranked == matched:
         raise _wrong(where, names, spelled, found, both=ranked)
     wrong = ("winner", "loser", "tie") if ranked else ("image", "number")
+    if useless := [what for what in wrong if getattr(named, what, None) is not None]:
+        kind = "images with a number, no matches" if ranked else "matches, no images with a number"
+        raise UserError(f"{where}: holds {kind}: leave --{FLAGS[useless[0]]}-column out")
     return Columns(**{what: None if what in wrong else name for what, name in found.items()})
 
 

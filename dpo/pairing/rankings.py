@@ -8,7 +8,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
 from pathlib import Path
 
 from dpo.common.errors import UserError
@@ -56,18 +55,20 @@ def _delimiter(path: Path) -> str:
     """What cuts the first line into the most columns."""
     with path.open("rb") as file:
         line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-    counts = {one: len(next(csv.reader([line], delimiter=one), [])) for one in DELIMITERS}
+    try:
+        counts = {one: len(next(csv.reader([line], delimiter=one), [])) for one in DELIMITERS}
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: not CSV ({error}); save it anew") from error
     return max(counts, key=counts.__getitem__)
 
 
 def _table(path: Path, rows: Iterable[tuple[int, Cells]], asked: Asked, *, commas: bool) -> Ranking:
-    rows = iter(rows)
-    start = list(islice(rows, 1))
-    if not start:
+    rows = list(rows)
+    if not rows:
         raise UserError(f"{path}: has no rows")
-    found = columns.find(start[0][1], asked.columns, str(path))
+    spelled = dict.fromkeys(name for _, cells in rows for name in cells)  # a row of JSON may leave some out
+    found = columns.find(spelled, asked.columns, str(path))
     log.info("%s: %s", path, found.said())
-    rows = chain(start, rows)
     root = path.parent if asked.images is None else asked.images
     if found.of_matches:
         if asked.higher_is_better is not None:

@@ -85,6 +85,8 @@ def check(data: Data, folder: Path, looking: Looking, *, overwrite: bool = False
     root = Path(str(data.data)).expanduser()
     if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
+    if root.resolve().is_relative_to(folder.resolve()):  # what --overwrite deletes there may be these pairs
+        raise UserError(f"--output {folder} is the folder of the pairs, {root}: name a folder apart from it")
     make_folder(folder, "--output")
     with locks.held(folder, "--output"):
         place.check_free(folder)

@@ -103,18 +103,18 @@ CHANGES = (  # the cheapest first
 )
 
 
-def largest(config: Config, asked: Asked, dry: Dry, card: float) -> Plan | None:
+def largest(config: Config, asked: Asked, dry: Dry, card: float, tell: Callable[[str], None]) -> Plan | None:
     """The plan with the largest micro-batch that fits a card of so many GB, the update kept; None where no pair fits.
 
     The memory of a pair follows from two sizes; the answer is a plan of its own that fits. Where the peak does not grow
-    in proportion, a little more might fit too.
+    in proportion, a little more might fit too. tell: hears of each plan that is tried.
     """
-    before = best = _sized(config, asked, dry, 1)
+    before = best = _sized(config, asked, dry, 1, tell)
     if not fits(best, card):
         return None
     size = min(FIRST, _most(config))
     for _ in range(TRIES):
-        found = _sized(config, asked, dry, size)
+        found = _sized(config, asked, dry, size, tell)
         if fits(found, card) and size > best.config.optim.batch_size:
             best = found
         grown, pairs = found.peak - before.peak, size - before.config.optim.batch_size
@@ -127,10 +127,12 @@ def largest(config: Config, asked: Asked, dry: Dry, card: float) -> Plan | None:
     return best
 
 
-def _sized(config: Config, asked: Asked, dry: Dry, size: int) -> Plan:
+def _sized(config: Config, asked: Asked, dry: Dry, size: int, tell: Callable[[str], None]) -> Plan:
     """The plan with a micro-batch of `size` pairs, and as many passes as make the update at least as large."""
     passes = 1 if config.optim.gradient_release else -(-_most(config) // size)
-    return plan(change(config, batch_size=size, accumulation=passes, effective_batch=None), asked, dry)
+    found = plan(change(config, batch_size=size, accumulation=passes, effective_batch=None), asked, dry)
+    tell(f"tried --batch-size {size}: {found.peak / GIB:.1f} GiB")
+    return found
 
 
 def _most(config: Config) -> int:

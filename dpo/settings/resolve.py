@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from dpo.common.errors import UserError
@@ -235,4 +236,5 @@ def total_steps(config: Config, pairs: int) -> int:
         return config.optim.steps
     if config.optim.epochs is None:
         return STEPS
-    return max(1, math.ceil(config.optim.epochs * pairs / config.optim.pairs))
+    epochs = Fraction(str(config.optim.epochs))  # 1.1 * 100 is above 110 in floats: an update more than was asked for
+    return max(1, math.ceil(epochs * pairs / config.optim.pairs))

@@ -11,6 +11,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.files import beside, remove, sync_folder
 from dpo.common.words import digest
+from dpo.settings import resolve
 from dpo.training import checkpoint, validation
 from dpo.training.best import FEWEST, WEIGHTS, Best, choosing_half, find, weights_of
 from dpo.training.run import Figures, Run
@@ -25,15 +26,14 @@ def begin(run: Run, saved: checkpoint.Checkpoint | None) -> Best | None:
     """
     if not run.config.output.keep_best:
         return None
-    held, source = run.held_out, run.held_out_source
+    held = run.held_out
     labelled = 0 if held is None else int(held.labelled.sum())
-    if labelled < 2 * FEWEST or held is None or source is None:
+    if labelled < 2 * FEWEST or held is None:
         raise UserError(
             f"--keep-best wants {2 * FEWEST} held-out pairs with a preferred side, half to choose by and half to report, and "
             f"{labelled} can be used: hold out more (--validation-fraction), or leave --keep-best out"
         )
-    known = held.labelled.numpy()
-    keys, captions = held.keys.numpy()[known], source.caption_keys()[known]
+    keys, captions = (numbers[held.labelled].numpy() for numbers in (held.keys, held.captions))
     chosen = choosing_half(keys, captions, run.config.data.validation_by)
     count = int(chosen.sum())
     if min(count, labelled - count) < FEWEST:
@@ -118,7 +118,10 @@ def keep(run: Run) -> None:
     Raises UserError where they cannot be read back.
     """
     best, updater = run.best, run.updater
-    if best is None or best.step is None or not run.processes.first:
+    if best is None or not run.processes.first:
+        return
+    if best.step is None:
+        log.warning("keep-best: there is no held-out accuracy to choose by: the last weights are the result")
         return
     if best.step != run.done:
         place = find(best, run.checkpoints)
@@ -147,4 +150,5 @@ def told(run: Run) -> dict[str, Any] | None:
     best = run.best
     if best is None or best.step is None or not (best.ended or run.done >= run.total):
         return None
-    return {"step": best.step, "of": run.done, "early": best.ended and run.done < run.total, **best.figures}
+    wanted = resolve.total_steps(run.config, len(run.source))  # `run.total` of a run found complete is what was made
+    return {"step": best.step, "of": run.done, "early": best.ended and run.done < wanted, **best.figures}

@@ -35,12 +35,12 @@ def words(run: Run) -> list[str]:
         return []
     folder = run.output / EVALUATION
     sides = [f"start=start:{run.output}", f"aligned={run.output}"]
-    named = ["--output", str(folder), "--device", run.config.runtime.device, "--scorers", *scorers, "--prompts"]
+    kept = run.config.model.cache_dir  # of scorers too
+    named = ["--output", str(folder), "--device", run.config.runtime.device, *(["--cache-dir", kept] if kept else [])]
+    named += ["--scorers", *scorers, "--prompts"]
     if embedded and not out.evaluate_prompts:
         return [*sides, *outcome.DRAWN, *named, outcome.PROMPTS]
     drawn = ["--steps", str(out.sample_steps), "--guidance", f"{out.sample_guidance:g}"]
-    if run.config.model.cache_dir is not None:
-        drawn += ["--cache-dir", str(run.config.model.cache_dir)]
     if not (out.evaluate_prompts or _captions(run)):
         raise UserError("--evaluate: no pairs are held out whose captions could be drawn; give --evaluate-prompts")
     return [*sides, *drawn, *named, *(out.evaluate_prompts or [str(folder / PROMPTS_FILE)])]

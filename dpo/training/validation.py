@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from dpo.common.console import part
 from dpo.common.stats import share_interval
 from dpo.data.batch import PairBatch
+from dpo.data.pairs import caption_key
 from dpo.encode import Encoder, Inputs
 from dpo.models.family import Denoise
 from dpo.objective import implicit_accuracy
@@ -32,8 +33,9 @@ class HeldOut:
 
     batches: list[Inputs]  # of this process
     keys: Tensor  # [N] int64
+    captions: Tensor  # [N] int64, their `caption_key`
     labelled: Tensor  # [N] bool: which can be used and have a preferred image
-    sizes: list[int]  # pairs of each batch of all processes, in stored order; they add up to N
+    sizes: list[int]  # pairs of each batch of all processes, in the order of their turn; they add up to N
     reference_errors: Tensor
     draws: int
     timesteps: Tensor  # [K] int64, the timesteps to draw from
@@ -83,18 +85,19 @@ def encode_held_out(
     with part("held-out pairs encoded", None) as told:
         for batch in batches:
             encoded.append(x := encoder.inputs(batch).to("cpu"))
-            own.append((batch.position, x.keys, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
-            told(sum(len(keys) for _, keys, _, _ in own))
+            captions = torch.tensor([caption_key(caption) for caption in batch.captions], dtype=torch.int64)
+            own.append((batch.position, x.keys, captions, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
+            told(sum(len(keys) for _, keys, *_ in own))
     by_round = zip(*processes.objects(own), strict=True)
     there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
-    if not any(usable for _, _, usable in there.values()):
+    if not any(usable for *_, usable in there.values()):
         return None
     if reference is not None:
         step = replace(step, policy=reference)
-    keys, labelled = (torch.cat([pairs[part] for pairs in there.values()]) for part in (0, 1))
+    keys, captions, labelled = (torch.cat([pairs[part] for pairs in there.values()]) for part in (0, 1, 2))
     sizes = [len(pairs[0]) for pairs in there.values()]
     errors = _errors("held-out reference errors", step, encoded, draws, sizes, processes)
-    return HeldOut(encoded, keys, labelled, sizes, errors, draws, step.path.timesteps, processes)
+    return HeldOut(encoded, keys, captions, labelled, sizes, errors, draws, step.path.timesteps, processes)
 
 
 def differences(step: PairStep, held_out: HeldOut) -> Tensor:

@@ -45,6 +45,7 @@ def test_a_lora_its_table_and_what_is_said_of_them(world, said, tmp_path):
         (["--rank", "4", "--energy", "0.9"], "say how much to keep: --rank 64, or --energy 0.95; one of them"),
         (["--rank", "4", "--max-rank", "8"], "--max-rank has no effect without --energy: leave it out"),
         (["--rank", "0"], "argument --rank: 0 is below 1"),
+        (["--energy", "x"], "argument --energy: invalid number value: 'x'"),
         (["--energy", "95"], "argument --energy: 95 is no share above 0 and up to 1"),
         (["--rank", "4", "--output", "a.pt"], "--output a.pt: name a .safetensors file, or a folder that is there"),
     ],

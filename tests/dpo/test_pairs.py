@@ -117,6 +117,8 @@ def test_what_others_made_is_not_touched(ranking, tmp_path, capsys):
         (["--check", "y", "--embed"], "--embed is of a ranking"),
         (["--check", "y", "--lower-is-better"], "--higher-is-better or --lower-is-better is of a ranking"),
         (["x.csv", "--prompt", " "], "is empty"),
+        (["x.csv", "--prompt", "a", "--caption-column", "b"], "leave --caption-column out"),
+        (["x.csv", "--seed", "3"], "--seed has no effect without --max-per-image"),
         (["x.csv", "--min-margin", "-1"], "not 0 or above"),
         (["x.csv", "--lower-is-better", "--higher-is-better"], "not allowed with"),
     ],
@@ -173,6 +175,14 @@ def test_a_look_at_any_set(tmp_path, capsys, monkeypatch):
     assert code == 2 and "is a prepared store" in said
     code, said = paired(capsys, "--check", folders, output=folders / "look")
     assert code == 2 and "lies in the folder of the pairs" in said
+
+
+def test_a_look_never_deletes_the_pairs_that_are_looked_at(ranking, tmp_path, capsys):
+    output = tmp_path / "pairs"
+    assert paired(capsys, ranking, *LOW, output=output)[0] == 0
+    for named in ("pairs.jsonl", "*.jsonl"):
+        code, said = paired(capsys, "--check", output / named, "--overwrite", output=output)
+        assert code == 2 and "is the folder of the pairs" in said and (output / "pairs.jsonl").is_file()
 
 
 def test_a_set_beside_one_of_ours_is_not_taken_for_it(ranking, tmp_path, capsys):

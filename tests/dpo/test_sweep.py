@@ -1,6 +1,7 @@
 """dpo.sweep: the grid, its table and plot, going on after an interruption."""
 
 import csv
+import json
 
 import pytest
 
@@ -8,7 +9,10 @@ from dpo import prepare, sweep
 from dpo.common.errors import UserError
 from dpo.pages.folder import read_run
 from dpo.pages.sweep import name_of
+from dpo.settings.config import change, flat_settings, from_mapping, to_toml
+from dpo.settings.flags import load_config
 from dpo.training import loop
+from tests.help.fake_run import write_run
 
 QUICK = [
     "--steps",
@@ -191,3 +195,16 @@ def test_a_value_spelt_twice_is_one_run():
     assert sweep.read(["--out", "o", "--beta", "1e3,2000,1000,2e3"])[1] == {"beta": ["1e3", "2000"]}
     with pytest.raises(UserError, match="beta = many"):
         sweep.read(["--out", "o", "--beta", "1000,many"])
+
+
+def test_more_epochs_or_another_patience_make_a_finished_run_an_unfinished_one(tmp_path):
+    place = write_run(tmp_path)
+    asked = from_mapping(flat_settings(load_config(str(place / "config.toml"))))
+    asked = change(asked, steps=None, epochs=2.0, keep_best=True, patience=3)
+    (place / "config.toml").write_text(to_toml(asked), encoding="utf-8")
+    assert sweep._finished(place, asked) and not sweep._finished(place, change(asked, epochs=3.0))
+    run = read_run(place)
+    (place / "summary.json").write_text(
+        json.dumps(run.summary | {"steps": run.done, "kept": {"early": True}}), encoding="utf-8"
+    )
+    assert sweep._finished(place, asked) and not sweep._finished(place, change(asked, patience=4))

@@ -125,6 +125,19 @@ def test_store_and_record_give_what_the_images_give(world, pairs, tmp_path):
         )
 
 
+def test_a_caption_is_in_one_half_of_the_held_out_pairs_whatever_their_shapes(world, tmp_path):
+    pairs = make_shapes(tmp_path / "pairs", 20)
+    flags = ["--validation-data", pairs, "--validation-split", "train", "--validation-draws", "1", "--keep-best"]
+    run = make_run(world("sd15"), pairs, tmp_path / "run", *flags, "--steps", "2", "--validate-every", "1", "--buckets")
+    caption = {pair.key: pair.caption for pair in run.held_out_source.pairs}
+    keys = run.held_out.keys.tolist()
+    assert keys != [pair.key for pair in run.held_out_source.pairs], "they come by shape"
+    halves = {True: set(), False: set()}
+    for key, chooses in zip(keys, run.best.choosing.tolist(), strict=True):
+        halves[chooses].add(caption[key])
+    assert len(halves[True]) + len(halves[False]) == 5, "each in one of them"
+
+
 @pytest.mark.parametrize("flag", [["--compile"], ["--gradient-release"]])
 def test_what_needs_one_shape_is_refused(flag):
     with pytest.raises(UserError, match="for each shape") as refused:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo.pages.folder import ADAPTER_FILE, read_run
+from dpo.pages.folder import ADAPTER_FILE, SUMMARY_FILE, read_run
 from dpo.pages.kept import grids
 from dpo.pages.verdict import held_out, verdict
 from dpo.settings.flags import parse
@@ -148,11 +148,17 @@ def test_the_best_comes_along_where_a_run_goes_on_elsewhere(trained):
     again = trained("early", "--keep-best", "--patience", "2", "--no-samples", "--resume", "latest")
     assert trained.said.warnings("update 4 of 6 was made before: nothing is trained; raise --patience")
     assert kept(again)["early"] and names(again) == ["step-00000002", "step-00000004"]
+    (early / SUMMARY_FILE).unlink()  # as a kill between the last update and the report leaves it
+    again = trained("early", "--keep-best", "--patience", "2", "--no-samples", "--resume", "latest")
+    assert kept(again)["early"] and kept(again)["of"] == 4
     elsewhere = trained("elsewhere", "--keep-best", "--no-samples", "--resume", last)
     assert same(elsewhere / ADAPTER_FILE, early / ADAPTER_FILE) and kept(elsewhere)["step"] == 2
     assert names(elsewhere) == ["step-00000002", "step-00000006"]
+    assert held_out(read_run(elsewhere)).share == REPORTED[1], "though its metrics.jsonl begins after that update"
     plain = trained("plain", "--no-keep-best", "--no-samples", "--resume", last)
     assert "kept" not in read_run(plain).summary and not same(plain / ADAPTER_FILE, early / ADAPTER_FILE)
+    trained("plain", "--keep-best", "--no-samples", "--resume", "latest")
+    assert trained.said.warnings("no held-out accuracy to choose by: the last weights are the result")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dpo.common.errors import UserError
 from dpo.exporting import table
 from dpo.exporting.asked import Asked as Exported
-from dpo.exporting.extracting import Asked, extract
+from dpo.exporting.extracting import Asked, Extraction, Row, extract
 from dpo.exporting.sources import coarser, opened
 from dpo.exporting.work import export
 from dpo.models import lora_files
@@ -109,6 +109,13 @@ def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(wor
     assert len(table.table(found).splitlines()) == 1 + len(found.rows)
 
 
+def test_a_sum_that_is_rounded_is_not_called_cut_off():
+    row = Row("mid_block.x", (2, 2), 0.1, (1, 1, 2), 2, 1 - 2**-53, 1.0, 0.0)
+    for energy, kept, cut in ((1.0, row.kept, False), (1.0, 1 - 1e-6, True)):
+        said = table.lines(Extraction(Path("x"), [row._replace(kept=kept)], {}, 1.0), energy)
+        assert any("--max-rank cut them off" in line for line in said) == cut
+
+
 @pytest.mark.slow
 def test_ranks_that_are_cut_off_and_rounding_are_told(world, tmp_path):
     aligned = changed(
@@ -171,6 +178,9 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
     ):
         with pytest.raises(UserError, match="holds a LoRA, no whole model"):
             opened(str(lora), None)
+    (tmp_path / "config.toml").write_text('[model]\nmodel = "a"\nunet_init = "b"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="that run began with --unet-init b, which is not in the files of its model"):
+        opened(f"start:{tmp_path}", None)
     state = load_file(merged("sd15")[1])
     save_file(
         {name.replace("input_blocks.1.", "input_blocks.9."): value for name, value in state.items()},

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
+from dpo.exporting import adapters
 from dpo.exporting.adapters import network_of
 from dpo.exporting.asked import Asked
 from dpo.exporting.spec import Known, architecture, metadata
@@ -87,6 +88,30 @@ def test_fp16_is_each_number_rounded(world, tmp_path):
     floating = {name for name, value in whole.items() if value.is_floating_point()}
     assert len(floating) == len(whole) - 1, "the counter of OpenAI's encoder"
     assert all(half[name].dtype == torch.float16 and torch.equal(half[name], whole[name].half()) for name in floating)
+
+
+def test_the_model_in_the_package_and_a_runs_start_are_whole_models(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(f'[model]\nmodel = "{world("sd15")}"\n', encoding="utf-8")
+    whole = load_file(export(Asked(world("sd15"), "single-file", tmp_path / "whole.safetensors")))
+    start = load_file(export(Asked(f"start:{tmp_path / 'run'}", "single-file", tmp_path / "start.safetensors")))
+    assert whole.keys() == start.keys() and all(torch.equal(start[name], value) for name, value in whole.items())
+    assert export(Asked("embedded", "comfyui", tmp_path)) == tmp_path / "embedded.safetensors"
+
+
+def test_a_lora_says_what_its_run_predicted(runs, tmp_path):
+    shutil.copytree(runs["sd15"][0], tmp_path / "run")
+    file = tmp_path / "run" / "config.toml"
+    text = file.read_text("utf-8").replace('prediction_type = "auto"', 'prediction_type = "v_prediction"')
+    file.write_text(text, encoding="utf-8")
+    assert header(export(Asked(str(tmp_path / "run"), "a1111")))["modelspec.prediction_type"] == "v"
+
+
+def test_configs_of_a_loras_base_are_kept_where_asked(runs, tmp_path, monkeypatch):
+    kept, sketch = [], adapters.sketch
+    monkeypatch.setattr(adapters, "sketch", lambda named: kept.append(named.cache_dir) or sketch(named))
+    export(Asked(str(runs["sd15"][0]), "comfyui", tmp_path / "a.safetensors", cache_dir="somewhere"))
+    assert kept == ["somewhere"]
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -5,7 +5,14 @@ import pytest
 from dpo.pages.kept import grids, kept, kept_update, sentences, validation
 from tests.help.fake_run import run_of
 
-CHOICE = {"step": 40, "of": 120, "early": True, "choosing_accuracy": 0.75, "choosing_pairs": 64}
+CHOICE = {
+    "step": 40,
+    "of": 120,
+    "early": True,
+    "heldout_accuracy": 0.625,
+    "choosing_accuracy": 0.75,
+    "choosing_pairs": 64,
+}
 
 
 @pytest.fixture
@@ -19,12 +26,12 @@ def test_without_a_choice_the_last_is_the_result(run):
     assert validation(run._replace(events=[])) is None
 
 
-def test_the_kept_updates_records_are_those_of_the_result(run):
-    steps = [event["step"] for event in run.validations]
-    early = steps[1]
+def test_the_kept_updates_accuracy_and_images_are_those_of_the_result(run):
+    early = run.validations[1]["step"]
     paths = [run.folder / "samples" / f"step-{step:08d}.png" for step in (early, early + 1)]
     chosen = run._replace(summary={**run.summary, "kept": {**CHOICE, "step": early}}, grids=paths)
-    assert validation(chosen) == run.validations[1] != run.validations[-1]
+    assert validation(chosen)["heldout_accuracy"] == 0.625 != run.validations[-1]["heldout_accuracy"]
+    assert validation(chosen._replace(events=[])) == validation(chosen), "where its own record is in another folder"
     assert grids(chosen) == paths[::-1]
     (said,) = sentences(chosen)
     assert f"update {early} of 120" in said and "75% of 64" in said and "ended early" in said

@@ -47,6 +47,13 @@ def test_a_named_column_must_be_there():
         find(["image", "score"], Named(number="points"), "t.csv")
 
 
+def test_a_column_of_the_other_kind_of_table_is_refused():
+    with pytest.raises(UserError, match="holds images with a number, no matches: leave --chosen-column out"):
+        find(["image", "score", "x"], Named(winner="x"), "t.csv")
+    with pytest.raises(UserError, match="holds matches, no images with a number: leave --value-column out"):
+        find(["winner", "loser", "x"], Named(number="x"), "t.csv")
+
+
 def test_a_direction_is_known_asked_or_refused():
     assert higher_is_better("score", None, 0, 1) and not higher_is_better("Place", None, 1, 4)
     assert not higher_is_better("score", False, 0, 1) and higher_is_better("rank", True, 1, 4)

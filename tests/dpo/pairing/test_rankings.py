@@ -56,6 +56,8 @@ def test_jsonl_groups_and_ranks(images):
     found = ranked(images, "\n".join(map(json.dumps, rows)), "t.jsonl", higher_is_better=False)
     assert told(found) == {"a": (1, "x", "7"), "b": (2, "x", "7"), "c": (1, "x", "8")}
     assert found.scores.tolist() == [-1, -2, -1] and found.direction == "chosen is the one with the lower rank"
+    found = ranked(images, "\n".join(map(json.dumps, rows[1::-1])), "t.jsonl", higher_is_better=False)
+    assert told(found) == {"a": (1, "x", "7"), "b": (2, "x", "7")}, "the first row may be the one without a prompt"
     with pytest.raises(UserError, match="line 2: group '7' has two prompts, 'x' and 'y'"):
         rows[1]["prompt"] = "y"
         ranked(images, "\n".join(map(json.dumps, rows)), "t.jsonl", higher_is_better=False)
@@ -90,6 +92,7 @@ def test_an_image_rated_again_has_the_mean_and_one_that_is_gone_is_left_out(imag
         ("image,score\n,1\n", "line 2: names no image"),
         ("image,score\na.png,\n", "no row has a number in 'score'"),
         ("image,score,group\na.png,1,\n", "has no 'group'"),
+        (f"image,score,{'a' * 140_000}\na.png,1,x\n", "line 1: not CSV (field larger than field limit"),
         ("winner,loser,prompt\na.png,,x\n", "a match needs the winner and the loser"),
         ("winner,loser,tie,prompt\na.png,b.png,perhaps,x\n", "line 2: tie says 'perhaps', neither yes nor no"),
     ],

@@ -25,7 +25,9 @@ def dry(config):
 
 @pytest.mark.parametrize("card", [24, 40, 80])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
-    found = fitting.largest(CONFIG, Asked(), dry, card)
+    lines: list[str] = []
+    found = fitting.largest(CONFIG, Asked(), dry, card, lines.append)
+    assert lines[0].startswith("tried --batch-size 1: ") and 2 <= len(lines) <= 1 + fitting.TRIES
     size = found.config.optim.batch_size
     assert found.peak <= room(card) and size * found.config.optim.accumulation >= 64
     one_more = work.plan(change(CONFIG, batch_size=size + 1), Asked(), dry)
@@ -34,13 +36,13 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
 
 def test_an_update_inside_backward_stays_one_pass():
     config = change(CONFIG, batch_size=2, accumulation=1, gradient_release=True)
-    optim = fitting.largest(config, Asked(), dry, 40).config.optim
+    optim = fitting.largest(config, Asked(), dry, 40, print).config.optim
     assert optim.accumulation == 1 and optim.batch_size > 2
     assert fitting._with(config, fitting.CHANGES[:2], Asked(), dry).plan.nominal == 1
 
 
 def test_no_pair_fits_a_card_that_is_too_small():
-    assert fitting.largest(CONFIG, Asked(), dry, 16) is None
+    assert fitting.largest(CONFIG, Asked(), dry, 16, print) is None
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_costs_count_every_gpu():
 
 
 def test_what_fits_is_said_in_flags():
-    best = fitting.largest(CONFIG, Asked(), dry, 40)
+    best = fitting.largest(CONFIG, Asked(), dry, 40, print)
     assert f"--batch-size {best.config.optim.batch_size} " in page.largest_line(best, 40)
     assert page.largest_line(None, 12).endswith("not one pair fits 12 GB")
     found = fitting.cheapest(change(CONFIG, reference="copy", batch_size=32), Asked(), dry, 24, lambda line: None)

@@ -169,6 +169,7 @@ def test_length_and_rate():
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
     assert total_steps(cfg, pairs=100) == 7 and total_steps(dealt(cfg, 2), pairs=100) == 4
+    assert total_steps(change(cfg, epochs=1.1, batch_size=1, accumulation=1), pairs=100) == 110
     assert total_steps(change(cfg, steps=5, epochs=None), pairs=100) == 5 and total_steps(Config(), pairs=9) == 2000
     assert learning_rate(cfg) == pytest.approx(3.2e-7) and learning_rate(dealt(cfg, 2)) == pytest.approx(6.4e-7)
 

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,23 @@ def test_scorers_and_prompts_of_ones_own(world, tmp_path, capsys, monkeypatch, p
     assert content["sides"][0]["protocol"]["steps"] == 2
     prompts = [json.loads(line)["prompt"] for line in (folder / "evaluation/prompts.jsonl").read_text().splitlines()]
     assert len(prompts) == found["prompts"]
+
+
+@pytest.mark.parametrize("prompts", [(), ("a frog",)])
+def test_scorers_are_kept_where_the_run_keeps_its_downloads(tmp_path, monkeypatch, prompts):
+    config = change(
+        Config(),
+        evaluate=["pickscore"],
+        evaluate_prompts=prompts,
+        cache_dir="kept",
+        sample_steps=4,
+        sample_guidance=7.0,
+    )
+    monkeypatch.setattr(judging.outcome, "is_embedded", lambda model: True)
+    asked = evaluate.make_parser().parse_args(
+        judging.words(SimpleNamespace(config=config, output=tmp_path, model=None))
+    )
+    assert asked.cache_dir == "kept" and asked.scorers == ["pickscore"]
 
 
 @pytest.mark.parametrize(

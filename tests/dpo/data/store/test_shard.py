@@ -78,6 +78,7 @@ def test_an_image_in_pairs_of_two_shapes_is_kept_in_both(tmp_path):
     assert fill.fill(task(tmp_path, source, Seeing(), **SHAPED))
     store = open_store(tmp_path, DATA)
     sizes = find(DATA, 1, store).sizes
+    assert find(replace(DATA, resolution=16), 1, store).sizes == sizes, "whatever the model's own resolution is"
     wanted = {
         (image.uid, number) for number, pair in zip(store.contents.bucket, source) for image in (pair.win, pair.lose)
     }
