@@ -304,19 +304,8 @@ class RunFolder(NamedTuple):
         _, values = self.series(name)
         return float(values[-max(1, round(len(values) * LATE)) :].mean()) if len(values) else None
 
-    @property
-    def resumed(self) -> bool:
-        """Whether more than one start made its updates; one that found them all made counts as none."""
-        starts = [event.get("step") or 0 for event in self.events if event.get("event") == "started"]
-        return any(0 < step < self.wanted for step in starts)
-
     def pairs_seen(self) -> int:
         return int(sum(update.get("pairs") or 0 for update in self.updates))
-
-    def late_pairs(self) -> int:
-        """The training pairs that `late` is a mean over."""
-        late = self.updates[-max(1, round(len(self.updates) * LATE)) :]
-        return int(sum(update.get("pairs") or 0 for update in late))
 
     def late_deciles(self, name: str) -> np.ndarray:
         """A `<name>_by_decile` figure [10] over the last fifth, weighted by the updates' pairs; nan without a value."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo.common.stats import share_interval
 from dpo.pages import kept
-from dpo.pages.folder import RunFolder
+from dpo.pages.folder import LATE, RunFolder
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
@@ -264,6 +264,12 @@ def _saturated(run: RunFolder) -> Caution | None:
     )
 
 
+def _late_pairs(run: RunFolder) -> int:
+    """The training pairs that a late figure is a mean over."""
+    late = run.updates[-max(1, round(len(run.updates) * LATE)) :]
+    return int(sum(update.get("pairs") or 0 for update in late))
+
+
 def _overfit(run: RunFolder) -> Caution | None:
     learned, accuracy = held_out(run), run.late("implicit_accuracy")
     if (
@@ -271,7 +277,7 @@ def _overfit(run: RunFolder) -> Caution | None:
         or accuracy is None
         or not run.pairwise
         or run.done < FEW_UPDATES
-        or run.late_pairs() < FEW_HELD_OUT
+        or _late_pairs(run) < FEW_HELD_OUT
         or accuracy - learned.share < OVERFIT
         or accuracy < learned.high
     ):

@@ -352,15 +352,6 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
     return notes
 
 
-def of_rank(lora: bool, changes: Mapping[str, Any]) -> list[str]:
-    """A line for the log on --rank beside settings that, all in all, train no adapter."""
-    if lora or "rank" not in changes:
-        return []
-    return [
-        "--rank is for --lora: in the diffusers scripts it means LoRA, here the whole UNet is trained without --lora"
-    ]
-
-
 def flags_page() -> str:
     """docs/flags.md: every flag of the peers and what it becomes, and each peer's defaults."""
     rows = [(alias, f"`{spec.flag}`") for spec in specs().values() for alias in spec.meta["aliases"]]

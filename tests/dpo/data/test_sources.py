@@ -148,7 +148,9 @@ def test_hub_out_of_reach_is_one_line(settings, monkeypatch):
         raise ConnectionError("no route to host\nand much more")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
-    with pytest.raises(UserError, match=r"data 'someone/pairs' .*\(the hub cannot be reached.*\).* give a local folder") as caught:
+    with pytest.raises(
+        UserError, match=r"data 'someone/pairs' .*\(the hub cannot be reached.*\).* give a local folder"
+    ) as caught:
         open_source(settings("someone/pairs"))
     assert "\n" not in str(caught.value)
 
