@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import yaml
@@ -31,6 +32,9 @@ def setup_arguments() -> dict:
 def test_the_citation_is_of_this_version_and_of_the_papers():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert cited["version"] == dpo.__version__ == setup_arguments()["version"]
+    assert f"version = {{{cited['version']}}}" in (ROOT / "README.md").read_text("utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (\d\S*)", changes, re.MULTILINE)[0] == cited["version"]
     assert cited["license"] == setup_arguments()["license"]
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
     numbers = {one["url"].removeprefix("https://arxiv.org/abs/") for one in cited["references"]}

@@ -8,6 +8,7 @@ from typing import Any
 from dpo.pages.verdict import Verdict
 
 Entry = Mapping[str, Any]  # of evaluation.json: the whole, or one of its results
+WINS, TEST, APART = "the interval of the win rate", "the sign test", "the interval of the mean difference in score"
 SURE = 0.05  # p below which a difference is called shown, where the interval of the win rate says so too
 
 
@@ -17,13 +18,23 @@ def standing(entry: Entry) -> str:
     Better or worse takes both the interval of the win rate, all on one side of one half, and the sign test's p after
     Holm's adjustment. Where one of them alone, or the interval of the difference, says so, it is unsure.
     """
+    said = _signs(entry)
+    if WINS in said and TEST in said:
+        return "better" if entry["paired"]["win_interval"][0] > 0.5 else "worse"
+    return "unsure" if said else "alike"
+
+
+def _signs(entry: Entry) -> list[str]:
+    """What says that the sides differ."""
     paired = entry["paired"]
     low, high = paired["win_interval"]
     apart = paired["difference_interval"]
-    said = [low > 0.5 or high < 0.5, entry["p"] < SURE, apart is not None and (apart[0] > 0 or apart[1] < 0)]
-    if said[0] and said[1]:
-        return "better" if low > 0.5 else "worse"
-    return "unsure" if any(said) else "alike"
+    said = {
+        WINS: low > 0.5 or high < 0.5,
+        TEST: entry["p"] < SURE,
+        APART: apart is not None and (apart[0] > 0 or apart[1] < 0),
+    }
+    return [sign for sign, holds in said.items() if holds]
 
 
 def verdict(found: Entry, side: str) -> Verdict:
@@ -53,8 +64,18 @@ def verdict(found: Entry, side: str) -> Verdict:
     )
     if by["unsure"]:
         headline = f"{side} and {base} may differ by {', '.join(by['unsure'])}, but that is not shown."
-        return Verdict("early", headline, [*sentences, "Interval and sign test do not both say so.", text])
+        return Verdict("early", headline, [*sentences, *_unsure(entries), text])
     return Verdict("early", f"No difference between {side} and {base} can be shown.", [*sentences, text])
+
+
+def _unsure(entries: list[Entry]) -> list[str]:
+    """What alone says that a side differs, for each scorer of which that is true, and what is missing."""
+    lines = [
+        f"By {entry['scorer']} {' and '.join(_signs(entry))} alone {'say' if len(_signs(entry)) > 1 else 'says'} so."
+        for entry in entries
+        if standing(entry) == "unsure"
+    ]
+    return [*lines, f"Shown is what {WINS} and {TEST} both say."]
 
 
 def _sentence(entry: Entry, base: str) -> str:

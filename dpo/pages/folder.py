@@ -4,7 +4,7 @@
     metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" has the held-out accuracy
     summary.json      how the run went; every key may be missing:
         status        "finished", "interrupted" or "failed"; reason: one line for the last two
-        steps         updates wanted;  seconds: duration;  started: ISO time
+        steps         updates wanted;  seconds: duration of the last start;  started: ISO time
         device, versions {name: version}
         made_from     checksums of the weights that the run began with (dpo.pages.began)
         model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)

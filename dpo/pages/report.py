@@ -119,10 +119,16 @@ def _subtitle(run: RunFolder) -> str:
     kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
     parts = [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
     seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
-    parts += [duration(seconds)] if seconds else []
+    parts += [duration(seconds) + (" since the last start" if _resumed(run) else "")] if seconds else []
     parts += [str(device)] if device else []
     parts += [str(started)[:16].replace("T", " ")] if started else []
     return " · ".join(parts)
+
+
+def _resumed(run: RunFolder) -> bool:
+    """Whether more than one start made the updates; one that found them all made counts as none."""
+    starts = [event.get("step") or 0 for event in run.events if event.get("event") == "started"]
+    return any(0 < step < run.wanted for step in starts)
 
 
 def _tiles(run: RunFolder) -> list[Tile]:

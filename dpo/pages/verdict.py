@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo.common.stats import share_interval
 from dpo.pages import kept
-from dpo.pages.folder import SHARED, RunFolder
+from dpo.pages.folder import LATE, SHARED, RunFolder
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
@@ -115,7 +115,8 @@ def verdict(run: RunFolder) -> Verdict:
     if not evidence:
         return _verdict_without_evidence(run, sentences, costs)
     if not any(found.above for found in evidence):
-        text = "The interval includes one half, which is what guessing gives: train longer, or measure on more pairs."
+        what = "train on more pairs" if _overfit(run) else "train longer"
+        text = f"The interval includes one half, which is what guessing gives: {what}, or measure on more pairs."
         return Verdict("poor", "No effect can be shown.", [*sentences, text])
     if costs:
         return Verdict(
@@ -271,12 +272,20 @@ def _saturated(run: RunFolder) -> Caution | None:
     )
 
 
+def _late_pairs(run: RunFolder) -> int:
+    """The training pairs that a late figure is a mean over."""
+    late = run.updates[-max(1, round(len(run.updates) * LATE)) :]
+    return int(sum(update.get("pairs") or 0 for update in late))
+
+
 def _overfit(run: RunFolder) -> Caution | None:
     learned, accuracy = held_out(run), run.late("implicit_accuracy")
     if (
         learned is None
         or accuracy is None
         or not run.pairwise
+        or run.done < FEW_UPDATES
+        or _late_pairs(run) < FEW_HELD_OUT
         or accuracy - learned.share < OVERFIT
         or accuracy < learned.high
     ):
@@ -351,9 +360,20 @@ def _few_held_out(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         f"Only {learned.cases} held-out pairs",
-        f"The accuracy is known to plus or minus {(learned.high - learned.low) / 2:.0%} only; hold out more, by "
-        "--validation-data, --validation-fraction or --validation-pairs.",
+        f"The accuracy is known to plus or minus {50 * (learned.high - learned.low):.0f} percentage points only; "
+        f"{_how_to_measure_more(run)}.",
     )
+
+
+def _how_to_measure_more(run: RunFolder) -> str:
+    """What to give for more of them: the cap matters only where it leaves pairs unmeasured."""
+    there = run.summary.get("data", {}).get("held out")
+    if isinstance(there, int) and there > run.setting("validation_pairs", there):
+        return f"{there:,} are held out: measure more of them, by --validation-pairs"
+    given = (
+        "a larger --validation-data" if run.setting("validation_data") else "--validation-fraction or --validation-data"
+    )
+    return f"hold out more, by {given}"
 
 
 def _holes(run: RunFolder) -> Caution | None:

@@ -161,6 +161,11 @@ Command lines of the diffusers scripts (`train_diffusion_dpo.py`, `train_diffusi
 (`train.py`) run here. With `--compat hf-sd15`, `--compat hf-sdxl` or `--compat sf` they also keep that script's defaults and
 meanings; without it our own hold, and the log says where they differ. Two flags that set one setting must agree; of one flag
 given twice the last holds.
+
+`--compat hf-sd15` and `hf-sdxl` hold no pairs out, as those scripts: `--validation-fraction 0.1` or `--validation-data` adds a held-out
+accuracy at the interval of `--validate-every`. On the model inside the package, where a run ends by drawing and judging its report prompts,
+`--no-judge` leaves that out.
+
 This page is written by `python -m dpo.settings.compat > docs/flags.md`.
 
 """
@@ -336,10 +341,6 @@ def _our_meanings(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[
         )
     if str(changes.get("warmup", 0)) != "0" and given.get("lr_scheduler") == "constant":
         notes.append("the learning rate warms up; in the diffusers scripts --lr_scheduler constant has no warm-up")
-    if "rank" in given and not given.get("lora"):
-        notes.append(
-            "--rank is for --lora: in the diffusers scripts it means LoRA, here the whole UNet is trained without --lora"
-        )
     if "sdxl" in given:
         notes.append(
             "--sdxl only says the architecture; in the Salesforce script it also means Adafactor and checkpointing"

@@ -405,7 +405,7 @@ class Output:
     log_every: int = option(1, "updates between lines of metrics.jsonl", unit="updates", low=1, resume="free")
     validate_every: int | None = option(
         None,
-        "updates between held-out accuracies; none: 100, or more where that keeps them at 5 % of the FLOPs; 0: never",
+        "updates between held-out accuracies; none: 100, more to keep to 5 % of the FLOPs, with keep_best ~10 at any cost; 0: never",
         unit="updates",
         low=0,
         aliases=("validation_steps",),

@@ -111,7 +111,17 @@ def _settled(
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
         raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
+    notes += [] if start["compat"] else _of_rank(config.lora.lora, changes)
     return config, notes + without_effect(flatten(config), changes, specs())
+
+
+def _of_rank(lora: bool, changes: Mapping[str, Any]) -> list[str]:
+    """A line for the log on --rank beside settings that, all in all, train no adapter."""
+    if lora or "rank" not in changes:
+        return []
+    return [
+        "--rank is for --lora: in the diffusers scripts it means LoRA, here the whole UNet is trained without --lora"
+    ]
 
 
 def _untracked(base: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:

@@ -325,12 +325,13 @@ def _tell_buckets(run: Run, buckets: Buckets) -> None:
     order = replace(run.order(run.position, run.position + LOOKED_AT * run.nominal), rank=0)
     places = list(run_order(run.source, order))
     passes = len(places) * run.processes.count
+    holes = 100 - 100 * LOOKED_AT * run.nominal / (passes * order.micro_batch)
     log.info(
-        "buckets: %.1f passes of %d pairs an update, %.0f %% of them holes (fewer with a smaller --batch-size); FLOPs are "
-        "counted for the square",
+        "buckets: %.1f passes of %d pairs an update, %.0f %% of them holes%s; FLOPs are counted for the square",
         passes / LOOKED_AT,
         order.micro_batch,
-        100 - 100 * LOOKED_AT * run.nominal / (passes * order.micro_batch),
+        holes,
+        " (fewer with a smaller --batch-size)" if holes > 0 and order.micro_batch > 1 else "",
     )
 
 

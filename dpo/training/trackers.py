@@ -151,7 +151,8 @@ def check(tensorboard: bool, wandb: bool) -> None:
     """Raises UserError for a tracker that is asked for and not installed: before hours of training, not after."""
     for name, asked in (("tensorboard", tensorboard), ("wandb", wandb)):
         if asked and not libraries.is_there(name):
-            raise UserError(f"--{name}: {name} is not installed: {libraries.TRACKING}; or leave --{name} out")
+            flags = f"--{name} (or --report_to {name})"
+            raise UserError(f"{flags}: {name} is not installed: {libraries.TRACKING}; or leave the flag out")
 
 
 def _open_tensorboard(folder: Path, resume_step: int | None) -> Sink:

@@ -159,6 +159,9 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
         raise UserError(f"{task.folder} was merged from parts: add data to a part of its own, then merge again")
     for name, value in (UNNAMED | dict(task.settings)).items():
         found = (UNNAMED | index["settings"]).get(name)
+        if name == "buckets" and bool(found) != bool(value):
+            have, change = ("squares", "leave --buckets out") if value else ("shapes", "give --buckets")
+            raise UserError(f"{task.folder} holds {have}: {change}, or name another --store")
         if found != value and not (found is None and name in NOT_ALWAYS):
             raise UserError(
                 f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"

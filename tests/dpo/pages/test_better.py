@@ -34,3 +34,13 @@ def test_one_verdict(results, level, words):
 
 def test_what_could_have_been_shown_is_said():
     assert "a win rate of 56% four times in five" in " ".join(verdict(evaluation(entry(paired=NONE)), "dpo").sentences)
+
+
+@pytest.mark.parametrize(("one", "said"), [
+    (entry(paired=paired((0.47, 0.4, 0.55), (0.118, 0.046, 0.208)), p=0.27),
+     "By pickscore the interval of the mean difference in score alone says so."),
+    (entry(p=0.12), "the interval of the win rate and the interval of the mean difference in score alone say so."),
+    (entry(paired=NONE, p=0.039), "By pickscore the sign test alone says so."),
+])  # fmt: skip
+def test_what_alone_says_that_they_differ_is_named(one, said):
+    assert said in " ".join(verdict(evaluation(one), "dpo").sentences)

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.pages.report import render, write_report
+from dpo.pages.report import _subtitle, render, write_report
 from dpo.report import main
 from tests.help.fake_run import run_of
 from tests.help.pages import Page, look
@@ -153,3 +153,10 @@ def test_updates_that_stand_out_are_named_with_their_command(blank_charts):
     assert "Updates that stand out" in text and "grad norm 90" in text
     assert f"python -m dpo.replay {shlex.quote(str(run.folder))} --update {updates[40]['step']}" in text
     assert "Updates that stand out" not in Page(render(run)).text
+
+
+@pytest.mark.parametrize(("starts", "said"), [((0,), False), ((0, 30), True), ((0, 60), False)])
+def test_a_duration_that_is_of_the_last_start_alone_says_so(starts, said):
+    run = run_of("good")
+    run = run._replace(events=[{"event": "started", "step": step} for step in starts])
+    assert ("since the last start" in _subtitle(run)) == said and "1m 06s" in _subtitle(run)

@@ -166,3 +166,29 @@ def test_warnings_of_the_run_itself_are_kept(runs):
     said = ["xformers is missing", "learning rate 1 is judged elsewhere", "no held-out pairs"]
     (found,) = warnings(runs["good"]._replace(summary={**runs["good"].summary, "warnings": said}))
     assert found.text == "Xformers is missing. No held-out pairs."
+
+
+def test_remembering_takes_enough_updates_and_pairs(runs):
+    run = with_held_out(with_late(runs["good"], implicit_accuracy=0.97), 0.6, 256)
+    assert titles(run._replace(updates=run.updates[:19])) == []
+    assert titles(with_late(run, pairs=8)) == [], "12 updates of 8 pairs"
+    assert titles(with_late(run, pairs=9)) == ["It remembers rather than learns"]
+
+
+def test_what_remembers_is_not_told_to_train_longer(runs):
+    run = with_held_out(with_late(runs["lora-gpu"], implicit_accuracy=0.97), 0.53, 256)
+    assert "It remembers rather than learns" in titles(run)
+    text = verdict(run).sentences[-1]
+    assert "train on more pairs" in text and "longer" not in text
+
+
+@pytest.mark.parametrize(("there", "limit", "data", "said"), [
+    (35, 256, "", "hold out more, by --validation-fraction or --validation-data."),
+    (35, 256, "mine", "hold out more, by a larger --validation-data."),
+    (300, 35, "", "300 are held out: measure more of them, by --validation-pairs."),
+])  # fmt: skip
+def test_what_helps_where_few_are_held_out(runs, there, limit, data, said):
+    run = with_held_out(with_setting(runs["good"], "data", validation_pairs=limit, validation_data=data), 0.7, 35)
+    run = run._replace(summary=run.summary | {"data": {"usable": 800, "held out": there}})
+    (found,) = [warning for warning in warnings(run) if warning.title == "Only 35 held-out pairs"]
+    assert found.text.endswith(f"percentage points only; {said}") and "%" not in found.text

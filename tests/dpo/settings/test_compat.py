@@ -276,3 +276,16 @@ def test_the_peers_are_told_apart_and_the_page_of_flags_is_current():
     assert set(PEERS) == {"hf-sd15", "hf-sdxl", "sf"}
     assert Path(__file__).parents[3].joinpath("docs", "flags.md").read_text() == flags_page()
     assert all(f"`--{name}`" in flags_page() for name in PEER_FLAGS if name not in specs())
+
+
+def test_rank_without_lora_is_judged_by_all_settings(tmp_path):
+    def said(*flags):
+        return "--rank is for --lora" in " ".join(parse(list(flags))[1])
+
+    def resumed(name, lora):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(f"[lora]\nlora = {lora}\n")
+        return said("--output", str(tmp_path / name), "--resume", "latest", "--rank", "4")
+
+    assert not resumed("adapter", "true") and resumed("whole", "false")
+    assert not said("--preset", "sd15-lora", "--rank", "4") and said("--preset", "sd15", "--rank", "4")

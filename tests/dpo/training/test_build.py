@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dpo.common.errors import UserError
+from dpo.data.order import Order
 from dpo.models.fingerprint import fingerprint
 from dpo.models.load import load
 from dpo.settings.config import change, flatten
 from dpo.settings.flags import parse
+from dpo.training import build as build_module
 from dpo.training import samples
 from dpo.training.state import as_before, snapshot
 from tests.help.running import make_run
@@ -166,3 +168,15 @@ def test_wrong_data_is_said_before_a_model_is_fetched(world, tmp_path, monkeypat
     for flags in ((), lora):
         with pytest.raises(UserError, match="nowhere"):
             make_run("nobody/no-such-model", str(tmp_path / "nowhere"), tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize(("size", "passes", "advised"), [(1, 4, False), (4, 1, False), (4, 2, True)])
+def test_a_smaller_batch_is_advised_only_where_it_leaves_fewer_holes(monkeypatch, caplog, size, passes, advised):
+    monkeypatch.setattr(build_module, "run_order", lambda source, order: range(passes * build_module.LOOKED_AT))
+    run = SimpleNamespace(
+        order=lambda first, last: Order(0, first, size, last), position=0, nominal=4, source=None,
+        processes=SimpleNamespace(count=1),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, "dpo"):
+        build_module._tell_buckets(run, SimpleNamespace(told=str))
+    assert ("smaller --batch-size" in caplog.text) == advised and "% of them holes" in caplog.text

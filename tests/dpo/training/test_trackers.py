@@ -131,7 +131,8 @@ def test_a_tracker_that_is_not_installed_stops_the_run_and_names_the_extra(tmp_p
     check(tensorboard=False, wandb=False)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UserError, match=rf"^--{name}: {name} is not installed: pip install 'diffusion-dpo\[tracking\]'"
+        UserError,
+        match=rf"^--{name} \(or --report_to {name}\): {name} is not installed: pip install 'diffusion-dpo\[tracking\]'",
     ):
         check(**{"tensorboard": False, "wandb": False, name: True})
 

@@ -99,9 +99,9 @@ def test_parts_are_merged_and_squares_are_not_mixed_with_shapes(tmp_path):
         merge(tmp_path / "mixed", [tmp_path / "0", tmp_path / "squares"])
     with pytest.raises(UserError, match="holds squares: prepare with --buckets, or leave it out"):
         open_store(tmp_path / "squares", DATA)
-    with pytest.raises(UserError, match="was prepared with buckets 0, now it is 1"):
+    with pytest.raises(UserError, match="squares holds squares: leave --buckets out, or name another --store"):
         fill.fill(task(tmp_path / "squares", source, Seeing(), **SHAPED))
-    with pytest.raises(UserError, match="was prepared with buckets 1, now it is 0"):
+    with pytest.raises(UserError, match="0 holds shapes: give --buckets, or name another --store"):
         fill.fill(task(tmp_path / "0", source))
     with pytest.raises(UserError, match="in steps of 1 pixels, this model needs 4"):
         find(DATA, 4, open_store(tmp_path / "both", DATA))
