@@ -79,7 +79,7 @@ def split(data: Data, train: Source) -> tuple[Source, Source | None]:
     for way in WAYS.get(data.validation_by, (data.validation_by,)):
         out = keyed_share(_keys(train, way), share)
         if out.any() and not out.all():
-            log.info("held out: %d of %d pairs, %s", int(out.sum()), len(out), _told(train, way))
+            log.info("held out: %d of %d pairs (%.0f %%), %s", out.sum(), len(out), 100 * out.mean(), _told(train, way))
             return Subset(train, np.flatnonzero(~out)), Subset(train, np.flatnonzero(out & (train.prob > 0.5)))
     side = "training" if out.all() else "validation"
     raise UserError(f"{data.data}: --validation-fraction {share:g} of {len(out)} pairs leaves none for {side}")

@@ -93,7 +93,7 @@ class Data:
     validation_split: str = option("validation", "split of the held-out pairs", resume="said")
     validation_fraction: float | None = option(
         None,
-        "share of the training pairs held out (keyed); none: a tenth, from 50 pairs to a third, of at least 150 pairs",
+        "share of the pairs held out (keyed; rough of few captions); none: a tenth, 50 pairs to a third, of at least 150 pairs",
         low=0.0,
         high=0.5,
     )

@@ -116,7 +116,7 @@ def test_far_less_than_fifty_are_no_reason_to_keep_captions_whole():
 def test_sets_of_too_few_captions_are_split_by_pair_and_the_log_says_so(captions, words, caplog):
     caplog.set_level(logging.INFO, "dpo")
     _, _, out = chosen(pairs(captions))
-    assert len(out) == 50 and f"held out: 50 of 300 pairs, {words}" in caplog.text
+    assert len(out) == 50 and f"held out: 50 of 300 pairs (17 %), {words}" in caplog.text
 
 
 def test_a_share_that_was_asked_for_is_split_by_pair_too_where_captions_forbid_it():
