@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dpo.train
-from dpo.training import checkpoint, loop, results, samples
+from dpo.training import checkpoint, loop, results, samples, validation
 from dpo.training.trackers import Trackers
 from tests.help.commands import command
 
@@ -112,7 +112,7 @@ FAULT = RuntimeError("a fault of ours")
 PLACES = {
     "in the middle of an update": (lambda patch: at_call(patch, torch.Tensor, "backward", FAULT, 3), 2, ()),
     "in the validation": (
-        lambda patch: at_call(patch, loop.validation, "accuracy", FAULT, 2),
+        lambda patch: at_call(patch, validation, "differences", FAULT, 2),
         2,
         ("--validate-every", "1", "--validation-fraction", "0.1", "--validation-draws", "1"),
     ),
