@@ -67,7 +67,6 @@ class TwoErrors:
 METHODS = [
     ("sd15", []),
     ("sd15", ["--lora", "--method", "dde"]),
-    ("sd2v", ["--method", "dde-step"]),
     ("sdxl", ["--method", "dde-single"]),
 ]
 REST = [

@@ -40,7 +40,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+SLOW = ("lion 8-bit", "adafactor", "bf16")  # others of these kinds are tested each time
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(flags, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, flags in RUNS.items()]
+)
 def test_resume_is_exact(world, tmp_path, flags):
     """The run that writes the checkpoint goes on too, and both end alike."""
     flags = ["--batch-size", "3", "--accumulation", "2", "--steps", "4", *flags]  # 24 pairs of 41: not a whole epoch

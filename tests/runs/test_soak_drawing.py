@@ -107,7 +107,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=["drawing", "scoring", pytest.param("labelling", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["drawing", *(pytest.param(one, marks=pytest.mark.slow) for one in ("scoring", "labelling"))]
+)
 def once(request, tmp_path_factory):
     """(main, words, how far it is, what it leaves, the same of one go)."""
     main, progress, left = KINDS[request.param]

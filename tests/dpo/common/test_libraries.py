@@ -73,6 +73,7 @@ def test_a_command_ends_with_the_line(tmp_path, monkeypatch, capsys, text):
     assert len(said) == 1 and said[0].startswith(f"dpo.x: {name} 0.20.1 does not fit torch {torch.__version__} (")
 
 
+@pytest.mark.slow
 def test_a_torchvision_for_another_torch_is_one_line(tmp_path):
     """transformers imports torchvision where it is installed, diffusers transformers."""
     path = os.pathsep.join([str(library(tmp_path, "torchvision")), str(Path(__file__).parents[3])])

@@ -159,7 +159,12 @@ def is_result(found: dict[str, torch.nn.Module], model: Model, unet: torch.nn.Mo
 
 
 @pytest.mark.parametrize(
-    "before", [pytest.param("the same model", marks=pytest.mark.slow), "in several files", "another model", "nothing"]
+    "before",
+    [
+        *(pytest.param(b, marks=pytest.mark.slow) for b in ("the same model", "in several files")),
+        "another model",
+        "nothing",
+    ],
 )
 def test_a_kill_at_any_moment_leaves_a_whole_result(models, tmp_path, before):
     """The earlier one or the new one; of another model's, or of none, also nothing that loads, but never a mixture."""

@@ -62,7 +62,7 @@ def test_sign_test_is_scipys(plus, minus):
     assert sign_test(minus, plus) == sign_test(plus, minus)
 
 
-@pytest.mark.parametrize("prompts", [6, 7, 20, 50, 487, 3200])
+@pytest.mark.parametrize("prompts", [6, 7, 20, 50, 487, pytest.param(3200, marks=pytest.mark.slow)])
 def test_detectable_is_where_the_test_has_four_fifths_power(prompts):
     wins = np.arange(prompts + 1)
     rejected = np.array([stats.binomtest(int(k), prompts).pvalue <= 0.05 for k in wins]) & (wins > prompts / 2)
@@ -248,7 +248,7 @@ def test_intervals_of_the_difference_cover(prompts, effect):
     )
 
 
-@pytest.mark.parametrize("prompts", [20, 50, 200])
+@pytest.mark.parametrize("prompts", [20, *(pytest.param(many, marks=pytest.mark.slow) for many in (50, 200))])
 @pytest.mark.parametrize("rate", [0.5, 0.05, 0.95])
 @pytest.mark.parametrize("images", [1, 4])
 def test_intervals_of_the_win_rate_cover(prompts, rate, images):

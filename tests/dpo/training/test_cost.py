@@ -18,7 +18,7 @@ SD21 = SD15 | {
 REAL = sorted(name for name in presets() if {"model", "data"} <= load_preset(name).keys())
 
 
-SLOW = ("sd21", "sdxl-turbo")  # the shapes of SD 1.5 and SDXL, and others for a count of their own
+SLOW = ("sd21", "sdxl", "sdxl-turbo")  # the shapes of SD 1.5, and others for a count of their own
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in REAL])

@@ -181,6 +181,7 @@ def test_reload_undo_back_double_click_and_two_tabs(browser, folder):
         assert len(lines) == 8 and sum('"undo"' in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_two_tabs_of_one_rater_answer_each_question_once(browser, folder):
     with served(folder) as web:
         one = come(browser, web.address, "Ben")
@@ -219,6 +220,7 @@ def test_a_tab_that_is_looked_at_again_shows_where_the_rater_is(browser, folder)
         assert done(two) == 1 and len(read(folder)) == 1
 
 
+@pytest.mark.slow
 def test_who_waits_for_others_goes_on_by_oneself(browser, tmp_path):
     make_study(tmp_path / "study", 2, votes=1, questions=(study.Question("q", "Which?"),), checks=0.0, repeats=0.0)
     with served(tmp_path / "study") as web:
