@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 from typing import Any
@@ -18,5 +19,7 @@ def fake_wandb(monkeypatch, calls: list[Any], fail: Exception | None = None) -> 
             log=lambda numbers, step: calls.append(("log", step, numbers)), finish=lambda: calls.append(("finish",))
         )
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda picture: picture))
+    spec = importlib.machinery.ModuleSpec("wandb", None)  # others look whether it can be imported
+    package = types.SimpleNamespace(init=init, Image=lambda picture: picture, __spec__=spec)
+    monkeypatch.setitem(sys.modules, "wandb", package)
     return calls
