@@ -17,6 +17,7 @@ SHARE = 0.1  # of one's own pairs, where nothing was said
 FEWEST = 50  # pairs: an accuracy of one half is then known to +-0.14
 LARGEST_SHARE = 1 / 3
 NEAR = 0.8  # of the wanted number: so few are enough where one caption more would be too many
+FAR = 0.2  # of the wanted number: a split that is off by more is said
 ENOUGH = 150  # pairs; with fewer none are held out unless it was asked for
 WAYS = {"auto": ("caption", "pair")}  # the ways that are tried for --validation-by, one after another
 
@@ -80,9 +81,28 @@ def split(data: Data, train: Source) -> tuple[Source, Source | None]:
         out = keyed_share(_keys(train, way), share)
         if out.any() and not out.all():
             log.info("held out: %d of %d pairs (%.0f %%), %s", out.sum(), len(out), 100 * out.mean(), _told(train, way))
+            _say_nearer(keyed_numbers(_keys(train, way)), share, int(out.sum()))
             return Subset(train, np.flatnonzero(~out)), Subset(train, np.flatnonzero(out & (train.prob > 0.5)))
     side = "training" if out.all() else "validation"
     raise UserError(f"{data.data}: --validation-fraction {share:g} of {len(out)} pairs leaves none for {side}")
+
+
+def _say_nearer(numbers: np.ndarray, share: float, held: int) -> None:
+    """Warns where keys of many pairs hold out far more or fewer than `share` of them, and names a share that comes nearer.
+
+    The share itself stays what was asked for: a run that is resumed, and one that is made again, split alike.
+    """
+    order = np.sort(numbers)
+    ends = np.flatnonzero(np.append(order[1:] != order[:-1], True))
+    wanted = share * len(order)
+    nearest = int(ends[np.abs(ends[:-1] + 1 - wanted).argmin()]) + 1 if len(ends) > 1 else held
+    if abs(held - wanted) > FAR * wanted and abs(nearest - wanted) < abs(held - wanted):
+        between = float(order[nearest - 1]) / 2**32, float(order[nearest]) / 2**32
+        better = next(b for digits in range(2, 9) if between[0] < (b := round(sum(between) / 2, digits)) < between[1])
+        log.warning(
+            "--validation-fraction %g is a share of captions, which have unequal numbers of pairs: %g holds out %d of them",
+            share, better, nearest,
+        )  # fmt: skip
 
 
 def _keys(train: Source, way: str) -> np.ndarray:

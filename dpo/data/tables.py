@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -141,6 +142,11 @@ def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[tuple[int, Ro
     try:
         with in_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter or DELIMITERS[path.suffix.lower()])
+            named = Counter(name for name in reader.fieldnames or () if name)
+            if twice := [name for name, count in named.items() if count > 1]:
+                raise UserError(
+                    f"{path}, line 1: {named[twice[0]]} columns are named {excerpt(twice[0])}: rename all but one"
+                )
             end = 0
             for row in reader:  # the first line of a row; a quote that is never closed takes the file's end with it
                 number = max(end + 1, reader.line_num - sum(map(_line_breaks, row.values())))
@@ -253,8 +259,14 @@ def _probe(path: Path, table: dict[str, pa.ChunkedArray], keep: np.ndarray, colu
         )
 
 
-def _alike(root: str, pairs: list[tuple[str, str]]) -> list[bool]:
-    return [one_image(*(ImageRef(name, path=os.path.join(root, name)) for name in pair)) for pair in pairs]
+def _looked_at(root: str, pairs: list[tuple[str, str]]) -> list[tuple[bool, str | None]]:
+    """For each pair whether its paths lead to one image, and the first of them that leads to no file."""
+    found = []
+    for pair in pairs:
+        refs = [ImageRef(name, path=os.path.join(root, name)) for name in pair]
+        gone = next((name for name, ref in zip(pair, refs, strict=True) if not os.path.isfile(str(ref.path))), None)
+        found.append((one_image(*refs), gone))
+    return found
 
 
 def leave_out_same(
@@ -263,9 +275,9 @@ def leave_out_same(
     """Of the rows `keep` [m] int64 the first `most` whose two paths, relative to `root`, lead to different images.
 
     Also how many rows were left out on the way because theirs lead to one. Every file is looked at for its size; those
-    as long as their partner are read.
+    as long as their partner are read. Says which files are not there: their pairs stay, and are holes.
     """
-    chosen, same = [np.empty(0, dtype=np.int64)], 0
+    chosen, same, gone = [np.empty(0, dtype=np.int64)], 0, list[str]()
     with ThreadPoolExecutor(READERS) as pool:
         for begin in range(0, len(keep), CHUNK):
             if most is not None and (wanted := most - sum(map(len, chosen))) <= 0:
@@ -273,12 +285,20 @@ def leave_out_same(
             part = keep[begin : begin + CHUNK]
             paths = list(zip(first.take(part).to_pylist(), second.take(part).to_pylist(), strict=True))
             tasks = (paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE))
-            alike = np.array([same for found in pool.map(partial(_alike, root), tasks) for same in found])
+            looked = [each for found in pool.map(partial(_looked_at, root), tasks) for each in found]
+            alike = np.array([same_twice for same_twice, _ in looked])
             if most is not None and len(enough := np.flatnonzero(~alike)) > wanted:
                 alike, part = alike[: enough[wanted]], part[: enough[wanted]]
             same += int(alike.sum())
             chosen.append(part[~alike])
-    return np.concatenate(chosen), same
+            gone += [name for same_twice, name in looked[: len(part)] if name is not None and not same_twice]
+    rows = np.concatenate(chosen)
+    if gone:
+        logger.warning(
+            "%s: %d of %d pairs have an image that is not there, and are left out of every update: %s%s",
+            root, len(gone), len(rows), ", ".join(excerpt_of_path(name) for name in gone[:3]), ", ..." * (len(gone) > 3),
+        )  # fmt: skip
+    return rows, same
 
 
 def fingerprint_of(

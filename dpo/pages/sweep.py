@@ -69,7 +69,8 @@ def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
         run = read_run(folder)
         found |= {"status": run.status, "updates": run.done}
         figures |= {FIGURES[name].words: run.late(name) for name in SWEEP}
-        figures["seconds"] = run.summary.get("seconds")
+        _, seconds = run.series("seconds")  # of the updates in metrics.jsonl, whichever start made them
+        figures["seconds"] = float(seconds.mean() * run.done) if len(seconds) else None
         figures["win rate"] = run.evaluation.get("win_rate")
         if (last := kept.validation(run)) is not None:
             figures[held_out] = last["heldout_accuracy"]

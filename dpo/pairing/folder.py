@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,21 +39,27 @@ def check_free(folder: Path) -> None:
         )
 
 
+def check_same(folder: Path, asked: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises UserError where the folder's pairs were made with another value of one of `names` than `asked` says."""
+    known = read(folder)
+    if known is None:
+        return
+    was, now = known.get("asked", {}), json.loads(json.dumps(asked))
+    for name in names:
+        if was.get(name) != now.get(name):
+            raise UserError(
+                f"--output {folder} was made otherwise ({name}: {_shown(was.get(name))} there, {_shown(now.get(name))} now): "
+                "name another folder, or --overwrite it"
+            )
+
+
 def begin(folder: Path, asked: Mapping[str, Any], about: Mapping[str, Any], overwrite: bool) -> None:
     """Notes what the folder will hold, and deletes what it held. Raises UserError where that was made otherwise.
 
     asked: what decides the content; about: what else stands in summary.json from now on.
     """
-    known = read(folder)
-    asked = json.loads(json.dumps(asked))
-    if known is not None and not overwrite:
-        was = known.get("asked", {})
-        for name in {**was, **asked}:
-            if was.get(name) != asked.get(name):
-                raise UserError(
-                    f"--output {folder} was made otherwise ({name}: {_shown(was.get(name))} there, {_shown(asked.get(name))} now): "
-                    "name another folder, or --overwrite it"
-                )
+    if not overwrite:
+        check_same(folder, asked, {**(read(folder) or {}).get("asked", {}), **asked})
     write(folder, {"asked": asked, "finished": False, **about})
     for name in (TABLE, EMBEDDED, PAGE, SHEET):
         remove(folder / name)

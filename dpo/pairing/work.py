@@ -41,6 +41,9 @@ def make(asked: Asked, folder: Path) -> None:
         place.check_free(folder)
         ranking = rankings.read(asked)
         _check_size(ranking, asked)
+        by = {**asked.said(), "by": ranking.direction}
+        if not asked.overwrite:  # before any image is opened
+            place.check_same(folder, by, by)
         looker = Looker()
         together = np.bincount(ranking.group, minlength=len(ranking.groups))[ranking.group] > 1
         some = np.flatnonzero(together)
@@ -64,8 +67,7 @@ def make(asked: Asked, folder: Path) -> None:
             "left_out": {"ties": made.ties, "below_min_margin": made.narrow, "one_picture_twice": made.same,
                          "by_max_per_image": made.crowded, "alone_in_their_group": int(np.sum(~together)), "unreadable": len(broken)},
         }  # fmt: skip
-        by = {**asked.said(), "by": ranking.direction, "ranking": content}
-        place.begin(folder, by, about, asked.overwrite)
+        place.begin(folder, {**by, "ranking": content}, about, asked.overwrite)
         for line in (ranking.direction, *sentences):
             log.info("%s", line)
         written.write(folder, ranking, made.pairs, embed=asked.embed)

@@ -189,11 +189,12 @@ def disk(config: Config, taken: Taken, asked: Asked, pairs: int | None) -> dict[
     """Bytes on disk, by what is written. Of the data set's own for each pair where their number is not known."""
     count, of = (pairs, f"{pairs:,} pairs") if pairs is not None else (1, "each pair")
     checkpoint = taken.trained_bytes + taken.state_bytes + taken.averaged_bytes
-    kept = config.output.checkpoints_limit
+    kept, best = config.output.checkpoints_limit, config.output.keep_best
+    limited = f"checkpoints, {kept} kept" + (" and the best" if best else "")
     return {
         f"store of {of}, at most (no image or caption twice)": count * taken.stored_bytes,
         f"recorded reference of {of}, {asked.draws} draws": count * asked.draws * 2 * 4,
-        f"checkpoints, {kept} kept" if kept else "each checkpoint (all are kept)": (kept or 1) * checkpoint,
+        limited if kept else "each checkpoint (all are kept)": (kept + best if kept else 1) * checkpoint,
         "result": taken.model_bytes,
     }
 

@@ -199,7 +199,24 @@ def translate(given: Mapping[str, Any], peer: str | None) -> tuple[dict[str, Any
         notes.insert(0, f"--compat {peer}: that script's defaults and meanings, except that {_DIFFERENCES[peer]}")
     else:
         notes += _our_meanings(given, changes)
+    if became := _became(given, changes):
+        notes.append(f"their flags here: {'; '.join(became)}")
     return changes, notes
+
+
+BECOMES = {"beta_dpo": ("beta",), "report_to": ("tensorboard", "wandb"), "run_validation": ("sample_every",)}
+
+
+def _became(given: Mapping[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """What each flag of a peer was turned into, as "--beta_dpo 5000 is beta 5000"."""
+    found = []
+    for flag, value in given.items():
+        own = [name for name, spec in specs().items() if flag in spec.meta["aliases"]]
+        names = own or BECOMES.get(flag) or tuple(FOREIGN[flag].sets if flag in FOREIGN else ())
+        said = ", ".join(f"{name} {_shown(coerce(specs()[name], changes[name]))}" for name in names if name in changes)
+        if said and value is not False:
+            found.append(f"{_spelled(flag, value)} is {said}")
+    return found
 
 
 def _one_data_set(given: Mapping[str, Any], peer: str | None, notes: list[str]) -> Mapping[str, Any]:
@@ -234,8 +251,8 @@ def _agree(name: str, asked: Mapping[str, Any]) -> None:
 
 
 def _spelled(flag: str, value: Any) -> str:
-    """A flag as it stood on the command line."""
-    word = flag.replace("_", "-")
+    """A flag as it stands on command lines: ours with hyphens, those of the peers with underscores."""
+    word = flag.replace("_", "-") if flag in specs() else flag
     if flag in FOREIGN and FOREIGN[flag].switch:
         return f"--{word}"
     if isinstance(value, bool):
@@ -286,7 +303,7 @@ def _beta(given: Mapping[str, Any], changes: dict[str, Any], peer: str | None, n
     doubled = beta * 2 if beta is not None and peer == "hf-sd15" else beta
     if "beta" in given and coerce(specs()["beta"], given["beta"]) != doubled:
         raise UserError(
-            f"--beta {given['beta']} and --beta-dpo {given['beta_dpo']} (beta {doubled:g} here) set one setting, beta, to "
+            f"--beta {given['beta']} and --beta_dpo {given['beta_dpo']} (beta {doubled:g} here) set one setting, beta, to "
             "different values: give one"
         )
     changes["beta"] = doubled

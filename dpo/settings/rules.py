@@ -124,6 +124,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             v.keep_best and v.validate_every == 0,
             "keep_best chooses by held-out accuracies, and validate_every = 0 makes none: leave one of them out",
         ),
+        (
+            v.keep_best and v.validation_fraction == 0 and v.validation_data is None,
+            "keep_best chooses by held-out accuracy, and validation_fraction = 0 holds no pairs out: leave one of them out",
+        ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
     ]

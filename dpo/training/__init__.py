@@ -7,7 +7,7 @@ checkpoint.py checkpoints on disk | loop.py what surrounds the updates | optimiz
 release.py the update made inside backward | graph.py a micro-step as a CUDA graph
 waiting.py the wait for data | metrics.py an update's figures | trackers.py where figures are written | validation.py held-out accuracy
 flops.py counted FLOPs | memory.py bytes and FLOPs, counted as tensors come and go | cost.py what a run computes | folder.py the output folder
-samples.py sample images | results.py the trained weights | summary.py what the pages read
+samples.py sample images | results.py the trained weights | published.py texts without the places of the user's files | summary.py what the pages read
 best.py the best weights so far | choice.py which become the result
 judging.py the result against its start | rescue.py what is kept of updates that did not come to their end
 parallel.py the processes of a run | agreement.py whether they agree

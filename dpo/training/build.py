@@ -97,6 +97,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
+    stored.check_resolution(held_out_source, config.data.resolution)
     fingerprints = _fingerprints(model, source)
     cast(model, config.runtime.precision, config.runtime.vae_precision)
 

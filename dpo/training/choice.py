@@ -87,11 +87,13 @@ def bring(run: Run) -> None:
 def measure(run: Run, pairs: validation.HeldOut) -> tuple[Figures, bool]:
     """Held-out accuracy of the weights that are saved, and whether these are the best so far: then a checkpoint is due.
 
-    Of averaged weights, which is said, where there are any. With --keep-best it is that of the half that is reported;
-    that of the other half stands beside it. All processes must ask, and all get the same answer.
+    Of averaged weights, which is said, where there are any; `run.measured` is then this update. With --keep-best it is
+    that of the half that is reported; that of the other half stands beside it. All processes must ask, and all get the
+    same answer.
     """
     with run.updater.averaged():
         differences = validation.differences(run.step, pairs).mean(0)
+    run.measured = run.done
     said = {"weights": "averaged"} if run.updater.ema else {}
     best = run.best
     if best is None:

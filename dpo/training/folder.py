@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo.common.errors import UserError, reading
 from dpo.common.files import remove, sweep
-from dpo.pages.folder import ENTRIES, Entry, holds_run, not_of_a_run
+from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, ENTRIES, Entry, holds_run, not_of_a_run
 from dpo.settings.config import Config, Output
 
 log = logging.getLogger("dpo")
@@ -131,6 +131,13 @@ def clear_output(output: Path, asked: Output) -> None:
     for entry in ENTRIES:
         sweep(output, entry.name)
     sweep(output, "result")
+
+
+def take_back(output: Path) -> None:
+    """Deletes the checkpoints and settings of a run that trained nothing: its folder is free again, for other pairs too."""
+    for entry in reversed(ENTRIES):
+        if entry.name in (CHECKPOINTS, CONFIG_FILE):
+            clear_entry(output / entry.name, entry)
 
 
 def clear_entry(place: Path, entry: Entry) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from dpo.common import files, locks, machine
+from dpo.common import files, locks
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
 from dpo.common.errors import Stopped, UserError
@@ -28,8 +28,9 @@ from dpo.pages.figures import progress_fields
 from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, read_run
 from dpo.settings.config import Config, Output, change, flatten, to_toml
 from dpo.training import build, checkpoint, choice, judging, results, samples, summary
-from dpo.training.folder import check_output, clear_output, folder_of
+from dpo.training.folder import check_output, clear_output, folder_of, take_back
 from dpo.training.judging import Evaluate
+from dpo.training.metrics import peak_memory_gib
 from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
 from dpo.training.rescue import check_there, goes_on, is_logged, known, rescue
 from dpo.training.run import Figures, Run
@@ -101,13 +102,6 @@ def until_agreed(run: Run, batches: Iterator[PairBatch]) -> Iterator[PairBatch]:
             run.stopping = True
             raise Stopped
         yield batch
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return machine.peak_memory() / 2**30
 
 
 def train(
@@ -330,6 +324,8 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
             raise
         raise ending from error
     if run.done > first and not used:
+        if run.processes.first and not first:
+            take_back(run.output)
         raise UserError(
             "no pair could be used, nothing was trained: the warnings above say why; mend the images of --data"
         )
@@ -349,6 +345,10 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
     every = out.validate_every or run.total  # decided when the run was built
     shown = Progress(run.total, progress_fields, run.done, out.log_every)
     with shown if run.processes.first else nullcontext() as progress:
+        if run.held_out is not None and run.measured < run.done and (run.done % every == 0 or run.done == run.total):
+            held_out, better = choice.measure(run, run.held_out)  # the last start was stopped inside it
+            trackers.event({"event": "validation", "step": run.done, **held_out})
+            run.processes.once(_kept, run, held(run))
         while run.done < run.total and not run.ended:
             if run.stopping:
                 raise Stopped

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo.common import machine
 from dpo.objective import SHAPES, PairTerms, slope
 from dpo.pages.figures import DECILES
 
@@ -137,3 +138,10 @@ def _mean(values: np.ndarray) -> float | None:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far, in GiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return machine.peak_memory() / 2**30

@@ -16,6 +16,7 @@ from dpo.models.ready import load_named
 from dpo.models.save import detached, save_lora, save_pipeline
 from dpo.pages.folder import own_files
 from dpo.settings.config import Output
+from dpo.training.published import published
 from dpo.training.run import Run
 
 log = logging.getLogger("dpo")
@@ -44,7 +45,8 @@ def trained(run: Run) -> Denoiser:
 def upload(output: Path, out: Output, written: Sequence[str]) -> None:
     """Uploads the result and the run's records, pages and images to the hub, file by file, and nothing else.
 
-    written: the result's files, as `write` names them. The log lists all names first. A new repository is private
+    written: the result's files, as `write` names them. Texts go without the places of the user's files. The log lists
+    all names first. A new repository is private
     unless --hub-public is given; one that exists keeps who may see it. A failure is one warning that says how to do it
     later.
     """
@@ -59,7 +61,7 @@ def upload(output: Path, out: Output, written: Sequence[str]) -> None:
         if private == out.hub_public:
             log.warning("%s was there before and stays %s", name, "private" if private else "public: all see the files")
         log.info("to the hub, %s (%s): %s", name, "private" if private else "public", ", ".join(names))
-        files = [huggingface_hub.CommitOperationAdd(file, output / file) for file in names]
+        files = [huggingface_hub.CommitOperationAdd(file, published(output, file)) for file in names]
         hub.create_commit(name, files, commit_message="The result of a run")
     except Exception as error:  # the hub client raises a dozen kinds: offline, not logged in, no right to the name
         reason = first_line(error).rstrip(".")

@@ -93,6 +93,7 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)  # set where this process was asked to stop
     stopping: bool = False  # one of several processes was asked to stop during the last update
     best: Best | None = None  # the best weights so far, where they become the result
+    measured: int = 0  # the update after which the held-out accuracy was last asked for
     shown: int | None = None  # the update whose weights these are, where they are the best and not the last
     whole_weights: dict[str, Tensor] | None = None  # of shards: of the result, on the host of the first process
     compared: bool = False  # whether the processes were found to agree since this one started

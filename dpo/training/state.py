@@ -88,6 +88,7 @@ def contents(run: Run, found: Held) -> tuple[dict[str, dict[str, Tensor]], dict[
         "versions": {"torch": torch.__version__},
         **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
         **({"best": run.best.as_json()} if run.best is not None else {}),
+        **({"measured": run.measured} if run.held_out is not None else {}),
     }
     return tensors, state
 
@@ -198,6 +199,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
             "and without bias correction"
         )
     run.done, run.position, run.resumed = state["step"], state["position"], saved.path
+    run.measured = state.get("measured", run.done)  # a checkpoint of an earlier version does not say
     _say_rate(run, from_mapping(of_before(state["config"])))
     log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
 

@@ -51,6 +51,16 @@ def check(model: Model, *sources: Source | None) -> None:
                 )
 
 
+def check_resolution(source: Source | None, resolution: int | None) -> None:
+    """Raises UserError when `source`, of the held-out pairs, is a store of another resolution than the run's."""
+    store = None if source is None else of_store(source)
+    if store is not None and (there := store.contents.settings["resolution"]) != resolution:
+        raise UserError(
+            f"{store.contents.folder} holds images of {there} pixels, and the run trains at {resolution}: prepare the held-out pairs "
+            f"with --resolution {resolution}"
+        )
+
+
 MEASURED = 4  # micro-batches on which the noise of the logit is measured
 
 

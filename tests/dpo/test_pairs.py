@@ -10,6 +10,7 @@ from PIL import Image
 
 from dpo.data.images import decode
 from dpo.data.sources import describe, open_source
+from dpo.pairing.look import Looker
 from dpo.settings.config import Data
 from tests.help import worlds
 from tests.help.commands import tree
@@ -80,7 +81,7 @@ def test_the_set_is_the_same_moved_with_its_images_or_embedded(ranking, tmp_path
     assert "chosen, rank 1" in page and "rejected, rank 3" in page
 
 
-def test_the_same_command_gives_the_same_bytes_and_another_one_is_refused(ranking, tmp_path, capsys):
+def test_the_same_command_gives_the_same_bytes_and_another_one_is_refused(ranking, tmp_path, capsys, monkeypatch):
     output = tmp_path / "pairs"
     made = []
     for _ in range(2):
@@ -93,7 +94,9 @@ def test_the_same_command_gives_the_same_bytes_and_another_one_is_refused(rankin
     left = summary(output)["left_out"]["by_max_per_image"]
     times = Counter(row[side] for row in rows(output) for side in ("chosen", "rejected"))
     assert left > 0 and left + len(rows(output)) == 20 and max(times.values()) == 2
-    code, said = paired(capsys, ranking, "--higher-is-better", "--max-per-image", 2, output=output)
+    with monkeypatch.context() as patched:
+        patched.setattr(Looker, "all", lambda *_: pytest.fail("images were opened before it was refused"))
+        code, said = paired(capsys, ranking, "--higher-is-better", "--max-per-image", 2, output=output)
     (line,) = [line for line in said.splitlines() if " INFO " not in line]
     assert code == 2 and 'by: "chosen is the one with the lower rank" there' in line
     assert (output / "pairs.jsonl").read_bytes() == first["pairs.jsonl"], "a refusal changes nothing"

@@ -272,6 +272,9 @@ def test_a_run_without_a_usable_pair_says_so(start, tmp_path, capsys, brief):
     assert len(said.warnings("pair left out")) == 2
     figures = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["pairs"] for line in figures if "loss" in line] == [0, 0]
+    assert not (tmp_path / "out" / "checkpoints").exists() and not (tmp_path / "out" / "config.toml").exists()
+    mended = make_pickapic(tmp_path / "mended", 3)
+    assert command(capsys, *start, "--data", mended, "--steps", "1").code == 0, "the folder is free for other pairs"
 
 
 # --- the surroundings

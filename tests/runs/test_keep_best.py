@@ -175,3 +175,23 @@ def test_two_processes_choose_as_one(world, tmp_path, capsys):
     assert alone == {**both, **{name: pytest.approx(both[name]) for name in both if name.endswith("difference")}}
     one, two = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7) for name in one)
+
+
+def test_an_accuracy_that_a_stop_cut_short_is_measured_by_the_next_start(trained, monkeypatch):
+    """The checkpoint of an update whose held-out accuracy was not finished says so."""
+    straight = trained("straight", "--keep-best", "--no-samples")
+    differences = choice.validation.differences
+
+    def stopped(step, held):
+        if len(read_run(straight.parent / "cut").validations) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return differences(step, held)
+
+    monkeypatch.setattr(choice.validation, "differences", stopped)
+    cut = trained("cut", "--keep-best", "--no-samples")
+    assert trained.said.code == 2 and [found["step"] for found in read_run(cut).validations] == [1, 2]
+    assert names(cut)[-1] == "step-00000003", "the update itself is kept"
+    monkeypatch.setattr(choice.validation, "differences", differences)
+    trained("cut", "--resume", "latest", "--keep-best", "--no-samples")
+    assert [found["step"] for found in read_run(cut).validations] == [1, 2, 3, 4, 5, 6]
+    assert kept(cut) == kept(straight)

@@ -147,3 +147,17 @@ def test_folders_without_captions_hold_pairs_out(tmp_path, settings):
     assert (len(train), len(held), data.validation_by) == (110, 50, "pair")
     assert not {train[i].key for i in range(110)} & {held[i].key for i in range(50)}
     assert {held[i].caption for i in range(50)} == {""}
+
+
+def test_a_share_of_captions_that_is_far_from_one_of_pairs_is_said_with_a_nearer_one(caplog):
+    source = pairs([f"caption {i}" for i in range(10) for _ in range(i * i // 4 + 1)])
+    _, _, out = chosen(source, validation_fraction=0.2)
+    wanted = 0.2 * len(source)
+    assert abs(len(out) - wanted) > 0.2 * wanted, "a set on which the share is rough"
+    (line,) = [record.getMessage() for record in caplog.records if "share of captions" in record.getMessage()]
+    better, count = line.split(": ")[1].split(" holds out ")
+    _, _, nearer = chosen(source, validation_fraction=float(better))
+    assert len(nearer) == int(count.split()[0]) and abs(len(nearer) - wanted) < abs(len(out) - wanted)
+    caplog.clear()
+    chosen(pairs(unique(400)), validation_fraction=0.2)
+    assert "share of captions" not in caplog.text

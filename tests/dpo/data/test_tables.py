@@ -82,7 +82,7 @@ def test_mistakes_are_named_with_their_line(text, message, tmp_path, settings):
         open_source(settings(tmp_path / "pairs.jsonl"))
 
 
-def test_a_path_given_twice_and_a_copied_file_are_no_pairs(tmp_path, settings):
+def test_a_path_given_twice_and_a_copied_file_are_no_pairs(tmp_path, settings, caplog):
     path = worlds.make_table(tmp_path, 6)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[1]["rejected"] = "./" + rows[1]["chosen"]
@@ -91,11 +91,24 @@ def test_a_path_given_twice_and_a_copied_file_are_no_pairs(tmp_path, settings):
         (tmp_path / rows[3][side]).unlink()  # missing is not the same
         (tmp_path / rows[4][side]).write_bytes(b"")  # nor is empty
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    source = open_source(settings(path))
+    with caplog.at_level("WARNING", "dpo"):
+        source = open_source(settings(path))
+    gone = rows[3]["chosen"]
+    assert f"1 of 4 pairs have an image that is not there, and are left out of every update: {gone}" in caplog.text
     assert [source[i].caption[-1] for i in range(4)] == ["0", "3", "4", "5"]
     assert describe(source) == "6 rows: 4 pairs; left out: 2 one image twice"
     few = open_source(settings(path, max_pairs=2))
     assert describe(few) == "6 rows: 2 pairs; left out: 2 one image twice, 2 by --max-pairs"
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 2, kind="csv")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{lines[0]},prompt,", *(f"{line},other," for line in lines[1:])]))
+    with pytest.raises(UserError, match="line 1: 2 columns are named 'prompt': rename all but one"):
+        open_source(settings(path))
+    path.write_text("\n".join(f"{line},," for line in lines))  # empty columns at the end, as spreadsheets write them
+    assert len(open_source(settings(path))) == 2
 
 
 def test_many_files_are_compared_in_order(tmp_path, settings, monkeypatch):

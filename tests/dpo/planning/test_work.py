@@ -83,6 +83,8 @@ def test_disk_is_that_of_the_set_where_its_size_is_known():
     assert [*each.values()][:2] == [500, 32] and [*every.values()][:2] == [500_000, 24_000]
     assert each["checkpoints, 2 kept"] == 2 * 5400 and each["result"] == 8000
     assert plan(change(CONFIG, checkpoints_limit=0)).disk["each checkpoint (all are kept)"] == 5400
+    best = change(CONFIG, checkpoints_limit=2, keep_best=True)
+    assert plan(best).disk["checkpoints, 2 kept and the best"] == 3 * 5400
 
 
 def test_updates_of_epochs_want_the_number_of_pairs():

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dpo.pages.figures import DECILES
-from dpo.training.metrics import StepMetrics, summarise, table_by_decile
+from dpo.training.metrics import StepMetrics, peak_memory_gib, summarise, table_by_decile
 from tests.help.oracle import pair_terms
 
 
@@ -188,3 +190,8 @@ def test_no_gradient_graph_is_kept():
 
 def test_table_of_a_short_chain():
     assert table_by_decile(torch.arange(4.0))[-1] == 3.0
+
+
+def test_memory_of_the_process():
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert peak_memory_gib(torch.device("cpu")) > 0.5 * resident
