@@ -77,6 +77,14 @@ def _tiles(p: torch.Tensor) -> int:
     return -(-p.numel() // (ROWS * BLOCK))
 
 
+def _chunks(rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """[programs, 2] int32: the row of the table and the number of the chunk, of `counts[i]` chunks for `rows[i]` each."""
+    each = torch.tensor(counts)
+    first = torch.repeat_interleave(each.cumsum(0) - each, each)
+    chunk = torch.arange(len(first)) - first
+    return torch.stack([torch.repeat_interleave(torch.tensor(rows), each), chunk], dim=1).to(torch.int32)
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments for fp32 or bf16 parameters that all live on one device.
 
@@ -204,38 +212,37 @@ class AdamW8bit(torch.optim.Optimizer):
             if p.grad.stride() != p.stride() or p.grad.data_ptr() % 16:
                 p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
 
-    def _upload(self, name: str, values: list, dtype: torch.dtype) -> torch.Tensor:
+    def _upload(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """`values` on the device, from pinned memory on a GPU so that the host does not wait.
 
         The pinned source is kept, since a captured graph reads it again at every replay.
         """
-        self._sources[name] = torch.tensor(values, dtype=dtype, pin_memory=self._device.type == "cuda")
+        self._sources[name] = values.pin_memory() if self._device.type == "cuda" else values
         return self._sources[name].to(self._device, non_blocking=self._device.type == "cuda")
 
     def _refresh_hyper(self) -> None:
         rows = [(g["lr"], *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         values = [tuple(0.0 if torch.is_tensor(x) else float(x) for x in row) for row in rows]
         if values != self._hyper_values:
-            self._hyper, self._hyper_values = self._upload("hyper", values, torch.float64), values
+            self._hyper = self._upload("hyper", torch.tensor(values, dtype=torch.float64))
+            self._hyper_values = values
         for index, row in enumerate(rows):
             if torch.is_tensor(row[0]):
                 self._hyper[index, 0].copy_(row[0].squeeze(), non_blocking=self._device.type == "cuda")
 
     def _refresh_table(self) -> None:
-        """Rebuilds the table of addresses when a weight or gradient has moved. One launch per `Kind`."""
-        addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
-        if addresses == self._addresses:
-            return
-        chunks: dict[Kind, list[tuple[int, int]]] = {}
-        for key, (p, _) in enumerate(self._parameters):
-            if tiles := _tiles(p):
-                chunks.setdefault(self._kind(key), []).extend((key, tile) for tile in range(tiles))
-        self._table = self._upload("table", [self._row(key) for key in range(len(self._parameters))], torch.int64)
+        """The table of addresses, made again when a weight or gradient has moved; what each program works on, made once."""
         if not self._launches:
-            self._launches = [
-                (kind, self._upload(f"chunks {kind}", pairs, torch.int32)) for kind, pairs in chunks.items()
-            ]
-        self._addresses = addresses
+            kinds: dict[Kind, list[int]] = {}
+            for key in range(len(self._parameters)):
+                kinds.setdefault(self._kind(key), []).append(key)
+            counts = [_tiles(p) for p, _ in self._parameters]
+            made = {kind: _chunks(keys, [counts[key] for key in keys]) for kind, keys in kinds.items()}
+            self._launches = [(kind, self._upload(f"chunks {kind}", pairs)) for kind, pairs in made.items() if len(pairs)]
+        addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
+        if addresses != self._addresses:
+            self._table = self._upload("table", torch.tensor([self._row(key) for key in range(len(self._parameters))]))
+            self._addresses = addresses
 
     def _kind(self, key: int) -> Kind:
         """The launch that parameter `key` belongs to: known before its first gradient, and the same ever after."""
@@ -268,9 +275,8 @@ class AdamW8bit(torch.optim.Optimizer):
         p, row = self._parameters[key][0], self._row(key)
         known = self._alone.get(key)
         if known is None or known[0] != row:
-            tiles = [(0, tile) for tile in range(_tiles(p))]
-            chunks = known[2] if known else self._upload(f"chunks of {key}", tiles, torch.int32)
-            known = self._alone[key] = row, self._upload(f"row of {key}", [row], torch.int64), chunks
+            chunks = known[2] if known else self._upload(f"chunks of {key}", _chunks([0], [_tiles(p)]))
+            known = self._alone[key] = row, self._upload(f"row of {key}", torch.tensor([row])), chunks
         _, table, chunks = known
         self._launch(self._kind(key), table, chunks, clip, inv_scale, found_inf)
 
