@@ -238,7 +238,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 kinds.setdefault(self._kind(key), []).append(key)
             counts = [_tiles(p) for p, _ in self._parameters]
             made = {kind: _chunks(keys, [counts[key] for key in keys]) for kind, keys in kinds.items()}
-            self._launches = [(kind, self._upload(f"chunks {kind}", pairs)) for kind, pairs in made.items() if len(pairs)]
+            self._launches = [
+                (kind, self._upload(f"chunks {kind}", pairs)) for kind, pairs in made.items() if len(pairs)
+            ]
         addresses = [(p.data_ptr(), 0 if p.grad is None else p.grad.data_ptr()) for p, _ in self._parameters]
         if addresses != self._addresses:
             self._table = self._upload("table", torch.tensor([self._row(key) for key in range(len(self._parameters))]))

@@ -236,6 +236,8 @@ def test_only_addresses_are_read_again_where_gradients_have_moved(monkeypatch):
         optimizer._refresh_table()
         tables.append(optimizer._table)
     assert len(made) == 2, "one list a kind, made at the first update"
-    assert [int(table[0, 1]) for table in tables] == [g.data_ptr() for g in (*kept[2::2], optimizer._parameters[0][0].grad)]
+    assert [int(table[0, 1]) for table in tables] == [
+        g.data_ptr() for g in (*kept[2::2], optimizer._parameters[0][0].grad)
+    ]
     optimizer._refresh_table()
     assert optimizer._table is tables[-1]

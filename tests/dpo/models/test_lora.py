@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from dpo.common.errors import UserError
 from dpo.models import lora
+from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Model
 from dpo.models.load import load
 from dpo.models.save import save_lora
 from dpo.models.sdxl import kohya_name
 from dpo.pages.folder import ADAPTER_FILE
-from tests.dpo.models.test_denoiser import run
+from tests.dpo.models.test_denoiser import arguments, run
+from tests.help.operations import Operations
 from tests.help.worlds import make_pipeline
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -250,3 +252,48 @@ def test_dropout_is_keyed_and_each_layer_has_its_own(models):
     )
     assert {id(module.masks) for module in inside} == {id(masks_of(layers))}
     assert masks_of(adapted(models["sd15"])[1]) is None, "without dropout there is nothing to set"
+
+
+CASES = [
+    ("fp32", None, 4.0),
+    ("fp32", None, 6.0),
+    ("fp32", torch.bfloat16, 4.0),
+    ("fp64", None, 4.0),
+    ("bf16", None, 4.0),
+]
+
+
+@pytest.mark.parametrize(("precision", "autocast", "alpha"), CASES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_short_forward_has_the_bits_of_pefts_own(models, precision, autocast, alpha, dropout):
+    """Prediction and the adapter's gradients; under autocast, in float64, and where only the base is bf16."""
+    unet = copy.deepcopy(models["sdxl"].denoiser)
+    dtype = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    unet.to(dtype)
+    layers = lora.add(unet, rank=4, alpha=alpha, target_modules=(*TARGETS, "conv1"), dropout=dropout, seed=0)
+    if autocast is not None:
+        halve(unet, autocast)
+    train(unet)
+    assert {type(layer).__name__ for layer in layers} == {"Linear", "Conv2d"}
+    if dropout:
+        masks_of(layers).set(torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor(7))
+    args, kwargs = arguments(unet, dtype)
+
+    def outcome():
+        with Operations() as counted:
+            with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                out = unet(*args, **kwargs)[0]
+            out.double().square().sum().backward()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        found = [out.detach(), *(p.grad.clone() for p in trained)]
+        unet.zero_grad()
+        return found, counted.found
+
+    short, few = outcome()
+    for layer in layers:
+        del layer.forward  # peft's own is the class's
+    plain, many = outcome()
+    assert all(torch.equal(a, b) for a, b in zip(short, plain, strict=True)) and len(short) == 2 * len(layers) + 1
+    casts, products = (many[name] - few[name] for name in ("aten._to_copy.default", "aten.mul.Tensor"))
+    assert casts >= (2 * len(layers) if autocast else 0), "forward and backward"
+    assert products >= (2 * len(layers) if alpha == 4.0 else 0)
