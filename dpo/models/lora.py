@@ -53,7 +53,7 @@ def add(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(wide)
     for layer in layers:
-        layer.forward = MethodType(adapted_forward, layer)  # type: ignore[method-assign]
+        layer.__dict__["forward"] = MethodType(adapted_forward, layer)
     return layers
 
 
@@ -66,9 +66,9 @@ def adapted_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Te
     result = self.base_layer(x, *args, **kwargs)
     if self.disable_adapters:
         return result
-    down, up, scaling = (by_adapter["default"] for by_adapter in (self.lora_A, self.lora_B, self.scaling))
+    down, up, scaling = self.lora_A["default"], self.lora_B["default"], self.scaling["default"]
     if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(down.weight.dtype)
+        x = x.to(down.get_parameter("weight").dtype)
     change = up(down(self.lora_dropout["default"](x)))
     return (result + (change if scaling == 1.0 else change * scaling)).to(result.dtype)
 

@@ -1,10 +1,13 @@
 """Where kernels run: every launch of every op happens while the device of its tensors is the current one."""
 
+import importlib
+import pkgutil
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+import csrc_triton
 from csrc_triton import adamw8bit, geglu, group_norm_silu, layer_norm, noising, pair_errors, runtime
 
 MODULES = (geglu, noising, layer_norm, group_norm_silu, pair_errors, adamw8bit)
@@ -69,6 +72,24 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launched):
     kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert launched.keys() == kernels and len(kernels) >= 15
     assert {name for name, devices in launched.items() if devices[-1:] != [torch.device("cpu")]} == set()
+
+
+def test_every_module_with_a_kernel_of_its_own_is_looked_at():
+    """Kernels that others inline (philox, elementary) are launched by nobody."""
+    names = (module.name for module in pkgutil.iter_modules(csrc_triton.__path__))
+    modules = [importlib.import_module(f"csrc_triton.{name}") for name in names]
+    launching = {module for module in modules if any(name.startswith("_launch") for name in vars(module))}
+    launching |= {
+        module
+        for module in modules
+        if any(
+            name.startswith("_launch")
+            for kind in vars(module).values()
+            if isinstance(kind, type) and kind.__module__ == module.__name__
+            for name in vars(kind)
+        )
+    }
+    assert launching == set(MODULES)
 
 
 def test_the_first_tensor_says_which_device(monkeypatch):
