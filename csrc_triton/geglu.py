@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from csrc_triton.language import tl, triton
+from csrc_triton.op import op
 from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
@@ -119,13 +120,13 @@ def geglu_backward_reference(grad: torch.Tensor, proj: torch.Tensor) -> torch.Te
     return torch.cat([wide(grad) * (gate * cdf), wide(grad) * (h * (cdf + gate * pdf))], dim=-1).to(proj.dtype)
 
 
-@torch.library.custom_op("csrc_triton::geglu", mutates_args=())
+@op("geglu")
 def _geglu(proj: torch.Tensor) -> torch.Tensor:
     proj = proj.contiguous()
     return _launch_forward(proj) if runs_triton(proj) else geglu_reference(proj)
 
 
-@torch.library.custom_op("csrc_triton::geglu_backward", mutates_args=())
+@op("geglu_backward")
 def _geglu_backward(grad: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
     grad, proj = grad.contiguous(), proj.contiguous()
     return _launch_backward(grad, proj) if runs_triton(proj) else geglu_backward_reference(grad, proj)

@@ -27,6 +27,7 @@ from csrc_triton.group_norm_silu_kernels import (
 )
 from csrc_triton.language import triton
 from csrc_triton.layer_norm import sum_partials
+from csrc_triton.op import op
 from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
@@ -177,7 +178,7 @@ def group_norm_silu_backward_reference(dy, x, temb, weight, bias, mean, rstd, ce
     return dx, dtemb, (dz * n).sum((0, 2, 3)).to(weight.dtype), dz.sum((0, 2, 3)).to(weight.dtype)
 
 
-@torch.library.custom_op("csrc_triton::group_norm_silu", mutates_args=())
+@op("group_norm_silu")
 def _group_norm_silu(
     x: torch.Tensor,
     temb: torch.Tensor | None,
@@ -193,7 +194,7 @@ def _group_norm_silu(
     return forward(x, temb, weight.contiguous(), bias.contiguous(), groups, eps, silu)
 
 
-@torch.library.custom_op("csrc_triton::group_norm_silu_backward", mutates_args=())
+@op("group_norm_silu_backward")
 def _group_norm_silu_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

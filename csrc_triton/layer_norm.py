@@ -10,6 +10,7 @@ channels, P programs.
 import torch
 
 from csrc_triton.language import tl, triton
+from csrc_triton.op import op
 from csrc_triton.runtime import PINNED, on_its_device, registers, runs_triton, wide
 from csrc_triton.specimen import Specimen
 
@@ -243,21 +244,21 @@ def _forward(x, residual, weight, bias, eps):
     )
 
 
-@torch.library.custom_op("csrc_triton::layer_norm", mutates_args=())
+@op("layer_norm")
 def _layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _forward(x.contiguous(), None, weight, bias, eps)[1:]
 
 
-@torch.library.custom_op("csrc_triton::add_layer_norm", mutates_args=())
+@op("add_layer_norm")
 def _add_layer_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _forward(x.contiguous(), residual.contiguous(), weight, bias, eps)
 
 
-@torch.library.custom_op("csrc_triton::layer_norm_backward", mutates_args=())
+@op("layer_norm_backward")
 def _layer_norm_backward(
     dy: torch.Tensor,
     dsum: torch.Tensor | None,

@@ -15,6 +15,7 @@ import torch
 
 from csrc_triton.language import tl, triton
 from csrc_triton.latents import addressable, element_offsets, empty_like
+from csrc_triton.op import op
 from csrc_triton.philox import Stream, normal, normal_span, seed_tensor
 from csrc_triton.runtime import PINNED, on_its_device, runs_triton, wide
 from csrc_triton.specimen import Specimen
@@ -155,7 +156,7 @@ def pair_noise(keys, draws, seed, shape: tuple[int, ...], dtype: torch.dtype = t
 # ------------------------------------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("csrc_triton::noise_pairs", mutates_args=())
+@op("noise_pairs")
 def _noise_pairs(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
@@ -176,7 +177,7 @@ def _(latents, timesteps, signal, spread, keys, draws, seed, out_dtype):
     return empty_like(latents, out_dtype)
 
 
-@torch.library.custom_op("csrc_triton::sample_posterior", mutates_args=())
+@op("sample_posterior")
 def _sample_posterior(
     mean: torch.Tensor,
     std: torch.Tensor,

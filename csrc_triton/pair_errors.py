@@ -24,6 +24,7 @@ import torch
 from csrc_triton.language import triton
 from csrc_triton.latents import addressable, empty_like
 from csrc_triton.noising import pair_noise
+from csrc_triton.op import op
 from csrc_triton.pair_errors_kernels import (
     BLOCK,
     PAIR_TILE,
@@ -176,7 +177,7 @@ def _backward_reference(slopes, policy, target: Target, timesteps, usable) -> to
 # -------------------------------------------------------------------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("csrc_triton::pair_errors", mutates_args=())
+@op("pair_errors")
 def _pair_errors(
     policy: torch.Tensor,
     reference: torch.Tensor | None,
@@ -210,7 +211,7 @@ def _(
     return tuple(policy.new_empty(shape, **floats) for shape in shapes)
 
 
-@torch.library.custom_op("csrc_triton::pair_errors_backward", mutates_args=())
+@op("pair_errors_backward")
 def _pair_errors_backward(
     slopes: torch.Tensor,  # [2, B]
     policy: torch.Tensor,

@@ -23,8 +23,8 @@ def test_value_and_gradient(no_worse):
 
 
 def test_opcheck_and_gradcheck():
-    torch.library.opcheck(_geglu, (torch.randn(3, 5, 8, requires_grad=True),))
-    torch.library.opcheck(_geglu, (torch.randn(8, 6).t().requires_grad_(),))  # non-contiguous
+    torch.library.opcheck(_geglu.registered, (torch.randn(3, 5, 8, requires_grad=True),))
+    torch.library.opcheck(_geglu.registered, (torch.randn(8, 6).t().requires_grad_(),))  # non-contiguous
     assert torch.autograd.gradcheck(geglu, (torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True),))
 
 

@@ -78,9 +78,9 @@ def test_every_layout_gives_the_same_values_in_channels_last():
 
 def test_opcheck_and_gradcheck():
     w, b = leaf(8), leaf(8)
-    torch.library.opcheck(_group_norm_silu, (leaf(2, 8, 1, 1), leaf(2, 8), w, b, 4, 1e-5, True))
+    torch.library.opcheck(_group_norm_silu.registered, (leaf(2, 8, 1, 1), leaf(2, 8), w, b, 4, 1e-5, True))
     channels_last = leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
-    torch.library.opcheck(_group_norm_silu, (channels_last, None, w.detach(), b.detach(), 4, 1e-5, False))
+    torch.library.opcheck(_group_norm_silu.registered, (channels_last, None, w.detach(), b.detach(), 4, 1e-5, False))
     shapes = [(2, 4, 3, 2), (4,), (4,), (2, 4)]
     x, w, b, temb = (leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
     for silu in (True, False):

@@ -45,9 +45,9 @@ def test_without_residual_is_the_same_normalisation():
 
 def test_opcheck_and_gradcheck():
     w, b = leaf(8), leaf(8)
-    torch.library.opcheck(_layer_norm, (leaf(3, 5, 8), w, b, 1e-5))
+    torch.library.opcheck(_layer_norm.registered, (leaf(3, 5, 8), w, b, 1e-5))
     torch.library.opcheck(
-        _add_layer_norm, (leaf(3, 8), leaf(8, 3).detach().t().requires_grad_(), w.detach(), b.detach(), 1e-5)
+        _add_layer_norm.registered, (leaf(3, 8), leaf(8, 3).detach().t().requires_grad_(), w.detach(), b.detach(), 1e-5)
     )
     x, r, w, b = (
         leaf(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate([(2, 3, 7), (2, 3, 7), (7,), (7,)])
