@@ -62,7 +62,7 @@ MAY_CALL = {
     "credit": "schedule",
     "correction": "",
     "objective": "csrc_triton.pair_errors",  # what the fused op hands over for each pair
-    "schedule": "csrc_triton.philox",
+    "schedule": "csrc_triton.timesteps",
     "methods": "",
     "common": "",
     "csrc_triton": "",
