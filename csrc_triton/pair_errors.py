@@ -40,7 +40,7 @@ from csrc_triton.runtime import PINNED, on_its_device, registers, runs_triton, w
 class PairErrors(NamedTuple):
     """What `pair_errors` returns: fp32, or float64 for a float64 policy. Holes are 0 everywhere.
 
-    `logit`, `difference` and `errors` carry gradients to the policy; the tables do not.
+    `logit`, `difference` and `errors` carry gradients to the policy; tables and gain do not.
     """
 
     logit: torch.Tensor  # [B] z
@@ -48,6 +48,7 @@ class PairErrors(NamedTuple):
     errors: torch.Tensor  # [4, B]: policy win, policy lose, reference win, reference lose
     table_sum: torch.Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep
     table_count: torch.Tensor  # [T]: their number
+    gain: torch.Tensor  # [B]: d logit / d difference, -(beta/2) weight(t); 0 without a reference
 
 
 class Target(NamedTuple):
@@ -311,7 +312,7 @@ def _checked(
 
 def _result(logit, difference, errors, gain, tables) -> PairErrors:
     tables = tables.detach()
-    return PairErrors(logit, difference, errors, tables[0], tables[1])
+    return PairErrors(logit, difference, errors, tables[0], tables[1], gain.detach())
 
 
 def pair_errors(

@@ -17,7 +17,7 @@ import tomli_w
 
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
-from dpo.methods import METHODS, SHAPES, readers
+from dpo.methods import METHODS, SHAPES, constants, readers
 from dpo.settings.families import FAMILIES
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
@@ -177,6 +177,11 @@ class Method:
     )
     loss: str = option(
         "sigmoid", "shape of the pairwise loss", choices=tuple(SHAPES), aliases=("loss_type",), resume="said"
+    )
+    loss_alpha: float | None = option(
+        None,
+        f"constant of the shape (docs/method.md); none: the shape's own ({constants()})",
+        resume="said",
     )
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from dpo.methods import METHODS, own_settings
+from dpo.methods import METHODS, SHAPES, constants, own_settings
 from dpo.settings.fields import Spec, brief
 
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
@@ -45,6 +45,7 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             "loss" not in method.settings and v.loss != "sigmoid",
             f"loss = {v.loss} compares pairs: it means nothing with method {v.method}",
         ),
+        *_constant(v),
         (
             "sft_weight" not in method.settings and v.sft_weight,
             f"sft_weight adds to a preference loss: with method {v.method} leave it at 0",
@@ -130,6 +131,31 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
+    ]
+
+
+def _constant(v: SimpleNamespace) -> list[tuple[object, str]]:
+    """What does not go together with the shape of the pairwise loss and its constant."""
+    alpha = SHAPES[v.loss].alpha
+    if v.loss_alpha is not None and alpha is None:
+        return [(True, f"loss = {v.loss} has no constant: leave --loss-alpha out (those with one: {constants()})")]
+    outside = v.loss_alpha is not None and alpha is not None and not alpha.low < v.loss_alpha < alpha.high
+    return [
+        (
+            outside,
+            f"loss_alpha = {brief(v.loss_alpha)}: with loss {v.loss}, {alpha.words}, above {brief(alpha.low)} and below "
+            f"{brief(alpha.high)}"
+            if alpha is not None
+            else "",
+        ),
+        (
+            v.label_smoothing and v.loss == "robust",
+            "label_smoothing and loss = robust both say how many labels are wrong: give one (--loss-alpha, or --loss sigmoid)",
+        ),
+        (
+            v.label_smoothing and v.loss == "smpo",
+            "loss = smpo reads soft labels, and label_smoothing makes all alike: leave --label-smoothing at 0",
+        ),
     ]
 
 

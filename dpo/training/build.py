@@ -90,6 +90,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
     log.info("pairs: %s", describe(source))
+    stored.check_labels(config, source)
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)

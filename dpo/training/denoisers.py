@@ -146,6 +146,7 @@ def pair_step(
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
         shape=method.loss if METHODS[method.method].images == "pair" else None,
         sft_weight=method.sft_weight,
+        alpha=method.loss_alpha,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
-from dpo import objective
+from dpo import methods, objective
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
 from dpo.credit import tables
@@ -288,7 +288,7 @@ def test_swapping_the_pair_and_the_label_changes_nothing(method, shape):
     assert torch.equal(one.logit, -other.logit)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if not shape.sides])
 def test_a_constant_on_both_reference_errors_changes_nothing(shape):
     t, errors = timesteps(), random_errors()
     table = tables("dde", sd_schedule())
@@ -368,29 +368,88 @@ def test_sft_weight_adds_the_win_images_own_error():
     torch.testing.assert_close(extra, 0.5 * errors[0])
 
 
+def logistic(z):
+    return 1 / (1 + torch.exp(-z))
+
+
+def kl(q, r):
+    return q * (q / r).log() + (1 - q) * ((1 - q) / (1 - r)).log()
+
+
+# f of (z, cw, cl) for a hard label, each as its paper writes it, and the constants that it is tried with.
 FORMULAS = {
-    "sigmoid": lambda z: torch.log1p(torch.exp(-z)),
-    "hinge": lambda z: torch.clamp(1 - z, min=0),
-    "ipo": lambda z: (z - 0.5) * (z - 0.5),
+    "sigmoid": lambda z, cw, cl: torch.log1p(torch.exp(-z)),
+    "hinge": lambda z, cw, cl: torch.clamp(1 - z, min=0),
+    "ipo": lambda z, cw, cl: (z - 0.5) * (z - 0.5),
+    "robust": lambda z, cw, cl, e=0.1: (-(1 - e) * logistic(z).log() + e * logistic(-z).log()) / (1 - 2 * e),
+    "apo-zero": lambda z, cw, cl: (1 - logistic(cw)) + logistic(cl),
+    "poly": lambda z, cw, cl, a=8.0: -logistic(z).log() + a * (1 - logistic(z)),
+    "dmpo": lambda z, cw, cl, a=0.01: kl(logistic(z), torch.tensor(1 - a, dtype=torch.float64)),
+    "smpo": lambda z, cw, cl, g=10.0: -logistic(g * z).log(),
 }
+CONSTANTS = {"robust": 0.25, "poly": -0.5, "dmpo": 0.2, "smpo": 3.0}
 
 
+@pytest.mark.parametrize("alpha", [None, "its own"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_are_their_formulas(shape):
-    z, f = torch.linspace(-5, 5, 101, dtype=torch.float64), FORMULAS[shape]
+def test_shapes_are_their_formulas(shape, alpha):
+    cw, cl = torch.linspace(-4, 1.3, 101).double(), torch.linspace(2, -1.7, 101).double().flip(0)
+    cl = cl[torch.randperm(101, generator=torch.Generator().manual_seed(0))]
+    z, constant = cw - cl, CONSTANTS.get(shape) if alpha else None
+    kind, given = objective.with_alpha(SHAPES[shape], constant), () if constant is None else (constant,)
+    more = (cw + cl,) if kind.sides else ()
     for p in (1.0, 0.8, 0.5):
-        torch.testing.assert_close(
-            SHAPES[shape].loss(z, torch.tensor(p, dtype=torch.float64)), p * f(z) + (1 - p) * f(-z)
-        )
+        label = torch.tensor(p, dtype=torch.float64)
+        f = FORMULAS[shape]
+        expected = p * f(z, cw, cl, *given) + (1 - p) * f(-z, cl, cw, *given)
+        if shape == "smpo":  # a soft label is in the scale
+            expected = f((2 * p - 1) * z, cw, cl, *given)
+        torch.testing.assert_close(kind.loss(z, label, *more), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_begins_at_the_same_loss_whatever_the_label(shape, dtype):
+    """Where policy and reference agree each pair's loss is one number in the working precision, but for ipo's ties."""
+    errors = random_errors(dtype=dtype)[:2].repeat(2, 1)
+    args = (errors, timesteps(), torch.linspace(0.5, 1, 64).to(dtype), torch.ones(1000, dtype=dtype), NOTHING.to(dtype))
+    terms = pair_terms(*args, 2000.0, shape)
+    start = torch.tensor(methods.SHAPES[shape].start_of().loss, dtype=torch.float64).to(dtype)
+    spacing = torch.finfo(dtype).eps * start.abs()
+    assert ((terms.loss - start).abs() <= spacing).all(), (terms.loss - start).abs().max()
+    if shape in ("sigmoid", "hinge", "ipo", "robust", "apo-zero", "smpo"):
+        assert torch.equal(terms.loss, start.expand(64))
 
 
 @pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.slope is not None])
 def test_slopes_are_the_derivatives_of_their_shapes(shape):
-    z = torch.linspace(-5, 5, 101, dtype=torch.float64, requires_grad=True)
+    z = torch.linspace(-4.9, 5, 101, dtype=torch.float64, requires_grad=True)
     p = torch.linspace(0.5, 1, 101, dtype=torch.float64)
-    (expected,) = torch.autograd.grad(SHAPES[shape].loss(z, p).sum(), z)
-    torch.testing.assert_close(SHAPES[shape].slope(z.detach(), p), expected)
-    assert torch.autograd.gradcheck(lambda z: objective.shaped(z, p, SHAPES[shape]), z)
+    for alpha in {None, CONSTANTS.get(shape)}:
+        kind = objective.with_alpha(SHAPES[shape], alpha)
+        more = (torch.linspace(3, -2, 101, dtype=torch.float64),) if kind.sides else ()
+        (expected,) = torch.autograd.grad(kind.loss(z, p, *more).sum(), z)
+        torch.testing.assert_close(kind.slope(z.detach(), p, *more), expected)
+        assert torch.autograd.gradcheck(lambda z, kind=kind, more=more: objective.shaped(z, p, kind, *more), z)
+
+
+def test_where_the_new_shapes_end():
+    """dmpo pulls back beyond its aim, robust falls without end, smpo leaves ties alone."""
+    z, sure = torch.tensor([-8.0, 4.0, 5.0, 20.0]).double(), torch.ones(()).double()
+    assert SHAPES["dmpo"].slope(z, sure).sign().tolist() == [-1, -1, 1, 1]
+    assert SHAPES["dmpo"].slope(z[:1], sure).item() == pytest.approx(-0.0042, abs=1e-4)
+    assert SHAPES["robust"].slope(z[3:], sure).item() == pytest.approx(-0.1 / 0.8)
+    assert SHAPES["smpo"].slope(z, sure / 2).tolist() == [0.0] * 4
+    assert torch.equal(objective.with_alpha(SHAPES["poly"], 0.0).loss(z, sure), SHAPES["sigmoid"].loss(z, sure))
+
+
+def test_apo_zero_gets_its_sides_from_the_errors_and_half_of_the_correction_each():
+    errors, t = random_errors(), timesteps()
+    weight, correction = torch.rand(2, 1000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    terms = pair_terms(errors, t, torch.ones(64).double(), weight, 1e-3 * correction, 2000.0, "apo-zero")
+    cw = -1000 * (weight[t] * (errors[0] - errors[2]) + 1e-3 * correction[t] / 2)
+    cl = -1000 * (weight[t] * (errors[1] - errors[3]) - 1e-3 * correction[t] / 2)
+    torch.testing.assert_close(terms.loss, FORMULAS["apo-zero"](cw - cl, cw, cl), rtol=1e-10, atol=1e-12)
 
 
 def test_a_large_logit_does_not_overflow():

@@ -44,9 +44,10 @@ def pair_terms(
     weight: Tensor,
     correction: Tensor,
     beta: float | Tensor,
-    shape: str = "sigmoid",
+    shape: str | None = "sigmoid",
     *,
     sft_weight: float = 0.0,
+    alpha: float | None = None,
     difference: Tensor | None = None,
 ) -> PairTerms:
     """The loss of each pair from its four errors [4, B]: policy win, policy lose, reference win, reference lose.
@@ -56,9 +57,9 @@ def pair_terms(
     """
     policy_win, policy_lose, reference_win, reference_lose = errors
     d = (policy_win - reference_win) - (policy_lose - reference_lose) if difference is None else difference
-    nothing = torch.zeros_like(weight)
-    found = PairErrors(logits(d, t, weight, correction, beta, prob), d, errors, nothing, nothing)
-    return pair_loss(found, prob, torch.ones_like(d), t, shape=shape, sft_weight=sft_weight)
+    nothing, gain = torch.zeros_like(weight), -(beta / 2) * weight[t].to(d.dtype)
+    found = PairErrors(logits(d, t, weight, correction, beta, prob), d, errors, nothing, nothing, gain)
+    return pair_loss(found, prob, torch.ones_like(d), t, shape=shape, sft_weight=sft_weight, alpha=alpha)
 
 
 def terms_of(

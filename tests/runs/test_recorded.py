@@ -74,7 +74,7 @@ REST = [
     for kind in ("sd15", "sd2v", "sdxl")
     for method in ("dpo", "discounted", "dde-single", "dde-step", "dde")
     for lora in ([], ["--lora"])
-]
+] + [("sd15", ["--loss", shape]) for shape in ("robust", "poly", "dmpo")]
 
 
 @pytest.mark.parametrize("kind, flags", METHODS + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])

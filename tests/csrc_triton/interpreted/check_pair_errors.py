@@ -122,7 +122,7 @@ def launch(
     logit, difference, errors, gain, tables = run(policy, reference, recorded, aim, *rest)
     leaves = [x.detach().requires_grad_() for x in (logit, difference, errors)]
     supervised = reference is None and recorded is None
-    terms = pair_loss(PairErrors(*leaves, *tables), prob, usable, timesteps, shape=None if supervised else shape)
+    terms = pair_loss(PairErrors(*leaves, *tables, gain), prob, usable, timesteps, shape=None if supervised else shape)
     gradients = torch.autograd.grad(terms.loss.sum(), leaves, allow_unused=True)
     by_side = slopes(gain, *gradients)
     return Launched(terms, by_side, tables, lambda: _launch_backward(by_side, policy, aim, timesteps, usable))

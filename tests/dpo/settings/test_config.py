@@ -64,6 +64,8 @@ def altered(name):
         values = PAIRED | values
     if name == "reference":
         values["reference"] = "recorded"
+    if name == "loss_alpha":
+        values["loss"] = "robust"
     if name == "run_name":  # otherwise it names the folder as well
         values["output"] = Config().output.output
     return change(Config(), **values), values
