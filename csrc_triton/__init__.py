@@ -4,6 +4,7 @@ Import each op from its module; a module shares its name with its op, so that no
 
     op               Op, op                                                an operation that torch knows, and the short way to it
     philox           random_bits, uniform, normal, integers; Stream        keyed random numbers
+    timesteps        draw_timesteps                                        the timestep of each pair
     noising          noise_pairs, sample_posterior                         noisy latents of pairs, VAE posterior
     pair_errors      pair_errors                                           errors, difference and logit of pairs, sums by timestep
     geglu            geglu

@@ -23,7 +23,7 @@ import torch
 from csrc_triton.adamw8bit_kernels import adamw_8bit_kernel, adamw_fp32_kernel, begin_step_kernel
 from csrc_triton.dynamic_map import LEVELS, dequantise, quantise
 from csrc_triton.language import HAS_TRITON, tl, triton
-from csrc_triton.parts import BLOCK, Gather, Part, arena, gathered, put
+from csrc_triton.parts import BLOCK, Gather, Part, arena, chunks_of, gathered, put
 from csrc_triton.philox import Stream, random_bits
 from csrc_triton.runtime import PINNED, on_its_device
 from csrc_triton.specimen import Specimen
@@ -75,14 +75,6 @@ def _dtype_of_gradient(p: torch.Tensor) -> torch.dtype:
 def _tiles(p: torch.Tensor) -> int:
     """Programs that work on a parameter."""
     return -(-p.numel() // (ROWS * BLOCK))
-
-
-def _chunks(rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-    """[programs, 2] int32: the row of the table and the number of the chunk, of `counts[i]` chunks for `rows[i]` each."""
-    each = torch.tensor(counts)
-    first = torch.repeat_interleave(each.cumsum(0) - each, each)
-    chunk = torch.arange(len(first)) - first
-    return torch.stack([torch.repeat_interleave(torch.tensor(rows), each), chunk], dim=1).to(torch.int32)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -237,7 +229,7 @@ class AdamW8bit(torch.optim.Optimizer):
             for key in range(len(self._parameters)):
                 kinds.setdefault(self._kind(key), []).append(key)
             counts = [_tiles(p) for p, _ in self._parameters]
-            made = {kind: _chunks(keys, [counts[key] for key in keys]) for kind, keys in kinds.items()}
+            made = {kind: chunks_of(keys, [counts[key] for key in keys]) for kind, keys in kinds.items()}
             self._launches = [
                 (kind, self._upload(f"chunks {kind}", pairs)) for kind, pairs in made.items() if len(pairs)
             ]
@@ -277,7 +269,7 @@ class AdamW8bit(torch.optim.Optimizer):
         p, row = self._parameters[key][0], self._row(key)
         known = self._alone.get(key)
         if known is None or known[0] != row:
-            chunks = known[2] if known else self._upload(f"chunks of {key}", _chunks([0], [_tiles(p)]))
+            chunks = known[2] if known else self._upload(f"chunks of {key}", chunks_of([0], [_tiles(p)]))
             known = self._alone[key] = row, self._upload(f"row of {key}", torch.tensor([row])), chunks
         _, table, chunks = known
         self._launch(self._kind(key), table, chunks, clip, inv_scale, found_inf)

@@ -99,3 +99,11 @@ def put(
             if part.quantised == quantised:
                 count, before = part.units[part.rank] // each, sum(part.units[: part.rank])
                 live[name][start // each :][:count].copy_(whole[name][(place + before) // each :][:count])
+
+
+def chunks_of(rows: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """[programs, 2] int32: the row of the table and the number of the chunk, of `counts[i]` chunks for `rows[i]` each."""
+    each = torch.tensor(counts)
+    first = torch.repeat_interleave(each.cumsum(0) - each, each)
+    chunk = torch.arange(len(first)) - first
+    return torch.stack([torch.repeat_interleave(torch.tensor(rows), each), chunk], dim=1).to(torch.int32)

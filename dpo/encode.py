@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -15,6 +16,9 @@ from dpo.models.family import Model, TextEncoding
 
 # Takes a batch with pixels and its encoding: mean and std [2B, 4, h, w], encoded captions [B, ...].
 Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, tuple[Tensor, ...]], None]
+
+
+TOGETHER = 64  # pairs that share a trip of the encoders; what is encoded of SDXL's takes 1 MB each
 
 
 class Inputs(NamedTuple):
@@ -37,7 +41,11 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Encoder:
-    """Text encoders and VAE, without gradient, in their own dtype; with `offload` they are on the CPU between calls."""
+    """Text encoders and VAE, without gradient, in their own dtype; with `offload` they are on the CPU between calls.
+
+    A trip to the device and back costs up to a second, so `encoded` makes one for TOGETHER pairs, each micro-batch in a
+    call of its own all the same: its bits are those without.
+    """
 
     model: Model
     device: torch.device
@@ -45,10 +53,22 @@ class Encoder:
     offload: bool = False
     zero_dropped: bool = False  # a dropped caption is zeros, not the encoding of the empty one
     keep: Keep | None = None  # takes what was encoded, so that it need not be encoded again
+    placed: list[nn.Module] = field(default_factory=list)  # on the device just now
 
-    def _place(self, modules: Sequence[nn.Module], busy: bool) -> None:
-        for module in modules:
-            module.to(self.device if busy or not self.offload else "cpu")
+    @contextmanager
+    def _placed(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Inside the block the modules are on the device; a block inside the block changes nothing."""
+        moved_here = [module for module in modules if module not in self.placed]
+        for module in moved_here:
+            module.to(self.device)
+        self.placed += moved_here
+        try:
+            yield
+        finally:
+            for module in moved_here:
+                self.placed.remove(module)
+                if self.offload:
+                    module.to("cpu")
 
     def _dtype(self, module: nn.Module) -> torch.dtype:
         return next(module.parameters()).dtype
@@ -61,38 +81,62 @@ class Encoder:
         round too, always the same way, by an eighth of a grey level on average.
         """
         vae = self.model.vae
-        self._place([vae], busy=True)
-        dtype = self._dtype(vae)
-        wide = torch.promote_types(dtype, torch.float32)
         means, stds = [], []
-        for part in pixels.split(self.vae_batch):
-            x = moved(part, self.device).to(wide) / 127.5 - 1
-            posterior = vae.encode(x.to(dtype)).latent_dist
-            means.append(posterior.mean)
-            stds.append(posterior.std)
-        self._place([vae], busy=False)
+        with self._placed([vae]):
+            dtype = self._dtype(vae)
+            wide = torch.promote_types(dtype, torch.float32)
+            for part in pixels.split(self.vae_batch):
+                x = moved(part, self.device).to(wide) / 127.5 - 1
+                posterior = vae.encode(x.to(dtype)).latent_dist
+                means.append(posterior.mean)
+                stds.append(posterior.std)
         return torch.cat(means), torch.cat(stds)
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> TextEncoding:
         """B captions -> their encoding [B, ...]."""
-        self._place(self.model.text_encoders, busy=True)
-        encoding = self.model.family.encode(self.model, captions)
-        self._place(self.model.text_encoders, busy=False)
-        return encoding
+        with self._placed(self.model.text_encoders):
+            return self.model.family.encode(self.model, captions)
 
     def inputs(self, batch: PairBatch) -> Inputs:
         """A PairBatch -> Inputs on the device.
 
         A batch with pixels is encoded; one from a prepared store is only moved.
         """
+        return self._inputs(batch, None if batch.pixels is None else self.text(batch.captions))
+
+    def encoded(self, batches: Iterable[PairBatch]) -> Iterator[tuple[PairBatch, Inputs]]:
+        """Each batch with its `inputs`. With `offload` up to TOGETHER pairs of an update are read and encoded ahead."""
+        for group in self._groups(batches):
+            if len(group) == 1:
+                yield group[0], self.inputs(group[0])
+                continue
+            with self._placed(self.model.text_encoders):
+                texts = [None if batch.pixels is None else self.text(batch.captions) for batch in group]
+            with self._placed([self.model.vae]):
+                found = [self._inputs(batch, text) for batch, text in zip(group, texts, strict=True)]
+            yield from zip(group, found, strict=True)
+
+    def _groups(self, batches: Iterable[PairBatch]) -> Iterator[list[PairBatch]]:
+        group: list[PairBatch] = []
+        for batch in batches:
+            group.append(batch)
+            travels = self.offload and batch.pixels is not None
+            if not travels or batch.last or sum(map(len, group)) + len(batch) > TOGETHER:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _inputs(self, batch: PairBatch, text: TextEncoding | None) -> Inputs:
+        """text: of the captions of a batch with pixels."""
         if batch.latent_mean is not None:
             assert batch.latent_std is not None and batch.text is not None, "a store has them all"
             mean, std = self._moved(batch.latent_mean), self._moved(batch.latent_std)
             text = TextEncoding(*batch.text).to(self.device)
         else:
-            assert batch.pixels is not None, "images, or what a store has of them"
-            (mean, std), text = self.posterior(batch.pixels), self.text(batch.captions)
+            assert batch.pixels is not None and text is not None, "images, or what a store has of them"
+            mean, std = self.posterior(batch.pixels)
             if self.keep is not None:
                 self.keep(batch, mean, std, tuple(x for x in text if x is not None))
         if self.zero_dropped:

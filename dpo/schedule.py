@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csrc_triton.philox import Stream, integers
+from csrc_triton.timesteps import draw_timesteps
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, excerpt, first_line
 
@@ -65,7 +65,7 @@ class NoisePath:
 
     def draw(self, keys: Tensor, draws: Tensor, seed: Tensor) -> Tensor:
         """t [B] int64, uniform over `timesteps`: a function of seed (0-d), pair keys [B] and draws [B], all int64."""
-        return self.timesteps[integers(keys, draws, Stream.TIMESTEP, seed, 0, self.timesteps.numel())]
+        return draw_timesteps(self.timesteps, keys, draws, seed)
 
 
 def noise_path(

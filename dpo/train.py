@@ -43,8 +43,7 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     """
     correction, rate = run.correction(), run.learning_rate()
     usable = 0
-    for batch in micro_batches:
-        inputs = run.encoder.inputs(batch)
+    for batch, inputs in run.encoder.encoded(micro_batches):
         usable += int(batch.usable.sum())  # on the host: no synchronisation
         if run.graphs is None:
             terms = run.step(inputs, correction, recorded=batch.recorded)

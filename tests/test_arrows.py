@@ -62,7 +62,7 @@ MAY_CALL = {
     "credit": "schedule",
     "correction": "",
     "objective": "csrc_triton.pair_errors",  # what the fused op hands over for each pair
-    "schedule": "csrc_triton.philox",
+    "schedule": "csrc_triton.timesteps",
     "methods": "",
     "common": "",
     "csrc_triton": "",
@@ -180,6 +180,7 @@ def test_every_command_is_installed(command):
 
 
 LONG = {  # files of more than 400 lines, and why
+    "dpo/training/build.py": "the one place that puts a run together, in order",
     "dpo/settings/compat.py": "one table: the peers' flags, defaults and meanings, and the page that shows it",
     "dpo/settings/config.py": "one table: every setting with its default and help",
     "dpo/pages/charts.py": "one table: every chart with its words, beside the few lines that draw it",

@@ -333,6 +333,9 @@ class Runtime:
         resume="said",
     )
     tf32: bool = option(False, "TF32 in fp32 matrix products", aliases=("allow_tf32",), resume="said")
+    deterministic: bool = option(
+        False, "one order of sums on a GPU too, so that a resumed run has the same bits (slower)", resume="said"
+    )
     checkpointing: str = option(
         "off",
         "recompute activations to save memory: off, on, or UNet blocks such as down_blocks.0,up_blocks.3",

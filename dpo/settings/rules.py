@@ -77,6 +77,10 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         (not DEVICE.fullmatch(v.device), f"device = {v.device}: expected auto, cpu, cuda or cuda:N"),
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),
+        (
+            v.deterministic and v.attention == "xformers",
+            "deterministic needs an attention whose backward pass sums in one order: use --attention sdpa",
+        ),
         (v.resume and v.overwrite, "--resume continues a run and --overwrite replaces it: give one"),
         (
             v.gradient_release and v.effective_batch and v.effective_batch != v.batch_size,

@@ -52,6 +52,7 @@ from dpo.training import (
     stored,
     validation,
 )
+from dpo.training.deterministic import make_deterministic
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
@@ -223,7 +224,7 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
 
 
 def _start(runtime: Runtime, processes: Processes) -> None:
-    """Sets what holds for the whole process: seed, threads, TF32.
+    """Sets what holds for the whole process: seed, threads, TF32, determinism.
 
     Raises UserError when it is one of several processes that do not know each other: each would train on its own.
     """
@@ -236,6 +237,8 @@ def _start(runtime: Runtime, processes: Processes) -> None:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
+    if runtime.deterministic:
+        make_deterministic()
 
 
 def _check_named(named: NamedModel) -> None:
@@ -319,6 +322,8 @@ def _say_noise(run: Run) -> None:
     elif run.config.runtime.compile and run.step.reference is not None and run.processes.count == 1:
         cause = "compiled code rounds differently with and without a gradient"
         log.info("--compile: %s", stored.noise(run.step, run.encoder, run.batches(), cause, graded=True))
+    elif run.device.type != "cpu" and run.step.reference is not None and run.processes.count == 1:
+        log.info("%s", stored.step_zero(run.step, run.encoder, run.batches()))
 
 
 def _tell_buckets(run: Run, buckets: Buckets) -> None:

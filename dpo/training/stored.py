@@ -74,13 +74,26 @@ def check_labels(config: Config, source: Source) -> None:
 MEASURED = 4  # micro-batches on which the noise of the logit is measured
 
 
-def noise(
-    step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None], cause: str, *, graded: bool = False
-) -> str:
-    """A log line on how far the logit is from 0 before the first update, where policy and reference are the same.
+def step_zero(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None]) -> str:
+    """A log line on the largest logit before the first update, the policy running as in training.
 
-    cause: what may move it, in words. graded: the policy runs as in training, with what a backward pass needs.
+    Where it is not 0 the line says which switch leaves out what rounds otherwise with a gradient than without.
     """
+    z = _logits(step, encoder, stream, graded=True)
+    largest = float(z.abs().max()) if z.numel() else 0.0
+    text = f"step 0: {z.numel()} pairs, largest |logit| {largest:.2g}"
+    if not largest:
+        return text
+    return (
+        f"{text}, of a logit that training moves by 1 or more: the forward pass rounds otherwise with a gradient than without; "
+        "--deterministic leaves out the attentions that may"
+    )
+
+
+def _logits(
+    step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None], *, graded: bool
+) -> torch.Tensor:
+    """Logits of the usable pairs of the first micro-batches, in float64, without a correction; closes the stream."""
     zero = torch.zeros_like(step.weight)
     logits = []
     for batch in islice(stream, MEASURED):
@@ -89,7 +102,17 @@ def noise(
         logits.append(found.logit.detach()[batch.usable.to(zero.device) > 0])
         del found  # and with it what was kept for a backward pass
     stream.close()
-    z = torch.cat(logits).double()
+    return torch.cat(logits).double()
+
+
+def noise(
+    step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None], cause: str, *, graded: bool = False
+) -> str:
+    """A log line on how far the logit is from 0 before the first update, where policy and reference are the same.
+
+    cause: what may move it, in words. graded: the policy runs as in training, with what a backward pass needs.
+    """
+    z = _logits(step, encoder, stream, graded=graded)
     if not z.numel() or not bool(z.any()):
         return f"the logit of the first {z.numel()} pairs is exactly 0"
     text = f"noise on the logit of the first {z.numel()} pairs: sd {float(z.square().mean().sqrt()):.2g}, largest {float(z.abs().max()):.2g}"

@@ -83,8 +83,8 @@ def encode_held_out(
     processes = processes or Processes()
     encoded, own = [], []
     with part("held-out pairs encoded", None) as told:
-        for batch in batches:
-            encoded.append(x := encoder.inputs(batch).to("cpu"))
+        for batch, inputs in encoder.encoded(batches):
+            encoded.append(x := inputs.to("cpu"))
             captions = torch.tensor([caption_key(caption) for caption in batch.captions], dtype=torch.int64)
             own.append((batch.position, x.keys, captions, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
             told(sum(len(keys) for _, keys, *_ in own))

@@ -215,19 +215,11 @@ def test_a_gradient_that_does_not_start_on_16_bytes_is_copied():
     assert p.grad.data_ptr() % 16 == 0 and p.grad.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_every_chunk_of_every_parameter_is_worked_on_once():
-    rows, counts = [3, 0, 7], [2, 1, 4]
-    wanted = [(row, chunk) for row, count in zip(rows, counts, strict=True) for chunk in range(count)]
-    found = adamw8bit._chunks(rows, counts)
-    assert found.dtype == torch.int32 and [tuple(pair) for pair in found.tolist()] == wanted
-    assert adamw8bit._chunks([4, 2], [0, 0]).shape == (0, 2), "of empty shards nothing is launched"
-
-
 def test_only_addresses_are_read_again_where_gradients_have_moved(monkeypatch):
     optimizer = AdamW8bit(parameters(), lr=1e-3)
     made = []
-    chunks = adamw8bit._chunks
-    monkeypatch.setattr(adamw8bit, "_chunks", lambda *args: made.append(args) or chunks(*args))
+    chunks = adamw8bit.chunks_of
+    monkeypatch.setattr(adamw8bit, "chunks_of", lambda *args: made.append(args) or chunks(*args))
     tables, kept = [], []
     for _ in range(3):
         for p, _ in optimizer._parameters:

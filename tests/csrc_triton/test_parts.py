@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csrc_triton.adamw8bit import AdamW8bit
-from csrc_triton.parts import Part
+from csrc_triton.parts import Part, chunks_of
 
 SIZES = ((16, 512), (9, 40), (3,), (2, 9, 256), (64, 64))  # the last but one in one block a row; some shards are empty
 
@@ -102,3 +102,11 @@ def test_a_shard_that_cuts_a_block_is_refused():
     assert not Part((100, 100), 0, 0).cuts_a_block() and not Part((5000, 0), 1, 0).cuts_a_block()
     with pytest.raises(AssertionError, match="cuts a block"):
         AdamW8bit([torch.nn.Parameter(torch.zeros(4000))], parts=[Part((4000, 4000), 0, 0)])
+
+
+def test_every_chunk_of_every_parameter_is_worked_on_once():
+    rows, counts = [3, 0, 7], [2, 1, 4]
+    wanted = [(row, chunk) for row, count in zip(rows, counts, strict=True) for chunk in range(count)]
+    found = chunks_of(rows, counts)
+    assert found.dtype == torch.int32 and [tuple(pair) for pair in found.tolist()] == wanted
+    assert chunks_of([4, 2], [0, 0]).shape == (0, 2), "of empty shards nothing is launched"

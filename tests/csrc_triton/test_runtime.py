@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import csrc_triton
-from csrc_triton import adamw8bit, geglu, group_norm_silu, layer_norm, noising, pair_errors, runtime
+from csrc_triton import adamw8bit, geglu, group_norm_silu, layer_norm, noising, pair_errors, runtime, timesteps
 
-MODULES = (geglu, noising, layer_norm, group_norm_silu, pair_errors, adamw8bit)
+MODULES = (geglu, noising, layer_norm, group_norm_silu, pair_errors, timesteps, adamw8bit)
 
 
 class Kernel:
@@ -52,6 +52,7 @@ def every_op() -> None:
     weight, bias = torch.ones(C, requires_grad=True), torch.zeros(C, requires_grad=True)
     rows = torch.randn(6, C, requires_grad=True)
     geglu.geglu(rows).sum().backward()
+    timesteps.draw_timesteps(torch.arange(5), keys, draws, 0)
     noising.noise_pairs(images.detach(), t, table, table, keys, draws, 0)
     noising.sample_posterior(images.detach(), images.detach(), keys, draws, 0, 1.0)
     ones = torch.ones(B)

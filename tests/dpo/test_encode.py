@@ -1,12 +1,15 @@
 """dpo.encode: what the VAE is given. Whole runs through the encoder: tests/runs/test_end_to_end.py."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from dpo import encode
 from dpo.encode import Encoder
+from tests.help.running import advance, make_run, weights
 
 
 class Vae(nn.Module):
@@ -34,3 +37,39 @@ def test_pixels_are_scaled_exactly_and_rounded_once(dtype):
     else:
         assert torch.equal(vae.seen, exact.float().to(dtype) if dtype != torch.float64 else exact)
     assert abs((vae.seen.double() - exact).mean() * 127.5) < 0.005  # grey levels
+
+
+def _noted(trips, module, offload, own, where):
+    trips.append((module, str(where), offload))
+    return own(where)
+
+
+@pytest.mark.parametrize("together", [64, pytest.param(4, marks=pytest.mark.slow)])
+def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_path, monkeypatch, together):
+    """With --offload; the run is the same to the bit."""
+    monkeypatch.setattr(encode, "TOGETHER", together)
+    flags = ["--batch-size", "2", "--accumulation", "4", "--caption-dropout", "0.3", "--keep-encoded", "off"]
+    held = ["--validation-fraction", "0.3", "--validate-every", "9", "--validation-draws", "1"]
+    ends, trips = [], []
+    for offload in ("off", "on"):
+        run = make_run(world("sdxl"), world("pairs"), tmp_path / offload, *flags, *held, "--offload", offload)
+        modules = [run.model.vae, *run.model.text_encoders]
+        for module in modules:
+            own = module.to
+            module.to = partial(_noted, trips, module, offload, own)
+        advance(run, 2)
+        ends.append((weights(run), run.held_out.reference_errors))
+        for module in modules:
+            found = [where for who, where, how in trips if who is module and how == offload]
+            assert len(found) == (2 * 2 * 8 // min(together, 8) if offload == "on" else 2 * 4), (
+                "out and back; or asked in vain"
+            )
+    assert all(torch.equal(ends[0][0][name], value) for name, value in ends[1][0].items())
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_an_encoder_comes_back_from_a_trip_that_fails():
+    encoder = Encoder(SimpleNamespace(vae=Vae(torch.float32)), torch.device("cpu"), vae_batch=8, offload=True)
+    with pytest.raises(AttributeError):
+        encoder.posterior(None)
+    assert not encoder.placed

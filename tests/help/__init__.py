@@ -14,5 +14,5 @@ evaluations.py content of an evaluation.json, made up
 drawing.py dpo.sample in the test's own process | labelling.py dpo.label likewise | pairing.py dpo.pairs likewise
 browser.py a real browser, driven by its DevTools | votes.py studies of small images, and what serves them | handed.py LoRA runs to hand on
 simulated.py studies voted on by raters with known preferences | processes.py several processes of one run
-trackers.py a stand-in for the package of W&B
+trackers.py a stand-in for the package of W&B | operations.py operations, counted
 """

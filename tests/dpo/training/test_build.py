@@ -180,3 +180,18 @@ def test_a_smaller_batch_is_advised_only_where_it_leaves_fewer_holes(monkeypatch
     with caplog.at_level(logging.INFO, "dpo"):
         build_module._tell_buckets(run, SimpleNamespace(told=str))
     assert ("smaller --batch-size" in caplog.text) == advised and "% of them holes" in caplog.text
+
+
+def test_on_a_device_the_largest_logit_of_step_zero_is_said(world, tmp_path, caplog):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--precision", "bf16")
+    assert "step 0" not in caplog.text, "on a CPU tests hold that it is 0"
+    run.device = torch.device("cuda")  # asked for its name alone
+    with caplog.at_level(logging.INFO, "dpo"):
+        build_module._say_noise(run)
+        assert caplog.messages[-1] == "step 0: 12 pairs, largest |logit| 0"
+        own = run.step.policy
+        run.step.policy = lambda *args: own(*args) * (1 + 2**-6 * torch.is_grad_enabled())
+        build_module._say_noise(run)
+    said = caplog.messages[-1]
+    assert said.startswith("step 0: 12 pairs, largest |logit| ") and "--deterministic" in said
+    assert float(said.split("|logit| ")[1].split(",")[0]) > 1e-3
