@@ -29,6 +29,7 @@ IPO = Paper("A General Theoretical Paradigm to Understand Learning from Human Pr
 ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedback", "2403.00409")
 APO = Paper("Anchored Preference Optimization and Contrastive Revisions", "2408.06266")
 POLY = Paper("Poly-DPO", "2604.24953")
+SDPO = Paper("Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", "2511.03317")
 DMPO = Paper("Divergence Minimization Preference Optimization for Diffusion Model Alignment", "2507.07510")
 
 
@@ -99,6 +100,16 @@ _ROWS = (
         images="pair",
         reference=True,
         settings=PREFERENCE | STEPWISE | {"weight_cap"},
+    ),
+    Method(
+        name="sdpo",
+        title="Diffusion-SDPO (safeguarded Diffusion-DPO)",
+        papers=(DIFFUSION_DPO, SDPO),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=True,
+        settings=PREFERENCE | {"safeguard"},
     ),
     Method(
         name="sft",

@@ -207,13 +207,15 @@ def pair_loss(
     shape: str | None = "sigmoid",
     sft_weight: float = 0.0,
     alpha: float | None = None,
+    safeguard: float | None = None,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
     prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing);
     usable [B]: 0 marks a hole; timesteps [B] int64. Where they are left out labels are hard, no pair is a hole, and the
     timesteps 0. `shape` names one of SHAPES; None is supervised training: the loss is the preferred image's own error.
-    `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default.
+    `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default;
+    `safeguard` bounds the losers' gradients (`safeguarded`).
     """
     prob = torch.ones_like(found.difference) if prob is None else prob
     usable = torch.ones_like(found.difference) if usable is None else usable
@@ -224,6 +226,7 @@ def pair_loss(
         loss, pull = win, torch.full_like(win, torch.nan)
     else:
         kind, p = with_alpha(SHAPES[shape], alpha), prob.to(found.logit.dtype)
+        found = found if safeguard is None else safeguarded(found, safeguard)
         more = (summed(found),) if kind.sides else ()
         loss = shaped(found.logit, p, kind, *more)
         wide = (part.detach().double() for part in (found.logit, p, *more))  # fp32 would show how a batch was cut
@@ -241,6 +244,25 @@ def pair_loss(
         timesteps,
         found.table_sum,
         found.table_count,
+    )
+
+
+def safeguarded(found: PairErrors, margin: float) -> PairErrors:
+    """`found` with the gradient by each loser's error times min(1, (1 - m) |gw|^2 / (gw . gl)), m = `margin` in [0, 1].
+
+    1 where gw . gl <= 0. gw and gl are the gradients of the two errors by the prediction, so that a step along both does
+    not raise the winner's error to first order (Diffusion-SDPO, arXiv 2511.03317). No value changes. The published code
+    takes one factor for a micro-batch; here each pair has its own.
+    """
+    win, lose = found.errors[:2]
+    bound = (1 - margin) * win.detach() / found.product
+    factor = torch.where(found.product > 0, bound.clamp(max=1.0), 1.0)
+    moved = (factor - 1) * (lose - lose.detach())  # 0, with the gradient that goes
+    zero = torch.zeros_like(moved)
+    return found._replace(
+        logit=found.logit - found.gain * moved,
+        difference=found.difference - moved,
+        errors=found.errors + torch.stack((zero, moved, zero, zero)),
     )
 
 

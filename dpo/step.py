@@ -40,6 +40,7 @@ class PairStep:
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
+    safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
     dtype: torch.dtype = torch.float32  # of x_t: fp64 / bf16 where the weights are
     masks: Masks | None = None  # of dropout inside the adapters; None without
@@ -47,7 +48,16 @@ class PairStep:
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
         """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
         found, t = self.errors(x, correction, recorded, wins_only=self.shape is None)
-        return pair_loss(found, x.prob, x.usable, t, shape=self.shape, sft_weight=self.sft_weight, alpha=self.alpha)
+        return pair_loss(
+            found,
+            x.prob,
+            x.usable,
+            t,
+            shape=self.shape,
+            sft_weight=self.sft_weight,
+            alpha=self.alpha,
+            safeguard=self.safeguard,
+        )
 
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False

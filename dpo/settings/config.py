@@ -183,6 +183,13 @@ class Method:
         f"constant of the shape (docs/method.md); none: the shape's own ({constants()})",
         resume="said",
     )
+    safeguard: float | None = option(
+        None,
+        f"margin of the bound on the losers' gradients ({readers('safeguard')}); none: 0.9, SDXL 0.6",
+        low=0.0,
+        high=1.0,
+        resume="said",
+    )
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )

@@ -147,6 +147,7 @@ def pair_step(
         shape=method.loss if METHODS[method.method].images == "pair" else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
+        safeguard=method.safeguard if "safeguard" in METHODS[method.method].settings else None,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
     )

@@ -495,6 +495,31 @@ def test_gradcheck(method, shape, direct):
         assert ((seen[0].abs() - 1).abs() > 1e-3).all()  # away from the kinks, where no derivative exists
 
 
+@pytest.mark.parametrize("shape", ["sigmoid", "apo-zero"])
+@pytest.mark.parametrize("margin", [0.0, 0.6, 1.0])
+def test_the_safeguard_bounds_each_losers_gradient_alone(margin, shape):
+    """The loser's half of the gradient times min(1, (1 - m) |gw|^2 / (gw . gl)) where gw . gl > 0, pair by pair."""
+    generator = torch.Generator().manual_seed(5)
+    reference, target = torch.randn(2, 16, 2, 3, 3, generator=generator, dtype=torch.float64)
+    policy = reference + 0.1 * torch.randn(16, 2, 3, 3, generator=generator, dtype=torch.float64)
+    policy[9] = target[9] + 3 * (policy[1] - target[1])  # along the winner's gradient, and longer
+    policy.requires_grad_()
+    found = objective.errors_of(policy, reference, target, beta=5.0)
+    plain, bounded = (objective.pair_loss(found, shape=shape, safeguard=m) for m in (None, margin))
+    assert all(torch.equal(a, b) for a, b in zip(plain, bounded, strict=True))  # every value, of the loss too
+    whole, less = (torch.autograd.grad(t.loss.sum(), policy, retain_graph=True)[0] for t in (plain, bounded))
+    win, lose = (policy - target).detach().flatten(1).chunk(2)
+    product = (win * lose).sum(1)
+    factor = torch.where(product > 0, ((1 - margin) * (win * win).sum(1) / product).clamp(max=1), 1.0)
+    assert (product > 0).any() and (product < 0).any() and factor[1] == pytest.approx(min(1.0, (1 - margin) / 3))
+    expected = whole * torch.cat([torch.ones(8).double(), factor])[:, None, None, None]
+    torch.testing.assert_close(less, expected, rtol=1e-10, atol=1e-14)
+    if (
+        shape == "sigmoid"
+    ):  # a step along the whole gradient lowers the winner's error: gw . (gw - factor gl) >= m |gw|^2
+        assert ((win * (win - factor[:, None] * lose)).sum(1) >= (margin - 1e-12) * (win * win).sum(1)).all()
+
+
 def test_the_loss_from_predictions_alone_is_that_of_the_oracle():
     generator = torch.Generator().manual_seed(3)
     policy, reference = (torch.randn(6, 4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -61,6 +61,7 @@ SETTINGS = {
     "sft": (1, [*EXACT, "--method", "sft"]),
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
     "half": (1, ["--precision", "bf16-pure"]),
+    "sdpo": (0, [*EXACT, "--method", "sdpo"]),
     "apo-zero": (0, [*EXACT, "--loss", "apo-zero"]),
     "dde": (0, [*EXACT, "--method", "dde", "--checkpointing", "on"]),  # in the slow test alone
 }

@@ -79,7 +79,7 @@ def test_the_first_contradiction_is_what_a_person_is_told():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_that_the_method_does_not_read_has_no_effect(method):
-    given = ["rho", "sigma2", "kappa", "weight_cap", "gamma", "beta", "loss"]
+    given = ["rho", "sigma2", "kappa", "weight_cap", "gamma", "beta", "loss", "safeguard"]
     idle = {
         line.split()[0][2:].replace("-", "_")
         for line in without_effect(flatten(change(Config(), method=method)), given, specs())
