@@ -30,6 +30,7 @@ ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedbac
 APO = Paper("Anchored Preference Optimization and Contrastive Revisions", "2408.06266")
 POLY = Paper("Poly-DPO", "2604.24953")
 SDPO = Paper("Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", "2511.03317")
+MAPO = Paper("Margin-aware Preference Optimization for Aligning Diffusion Models without Reference", "2406.06424")
 DMPO = Paper("Divergence Minimization Preference Optimization for Diffusion Model Alignment", "2507.07510")
 
 
@@ -110,6 +111,16 @@ _ROWS = (
         images="pair",
         reference=True,
         settings=PREFERENCE | {"safeguard"},
+    ),
+    Method(
+        name="mapo",
+        title="MaPO (no reference)",
+        papers=(MAPO,),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=False,
+        settings=frozenset({"mapo_weight", "mapo_scale", "label_smoothing"}),
     ),
     Method(
         name="sft",

@@ -19,7 +19,7 @@ from dpo.common.device import moved
 from dpo.encode import Inputs
 from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
-from dpo.objective import PairTerms, pair_loss
+from dpo.objective import Odds, PairTerms, pair_loss
 from dpo.schedule import NoisePath
 
 
@@ -40,6 +40,7 @@ class PairStep:
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
+    odds: Odds | None = None  # of MaPO, which has no pairwise loss
     safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
     dtype: torch.dtype = torch.float32  # of x_t: fp64 / bf16 where the weights are
@@ -47,7 +48,7 @@ class PairStep:
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
         """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
-        found, t = self.errors(x, correction, recorded, wins_only=self.shape is None)
+        found, t = self.errors(x, correction, recorded, wins_only=self.shape is None and self.odds is None)
         return pair_loss(
             found,
             x.prob,
@@ -57,6 +58,7 @@ class PairStep:
             sft_weight=self.sft_weight,
             alpha=self.alpha,
             safeguard=self.safeguard,
+            odds=self.odds,
         )
 
     def errors(

@@ -250,7 +250,7 @@ class RunFolder(NamedTuple):
     @property
     def pairwise(self) -> bool:
         """Whether there are a reference and a margin to show."""
-        return self.row.images == "pair"
+        return self.row.reference
 
     @property
     def start(self) -> Start | None:

@@ -190,6 +190,12 @@ class Method:
         high=1.0,
         resume="said",
     )
+    mapo_weight: float = option(
+        0.1, f"weight of the preference beside the win image's error ({readers('mapo_weight')})", low=0.0, resume="said"
+    )
+    mapo_scale: float = option(
+        0.5, f"how sharply errors become odds ({readers('mapo_scale')})", above=0.0, resume="said"
+    )
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )

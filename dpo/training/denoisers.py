@@ -16,6 +16,7 @@ from dpo.models.denoiser import halve
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.ready import HALF, WEIGHTS
+from dpo.objective import Odds
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import optimizer
@@ -131,6 +132,7 @@ def pair_step(
     compared: the reference, where it is live.
     """
     method, precision = config.method, config.runtime.precision
+    row = METHODS[method.method]
     tables = credit.tables(
         method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
     )
@@ -144,10 +146,11 @@ def pair_step(
         weight=tables.weight.to(device, real),
         beta=torch.tensor(method.beta, dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
-        shape=method.loss if METHODS[method.method].images == "pair" else None,
+        shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
-        safeguard=method.safeguard if "safeguard" in METHODS[method.method].settings else None,
+        safeguard=method.safeguard if "safeguard" in row.settings else None,
+        odds=Odds(method.mapo_weight, method.mapo_scale) if "mapo_weight" in row.settings else None,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
     )

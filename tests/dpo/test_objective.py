@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from csrc_triton.pair_errors import pair_errors
 from dpo import methods, objective
 from dpo.common.errors import UserError
 from dpo.correction import CorrectionTable
@@ -227,7 +228,7 @@ NOTHING = torch.zeros(1000, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.images == "pair"])
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.reference])
 def test_policy_equal_to_reference(method, dtype):
     t = timesteps()
     table = tables(method, sd_schedule())
@@ -467,7 +468,7 @@ def test_ipo_is_trls():
 
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "mapo"])
 def test_gradcheck(method, shape, direct):
     """From the predictions of three pairs to the loss of each, in float64; `direct`: by the difference that does not
     cancel.
@@ -518,6 +519,37 @@ def test_the_safeguard_bounds_each_losers_gradient_alone(margin, shape):
         shape == "sigmoid"
     ):  # a step along the whole gradient lowers the winner's error: gw . (gw - factor gl) >= m |gw|^2
         assert ((win * (win - factor[:, None] * lose)).sum(1) >= (margin - 1e-12) * (win * win).sum(1)).all()
+
+
+def test_mapo_is_its_formula_and_needs_no_reference():
+    generator = torch.Generator().manual_seed(7)
+    policy, target = torch.randn(2, 6, 2, 2, 3, generator=generator, dtype=torch.float64)
+    p, odds = torch.tensor([1.0, 0.8, 0.5]).double(), objective.Odds(0.3, 0.7)
+    t, ones, zeros = torch.zeros(3, dtype=torch.int64), torch.ones(3).double(), torch.zeros(1).double()
+
+    def terms(prediction):
+        found = pair_errors(prediction, t, p, ones, zeros + 1, zeros, 1.0, target=target)
+        return objective.pair_loss(found, p, shape=None, odds=odds)
+
+    def f(win, lose):
+        phi_win, phi_lose = (0.7 * x / (torch.exp(0.7 * x) - 1) for x in (win, lose))
+        return win - 0.3 * F.logsigmoid(1000 * (phi_win - phi_lose))
+
+    win, lose = sample_errors(policy, target).chunk(2)
+    found = terms(policy)
+    torch.testing.assert_close(found.loss, p * f(win, lose) + (1 - p) * f(lose, win), rtol=1e-10, atol=1e-12)
+    assert all(x.isnan().all() for x in (found.logit, found.difference, found.accuracy, found.pull, found.errors[2:]))
+    near = (target + 0.1 * torch.randn(target.shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: terms(x).loss, near)
+
+
+def test_mapo_keeps_its_digits_at_small_errors():
+    """e^x - 1 in fp32 is off by 5 % at 1e-6, 1000 times which would be the margin."""
+    win, lose = torch.tensor([1e-6, 3e-3, 0.0]), torch.tensor([2e-6, 1e-3, 1e-8])
+    sure, odds = torch.ones(3), objective.Odds()
+    single = objective.odds_loss(win, lose, sure, odds)
+    exact = objective.odds_loss(win.double(), lose.double(), sure.double(), odds)
+    torch.testing.assert_close(single.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_the_loss_from_predictions_alone_is_that_of_the_oracle():
