@@ -50,6 +50,9 @@ class PairErrors(NamedTuple):
     table_count: torch.Tensor  # [T]: their number
     gain: torch.Tensor  # [B]: d logit / d difference, -(beta/2) weight(t); 0 without a reference
     product: torch.Tensor  # [B]: mean of (policy - target) of the win times that of the lose half
+    sizes: torch.Tensor | None = (
+        None  # [2, 2B]: root mean squares of the predictions, policy and reference, where taken
+    )
 
 
 class Target(NamedTuple):

@@ -200,6 +200,7 @@ class PairTerms(NamedTuple):
     errors: Tensor  # [4, B]: policy win, policy lose, reference win, reference lose
     accuracy: Tensor  # [B]: 1 where d < 0, 0.5 where d == 0, else 0
     pull: Tensor  # [B]: |d loss / d z|; nan without a pairwise loss
+    sizes: Tensor  # [2, B]: root mean square of the predictions of policy and reference, over both images; nan if not taken
     timesteps: Tensor  # [B] int64
     table_sum: Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep, for DDE's table
     table_count: Tensor  # [T]: number of those pairs
@@ -231,6 +232,7 @@ def pair_loss(
     alpha: float | None = None,
     safeguard: float | None = None,
     odds: Odds | None = None,
+    norm_penalty: float = 0.0,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
@@ -239,6 +241,7 @@ def pair_loss(
     timesteps 0. `shape` names one of SHAPES; None is supervised training: the loss is the preferred image's own error.
     `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default;
     `safeguard` bounds the losers' gradients (`safeguarded`). `odds`: MaPO's loss in the place of a pairwise one.
+    `norm_penalty`: weight of what the policy's predictions are larger than the reference's (`excess`).
     """
     prob = torch.ones_like(found.difference) if prob is None else prob
     usable = torch.ones_like(found.difference) if usable is None else usable
@@ -263,6 +266,13 @@ def pair_loss(
         pull = slope(kind, *wide).abs().to(loss.dtype)
         if sft_weight:
             loss = loss + sft_weight * win
+    sizes = found.sizes
+    if norm_penalty:
+        assert sizes is not None, "a penalty on the predictions' size needs those of the reference"
+        loss = loss + norm_penalty * excess(sizes)
+    taken = (
+        torch.full_like(found.errors[:2], torch.nan) if sizes is None else sizes.detach().unflatten(1, (2, -1)).mean(1)
+    )
     accuracy = torch.where(live, implicit_accuracy(found.difference.detach()), 0.0)
     return PairTerms(
         torch.where(live, loss, 0.0),
@@ -271,10 +281,24 @@ def pair_loss(
         found.errors.detach(),
         accuracy,
         torch.where(live, pull.detach(), 0.0),
+        torch.where(live, taken.to(found.errors.dtype), 0.0),
         timesteps,
         found.table_sum,
         found.table_count,
     )
+
+
+def sizes_of(policy: Tensor, reference: Tensor) -> Tensor:
+    """[2, 2B]: root mean squares over C, H, W of predictions [2B, C, H, W], in fp32 or wider; gradient 0 where one is 0."""
+    wide = torch.promote_types(policy.dtype, torch.float32)
+    rows = [torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide) for x in (policy, reference)]
+    return torch.stack(rows) / math.sqrt(policy[0].numel())
+
+
+def excess(sizes: Tensor) -> Tensor:
+    """max(0, |policy| - |reference|) [B], the mean over both images; sizes [2, 2B] as of `sizes_of`."""
+    policy, reference = sizes
+    return F.relu(policy - reference.detach()).unflatten(0, (2, -1)).mean(0)
 
 
 def safeguarded(found: PairErrors, margin: float) -> PairErrors:

@@ -19,7 +19,7 @@ from dpo.common.device import moved
 from dpo.encode import Inputs
 from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
-from dpo.objective import Odds, PairTerms, pair_loss
+from dpo.objective import Odds, PairTerms, pair_loss, sizes_of
 from dpo.schedule import NoisePath
 
 
@@ -40,6 +40,7 @@ class PairStep:
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
+    norm_penalty: float = 0.0
     odds: Odds | None = None  # of MaPO, which has no pairwise loss
     safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
@@ -59,6 +60,7 @@ class PairStep:
             alpha=self.alpha,
             safeguard=self.safeguard,
             odds=self.odds,
+            norm_penalty=self.norm_penalty,
         )
 
     def errors(
@@ -100,6 +102,10 @@ class PairStep:
             of_noise=self.path.of_noise if mixed else None,
             of_data=self.path.of_data if mixed else None,
         )
+        if reference is not None:
+            usable = (x.usable > 0).repeat(2).view(-1, 1, 1, 1)  # what a hole holds must not reach a gradient
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_penalty > 0):
+                found = found._replace(sizes=sizes_of(*(torch.where(usable, p, 0.0) for p in (policy, reference))))
         return found, t
 
     def latents(self, x: Inputs) -> Tensor:

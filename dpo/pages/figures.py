@@ -35,6 +35,9 @@ FIGURES = {
         "{:+.2e}", words="lose error vs reference", card="error on other images against the start"
     ),
     "gradient_factor": Figure("{:.3f}", words="gradient factor"),
+    "prediction_norm_ratio": Figure(
+        "{:.4f}", words="prediction norm ratio", card="size of the predictions over the reference's"
+    ),
     "grad_norm": Figure("{:.3g}"),
     "learning_rate": Figure("{:.2e}"),
     "heldout_accuracy": Figure(
@@ -49,13 +52,15 @@ FIGURES = {
 # Which page shows which figure, in its order.
 REPORT = (
     "step", "loss", "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "gradient_factor",
-    "grad_norm", "learning_rate", "pairs_per_s",
+    "prediction_norm_ratio", "grad_norm", "learning_rate", "pairs_per_s",
 )  # fmt: skip
 SWEEP = (
     "loss", "implicit_accuracy", "margin_mean", "gradient_factor", "win_error_vs_reference", "lose_error_vs_reference",
     "pairs_per_s",
 )  # fmt: skip
-CARD_OF_PAIRS = ("implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference")
+CARD_OF_PAIRS = (
+    "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "prediction_norm_ratio",
+)  # fmt: skip
 LINE = (
     "loss",
     "implicit_accuracy",

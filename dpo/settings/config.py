@@ -202,6 +202,12 @@ class Method:
     sft_weight: float = option(
         0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said"
     )
+    norm_penalty: float = option(
+        0.0,
+        "weight of what each prediction is larger than the reference's (root mean square), added to the loss; 0: none",
+        low=0.0,
+        resume="said",
+    )
     window_low: int = option(0, "first timestep trained on", unit="timestep", low=0, high=999)
     window_high: int | None = option(
         None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000

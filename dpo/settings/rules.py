@@ -47,6 +47,14 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         *_constant(v),
         (
+            v.norm_penalty and not method.reference,
+            f"norm_penalty compares with a reference, which method {v.method} does not have: leave it at 0",
+        ),
+        (
+            v.norm_penalty and v.reference == "recorded",
+            "norm_penalty compares predictions, which recorded errors do not have: leave it at 0, or use --reference auto",
+        ),
+        (
             "sft_weight" not in method.settings and v.sft_weight,
             f"sft_weight adds to a preference loss: with method {v.method} leave it at 0",
         ),

@@ -149,6 +149,7 @@ def pair_step(
         shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
+        norm_penalty=method.norm_penalty,
         safeguard=method.safeguard if "safeguard" in row.settings else None,
         odds=Odds(method.mapo_weight, method.mapo_scale) if "mapo_weight" in row.settings else None,
         autocast=HALF.get(precision),

@@ -23,7 +23,7 @@ from dpo.pages.figures import DECILES
 
 ROWS = (
     "loss", "logit", "difference", "policy_win", "policy_lose", "reference_win", "reference_lose",
-    "accuracy", "pull", "timestep", "prob", "usable",
+    "accuracy", "pull", "policy_size", "reference_size", "timestep", "prob", "usable",
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class StepMetrics:
     def add(self, terms: PairTerms, prob: Tensor, usable: Tensor) -> None:
         """Keeps one micro-batch: prob and usable are [B]. Nothing here waits for the device."""
         values = (
-            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.pull, terms.timesteps,
+            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.pull, *terms.sizes.unbind(0), terms.timesteps,
             prob, usable,
         )  # fmt: skip
         dtype = torch.promote_types(terms.loss.dtype, torch.float32)
@@ -100,6 +100,7 @@ def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
         "margin_p50": _number(quantiles[1]),
         "margin_p90": _number(quantiles[2]),
         "gradient_factor": _mean(row["pull"][sided]),
+        "prediction_norm_ratio": _ratio(row["policy_size"], row["reference_size"]),
         "win_error_vs_reference": _mean(row["policy_win"] - row["reference_win"]),
         "lose_error_vs_reference": _mean(row["policy_lose"] - row["reference_lose"]),
         "policy_win_error": _mean(row["policy_win"]),
@@ -122,6 +123,12 @@ def table_by_decile(table: Tensor) -> list[float | None]:
     values = table.double().cpu().numpy()
     edges = [len(values) * index // DECILES for index in range(DECILES + 1)]
     return [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
+
+
+def _ratio(values: np.ndarray, others: np.ndarray) -> float | None:
+    """Mean over mean."""
+    below = _mean(others)
+    return _number(values.mean() / below) if below else None
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -507,7 +507,9 @@ def test_the_safeguard_bounds_each_losers_gradient_alone(margin, shape):
     policy.requires_grad_()
     found = objective.errors_of(policy, reference, target, beta=5.0)
     plain, bounded = (objective.pair_loss(found, shape=shape, safeguard=m) for m in (None, margin))
-    assert all(torch.equal(a, b) for a, b in zip(plain, bounded, strict=True))  # every value, of the loss too
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, bounded, strict=True)
+    )  # every value, of the loss too
     whole, less = (torch.autograd.grad(t.loss.sum(), policy, retain_graph=True)[0] for t in (plain, bounded))
     win, lose = (policy - target).detach().flatten(1).chunk(2)
     product = (win * lose).sum(1)
@@ -541,6 +543,30 @@ def test_mapo_is_its_formula_and_needs_no_reference():
     assert all(x.isnan().all() for x in (found.logit, found.difference, found.accuracy, found.pull, found.errors[2:]))
     near = (target + 0.1 * torch.randn(target.shape, generator=generator, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: terms(x).loss, near)
+
+
+def test_the_penalty_on_larger_predictions_is_its_formula():
+    generator = torch.Generator().manual_seed(11)
+    policy, reference, target = torch.randn(3, 6, 2, 3, 3, generator=generator, dtype=torch.float64)
+    policy[2], policy[4] = 0.0, 1.5 * reference[4]
+
+    def loss(prediction, weight=0.7):
+        found = objective.errors_of(prediction, reference, target, beta=5.0)
+        return objective.pair_loss(found._replace(sizes=objective.sizes_of(prediction, reference)), norm_penalty=weight)
+
+    def norm(x):
+        return x.square().flatten(1).mean(1).sqrt()
+
+    over = (norm(policy) - norm(reference)).clamp(min=0)
+    assert over[4] > 0.2 and over[2] == 0
+    expected = loss(policy, 0.0).loss + 0.7 * (over[:3] + over[3:]) / 2
+    torch.testing.assert_close(loss(policy).loss, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(loss(policy).sizes[0], (norm(policy)[:3] + norm(policy)[3:]) / 2)
+    assert torch.autograd.gradcheck(lambda x: loss(x).loss, policy[:].where(policy != 0, 0.1).requires_grad_())
+    zero = torch.zeros_like(policy).requires_grad_()
+    (gradient,) = torch.autograd.grad(objective.excess(objective.sizes_of(zero, zero.detach())).sum(), zero)
+    assert torch.equal(gradient, torch.zeros_like(gradient))  # and not nan
+    assert torch.equal(loss(reference).loss, loss(reference, 0.0).loss)
 
 
 def test_mapo_keeps_its_digits_at_small_errors():

@@ -55,3 +55,14 @@ def test_mapo_trains_without_a_reference_however_its_batch_is_cut(world, tmp_pat
     (one, whole), (other, cut) = found
     assert all(torch.allclose(value, other[name], rtol=1e-9, atol=1e-12) for name, value in one.items())
     assert whole[1]["loss"] == pytest.approx(cut[1]["loss"], rel=1e-9) and whole[0]["policy_lose_error"] > 0
+
+
+def test_the_size_of_predictions_is_measured_and_held_back(world, tmp_path):
+    """The ratio is exactly 1 at step 0; pushed up by large steps, it is smaller with the penalty."""
+    ratios = []
+    for weight in ("0", "100"):
+        flags = ["--batch-size", "2", "--learning-rate", "1e-3", "--norm-penalty", weight]
+        figures = advance(make_run(world("sd15"), world("pairs"), tmp_path / weight, *flags), 5)
+        assert figures[0]["prediction_norm_ratio"] == 1.0 and figures[0]["loss"] == pytest.approx(0.6931472, abs=1e-7)
+        ratios.append(figures[-1]["prediction_norm_ratio"])
+    assert ratios[0] != 1.0 and ratios[1] < ratios[0]

@@ -19,6 +19,11 @@ from tests.dpo.settings.test_resolve import decide
         ({"method": "sft", "loss": "ipo"}, "sft"),
         ({"method": "sft", "sft_weight": 1.0}, "sft"),
         ({"method": "sft", "label_smoothing": 0.1}, "sft"),
+        ({"norm_penalty": 1.0, "method": "sft"}, "method sft does not have"),
+        (
+            {"norm_penalty": 1.0, "reference": "recorded"},
+            "recorded errors do not have: leave it at 0, or use --reference auto",
+        ),
         ({"loss_alpha": 0.1}, "loss = sigmoid has no constant"),
         ({"loss": "robust", "loss_alpha": 0.5}, "loss_alpha = 0.5: with loss robust, share of labels"),
         ({"loss": "robust", "label_smoothing": 0.1}, "give one"),
