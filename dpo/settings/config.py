@@ -175,6 +175,13 @@ class Method:
     beta: float | None = option(
         None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said"
     )
+    target_gradient_factor: float | None = option(
+        None,
+        "let beta follow this mean of |dloss/dlogit|, such as 0.2, slowly, within a quarter and four times its start",
+        above=0.0,
+        high=0.45,
+        resume="said",
+    )
     loss: str = option(
         "sigmoid", "shape of the pairwise loss", choices=tuple(SHAPES), aliases=("loss_type",), resume="said"
     )

@@ -47,6 +47,11 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         *_constant(v),
         (
+            v.target_gradient_factor is not None and ("loss" not in method.settings or v.loss != "sigmoid"),
+            f"target_gradient_factor is of the sigmoid's slope, and this is {v.loss if 'loss' in method.settings else v.method}: "
+            "leave it out",
+        ),
+        (
             v.norm_penalty and not method.reference,
             f"norm_penalty compares with a reference, which method {v.method} does not have: leave it at 0",
         ),

@@ -46,7 +46,6 @@ from dpo.training import (
     choice,
     cost,
     denoisers,
-    flops,
     optimizer,
     start,
     stored,
@@ -166,16 +165,13 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         buckets=buckets,
         output=output,
         fingerprints=fingerprints,
-        speed=Speed(
-            counted.pair,
-            flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
-            encode_flops=counted.pair - counted.kept,
-        ),
+        speed=Speed.of(counted, device),
         device=device,
         held_out_source=held_out_source,
         total=total,
         recorded=errors,
         processes=processes,
+        strength=denoisers.strength_of(config, step),
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None:

@@ -22,6 +22,7 @@ from dpo.step import PairStep
 from dpo.training import optimizer
 from dpo.training.release import Release
 from dpo.training.start import Start
+from dpo.training.strength import Strength
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -156,6 +157,15 @@ def pair_step(
         dtype=WEIGHTS.get(precision, torch.float32),
     )
     return step, tables
+
+
+def strength_of(config: Config, step: PairStep) -> Strength | None:
+    """beta by target, where the settings ask for it."""
+    method = config.method
+    if method.target_gradient_factor is None:
+        return None
+    assert method.beta is not None, "decided when the model was loaded"
+    return Strength(step.beta, method.beta, method.target_gradient_factor, method.beta)
 
 
 def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = None) -> optimizer.Updater:

@@ -62,6 +62,7 @@ SETTINGS = {
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
     "half": (1, ["--precision", "bf16-pure"]),
     "sdpo": (0, [*EXACT, "--method", "sdpo"]),
+    "target": (0, [*EXACT, "--target-gradient-factor", "0.2"]),
     "apo-zero": (0, [*EXACT, "--loss", "apo-zero"]),
     "dde": (0, [*EXACT, "--method", "dde", "--checkpointing", "on"]),  # in the slow test alone
 }

@@ -43,6 +43,7 @@ def test_figures_of_an_update_are_named_as_the_trainer_names_them():
         "step",
         "grad_norm",
         "learning_rate",
+        "beta",
         "pairs_per_s",
         "wait_share",
         "mfu",

@@ -24,6 +24,8 @@ from tests.dpo.settings.test_resolve import decide
             {"norm_penalty": 1.0, "reference": "recorded"},
             "recorded errors do not have: leave it at 0, or use --reference auto",
         ),
+        ({"target_gradient_factor": 0.2, "loss": "ipo"}, "this is ipo"),
+        ({"target_gradient_factor": 0.2, "method": "sft"}, "this is sft"),
         ({"loss_alpha": 0.1}, "loss = sigmoid has no constant"),
         ({"loss": "robust", "loss_alpha": 0.5}, "loss_alpha = 0.5: with loss robust, share of labels"),
         ({"loss": "robust", "label_smoothing": 0.1}, "give one"),
