@@ -30,6 +30,7 @@ ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedbac
 APO = Paper("Anchored Preference Optimization and Contrastive Revisions", "2408.06266")
 POLY = Paper("Poly-DPO", "2604.24953")
 SDPO = Paper("Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", "2511.03317")
+KTO = Paper("Aligning Diffusion Models by Optimizing Human Utility", "2404.04465")
 MAPO = Paper("Margin-aware Preference Optimization for Aligning Diffusion Models without Reference", "2406.06424")
 DMPO = Paper("Divergence Minimization Preference Optimization for Diffusion Model Alignment", "2507.07510")
 
@@ -111,6 +112,16 @@ _ROWS = (
         images="pair",
         reference=True,
         settings=PREFERENCE | {"safeguard"},
+    ),
+    Method(
+        name="kto",
+        title="Diffusion-KTO",
+        papers=(KTO,),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=True,
+        settings=frozenset({"beta", "label_smoothing", "kto_center"}),
     ),
     Method(
         name="mapo",

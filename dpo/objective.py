@@ -166,6 +166,28 @@ def with_alpha(shape: Shape, alpha: float | None) -> Shape:
     return shape._replace(loss=partial(shape.loss, alpha=alpha), slope=slope)
 
 
+def kto(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """The mean over both images of 1 - s(cw - c) and 1 - s(c - cl), `both` = cw + cl - 2 c: each image by its own label.
+
+    Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with c its centre. It is half of `apo_zero`, moved by c.
+    """
+    return 0.5 * apo_zero(z, p, both)
+
+
+def kto_slope(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """The derivative of `kto` by z."""
+    return 0.5 * apo_zero_slope(z, p, both)
+
+
+KTO = Shape(kto, kto_slope, sides=True)
+
+
+def centre_of(both: Tensor, live: Tensor) -> Tensor:
+    """KTO's centre from cw + cl [B] of a micro-batch, as its authors take it: their mean for an image, at least 0."""
+    shares = torch.where(live, both.detach() / 2, 0.0)
+    return (shares.sum() / live.sum().clamp_min(1)).clamp_min(0)
+
+
 class Odds(NamedTuple):
     """The constants of MaPO's loss."""
 
@@ -233,6 +255,7 @@ def pair_loss(
     safeguard: float | None = None,
     odds: Odds | None = None,
     norm_penalty: float = 0.0,
+    center: Tensor | str | None = None,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
@@ -242,6 +265,7 @@ def pair_loss(
     `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default;
     `safeguard` bounds the losers' gradients (`safeguarded`). `odds`: MaPO's loss in the place of a pairwise one.
     `norm_penalty`: weight of what the policy's predictions are larger than the reference's (`excess`).
+    `center`: of KTO's loss, in the place of another: a 0-d tensor in units of the logit, or "batch" for `centre_of`.
     """
     prob = torch.ones_like(found.difference) if prob is None else prob
     usable = torch.ones_like(found.difference) if usable is None else usable
@@ -255,12 +279,15 @@ def pair_loss(
         )
         loss = odds_loss(found.errors[0], found.errors[1], prob.to(win.dtype), odds)
         pull = torch.full_like(win, torch.nan)
-    elif shape is None:
+    elif shape is None and center is None:
         loss, pull = win, torch.full_like(win, torch.nan)
     else:
-        kind, p = with_alpha(SHAPES[shape], alpha), prob.to(found.logit.dtype)
+        kind, p = KTO if shape is None else with_alpha(SHAPES[shape], alpha), prob.to(found.logit.dtype)
         found = found if safeguard is None else safeguarded(found, safeguard)
-        more = (summed(found),) if kind.sides else ()
+        more: tuple[Tensor, ...] = (summed(found),) if kind.sides else ()
+        if center is not None:
+            both = more[0]
+            more = (both - 2 * (center if isinstance(center, Tensor) else centre_of(both, live)),)
         loss = shaped(found.logit, p, kind, *more)
         wide = (part.detach().double() for part in (found.logit, p, *more))  # fp32 would show how a batch was cut
         pull = slope(kind, *wide).abs().to(loss.dtype)

@@ -41,6 +41,7 @@ class PairStep:
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
     norm_penalty: float = 0.0
+    center: Tensor | str | None = None  # of KTO: 0-d, or "batch"
     odds: Odds | None = None  # of MaPO, which has no pairwise loss
     safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
@@ -49,7 +50,7 @@ class PairStep:
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
         """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
-        found, t = self.errors(x, correction, recorded, wins_only=self.shape is None and self.odds is None)
+        found, t = self.errors(x, correction, recorded, wins_only=self.supervised)
         return pair_loss(
             found,
             x.prob,
@@ -61,7 +62,13 @@ class PairStep:
             safeguard=self.safeguard,
             odds=self.odds,
             norm_penalty=self.norm_penalty,
+            center=self.center,
         )
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the preferred images alone are trained on."""
+        return self.shape is None and self.odds is None and self.center is None
 
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False

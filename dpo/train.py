@@ -59,14 +59,14 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     norm = run.updater.grad_norm(usable / run.nominal)
     figures = run.metrics.read({"grad_norm": norm}, run.tables(correction), run.nominal)
     run.check_finite(figures)
-    if run.strength is not None:
-        figures["beta"] = run.strength.now
+    for one in run.following:
+        figures |= one.figures()
     if usable:
         run.whole = False  # until the update is counted
         run.updater.update(rate, norm, run.done)
         run.table.commit()
-        if run.strength is not None:
-            run.strength.after(figures)
+        for one in run.following:
+            one.after(figures)
     return figures
 
 

@@ -40,6 +40,7 @@ FIGURES = {
     ),
     "grad_norm": Figure("{:.3g}"),
     "beta": Figure("{:.4g}"),  # where it follows a target
+    "kto_center": Figure("{:.4f}"),
     "learning_rate": Figure("{:.2e}"),
     "heldout_accuracy": Figure(
         "{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"
@@ -53,7 +54,7 @@ FIGURES = {
 # Which page shows which figure, in its order.
 REPORT = (
     "step", "loss", "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "gradient_factor",
-    "prediction_norm_ratio", "grad_norm", "learning_rate", "beta", "pairs_per_s",
+    "prediction_norm_ratio", "grad_norm", "learning_rate", "beta", "kto_center", "pairs_per_s",
 )  # fmt: skip
 SWEEP = (
     "loss", "implicit_accuracy", "margin_mean", "gradient_factor", "win_error_vs_reference", "lose_error_vs_reference",

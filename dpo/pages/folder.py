@@ -241,7 +241,7 @@ class RunFolder(NamedTuple):
     @property
     def shape(self) -> Shape | None:
         """That of the pairwise loss; None for another loss, or one that this version does not know."""
-        return SHAPES.get(str(self.setting("loss", "sigmoid"))) if self.pairwise else None
+        return SHAPES.get(str(self.setting("loss", "sigmoid"))) if "loss" in self.row.settings else None
 
     @property
     def method_name(self) -> str:

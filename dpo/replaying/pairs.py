@@ -134,8 +134,8 @@ def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
 
 
 def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list[OnePair]:
-    supervised = run.step.shape is None
-    pull = terms.loss.detach() if supervised else terms.pull * run.step.weight[terms.timesteps]
+    without = run.step.supervised or run.step.odds is not None
+    pull = terms.loss.detach() if without else terms.pull * run.step.weight[terms.timesteps]
     names = (terms.timesteps, terms.difference, terms.logit, terms.loss, pull)
     rows = torch.stack([value.detach().double() for value in names], dim=1).tolist()
     return [

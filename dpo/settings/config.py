@@ -197,6 +197,12 @@ class Method:
         high=1.0,
         resume="said",
     )
+    kto_center: str = option(
+        "update",
+        f"what an image's gain is compared with: mean of the update before, or of the micro-batch ({readers('kto_center')})",
+        choices=("update", "batch"),
+        resume="said",
+    )
     mapo_weight: float = option(
         0.1, f"weight of the preference beside the win image's error ({readers('mapo_weight')})", low=0.0, resume="said"
     )

@@ -88,7 +88,8 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
 
 
 def _of_method(config: Config, model: ModelFacts, prediction_type: str) -> dict[str, Any]:
-    method, beta = config.method, model.beta
+    method = config.method
+    beta = model.beta / 2 if method.method == "kto" else model.beta  # as published: its formula has no 1/2
     own_reference = config.model.unet_init is not None and config.model.reference_model == "base"
     bounded = "safeguard" in METHODS[method.method].settings
     reference = "adapter" if config.lora.lora and not own_reference else "copy"
@@ -163,6 +164,10 @@ def dealt(config: Config, processes: int) -> Config:
     if config.runtime.cuda_graph and processes > 1:
         raise UserError(
             f"--cuda-graph is for one process, and cannot sum gradients over {processes}: leave it out, or train on one"
+        )
+    if config.method.method == "kto" and config.method.kto_center == "batch" and processes > 1:
+        raise UserError(
+            f"--kto-center batch is of one process's micro-batch, and there are {processes}: use --kto-center update"
         )
     at_once = optim.batch_size * processes
     if optim.effective_batch is None:

@@ -47,6 +47,13 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         *_constant(v),
         (
+            v.method == "kto"
+            and v.kto_center == "batch"
+            and (v.accumulation > 1 or (v.effective_batch or v.batch_size) != v.batch_size),
+            "kto_center = batch depends on how an update is cut, so an update must be one pass: use --kto-center update, or "
+            "--accumulation 1 and no --effective-batch",
+        ),
+        (
             v.target_gradient_factor is not None and ("loss" not in method.settings or v.loss != "sigmoid"),
             f"target_gradient_factor is of the sigmoid's slope, and this is {v.loss if 'loss' in method.settings else v.method}: "
             "leave it out",

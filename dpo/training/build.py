@@ -171,7 +171,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         total=total,
         recorded=errors,
         processes=processes,
-        strength=denoisers.strength_of(config, step),
+        following=denoisers.following(config, step),
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None:

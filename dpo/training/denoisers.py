@@ -22,7 +22,7 @@ from dpo.step import PairStep
 from dpo.training import optimizer
 from dpo.training.release import Release
 from dpo.training.start import Start
-from dpo.training.strength import Strength
+from dpo.training.strength import Centre, Strength
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -134,6 +134,7 @@ def pair_step(
     """
     method, precision = config.method, config.runtime.precision
     row = METHODS[method.method]
+    assert method.beta is not None, "decided when the model was loaded"
     tables = credit.tables(
         method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
     )
@@ -145,12 +146,13 @@ def pair_step(
         reference=compared,
         path=schedule.noise_path(plan, timesteps, real, device),
         weight=tables.weight.to(device, real),
-        beta=torch.tensor(method.beta, dtype=real, device=device),
+        beta=torch.tensor(method.beta * (2 if "kto_center" in row.settings else 1), dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
         shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
         norm_penalty=method.norm_penalty,
+        center=_center(config, real, device) if "kto_center" in row.settings else None,
         safeguard=method.safeguard if "safeguard" in row.settings else None,
         odds=Odds(method.mapo_weight, method.mapo_scale) if "mapo_weight" in row.settings else None,
         autocast=HALF.get(precision),
@@ -159,13 +161,21 @@ def pair_step(
     return step, tables
 
 
-def strength_of(config: Config, step: PairStep) -> Strength | None:
-    """beta by target, where the settings ask for it."""
+def _center(config: Config, real: torch.dtype, device: torch.device) -> Tensor | str:
+    """KTO's centre before the first update, or how it is taken from each micro-batch."""
+    return torch.zeros((), dtype=real, device=device) if config.method.kto_center == "update" else "batch"
+
+
+def following(config: Config, step: PairStep) -> list[Strength | Centre]:
+    """What follows the updates that were made: beta by target, KTO's centre."""
     method = config.method
-    if method.target_gradient_factor is None:
-        return None
+    found: list[Strength | Centre] = []
     assert method.beta is not None, "decided when the model was loaded"
-    return Strength(step.beta, method.beta, method.target_gradient_factor, method.beta)
+    if method.target_gradient_factor is not None:
+        found.append(Strength(step.beta, method.beta, method.target_gradient_factor, method.beta))
+    if isinstance(step.center, Tensor):
+        found.append(Centre(step.center, method.beta))
+    return found
 
 
 def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = None) -> optimizer.Updater:

@@ -35,7 +35,7 @@ from dpo.training.cost import Cost
 from dpo.training.graph import Graphs
 from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
-from dpo.training.strength import Strength
+from dpo.training.strength import Centre, Strength
 
 if TYPE_CHECKING:
     from dpo.training.best import Best
@@ -109,7 +109,7 @@ class Run:
     kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
-    strength: Strength | None = None  # where beta follows a target
+    following: list[Strength | Centre] = field(default_factory=list)  # what follows the updates made
     graphs: Graphs | None = None  # forward and backward of a micro-batch as CUDA graphs
 
     @property

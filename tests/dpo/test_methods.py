@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_rows_are_named_as_the_documents_name_them():
-    assert list(METHODS) == ["dpo", "discounted", "dde-single", "dde-step", "dde", "sdpo", "mapo", "sft"]
+    assert list(METHODS) == ["dpo", "discounted", "dde-single", "dde-step", "dde", "sdpo", "kto", "mapo", "sft"]
     assert all(name == method.name for name, method in METHODS.items())
     for document in ("README.md", "docs/method.md"):
         text = (ROOT / document).read_text("utf-8")

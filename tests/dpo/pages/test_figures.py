@@ -44,6 +44,7 @@ def test_figures_of_an_update_are_named_as_the_trainer_names_them():
         "grad_norm",
         "learning_rate",
         "beta",
+        "kto_center",
         "pairs_per_s",
         "wait_share",
         "mfu",

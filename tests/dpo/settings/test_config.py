@@ -130,7 +130,10 @@ def test_toml_is_grouped_and_explains_itself():
         ({"learning_rate": "nan"}, "a number"),
         ({"learning_rate": 0}, "above 0"),
         ({"output": ""}, "text"),
-        ({"method": "dd"}, "one of dpo, discounted, dde-single, dde-step, dde, sdpo, mapo, sft (did you mean dde?)"),
+        (
+            {"method": "dd"},
+            "one of dpo, discounted, dde-single, dde-step, dde, sdpo, kto, mapo, sft (did you mean dde?)",
+        ),
         ({"loss": "cpo"}, "one of sigmoid, hinge, ipo"),
         ({"sample_seeds": 3}, "expected a list"),
         ({"sample_seeds": [1, "x"]}, "whole number"),

@@ -26,6 +26,8 @@ from tests.dpo.settings.test_resolve import decide
         ),
         ({"target_gradient_factor": 0.2, "loss": "ipo"}, "this is ipo"),
         ({"target_gradient_factor": 0.2, "method": "sft"}, "this is sft"),
+        ({"method": "kto", "kto_center": "batch", "accumulation": 2}, "an update must be one pass"),
+        ({"method": "kto", "loss": "ipo"}, "with method kto"),
         ({"loss_alpha": 0.1}, "loss = sigmoid has no constant"),
         ({"loss": "robust", "loss_alpha": 0.5}, "loss_alpha = 0.5: with loss robust, share of labels"),
         ({"loss": "robust", "label_smoothing": 0.1}, "give one"),
