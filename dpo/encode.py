@@ -58,17 +58,18 @@ class Encoder:
     @contextmanager
     def _placed(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """Inside the block the modules are on the device; a block inside the block changes nothing."""
-        moved_here = [module for module in modules if module not in self.placed]
-        for module in moved_here:
-            module.to(self.device)
-        self.placed += moved_here
+        travelling = [module for module in modules if module not in self.placed]
+        self._place(travelling, busy=True)
+        self.placed += travelling
         try:
             yield
         finally:
-            for module in moved_here:
-                self.placed.remove(module)
-                if self.offload:
-                    module.to("cpu")
+            self.placed = [module for module in self.placed if module not in travelling]
+            self._place(travelling, busy=False)
+
+    def _place(self, modules: Sequence[nn.Module], busy: bool) -> None:
+        for module in modules:
+            module.to(self.device if busy or not self.offload else "cpu")
 
     def _dtype(self, module: nn.Module) -> torch.dtype:
         return next(module.parameters()).dtype

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo.common import command
+from dpo.common.errors import OutOfMemory, UserError
 
 if TYPE_CHECKING:  # torch is imported only once the settings are checked
     from dpo.data.batch import PairBatch
@@ -136,7 +137,38 @@ def to_its_end(config: Config, notes: list[str], processes: Processes | None = N
     if config.output.evaluate_prompts:  # what is drawn at the end is looked at before hours of training
         sampling.prompts_of(sampling.Asked(model="", prompts=config.output.evaluate_prompts), ())
     check_scorers(config.output.evaluate, flag="--evaluate", cache_dir=config.model.cache_dir)
-    return loop.train(config, notes, train_step, evaluate.evaluated, processes)
+    if config.runtime.checkpointing == "auto":
+        config, line = recomputing(config, processes)
+        notes = [*notes, line]
+    try:
+        return loop.train(config, notes, train_step, evaluate.evaluated, processes)
+    except OutOfMemory as error:
+        raise UserError(f"{error}{fitting_instead(config)}" if error.at_first else str(error)) from error
+
+
+def recomputing(config: Config, processes: Processes | None) -> tuple[Config, str]:
+    """`config` with --checkpointing decided by the free memory of the GPU, the same in all processes, and a log line."""
+    from dpo.planning import recompute, work
+    from dpo.settings.config import change
+
+    count = 1 if processes is None else processes.count
+    free = recompute.free_memory(config.runtime.device)
+    if processes is not None:  # the smallest decides
+        known = [each for each in processes.objects(free) if each is not None]
+        free = min(known) if known else None
+    choice, line = recompute.at_start(config, work.planner(train_step, count), free)
+    return change(config, checkpointing=choice.setting), line
+
+
+def fitting_instead(config: Config) -> str:
+    """What would have fitted the GPU whose memory was full in the first update, as the end of a message."""
+    import torch
+
+    from dpo.planning import recompute, work
+
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+    said = recompute.what_fits(config, work.planner(train_step), memory) if memory else ""
+    return f"; {said}" if said else ""
 
 
 if __name__ == "__main__":

@@ -57,3 +57,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return first_line(error)
+
+
+class OutOfMemory(UserError):
+    """The GPU's memory is full; `at_first`: in the first update of a start, so that these settings do not fit it."""
+
+    def __init__(self, message: str, *, at_first: bool) -> None:
+        super().__init__(message)
+        self.at_first = at_first

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo.common.errors import UserError
+from dpo.models.attention import use_one_attention
 from dpo.models.family import Denoiser
 
 log = logging.getLogger("dpo")
@@ -64,10 +65,15 @@ def available_attention(kind: str) -> str:
     return "sdpa"
 
 
-def use_attention(denoiser: Denoiser, kind: str) -> None:
-    """Switches to xformers where `kind` asks for it and it can run; sdpa is diffusers' default."""
+def use_attention(denoiser: Denoiser, kind: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Switches to xformers where `kind` asks for it and it can run, else to attention.py.
+
+    dtype: of queries, keys and values in a step.
+    """
     if available_attention(kind) == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
+    else:
+        use_one_attention(denoiser, device, dtype)
 
 
 def _recomputed(module: nn.Module, *args: Any) -> Any:

@@ -171,7 +171,9 @@ def settle(runtime: Runtime, denoiser: Denoiser, device: torch.device) -> Denois
     if runtime.channels_last == "on":
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not list it
     fix_projections(denoiser)
-    use_attention(denoiser, runtime.attention)
+    use_attention(
+        denoiser, runtime.attention, device, HALF.get(runtime.precision, WEIGHTS.get(runtime.precision, torch.float32))
+    )
     use_checkpointing(denoiser, runtime.checkpointing)
     if runtime.activation_offload:
         use_offload(denoiser, device)

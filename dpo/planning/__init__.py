@@ -7,5 +7,6 @@ optimizers.py   the states of other libraries' optimizers
 cuda.py         what CUDA does otherwise than the CPU, and the cards
 work.py         a plan: memory, FLOPs, hours, disk
 fitting.py      the largest micro-batch, the cheapest change that fits
+recompute.py    which blocks a run computes again, where that is left open
 page.py         a plan in words
 """

@@ -370,7 +370,7 @@ class Runtime:
     )
     checkpointing: str = option(
         "off",
-        "recompute activations to save memory: off, on, or UNet blocks such as down_blocks.0,up_blocks.3",
+        "recompute activations to save memory: off, on, auto (what fits the GPU) or blocks such as down_blocks.0,up_blocks.3",
         resume="free",
     )
     channels_last: str = option(

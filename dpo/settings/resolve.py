@@ -140,6 +140,8 @@ def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
         "channels_last": ("on" if gpu else "off") if runtime.channels_last == "auto" else runtime.channels_last,
         "kernels": ("triton" if gpu and device.triton else "torch") if runtime.kernels == "auto" else runtime.kernels,
         "activation_offload": runtime.activation_offload and gpu,
+        # A run has decided before, from a plan (planning/recompute.py); here nobody asked for one.
+        "checkpointing": ("on" if gpu else "off") if runtime.checkpointing == "auto" else runtime.checkpointing,
         "keep_encoded": "off" if encoded or config.data.crop == "random" or runtime.keep_encoded == "off" else "on",
         "offload": ("on" if gpu and encoded else "off") if runtime.offload == "auto" else runtime.offload,
     }

@@ -92,8 +92,8 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             f"precision = bf16-pure needs optimizer adamw8bit, which rounds stochastically: {v.optimizer} would lose small updates",
         ),
         (
-            v.checkpointing not in ("off", "on") and not all(BLOCK.fullmatch(block) for block in blocks),
-            f"checkpointing = {v.checkpointing}: expected off, on or UNet blocks such as down_blocks.0,mid_block,up_blocks.3",
+            v.checkpointing not in ("off", "on", "auto") and not all(BLOCK.fullmatch(block) for block in blocks),
+            f"checkpointing = {v.checkpointing}: expected off, on, auto or UNet blocks such as down_blocks.0,mid_block,up_blocks.3",
         ),
         (not DEVICE.fullmatch(v.device), f"device = {v.device}: expected auto, cpu, cuda or cuda:N"),
         (v.device == "cpu" and v.kernels == "triton", "kernels = triton needs a GPU: use torch or auto"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from dpo.common import files, locks
 from dpo.common.command import INTERRUPTED
 from dpo.common.console import Progress
-from dpo.common.errors import Stopped, UserError
+from dpo.common.errors import OutOfMemory, Stopped, UserError
 from dpo.data.batch import PairBatch, of_update
 from dpo.data.loader import of_dead_worker, worker_died
 from dpo.pages import afterwards
@@ -32,7 +31,7 @@ from dpo.training.folder import check_output, clear_output, folder_of, take_back
 from dpo.training.judging import Evaluate
 from dpo.training.metrics import peak_memory_gib
 from dpo.training.parallel import Processes, broken, forget, remember, remembered, restarts
-from dpo.training.rescue import check_there, goes_on, is_logged, known, rescue
+from dpo.training.rescue import check_there, goes_on, is_logged, known, not_ours, rescue
 from dpo.training.run import Figures, Run
 from dpo.training.state import Held, held, snapshot
 from dpo.training.trackers import Trackers, open_trackers
@@ -40,8 +39,6 @@ from dpo.training.trackers import check as check_trackers
 from dpo.training.waiting import Waiting
 
 log = logging.getLogger("dpo")
-
-OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 # What ends a run from outside. Windows has no SIGHUP, which a closed terminal sends.
@@ -128,29 +125,20 @@ def train(
         log.warning("stopped at once; --resume latest goes on from the last checkpoint, if there is one")
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
-        raise UserError(
+        raise OutOfMemory(
             "out of GPU memory: lower --batch-size and raise --accumulation by the same factor (the result is the same), "
-            "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint"
+            "turn on --checkpointing, or train --lora; --resume latest goes on from the last checkpoint",
+            at_first=getattr(error, "at_first", False),
         ) from error
     except RuntimeError as error:
         if not of_dead_worker(error):
             raise
         raise worker_died(error) from error
     except (OSError, SafetensorError) as error:
-        if (unread := _not_ours(error, config)) is not None:
+        if (unread := not_ours(error, config)) is not None:
             raise unread from error
         raise files.disk_error(error, Path(config.output.output).expanduser()) from error
     return 0
-
-
-def _not_ours(error: Exception, config: Config) -> UserError | None:
-    """The message on a file outside of the output folder; None where the error is one of writing the output."""
-    name = getattr(error, "filename", None)
-    if not isinstance(name, str) or getattr(error, "errno", None) not in OF_OTHERS:
-        return None
-    if Path(name).resolve().is_relative_to(Path(config.output.output).expanduser().resolve()):
-        return None
-    return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")
 
 
 def _again(config: Config, processes: Processes) -> Config:
@@ -318,6 +306,8 @@ def updates(run: Run, trackers: Trackers, train_step: TrainStep, stop: threading
         # Who stops a whole group of processes stops the workers too, which wait for the main process, but not for ever.
         ending = Stopped() if stop.is_set() and isinstance(error, Exception) and _of_others(error) else error
         ending = run.processes.meaning(ending)
+        if isinstance(error, torch.OutOfMemoryError):
+            vars(error)["at_first"] = run.done == first
         rescue(run, trackers, batches, ending)
         ending = known(run, ending)
         if ending is error:

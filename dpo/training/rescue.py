@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 from collections.abc import Generator
@@ -12,12 +13,15 @@ from dpo.common.command import of_launcher
 from dpo.common.errors import Elsewhere, Stopped, UserError
 from dpo.common.words import first_line
 from dpo.data.batch import PairBatch
+from dpo.settings.config import Config
 from dpo.training import checkpoint, summary
 from dpo.training.agreement import Disagreed
 from dpo.training.parallel import Died
 from dpo.training.run import Diverged, Run
 from dpo.training.state import held, snapshot
 from dpo.training.trackers import Trackers
+
+OF_OTHERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 log = logging.getLogger("dpo")
 
@@ -111,3 +115,13 @@ def _record(run: Run, trackers: Trackers, ending: BaseException) -> None:
     )
     trackers.event({"event": "failed", "step": run.done, "message": reason})
     summary.report(run, "failed", reason)
+
+
+def not_ours(error: Exception, config: Config) -> UserError | None:
+    """The message on a file outside of the output folder; None where the error is one of writing the output."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, str) or getattr(error, "errno", None) not in OF_OTHERS:
+        return None
+    if Path(name).resolve().is_relative_to(Path(config.output.output).expanduser().resolve()):
+        return None
+    return UserError(f"{name}: {getattr(error, 'strerror', error)}; mend that, then --resume latest")

@@ -61,9 +61,8 @@ def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_pa
         ends.append((weights(run), run.held_out.reference_errors))
         for module in modules:
             found = [where for who, where, how in trips if who is module and how == offload]
-            assert len(found) == (2 * 2 * 8 // min(together, 8) if offload == "on" else 2 * 4), (
-                "out and back; or asked in vain"
-            )
+            trips_of_update = 8 // min(together, 8) if offload == "on" else 4
+            assert len(found) == 2 * 2 * trips_of_update, "out and back, in two updates"
     assert all(torch.equal(ends[0][0][name], value) for name, value in ends[1][0].items())
     assert torch.equal(ends[0][1], ends[1][1])
 

@@ -170,12 +170,12 @@ def test_xformers_that_is_missing_is_one_warning(unets, monkeypatch, caplog):
     monkeypatch.setattr(unet_module, "find_spec", lambda name: None)
     before = run(unets["sd15"], None)
     with caplog.at_level(logging.WARNING, "dpo"):
-        use_attention(unets["sd15"], "xformers")
+        use_attention(unets["sd15"], "xformers", torch.device("cpu"), torch.float32)
     (record,) = caplog.records
     assert "pip install xformers" in record.getMessage() and "\n" not in record.getMessage()
     assert torch.equal(run(unets["sd15"], None), before)
     caplog.clear()
-    use_attention(unets["sd15"], "sdpa")
+    use_attention(unets["sd15"], "sdpa", torch.device("cpu"), torch.float32)
     assert caplog.records == []
 
 
@@ -186,9 +186,11 @@ def test_xformers_that_is_there_is_used_on_a_gpu(gpu, monkeypatch, caplog):
     asked = []
 
     class Unet(nn.Module):
+        attn_processors, set_attn_processor = {}, lambda self, processors: None
+
         def enable_xformers_memory_efficient_attention(self):
             asked.append(True)
 
-    use_attention(Unet(), "xformers")
+    use_attention(Unet(), "xformers", torch.device("cpu"), torch.float32)
     assert asked == [True] * gpu
     assert ("needs a GPU" in caplog.text) is not gpu
