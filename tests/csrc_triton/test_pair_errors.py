@@ -290,7 +290,8 @@ def test_determinism_permutation_and_layout():
     second, gradient_again = run(identity)
     permuted, permuted_gradient = run(order)
     last, last_gradient = run(identity, torch.channels_last)
-    assert all(torch.equal(a, b) for a, b in zip(first, second)) and torch.equal(gradient, gradient_again)
+    same = [torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second)]  # nan: sizes, not taken here
+    assert all(same) and torch.equal(gradient, gradient_again)
     for name in ("loss", "logit", "difference", "errors", "accuracy"):
         assert torch.equal(getattr(permuted, name), getattr(first, name)[..., order]), name
     assert torch.equal(permuted.table_sum, first.table_sum) and torch.equal(permuted.table_count, first.table_count)
