@@ -69,12 +69,16 @@ METHODS = [
     ("sd15", ["--lora", "--method", "dde"]),
     ("sdxl", ["--method", "dde-single"]),
 ]
-REST = [
-    (kind, ["--method", method, *lora])
-    for kind in ("sd15", "sd2v", "sdxl")
-    for method in ("dpo", "discounted", "dde-single", "dde-step", "dde")
-    for lora in ([], ["--lora"])
-]
+REST = (
+    [
+        (kind, ["--method", method, *lora])
+        for kind in ("sd15", "sd2v", "sdxl")
+        for method in ("dpo", "discounted", "dde-single", "dde-step", "dde")
+        for lora in ([], ["--lora"])
+    ]
+    + [("sd15", ["--loss", shape]) for shape in ("robust", "poly", "dmpo")]
+    + [("sd15", ["--method", "sdpo"])]
+)
 
 
 @pytest.mark.parametrize("kind, flags", METHODS + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
