@@ -27,11 +27,18 @@ DDE = Paper(
 )
 IPO = Paper("A General Theoretical Paradigm to Understand Learning from Human Preferences", "2310.12036")
 ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedback", "2403.00409")
-APO = Paper("Anchored Preference Optimization and Contrastive Revisions", "2408.06266")
-POLY = Paper("Poly-DPO", "2604.24953")
+APO = Paper(
+    "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+    "2408.06266",
+)
+POLY = Paper("ViPO: Visual Preference Optimization at Scale", "2604.24953")
 SDPO = Paper("Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", "2511.03317")
 KTO = Paper("Aligning Diffusion Models by Optimizing Human Utility", "2404.04465")
 MAPO = Paper("Margin-aware Preference Optimization for Aligning Diffusion Models without Reference", "2406.06424")
+SMPO = Paper(
+    "Smoothed Preference Optimization via ReNoise Inversion for Aligning Diffusion Models with Varied Human Preferences",
+    "2506.02698",
+)
 DMPO = Paper("Divergence Minimization Preference Optimization for Diffusion Model Alignment", "2507.07510")
 
 
@@ -199,7 +206,7 @@ SHAPES = {
     ),
     "dmpo": Shape("DMPO", _dmpo_start, Alpha(0.01, 0.0, 0.5, "probability aimed at for the other image"), DMPO),
     "smpo": Shape(
-        "scaled by soft labels", lambda g: Start(math.log(2), 0.5 * g), Alpha(10.0, 0.0, 1e4, "factor of 2 p - 1")
+        "scaled by soft labels", lambda g: Start(math.log(2), 0.5 * g), Alpha(10.0, 0.0, 1e4, "factor of 2 p - 1"), SMPO
     ),
 }
 
