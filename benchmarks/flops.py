@@ -20,7 +20,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import Results, about, markdown
-from benchmarks.steps import SD15, SDXL, VAE, Size
+from benchmarks.peers import TARGETS
+from benchmarks.sizes import SD15, SDXL, VAE, Size
 from dpo.models import lora
 from dpo.models.denoiser import use_checkpointing
 from dpo.training import flops
@@ -35,16 +36,6 @@ PEERS = {  # (model, LoRA, checkpointing): TFLOP per pair
     ("SDXL, 1024 px", True, False): 52.4,
 }
 SIDES = {"SD 1.5, 512 px": 512, "SDXL, 1024 px": 1024}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
-ENCODERS = {"SD 1.5, 512 px": (CLIP_L,), "SDXL, 1024 px": (CLIP_L, BIG_G)}
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def count(work: Any) -> int:
@@ -91,7 +82,7 @@ def encode_flops(model: Size) -> tuple[int, int]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     text = 0
-    for config in ENCODERS[model.name]:
+    for config in model.encoders:
         with FakeTensorMode(), torch.no_grad():
             encoder = CLIPTextModel(CLIPTextConfig(**config)).eval()
             text += count(lambda encoder=encoder: encoder(torch.zeros(1, 77, dtype=torch.long)))

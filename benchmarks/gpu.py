@@ -1,115 +1,138 @@
 """Everything a GPU has to show, in one call, without a network.
 
-    python -m benchmarks.gpu --out DIR [--section parity kernels steps] [--minutes 9] [--smoke]
+    python -m benchmarks.gpu --out DIR [--section probe step0 parity ...] [--minutes 9] [--wheels DIR] [--smoke]
 
-Parity of every kernel with float64 and exact zeros at step 0, then each kernel beside eager torch and torch.compile,
-then whole training steps. Results are written as they come: results.json, one CSV a section, tables.md and two plots.
-`--smoke` runs tiny shapes, on a CPU too.
+In the order of value: what the device can do; step 0 and CUDA graphs at full size; every kernel against float64; a training
+run that is killed and resumed; kernels, then whole training steps beside their bounds and the peers' step; compiled steps.
+`--section peers` gives the peers' step its full time. Each section runs in a process of its own (children.py): what raises,
+hangs or is killed is a row, and the rest goes on. Results are written after each row: results.json, one CSV a section,
+tables.md, and all of it as results.tar.gz; two plots at the end. `--smoke` runs tiny shapes, on a CPU too.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.checks import said
+from benchmarks.children import command_of, rows_of
+from benchmarks.measuring import Results, markdown
+from benchmarks.sections import SECTIONS
+from dpo.common.files import write_whole
 
-from benchmarks import ops, parity, steps
-from benchmarks.measuring import Results, about, copy_bandwidth, markdown
-
-SHARES = {"parity": 0.1, "kernels": 0.35, "steps": 0.55}
-COLUMNS = {
-    "parity": ["op", "dtype", "kernel", "plain", "ok"],
-    "kernels": [
-        "op",
-        "model",
-        "shape",
-        "direction",
-        "fused_us",
-        "eager_us",
-        "compiled_us",
-        "GB/s",
-        "of copy",
-        "x eager",
-        "x compiled",
-        "failed",
-    ],
-    "steps": [
-        "model",
-        "setting",
-        "pairs",
-        "ms per micro-step",
-        "pairs/s",
-        "x peers",
-        "TFLOP/s",
-        "MFU",
-        "GiB",
-        "failed",
-    ],
-}
+ARCHIVE = "results.tar.gz"
+WHEELS_SECONDS = 120
 
 
-def parity_rows(device: torch.device, smoke: bool, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield from parity.rows(device, smoke)
+def run(out: Path, chosen: list[str], minutes: float, smoke: bool, wheels: Path | None = None) -> bool:
+    """All chosen sections in the time; what one leaves goes to those behind it. True when no check failed."""
+    end = time.monotonic() + 60 * minutes
+    results = Results(out, {"command": "python -m benchmarks.gpu --section " + " ".join(chosen)})
+    with tempfile.TemporaryDirectory() as site:
+        environment = dict(os.environ)
+        if wheels is not None:
+            add(results, "probe", unpack(wheels, Path(site)))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
+        for index, name in enumerate(chosen):
+            left = end - time.monotonic()
+            share = SECTIONS[name].share / sum(SECTIONS[other].share for other in chosen[index:])
+            for row in rows_of(command_of(name, smoke), left * share, environment, results.header.update):
+                add(results, name, row)
+    try:
+        plot(results)
+    except Exception as error:
+        add(results, "plots", {"check": "plots", "failed": said(error)})
+    pack(results)
+    return all(row.get("ok", True) for rows in results.rows.values() for row in rows)
 
 
-def kernel_rows(device: torch.device, smoke: bool, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    bandwidth = copy_bandwidth(device)
-    header["copy GB/s"] = bandwidth / 1e9
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for case in ops.cases(device, dtype, smoke):
-        yield ops.measure(case, device, bandwidth, 0.01 if smoke else 0.1)
-
-
-def step_rows(device: torch.device, smoke: bool, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for model in (steps.small_model(),) if smoke else (steps.SDXL, steps.SD15):
-        yield from steps.rows(model, device, 0.01 if smoke else 1.0)
-
-
-SECTIONS: dict[str, Callable[[torch.device, bool, dict[str, Any]], Iterator[dict[str, Any]]]] = {
-    "parity": parity_rows,
-    "kernels": kernel_rows,
-    "steps": step_rows,
-}
-
-
-def run(out: Path, chosen: list[str], minutes: float, smoke: bool) -> bool:
-    """All chosen sections, each within its share of the time. True when every parity check passed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    header = about(device)
-    results = Results(out, header)
-    total = sum(SHARES[name] for name in chosen)
-    for name in chosen:
-        end = time.monotonic() + 60 * minutes * SHARES[name] / total
-        for row in SECTIONS[name](device, smoke, header):
-            results.add(name, row)
-            print(
-                name,
-                " ".join(f"{key}={row[key]:.4g}" if isinstance(row[key], float) else f"{row[key]}" for key in row),
-                flush=True,
-            )
-            if time.monotonic() > end:
-                results.add(name, {COLUMNS[name][0]: "stopped: this section's share of the time is used up"})
-                break
+def add(results: Results, section: str, row: dict[str, Any]) -> None:
+    """Takes a row in, prints it, and rewrites tables and archive."""
+    if section in ("steps", "compiled", "peers"):
+        row = beside_peers(results, row)
+    results.add(section, row)
     results.write("tables.md", tables(results))
-    plot(results)
-    return all(row.get("ok", True) for row in results.rows.get("parity", []))
+    pack(results)
+    values = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
+    print(section, *values, flush=True)
+
+
+def beside_peers(results: Results, row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its rate over that of the peers' step on all weights of the same model, where both are known."""
+    everything = (row for rows in results.rows.values() for row in rows)
+    rates = [known.get("pairs/s") for known in everything if is_peers(known) and known.get("model") == row.get("model")]
+    if row.get("pairs/s") and rates and rates[0]:
+        return row | {"x peers": row["pairs/s"] / rates[0]}
+    return row
+
+
+def is_peers(row: dict[str, Any]) -> bool:
+    return bool(row.get("setting") == "peers: all weights")
+
+
+def unpack(wheels: Path, site: Path) -> dict[str, Any]:
+    """Installs the wheels of a folder into `site`, without a network and without what they need; a row with the seconds."""
+    began = time.monotonic()
+    row: dict[str, Any] = {"check": "wheels unpacked, seconds"}
+    files = sorted(str(path) for path in wheels.glob("*.whl"))
+    words = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--find-links",
+        str(wheels),
+        "--no-deps",
+        "--no-compile",
+    ]
+    try:
+        subprocess.run(
+            [*words, "--target", str(site), *files], check=True, capture_output=True, text=True, timeout=WHEELS_SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        return row | {"failed": (error.stderr.strip().splitlines() or [said(error)])[-1][:300], "ok": False}
+    except Exception as error:
+        return row | {"failed": said(error), "ok": False}
+    return row | {"value": time.monotonic() - began}
 
 
 def tables(results: Results) -> str:
     """All sections as Markdown, under what they were measured on."""
     lines = ["# GPU benchmark", "", ", ".join(f"{key} {value}" for key, value in results.header.items()), ""]
     for name, rows in results.rows.items():
-        lines += [f"## {name}", "", markdown(rows, COLUMNS[name])]
+        known = SECTIONS.get(name)
+        title, columns = (known.title, list(known.columns)) if known else (name, list(rows[0]))
+        used = [column for column in columns if any(row.get(column) is not None for row in rows)]
+        if "check" not in used and any("check" in row for row in rows):
+            used = ["check", *used]
+        lines += [f"## {title}", "", markdown(rows, used)]
     return "\n".join(lines)
 
 
+def pack(results: Results) -> None:
+    """All result files as one archive beside them."""
+
+    def write(path: Path) -> None:
+        with tarfile.open(path, mode="w:gz") as archive:
+            for part in sorted(results.folder.iterdir()):
+                if part.suffix in (".json", ".csv", ".md", ".png"):
+                    archive.add(part, arcname=part.name)
+
+    write_whole(results.folder / ARCHIVE, write)
+
+
 def plot(results: Results) -> None:
-    """kernels.png: time against eager and compiled; steps.png: pairs/s up the ladder."""
+    """kernels.png: time against eager; steps.png: pairs/s."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +144,7 @@ def plot(results: Results) -> None:
             lambda row: f"{row['op']} {row['model']} {row['shape']} {row['direction']}",
             "times faster than eager torch",
         ),
-        "steps": ("pairs/s", lambda row: f"{row['model']}: {row['setting']}", "pairs per second"),
+        "steps": ("pairs/s", lambda row: f"{row['model']}: {row['setting']}, {row['pairs']}", "pairs per second"),
     }
     for name, (value, label, title) in bars.items():
         rows = [row for row in results.rows.get(name, []) if row.get(value)]
@@ -129,9 +152,9 @@ def plot(results: Results) -> None:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 1 + 0.25 * len(rows)), layout="constrained")
         axes.barh([label(row) for row in rows][::-1], [row[value] for row in rows][::-1])
+        header = results.header
         axes.set_title(
-            f"{title} ({results.header['device']}, torch {results.header['torch']}, {results.header['date']})",
-            fontsize=9,
+            f"{title} ({header.get('device')}, torch {header.get('torch')}, {header.get('date')})", fontsize=9
         )
         axes.tick_params(labelsize=7)
         figure.savefig(results.folder / f"{name}.png", dpi=110)
@@ -139,19 +162,32 @@ def plot(results: Results) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 1 when a parity check failed."""
+    """Exit code 1 when a check failed."""
+    default = [name for name, section in SECTIONS.items() if section.by_default]
     parser = argparse.ArgumentParser(
         prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--section", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: all")
+    parser.add_argument(
+        "--section", nargs="+", choices=list(SECTIONS), default=default, help=f"default: {', '.join(default)}"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all of it (default: 9)")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine's Python lacks")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does everything run?")
     given = parser.parse_args(argv)
+    import torch
+
     if not torch.cuda.is_available() and not given.smoke:
         parser.error("torch sees no GPU here; --smoke runs tiny shapes on the CPU")
-    return 0 if run(given.out, given.section, given.minutes, given.smoke) else 1
+    if given.wheels is not None and not any(given.wheels.glob("*.whl")):
+        parser.error(f"--wheels {given.wheels}: there are no wheels in it")
+    return 0 if run(given.out, given.section, given.minutes, given.smoke, given.wheels) else 1
+
+
+def _ended(number: int, frame: Any) -> None:
+    sys.exit(128 + number)  # so that children are ended too
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _ended)
     sys.exit(main())

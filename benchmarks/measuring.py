@@ -67,9 +67,23 @@ def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, found
 
 
-def peak_memory_gib(device: torch.device) -> float | None:
-    """Most GPU memory allocated since the last reset; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+def device_seconds(work: Callable[[], Any], device: torch.device, budget: float = 0.3) -> float:
+    """Median time of one call without the host's share: a CUDA graph of it is replayed. On a CPU as `median_seconds`."""
+    if device.type != "cuda":
+        return median_seconds(work, device, budget)
+    graph, _ = captured(work)
+    return median_seconds(graph.replay, device, budget)
+
+
+def host_seconds(work: Callable[[], Any], device: torch.device, calls: int = 20) -> float:
+    """Mean time until a call returns, the device's work still to be done: few calls, so that no queue is full."""
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - began) / calls
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -10,23 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring import median_seconds
+from benchmarks.checks import Check, said
+from benchmarks.measuring import copy_bandwidth, device_seconds, host_seconds
 from csrc_triton.geglu import geglu as fused_geglu
 from csrc_triton.group_norm_silu import group_norm_silu as fused_group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm
 from csrc_triton.noising import noise_pairs
 from csrc_triton.pair_errors import pair_errors
-from dpo.common.words import first_line
 from dpo.objective import pair_loss
 
-BATCHES = (1, 4, 16, 32, 64)  # pairs
+BATCHES = {"SD 1.5": (1, 16, 64), "SDXL": (1, 4)}  # pairs
 LATENTS = {"SD 1.5": (4, 64, 64), "SDXL": (4, 128, 128)}
 GEGLU = {"SD 1.5": [(4096, 320), (1024, 640), (256, 1280)], "SDXL": [(4096, 640), (1024, 1280)]}  # tokens, width
 GROUP_NORM = {
     "SD 1.5": [(320, 64), (640, 32), (1280, 16)],
     "SDXL": [(320, 128), (640, 64), (1280, 32)],
 }  # channels, side
-LAYER_BATCHES = (4, 16)  # pairs; the layers' inputs grow with them
+LAYER_BATCHES = {"SD 1.5": 16, "SDXL": 4}  # pairs that are trained
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,42 @@ class Case:
     variants: dict[str, Callable[[], Any]]
 
 
+def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    """Layers first: the pair's own ops are microseconds of a step."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    budget = 0.01 if smoke else 0.05
+    found = []
+    for make in (geglu, group_norm_silu, layer_norm, pair_errors_and_loss, noising):
+        found.append(Check(make.__name__, lambda m=make: rows(m, device, dtype, smoke, budget), max(60.0, seconds / 2)))
+    return found
+
+
+def rows(
+    make: Callable[[torch.device, torch.dtype, bool], Iterator[Case]],
+    device: torch.device,
+    dtype: torch.dtype,
+    smoke: bool,
+    budget: float,
+) -> Iterator[dict[str, Any]]:
+    """A row a case; cases are made one at a time so that memory is freed between them."""
+    bandwidth = copy_bandwidth(device)
+    for case in make(device, dtype, smoke):
+        if device.type != "cuda":
+            del case.variants["compiled"]  # minutes of compilation on a CPU, for nothing that is reported
+        yield measure(case, device, bandwidth, budget)
+
+
 def measure(case: Case, device: torch.device, bandwidth: float, budget: float) -> dict[str, Any]:
-    """One row of the table. A variant that fails is a row with its reason."""
+    """One row of the table: times on the device alone, and what a call takes of the host. A variant that fails says why."""
     row: dict[str, Any] = {"op": case.op, "model": case.model, "shape": case.shape, "direction": case.direction}
     for name, work in case.variants.items():
+        torch._dynamo.reset()
         try:
-            row[f"{name}_us"] = median_seconds(work, device, budget) * 1e6
+            row[f"{name}_us"] = device_seconds(work, device, budget) * 1e6
         except Exception as error:
-            row["failed"] = f"{name}: {type(error).__name__}: {first_line(error)[:120]}"
+            row["failed"] = f"{name}: {said(error)}"
     if "fused_us" in row:
+        row["host_us"] = host_seconds(case.variants["fused"], device) * 1e6
         row["GB/s"] = case.bytes / row["fused_us"] / 1e3
         row["of copy"] = case.bytes / row["fused_us"] * 1e6 / bandwidth
         for other in ("eager", "compiled"):
@@ -58,20 +85,11 @@ def measure(case: Case, device: torch.device, bandwidth: float, budget: float) -
     return row
 
 
-def cases(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
-    """All cases, made one at a time so that memory is freed between them."""
-    for make in (noising, pair_errors_and_loss, geglu, group_norm_silu, layer_norm):
-        for case in make(device, dtype, smoke):
-            if smoke:
-                del case.variants["compiled"]  # minutes of compilation on a CPU, for nothing that is reported
-            yield case
-
-
 def _both(
     name: str, model: str, shape: str, sizes: tuple[int, int], fused: Callable, eager: Callable, *inputs: Tensor
 ) -> Iterator[Case]:
     """Forward, then forward and backward together (that is how a step runs them), of the fused op and of eager torch."""
-    compiled = torch.compile(eager)
+    compiled = torch.compile(eager, dynamic=False)
     variants = {"fused": fused, "eager": eager, "compiled": compiled}
     with torch.no_grad():
         yield Case(
@@ -99,14 +117,10 @@ def _keyed(pairs: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     return index * 37 % 1000, index + 12345, torch.zeros_like(index), torch.tensor(7, device=device)
 
 
-def _pairs(smoke: bool) -> tuple[int, ...]:
-    return (1,) if smoke else BATCHES
-
-
 def noising(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[Case]:
     abar = torch.linspace(0.999, 0.005, 1000, device=device)
     for model, shape in LATENTS.items():
-        for pairs in _pairs(smoke):
+        for pairs in (1,) if smoke else BATCHES[model]:
             latents = torch.randn(2 * pairs, *shape, device=device).to(dtype)
             t, keys, draws, seed = _keyed(pairs, device)
             path = (abar.sqrt(), (1 - abar).sqrt())
@@ -116,7 +130,7 @@ def noising(device: torch.device, dtype: torch.dtype, smoke: bool) -> Iterator[C
                 a = abar[t].repeat(2).view(-1, 1, 1, 1).to(latents.dtype)
                 return a.sqrt() * latents + (1 - a).sqrt() * noise
 
-            compiled = torch.compile(eager)
+            compiled = torch.compile(eager, dynamic=False)
             variants = {
                 "fused": lambda x=latents, a=(t, *path, keys, draws, seed): noise_pairs(x, *a),
                 "eager": lambda x=latents, f=eager: f(x),
@@ -130,7 +144,7 @@ def pair_errors_and_loss(device: torch.device, dtype: torch.dtype, smoke: bool) 
     weight, correction = torch.ones(1000, device=device), torch.zeros(1000, device=device)
     beta = torch.tensor(2000.0, device=device)
     for model, shape in LATENTS.items():
-        for pairs in _pairs(smoke):
+        for pairs in (1,) if smoke else BATCHES[model]:
             policy = torch.randn(2 * pairs, *shape, device=device).to(dtype)
             reference = policy + 0.01 * torch.randn_like(policy)
             noise = torch.randn(pairs, *shape, device=device).repeat(2, 1, 1, 1)
@@ -217,5 +231,4 @@ def _layers(table: dict, smoke: bool) -> Iterator[tuple[str, int, int, int]]:
     small = [(32, 16 if table is GEGLU else 8)]
     for model, shapes in table.items():
         for first, second in small if smoke else shapes:
-            for pairs in (1,) if smoke else LAYER_BATCHES:
-                yield model, pairs, first, second
+            yield model, 1 if smoke else LAYER_BATCHES[model], first, second

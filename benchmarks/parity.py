@@ -1,9 +1,8 @@
 """Every kernel on the device against float64, by the rule of the tests: at most twice the error of plain torch in the
 same dtype.
 
-And invariant 1 on the device: with the policy equal to the reference each logit is exactly 0, kernels on. And that the
-ops of a step can be captured in a CUDA graph, whose replays draw new noise when the draws in device memory have moved
-on.
+And that the ops of a step can be captured in a CUDA graph, whose replays draw new noise when the draws in device memory
+have moved on. parity_pairs.py has pairs in all their forms, AdamW8bit and large tensors.
 """
 
 from __future__ import annotations
@@ -15,32 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import parity_pairs
+from benchmarks.checks import Check
 from benchmarks.measuring import captured
+from benchmarks.parity_pairs import DTYPES
 from csrc_triton import philox
 from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
 from csrc_triton.noising import noise_pairs
-from csrc_triton.pair_errors import pair_errors, pair_errors_reference
-from dpo.common.words import first_line
+from csrc_triton.pair_errors import pair_errors
 from dpo.objective import pair_loss
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def rows(device: torch.device, smoke: bool) -> Iterator[dict[str, Any]]:
-    """One row a check: op, dtype, largest error of the kernel and of plain torch against float64, and whether it
-    passes.
-    """
-    yield random_numbers(device)
+def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    """Rows: what is compared, dtype, largest error of the kernel and of plain torch against float64, and whether it passes."""
+    found = [Check("philox normals", lambda: [random_numbers(device)])]
     for dtype in DTYPES:
-        for name, fused, plain, inputs in _functions(device, dtype, smoke):
-            yield from compare(name, dtype, fused, plain, inputs)
-        yield from pairs_of(device, dtype)
-    for precision in ("fp32",) if smoke else ("fp32", "bf16", "fp16"):
-        yield step_zero(device, precision)
+        for name in ("geglu", "group_norm_silu", "layer_norm", "add_layer_norm"):
+            found.append(Check(f"{name} {str(dtype)[6:]}", lambda n=name, d=dtype: layer(device, n, d, smoke)))
     if device.type == "cuda":
-        yield graph_replay(device)
+        found.append(Check("ops of a step in a CUDA graph", lambda: [graph_replay(device)]))
+    return [*found, *parity_pairs.checks(device, smoke, seconds)]
+
+
+def layer(device: torch.device, name: str, dtype: torch.dtype, smoke: bool) -> Iterator[dict[str, Any]]:
+    """The rows of one op between layers."""
+    for known, fused, plain, inputs in _functions(device, dtype, smoke):
+        if known == name:
+            yield from compare(name, dtype, fused, plain, inputs)
 
 
 def random_numbers(device: torch.device) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def random_numbers(device: torch.device) -> dict[str, Any]:
     on = [x.to(device) for x in (torch.zeros(5, dtype=torch.int64), *path, keys, draws, torch.tensor(1))]
     found = noise_pairs(latents, *on)[:5].cpu()
     error = (found - expected).abs().max().item()
-    return {"op": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
+    return {"check": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
 
 
 def _functions(
@@ -97,7 +99,8 @@ def compare(
     def run(f: Callable, values: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in values]
         out = f(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out) * 0.5)]
+        slope = torch.linspace(-1, 1.5, out.numel(), device=out.device).view(out.shape).to(dtype).to(out.dtype)
+        return [out, *torch.autograd.grad(out, leaves, slope)]
 
     found, usual = run(fused, inputs), run(plain, inputs)
     exact = run(plain, [x.double() for x in inputs])
@@ -105,53 +108,7 @@ def compare(
     for label, a, b, truth in zip(labels, found, usual, exact):
         errors = [(x.double() - truth).abs().max().item() for x in (a, b)]
         floor = torch.finfo(dtype).eps * truth.abs().max().item()
-        ok = errors[0] <= max(2 * errors[1], floor)
-        yield {"op": f"{name} {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
-
-
-def pairs_of(device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Logit, loss and gradient of pair_errors and the objective behind it against their own plain form in float64."""
-    torch.manual_seed(1)
-    pairs = 5
-    index = torch.arange(pairs, device=device)
-    policy = torch.randn(2 * pairs, 4, 17, 9, device=device).to(dtype)
-    reference = policy + (0.05 * torch.randn_like(policy.float())).to(dtype)
-    prob = torch.tensor([1.0, 0.5, 0.8, 1.0, 1.0], device=device)
-    usable = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device)
-    weight, correction = torch.rand(1000, device=device) + 0.5, torch.rand(1000, device=device) * 1e-3
-    seed = torch.tensor(3, device=device)
-
-    def run(f: Callable, wide: bool) -> list[Tensor]:
-        cast = (lambda x: x.double().cpu()) if wide else (lambda x: x)
-        move = (lambda x: x.cpu()) if wide else (lambda x: x)
-        leaf = cast(policy).requires_grad_()
-        keys = (move(index * 11), move(index), move(seed))
-        found = f(
-            leaf, move(index * 13), move(prob), move(usable), cast(weight), cast(correction),
-            cast(torch.tensor(500.0, device=device)), reference=cast(reference), noise=keys,
-        )  # fmt: skip
-        out = pair_loss(found, move(prob), move(usable), move(index * 13), shape="sigmoid")
-        (grad,) = torch.autograd.grad(out.loss.sum(), leaf)
-        return [out.logit, out.loss, grad]
-
-    found, exact = run(pair_errors, False), run(pair_errors_reference, True)
-    usual = run(pair_errors_reference, False)
-    for label, a, b, truth in zip(("logit", "loss", "gradient"), found, usual, exact):
-        errors = [(x.double().cpu() - truth.double()).abs().max().item() for x in (a, b)]
-        floor = 4 * torch.finfo(a.dtype).eps * truth.abs().max().item()
-        ok = errors[0] <= max(2 * errors[1], floor)
-        yield {"op": f"pair_errors {label}", "dtype": str(dtype)[6:], "kernel": errors[0], "plain": errors[1], "ok": ok}
-
-
-def step_zero(device: torch.device, precision: str) -> dict[str, Any]:
-    """The largest logit of a step whose policy is its reference: 0, exactly."""
-    from benchmarks.steps import Setting, small_model, step_of
-
-    setting = Setting("step 0", pairs=3, precision=precision, channels_last=True, kernels=True)
-    step, inputs, correction = step_of(small_model(), setting, device)
-    terms = step(inputs, correction)
-    worst = terms.logit.abs().max().item()
-    return {"op": "logit at step 0", "dtype": precision, "kernel": worst, "plain": 0.0, "ok": worst == 0.0}
+        yield parity_pairs.row_of(f"{name} {label}", dtype, errors[0], errors[1], floor)
 
 
 def ops_of_a_step(device: torch.device) -> tuple[Callable[[], list[Tensor]], Tensor]:
@@ -191,19 +148,11 @@ def graph_replay(device: torch.device) -> dict[str, Any]:
     """The largest difference between a replay of a captured graph of the ops of a step, after new draws, and the ops
     themselves: 0.
     """
-    row: dict[str, Any] = {"op": "ops of a step in a CUDA graph", "dtype": "bfloat16", "plain": 0.0}
-    try:
-        run, draws = ops_of_a_step(device)
-        graph, found = captured(run)
-        draws += 1
-        graph.replay()
-        both = list(zip(found, run(), strict=True))
-        worst = max((a.float() - b.float()).abs().max().item() for a, b in both)
-        same = all(torch.equal(a, b) for a, b in both)  # not so for a NaN
-    except Exception as error:
-        return row | {
-            "op": f"{row['op']}: {type(error).__name__}: {first_line(error)[:100]}",
-            "kernel": None,
-            "ok": False,
-        }
-    return row | {"kernel": worst, "ok": same}
+    run, draws = ops_of_a_step(device)
+    graph, found = captured(run)
+    draws += 1
+    graph.replay()
+    both = list(zip(found, run(), strict=True))
+    worst = max((a.float() - b.float()).abs().max().item() for a, b in both)
+    same = all(torch.equal(a, b) for a, b in both)  # not so for a NaN
+    return {"check": "ops of a step in a CUDA graph", "dtype": "bfloat16", "kernel": worst, "plain": 0.0, "ok": same}

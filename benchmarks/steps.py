@@ -1,81 +1,41 @@
-"""Training steps of full-size UNets with random weights: the peers' step as they run it, then ours, one thing at a
-time.
+"""Training steps of full-size UNets with random weights: ours, one thing at a time, the peers' beside it, and a profile.
+
+Each row stands beside its bounds (counted FLOPs over the card's peak, counted bytes over its copy bandwidth) and, where
+there is one, the figure that was predicted for an H100 before anything was measured.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import captured, median_seconds, peak_memory_gib
-from benchmarks.step import peers_encoding, peers_loss
+from benchmarks.checks import Check
+from benchmarks.measuring import captured, copy_bandwidth, median_seconds
+from benchmarks.peers import TARGETS, peers_step
+from benchmarks.sizes import SD15, SDXL, Size, make_unet, small_model
 from dpo import reference
-from dpo.common.words import first_line
 from dpo.encode import Inputs
 from dpo.models import lora
-from dpo.models.denoiser import halve, use_checkpointing
-from dpo.models.family import Denoise, Model, TextEncoding, families
+from dpo.models.denoiser import halve
+from dpo.models.family import Model, TextEncoding, families
+from dpo.models.ready import HALF, settle
+from dpo.planning.cuda import GIB, unseen
 from dpo.schedule import Schedule, noise_path
+from dpo.settings.config import Runtime
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
 
 EFFECTIVE = 2048  # pairs an update, over which the optimizer's time is spread
-
-SD15_UNET = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-}
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SMALL_UNET = {
-    "sample_size": 16,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What is measured: a UNet of this config, the text it is given, and the peers' way of running it."""
-
-    name: str
-    family: str
-    unet: dict[str, Any]
-    text: tuple[int, int]  # tokens, width
-    pooled: int | None
-    peer_checkpointing: bool
-    large_batch: int
+STATES = {"adamw": 8, "adamw8bit": 2.04, "adafactor": 0.1}  # bytes of the optimizer for each parameter
+RECOMPUTED = 0.15  # share of the activations that stay under checkpointing
+OUTSIDE = "outside the UNet"
+bandwidth = cache(copy_bandwidth)
 
 
 @dataclass(frozen=True)
@@ -85,7 +45,6 @@ class Setting:
     name: str
     pairs: int = 1
     precision: str = "bf16"
-    encode: bool = False  # VAE and text encoders in the step
     checkpointing: bool = False
     channels_last: bool = False
     kernels: bool = False
@@ -93,59 +52,88 @@ class Setting:
     graph: bool = False
     recorded: bool = False
     low_rank: bool = False
-    optimizer: str = "adamw"
-
-
-SD15 = Size("SD 1.5, 512 px", "sd", SD15_UNET, (77, 768), None, False, 32)
-SDXL = Size("SDXL, 1024 px", "sdxl", SDXL_UNET, (77, 2048), 1280, True, 8)
-
-
-def small_model() -> Size:
-    """For a CPU and for checks."""
-    return Size("small", "sd", SMALL_UNET, (7, 32), None, False, 2)
+    optimizer: str = "adamw8bit"
 
 
 def ladder(model: Size) -> Iterator[Setting]:
-    """Ours, adding one thing at a time to the peers' choices."""
-    row = Setting("prepared latents and captions", checkpointing=model.peer_checkpointing)
-    yield row
-    yield (row := replace(row, name="+ large micro-batch", pairs=model.large_batch))
-    if model.peer_checkpointing:
-        yield (row := replace(row, name="+ no checkpointing", checkpointing=False))
-    yield (row := replace(row, name="+ 8-bit optimizer", optimizer="adamw8bit"))
-    yield (row := replace(row, name="+ channels_last", channels_last=True))
-    yield (row := replace(row, name="+ kernels", kernels=True))
-    yield replace(row, name="+ CUDA graph (no compile)", graph=True)
-    yield (row := replace(row, name="+ compile", compiled=True))
-    yield (row := replace(row, name="+ recorded reference", recorded=True))
-    yield replace(row, name="LoRA, recorded reference", low_rank=True)
+    """Ours, what counts most first."""
+    first = Setting(
+        "ours: prepared, recorded reference, kernels", model.pairs[0], channels_last=True, kernels=True, recorded=True
+    )
+    yield first
+    for pairs in model.pairs[1:]:
+        yield replace(first, pairs=pairs)
+    yield replace(first, name="live reference", recorded=False)
+    yield replace(first, name="CUDA graph", graph=True)
+    yield replace(first, name="without kernels", kernels=False)
+    yield replace(first, name="LoRA", low_rank=True)
+    yield replace(first, name="checkpointing", checkpointing=True)
+    yield replace(first, name="NCHW, without kernels", channels_last=False, kernels=False)
+    yield replace(first, name="fp32 states of AdamW", optimizer="adamw")
 
 
-def make_unet(model: Size, device: torch.device) -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def compiled_settings(model: Size) -> Iterator[Setting]:
+    first = next(ladder(model))
+    yield replace(first, name="compile", compiled=True)
+    yield replace(first, name="compile without kernels", compiled=True, kernels=False)
+    yield replace(first, name="compile, LoRA", compiled=True, low_rank=True)
 
-    torch.manual_seed(0)
-    with torch.device(device):
-        return UNet2DConditionModel(**model.unet).requires_grad_(False).eval()
+
+def sizes(smoke: bool) -> tuple[Size, ...]:
+    return (small_model(),) if smoke else (SD15, SDXL)
 
 
-def make_vae(model: Size, device: torch.device) -> nn.Module:
-    from diffusers import AutoencoderKL
+def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    """Ours and the peers' in turn: the headline of each model before anything else."""
+    budget = 0.01 if smoke else 0.7
+    turns = []
+    for model in sizes(smoke):
+        own = [_check(model, setting, device, budget) for setting in ladder(model)]
+        turns.append([own[0], _peers_check(model, False, device, budget, 45), *own[1:]])
+    return [turn[i] for i in range(max(map(len, turns))) for turn in turns if i < len(turn)]
 
-    small = {"block_out_channels": (16, 32, 32, 32), "layers_per_block": 1, "norm_num_groups": 8}
-    with torch.device(device):
-        return AutoencoderKL(**(VAE | (small if model.name == "small" else {}))).requires_grad_(False).eval()
+
+def compiled_checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    """Each in a process of its own: a compiler's cache and its faults stay there."""
+    every = [list(compiled_settings(model)) for model in sizes(smoke)]
+    found = []
+    for settings in zip(*every):
+        for model, setting in zip(sizes(smoke), settings):
+            found.append(replace(_check(model, setting, device, 0.01 if smoke else 0.7, 120), alone=True))
+    return found[:1] if smoke else found
+
+
+def peers_checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    """The peers' step with full time, all weights and LoRA."""
+    budget = 0.01 if smoke else 10.0
+    return [_peers_check(model, low_rank, device, budget, 130) for model in sizes(smoke) for low_rank in (False, True)]
+
+
+def profile_checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
+    found = []
+    for model in sizes(smoke):
+        setting = next(ladder(model))
+        found.append(Check(f"profile, {model.name}", lambda m=model, s=setting: profile(m, s, device), 40))
+    return found
+
+
+def _check(model: Size, setting: Setting, device: torch.device, budget: float, limit: float = 45) -> Check:
+    name = f"{model.name}: {setting.name}, {setting.pairs} pairs"
+    return Check(name, lambda: ours(model, setting, device, budget), limit)
+
+
+def _peers_check(model: Size, low_rank: bool, device: torch.device, budget: float, limit: float) -> Check:
+    name = f"{model.name}: the peers' step, {'LoRA' if low_rank else 'all weights'}"
+    return Check(name, lambda: peers(model, low_rank, device, budget), limit)
 
 
 def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairStep, Inputs, Tensor]:
     """The trainer's own forward on synthetic prepared inputs, ready to be called."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting.precision)
+    half = HALF.get(runtime_of(setting, device).precision)
     unet = make_unet(model, device)
     layers: list[nn.Module] = []
     if setting.low_rank:
-        layers = lora.add(
-            unet, rank=8, alpha=8.0, target_modules=("to_q", "to_k", "to_v", "to_out.0"), dropout=0.0, seed=0
-        )
+        layers = lora.add(unet, rank=8, alpha=8.0, target_modules=TARGETS, dropout=0.0, seed=0)
         if half is not None:
             halve(unet, half)
         unet.to(device)
@@ -153,7 +141,11 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
         unet.requires_grad_(True)
     twin = None if setting.recorded or setting.low_rank else reference.frozen(unet, half)
     family = families()[model.family]
-    used = [family.denoise(_settled(module, setting, device)) for module in (unet, twin) if module is not None]
+    used = [
+        family.denoise(settle(runtime_of(setting, device), module, device))
+        for module in (unet, twin)
+        if module is not None
+    ]
     compared = reference.from_copy(used[1]) if twin is not None else None
     if setting.low_rank and not setting.recorded:
         compared = reference.from_adapters(used[0], layers)
@@ -177,15 +169,16 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     return step, inputs_of(model, setting, device, half), torch.zeros(1000, device=device)
 
 
-def _settled(unet: nn.Module, setting: Setting, device: torch.device) -> Any:
-    if setting.channels_last:
-        unet.to(memory_format=torch.channels_last)
-    use_checkpointing(unet, "on" if setting.checkpointing else "off")
-    if setting.kernels and device.type == "cuda":
-        from dpo.models import kernels
-
-        kernels.patch(unet)
-    return torch.compile(unet) if setting.compiled else unet
+def runtime_of(setting: Setting, device: torch.device) -> Runtime:
+    """The trainer's own settings of a denoiser. fp32 on a CPU, where half precision is emulated."""
+    return Runtime(
+        precision=setting.precision if device.type == "cuda" else "fp32",
+        channels_last="on" if setting.channels_last else "off",
+        kernels="triton" if setting.kernels and device.type == "cuda" else "torch",
+        checkpointing="on" if setting.checkpointing else "off",
+        compile=setting.compiled,
+        attention="sdpa",
+    )
 
 
 def inputs_of(model: Size, setting: Setting, device: torch.device, half: torch.dtype | None) -> Inputs:
@@ -203,73 +196,19 @@ def inputs_of(model: Size, setting: Setting, device: torch.device, half: torch.d
     return Inputs(index + 1, torch.zeros_like(index), one, one.clone(), mean, torch.full_like(mean, 0.05), text, micro)
 
 
-def peers_step(model: Size, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
-    """A step as the peers run it: micro-batch 1, fp16 autocast eager, VAE and text encoding inside, streamed noise,
-    reference live.
-    """
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    half = torch.float16 if device.type == "cuda" else torch.float32
-    policy = make_unet(model, device)
-    twin = reference.frozen(policy, None).to(half)
-    policy.requires_grad_(True)
-    use_checkpointing(policy, "on" if model.peer_checkpointing else "off")
-    vae = make_vae(model, device).to(torch.float32 if model.family == "sdxl" else half)
-    tokens, width = model.text
-    depth = (
-        {"vocab_size": 49408, "num_hidden_layers": 12, "num_attention_heads": 12}
-        if width >= 768
-        else {"vocab_size": 99, "num_hidden_layers": 1, "num_attention_heads": 2}
-    )
-    config = CLIPTextConfig(
-        hidden_size=768 if width >= 768 else 32,
-        intermediate_size=3072 if width >= 768 else 64,
-        max_position_embeddings=tokens,
-        **depth,
-    )
-    encoder = CLIPTextModel(config).to(device, half).requires_grad_(False)
-    side = model.unet["sample_size"]
-    pixels = torch.rand(2, 3, 8 * side, 8 * side, device=device) * 2 - 1
-    ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
-    abar = torch.linspace(0.999, 0.005, 1000, device=device)
-    filler = torch.randn(1, tokens, width, device=device, dtype=half)
-    pooled = None if model.pooled is None else torch.randn(1, model.pooled, device=device, dtype=half)
-    sizes = torch.tensor([8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side], device=device).repeat(2, 1)
-
-    def wrapped(module: nn.Module) -> Denoise:
-        def denoise(x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-            added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": sizes}
-            x_t = x_t.to(half) if module is twin else x_t
-            with torch.autocast(device.type, half, enabled=device.type == "cuda"):
-                return module(x_t, t, text.hidden, added_cond_kwargs=added).sample
-
-        return denoise
-
-    def encode_text() -> TextEncoding:
-        hidden = encoder(ids).last_hidden_state
-        return TextEncoding(hidden if hidden.shape[-1] == width else filler, pooled)
-
-    def step() -> None:
-        latents, text = peers_encoding(vae, pixels, encode_text)
-        peers_loss(wrapped(policy), wrapped(twin), latents, text, sizes, abar).backward()
-
-    return step, list(policy.parameters())
-
-
-def our_step(model: Size, setting: Setting, device: torch.device) -> tuple[Callable[[], Any], list[Tensor]]:
-    """The trainer's micro-step, forward and backward; as a replayed CUDA graph where asked for."""
-    step, inputs, correction = step_of(model, setting, device)
-    recorded = torch.full((2, setting.pairs), 0.1, device=device) if setting.recorded else None
-    parameters = [p for p in step.model.denoiser.parameters() if p.requires_grad]
+def our_step(made: tuple[PairStep, Inputs, Tensor], setting: Setting) -> Callable[[], Any]:
+    """The trainer's micro-step on what `step_of` made, forward and backward; as a replayed CUDA graph where asked for."""
+    step, inputs, correction = made
+    recorded = torch.full((2, setting.pairs), 0.1, device=correction.device) if setting.recorded else None
 
     def run() -> None:
         terms = step(inputs, correction, recorded=recorded)
         (terms.loss.sum() / EFFECTIVE).backward()
 
     if not setting.graph:
-        return run, parameters
+        return run
     graph, _ = captured(run)
-    return graph.replay, parameters
+    return graph.replay
 
 
 def optimizer_seconds(kind: str, parameters: list[Tensor], device: torch.device) -> float:
@@ -281,41 +220,129 @@ def optimizer_seconds(kind: str, parameters: list[Tensor], device: torch.device)
     return median_seconds(made.step, device, 0.2)
 
 
-def rows(model: Size, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
-    """The peers' step, then the ladder; each row in units of the first. What fails is a row that says why."""
-    base: float | None = None
-    forward = flops.unet_flops(model.unet, model.unet["sample_size"], model.unet["sample_size"], model.text[0])
-    for setting in (None, *ladder(model)):
-        name = "peers: micro-batch 1, encoding in the step" if setting is None else setting.name
-        row: dict[str, Any] = {"model": model.name, "setting": name, "pairs": 1 if setting is None else setting.pairs}
-        if setting is not None and device.type != "cuda" and (setting.graph or setting.compiled):
-            continue  # seconds to compile, and nothing to learn from it without a GPU
-        if setting is not None and device.type != "cuda":
-            setting = replace(setting, precision="fp32")  # half precision is emulated on most CPUs
-        gc.collect()
+def needed(model: Size, setting: Setting) -> int:
+    """Bytes at the peak of an update, estimated: weights, gradients, states, the reference, activations, and what no tensor shows."""
+    per_parameter = 2.0 if setting.low_rank else 4 + 4 + STATES[setting.optimizer]
+    per_parameter += 0 if setting.recorded or setting.low_rank else 2
+    images = 2 * setting.pairs * (RECOMPUTED if setting.checkpointing else 1)
+    total = round(model.parameters * per_parameter + images * model.activations[setting.kernels] * GIB)
+    return total + sum(unseen(total).values())
+
+
+def ours(model: Size, setting: Setting, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    """One row of the ladder; not tried where it cannot fit."""
+    row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": setting.pairs}
+    estimate = needed(model, setting)
+    row["GiB, estimated"] = estimate / GIB
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if estimate > free:
+            yield row | {"failed": f"not tried: {free / GIB:.0f} GiB are free"}
+            return
+    elif setting.graph or setting.compiled:
+        yield row | {"failed": "not tried: needs a GPU"}
+        return
+    bandwidth(device)  # while there is room
+    _forget_peak(device)
+    made = step_of(model, setting, device)
+    parameters: list[Tensor] = [p for p in made[0].model.denoiser.parameters() if p.requires_grad]
+    row |= _measured(our_step(made, setting), parameters, setting.optimizer, setting.pairs, device, budget)
+    if not setting.graph and not setting.compiled:
+        row[OUTSIDE] = 1 - median_seconds(unet_alone(made, setting), device, budget) * 1e3 / row["ms"]
+    predicted = (
+        model.predicted.get(setting.pairs) if setting == replace(next(ladder(model)), pairs=setting.pairs) else None
+    )
+    if predicted is not None:
+        row |= {"predicted on H100": predicted[0], "MFU predicted": predicted[1]}
+    yield row | rates(model, setting, row["pairs/s"], device)
+
+
+def peers(model: Size, low_rank: bool, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
+    """The row of the peers' step."""
+    setting = Setting(f"peers: {'LoRA' if low_rank else 'all weights'}", low_rank=low_rank)
+    row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": 1}
+    bandwidth(device)
+    _forget_peak(device)
+    step, parameters = peers_step(model, device, low_rank)
+    kind = "adamw" if low_rank else model.peer_optimizer
+    row |= _measured(step, parameters, kind, 1, device, budget)
+    if model.peers is not None and not low_rank:
+        row["predicted on H100"] = model.peers
+    yield row | rates(model, setting, row["pairs/s"], device)
+
+
+def rates(model: Size, setting: Setting, pairs_per_s: float, device: torch.device) -> dict[str, Any]:
+    """Useful TFLOP/s and MFU of a rate, and the rates that FLOPs and bytes alone would allow.
+
+    Bytes: weights once for each pass in half precision, activations written once and read once.
+    """
+    side = model.unet["sample_size"]
+    forward = flops.unet_flops(model.unet, side, side, model.text[0])
+    trained = "lora" if setting.low_rank else "full"
+    work = flops.pair_flops(forward, trainable=trained, reference="recorded" if setting.recorded else "live")
+    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    passes = 3 if setting.recorded else 4
+    moved = passes * 2 * model.parameters / setting.pairs + 2 * 2 * model.activations[setting.kernels] * GIB
+    return {
+        "TFLOP/s": work * pairs_per_s / 1e12,
+        "MFU": None if peak is None else work * pairs_per_s / 1e12 / peak,
+        "bound by FLOPs": None if peak is None else peak * 1e12 / work,
+        "bound by bytes": bandwidth(device) / moved,
+    }
+
+
+def unet_alone(made: tuple[PairStep, Inputs, Tensor], setting: Setting) -> Callable[[], Any]:
+    """The denoiser's part of a micro-step: the policy forward and backward, the live reference forward."""
+    step, inputs, correction = made
+    x_t, t = inputs.latent_mean, torch.arange(2 * setting.pairs, device=correction.device)
+    text, half = inputs.text.twice(), step.autocast
+
+    def run() -> None:
+        with torch.autocast(correction.device.type, half, enabled=half is not None):
+            predicted = step.policy(x_t, t, text, inputs.micro)
+            if step.reference is not None:
+                step.reference(x_t, t, text, inputs.micro)
+        predicted.float().sum().backward()
+
+    return run
+
+
+def profile(model: Size, setting: Setting, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The 15 kernels (on a CPU: operations) that take the most of a micro-step's time."""
+    run = our_step(step_of(model, setting, device), setting)
+    run()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as seen:
+        run()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            step, parameters = peers_step(model, device) if setting is None else our_step(model, setting, device)
-            seconds = median_seconds(step, device, budget)
-            update = optimizer_seconds("adamw" if setting is None else setting.optimizer, parameters, device)
-            rate = 1 / (seconds / row["pairs"] + update / EFFECTIVE)
-            trained = "lora" if setting is not None and setting.low_rank else "full"
-            live = "recorded" if setting is not None and setting.recorded else "live"
-            useful = flops.pair_flops(forward, trainable=trained, reference=live) * rate / 1e12
-            peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-            base = rate if setting is None else base
-            row |= {
-                "ms per micro-step": seconds * 1e3,
-                "ms per update": update * 1e3,
-                "pairs/s": rate,
-                "x peers": rate / base if base else None,
-                "TFLOP/s": useful,
-                "MFU": useful / peak if peak else None,
-                "GiB": peak_memory_gib(device),
-            }
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {first_line(error)[:160]}"
-        step = parameters = None
-        yield row
+            torch.cuda.synchronize()
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # An operation's own row repeats the time of the kernels that it launches.
+    events = [e for e in seen.key_averages() if device.type == "cpu" or e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(getattr(event, name) for event in events) or 1.0
+    for event in sorted(events, key=lambda event: getattr(event, name), reverse=True)[:15]:
+        taken = getattr(event, name)
+        yield {
+            "model": model.name, "kernel": event.key[:100], "calls": event.count, "ms": taken / 1e3, "share": taken / total,
+        }  # fmt: skip
+
+
+def _measured(
+    step: Callable[[], Any], parameters: list[Tensor], kind: str, pairs: int, device: torch.device, budget: float
+) -> dict[str, Any]:
+    seconds = median_seconds(step, device, budget)
+    update = optimizer_seconds(kind, parameters, device)
+    row = {"ms": seconds * 1e3, "ms an update": update * 1e3, "pairs/s": 1 / (seconds / pairs + update / EFFECTIVE)}
+    if device.type == "cuda":
+        row["GiB"] = torch.cuda.max_memory_allocated(device) / GIB
+        row["GiB, reserved"] = torch.cuda.max_memory_reserved(device) / GIB
+    return row
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

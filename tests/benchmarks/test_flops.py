@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import flops
-from benchmarks.steps import SD15, SDXL, SMALL_UNET
+from benchmarks.sizes import SD15, SDXL, SMALL_UNET
 from dpo.training.flops import pair_flops, unet_flops
 
-SMALL = replace(SD15, unet=SMALL_UNET, text=(7, 32))
+SMALL = replace(SD15, unet=SMALL_UNET, text=(7, 32), encoders=({"num_hidden_layers": 1},))
 
 
 @pytest.mark.slow
-def test_the_count_sees_what_is_saved(monkeypatch):
-    monkeypatch.setitem(flops.ENCODERS, SD15.name, ({"num_hidden_layers": 1},))
+def test_the_count_sees_what_is_saved():
     rows = {(row["trained"], row["checkpointing"]): row for row in flops.rows((SMALL,))}
     forward = unet_flops(SMALL.unet, 64, 64, 7) / flops.TERA
     full, low_rank = rows["full", "off"], rows["LoRA", "off"]

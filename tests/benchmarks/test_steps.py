@@ -1,0 +1,49 @@
+"""Rows of training steps: what is estimated is what a plan says, and bounds follow from counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import steps
+from benchmarks.sizes import SD15, SDXL
+from benchmarks.steps import Setting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [SD15, SDXL], ids=lambda model: model.family)
+def test_estimates_follow_a_plan(model):
+    from dpo.planning.asked import Asked
+    from dpo.planning.work import plan, planner
+    from dpo.settings.flags import parse
+    from dpo.train import train_step
+
+    pairs, preset = model.pairs[0], {"sd": "sd15", "sdxl": "sdxl"}[model.family]
+    flags = ["--preset", preset, "--batch-size", str(pairs), "--data-format", "store", "--reference", "recorded"]
+    config, _ = parse([*flags, "--optimizer", "adamw8bit", "--checkpointing", "off"], with_pairs=False)
+    found = plan(config, Asked(), planner(train_step))
+    estimate = steps.needed(model, Setting("x", pairs, kernels=True, recorded=True))
+    assert estimate == pytest.approx(found.peak, rel=0.1)
+
+
+def test_estimates_order_settings():
+    first = Setting("x", 16, kernels=True, recorded=True)
+    base = steps.needed(SD15, first)
+    assert steps.needed(SD15, replace(first, checkpointing=True)) < base
+    assert steps.needed(SD15, replace(first, low_rank=True)) < base
+    for more in ({"recorded": False}, {"kernels": False}, {"optimizer": "adamw"}, {"pairs": 32}):
+        assert steps.needed(SD15, replace(first, **more)) > base
+
+
+def test_what_cannot_fit_is_not_tried(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**31))
+    (row,) = steps.ours(SD15, next(steps.ladder(SD15)), torch.device("cuda"), 0.01)
+    assert row["failed"] == "not tried: 1 GiB are free" and row["GiB, estimated"] > 30
+
+
+def test_the_headlines_come_first_and_are_predicted():
+    found = [check.name for check in steps.checks(torch.device("cpu"), False, 1.0)]
+    assert found[0].startswith("SD 1.5") and "16 pairs" in found[0] and "2 pairs" in found[1]
+    assert "the peers' step" in found[2] and "the peers' step" in found[3]
+    assert SD15.predicted[16] == (60.0, 0.29) and SDXL.predicted[4] == (9.2, 0.38)
+    assert {setting.pairs for setting in steps.ladder(SDXL)} >= {2, 4}
