@@ -52,7 +52,7 @@ def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_pa
     held = ["--validation-fraction", "0.3", "--validate-every", "9", "--validation-draws", "1"]
     ends, trips = [], []
     for offload in ("off", "on"):
-        run = make_run(world("sdxl"), world("pairs"), tmp_path / offload, *flags, *held, "--offload", offload)
+        run = make_run(world("sd15"), world("pairs"), tmp_path / offload, *flags, *held, "--offload", offload)
         modules = [run.model.vae, *run.model.text_encoders]
         for module in modules:
             own = module.to
