@@ -40,7 +40,7 @@ from csrc_triton.runtime import PINNED, on_its_device, registers, runs_triton, w
 class PairErrors(NamedTuple):
     """What `pair_errors` returns: fp32, or float64 for a float64 policy. Holes are 0 everywhere.
 
-    `logit`, `difference` and `errors` carry gradients to the policy; the tables do not.
+    `logit`, `difference` and `errors` carry gradients to the policy; the others do not.
     """
 
     logit: torch.Tensor  # [B] z
@@ -48,6 +48,11 @@ class PairErrors(NamedTuple):
     errors: torch.Tensor  # [4, B]: policy win, policy lose, reference win, reference lose
     table_sum: torch.Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep
     table_count: torch.Tensor  # [T]: their number
+    gain: torch.Tensor  # [B]: d logit / d difference, -(beta/2) weight(t); 0 without a reference
+    product: torch.Tensor  # [B]: mean of (policy - target) of the win times that of the lose half
+    sizes: torch.Tensor | None = (
+        None  # [2, 2B]: root mean squares of the predictions, policy and reference, where taken
+    )
 
 
 class Target(NamedTuple):
@@ -86,7 +91,7 @@ class Target(NamedTuple):
 
 @on_its_device
 def _launch_forward(policy, reference, recorded, target: Target, timesteps, prob, usable, weight, correction, beta):
-    """(logit [B], difference [B], errors [4, B], gain [B], tables [2, T]) in fp32. One kernel; its ticket is zeroed
+    """(logit [B], difference [B], errors [4, B], gain [B], product [B], tables [2, T]) in fp32. One kernel; its ticket is zeroed
     before it.
     """
     policy, policy_last = addressable(policy)
@@ -96,20 +101,20 @@ def _launch_forward(policy, reference, recorded, target: Target, timesteps, prob
     splits = triton.cdiv(elements, BLOCK)
     splits_block = triton.next_power_of_2(splits)
     floats = {"dtype": torch.float32, "device": policy.device}
-    logit, difference, gain = (torch.empty(batch, **floats) for _ in range(3))
+    logit, difference, gain, product = (torch.empty(batch, **floats) for _ in range(4))
     errors, tables = torch.empty(4, batch, **floats), torch.empty(2, length, **floats)
-    partials = torch.empty(5, batch, splits, dtype=torch.float64, device=policy.device)
+    partials = torch.empty(6, batch, splits, dtype=torch.float64, device=policy.device)
     ticket = torch.zeros(1, dtype=torch.int32, device=policy.device)
     pointers, flags = target.launch_arguments(batch)
     pair_errors_kernel[(splits, batch)](
         policy, reference, recorded, *pointers, timesteps, prob, usable, weight, correction, beta,
-        partials, ticket, logit, difference, errors, gain, tables,
+        partials, ticket, logit, difference, errors, gain, product, tables,
         batch, channels, height * width, elements, float(elements), length,
         POLICY_LAST=policy_last, REFERENCE_LAST=reference_last, **flags,
         BLOCK=BLOCK, PAIRS=max(1, PAIR_TILE // splits_block), SPLITS=splits_block,
         num_warps=WARPS, **PINNED, **registers(REGISTERS[policy.element_size()]),
     )  # fmt: skip
-    return logit, difference, errors, gain, tables
+    return logit, difference, errors, gain, product, tables
 
 
 @on_its_device
@@ -145,7 +150,10 @@ def _forward_reference(policy, reference, recorded, target: Target, timesteps, p
     live_samples = live.repeat(2).view(-1, 1, 1, 1)
     aim = torch.where(live_samples, target.tensor(policy, timesteps), 0.0)
     prediction = torch.where(live_samples, wide(policy), 0.0)
-    win, lose = (prediction - aim).square().flatten(1).mean(1).chunk(2)
+    residual = prediction - aim
+    win, lose = residual.square().flatten(1).mean(1).chunk(2)
+    residual_win, residual_lose = residual.detach().flatten(1).chunk(2)
+    product = (residual_win * residual_lose).mean(1)
     zero = torch.zeros_like(win)
     frozen_win, frozen_lose, d, z, gain = zero, zero, zero, zero, zero
     if reference is not None:
@@ -162,7 +170,7 @@ def _forward_reference(policy, reference, recorded, target: Target, timesteps, p
         z = -(0.5 * beta) * (weight[timesteps] * d + torch.where(prob == 0.5, 0.0, correction[timesteps]))
     errors = torch.stack((win, lose, frozen_win, frozen_lose))
     tables = _table_sums(d.detach(), timesteps, live & (prob > 0.5), weight.shape[0])
-    return *(torch.where(live, value, 0.0) for value in (z, d, errors, gain)), tables
+    return *(torch.where(live, value, 0.0) for value in (z, d, errors, gain, product)), tables
 
 
 def _backward_reference(slopes, policy, target: Target, timesteps, usable) -> torch.Tensor:
@@ -195,7 +203,7 @@ def _pair_errors(
     weight: torch.Tensor,
     correction: torch.Tensor,
     beta: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     run = _launch_forward if runs_triton(policy) else _forward_reference
     target = Target(given, latents, of_noise, of_data, keys, draws, seed)
     return run(policy, reference, recorded, target, timesteps, prob, usable, weight, correction, beta)
@@ -207,7 +215,7 @@ def _(
     timesteps, prob, usable, weight, correction, beta,
 ):  # fmt: skip
     batch, floats = policy.shape[0] // 2, {"dtype": wide(policy).dtype}
-    shapes = ((batch,), (batch,), (4, batch), (batch,), (2, weight.shape[0]))
+    shapes = ((batch,), (batch,), (4, batch), (batch,), (batch,), (2, weight.shape[0]))
     return tuple(policy.new_empty(shape, **floats) for shape in shapes)
 
 
@@ -252,7 +260,7 @@ def slopes(gain, grad_logit, grad_difference, grad_errors) -> torch.Tensor:
     return both if grad_errors is None else both + grad_errors[:2]
 
 
-def _backward(ctx, grad_logit, grad_difference, grad_errors, grad_gain, grad_tables):
+def _backward(ctx, grad_logit, grad_difference, grad_errors, *_):
     gain, *saved = ctx.saved_tensors
     return _pair_errors_backward(slopes(gain, grad_logit, grad_difference, grad_errors), *saved), *[None] * 15
 
@@ -309,9 +317,9 @@ def _checked(
     return policy, reference, plain(recorded), aim, (timesteps, *tables)
 
 
-def _result(logit, difference, errors, gain, tables) -> PairErrors:
+def _result(logit, difference, errors, gain, product, tables) -> PairErrors:
     tables = tables.detach()
-    return PairErrors(logit, difference, errors, tables[0], tables[1])
+    return PairErrors(logit, difference, errors, tables[0], tables[1], gain.detach(), product.detach())
 
 
 def pair_errors(

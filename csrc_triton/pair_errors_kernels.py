@@ -70,10 +70,10 @@ def _mean_of_partials(address, mask, share):
 @triton.jit
 def _finish_pairs(
     partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
-    logit_ptr, difference_ptr, errors_ptr, gain_ptr, pair, batch, splits, count,
+    logit_ptr, difference_ptr, errors_ptr, gain_ptr, product_ptr, pair, batch, splits, count,
     REFERENCE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Errors, difference, logit and gain of the pairs `pair` [PAIRS] from their partial sums, added in a fixed order."""
+    """Errors, difference, logit, gain and product of the pairs `pair` [PAIRS] from their partial sums, added in a fixed order."""
     inside = pair < batch
     split = tl.arange(0, SPLITS)[None, :]
     address = partials_ptr + pair[:, None] * splits + split
@@ -82,6 +82,7 @@ def _finish_pairs(
     share = 1.0 / tl.full((1,), count, tl.float64)
     policy_win = _mean_of_partials(address, partial, share)
     policy_lose = _mean_of_partials(address + stride, partial, share)
+    product = _mean_of_partials(address + 5 * stride, partial, share)
     zero = policy_win * 0.0
     reference_win, reference_lose, d, z, gain = zero, zero, zero, zero, zero
     if REFERENCE:
@@ -106,6 +107,7 @@ def _finish_pairs(
     tl.store(logit_ptr + pair, tl.where(live, z, 0.0), mask=inside)
     tl.store(difference_ptr + pair, tl.where(live, d, 0.0), mask=inside)
     tl.store(gain_ptr + pair, tl.where(live, gain, 0.0), mask=inside)
+    tl.store(product_ptr + pair, tl.where(live, product, 0.0), mask=inside)
     rows = (policy_win, policy_lose, reference_win, reference_lose)
     for row in tl.static_range(4):
         tl.store(errors_ptr + row * batch + pair, tl.where(live, rows[row], 0.0), mask=inside)
@@ -164,12 +166,13 @@ def pair_errors_kernel(
     weight_ptr,  # [T] fp32
     correction_ptr,  # [T] fp32
     beta_ptr,  # [] fp32
-    partials_ptr,  # [5, B, splits] fp64 workspace
+    partials_ptr,  # [6, B, splits] fp64 workspace
     ticket_ptr,  # [1] int32, zero
     logit_ptr,  # [B] fp32
     difference_ptr,  # [B] fp32
     errors_ptr,  # [4, B] fp32: policy win, policy lose, reference win, reference lose
     gain_ptr,  # [B] fp32: d logit / d difference
+    product_ptr,  # [B] fp32: mean of the win residual times the lose residual
     tables_ptr,  # [2, T] fp32: sum of d, count
     batch,  # B
     channels,
@@ -207,6 +210,7 @@ def pair_errors_kernel(
     error_win, error_lose = win - target_win, lose - target_lose
     tl.store(place, _sum(error_win * error_win, mask, BLOCK))
     tl.store(place + stride, _sum(error_lose * error_lose, mask, BLOCK))
+    tl.store(place + 5 * stride, _sum(error_win * error_lose, mask, BLOCK))
     if REFERENCE:
         offset = element_offsets(element, channels, pixels, REFERENCE_LAST)
         frozen_win = tl.load(reference_ptr + win_start + offset, mask=mask, other=0.0).to(tl.float32)
@@ -226,8 +230,8 @@ def pair_errors_kernel(
         for first_pair in range(0, batch, PAIRS):
             _finish_pairs(
                 partials_ptr, recorded_ptr, timesteps_ptr, prob_ptr, usable_ptr, weight_ptr, correction_ptr, beta_ptr,
-                logit_ptr, difference_ptr, errors_ptr, gain_ptr, first_pair + tl.arange(0, PAIRS), batch, splits, count,
-                REFERENCE, SPLITS,
+                logit_ptr, difference_ptr, errors_ptr, gain_ptr, product_ptr, first_pair + tl.arange(0, PAIRS), batch, splits,
+                count, REFERENCE, SPLITS,
             )  # fmt: skip
         _write_tables(timesteps_ptr, prob_ptr, usable_ptr, difference_ptr, tables_ptr, batch, length, 32)
 
@@ -292,7 +296,7 @@ def _specimens() -> list[Specimen]:
     common |= dict.fromkeys(("batch", "channels", "pixels", "elements"), "i32") | {"count": "fp32"}
     floats = (
         "recorded_ptr", "prob_ptr", "weight_ptr", "correction_ptr", "beta_ptr",
-        "logit_ptr", "difference_ptr", "errors_ptr", "gain_ptr", "tables_ptr",
+        "logit_ptr", "difference_ptr", "errors_ptr", "gain_ptr", "product_ptr", "tables_ptr",
     )  # fmt: skip
     forward = common | dict.fromkeys(floats, "*fp32") | {"partials_ptr": "*fp64", "ticket_ptr": "*i32", "length": "i32"}
     backward = common | {"slopes_ptr": "*fp32"}

@@ -7,6 +7,7 @@ in credit.py, a new loss one in objective.py; docs/method.md says what each meth
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,21 @@ DDE = Paper(
     "Prioritize Denoising Steps on Diffusion Model Preference Alignment via Explicit Denoised Distribution Estimation",
     "2411.14871",
 )
+IPO = Paper("A General Theoretical Paradigm to Understand Learning from Human Preferences", "2310.12036")
+ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedback", "2403.00409")
+APO = Paper(
+    "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+    "2408.06266",
+)
+POLY = Paper("ViPO: Visual Preference Optimization at Scale", "2604.24953")
+SDPO = Paper("Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", "2511.03317")
+KTO = Paper("Aligning Diffusion Models by Optimizing Human Utility", "2404.04465")
+MAPO = Paper("Margin-aware Preference Optimization for Aligning Diffusion Models without Reference", "2406.06424")
+SMPO = Paper(
+    "Smoothed Preference Optimization via ReNoise Inversion for Aligning Diffusion Models with Varied Human Preferences",
+    "2506.02698",
+)
+DMPO = Paper("Divergence Minimization Preference Optimization for Diffusion Model Alignment", "2507.07510")
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Method:
     settings: frozenset[str]  # the method-specific settings that it reads
 
 
-PREFERENCE = frozenset({"beta", "loss", "label_smoothing", "sft_weight"})
+PREFERENCE = frozenset({"beta", "loss", "loss_alpha", "label_smoothing", "sft_weight"})
 STEPWISE = frozenset({"rho", "sigma2", "kappa"})
 
 _ROWS = (
@@ -95,6 +111,36 @@ _ROWS = (
         settings=PREFERENCE | STEPWISE | {"weight_cap"},
     ),
     Method(
+        name="sdpo",
+        title="Diffusion-SDPO (safeguarded Diffusion-DPO)",
+        papers=(DIFFUSION_DPO, SDPO),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=True,
+        settings=PREFERENCE | {"safeguard"},
+    ),
+    Method(
+        name="kto",
+        title="Diffusion-KTO",
+        papers=(KTO,),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=True,
+        settings=frozenset({"beta", "label_smoothing", "kto_center"}),
+    ),
+    Method(
+        name="mapo",
+        title="MaPO (no reference)",
+        papers=(MAPO,),
+        weight="uniform",
+        correction=False,
+        images="pair",
+        reference=False,
+        settings=frozenset({"mapo_weight", "mapo_scale", "label_smoothing"}),
+    ),
+    Method(
         name="sft",
         title="supervised fine-tuning on the preferred images",
         papers=(),
@@ -116,8 +162,58 @@ class Start(NamedTuple):
     pull: float  # |f'(0)|
 
 
-# The shapes of the pairwise loss by the value of --loss; objective.py has their functions.
-SHAPES = {"sigmoid": Start(math.log(2), 0.5), "hinge": Start(1.0, 1.0), "ipo": Start(0.25, 1.0)}
+class Alpha(NamedTuple):
+    """The constant of a shape, --loss-alpha."""
+
+    default: float
+    low: float  # excluded
+    high: float  # excluded
+    words: str
+
+
+class Shape(NamedTuple):
+    """A shape of the pairwise loss; objective.py has its function."""
+
+    title: str  # in the report and the model card; empty for the usual one
+    start: Callable[[float], Start]  # from its constant (0 where it has none), at p = 1
+    alpha: Alpha | None = None
+    paper: Paper | None = None
+
+    def start_of(self, alpha: float | None = None, smoothing: float = 0.0) -> Start:
+        """Where a run begins with this constant, or the shape's own, and hard labels, smoothed or not."""
+        found = self.start((0.0 if self.alpha is None else self.alpha.default) if alpha is None else alpha)
+        return found._replace(pull=found.pull * (1 - 2 * smoothing))
+
+
+def _dmpo_start(a: float) -> Start:
+    return Start(-math.log(2 * math.sqrt(a * (1 - a))), 0.25 * math.log((1 - a) / a))
+
+
+# The shapes of the pairwise loss by the value of --loss.
+SHAPES = {
+    "sigmoid": Shape("", lambda _: Start(math.log(2), 0.5)),
+    "hinge": Shape("hinge", lambda _: Start(1.0, 1.0)),
+    "ipo": Shape("IPO", lambda _: Start(0.25, 1.0), paper=IPO),
+    "robust": Shape(
+        "robust to wrong labels",
+        lambda e: Start(math.log(2), 0.5 + e / (1 - 2 * e)),
+        Alpha(0.1, 0.0, 0.5, "share of labels that are the wrong way round"),
+        ROBUST,
+    ),
+    "apo-zero": Shape("APO-zero", lambda _: Start(1.0, 0.25), paper=APO),
+    "poly": Shape(
+        "Poly-DPO", lambda a: Start(math.log(2) + a / 2, 0.5 + a / 4), Alpha(8.0, -1.0, 1e4, "its weight a"), POLY
+    ),
+    "dmpo": Shape("DMPO", _dmpo_start, Alpha(0.01, 0.0, 0.5, "probability aimed at for the other image"), DMPO),
+    "smpo": Shape(
+        "scaled by soft labels", lambda g: Start(math.log(2), 0.5 * g), Alpha(10.0, 0.0, 1e4, "factor of 2 p - 1"), SMPO
+    ),
+}
+
+
+def constants() -> str:
+    """The shapes that have a constant, as `--help` names them: "dmpo 0.01, poly 8, ..."."""
+    return ", ".join(f"{name} {row.alpha.default:g}" for name, row in SHAPES.items() if row.alpha is not None)
 
 
 def readers(setting: str) -> str:

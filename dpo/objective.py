@@ -14,7 +14,9 @@ differentiable in z, d and the errors, in any float dtype; a new objective needs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +27,15 @@ from csrc_triton.pair_errors import PairErrors, pair_errors
 
 
 class Shape(NamedTuple):
-    """The shape of a pairwise loss: p f(z) + (1 - p) f(-z) [B] from the logit z [B] and the label p [B] in [1/2, 1].
+    """The shape of a pairwise loss, from the logit z [B] and the label p [B] in [1/2, 1] to a loss [B].
 
-    `slope` is the derivative by z, given where autograd's own would lose digits; None leaves it to autograd.
+    `slope` is the derivative by z, given where autograd's own would lose digits or cost a second pass; None leaves it to
+    autograd. `sides`: the loss is not of z = cw - cl alone but of both, and takes cw + cl [B] as a third number.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor] | None = None
+    loss: Callable[..., Tensor]
+    slope: Callable[..., Tensor] | None = None
+    sides: bool = False
 
 
 def sigmoid(z: Tensor, p: Tensor) -> Tensor:
@@ -53,6 +57,11 @@ def hinge(z: Tensor, p: Tensor) -> Tensor:
     return p * F.relu(1 - z) + (1 - p) * F.relu(1 + z)
 
 
+def hinge_slope(z: Tensor, p: Tensor) -> Tensor:
+    """The derivative of `hinge` by z; 0 at its kinks."""
+    return (1 - p) * (z > -1) - p * (z < 1)
+
+
 def ipo(z: Tensor, p: Tensor) -> Tensor:
     """f(z) = (z - 1/2)^2, Azar et al. 2023 (arXiv 2310.12036).
 
@@ -66,8 +75,139 @@ def ipo_slope(z: Tensor, p: Tensor) -> Tensor:
     return 2 * z + (1 - 2 * p)
 
 
+def robust(z: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    """((1 - e) f(z) - e f(-z)) / (1 - 2 e), f = -logsigmoid, e = alpha: the share of labels that are the wrong way round.
+
+    Chowdhury et al. 2024 (arXiv 2403.00409). f(-z) = f(z) + z makes it `sigmoid` with a p above 1. Unbounded below: the
+    slope for large z is -e / (1 - 2 e).
+    """
+    return sigmoid(z, unflipped(p, alpha))
+
+
+def robust_slope(z: Tensor, p: Tensor, alpha: float = 0.1) -> Tensor:
+    """The derivative of `robust` by z."""
+    return sigmoid_slope(z, unflipped(p, alpha))
+
+
+def unflipped(p: Tensor, flipped: float) -> Tensor:
+    """The label of which `p` is what remains when a share `flipped` of labels is turned round: outside [0, 1]."""
+    return p + flipped / (1 - 2 * flipped) * (2 * p - 1)
+
+
+def poly(z: Tensor, p: Tensor, alpha: float = 8.0) -> Tensor:
+    """f(z) + a (1 - s(z)), f = -logsigmoid, a = alpha (arXiv 2604.24953); a = 0 is `sigmoid`."""
+    return sigmoid(z, p) + alpha * (p * torch.sigmoid(-z) + (1 - p) * torch.sigmoid(z))
+
+
+def poly_slope(z: Tensor, p: Tensor, alpha: float = 8.0) -> Tensor:
+    """The derivative of `poly` by z."""
+    return sigmoid_slope(z, p) + alpha * (1 - 2 * p) * torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+def dmpo(z: Tensor, p: Tensor, alpha: float = 0.01) -> Tensor:
+    """KL(Bernoulli(s(z)) || Bernoulli(1 - a)), a = alpha (arXiv 2507.07510): least at z = log((1 - a) / a)."""
+    entropy = torch.sigmoid(z) * F.logsigmoid(z) + torch.sigmoid(-z) * F.logsigmoid(-z)
+    right = p * torch.sigmoid(z) + (1 - p) * torch.sigmoid(-z)
+    wrong = p * torch.sigmoid(-z) + (1 - p) * torch.sigmoid(z)
+    return entropy - right * math.log1p(-alpha) - wrong * math.log(alpha)
+
+
+def dmpo_slope(z: Tensor, p: Tensor, alpha: float = 0.01) -> Tensor:
+    """The derivative of `dmpo` by z."""
+    aim = math.log1p(-alpha) - math.log(alpha)
+    return torch.sigmoid(z) * torch.sigmoid(-z) * (z - (2 * p - 1) * aim)
+
+
+def smpo(z: Tensor, p: Tensor, alpha: float = 10.0) -> Tensor:
+    """-logsigmoid(g (2 p - 1) z), g = alpha: a soft label scales its pair's logit, and is not weighed in again."""
+    return -F.logsigmoid(alpha * (2 * p - 1) * z)
+
+
+def smpo_slope(z: Tensor, p: Tensor, alpha: float = 10.0) -> Tensor:
+    """The derivative of `smpo` by z."""
+    scale = alpha * (2 * p - 1)
+    return -scale * torch.sigmoid(-scale * z)
+
+
+def apo_zero(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """(1 - s(cw)) + s(cl) with cw - cl = z, cw + cl = `both`, D'Oosterlinck et al. 2024 (arXiv 2408.06266).
+
+    Its minimum makes winners likelier than under the reference and losers less likely, not only their difference.
+    """
+    win, lose = torch.sigmoid((both + z) / 2), torch.sigmoid((both - z) / 2)
+    return 1 - (2 * p - 1) * (win - lose)
+
+
+def apo_zero_slope(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """The derivative of `apo_zero` by z."""
+    win, lose = (both + z) / 2, (both - z) / 2
+    bend = torch.sigmoid(win) * torch.sigmoid(-win) + torch.sigmoid(lose) * torch.sigmoid(-lose)
+    return (0.5 - p) * bend
+
+
 # Each is in methods.SHAPES too, which --loss and the report read without importing torch.
-SHAPES = {"sigmoid": Shape(sigmoid, sigmoid_slope), "hinge": Shape(hinge), "ipo": Shape(ipo, ipo_slope)}
+SHAPES = {
+    "sigmoid": Shape(sigmoid, sigmoid_slope),
+    "hinge": Shape(hinge, hinge_slope),
+    "ipo": Shape(ipo, ipo_slope),
+    "robust": Shape(robust, robust_slope),
+    "apo-zero": Shape(apo_zero, apo_zero_slope, sides=True),
+    "poly": Shape(poly, poly_slope),
+    "dmpo": Shape(dmpo, dmpo_slope),
+    "smpo": Shape(smpo, smpo_slope),
+}
+
+
+def with_alpha(shape: Shape, alpha: float | None) -> Shape:
+    """`shape` with its constant set; None leaves its default, and shapes without one take None alone."""
+    if alpha is None:
+        return shape
+    slope = None if shape.slope is None else partial(shape.slope, alpha=alpha)
+    return shape._replace(loss=partial(shape.loss, alpha=alpha), slope=slope)
+
+
+def kto(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """The mean over both images of 1 - s(cw - c) and 1 - s(c - cl), `both` = cw + cl - 2 c: each image by its own label.
+
+    Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with c its centre. It is half of `apo_zero`, moved by c.
+    """
+    return 0.5 * apo_zero(z, p, both)
+
+
+def kto_slope(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+    """The derivative of `kto` by z."""
+    return 0.5 * apo_zero_slope(z, p, both)
+
+
+KTO = Shape(kto, kto_slope, sides=True)
+
+
+def centre_of(both: Tensor, live: Tensor) -> Tensor:
+    """KTO's centre from cw + cl [B] of a micro-batch, as its authors take it: their mean for an image, at least 0."""
+    shares = torch.where(live, both.detach() / 2, 0.0)
+    return (shares.sum() / live.sum().clamp_min(1)).clamp_min(0)
+
+
+class Odds(NamedTuple):
+    """The constants of MaPO's loss."""
+
+    weight: float = 0.1  # b
+    scale: float = 0.5  # s
+
+
+def odds_loss(win: Tensor, lose: Tensor, p: Tensor, odds: Odds) -> Tensor:
+    """Lw - b logsigmoid(1000 (phi(Lw) - phi(Ll))), phi(x) = s x / (e^(s x) - 1), from the policy's errors [B]: no reference.
+
+    MaPO, Hong et al. 2024 (arXiv 2406.06424); for a label p the mean over both orders.
+    """
+    margin = 1000 * (_falling(odds.scale * win) - _falling(odds.scale * lose))
+    return p * win + (1 - p) * lose + odds.weight * sigmoid(margin, p)
+
+
+def _falling(x: Tensor) -> Tensor:
+    """x / (e^x - 1) for x >= 0, 1 at 0. expm1: e^x - 1 is off by 5 % at 1e-6 in fp32."""
+    small = x.clamp_min(torch.finfo(x.dtype).tiny)
+    return small / torch.expm1(small)
 
 
 class PairTerms(NamedTuple):
@@ -81,6 +221,8 @@ class PairTerms(NamedTuple):
     difference: Tensor  # [B] d: negative when the policy prefers the winner
     errors: Tensor  # [4, B]: policy win, policy lose, reference win, reference lose
     accuracy: Tensor  # [B]: 1 where d < 0, 0.5 where d == 0, else 0
+    pull: Tensor  # [B]: |d loss / d z|; nan without a pairwise loss
+    sizes: Tensor  # [2, B]: root mean square of the predictions of policy and reference, over both images; nan if not taken
     timesteps: Tensor  # [B] int64
     table_sum: Tensor  # [T]: sum of d over the usable pairs with p > 1/2 at each timestep, for DDE's table
     table_count: Tensor  # [T]: number of those pairs
@@ -109,25 +251,55 @@ def pair_loss(
     *,
     shape: str | None = "sigmoid",
     sft_weight: float = 0.0,
+    alpha: float | None = None,
+    safeguard: float | None = None,
+    odds: Odds | None = None,
+    norm_penalty: float = 0.0,
+    center: Tensor | str | None = None,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
     prob [B] in [1/2, 1]: probability that "win" is preferred (1 hard label, 0.5 tie, 1 - s under label smoothing);
     usable [B]: 0 marks a hole; timesteps [B] int64. Where they are left out labels are hard, no pair is a hole, and the
     timesteps 0. `shape` names one of SHAPES; None is supervised training: the loss is the preferred image's own error.
-    `sft_weight` adds that error to a pairwise loss.
+    `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default;
+    `safeguard` bounds the losers' gradients (`safeguarded`). `odds`: MaPO's loss in the place of a pairwise one.
+    `norm_penalty`: weight of what the policy's predictions are larger than the reference's (`excess`).
+    `center`: of KTO's loss, in the place of another: a 0-d tensor in units of the logit, or "batch" for `centre_of`.
     """
     prob = torch.ones_like(found.difference) if prob is None else prob
     usable = torch.ones_like(found.difference) if usable is None else usable
     timesteps = torch.zeros_like(found.difference, dtype=torch.int64) if timesteps is None else timesteps
     live = usable > 0
     win = found.errors[0]
-    if shape is None:
-        loss = win
+    if odds is not None:
+        nothing = torch.full_like(win, torch.nan)  # of what needs a reference
+        found = found._replace(
+            logit=nothing, difference=nothing, errors=torch.stack((*found.errors[:2], nothing, nothing))
+        )
+        loss = odds_loss(found.errors[0], found.errors[1], prob.to(win.dtype), odds)
+        pull = torch.full_like(win, torch.nan)
+    elif shape is None and center is None:
+        loss, pull = win, torch.full_like(win, torch.nan)
     else:
-        loss = shaped(found.logit, prob.to(found.logit.dtype), SHAPES[shape])
+        kind, p = KTO if shape is None else with_alpha(SHAPES[shape], alpha), prob.to(found.logit.dtype)
+        found = found if safeguard is None else safeguarded(found, safeguard)
+        more: tuple[Tensor, ...] = (summed(found),) if kind.sides else ()
+        if center is not None:
+            both = more[0]
+            more = (both - 2 * (center if isinstance(center, Tensor) else centre_of(both, live)),)
+        loss = shaped(found.logit, p, kind, *more)
+        wide = (part.detach().double() for part in (found.logit, p, *more))  # fp32 would show how a batch was cut
+        pull = slope(kind, *wide).abs().to(loss.dtype)
         if sft_weight:
             loss = loss + sft_weight * win
+    sizes = found.sizes
+    if norm_penalty:
+        assert sizes is not None, "a penalty on the predictions' size needs those of the reference"
+        loss = loss + norm_penalty * excess(sizes)
+    taken = (
+        torch.full_like(found.errors[:2], torch.nan) if sizes is None else sizes.detach().unflatten(1, (2, -1)).mean(1)
+    )
     accuracy = torch.where(live, implicit_accuracy(found.difference.detach()), 0.0)
     return PairTerms(
         torch.where(live, loss, 0.0),
@@ -135,24 +307,64 @@ def pair_loss(
         found.difference.detach(),
         found.errors.detach(),
         accuracy,
+        torch.where(live, pull.detach(), 0.0),
+        torch.where(live, taken.to(found.errors.dtype), 0.0),
         timesteps,
         found.table_sum,
         found.table_count,
     )
 
 
-def shaped(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
-    """The loss [B] of `shape` from z [B] and p [B]; its backward uses the shape's slope where there is one."""
-    return shape.loss(z, p) if shape.slope is None else _WithSlope.apply(z, p, shape)
+def sizes_of(policy: Tensor, reference: Tensor) -> Tensor:
+    """[2, 2B]: root mean squares over C, H, W of predictions [2B, C, H, W], in fp32 or wider; gradient 0 where one is 0."""
+    wide = torch.promote_types(policy.dtype, torch.float32)
+    rows = [torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=wide) for x in (policy, reference)]
+    return torch.stack(rows) / math.sqrt(policy[0].numel())
 
 
-def slope(z: Tensor, p: Tensor, shape: Shape) -> Tensor:
+def excess(sizes: Tensor) -> Tensor:
+    """max(0, |policy| - |reference|) [B], the mean over both images; sizes [2, 2B] as of `sizes_of`."""
+    policy, reference = sizes
+    return F.relu(policy - reference.detach()).unflatten(0, (2, -1)).mean(0)
+
+
+def safeguarded(found: PairErrors, margin: float) -> PairErrors:
+    """`found` with the gradient by each loser's error times min(1, (1 - m) |gw|^2 / (gw . gl)), m = `margin` in [0, 1].
+
+    1 where gw . gl <= 0. gw and gl are the gradients of the two errors by the prediction, so that a step along both does
+    not raise the winner's error to first order (Diffusion-SDPO, arXiv 2511.03317). No value changes. The published code
+    takes one factor for a micro-batch; here each pair has its own.
+    """
+    win, lose = found.errors[:2]
+    bound = (1 - margin) * win.detach() / found.product
+    factor = torch.where(found.product > 0, bound.clamp(max=1.0), 1.0)
+    moved = (factor - 1) * (lose - lose.detach())  # 0, with the gradient that goes
+    zero = torch.zeros_like(moved)
+    return found._replace(
+        logit=found.logit - found.gain * moved,
+        difference=found.difference - moved,
+        errors=found.errors + torch.stack((zero, moved, zero, zero)),
+    )
+
+
+def summed(found: PairErrors) -> Tensor:
+    """cw + cl [B], cw = -(beta/2) (weight(t) (Lw - Rw) + C(t)/2) and cl = -(beta/2) (weight(t) (Ll - Rl) - C(t)/2)."""
+    policy_win, policy_lose, reference_win, reference_lose = found.errors
+    return found.gain * ((policy_win - reference_win) + (policy_lose - reference_lose))
+
+
+def shaped(z: Tensor, p: Tensor, shape: Shape, *more: Tensor) -> Tensor:
+    """The loss [B] of `shape` from z [B] and p [B]; its backward uses the shape's slope where z is all that it is of."""
+    return shape.loss(z, p, *more) if shape.slope is None or more else _WithSlope.apply(z, p, shape)
+
+
+def slope(shape: Shape, z: Tensor, p: Tensor, *more: Tensor) -> Tensor:
     """The derivative [B] of the loss of `shape` by z [B], for p [B]: how strongly each pair pulls at the policy."""
     if shape.slope is not None:
-        return shape.slope(z, p)
+        return shape.slope(z, p, *more)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        return torch.autograd.grad(shape.loss(z, p).sum(), z)[0]
+        return torch.autograd.grad(shape.loss(z, p, *more).sum(), z)[0]
 
 
 class _WithSlope(torch.autograd.Function):
@@ -171,5 +383,5 @@ class _WithSlope(torch.autograd.Function):
 
 
 def implicit_accuracy(d: Tensor) -> Tensor:
-    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, else 0: [B], without the correction."""
-    return (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype)
+    """1 where the policy moved towards the win image (d < 0), 0.5 where d == 0, nan where it is nan, else 0: [B]."""
+    return torch.where(d.isnan(), d, (d < 0).to(d.dtype) + 0.5 * (d == 0).to(d.dtype))

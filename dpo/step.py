@@ -19,7 +19,7 @@ from dpo.common.device import moved
 from dpo.encode import Inputs
 from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
-from dpo.objective import PairTerms, pair_loss
+from dpo.objective import Odds, PairTerms, pair_loss, sizes_of
 from dpo.schedule import NoisePath
 
 
@@ -39,14 +39,36 @@ class PairStep:
     seed: Tensor  # 0-d int64
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
+    alpha: float | None = None  # the shape's constant; None: its default
+    norm_penalty: float = 0.0
+    center: Tensor | str | None = None  # of KTO: 0-d, or "batch"
+    odds: Odds | None = None  # of MaPO, which has no pairwise loss
+    safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
     dtype: torch.dtype = torch.float32  # of x_t: fp64 / bf16 where the weights are
     masks: Masks | None = None  # of dropout inside the adapters; None without
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
         """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
-        found, t = self.errors(x, correction, recorded, wins_only=self.shape is None)
-        return pair_loss(found, x.prob, x.usable, t, shape=self.shape, sft_weight=self.sft_weight)
+        found, t = self.errors(x, correction, recorded, wins_only=self.supervised)
+        return pair_loss(
+            found,
+            x.prob,
+            x.usable,
+            t,
+            shape=self.shape,
+            sft_weight=self.sft_weight,
+            alpha=self.alpha,
+            safeguard=self.safeguard,
+            odds=self.odds,
+            norm_penalty=self.norm_penalty,
+            center=self.center,
+        )
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the preferred images alone are trained on."""
+        return self.shape is None and self.odds is None and self.center is None
 
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False
@@ -87,6 +109,10 @@ class PairStep:
             of_noise=self.path.of_noise if mixed else None,
             of_data=self.path.of_data if mixed else None,
         )
+        if reference is not None:
+            usable = (x.usable > 0).repeat(2).view(-1, 1, 1, 1)  # what a hole holds must not reach a gradient
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_penalty > 0):
+                found = found._replace(sizes=sizes_of(*(torch.where(usable, p, 0.0) for p in (policy, reference))))
         return found, t
 
     def latents(self, x: Inputs) -> Tensor:

@@ -58,12 +58,16 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
         run.metrics.add(terms, inputs.prob, inputs.usable)
     usable = run.gather(usable)
     norm = run.updater.grad_norm(usable / run.nominal)
-    figures = run.metrics.read(run.step.shape, {"grad_norm": norm}, run.tables(correction), run.nominal)
+    figures = run.metrics.read({"grad_norm": norm}, run.tables(correction), run.nominal)
     run.check_finite(figures)
+    for one in run.following:
+        figures |= one.figures()
     if usable:
         run.whole = False  # until the update is counted
         run.updater.update(rate, norm, run.done)
         run.table.commit()
+        for one in run.following:
+            one.after(figures)
     return figures
 
 

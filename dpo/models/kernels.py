@@ -25,6 +25,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from csrc_triton.geglu import geglu
@@ -117,6 +118,16 @@ def spatial_output_forward(self: Transformer2DModel, hidden_states, residual, ba
     return hidden_states + residual
 
 
+def upsample_forward(self: Upsample2D, hidden_states, output_size=None, *args, **kwargs):
+    """Each pixel four times, then the convolution. Diffusers copies 64 samples and more to NCHW before torch's own upsampling."""
+    if output_size is not None:
+        return type(self).forward(self, hidden_states, output_size, *args, **kwargs)
+    rows, channels, height, width = hidden_states.shape
+    pixels = hidden_states.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    four = pixels.reshape(rows, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+    return self.conv(four)  # type: ignore[misc]  # _patch_upsample checked it
+
+
 def _is_group_norm(norm: nn.Module | None) -> TypeGuard[nn.GroupNorm]:
     return type(norm) is nn.GroupNorm and norm.affine
 
@@ -196,6 +207,19 @@ def _patch_resnet(patched: Patched, module: ResnetBlock2D) -> bool:
     return True
 
 
+def _patch_upsample(patched: Patched, module: Upsample2D) -> bool:
+    if not (
+        module.use_conv
+        and not module.use_conv_transpose
+        and module.interpolate
+        and module.norm is None
+        and module.name == "conv"
+    ):
+        return False
+    patched.replace(module, upsample_forward)
+    return True
+
+
 def _patch_transformer_block(patched: Patched, module: BasicTransformerBlock) -> bool:
     if not _is_known_transformer_block(module):
         return False
@@ -216,6 +240,7 @@ PATCHES: dict[type[nn.Module], Callable[[Patched, Any], bool]] = {
     ResnetBlock2D: _patch_resnet,
     BasicTransformerBlock: _patch_transformer_block,
     Transformer2DModel: _patch_spatial_transformer,
+    Upsample2D: _patch_upsample,
 }
 
 

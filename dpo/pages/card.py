@@ -20,9 +20,10 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 SETTINGS = (
-    "method", "beta", "loss", "label_smoothing", "sft_weight", "gamma", "learning_rate", "scheduler",
-    "warmup", "optimizer", "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution",
-    "caption_dropout", "precision", "unet_init", "lora_init",
+    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center", "mapo_weight",
+    "mapo_scale", "label_smoothing", "sft_weight", "norm_penalty", "gamma", "learning_rate", "scheduler", "warmup", "optimizer",
+    "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution", "caption_dropout",
+    "precision", "unet_init", "lora_init",
 )  # fmt: skip
 
 
@@ -234,7 +235,8 @@ def _versions(run: RunFolder) -> str:
 
 
 def _papers(run: RunFolder) -> str:
-    lines = [f"- {paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" for paper in run.row.papers]
+    papers = [*run.row.papers, run.shape.paper if run.shape else None]
+    lines = [f"- {one.title}, [arXiv:{one.arxiv}](https://arxiv.org/abs/{one.arxiv})" for one in papers if one]
     return "\n".join(lines) or "None."
 
 

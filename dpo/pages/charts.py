@@ -181,7 +181,8 @@ def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, Ru
 
     def draw(axes: Axes, run: RunFolder) -> None:
         _curve(axes, run, name, colour, noisy=noisy)
-        axes.set_ylim(0, 1.15 * run.series(name)[1].max() or None)
+        values = run.series(name)[1]
+        axes.set_ylim(0, 1.15 * values[np.isfinite(values)].max(initial=0.0) or None)
         _over_updates(axes)
 
     return draw

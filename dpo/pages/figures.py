@@ -35,7 +35,12 @@ FIGURES = {
         "{:+.2e}", words="lose error vs reference", card="error on other images against the start"
     ),
     "gradient_factor": Figure("{:.3f}", words="gradient factor"),
+    "prediction_norm_ratio": Figure(
+        "{:.4f}", words="prediction norm ratio", card="size of the predictions over the reference's"
+    ),
     "grad_norm": Figure("{:.3g}"),
+    "beta": Figure("{:.4g}"),  # where it follows a target
+    "kto_center": Figure("{:.4f}"),
     "learning_rate": Figure("{:.2e}"),
     "heldout_accuracy": Figure(
         "{:.3f}", words="held-out accuracy", line="held-out {:.3f}", card="held-out preference accuracy"
@@ -49,13 +54,15 @@ FIGURES = {
 # Which page shows which figure, in its order.
 REPORT = (
     "step", "loss", "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "gradient_factor",
-    "grad_norm", "learning_rate", "pairs_per_s",
+    "prediction_norm_ratio", "grad_norm", "learning_rate", "beta", "kto_center", "pairs_per_s",
 )  # fmt: skip
 SWEEP = (
     "loss", "implicit_accuracy", "margin_mean", "gradient_factor", "win_error_vs_reference", "lose_error_vs_reference",
     "pairs_per_s",
 )  # fmt: skip
-CARD_OF_PAIRS = ("implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference")
+CARD_OF_PAIRS = (
+    "implicit_accuracy", "margin_mean", "win_error_vs_reference", "lose_error_vs_reference", "prediction_norm_ratio",
+)  # fmt: skip
 LINE = (
     "loss",
     "implicit_accuracy",

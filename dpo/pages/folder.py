@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError, reading
-from dpo.methods import METHODS, SHAPES, Method, Start
+from dpo.methods import METHODS, SHAPES, Method, Shape, Start
 from dpo.pages import kinds
 from dpo.pages.figures import DECILES
 
@@ -236,26 +236,28 @@ class RunFolder(NamedTuple):
     @property
     def row(self) -> Method:
         """The method's row in METHODS; for a method that this version does not know, dpo's row under that name."""
-        unknown = replace(METHODS["dpo"], name=self.method, title=self.method)
-        return METHODS.get(self.method, unknown)
+        return METHODS.get(self.method) or replace(METHODS["dpo"], name=self.method, title=self.method)
+
+    @property
+    def shape(self) -> Shape | None:
+        """That of the pairwise loss; None for another loss, or one that this version does not know."""
+        return SHAPES.get(str(self.setting("loss", "sigmoid"))) if "loss" in self.row.settings else None
 
     @property
     def method_name(self) -> str:
-        return self.row.title
+        return f"{self.row.title}, {self.shape.title} loss" if self.shape and self.shape.title else self.row.title
 
     @property
     def pairwise(self) -> bool:
         """Whether there are a reference and a margin to show."""
-        return self.row.images == "pair"
+        return self.row.reference
 
     @property
     def start(self) -> Start | None:
         """The loss before the first update and the pull of a pair then; None where the errors are in the loss too."""
-        found = SHAPES.get(str(self.setting("loss", "sigmoid")))
-        if found is None or not self.pairwise or self.setting("sft_weight"):
+        if self.shape is None or self.setting("sft_weight"):
             return None
-        smoothing = float(self.setting("label_smoothing") or 0.0)
-        return found._replace(pull=found.pull * (1 - 2 * smoothing))
+        return self.shape.start_of(self.setting("loss_alpha"), self.setting("label_smoothing") or 0.0)
 
     @property
     def lora(self) -> bool:
@@ -295,9 +297,7 @@ class RunFolder(NamedTuple):
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps [N] and values [N] of a figure, the updates without it left out."""
-        pairs = [
-            (update["step"], update[name]) for update in self.updates if isinstance(update.get(name), (int, float))
-        ]
+        pairs = [(one["step"], one[name]) for one in self.updates if isinstance(one.get(name), (int, float))]
         steps, values = zip(*pairs, strict=True) if pairs else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 

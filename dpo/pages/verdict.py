@@ -19,24 +19,13 @@ FEW_UPDATES = 20
 
 
 FEW_PAIRS = 300
-
-
 FEW_HELD_OUT = 100
-
-
 ENOUGH_TO_SHARE = 150  # pairs, of which some are held out unasked: dpo.data.held_out.ENOUGH
-
-
 FAITHFULNESS_LOSS = 0.04
-
-
 SATURATED = 0.1
-
-
 RISING = 0.02
-
-
 OVERFIT = 0.15
+LARGER = 1.05  # predictions of the policy over the reference's
 
 
 class Caution(NamedTuple):
@@ -209,7 +198,7 @@ def _shared(run: RunFolder) -> str:
 def warnings(run: RunFolder) -> list[Caution]:
     """All reasons to be wary, the grave ones first."""
     checks = (
-        _collapsed, _faithfulness, _both_errors_rise, _saturated, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
+        _collapsed, _faithfulness, _both_errors_rise, _saturated, _larger, _overfit, _rate, _still, _spikes, _few_pairs, _few_held_out,
         _ties, _holes,
     )  # fmt: skip
     found = [warning for check in checks if (warning := check(run)) is not None]
@@ -269,6 +258,17 @@ def _saturated(run: RunFolder) -> Caution | None:
         "The loss is saturated",
         f"Nearly every pair is already decided, so only {factor / run.start.pull:.1%} of the gradient at the start is left and "
         "further updates change little. Beta is large for this data, or the same pairs were seen too often.",
+    )
+
+
+def _larger(run: RunFolder) -> Caution | None:
+    ratio = run.late("prediction_norm_ratio")
+    if ratio is None or ratio < LARGER:
+        return None
+    return Caution(
+        f"Predictions have grown by {ratio - 1:.0%}",
+        "They are larger than the reference's, which is known to harden contrast and colours, and not a part of any preference. Look "
+        "at the sample images; if they show it, stop earlier, lower the learning rate, raise beta, or give --norm-penalty.",
     )
 
 

@@ -16,7 +16,7 @@ from dpo.data.batch import PairBatch
 from dpo.data.order import Place, run_order
 from dpo.encode import Inputs
 from dpo.models.family import TextEncoding
-from dpo.objective import SHAPES, PairTerms, slope
+from dpo.objective import PairTerms
 from dpo.training.run import Run
 
 SHARE = (
@@ -134,12 +134,8 @@ def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
 
 
 def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list[OnePair]:
-    shape = run.step.shape
-    if shape is None:
-        pull = terms.loss.detach()
-    else:
-        prob = batch.prob.to(terms.logit.device, terms.logit.dtype)
-        pull = slope(terms.logit, prob, SHAPES[shape]).abs() * run.step.weight[terms.timesteps]
+    without = run.step.supervised or run.step.odds is not None
+    pull = terms.loss.detach() if without else terms.pull * run.step.weight[terms.timesteps]
     names = (terms.timesteps, terms.difference, terms.logit, terms.loss, pull)
     rows = torch.stack([value.detach().double() for value in names], dim=1).tolist()
     return [

@@ -17,7 +17,7 @@ import tomli_w
 
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
-from dpo.methods import METHODS, SHAPES, readers
+from dpo.methods import METHODS, SHAPES, constants, readers
 from dpo.settings.families import FAMILIES
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
@@ -175,14 +175,51 @@ class Method:
     beta: float | None = option(
         None, "strength of the pull to the reference; none: by method and family", above=0.0, resume="said"
     )
+    target_gradient_factor: float | None = option(
+        None,
+        "let beta follow this mean of |dloss/dlogit|, such as 0.2, slowly, within a quarter and four times its start",
+        above=0.0,
+        high=0.45,
+        resume="said",
+    )
     loss: str = option(
         "sigmoid", "shape of the pairwise loss", choices=tuple(SHAPES), aliases=("loss_type",), resume="said"
+    )
+    loss_alpha: float | None = option(
+        None,
+        f"constant of the shape (docs/method.md); none: the shape's own ({constants()})",
+        resume="said",
+    )
+    safeguard: float | None = option(
+        None,
+        f"margin of the bound on the losers' gradients ({readers('safeguard')}); none: 0.9, SDXL 0.6",
+        low=0.0,
+        high=1.0,
+        resume="said",
+    )
+    kto_center: str = option(
+        "update",
+        f"what an image's gain is compared with: mean of the update before, or of the micro-batch ({readers('kto_center')})",
+        choices=("update", "batch"),
+        resume="said",
+    )
+    mapo_weight: float = option(
+        0.1, f"weight of the preference beside the win image's error ({readers('mapo_weight')})", low=0.0, resume="said"
+    )
+    mapo_scale: float = option(
+        0.5, f"how sharply errors become odds ({readers('mapo_scale')})", above=0.0, resume="said"
     )
     gamma: float = option(
         0.99475, f"discount per timestep away from noise ({readers('gamma')})", above=0.0, high=1.0, resume="said"
     )
     sft_weight: float = option(
         0.0, "weight of the preferred image's own denoising error in the loss", low=0.0, resume="said"
+    )
+    norm_penalty: float = option(
+        0.0,
+        "weight of what each prediction is larger than the reference's (root mean square), added to the loss; 0: none",
+        low=0.0,
+        resume="said",
     )
     window_low: int = option(0, "first timestep trained on", unit="timestep", low=0, high=999)
     window_high: int | None = option(

@@ -14,6 +14,7 @@ from dpo.settings.fields import brief
 
 ADAM_BETA2, LION_BETA2 = 0.999, 0.99  # torch's default, and that of Lion (Chen et al. 2023)
 MOST = 1024  # processes that a refusal looks through for numbers that fit
+SAFEGUARD = (0.9, 0.6)  # margin of sdpo for SD 1.5 and SDXL, as published
 STEPS = 2000  # updates when neither steps nor epochs is given
 
 
@@ -63,7 +64,7 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     if dropped == "auto":
         values["dropped_caption"] = "zeros" if model.empty_is_zeros else "empty"
     values |= _of_model(config, model)
-    values |= _of_method(config, model.beta, prediction_type)
+    values |= _of_method(config, model, prediction_type)
     values |= _of_device(config, device)
     values |= _of_length(config)
     decided = change(config, **values)
@@ -86,11 +87,15 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
     }
 
 
-def _of_method(config: Config, beta: float, prediction_type: str) -> dict[str, Any]:
+def _of_method(config: Config, model: ModelFacts, prediction_type: str) -> dict[str, Any]:
+    method = config.method
+    beta = model.beta / 2 if method.method == "kto" else model.beta  # as published: its formula has no 1/2
     own_reference = config.model.unet_init is not None and config.model.reference_model == "base"
+    bounded = "safeguard" in METHODS[method.method].settings
     reference = "adapter" if config.lora.lora and not own_reference else "copy"
     return {
-        "beta": config.method.beta or (beta / 10 if large_weight(config.method.method, prediction_type) else beta),
+        "beta": method.beta or (beta / 10 if large_weight(method.method, prediction_type) else beta),
+        "safeguard": SAFEGUARD[model.family == "sdxl"] if bounded and method.safeguard is None else method.safeguard,
         "alpha": config.lora.alpha or float(config.lora.rank),
         "reference": reference if config.runtime.reference == "auto" else config.runtime.reference,
     }
@@ -161,6 +166,10 @@ def dealt(config: Config, processes: int) -> Config:
     if config.runtime.cuda_graph and processes > 1:
         raise UserError(
             f"--cuda-graph is for one process, and cannot sum gradients over {processes}: leave it out, or train on one"
+        )
+    if config.method.method == "kto" and config.method.kto_center == "batch" and processes > 1:
+        raise UserError(
+            f"--kto-center batch is of one process's micro-batch, and there are {processes}: use --kto-center update"
         )
     at_once = optim.batch_size * processes
     if optim.effective_batch is None:

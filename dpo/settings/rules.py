@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from dpo.methods import METHODS, own_settings
+from dpo.methods import METHODS, SHAPES, constants, own_settings
 from dpo.settings.fields import Spec, brief
 
 BLOCK = re.compile(r"down_blocks\.\d+|mid_block|up_blocks\.\d+")
@@ -44,6 +44,27 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (
             "loss" not in method.settings and v.loss != "sigmoid",
             f"loss = {v.loss} compares pairs: it means nothing with method {v.method}",
+        ),
+        *_constant(v),
+        (
+            v.method == "kto"
+            and v.kto_center == "batch"
+            and (v.accumulation > 1 or (v.effective_batch or v.batch_size) != v.batch_size),
+            "kto_center = batch depends on how an update is cut, so an update must be one pass: use --kto-center update, or "
+            "--accumulation 1 and no --effective-batch",
+        ),
+        (
+            v.target_gradient_factor is not None and ("loss" not in method.settings or v.loss != "sigmoid"),
+            f"target_gradient_factor is of the sigmoid's slope, and this is {v.loss if 'loss' in method.settings else v.method}: "
+            "leave it out",
+        ),
+        (
+            v.norm_penalty and not method.reference,
+            f"norm_penalty compares with a reference, which method {v.method} does not have: leave it at 0",
+        ),
+        (
+            v.norm_penalty and v.reference == "recorded",
+            "norm_penalty compares predictions, which recorded errors do not have: leave it at 0, or use --reference auto",
         ),
         (
             "sft_weight" not in method.settings and v.sft_weight,
@@ -134,6 +155,31 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         ),
         *((v.cuda_graph and broken, f"cuda_graph {message}") for broken, message in _captured(v)),
         *((v.sharding == "on" and broken, f"sharding = on {message}") for broken, message in _sharded(v)),
+    ]
+
+
+def _constant(v: SimpleNamespace) -> list[tuple[object, str]]:
+    """What does not go together with the shape of the pairwise loss and its constant."""
+    alpha = SHAPES[v.loss].alpha
+    if v.loss_alpha is not None and alpha is None:
+        return [(True, f"loss = {v.loss} has no constant: leave --loss-alpha out (those with one: {constants()})")]
+    outside = v.loss_alpha is not None and alpha is not None and not alpha.low < v.loss_alpha < alpha.high
+    return [
+        (
+            outside,
+            f"loss_alpha = {brief(v.loss_alpha)}: with loss {v.loss}, {alpha.words}, above {brief(alpha.low)} and below "
+            f"{brief(alpha.high)}"
+            if alpha is not None
+            else "",
+        ),
+        (
+            v.label_smoothing and v.loss == "robust",
+            "label_smoothing and loss = robust both say how many labels are wrong: give one (--loss-alpha, or --loss sigmoid)",
+        ),
+        (
+            v.label_smoothing and v.loss == "smpo",
+            "loss = smpo reads soft labels, and label_smoothing makes all alike: leave --label-smoothing at 0",
+        ),
     ]
 
 

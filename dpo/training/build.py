@@ -46,7 +46,6 @@ from dpo.training import (
     choice,
     cost,
     denoisers,
-    flops,
     optimizer,
     start,
     stored,
@@ -91,6 +90,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
     log.info("pairs: %s", describe(source))
+    stored.check_labels(config, source)
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)
@@ -165,16 +165,13 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         buckets=buckets,
         output=output,
         fingerprints=fingerprints,
-        speed=Speed(
-            counted.pair,
-            flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
-            encode_flops=counted.pair - counted.kept,
-        ),
+        speed=Speed.of(counted, device),
         device=device,
         held_out_source=held_out_source,
         total=total,
         recorded=errors,
         processes=processes,
+        following=denoisers.following(config, step),
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None:

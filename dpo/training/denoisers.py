@@ -16,11 +16,13 @@ from dpo.models.denoiser import halve
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.ready import HALF, WEIGHTS
+from dpo.objective import Odds
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import optimizer
 from dpo.training.release import Release
 from dpo.training.start import Start
+from dpo.training.strength import Centre, Strength
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -131,6 +133,8 @@ def pair_step(
     compared: the reference, where it is live.
     """
     method, precision = config.method, config.runtime.precision
+    row = METHODS[method.method]
+    assert method.beta is not None, "decided when the model was loaded"
     tables = credit.tables(
         method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
     )
@@ -142,14 +146,36 @@ def pair_step(
         reference=compared,
         path=schedule.noise_path(plan, timesteps, real, device),
         weight=tables.weight.to(device, real),
-        beta=torch.tensor(method.beta, dtype=real, device=device),
+        beta=torch.tensor(method.beta * (2 if "kto_center" in row.settings else 1), dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
-        shape=method.loss if METHODS[method.method].images == "pair" else None,
+        shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
+        alpha=method.loss_alpha,
+        norm_penalty=method.norm_penalty,
+        center=_center(config, real, device) if "kto_center" in row.settings else None,
+        safeguard=method.safeguard if "safeguard" in row.settings else None,
+        odds=Odds(method.mapo_weight, method.mapo_scale) if "mapo_weight" in row.settings else None,
         autocast=HALF.get(precision),
         dtype=WEIGHTS.get(precision, torch.float32),
     )
     return step, tables
+
+
+def _center(config: Config, real: torch.dtype, device: torch.device) -> Tensor | str:
+    """KTO's centre before the first update, or how it is taken from each micro-batch."""
+    return torch.zeros((), dtype=real, device=device) if config.method.kto_center == "update" else "batch"
+
+
+def following(config: Config, step: PairStep) -> list[Strength | Centre]:
+    """What follows the updates that were made: beta by target, KTO's centre."""
+    method = config.method
+    found: list[Strength | Centre] = []
+    assert method.beta is not None, "decided when the model was loaded"
+    if method.target_gradient_factor is not None:
+        found.append(Strength(step.beta, method.beta, method.target_gradient_factor, method.beta))
+    if isinstance(step.center, Tensor):
+        found.append(Centre(step.center, method.beta))
+    return found
 
 
 def make_updater(config: Config, denoiser: Denoiser, shards: Shards | None = None) -> optimizer.Updater:

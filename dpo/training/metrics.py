@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from dpo.common import machine
-from dpo.objective import SHAPES, PairTerms, slope
+from dpo.objective import PairTerms
 from dpo.pages.figures import DECILES
 
 ROWS = (
     "loss", "logit", "difference", "policy_win", "policy_lose", "reference_win", "reference_lose",
-    "accuracy", "timestep", "prob", "usable",
+    "accuracy", "pull", "policy_size", "reference_size", "timestep", "prob", "usable",
 )  # fmt: skip
 
 
@@ -37,7 +37,8 @@ class StepMetrics:
     def add(self, terms: PairTerms, prob: Tensor, usable: Tensor) -> None:
         """Keeps one micro-batch: prob and usable are [B]. Nothing here waits for the device."""
         values = (
-            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.timesteps, prob, usable,
+            terms.loss, terms.logit, terms.difference, *terms.errors.unbind(0), terms.accuracy, terms.pull, *terms.sizes.unbind(0), terms.timesteps,
+            prob, usable,
         )  # fmt: skip
         dtype = torch.promote_types(terms.loss.dtype, torch.float32)
         self._rows.append(torch.stack([value.detach().to(dtype) for value in values]))
@@ -54,14 +55,13 @@ class StepMetrics:
 
     def read(
         self,
-        shape: str | None,
         scalars: Mapping[str, Tensor] | None = None,
         tables: Mapping[str, Tensor] | None = None,
         nominal: int | None = None,
     ) -> dict:
         """The step's figures, by one transfer to the host; empties the accumulator.
 
-        shape: of the pairwise loss, as in `summarise`; scalars: device tensors of one element, such as the gradient
+        scalars: device tensors of one element, such as the gradient
         norm, read in the same transfer; they keep their names. tables: vectors [T] (DDE's table, its correction),
         returned as their means `<name>_by_decile`. nominal: pairs of the step, where the rows have more holes than those
         of unusable pairs.
@@ -71,7 +71,7 @@ class StepMetrics:
         parts = [rows, *scalars.values(), *tables.values()]
         packed = torch.cat([part.detach().to(rows.device, rows.dtype).reshape(-1) for part in parts]).cpu()
         pieces = packed.split([part.numel() for part in parts])
-        figures = summarise(pieces[0].reshape(rows.shape), shape, self.timestep_count)
+        figures = summarise(pieces[0].reshape(rows.shape), self.timestep_count)
         if nominal is not None:
             figures["unusable_pairs"] = nominal - figures["pairs"]
         for name, piece in zip(scalars, pieces[1:]):
@@ -81,11 +81,10 @@ class StepMetrics:
         return figures
 
 
-def summarise(rows: Tensor, shape: str | None, timestep_count: int = 1000) -> dict:
+def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
     """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere, ties in no share of pairs.
 
-    shape: of the pairwise loss, None for a supervised one. A figure without any pair, or one that is not finite (as
-    without a reference), is None.
+    A figure without any pair, or one that is not finite (as without a reference), is None.
     """
     table = rows.double().numpy()
     row = dict(zip(ROWS, table[:, table[ROWS.index("usable")] > 0]))
@@ -100,7 +99,8 @@ def summarise(rows: Tensor, shape: str | None, timestep_count: int = 1000) -> di
         "margin_p10": _number(quantiles[0]),
         "margin_p50": _number(quantiles[1]),
         "margin_p90": _number(quantiles[2]),
-        "gradient_factor": _mean(_pull(margin[sided], row["prob"][sided], shape)),
+        "gradient_factor": _mean(row["pull"][sided]),
+        "prediction_norm_ratio": _ratio(row["policy_size"], row["reference_size"]),
         "win_error_vs_reference": _mean(row["policy_win"] - row["reference_win"]),
         "lose_error_vs_reference": _mean(row["policy_lose"] - row["reference_lose"]),
         "policy_win_error": _mean(row["policy_win"]),
@@ -125,11 +125,10 @@ def table_by_decile(table: Tensor) -> list[float | None]:
     return [_mean(values[low:high]) for low, high in itertools.pairwise(edges)]
 
 
-def _pull(margin: np.ndarray, prob: np.ndarray, shape: str | None) -> np.ndarray:
-    """|dloss/dz| [N] of the shape that trains; empty without one."""
-    if shape is None:
-        return np.empty(0)
-    return slope(torch.from_numpy(margin), torch.from_numpy(prob), SHAPES[shape]).abs().numpy()
+def _ratio(values: np.ndarray, others: np.ndarray) -> float | None:
+    """Mean over mean."""
+    below = _mean(others)
+    return _number(values.mean() / below) if below else None
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -30,10 +30,12 @@ from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import resolve
 from dpo.settings.config import Config
 from dpo.step import PairStep
-from dpo.training import agreement, optimizer, validation
+from dpo.training import agreement, flops, optimizer, validation
+from dpo.training.cost import Cost
 from dpo.training.graph import Graphs
 from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
+from dpo.training.strength import Centre, Strength
 
 if TYPE_CHECKING:
     from dpo.training.best import Best
@@ -53,6 +55,12 @@ class Speed:
     pair_flops: float
     peak_tflops: float | None  # None for a device without a known peak
     encode_flops: float = 0.0  # the part of pair_flops that a pair kept in memory does without
+
+    @classmethod
+    def of(cls, counted: Cost, device: torch.device) -> Speed:
+        """From the FLOPs that were counted and the device that computes them."""
+        peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        return cls(counted.pair, peak, encode_flops=counted.pair - counted.kept)
 
     def figures(self, pairs_per_second: float, kept: float = 0.0) -> Figures:
         """TFLOP/s, and model FLOPs utilisation (the share of the peak; None without a peak).
@@ -101,6 +109,7 @@ class Run:
     kept: Kept | None = None  # encoded pairs in memory, where they are wanted
     unread: dict[int, str] = field(default_factory=dict)  # of several processes: unusable pairs in this update, by key
     bad: dict[int, str] = field(default_factory=dict)  # and in those before, of all processes
+    following: list[Strength | Centre] = field(default_factory=list)  # what follows the updates made
     graphs: Graphs | None = None  # forward and backward of a micro-batch as CUDA graphs
 
     @property

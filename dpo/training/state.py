@@ -87,6 +87,7 @@ def contents(run: Run, found: Held) -> tuple[dict[str, dict[str, Tensor]], dict[
         "scaler": run.updater.scaler.state_dict() if run.updater.scaler else None,
         "versions": {"torch": torch.__version__},
         **({"norm_before": run.updater.release.before.item()} if run.updater.release else {}),
+        **({"following": {one.name: one.as_json() for one in run.following}} if run.following else {}),
         **({"best": run.best.as_json()} if run.best is not None else {}),
         **({"measured": run.measured} if run.held_out is not None else {}),
     }
@@ -192,6 +193,9 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
         updater.scaler.load_state_dict(state["scaler"])
     if updater.release is not None:  # a run that went on without release until now knows no norm to clip by
         updater.release.before.fill_(state.get("norm_before", 0.0))
+    for one in run.following:
+        if (before := state.get("following", {}).get(one.name)) is not None:  # otherwise it begins to follow now
+            one.restore(before)
     run.table = run.table.restored(tensors["tables"])
     if run.table.start is None and METHODS[run.config.method.method].correction:
         log.info(

@@ -1,10 +1,11 @@
-"""What a run takes from a prepared store, and whether the store fits the model."""
+"""What a run takes from a prepared store, and whether the store fits the model, and labels the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from itertools import islice
 
+import numpy as np
 import torch
 
 from dpo.common.errors import UserError
@@ -58,6 +59,15 @@ def check_resolution(source: Source | None, resolution: int | None) -> None:
         raise UserError(
             f"{store.contents.folder} holds images of {there} pixels, and the run trains at {resolution}: prepare the held-out pairs "
             f"with --resolution {resolution}"
+        )
+
+
+def check_labels(config: Config, source: Source) -> None:
+    """Raises UserError where the loss reads how sure labels are and none says so."""
+    if config.method.loss == "smpo" and not np.any((source.prob > 0.5) & (source.prob < 1)):
+        raise UserError(
+            f"--loss smpo scales each pair by how sure its label is, and all labels of {config.data.data} are sure, which is "
+            "--loss sigmoid with a larger --beta: use that, or pairs with a column p (python -m dpo.label makes one)"
         )
 
 

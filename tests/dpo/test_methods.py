@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_rows_are_named_as_the_documents_name_them():
-    assert list(METHODS) == ["dpo", "discounted", "dde-single", "dde-step", "dde", "sft"]
+    assert list(METHODS) == ["dpo", "discounted", "dde-single", "dde-step", "dde", "sdpo", "kto", "mapo", "sft"]
     assert all(name == method.name for name, method in METHODS.items())
     for document in ("README.md", "docs/method.md"):
         text = (ROOT / document).read_text("utf-8")
@@ -43,9 +43,12 @@ def test_every_row_has_its_weight_and_correction(method):
 def test_every_shape_has_its_function_and_begins_as_it_says():
     assert list(objective.SHAPES) == list(SHAPES)
     z, sure = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    for name, start in SHAPES.items():
-        assert objective.SHAPES[name].loss(z, sure).item() == pytest.approx(start.loss, rel=1e-15)
-        assert objective.slope(z, sure, objective.SHAPES[name]).abs().item() == start.pull
+    for name, row in SHAPES.items():
+        for alpha in (None,) if row.alpha is None else (None, 0.3):
+            start, shape = row.start_of(alpha), objective.with_alpha(objective.SHAPES[name], alpha)
+            more = (0 * z,) if shape.sides else ()
+            assert shape.loss(z, sure, *more).item() == pytest.approx(start.loss, rel=1e-15)
+            assert objective.slope(shape, z, sure, *more).abs().item() == pytest.approx(start.pull, rel=1e-15)
 
 
 def test_a_new_row_is_seen_everywhere(tmp_path):

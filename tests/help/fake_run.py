@@ -116,7 +116,7 @@ def _metrics(folder: Path, kind: str, config: Config, last: int, updates: int) -
         metrics.add(terms, prob, usable)
         norm = torch.tensor(0.02 * rng.lognormal(0, 0.3))
         shown = {"table": table, "correction": now} if METHODS[config.method.method].correction else {}
-        figures = metrics.read("sigmoid", {"grad_norm": norm}, shown)
+        figures = metrics.read({"grad_norm": norm}, shown)
         if kind == "failed" and update == last:
             figures["loss"] = math.nan
         table[t] = 0.95 * table[t] + 0.05 * terms.difference

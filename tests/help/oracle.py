@@ -44,25 +44,50 @@ def pair_terms(
     weight: Tensor,
     correction: Tensor,
     beta: float | Tensor,
-    shape: str = "sigmoid",
+    shape: str | None = "sigmoid",
     *,
     sft_weight: float = 0.0,
+    alpha: float | None = None,
+    safeguard: float | None = None,
+    product: Tensor | None = None,
     difference: Tensor | None = None,
 ) -> PairTerms:
     """The loss of each pair from its four errors [4, B]: policy win, policy lose, reference win, reference lose.
 
     t [B] int64; prob [B]; weight, correction [T]; `difference` [B] replaces (Lw - Rw) - (Ll - Rl) where it was taken
-    without cancellation.
+    without cancellation; `product` [B] is the mean of the two residuals' product.
     """
     policy_win, policy_lose, reference_win, reference_lose = errors
     d = (policy_win - reference_win) - (policy_lose - reference_lose) if difference is None else difference
-    nothing = torch.zeros_like(weight)
-    found = PairErrors(logits(d, t, weight, correction, beta, prob), d, errors, nothing, nothing)
-    return pair_loss(found, prob, torch.ones_like(d), t, shape=shape, sft_weight=sft_weight)
+    nothing, gain = torch.zeros_like(weight), -(beta / 2) * weight[t].to(d.dtype)
+    found = PairErrors(
+        logits(d, t, weight, correction, beta, prob),
+        d,
+        errors,
+        nothing,
+        nothing,
+        gain,
+        torch.zeros_like(d) if product is None else product,
+    )
+    return pair_loss(
+        found, prob, torch.ones_like(d), t, shape=shape, sft_weight=sft_weight, alpha=alpha, safeguard=safeguard
+    )
 
 
 def terms_of(
-    function, policy, timesteps, prob, usable, weight, correction, beta, *, shape, sft_weight=0.0, **keywords
+    function,
+    policy,
+    timesteps,
+    prob,
+    usable,
+    weight,
+    correction,
+    beta,
+    *,
+    shape,
+    sft_weight=0.0,
+    safeguard=None,
+    **keywords,
 ) -> PairTerms:
     """What training computes: the fused op (`function`: pair_errors or its plain form), then the objective.
 
@@ -70,4 +95,6 @@ def terms_of(
     """
     found = function(policy, timesteps, prob, usable, weight, correction, beta, **keywords)
     supervised = keywords.get("reference") is None and keywords.get("recorded") is None
-    return pair_loss(found, prob, usable, timesteps, shape=None if supervised else shape, sft_weight=sft_weight)
+    return pair_loss(
+        found, prob, usable, timesteps, shape=None if supervised else shape, sft_weight=sft_weight, safeguard=safeguard
+    )

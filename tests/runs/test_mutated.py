@@ -458,6 +458,7 @@ FOUND = [
     ("settings", 51696),
     ("run folder", 110),
     ("run folder", 60139),
+    ("run folder", 76983),
     ("store", 2939),
     ("checkpoint", 2503),
     ("model vocabulary", 1173),

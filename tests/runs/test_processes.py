@@ -61,6 +61,10 @@ SETTINGS = {
     "sft": (1, [*EXACT, "--method", "sft"]),
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),
     "half": (1, ["--precision", "bf16-pure"]),
+    "sdpo": (0, [*EXACT, "--method", "sdpo"]),
+    "target": (0, [*EXACT, "--target-gradient-factor", "0.2"]),
+    "kto": (0, [*EXACT, "--method", "kto"]),
+    "apo-zero": (0, [*EXACT, "--loss", "apo-zero"]),
     "dde": (0, [*EXACT, "--method", "dde", "--checkpointing", "on"]),  # in the slow test alone
 }
 SINGLE = ("single", "half")  # no float64: their first gradient is compared

@@ -33,6 +33,7 @@ RUNS = {
     "dde with averaged weights": ["--method", "dde", "--ema", "0.9"],
     "cosine, dropout, flips": ["--scheduler", "cosine", "--caption-dropout", "0.5", "--flip", "--crop", "random"],
     "bf16": ["--precision", "bf16"],
+    "mapo": ["--method", "mapo"],
     "gradient release": [
         *["--gradient-release", "--batch-size", "6", "--accumulation", "1", "--optimizer", "adamw8bit"],
         *["--max-grad-norm", "1e-3", "--ema", "0.9"],  # clips: the norm of the update before counts
@@ -40,7 +41,7 @@ RUNS = {
 }
 
 
-SLOW = ("lion 8-bit", "adafactor", "bf16")  # others of these kinds are tested each time
+SLOW = ("lion 8-bit", "adafactor", "bf16", "mapo")  # others of these kinds are tested each time
 
 
 @pytest.mark.parametrize(

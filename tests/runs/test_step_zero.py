@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from dpo.common.errors import UserError
 from dpo.models import ready
 from dpo.models.denoiser import fix_projections
 from tests.help.running import make_run
@@ -24,7 +25,7 @@ PATHS = {
     "dde": ["--method", "dde"],
     "float64": ["--precision", "fp64"],
 }
-LOSS = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25}
+LOSS = {"hinge": 1.0, "ipo": 0.25, "apo-zero": 1.0, "robust": math.log(2)}
 
 
 def first_terms(run):
@@ -68,11 +69,18 @@ def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, m
     assert len(hooked) >= 2 and all(module._forward_pre_hooks for module in hooked)
 
 
-@pytest.mark.parametrize("shape", LOSS)
+@pytest.mark.parametrize(
+    "shape", [name if name == "apo-zero" else pytest.param(name, marks=pytest.mark.slow) for name in LOSS]
+)
 def test_shapes(world, tmp_path, shape):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--loss", shape)
     terms = first_terms(run)
     assert torch.equal(terms.loss, torch.full_like(terms.loss, LOSS[shape]))
+
+
+def test_a_loss_that_reads_soft_labels_is_refused_without_any(world, tmp_path):
+    with pytest.raises(UserError, match="--loss smpo scales each pair by how sure its label is"):
+        make_run(world("sd15"), world("pairs"), tmp_path, "--loss", "smpo")
 
 
 def test_another_policy_moves_the_logit(world, tmp_path):

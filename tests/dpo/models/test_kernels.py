@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from torch.utils.checkpoint import checkpoint
 
 from dpo.models.kernels import patch
@@ -136,3 +137,24 @@ def test_compiles_without_graph_break():
     (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
     for name, parameter in unet.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_large_batches_are_upsampled_without_a_copy_to_nchw():
+    unet = make_unet(False, torch.float64).to(memory_format=torch.channels_last)
+    module = next(m for m in unet.modules() if isinstance(m, Upsample2D))
+    x = torch.randn(64, module.channels, 3, 5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    layouts, results = [], []
+    module.conv.register_forward_pre_hook(
+        lambda conv, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    for patched in (False, True):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        if patched:
+            assert patch(unet).counts["Upsample2D"] == 1
+        out = module(leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad))
+    assert layouts == [False, True]
+    for ours, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.equal(module(x, output_size=(6, 10)), module(x)), "a size of its own takes diffusers' way"

@@ -43,10 +43,12 @@ def test_figures_of_an_update_are_named_as_the_trainer_names_them():
         "step",
         "grad_norm",
         "learning_rate",
+        "beta",
+        "kto_center",
         "pairs_per_s",
         "wait_share",
         "mfu",
         "peak_memory_gib",
         "heldout_accuracy",
     }
-    assert set(FIGURES) - set(summarise(rows, "sigmoid")) == by_the_loop
+    assert set(FIGURES) - set(summarise(rows)) == by_the_loop

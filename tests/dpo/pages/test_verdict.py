@@ -120,6 +120,11 @@ def test_pairs_with_an_unreadable_image(runs):
     assert verdict(run).level == "good"
 
 
+def test_predictions_that_have_grown(runs):
+    assert titles(with_late(runs["good"], prediction_norm_ratio=1.08)) == ["Predictions have grown by 8%"]
+    assert titles(with_late(runs["good"], prediction_norm_ratio=1.04)) == []
+
+
 def test_saturation(runs):
     assert titles(with_late(runs["good"], gradient_factor=0.01)) == ["The loss is saturated"]
 

@@ -64,6 +64,8 @@ def altered(name):
         values = PAIRED | values
     if name == "reference":
         values["reference"] = "recorded"
+    if name == "loss_alpha":
+        values["loss"] = "robust"
     if name == "run_name":  # otherwise it names the folder as well
         values["output"] = Config().output.output
     return change(Config(), **values), values
@@ -128,7 +130,10 @@ def test_toml_is_grouped_and_explains_itself():
         ({"learning_rate": "nan"}, "a number"),
         ({"learning_rate": 0}, "above 0"),
         ({"output": ""}, "text"),
-        ({"method": "dd"}, "one of dpo, discounted, dde-single, dde-step, dde, sft (did you mean dde?)"),
+        (
+            {"method": "dd"},
+            "one of dpo, discounted, dde-single, dde-step, dde, sdpo, kto, mapo, sft (did you mean dde?)",
+        ),
         ({"loss": "cpo"}, "one of sigmoid, hinge, ipo"),
         ({"sample_seeds": 3}, "expected a list"),
         ({"sample_seeds": [1, "x"]}, "whole number"),

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.methods import own_settings
+from dpo.methods import PREFERENCE, own_settings
 from dpo.settings.config import flatten, specs
 from dpo.settings.flags import load_preset, parse, presets
 from dpo.settings.recipe import beside
@@ -95,4 +95,4 @@ def test_every_setting_of_a_method_goes_with_it(name):
     notes = []
     assert beside({"method": "dde", name: value}, {"method": "dpo"}, "preset x", notes) == {"method": "dde"}
     assert beside({"method": "dde", name: value}, {"method": "dde"}, "preset x", []) == {"method": "dde", name: value}
-    assert bool(notes) == (name in ("beta", "loss", "label_smoothing", "sft_weight"))
+    assert bool(notes) == (name in PREFERENCE)

@@ -19,6 +19,19 @@ from tests.dpo.settings.test_resolve import decide
         ({"method": "sft", "loss": "ipo"}, "sft"),
         ({"method": "sft", "sft_weight": 1.0}, "sft"),
         ({"method": "sft", "label_smoothing": 0.1}, "sft"),
+        ({"norm_penalty": 1.0, "method": "sft"}, "method sft does not have"),
+        (
+            {"norm_penalty": 1.0, "reference": "recorded"},
+            "recorded errors do not have: leave it at 0, or use --reference auto",
+        ),
+        ({"target_gradient_factor": 0.2, "loss": "ipo"}, "this is ipo"),
+        ({"target_gradient_factor": 0.2, "method": "sft"}, "this is sft"),
+        ({"method": "kto", "kto_center": "batch", "accumulation": 2}, "an update must be one pass"),
+        ({"method": "kto", "loss": "ipo"}, "with method kto"),
+        ({"loss_alpha": 0.1}, "loss = sigmoid has no constant"),
+        ({"loss": "robust", "loss_alpha": 0.5}, "loss_alpha = 0.5: with loss robust, share of labels"),
+        ({"loss": "robust", "label_smoothing": 0.1}, "give one"),
+        ({"loss": "smpo", "label_smoothing": 0.1}, "leave --label-smoothing at 0"),
         ({"method": "sft", "reference": "recorded"}, "no reference"),
         ({"reference": "adapter"}, "--lora"),
         ({"reference": "adapter", "lora": True, "unet_init": "u", "reference_model": "base"}, "--reference copy"),
@@ -75,7 +88,7 @@ def test_the_first_contradiction_is_what_a_person_is_told():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_setting_that_the_method_does_not_read_has_no_effect(method):
-    given = ["rho", "sigma2", "kappa", "weight_cap", "gamma", "beta", "loss"]
+    given = ["rho", "sigma2", "kappa", "weight_cap", "gamma", "beta", "loss", "safeguard"]
     idle = {
         line.split()[0][2:].replace("-", "_")
         for line in without_effect(flatten(change(Config(), method=method)), given, specs())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo.objective import SHAPES
 from dpo.pages.figures import DECILES
 from dpo.training.metrics import StepMetrics, peak_memory_gib, summarise, table_by_decile
 from tests.help.oracle import pair_terms
@@ -23,16 +24,16 @@ def step(count=64, seed=0, dtype=torch.float32):
     return errors.to(dtype), timesteps, torch.ones(count, dtype=dtype), usable
 
 
-def terms_of(errors, timesteps, prob, beta=2000.0):
+def terms_of(errors, timesteps, prob, beta=2000.0, shape="sigmoid"):
     weight, correction = torch.ones(1000, dtype=torch.float64), torch.zeros(1000, dtype=torch.float64)
-    return pair_terms(errors, timesteps, prob, weight, correction, beta)
+    return pair_terms(errors, timesteps, prob, weight, correction, beta, shape)
 
 
 def figures_of(errors, timesteps, prob, usable, split):
     metrics = StepMetrics()
     for e, t, p, u in zip(errors.split(split, 1), timesteps.split(split), prob.split(split), usable.split(split)):
         metrics.add(terms_of(e, t, p), p, u)
-    return metrics.read("sigmoid")
+    return metrics.read()
 
 
 def test_figures_are_those_of_the_definition():
@@ -104,7 +105,7 @@ def test_extreme_margins_do_not_overflow():
     metrics = StepMetrics()
     metrics.add(terms_of(errors, t, prob, beta=1e12), prob, usable)
     with np.errstate(over="raise", invalid="raise"):
-        assert 0 < metrics.read("sigmoid")["gradient_factor"] < 1
+        assert 0 < metrics.read()["gradient_factor"] < 1
 
 
 def test_ties_are_counted_and_are_in_no_share_of_pairs():
@@ -124,18 +125,16 @@ def test_the_gradient_factor_is_the_slope_of_the_loss_that_trains():
     errors, t, _, usable = step()
     prob = torch.full((64,), 0.9)
     metrics = StepMetrics()
-    for shape in ("sigmoid", "hinge", "ipo"):
-        terms = terms_of(errors, t, prob)
+    for shape in SHAPES:
+        terms = terms_of(errors, t, prob, shape=shape)
         metrics.add(terms, prob, usable)
-        z = terms.logit[usable > 0].double().numpy()
-        slopes = {
-            "sigmoid": 1 / (1 + np.exp(-z)) - np.float32(0.9),
-            "hinge": 0.1 * (z > -1) - 0.9 * (z < 1),
-            "ipo": 2 * z + 1 - 2 * 0.9,
-        }
-        assert metrics.read(shape)["gradient_factor"] == pytest.approx(np.abs(slopes[shape]).mean(), rel=1e-6)
-    metrics.add(terms, prob, usable)
-    assert metrics.read(None)["gradient_factor"] is None
+        live = usable > 0
+        z = terms.logit[live].double().requires_grad_()
+        more = [-1000.0 * (errors[0] - errors[2] + errors[1] - errors[3])[live].double()] if SHAPES[shape].sides else []
+        (expected,) = torch.autograd.grad(SHAPES[shape].loss(z, prob[live].double(), *more).sum(), z)
+        assert metrics.read()["gradient_factor"] == pytest.approx(expected.abs().mean().item(), rel=1e-5)
+    metrics.add(terms_of(errors, t, prob, shape=None), prob, usable)
+    assert metrics.read()["gradient_factor"] is None
 
 
 def test_scalars_and_tables_travel_along():
@@ -143,7 +142,7 @@ def test_scalars_and_tables_travel_along():
     metrics = StepMetrics()
     metrics.add(terms_of(errors, t, prob), prob, usable)
     figures = metrics.read(
-        "sigmoid", {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
+        {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
     )
     assert figures["grad_norm"] == 2.5
     assert figures["table_by_decile"] == pytest.approx([49.5 + 100 * i for i in range(10)])
@@ -167,7 +166,7 @@ def test_one_transfer_a_step_and_none_in_a_micro_batch(monkeypatch):
     metrics.add(terms, prob, usable)
     metrics.add(terms, prob, usable)
     assert calls == []
-    metrics.read("sigmoid", {"grad_norm": torch.tensor(1.0)})
+    metrics.read({"grad_norm": torch.tensor(1.0)})
     assert calls.count("cpu") == 1
 
 
@@ -178,7 +177,7 @@ def test_rows_of_two_processes_concatenate():
         metrics = StepMetrics()
         metrics.add(terms_of(errors[:, part], t[part], prob[part]), prob[part], usable[part])
         halves.append(metrics.take())
-    assert summarise(torch.cat(halves, 1), "sigmoid") == figures_of(errors, t, prob, usable, 64)
+    assert summarise(torch.cat(halves, 1)) == figures_of(errors, t, prob, usable, 64)
 
 
 def test_no_gradient_graph_is_kept():

@@ -1,0 +1,102 @@
+"""dpo.training.strength: beta and KTO's centre follow the updates, and go on from a checkpoint as they were."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dpo.training.run import Run
+from dpo.training.state import snapshot
+from dpo.training.strength import Strength
+from tests.help.running import advance, everything, make_run
+
+SOON = ("--target-gradient-factor", "0.2", "--batch-size", "2", "--precision", "fp64", "--eps", "1e-4")
+
+
+def made(target: float = 0.2) -> Strength:
+    return Strength(torch.tensor(2000.0), 2000.0, target, 2000.0)
+
+
+def test_it_waits_and_then_follows_the_formula():
+    strength, average, beta = made(), 0.5, 2000.0
+    for update in range(1, 301):
+        factor = 0.4 + 0.1 * math.sin(update)
+        strength.after({"gradient_factor": factor})
+        average = 0.99 * average + 0.01 * factor
+        beta *= math.exp(0.01 * (average - 0.2)) if update >= 100 else 1.0
+        assert strength.now == pytest.approx(beta, rel=1e-12) and strength.beta.item() == pytest.approx(beta, rel=1e-6)
+    assert beta > 2500
+    strength.after({"gradient_factor": None})
+    assert strength.updates == 300
+
+
+@pytest.mark.parametrize(("factor", "end"), [(0.5, 8000.0), (0.0, 500.0)])
+def test_it_stays_within_a_quarter_and_four_times_the_start(factor, end):
+    strength = made()
+    for _ in range(3000):
+        strength.after({"gradient_factor": factor})
+    assert strength.now == end == strength.beta.item()
+
+
+def test_the_factor_comes_to_its_target_where_the_margin_grows_with_beta():
+    strength, advantage = made(), 1.0 / 2000  # z = beta times this: sigmoid(-1) = 0.27 at the start
+    for _ in range(6000):
+        strength.after({"gradient_factor": 1 / (1 + math.exp(strength.now * advantage))})
+    assert 1 / (1 + math.exp(strength.now * advantage)) == pytest.approx(0.2, abs=1e-3)
+
+
+def started(world, folder, *flags: str, updates: int = 99) -> Run:
+    run = make_run(world("sd15"), world("pairs"), folder, *SOON, *flags)
+    if not run.done:
+        run.following[0].updates = updates  # as if so many were made
+    return run
+
+
+def test_a_run_moves_beta_and_resumes_exactly(world, tmp_path):
+    straight = started(world, tmp_path)
+    first = advance(straight, 2)
+    snapshot(straight)
+    second = started(world, tmp_path, "--resume", "latest")
+    assert second.following == straight.following and second.step.beta == straight.step.beta
+    later = [advance(run, 2) for run in (straight, second)]
+    betas = [figures["beta"] for figures in first + later[0]]
+    assert betas[0] == 2000.0 < betas[1] < betas[2] < betas[3] and [f["beta"] for f in later[1]] == betas[2:]
+    ours, other = everything(straight), everything(second)
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_the_cut_of_an_update_does_not_move_it(world, tmp_path):
+    flags = ("--accumulation", "2", "--batch-size", "1")
+    runs = [started(world, tmp_path / "whole"), started(world, tmp_path / "cut", *flags)]
+    whole, cut = ([figures["beta"] for figures in advance(run, 3)] for run in runs)
+    assert whole == pytest.approx(cut, rel=1e-12) and whole[2] > whole[0]
+
+
+def test_without_a_target_there_is_none(world, tmp_path):
+    run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2")
+    assert run.following == [] and "beta" not in advance(run, 1)[0]
+
+
+KTO = ("--method", "kto", "--precision", "fp64", "--eps", "1e-4", "--seed", "3")  # a seed whose centre is not always 0
+
+
+def test_ktos_centre_is_that_of_the_update_before_however_it_is_cut_and_resumes_exactly(world, tmp_path):
+    straight = make_run(world("sd15"), world("pairs"), tmp_path / "run", *KTO, "--batch-size", "2")
+    assert straight.step.beta == 2000.0  # of the kernel, whose logit has a 1/2
+    first = advance(straight, 2)
+    snapshot(straight)
+    resumed = make_run(world("sd15"), world("pairs"), tmp_path / "run", *KTO, "--batch-size", "2", "--resume", "latest")
+    cut = make_run(world("sd15"), world("pairs"), tmp_path / "cut", *KTO, "--batch-size", "1", "--accumulation", "2")
+    figures = first + advance(straight, 2)
+    assert figures[0]["loss"] == 0.5 and figures[0]["kto_center"] == 0.0
+    for before, after in itertools.pairwise(figures):
+        gain = -(before["win_error_vs_reference"] + before["lose_error_vs_reference"]) / 2
+        assert after["kto_center"] == pytest.approx(1000 * max(gain, 0.0), rel=1e-12)
+    assert any(one["kto_center"] > 0 for one in figures)
+    assert [one["kto_center"] for one in advance(resumed, 2)] == [one["kto_center"] for one in figures[2:]]
+    ours, other = everything(straight), everything(resumed)
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+    for one, two in zip(figures, advance(cut, 4), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
+        assert one["kto_center"] == pytest.approx(two["kto_center"], rel=1e-7, abs=1e-12)
