@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
 class Encoder:
     """Text encoders and VAE, without gradient, in their own dtype; with `offload` they are on the CPU between calls.
 
-    A trip to the device and back costs up to a second, so `encoded` makes one for TOGETHER pairs, each micro-batch in a
+    A trip to the device and back moves all their weights, so `encoded` makes one for TOGETHER pairs, each micro-batch in a
     call of its own all the same: its bits are those without.
     """
 
