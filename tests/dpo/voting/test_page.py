@@ -48,7 +48,8 @@ EARLY = """(() => { window.early = 0; window.then = () => {
 def browser(tmp_path_factory):
     with Browser(tmp_path_factory.mktemp("profile")) as running:
         yield running
-        assert running.console() == []
+        # A page that is open still when its server is stopped asks it in vain: no fault of the page.
+        assert [line for line in running.console() if "ERR_CONNECTION_REFUSED" not in line] == []
 
 
 @pytest.fixture
