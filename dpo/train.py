@@ -148,15 +148,17 @@ def to_its_end(config: Config, notes: list[str], processes: Processes | None = N
 
 def recomputing(config: Config, processes: Processes | None) -> tuple[Config, str]:
     """`config` with --checkpointing decided by the free memory of the GPU, the same in all processes, and a log line."""
+    from dpo.models.ready import pick_device
     from dpo.planning import recompute, work
     from dpo.settings.config import change
+    from dpo.training.parallel import Processes
 
-    count = 1 if processes is None else processes.count
-    free = recompute.free_memory(config.runtime.device)
-    if processes is not None:  # the smallest decides
-        known = [each for each in processes.objects(free) if each is not None]
-        free = min(known) if known else None
-    choice, line = recompute.at_start(config, work.planner(train_step, count), free)
+    processes = processes or Processes()
+    device = pick_device(processes.device(config.runtime.device))
+    processes.join(device)
+    known = [each for each in processes.objects(recompute.free_memory(str(device))) if each is not None]
+    free = min(known) if known else None  # the smallest decides
+    choice, line = recompute.at_start(config, work.planner(train_step, processes.count), free)
     return change(config, checkpointing=choice.setting), line
 
 
@@ -166,7 +168,11 @@ def fitting_instead(config: Config) -> str:
 
     from dpo.planning import recompute, work
 
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
+    memory = (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        if torch.cuda.is_available()
+        else 0.0
+    )
     said = recompute.what_fits(config, work.planner(train_step), memory) if memory else ""
     return f"; {said}" if said else ""
 

@@ -13,6 +13,7 @@ from csrc_triton.philox import Stream, integers
 from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
+from dpo.data.sources import open_source
 from dpo.data.store import recorded, recording
 from dpo.data.store.files import DamagedStore
 from dpo.data.store.store import read_contents
@@ -20,6 +21,7 @@ from dpo.methods import SHAPES
 from dpo.models import lora
 from dpo.models.load import load
 from dpo.models.save import save_lora
+from dpo.settings.config import Data
 from dpo.settings.flags import parse
 from dpo.training import build, preparing, stored
 from tests.dpo.models.test_lora import train
@@ -520,3 +522,14 @@ def test_an_error_that_is_not_finite_is_refused(small, monkeypatch):
 def _poisoned(positions: range) -> dict[str, torch.Tensor]:
     position = torch.tensor(positions)
     return {"pair": position % 10, "draw": position // 10, "errors": torch.full((2, len(position)), torch.inf)}
+
+
+def test_a_held_out_store_of_another_resolution_is_refused(recorded_store):
+    source = open_source(Data(data=str(recorded_store), data_format="store"))
+    own = source.contents.settings["resolution"]
+    stored.check_resolution(source, own)
+    stored.check_resolution(None, 512)
+    with pytest.raises(
+        UserError, match=rf"holds images of {own} pixels, and the run trains at {2 * own}.*--resolution {2 * own}"
+    ):
+        stored.check_resolution(source, 2 * own)

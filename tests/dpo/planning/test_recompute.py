@@ -1,6 +1,7 @@
 """dpo.planning.recompute: as little is computed again as fits, the numbers are said, and no plan means all blocks."""
 
 import json
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ from dpo.planning.sketch import CONFIGS
 from dpo.settings.config import Config, change
 from dpo.settings.resolve import dealt
 from tests.dpo.planning.test_work import TAKEN
+from tests.help.processes import together
 
 CONFIG = change(Config(), batch_size=4, device="cuda", precision="bf16", optimizer="adamw8bit", reference="copy")
 MIDDLE = {"sd15": "down_blocks.0,up_blocks.3", "sd21": "down_blocks.0,up_blocks.3", "sdxl": "down_blocks.1,up_blocks.1"}
@@ -82,7 +84,7 @@ def test_a_run_has_decided_before_it_loads_anything(small, monkeypatch):
         recompute, "at_start", lambda config, dry, free: seen.append(free) or (recompute.Choice("on", 1), "said")
     )
     monkeypatch.setattr("dpo.training.loop.train", lambda config, notes, *rest: seen.append((config, notes)) or 0)
-    assert train.to_its_end(change(small, checkpointing="auto"), ["first"]) == 0
+    assert train.to_its_end(change(small, checkpointing="auto", device="cpu"), ["first"]) == 0
     free, (config, notes) = seen
     assert free == 40 * GIB and config.runtime.checkpointing == "on" and notes == ["first", "said"]
 
@@ -103,3 +105,14 @@ def test_a_first_update_that_does_not_fit_names_what_would(small, monkeypatch):
     said = recompute.what_fits(small, dry, 30)
     assert said.startswith("by the plan this would fit: ") and "--checkpointing on" in said and "GiB" in said
     assert recompute.what_fits(small, dry, 1) == "" and recompute.what_fits(small, unknown, 30) == ""
+
+
+def test_of_several_processes_the_smallest_gpu_decides(small, tmp_path, monkeypatch):
+    """Before anything is loaded the processes have to find each other."""
+    free = {"0": 100 * GIB, "1": 40 * GIB}
+    monkeypatch.setattr(recompute, "free_memory", lambda device: free[os.environ["RANK"]])
+    monkeypatch.setattr(
+        recompute, "at_start", lambda config, dry, free: (recompute.Choice("on", None), f"{free / GIB:g}")
+    )
+    said = together(2, lambda processes: train.recomputing(change(small, device="cpu"), processes)[1], tmp_path)
+    assert said == ["40", "40"]
