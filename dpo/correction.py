@@ -84,7 +84,7 @@ class CorrectionTable:
     @classmethod
     def zeros(cls, precision: Tensor, rho: float, timesteps: Tensor, pairs: int) -> CorrectionTable:
         """M starts at 0: all importance ratios are 1. timesteps [K]: those drawn; pairs: of an update."""
-        entries = shared_entries(timesteps.cpu(), precision.numel(), pairs).to(precision.device)
+        entries = shared_entries(timesteps.cpu().unique(), precision.numel(), pairs).to(precision.device)
         blank = precision.new_zeros(int(entries[timesteps].max()) + 1)
         return cls(blank, torch.ones_like(blank), entries, precision, rho)
 

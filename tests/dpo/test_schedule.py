@@ -7,7 +7,21 @@ from torch.distributions import Normal
 
 from dpo.common.errors import UserError
 from dpo.credit import discounted_weight, single_shot_weight, step_precision
-from dpo.schedule import TURBO_TIMESTEPS, Schedule, complete, from_scheduler, noise_path, usable_timesteps
+from dpo.schedule import (
+    FLOW_CLASS,
+    TURBO_TIMESTEPS,
+    Draw,
+    FlowSchedule,
+    Schedule,
+    complete,
+    complete_flow,
+    flow_from_scheduler,
+    from_scheduler,
+    noise_path,
+    shift_by_tokens,
+    to_draw,
+    usable_timesteps,
+)
 from tests.help.worlds import KINDS, make_pipeline
 
 EPSILON = {"prediction_type": "epsilon"}
@@ -337,3 +351,162 @@ def test_drawing_is_keyed_and_stays_among_the_timesteps():
     order = torch.randperm(600)
     assert torch.equal(path.draw(keys[order], draws, seed), t[order])
     assert not torch.equal(path.draw(keys, draws + 1, seed), t)
+
+
+# --- rectified flow ---------------------------------------------------------------------------------------------------
+
+SD3 = {"_class_name": FLOW_CLASS, "num_train_timesteps": 1000, "shift": 3.0}
+FLUX = SD3 | {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def flow(config: dict, tokens: int | None = None, **options) -> FlowSchedule:
+    known, _ = complete_flow(config)
+    return flow_from_scheduler(known, mu=None if tokens is None else shift_by_tokens(known, tokens), **options)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_grid_of_a_flow_is_that_of_its_scheduler(shift):
+    """The levels of diffusers' scheduler, which computes them in float32 and from the noisiest on."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule = flow(SD3 | {"shift": shift})
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    torch.testing.assert_close(schedule.levels, theirs.sigmas.flip(0).double(), rtol=1e-5, atol=1e-8)
+    path = noise_path(schedule, schedule.timesteps(), torch.float64)
+    torch.testing.assert_close(path.told(torch.arange(1000)), theirs.timesteps.flip(0).double(), rtol=1e-5, atol=1e-5)
+    x, eps = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    noisy = theirs.scale_noise(x, theirs.timesteps.flip(0)[t], eps)
+    signal, spread = path.signal[t].view(-1, 1, 1, 1), path.spread[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(signal * x + spread * eps, noisy.double(), rtol=1e-5, atol=1e-5)
+    assert path.needs_data and (path.of_noise == 1).all() and (path.of_data == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize(("tokens", "mu"), [(256, 0.5), (4096, 1.15), (1024, 0.63)])
+def test_a_dynamic_shift_is_that_of_sampling(tokens, mu, kind):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = FLUX | {"time_shift_type": kind}
+    assert shift_by_tokens(config, tokens) == pytest.approx(mu)
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(sigmas=[k / 1000 for k in range(1000, 0, -1)], mu=mu)
+    torch.testing.assert_close(flow(config, tokens).levels, theirs.sigmas[:-1].flip(0).double(), rtol=1e-5, atol=1e-8)
+
+
+def test_a_few_step_model_has_the_levels_that_it_is_sampled_at():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule = flow(SD3, few_steps=True)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(schedule.levels[schedule.timesteps()], theirs.sigmas[:-1].flip(0).double())
+    assert torch.equal(usable_timesteps(schedule), torch.tensor(TURBO_TIMESTEPS))  # pure noise is not wasted here
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "is .DDPMScheduler.: a model of flow matching"),
+        ({"invert_sigmas": True}, "has invert_sigmas"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0: this trainer knows 1 to 1000"),
+        ({"shift": -1}, "says shift -1: a number above 0"),
+        ({"base_shift": "x"}, "says base_shift .x.: a number above 0"),
+        ({"time_shift_type": "cubic"}, "time_shift_type .cubic.: this trainer knows exponential and linear"),
+    ],
+)
+def test_a_flow_s_scheduler_that_cannot_be_followed_is_refused(wrong, said):
+    with pytest.raises(UserError, match=said) as caught:
+        complete_flow(FLUX | wrong, "m: ")
+    assert str(caught.value).startswith("m: ") and "\n" not in str(caught.value)
+
+
+def test_what_a_flow_s_scheduler_leaves_out_is_said():
+    known, lines = complete_flow({"_class_name": FLOW_CLASS})
+    assert known["shift"] == 1.0 and "the model's scheduler says no shift: 1.0" in lines[1]
+
+
+@pytest.mark.parametrize("sigma2", ["beta", "posterior"])
+@pytest.mark.parametrize("chain", ["plain", "shifted", "few"])
+def test_log_ratio_of_the_two_gaussians_of_a_flow(chain, sigma2):
+    """log r_k = -(lambda_k/2)|error|^2, with the posterior conditioned numerically from the joint Gaussian of a chain
+    that has the flow's marginals.
+    """
+    schedule = flow(SD3 | {"shift": 1.0 if chain == "plain" else 3.0}, few_steps=chain == "few")
+    lam = step_precision(schedule, sigma2)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps, off = torch.randn(3, 64, dtype=torch.float64, generator=generator)
+    steps = schedule.timesteps().tolist()
+    assert lam[steps[0]] == 0.0 and (lam[steps[1:]] > 0).all() and int((lam > 0).sum()) == len(steps) - 1
+    for low, k in list(zip(steps, steps[1:], strict=False))[:: 1 if chain == "few" else 111]:
+        before, s = schedule.levels[low], schedule.levels[k]
+        slope = (1 - s) / (1 - before)  # x_s = slope x_before + noise has the mean (1 - s) x_0
+        added = s**2 - slope**2 * before**2  # and needs this variance for the marginal's s^2
+        joint = torch.tensor([[before**2, slope * before**2], [slope * before**2, slope**2 * before**2 + added]])
+        torch.testing.assert_close(joint[1, 1], s**2)
+        gain = joint[0, 1] / joint[1, 1]
+        variance = added if sigma2 == "beta" else joint[0, 0] - gain * joint[1, 0]
+        x_s = (1 - s) * x0 + s * eps
+        error = 0.1 * off
+        x0_hat = x_s - s * (eps - x0 + error)
+
+        def mean(clean, before=before, s=s, gain=gain, x_s=x_s):
+            return (1 - before) * clean + gain * (x_s - (1 - s) * clean)
+
+        model, posterior = Normal(mean(x0_hat), variance.sqrt()), Normal(mean(x0), variance.sqrt())
+        log_ratio = (model.log_prob(mean(x0)) - posterior.log_prob(mean(x0))).sum()
+        torch.testing.assert_close(-(lam[k] / 2) * error.square().sum(), log_ratio, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            single_shot_weight(schedule)[k] * error.square(), (x0_hat - x0).square(), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_a_flow_s_lambda_has_the_documented_forms():
+    """(SNR(k-1) - SNR(k)) s_k^2 for the posterior variance, which of diffusion is beta_k / (alpha_k (1 - abar_{k-1}))
+    times (1 - abar_k) / abar_k; the sums and tails of the continuum 2 (1 - s) / s.
+    """
+    schedule = flow(SD3 | {"shift": 1.0})
+    s, lam = schedule.levels, step_precision(schedule)
+    snr = ((1 - s) / s).square()
+    torch.testing.assert_close(step_precision(schedule, "posterior")[1:], (snr[:-1] - snr[1:]) * s[1:].square())
+    assert float(lam.sum()) == pytest.approx(10.34, abs=0.01)
+    assert [float(lam[s > at].sum()) for at in (0.25, 0.5, 0.75)] == pytest.approx([1.27, 0.386, 0.075], abs=0.005)
+    assert float(step_precision(flow(SD3)).sum()) == pytest.approx(8.20, abs=0.01)
+    abar = sd15().alphas_cumprod
+    snr = abar / (1 - abar)
+    torch.testing.assert_close(
+        step_precision(sd15(), "posterior")[1:], ((snr[:-1] - snr[1:]) * (1 - abar[1:]) / abar[1:]), rtol=1e-8, atol=0
+    )
+    weight = single_shot_weight(schedule)
+    assert (weight.diff() > 0).all() and weight[-1] == 1.0
+    assert float(weight.mean()) == pytest.approx(1 / 3, abs=1e-3)
+    assert float(single_shot_weight(flow(SD3)).mean()) == pytest.approx(0.529, abs=2e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("draw", [Draw("uniform"), Draw("logit-normal"), Draw("logit-normal", 1.0, 0.5)])
+def test_levels_follow_the_distribution_that_is_asked_for(draw, shift):
+    """Against the distribution function, at every level to the width of the grid."""
+    schedule = flow(SD3 | {"shift": shift})
+    t = to_draw(schedule, 0, 1000, draw)
+    assert (t.diff() >= 0).all()
+    s = schedule.levels
+    share = torch.bincount(t, minlength=1000).cumsum(0) / t.numel()  # of draws at or below each level
+    upper = torch.cat([(s[1:] + s[:-1]) / 2, torch.ones(1, dtype=s.dtype)])
+    wanted = upper if draw.kind == "uniform" else Normal(draw.mean, draw.sd).cdf(torch.logit(upper.clamp(max=1 - 1e-12)))
+    torch.testing.assert_close(share.double(), wanted, rtol=0, atol=1e-5)
+    inside = to_draw(schedule, 200, 700, draw)
+    assert int(inside.min()) >= 200 and int(inside.max()) < 700
+    assert torch.equal(inside, t[(t >= 200) & (t < 700)])
+
+
+def test_every_member_of_the_grid_alike():
+    assert torch.equal(to_draw(flow(SD3), 100, 900, Draw()), torch.arange(100, 900))
+    with pytest.raises(UserError, match="no noise level is ever drawn in the window"):
+        to_draw(flow(SD3), 999, 1000, Draw("logit-normal", -20.0, 0.1))
