@@ -2,7 +2,7 @@
 posterior sample.
 
     x_t = signal(t) x_0 + spread(t) eps            Ho et al. 2020 (DDPM), eq. 4: sqrt(abar_t) and sqrt(1 - abar_t)
-    z   = (mean + std n - shift) scale             posterior sample of the VAE in the model's units
+    z   = (mean + std n - shift) scale             posterior sample of the VAE in the model's units, by channel
 
 The win and the lose half of a pair share t and eps (Wallace et al. 2024, eq. 14), so the noise is generated once per
 pair, in registers. Batches hold the wins, then the losers: [2B, C, H, W]. Arithmetic in fp32 (float64 for float64
@@ -73,8 +73,8 @@ def sample_posterior_kernel(
     channels,
     pixels,  # H W
     elements,  # C H W
-    scale,  # fp32
-    shift,  # fp32
+    scale_ptr,  # [C] fp32
+    shift_ptr,  # [C] fp32
     MEAN_LAST: tl.constexpr,
     STD_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,6 +93,9 @@ def sample_posterior_kernel(
     std = tl.load(std_ptr + start + element_offsets(element, channels, pixels, STD_LAST), mask=mask, other=0.0).to(
         tl.float32
     )
+    channel = element // pixels
+    scale = tl.load(scale_ptr + channel, mask=mask, other=0.0)
+    shift = tl.load(shift_ptr + channel, mask=mask, other=0.0)
     tl.store(out_ptr + mean_offset, (mean + std * noise - shift) * scale, mask=mask)
 
 
@@ -114,7 +117,7 @@ def _launch_noise(latents, timesteps, signal, spread, keys, draws, seed, out_dty
 
 
 @on_its_device
-def _launch_posterior(mean, std, keys, draws, seed, scale: float, shift: float) -> torch.Tensor:
+def _launch_posterior(mean, std, keys, draws, seed, scale, shift) -> torch.Tensor:
     (mean, mean_last), (std, std_last) = addressable(mean), addressable(std)
     samples, channels, height, width = mean.shape
     elements = channels * height * width
@@ -141,9 +144,12 @@ def noise_pairs_reference(
     return empty_like(latents, out_dtype or latents.dtype).copy_(of_data * clean + of_noise * noise)
 
 
-def sample_posterior_reference(mean, std, keys, draws, seed, scale: float, shift: float = 0.0) -> torch.Tensor:
+def sample_posterior_reference(
+    mean, std, keys, draws, seed, scale: torch.Tensor | float, shift: torch.Tensor | float = 0.0
+) -> torch.Tensor:
     """Plain torch form of `sample_posterior`, for any device; same arguments, same result."""
     shape, dtype = tuple(mean.shape[1:]), wide(mean).dtype
+    scale, shift = (by_channel(value, mean).view(-1, 1, 1) for value in (scale, shift))
     noise = torch.cat([normal(keys, draws, stream, seed, shape, dtype) for stream in (Stream.VAE_WIN, Stream.VAE_LOSE)])
     return empty_like(mean, mean.dtype).copy_((wide(mean) + wide(std) * noise - shift) * scale)
 
@@ -184,8 +190,8 @@ def _sample_posterior(
     keys: torch.Tensor,
     draws: torch.Tensor,
     seed: torch.Tensor,
-    scale: float,
-    shift: float,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> torch.Tensor:
     if runs_triton(mean):
         return _launch_posterior(mean, std, keys, draws, seed, scale, shift)
@@ -244,20 +250,31 @@ def sample_posterior(
     keys: torch.Tensor,
     draws: torch.Tensor,
     seed: torch.Tensor | int,
-    scale: float,
-    shift: float = 0.0,
+    scale: torch.Tensor | float,
+    shift: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """(mean + std n - shift) scale, [2B, C, H, W] in the mean's dtype and memory format; wins and losers have own
     streams.
 
-    mean, std [2B, C, H, W] of one dtype; keys, draws int64 [B]; seed an int64 0-d tensor on the device or an int.
+    mean, std [2B, C, H, W] of one dtype; keys, draws int64 [B]; seed an int64 0-d tensor on the device or an int; scale,
+    shift: one number, or one for each channel [C], on the device.
     """
     assert mean.ndim == 4 and mean.shape[0] % 2 == 0, f"mean must be [2B, C, H, W], got {tuple(mean.shape)}"
     assert std.shape == mean.shape and std.dtype == mean.dtype, f"std {std.dtype} {tuple(std.shape)} must be like mean"
     assert keys.shape == draws.shape == (mean.shape[0] // 2,), (
         f"keys {tuple(keys.shape)} and draws {tuple(draws.shape)} must be [B]"
     )
-    return _sample_posterior(mean, std, keys, draws, seed_tensor(seed, mean.device), float(scale), float(shift))
+    scale, shift = by_channel(scale, mean), by_channel(shift, mean)
+    return _sample_posterior(mean, std, keys, draws, seed_tensor(seed, mean.device), scale, shift)
+
+
+def by_channel(value: torch.Tensor | float, latents: torch.Tensor) -> torch.Tensor:
+    """A number, or one for each channel, as [C] in fp32 (float64 for float64 latents [N, C, H, W])."""
+    channels, dtype = latents.shape[1], wide(latents[:0]).dtype
+    if not isinstance(value, torch.Tensor):
+        return torch.full((channels,), value, dtype=dtype, device=latents.device)
+    assert value.shape == (channels,), f"a number for each of {channels} channels, got {tuple(value.shape)}"
+    return value.to(dtype).contiguous()
 
 
 _INTEGERS = {"batch": "i32", "channels": "i32", "pixels": "i32", "elements": "i32"}
@@ -272,7 +289,7 @@ def _specimens() -> list[Specimen]:
         constexprs = {"CHANNELS_LAST": False, "BLOCK": BLOCK}
         found.append(Specimen("noise_pairs", noise_pairs_kernel, dtype, noising, constexprs, WARPS))
         signature = {"mean_ptr": f"*{dtype}", "std_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **_KEYS, **_INTEGERS}
-        signature |= {"scale": "fp32", "shift": "fp32"}
+        signature |= {"scale_ptr": "*fp32", "shift_ptr": "*fp32"}
         constexprs = {"MEAN_LAST": False, "STD_LAST": False, "BLOCK": BLOCK}
         found.append(Specimen("sample_posterior", sample_posterior_kernel, dtype, signature, constexprs, WARPS))
     return [replace(specimen, aligned=("elements", "pixels")) for specimen in found]

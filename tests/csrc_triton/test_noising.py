@@ -86,12 +86,30 @@ def test_posterior_sample():
     assert torch.equal(sample_posterior(mean, std * 0, KEYS, DRAWS, SEED, 1.0), mean)
 
 
+def test_each_channel_has_its_own_scale_and_shift():
+    mean, std = latents(), latents().abs()
+    alike = torch.full((SHAPE[0],), 0.18215), torch.full((SHAPE[0],), 0.5)
+    assert torch.equal(
+        sample_posterior(mean, std, KEYS, DRAWS, SEED, *alike), sample_posterior(mean, std, KEYS, DRAWS, SEED, 0.18215, 0.5)
+    )
+    scale, shift = torch.arange(1.0, SHAPE[0] + 1), torch.linspace(-1, 1, SHAPE[0])
+    z = sample_posterior(mean, std, KEYS, DRAWS, SEED, scale, shift)
+    plain = sample_posterior(mean, std, KEYS, DRAWS, SEED, 1.0)
+    torch.testing.assert_close(z, (plain - shift.view(-1, 1, 1)) * scale.view(-1, 1, 1))
+    with pytest.raises(AssertionError, match="a number for each of"):
+        sample_posterior(mean, std, KEYS, DRAWS, SEED, torch.ones(SHAPE[0] + 1))
+
+
+def by_channel(x):
+    return torch.linspace(0.1, 0.2, x.shape[1]), torch.linspace(0, 1, x.shape[1])
+
+
 CALLS = {
     "noise_pairs": (
         torch.ops.csrc_triton.noise_pairs,
         lambda x: (x, TIMESTEPS, *(table.float() for table in PATH), KEYS, DRAWS, SEED, torch.bfloat16),
     ),
-    "sample_posterior": (torch.ops.csrc_triton.sample_posterior, lambda x: (x, x.abs(), KEYS, DRAWS, SEED, 0.13, 0.0)),
+    "sample_posterior": (torch.ops.csrc_triton.sample_posterior, lambda x: (x, x.abs(), KEYS, DRAWS, SEED, *by_channel(x))),
 }
 
 
