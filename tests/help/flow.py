@@ -1,8 +1,8 @@
 """Tiny random pipelines of flow-matching families on disk, with the published pipelines' parts and settings.
 
 `make_flow(folder, kind)`, kind one of FLOWS: "sd3" and "sd3-no-t5" (Stable Diffusion 3), "sd35" (3.5 medium: normalised
-queries and keys, a second attention in the first block). 64 x 64 pixels by default, VAE factor 4, latents of 4 channels;
-float32, at most 2 MB each.
+queries and keys, a second attention in the first block), "flux-dev" (embeds the guidance, shifts by the image's size) and
+"flux-schnell" (neither). VAE factor 4, latents of 4 channels; float32, at most 2 MB each.
 
 Every parameter is random, also those that are born as zeros or ones, so that no path of a model stays shut; linear
 layers and embeddings of tokens keep a sd of 1, so that time and caption tell predictions apart.
@@ -22,7 +22,7 @@ from torch import nn
 
 from tests.help.pipelines import clip_encoder, clip_tokenizer, write
 
-SIZE = 64  # pixels, of the images that a pipeline draws unless told
+SIZE = 64  # pixels
 CHANNELS = 4  # of latents
 END_OF_TEXT = "<|endoftext|>"
 
@@ -65,6 +65,44 @@ def _build_sd3(kind: str):
         tokenizer_2=clip_tokenizer("!"),
         tokenizer_3=_t5_tokenizer() if t5 else None,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0),
+    )
+
+
+# --- FLUX.1 ---------------------------------------------------------------------------------------------------------
+
+
+def _build_flux(kind: str):
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    dev = kind == "flux-dev"
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * CHANNELS,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=32,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=fill(transformer),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=fill(clip_encoder(32, "quick_gelu")),
+        text_encoder_2=_t5_encoder(40),
+        tokenizer=clip_tokenizer(END_OF_TEXT),
+        tokenizer_2=_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=1000,
+            shift=3.0 if dev else 1.0,
+            use_dynamic_shifting=dev,
+            base_shift=0.5,
+            max_shift=1.15,
+            base_image_seq_len=256,
+            max_image_seq_len=4096,
+        ),
     )
 
 
@@ -180,4 +218,10 @@ def _t5_tokenizer():
         return T5TokenizerFast.from_pretrained(folder)
 
 
-FLOWS = {"sd3": _build_sd3, "sd3-no-t5": _build_sd3, "sd35": _build_sd3}
+FLOWS = {
+    "sd3": _build_sd3,
+    "sd3-no-t5": _build_sd3,
+    "sd35": _build_sd3,
+    "flux-dev": _build_flux,
+    "flux-schnell": _build_flux,
+}
