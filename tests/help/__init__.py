@@ -1,6 +1,7 @@
 """What tests share.
 
 worlds.py tiny pipelines and preference sets on disk | pipelines.py how a tiny pipeline is made
+flow.py tiny pipelines of flow-matching families
 ldm.py a tiny pipeline as a single file | running.py runs in the test's own process
 reading.py batches as a run reads them | loading.py models that cannot be loaded
 commands.py the command itself, what it wrote and left | children.py forked children, and kills

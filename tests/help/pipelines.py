@@ -8,6 +8,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,14 @@ KINDS = ("sd15", "sd2v", "sdxl", "sdxl-turbo")
 
 def make_pipeline(folder: str | Path, kind: str = "sd15", seed: int = 0) -> Path:
     """Writes a tiny random diffusers pipeline of the given kind to `folder` and returns it (built once per process)."""
-    shutil.copytree(_cached_pipeline(kind, seed), folder, dirs_exist_ok=True)
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+    return write(_build_sdxl if kind.startswith("sdxl") else _build_sd, folder, kind, seed)
+
+
+def write(build: Callable, folder: str | Path, kind: str, seed: int) -> Path:
+    """Writes what `build(kind)` returns under this seed to `folder` and returns it (built once per process)."""
+    shutil.copytree(_cached_pipeline(build, kind, seed), folder, dirs_exist_ok=True)
     return Path(folder)
 
 
@@ -28,13 +36,10 @@ def _cache_root() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _cached_pipeline(kind: str, seed: int) -> Path:
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not one of {KINDS}")
+def _cached_pipeline(build: Callable, kind: str, seed: int) -> Path:
     folder = Path(_cache_root().name) / f"{kind}-{seed}"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        build = _build_sdxl if kind.startswith("sdxl") else _build_sd
         build(kind).save_pretrained(folder)
     return folder
 
@@ -66,8 +71,8 @@ def _build_sd(kind: str):
         scheduler = PNDMScheduler(**noise, skip_prk_steps=True)
     return StableDiffusionPipeline(
         vae=_vae(0.18215),
-        text_encoder=_text_encoder(40 if v else 32, "gelu" if v else "quick_gelu"),
-        tokenizer=_tokenizer("!" if v else "<|endoftext|>"),
+        text_encoder=clip_encoder(40 if v else 32, "gelu" if v else "quick_gelu"),
+        tokenizer=clip_tokenizer("!" if v else "<|endoftext|>"),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -107,10 +112,10 @@ def _build_sdxl(kind: str):
     )
     return StableDiffusionXLPipeline(
         vae=_vae(0.13025, force_upcast=True),
-        text_encoder=_text_encoder(32, "quick_gelu"),
-        text_encoder_2=_text_encoder(16, "gelu", projection=24),
-        tokenizer=_tokenizer("<|endoftext|>"),
-        tokenizer_2=_tokenizer("!"),
+        text_encoder=clip_encoder(32, "quick_gelu"),
+        text_encoder_2=clip_encoder(16, "gelu", projection=24),
+        tokenizer=clip_tokenizer("<|endoftext|>"),
+        tokenizer_2=clip_tokenizer("!"),
         unet=unet,
         scheduler=scheduler,
         force_zeros_for_empty_prompt=not turbo,
@@ -167,7 +172,8 @@ def _vae(scaling: float, force_upcast: bool = False):
     return vae
 
 
-def _text_encoder(width: int, activation: str, projection: int | None = None):
+def clip_encoder(width: int, activation: str, projection: int | None = None):
+    """A CLIP text encoder of two layers; with a projection, of the class that has one."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -195,7 +201,8 @@ def _vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def _tokenizer(pad: str):
+def clip_tokenizer(pad: str):
+    """A CLIP tokenizer of single bytes, 77 tokens long, that pads with `pad`."""
     from transformers import CLIPTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
