@@ -186,7 +186,7 @@ def turns(runs: dict[str, Any], steps: int) -> dict[str, tuple[float, float]]:
 
 def counted_flops(run: Any) -> dict[str, float]:
     """FLOPs of a pair by kind of run (the text encoder left out: it is small here)."""
-    side, scale = run.config.data.resolution, run.model.vae_scale
+    side, scale = run.config.data.resolution, run.model.geometry.vae_scale
     text = run.model.text_encoders[0].config.max_position_embeddings
     forward = flops.unet_flops(dict(run.model.denoiser.config), side // scale, side // scale, text)
     encode = flops.vae_encode_flops(dict(run.model.vae.config), side, side)

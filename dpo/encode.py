@@ -76,7 +76,7 @@ class Encoder:
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, 4, h, w] in its dtype, unscaled.
+        """pixels [N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w] in its dtype, unscaled.
 
         Pixels are scaled to [-1, 1] in fp32 or wider and rounded once: in bf16 the division and the difference would
         round too, always the same way, by an eighth of a grey level on average.
@@ -88,9 +88,9 @@ class Encoder:
             wide = torch.promote_types(dtype, torch.float32)
             for part in pixels.split(self.vae_batch):
                 x = moved(part, self.device).to(wide) / 127.5 - 1
-                posterior = vae.encode(x.to(dtype)).latent_dist
-                means.append(posterior.mean)
-                stds.append(posterior.std)
+                mean, std = self.model.family.posterior(vae, x.to(dtype))
+                means.append(mean)
+                stds.append(std)
         return torch.cat(means), torch.cat(stds)
 
     @torch.no_grad()

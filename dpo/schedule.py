@@ -279,7 +279,6 @@ def complete_flow(config: Mapping, about: str = "") -> tuple[dict[str, Any], lis
             f"{about}the model's scheduler says time_shift_type {excerpt(known['time_shift_type'])}: this trainer knows "
             f"{' and '.join(SHIFTS)}"
         )
-    known["prediction_type"] = FLOW
     return known, [f"the model's scheduler says no {key}: {known[key]}, the default of {name}" for key in missing]
 
 

@@ -37,6 +37,7 @@ class PairStep:
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
+    scaling: tuple[Tensor, Tensor]  # shift and scale of the latents' channels [C]: the denoiser sees (latents - shift) scale
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
@@ -84,15 +85,16 @@ class PairStep:
         )
         if self.masks is not None:
             self.masks.set(x.keys, x.draws, self.seed)
+        told = self.path.told(t)
         if wins_only:
             half = t.numel()
-            wins = self.predict(self.policy, x_t[:half], t, x.text, None if x.micro is None else x.micro[:half])
+            wins = self.predict(self.policy, x_t[:half], told, x.text, None if x.micro is None else x.micro[:half])
             policy = torch.cat([wins, torch.full_like(wins, torch.nan)])
         else:
-            policy = self.predict(self.policy, x_t, t.repeat(2), x.text.twice(), x.micro)
+            policy = self.predict(self.policy, x_t, told.repeat(2), x.text.twice(), x.micro)
         reference = None
         if self.reference is not None and recorded is None:
-            reference = self.predict(self.reference, x_t, t.repeat(2), x.text.twice(), x.micro)
+            reference = self.predict(self.reference, x_t, told.repeat(2), x.text.twice(), x.micro)
         mixed = self.path.needs_data
         found = pair_errors(
             policy,
@@ -116,15 +118,14 @@ class PairStep:
         return found, t
 
     def latents(self, x: Inputs) -> Tensor:
-        """Keyed samples of the VAE's posterior, scaled as the denoiser expects them: [2B, 4, h, w], fp32 or wider."""
-        config = self.model.vae.config
-        shift = config.get("shift_factor") or 0.0
+        """Keyed samples of the VAE's posterior, scaled as the denoiser expects them: [2B, C, h, w], fp32 or wider."""
+        shift, scale = self.scaling
         wide = torch.promote_types(self.dtype, torch.float32)
         mean, std = x.latent_mean.to(wide), x.latent_std.to(wide)
-        return sample_posterior(mean, std, x.keys, x.draws, self.seed, config["scaling_factor"], shift)
+        return sample_posterior(mean, std, x.keys, x.draws, self.seed, scale, shift)
 
     def predict(self, denoise: Denoise, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
-        """The prediction [N, 4, h, w] for noisy latents x_t [N, 4, h, w] at timesteps t [N], under autocast."""
+        """The prediction [N, C, h, w] for noisy latents x_t [N, C, h, w] at timesteps t [N], under autocast."""
         text = text.to(x_t.device, self.autocast or x_t.dtype)  # a store's fp16 and bf16 do not mix under autocast
         with self._autocast():
             return denoise(x_t, t, text, sizes)

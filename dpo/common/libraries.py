@@ -14,6 +14,9 @@ from dpo.common.words import first_line
 TRACKING = "pip install 'diffusion-dpo[tracking]', or -e '.[tracking]' where its source is"  # TensorBoard and W&B
 OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 
+# Of a pipeline of diffusers: the attribute with the arguments of a call that say how long captions are in training.
+CAPTIONS = "captions_as_trained"
+
 
 def quiet() -> None:
     """Turns off the progress bars and advice of diffusers and transformers; their errors stay.

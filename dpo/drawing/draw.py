@@ -7,14 +7,17 @@ generator is touched.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from PIL import Image
+
+from dpo.common.libraries import CAPTIONS
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -54,6 +57,7 @@ def sample(
     the pipeline's scheduler are restored afterwards.
     """
     device = torch.device(device)
+    told_pipe = asked_of(pipe, guidance)
 
     @torch.no_grad()  # here too: both are settings of a thread
     def together(pipe: Pipeline, part: Sequence[tuple[str, int]]) -> list[Image.Image]:
@@ -61,7 +65,7 @@ def sample(
             return pipe(
                 [prompt for prompt, _ in part],
                 num_inference_steps=steps,
-                guidance_scale=guidance,
+                **told_pipe,
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],
                 height=size,
                 width=size,
@@ -74,6 +78,24 @@ def sample(
             drawn += images
             told(len(drawn))
         return drawn
+
+
+def network(pipe: Pipeline) -> torch.nn.Module:
+    """The denoiser of a pipeline: a UNet or a transformer."""
+    found = pipe.components.get("unet", pipe.components.get("transformer"))
+    assert isinstance(found, torch.nn.Module), "every family's pipeline has one"
+    return found
+
+
+def asked_of(pipe: Pipeline, guidance: float) -> dict[str, Any]:
+    """The arguments of a call of `pipe` that ask for a guidance scale, and for captions as in training.
+
+    Qwen-Image's pipeline is guided by another argument, and only where it is given a negative prompt.
+    """
+    lengths: dict[str, Any] = getattr(pipe, CAPTIONS, {})
+    if "true_cfg_scale" in inspect.signature(type(pipe).__call__).parameters and not hasattr(pipe, "tokenizer_2"):
+        return lengths | {"true_cfg_scale": guidance, "negative_prompt": " "}
+    return lengths | {"guidance_scale": guidance}
 
 
 class Hands:
@@ -98,7 +120,7 @@ def side_by_side(pipe: Pipeline, device: torch.device) -> Iterator[Hands]:
     """
     cores = torch.get_num_threads()
     own = threading.local()
-    if device.type != "cpu" or cores == 1 or sum(p.numel() for p in pipe.unet.parameters()) > SMALL:
+    if device.type != "cpu" or cores == 1 or sum(p.numel() for p in network(pipe).parameters()) > SMALL:
         yield Hands(pipe, 1, None, own)
         return
 
@@ -130,10 +152,10 @@ def tiled(vae: AutoencoderKL, side: int) -> Iterator[None]:
         yield
         return
     names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    before = {name: getattr(vae, name) for name in names}
+    before = {name: getattr(vae, name) for name in names if hasattr(vae, name)}
     vae.enable_slicing()
     vae.enable_tiling()
-    if vae.tile_sample_min_size > side:
+    if getattr(vae, "tile_sample_min_size", side) > side:
         vae.tile_latent_min_size = vae.tile_latent_min_size * side // vae.tile_sample_min_size
         vae.tile_sample_min_size = side
     try:

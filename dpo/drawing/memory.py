@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from dpo.drawing.draw import network
 
 if TYPE_CHECKING:
     from dpo.drawing.draw import Pipeline
@@ -34,12 +36,11 @@ def needed(pipe: Pipeline, device: torch.device, batch: int, autocast: torch.dty
     brought = sum(_bytes(p) for module in modules for p in module.parameters() if p.device.type != device.type)
     width = torch.finfo(autocast).bits // 8 if autocast is not None else 0
     # autocast keeps its casts of weights that want a gradient
-    cast = sum(p.numel() * width for p in pipe.unet.parameters() if p.requires_grad and p.element_size() > width > 0)
-    vae, unet = pipe.vae, pipe.unet
-    side, widths = int(unet.config["sample_size"]), vae.config["block_out_channels"]
-    pixels = (side * 2 ** (len(widths) - 1)) ** 2
-    decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * max(4, vae.dtype.itemsize)
-    denoised = DENOISED * 2 * unet.config["block_out_channels"][0] * side**2 * max(4, unet.dtype.itemsize)
+    weights = list(network(pipe).parameters())
+    cast = sum(p.numel() * width for p in weights if p.requires_grad and p.element_size() > width > 0)
+    side, (drawn, seen) = _side(pipe), _widths(pipe)
+    decoded = DECODED * seen * (side * pipe.vae_scale_factor) ** 2 * max(4, pipe.vae.dtype.itemsize)
+    denoised = DENOISED * 2 * drawn * side**2 * max(4, weights[0].dtype.itemsize)
     return brought + cast + int(batch * max(decoded, denoised))
 
 
@@ -51,12 +52,32 @@ def group_for(pipe: Pipeline, device: torch.device, width: int, height: int, gui
     """
     if device.type != "cuda":
         return GROUPS[0]
-    vae, unet = pipe.vae, pipe.unet
-    widths, pixels = vae.config["block_out_channels"], width * height
-    latents = pixels / 4 ** (len(widths) - 1)
-    decoded = DECODED * widths[min(1, len(widths) - 1)] * pixels * vae.dtype.itemsize
-    denoised = DENOISED_AT_LEAST * (1 + guided) * unet.config["block_out_channels"][0] * latents * unet.dtype.itemsize
+    (drawn, seen), pixels = _widths(pipe), width * height
+    latents = pixels / pipe.vae_scale_factor**2
+    decoded = DECODED * seen * pixels * pipe.vae.dtype.itemsize
+    dtype = next(network(pipe).parameters()).dtype
+    denoised = DENOISED_AT_LEAST * (1 + guided) * drawn * latents * dtype.itemsize
     return next((count for count in GROUPS if count * denoised >= decoded), GROUPS[-1])
+
+
+PATCH = 4  # latents that a transformer sees as one token
+DEFAULT_SIDE = 128  # latents, of diffusers' pipelines whose transformer's config has none
+
+
+def _side(pipe: Pipeline) -> int:
+    """Latents of a side that the model was trained at."""
+    return int(network(pipe).config.get("sample_size") or DEFAULT_SIDE)  # type: ignore[union-attr]  # diffusers'
+
+
+def _widths(pipe: Pipeline) -> tuple[int, int]:
+    """Channels of a feature map of full size: in the denoiser, for each latent, and in the VAE's decoder."""
+    config: Any = network(pipe).config
+    if "block_out_channels" in config:
+        drawn = config["block_out_channels"][0]
+    else:
+        drawn = config["num_attention_heads"] * config["attention_head_dim"] // PATCH
+    widths = pipe.vae.config.get("block_out_channels") or [pipe.vae.config["base_dim"]]
+    return drawn, widths[min(1, len(widths) - 1)]
 
 
 def _bytes(value: Tensor) -> int:

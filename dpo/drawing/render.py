@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dpo.common.errors import UserError
 from dpo.drawing import draw
 from dpo.drawing.protocol import Protocol
 
@@ -92,7 +93,7 @@ class Stopwatch:
 def ready(pipe: Pipeline, device: torch.device, protocol: Protocol) -> Iterator[Stopwatch]:
     """Inside the block `pipe` is on `device`, and its VAE decodes in the protocol's tiles; yields the UNet's stopwatch."""
     with draw.borrowed(pipe, device), draw.tiled(pipe.vae, protocol.vae_tile):
-        watch = Stopwatch(pipe.unet, device)
+        watch = Stopwatch(draw.network(pipe), device)
         try:
             yield watch
         finally:
@@ -107,11 +108,37 @@ def render(
 
     layouts: the init images, of the protocol's size.
     """
+    if "transformer" in pipe.components:
+        return _of_flow(pipe, tasks, protocol)
     found: list[Rendered] = []
     for strength, part in groupby(tasks, key=lambda task: task.strength):
         latents_BCHW = _latents(pipe, list(part), strength, protocol, layouts)
         found += [_seen(pipe, one) for one in latents_BCHW.split(1)]
     return found
+
+
+def _of_flow(pipe: Pipeline, tasks: Sequence[Task], protocol: Protocol) -> list[Rendered]:
+    """Of a pipeline whose latents only itself can unpack. Raises UserError for tasks that begin with an image."""
+    if any(task.strength is not None for task in tasks):
+        raise UserError(f"images drawn over a layout are for Stable Diffusion and SDXL, not {type(pipe).__name__}")
+    pixels_B3HW = pipe(
+        prompt=[task.prompt for task in tasks],
+        num_inference_steps=protocol.steps,
+        **draw.asked_of(pipe, protocol.guidance),
+        generator=[torch.Generator("cpu").manual_seed(task.seed) for task in tasks],
+        height=protocol.height,
+        width=protocol.width,
+        output_type="pt",
+    ).images
+    return [_rendered(one.permute(1, 2, 0).float().cpu().numpy(), one) for one in pixels_B3HW]
+
+
+def _rendered(pixels_HW3: np.ndarray, decoded: Tensor) -> Rendered:
+    """Pixels in [0, 1] as an image of 8 bits, rounded as diffusers does it; decoded: what is to be finite."""
+    finite = bool(torch.isfinite(decoded).all())
+    levels = (np.nan_to_num(pixels_HW3) * 255).round().astype(np.uint8)
+    flat = int(np.ptp(levels.reshape(-1, 3), axis=0).max()) <= FLAT
+    return Rendered(Image.fromarray(levels), "not finite" if not finite else "flat" if flat else "")
 
 
 def _latents(
@@ -151,7 +178,7 @@ def _encoded(pipe: Pipeline, layout: Image.Image, generator: torch.Generator) ->
     pixels = pipe.image_processor.preprocess(layout).to(vae.device, vae.dtype)
     latents = vae.encode(pixels).latent_dist.sample(generator)
     mean, std = _normal(vae, latents)
-    return ((latents - mean) * vae.config["scaling_factor"] / std).to(pipe.unet.dtype)
+    return ((latents - mean) * vae.config["scaling_factor"] / std).to(next(draw.network(pipe).parameters()).dtype)
 
 
 def _normal(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,8 +196,5 @@ def _seen(pipe: Pipeline, latents_1CHW: Tensor) -> Rendered:
     latents = latents_1CHW.to(vae.dtype)
     mean, std = _normal(vae, latents)
     decoded = vae.decode(latents * std / vae.config["scaling_factor"] + mean, return_dict=False)[0]
-    pixels_HW3 = pipe.image_processor.postprocess(decoded, output_type="np")[0]
-    finite = bool(torch.isfinite(decoded).all())  # of the decoder's own output: diffusers cuts to [0, 1]
-    levels = (np.nan_to_num(pixels_HW3) * 255).round().astype(np.uint8)
-    flat = int(np.ptp(levels.reshape(-1, 3), axis=0).max()) <= FLAT
-    return Rendered(Image.fromarray(levels), "not finite" if not finite else "flat" if flat else "")
+    # the decoder's own output is looked at: diffusers cuts to [0, 1]
+    return _rendered(pipe.image_processor.postprocess(decoded, output_type="np")[0], decoded)

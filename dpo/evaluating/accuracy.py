@@ -47,7 +47,7 @@ def by_side(
     reference = family.denoise(settle(config.runtime, model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
     encoder = Encoder(model, device, config.runtime.vae_batch)
-    buckets = find(data, model.side_factor, source)
+    buckets = find(data, model.geometry.side_factor, source)
     reading = replace(Reading.of(data), workers=0)
     pairs = held_out_batches(source, config.optim.batch_size, data.resolution, reading, buckets=buckets)
     held_out = validation.encode_held_out(step, encoder, pairs, data.validation_draws, None)

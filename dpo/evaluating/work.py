@@ -23,6 +23,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
 from dpo.common.words import digest
 from dpo.drawing import images
+from dpo.drawing.draw import network
 from dpo.evaluating import provenance, reproduce, result, sets
 from dpo.evaluating.asked import Asked, checked
 from dpo.evaluating.flags import Named
@@ -311,7 +312,7 @@ def _accuracies(asked: Asked, config: Config) -> Iterator[dict[str, Any]]:
         found = model.opened(
             named.place, device=device, precision="fp32", lora_base=asked.draw.lora_base, cache_dir=asked.draw.cache_dir
         )
-        return found.pipe.unet
+        return network(found.pipe)
 
     policies = {named.name: partial(denoiser, named) for named in asked.models[1:]}
     yield from by_side(config, partial(denoiser, asked.base), policies)

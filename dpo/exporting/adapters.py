@@ -40,7 +40,7 @@ def network_of(named: Named) -> Model:
 
 def known_of(model: Model) -> Known:
     """What the header of a file says of a model."""
-    return Known(model.denoiser.config, model.scheduler_config, model.turbo, model.native_resolution)
+    return Known(model.denoiser.config, model.scheduler_config, model.turbo, model.geometry.native)
 
 
 def named(

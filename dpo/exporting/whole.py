@@ -38,7 +38,7 @@ def of_folder(folder: Path, name: str) -> Whole:
     index = read_index(folder)
     family = family_of(index)
     configs = configs_of(family, folder, None, None)
-    scheduler, _ = read_scheduler(folder, name)
+    scheduler, _ = read_scheduler(folder, name, family)
     parts: dict[str, Pieces] = {}
     for part in configs:
         check_files(folder / part, None)
@@ -62,7 +62,7 @@ def of_model(model: Model) -> Whole:
     configs = {
         name: one.config.to_dict() if hasattr(one.config, "to_dict") else one.config for name, one in modules.items()
     }
-    known = Known(model.denoiser.config, model.scheduler_config, model.turbo, model.native_resolution)
+    known = Known(model.denoiser.config, model.scheduler_config, model.turbo, model.geometry.native)
     return Whole(model.family, configs, {name: of_tensors(one.state_dict()) for name, one in modules.items()}, known)
 
 

@@ -8,6 +8,7 @@ once on a small call, forward and backward, with and without a gradient.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -90,6 +91,27 @@ def use_one_attention(denoiser: Denoiser, device: torch.device, dtype: torch.dty
     own: Any = Attending(_chosen(device, dtype, tuple(widths(denoiser)), names) if device.type == "cuda" else {})
     processors: dict[str, Any] = dict(denoiser.attn_processors)
     denoiser.set_attn_processor({name: own if type(p) is AttnProcessor2_0 else p for name, p in processors.items()})
+
+
+def without_cudnn(denoiser: Denoiser) -> None:
+    """Has every attention of a transformer run on torch's operations without cuDNN's, in each forward pass, in place.
+
+    The others give the same bits with and without a gradient, whatever the mask. Where torch is asked for deterministic
+    sums, only those of DETERMINISTIC are left.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if torch.are_deterministic_algorithms_enabled():
+        kinds.remove(SDPBackend.EFFICIENT_ATTENTION)
+    forward = denoiser.forward
+
+    @functools.wraps(forward)
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kinds):
+            return forward(*args, **kwargs)
+
+    denoiser.forward = chosen  # type: ignore[method-assign]
 
 
 @cache

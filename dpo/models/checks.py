@@ -118,6 +118,22 @@ def _scaling(configs: Configs) -> str | None:
     return None
 
 
+def latents_match(denoiser: str) -> Check:
+    """A check that a part of the pipeline takes and gives latents of as many channels as the VAE has."""
+
+    def check(configs: Configs) -> str | None:
+        taken, channels = configs[denoiser]["in_channels"], configs["vae"]["latent_channels"]
+        given = configs[denoiser].get("out_channels") or taken
+        if taken == given == channels:
+            return None
+        return (
+            f"the {denoiser} takes {taken} channels and gives {given}, but the latents of the VAE have {channels}: they are "
+            "of different models"
+        )
+
+    return check
+
+
 def text_width(*parts: str) -> Check:
     """A check that the UNet takes hidden states as wide as those of the text encoders `parts` side by side."""
 
@@ -142,8 +158,7 @@ def scaling_said(configs: Configs) -> str | None:
     return None
 
 
-COMMON: tuple[Check, ...] = (  # of every family
-    _quantised,
+UNET: tuple[Check, ...] = (  # of every family with a UNet
     number("unet", "sample_size"),
     number("unet", "in_channels"),
     number("unet", "out_channels"),
@@ -161,7 +176,7 @@ COMMON: tuple[Check, ...] = (  # of every family
 
 def check(checks: Iterable[Check], configs: Configs, source: str) -> None:
     """Raises UserError, which begins with `source`, for the first check that finds something wrong."""
-    if wrong := next((said for ask in (*COMMON, *checks) if (said := ask(configs))), None):
+    if wrong := next((said for ask in (_quantised, *checks) if (said := ask(configs))), None):
         raise UserError(f"{source} cannot be trained: {wrong}")
 
 

@@ -24,7 +24,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BACKEND = "inductor"
-BLOCKS = {"UNet2DConditionModel": ("ResnetBlock2D", "BasicTransformerBlock")}  # what repeats in each class of denoiser
+BLOCKS = {  # what repeats in each class of denoiser
+    "UNet2DConditionModel": ("ResnetBlock2D", "BasicTransformerBlock"),
+    "SD3Transformer2DModel": ("JointTransformerBlock",),
+}
 VARIANTS = 256  # of one kind of block: sizes, dtypes, with and without gradient, with adapters on and off
 
 

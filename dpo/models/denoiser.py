@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo.common.errors import UserError
-from dpo.models.attention import use_one_attention
-from dpo.models.family import Denoiser
+from dpo.models.attention import use_one_attention, without_cudnn
+from dpo.models.family import Denoiser, is_unet
 
 log = logging.getLogger("dpo")
 
@@ -66,11 +66,14 @@ def available_attention(kind: str) -> str:
 
 
 def use_attention(denoiser: Denoiser, kind: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Switches to xformers where `kind` asks for it and it can run, else to attention.py.
+    """Switches to xformers where `kind` asks for it and it can run, else to attention.py; transformers to the latter.
 
     dtype: of queries, keys and values in a step.
     """
-    if available_attention(kind) == "xformers":
+    if not is_unet(denoiser):
+        if device.type == "cuda":
+            without_cudnn(denoiser)
+    elif available_attention(kind) == "xformers":
         denoiser.enable_xformers_memory_efficient_attention()
     else:
         use_one_attention(denoiser, device, dtype)
@@ -95,6 +98,8 @@ def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     denoiser.enable_gradient_checkpointing(_recomputed)
     if setting == "on":
         return
+    if not is_unet(denoiser):
+        raise UserError(f"--checkpointing {setting} names blocks of a UNet, and this is a transformer: use on or off")
     blocks = {
         name: module
         for name, module in denoiser.named_modules()

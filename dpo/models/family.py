@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.device import moved
+from dpo.schedule import FLOW, shift_by_tokens
 from dpo.settings.families import FAMILIES
 
 if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder classes to a type checker
@@ -42,10 +44,15 @@ else:
 
 
 class TextEncoding(NamedTuple):
-    """B encoded captions: hidden states [B, S, D], and for SDXL a pooled vector [B, P], in the text encoder's dtype."""
+    """B encoded captions, in the text encoder's dtype; what a family has none of is None.
+
+    hidden [B, S, D]: hidden states; pooled [B, P]: a vector of the whole caption; mask [B, S] bool: which of the S tokens
+    are the caption's, where the denoiser must not see the others.
+    """
 
     hidden: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def twice(self) -> TextEncoding:
         """The encoding [2B, ...] for both halves of a micro-batch: the caption of a pair is encoded once."""
@@ -53,24 +60,72 @@ class TextEncoding(NamedTuple):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEncoding:
         """The same encoding on another device, and in another dtype where one is given."""
-        return self._each(lambda x: moved(x, device, dtype))
+        return self._each(lambda x: moved(x, device, None if x.dtype == torch.bool else dtype))
 
     def zero_where(self, rows: Tensor) -> TextEncoding:
         """The same encoding with zeros in the `rows` [B] bool."""
-        return self._each(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), 0.0))
+        return self._each(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.dim() - 1)), 0))
+
+    def row(self, one: slice) -> TextEncoding:
+        """The encoding of some of the captions."""
+        return self._each(lambda x: x[one])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TextEncoding:
-        return TextEncoding(function(self.hidden), None if self.pooled is None else function(self.pooled))
+        return TextEncoding(*(None if x is None else function(x) for x in self))
+
+
+def is_unet(denoiser: Denoiser) -> bool:
+    """Whether a denoiser of diffusers is a UNet, and not a transformer."""
+    return "down_block_types" in denoiser.config
 
 
 class Denoise(Protocol):
     """Policy or reference: the prediction [N, C, h, w] for noisy latents x_t [N, C, h, w] at timesteps t [N].
+
+    Of a flow t is 1000 s, with s the noise level: see `schedule.NoisePath.told`.
 
     sizes [N, 6]: original height, width, crop top, left, target height, width of each image in pixels; None where
     the family does not ask for them.
     """
 
     def __call__(self, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor: ...
+
+
+class Geometry(NamedTuple):
+    """How images and latents of a model fit."""
+
+    channels: int  # of the latents
+    vae_scale: int  # pixels per latent, 8 for every published SD model
+    side_factor: int  # what the sides of images must be a multiple of, in pixels
+    native: int  # pixels of a side that the model was trained at
+
+    def tokens(self, height: int, width: int) -> int:
+        """The tokens of an image in a transformer that sees one for each `side_factor` squared."""
+        return (height // self.side_factor) * (width // self.side_factor)
+
+
+def levels_of(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent of an AutoencoderKL of this config: it halves between its blocks."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def unet_geometry(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
+    """Of a UNet and its VAE; sides are to be halved exactly by both."""
+    scale = levels_of(vae)
+    factor = scale * 2 ** (len(unet["block_out_channels"]) - 1)
+    return Geometry(vae["latent_channels"], scale, factor, int(unet["sample_size"]) * scale)
+
+
+def posterior(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std [N, C, h, w] of the VAE's posterior for pixels [N, 3, H, W] in -1..1."""
+    found = vae.encode(pixels).latent_dist
+    return found.mean, found.std
+
+
+def scaling(vae: Vae) -> tuple[list[float], list[float]]:
+    """The shift and scale of each channel: the denoiser sees (latents - shift) scale."""
+    config, channels = vae.config, vae.config["latent_channels"]
+    return [config.get("shift_factor") or 0.0] * channels, [config["scaling_factor"]] * channels
 
 
 @dataclass
@@ -90,26 +145,34 @@ class Model:
     merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
     pipeline_config: dict[str, Any] = field(default_factory=dict)  # settings of the source's model_index.json
     resampled: dict[str, Any] = field(default_factory=dict)  # where scheduler_config departs from the source's
+    text_tokens: int | None = None  # of a caption, where the family lets that be chosen
+    guidance: float | None = None  # what a model that takes its guidance scale as an input is told in training
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser predicts: "epsilon" or "v_prediction"."""
-        return self.scheduler_config["prediction_type"]
+        """What the denoiser predicts: "epsilon", "v_prediction" or "flow_prediction"."""
+        return FLOW if self.family.flow else self.scheduler_config["prediction_type"]
 
     @property
-    def vae_scale(self) -> int:
-        """Pixels per latent, 8 for every published SD model."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+    def geometry(self) -> Geometry:
+        return self.family.geometry(self.denoiser.config, self.vae.config)
 
-    @property
-    def side_factor(self) -> int:
-        """What the sides of images must be a multiple of, in pixels, to be halved exactly by VAE and denoiser."""
-        return self.vae_scale * 2 ** (len(self.denoiser.config["block_out_channels"]) - 1)
+    def named_encoders(self) -> dict[str, TextEncoder | None]:
+        """The text encoders by their component's name in the pipeline; None for one that the model came without."""
+        return {name: one for (name, _), one in zip_longest(self.family.text_encoders, self.text_encoders)}
 
-    @property
-    def native_resolution(self) -> int:
-        """Pixels of a side that the model was trained at."""
-        return int(self.denoiser.config["sample_size"]) * self.vae_scale
+    def named_tokenizers(self) -> dict[str, Any]:
+        """The tokenizers likewise."""
+        return {name: one for (name, _), one in zip_longest(self.family.tokenizers, self.tokenizers)}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What the families of flow matching differ in, beside what all families do."""
+
+    text_tokens: int  # of a caption by default, as its pipeline has it
+    blank: Callable[[Model], TextEncoding]  # of one caption, on the meta device: the shapes of an encoding
+    mu: Callable[[Mapping[str, Any], int], float] = shift_by_tokens  # (scheduler, tokens of the image): of a dynamic shift
 
 
 @dataclass(frozen=True)
@@ -118,22 +181,29 @@ class Family:
 
     name: str
     pipeline: str  # the diffusers pipeline class, as in model_index.json's `_class_name`
-    denoiser: str  # the component's name in that pipeline and its folder: "unet"
+    denoiser: str  # the component's name in that pipeline and its folder: "unet" or "transformer"
     denoiser_class: str  # of diffusers
     beta: float  # default of dpo (docs/method.md)
     guidance: float  # default guidance scale of sample images
-    tokenizers: tuple[str, ...]  # component names, beside `text_encoders`
+    tokenizers: tuple[tuple[str, str], ...]  # (component, transformers class), beside `text_encoders`
     text_encoders: tuple[tuple[str, str], ...]  # (component, transformers class)
     encode: Callable[[Model, list[str]], TextEncoding]
     predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, x_t, t, text, sizes)
     pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
-    single_file_key: str  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
+    checks: tuple[Check, ...]  # what it assumes of the configs, beside that no weights are quantised
+    single_file_key: str | None = None  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
-    checks: tuple[Check, ...] = ()  # what it assumes of the configs, beside what every family does
     architectures: tuple[str, ...] = ()  # how `modelspec.architecture` of its single files begins
     vae_class: str = "AutoencoderKL"  # of diffusers
     vae_overflows_in_fp16: bool = False
-    kohya_name: Callable[[str, Denoiser], str] = lambda name, denoiser: name  # of a layer, in sd-scripts' LoRA files
+    kohya_name: Callable[[str, Denoiser], str] | None = None  # of a layer, in sd-scripts' LoRA files; None: no such files
+    geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] = unet_geometry  # (denoiser, VAE), their configs
+    posterior: Callable[[Vae, Tensor], tuple[Tensor, Tensor]] = posterior
+    scaling: Callable[[Vae], tuple[list[float], list[float]]] = scaling
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter by default
+    flow: Flow | None = None  # of a family of flow matching
+    optional: tuple[str, ...] = ()  # components that a pipeline may come without: the last ones of the lists above
+    few_steps: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda denoiser, index: False  # of a distilled model
 
     def denoise(self, module: nn.Module) -> Denoise:
         """`module` (the denoiser, compiled or not) behind the call that all families share."""

@@ -59,6 +59,7 @@ def identity(model: Model) -> dict[str, Any]:
         "vae": fingerprint(model.vae),
         "text_encoders": [fingerprint(encoder) for encoder in model.text_encoders],
         "tokenizers": [tokenizer_digest(one, one.model_max_length) for one in model.tokenizers],
+        **({} if model.text_tokens is None else {"text_tokens": model.text_tokens}),
     }
 
 

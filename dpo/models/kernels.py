@@ -31,6 +31,7 @@ from torch import nn
 from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
+from dpo.models.family import Denoiser, is_unet
 
 log = logging.getLogger("dpo")
 
@@ -254,9 +255,15 @@ def _patch_output_norm(patched: Patched, denoiser: nn.Module) -> None:
     patched.counts["output norm"] += 1
 
 
-def patch(denoiser: nn.Module) -> Patched:
-    """Swaps the fused forwards into `denoiser` (a UNet2DConditionModel, also with peft layers) and logs the counts."""
+def patch(denoiser: Denoiser) -> Patched:
+    """Swaps the fused forwards into `denoiser` (a UNet2DConditionModel, also with peft layers) and logs the counts.
+
+    A transformer of flow matching keeps its own: its norms have no weights, and modulation comes between.
+    """
     patched = Patched()
+    if not is_unet(denoiser):
+        log.info("kernels: noise, loss and optimizer; the transformer itself runs on plain torch")
+        return patched
     for name, module in denoiser.named_modules():
         swap = PATCHES.get(type(module))
         if swap is None:

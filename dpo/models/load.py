@@ -10,28 +10,29 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dpo.common.errors import UserError
 from dpo.common.hub import is_hub_id
 from dpo.common.libraries import quiet
 from dpo.common.words import excerpt, first_line
 from dpo.models import checks
-from dpo.models.family import Family, Model, families
+from dpo.models.family import Denoiser, Family, Model, families, is_unet
 from dpo.models.hub import locate
 from dpo.models.parts import (
+    absent_parts,
     check_files,
     component,
     configs_of,
-    is_turbo,
+    guidance_of,
+    is_few_steps,
     other_vae,
     pipeline_settings,
+    tokens_of,
     variants,
 )
 from dpo.models.single_file import load_single_file
-from dpo.models.text import read_tokenizer
-from dpo.models.weights import UNET, fill, load_file_into
-from dpo.schedule import complete
+from dpo.models.text import TOKENIZER, read_tokenizer
+from dpo.models.weights import DENOISERS, fill, load_file_into
+from dpo.schedule import complete, complete_flow
 
 log = logging.getLogger("dpo")
 
@@ -90,12 +91,14 @@ def load(
     single_file_config: str | None = None,
     cache_dir: str | None = None,
     timesteps: str = "auto",
+    text_tokens: int | None = None,
+    guidance: float | None = None,
 ) -> Model:
     """Loads every component on the CPU in fp32, frozen, in eval mode.
 
     model: a diffusers folder, hub id or .safetensors file; vae: another VAE, a folder, hub id or .safetensors file;
-    single_file_config: a diffusers folder that describes a single file; timesteps: as the user chose. Raises UserError
-    for what cannot be found, read or recognised, and, before its weights are read, for what the training does not fit.
+    single_file_config: a diffusers folder that describes a single file; timesteps, text_tokens, guidance: as the user
+    chose. Raises UserError for what cannot be found, read or recognised, and, before its weights are read, for what the training does not fit.
     """
     quiet()  # before anything else imports diffusers
     import diffusers
@@ -108,12 +111,13 @@ def load(
         raise UserError(f"cannot load variant {variant} of {model}: no part of it has such files; leave out --variant")
     index = read_index(place)
     kind = family_of(index, family)
-    scheduler_config, said = read_scheduler(place, model)
-    turbo = is_turbo(model, scheduler_config, timesteps)
-    tokenizers = [_tokenizer(place, name) for name in kind.tokenizers]
+    scheduler_config, said = read_scheduler(place, model, kind)
+    lacking = absent_parts(kind, index)
+    tokenizers = [_tokenizer(place, name, cls) for name, cls in kind.tokenizers if name not in lacking]
     network, autoencoder = getattr(diffusers, kind.denoiser_class), getattr(diffusers, kind.vae_class)
-    encoding = {name: getattr(transformers, cls) for name, cls in kind.text_encoders}
-    configs = configs_of(kind, place, vae, cache_dir)
+    encoding = {name: getattr(transformers, cls) for name, cls in kind.text_encoders if name not in lacking}
+    configs = configs_of(kind, place, vae, cache_dir, lacking)
+    turbo = is_few_steps(kind, model, index, configs[kind.denoiser], scheduler_config, timesteps)
     checks.check(kind.checks, configs, f"{model} with --vae {vae}" if vae else model)
     for part in configs:
         if part != "vae" or not vae:
@@ -130,16 +134,18 @@ def load(
         folder=place,
         pipeline_config=pipeline_settings(index),
         turbo=turbo,
+        text_tokens=tokens_of(kind, model, text_tokens),
+        guidance=guidance_of(configs[kind.denoiser], model, guidance),
         notes=[*said, *checks.notes(configs)],
     )
 
 
-def read_scheduler(folder: Path, model: str) -> tuple[dict[str, Any], list[str]]:
-    """The scheduler's config in a pipeline's folder as `complete` makes it, and lines for the log. Raises UserError.
+def read_scheduler(folder: Path, model: str, family: Family) -> tuple[dict[str, Any], list[str]]:
+    """The scheduler's config in a pipeline's folder with all said that training depends on, and lines for the log.
 
-    model: as the user named it.
+    model: as the user named it. Raises UserError.
     """
-    return complete(_scheduler_config(folder), f"{model}: ")
+    return (complete_flow if family.flow else complete)(_scheduler_config(folder), f"{model}: ")
 
 
 def _scheduler_config(folder: Path) -> dict:
@@ -152,15 +158,15 @@ def _scheduler_config(folder: Path) -> dict:
         ) from error
 
 
-def _tokenizer(folder: Path, name: str) -> Any:
+def _tokenizer(folder: Path, name: str, kind: str) -> Any:
     if not (folder / name).is_dir():
         raise UserError(f"{folder} has no {name}/ folder: name the folder of a whole diffusers pipeline")
     try:
-        found = read_tokenizer(folder / name)
+        found = read_tokenizer(folder / name, kind)
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
     length = found.model_max_length
-    if type(length) is not int or not 1 <= length <= LONGEST_CAPTION:  # transformers' word for "not said" is 10**30
+    if kind == TOKENIZER and (type(length) is not int or not 1 <= length <= LONGEST_CAPTION):  # transformers' word for "not said" is 10**30
         raise UserError(
             f"{folder / name} does not say how long a caption may be (model_max_length in tokenizer_config.json): "
             "fetch the model again"
@@ -168,19 +174,20 @@ def _tokenizer(folder: Path, name: str) -> Any:
     return found
 
 
-def load_weights_into(denoiser: nn.Module, source: str, *, cache_dir: str | None = None) -> None:
+def load_weights_into(denoiser: Denoiser, source: str, *, cache_dir: str | None = None) -> None:
     """Puts the weights of `source` into `denoiser`, in place.
 
-    source: a UNet folder, pipeline folder, hub id, or a .safetensors file: of a UNet in diffusers' or the original
+    source: a folder of the denoiser, pipeline folder, hub id, or a .safetensors file: of a UNet in diffusers' or the original
     layout, or a whole checkpoint. Raises UserError when there are no weights or they do not fit.
     """
-    path = Path(source).expanduser()
+    name = "unet" if is_unet(denoiser) else "transformer"
+    part, path = DENOISERS[name], Path(source).expanduser()
     if path.is_file():
-        load_file_into(denoiser, path, UNET, "--unet-init")
+        load_file_into(denoiser, path, part, "--unet-init")
         return
     folder = path if (path / "config.json").is_file() or not is_hub_id(source) else source
     if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"--unet-init {source}: no such folder or file")
-    nested = isinstance(folder, str) or (folder / "unet").is_dir()
-    state = component(type(denoiser), folder, "unet" if nested else None, cache_dir=cache_dir).state_dict()
-    fill(denoiser, state, f"--unet-init {source}", UNET)
+    nested = isinstance(folder, str) or (folder / name).is_dir()
+    state = component(type(denoiser), folder, name if nested else None, cache_dir=cache_dir).state_dict()
+    fill(denoiser, state, f"--unet-init {source}", part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,11 @@ from torch import Tensor, nn
 from dpo.common.errors import UserError
 from dpo.models.adapter import Adapter, Factors, joined, kohya, peft
 from dpo.models.dropout import make_keyed
-from dpo.models.family import Denoiser, Family
+from dpo.models.family import Denoiser, Family, is_unet
+
+log = logging.getLogger("dpo")
+
+BLOCK = re.compile(r"(\w*_)?blocks\.\d+")  # of a transformer: what repeats
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -44,8 +50,10 @@ def add(
         try:
             denoiser.add_adapter(config)
         except ValueError as error:
-            raise UserError(f"--target-modules {','.join(target_modules)} matches no layer of the UNet") from error
+            raise UserError(f"--target-modules {','.join(target_modules)} matches no layer of the denoiser") from error
     layers = adapter_layers(denoiser)
+    for line in left_out(denoiser, target_modules):
+        log.warning("%s", line)
     if dropout:
         make_keyed(layers, dropout)
     wide = torch.float64 if next(iter(denoiser.parameters())).dtype == torch.float64 else torch.float32
@@ -55,6 +63,31 @@ def add(
     for layer in layers:
         layer.__dict__["forward"] = MethodType(adapted_forward, layer)
     return layers
+
+
+def left_out(denoiser: Denoiser, targets: tuple[str, ...]) -> list[str]:
+    """Warnings on what adapters by `targets` leave out: a target that no layer has, a kind of block without an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if is_unet(denoiser):
+        return []  # a UNet has blocks without attention
+    adapted = [name for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)]
+    said = [
+        f"--target-modules: no layer is called {target}"
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in adapted)
+    ]
+    blocks = {name: type(module).__name__ for name, module in denoiser.named_modules() if BLOCK.fullmatch(name)}
+    bare: dict[str, list[bool]] = {}
+    for name, kind in blocks.items():
+        bare.setdefault(kind, []).append(not any(layer.startswith(f"{name}.") for layer in adapted))
+    said += [
+        f"adapters: none in {sum(without)} of {len(blocks)} blocks, all of their kind ({kind}): name layers of theirs in "
+        "--target-modules"
+        for kind, without in bare.items()
+        if all(without)
+    ]
+    return said
 
 
 def adapted_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,7 +166,9 @@ def save(
 
     adapter = adapter_of(denoiser) if merged is None else joined(merged, adapter_of(denoiser))
     if layout == "kohya":
-        named = kohya(adapter, lambda name: family.kohya_name(name, denoiser))
+        name_of = family.kohya_name
+        assert name_of is not None, "settings/resolve.py refuses it"
+        named = kohya(adapter, lambda name: name_of(name, denoiser))
         save_file(named, folder / "pytorch_lora_weights.safetensors")
         return
     rank = next(iter(adapter.values())).rank

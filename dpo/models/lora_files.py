@@ -5,6 +5,7 @@ Only safetensors are read. The names of other tools are translated by diffusers'
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -105,7 +106,7 @@ def read(path: Path, denoiser: Denoiser, family: Family) -> Adapter:
     read_names = {f"{layer}.{part}" for layer in layers for part in (*FACTORS, *ALPHAS)}
     if not layers or (strange := next((name for name in named if name not in read_names), None)):
         first = next(iter(tensors), "no name at all") if not layers else strange
-        raise UserError(f"{FLAG} {path} is no LoRA of the UNet ({first}): name one that diffusers loads")
+        raise UserError(f"{FLAG} {path} is no LoRA of the denoiser ({first}): name one that diffusers loads")
     try:
         alphas = {layer: _alpha(layer, named, settings) for layer in layers}
     except (KeyError, TypeError, ValueError) as error:
@@ -113,7 +114,7 @@ def read(path: Path, denoiser: Denoiser, family: Family) -> Adapter:
     weights = dict(denoiser.named_parameters())
     return {
         layer: _fitted(
-            f"{FLAG} {path} was made for another architecture than the model's UNet (first mismatch: {layer})",
+            f"{FLAG} {path} was made for another architecture than the model's {family.denoiser} (first mismatch: {layer})",
             weights.get(f"{layer}.weight"),
             *(named.get(f"{layer}.{part}") for part in FACTORS),
             alpha=alphas[layer],
@@ -138,7 +139,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise ValueError("its settings are no mapping")
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{FLAG} {path} cannot be read ({first_line(error)}); fetch it again") from error
-    return tensors, {name.removeprefix("unet."): value for name, value in settings.items()}
+    return tensors, {name.removeprefix("unet.").removeprefix("transformer."): value for name, value in settings.items()}
 
 
 def _translated(path: Path, tensors: dict[str, Tensor], denoiser: Denoiser, family: Family) -> dict[str, Tensor]:
@@ -148,7 +149,12 @@ def _translated(path: Path, tensors: dict[str, Tensor], denoiser: Denoiser, fami
 
     pipeline = getattr(diffusers, family.pipeline)
     try:
-        named, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=denoiser.config)
+        if family.denoiser == "unet":
+            named, alphas = pipeline.lora_state_dict(dict(tensors), unet_config=denoiser.config)
+        elif "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
+            named, alphas = pipeline.lora_state_dict(dict(tensors), return_alphas=True)
+        else:
+            named, alphas = pipeline.lora_state_dict(dict(tensors)), None
     except Exception as error:  # the converter takes for granted that every name is one it knows
         raise UserError(
             f"{FLAG} {path} is no LoRA of a {family.pipeline} ({first_line(error)}): name one that diffusers loads"

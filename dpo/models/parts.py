@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,42 @@ def is_turbo(source: str, scheduler_config: Mapping[str, Any], timesteps: str = 
             "to four steps, else --timesteps all"
         )
     return False
+
+
+def is_few_steps(
+    family: Family,
+    source: str,
+    index: Mapping[str, Any],
+    denoiser: Mapping[str, Any],
+    scheduler_config: Mapping[str, Any],
+    timesteps: str,
+) -> bool:
+    """Whether a model is distilled to four steps: `is_turbo`, or of a flow what the family knows it by.
+
+    index: its model_index.json; denoiser: that part's config. Raises UserError.
+    """
+    return family.few_steps(denoiser, index) if family.flow else is_turbo(source, scheduler_config, timesteps)
+
+
+def tokens_of(family: Family, source: str, asked: int | None) -> int | None:
+    """The tokens of a caption: as asked, or the family's own; None where its encoder says. Raises UserError."""
+    if asked is not None and family.flow is None:
+        raise UserError(f"{source}: --text-tokens is for flow-matching models, and CLIP's captions have one length: leave it out")
+    return None if family.flow is None else asked or family.flow.text_tokens
+
+
+GUIDANCE = 3.5  # what FLUX.1-dev is sampled with
+
+
+def guidance_of(denoiser: Mapping[str, Any], source: str, asked: float | None) -> float | None:
+    """The guidance scale that the denoiser is told; None where it takes none. Raises UserError.
+
+    denoiser: its config.
+    """
+    embeds = bool(denoiser.get("guidance_embeds"))
+    if asked is not None and not embeds:
+        raise UserError(f"{source}: --train-guidance is for models that take their guidance as an input: leave it out")
+    return (GUIDANCE if asked is None else asked) if embeds else None
 
 
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model((?:\.\w+)?)(?:-\d+-of-\d+)?((?:\.\w+)?)\.safetensors")
@@ -112,7 +148,9 @@ def component(
     if subfolder:
         options["subfolder"] = subfolder
     if cls.__module__.startswith("transformers"):
-        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION, "key_mapping": KEY_MAPPING}
+        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION}
+        if cls.__name__.startswith("CLIP"):
+            options["key_mapping"] = KEY_MAPPING
     else:
         options["torch_dtype"] = torch.float32
     check_part(Path(place))
@@ -151,10 +189,17 @@ def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | Non
     return filled(cls, config)
 
 
-def configs_of(family: Family, folder: Path, vae: str | None, cache_dir: str | None) -> dict[str, Mapping[str, Any]]:
+def absent_parts(family: Family, index: Mapping[str, Any]) -> list[str]:
+    """The components among those that a pipeline may come without which this one's model_index.json has none of."""
+    return [name for name in family.optional if index.get(name) in (None, [None, None])]
+
+
+def configs_of(
+    family: Family, folder: Path, vae: str | None, cache_dir: str | None, without: Collection[str] = ()
+) -> dict[str, Mapping[str, Any]]:
     """The configs, with their classes' defaults, of the parts that a family trains with. Raises UserError.
 
-    folder: of a pipeline; vae: another VAE, as --vae names it.
+    folder: of a pipeline; vae: another VAE, as --vae names it; without: components that it comes without.
     """
     import diffusers
     import transformers
@@ -165,7 +210,8 @@ def configs_of(family: Family, folder: Path, vae: str | None, cache_dir: str | N
         "vae": other_config(vae, own, cache_dir) if vae else config_of(getattr(diffusers, family.vae_class), own),
     }
     for name, cls in family.text_encoders:
-        configs[name] = config_of(getattr(transformers, cls).config_class, folder, name)
+        if name not in without:
+            configs[name] = config_of(getattr(transformers, cls).config_class, folder, name)
     return configs
 
 

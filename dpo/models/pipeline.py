@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dpo.common.libraries import CAPTIONS
 from dpo.models.family import Denoiser, Model
-from dpo.schedule import Schedule
+from dpo.schedule import FlowSchedule, Plan
 
 if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -28,14 +29,17 @@ def _parameters(name: str) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in found.items() if key != "self"}
 
 
-def as_trained(config: Mapping[str, Any], plan: Schedule) -> tuple[dict[str, Any], list[str]]:
+def as_trained(config: Mapping[str, Any], plan: Plan) -> tuple[dict[str, Any], list[str]]:
     """What must change in a scheduler's `config` so that it samples from `plan`, the schedule of the training.
 
     Returns the changed settings (none for a model trained as it came) and lines for the log. A class without zero
     terminal SNR gives way to DDIM, which samples both predictions from any schedule. Where the terminal SNR is zero,
     sampling must start at the last timestep, as training did: "trailing" (Lin et al. 2023, section 3.3); but not with
     epsilon prediction, which says nothing of an image there. Turbo keeps its own sampler: that is how it is published.
+    A flow is trained as its scheduler says.
     """
+    if isinstance(plan, FlowSchedule):
+        return {}, []
     name = config.get("_class_name", DDIM)
     wanted: dict[str, Any] = {"prediction_type": plan.prediction_type}
     zero, turbo = bool(plan.alphas_cumprod[-1] < 1e-12), plan.chain is not None and not plan.velocity
@@ -81,6 +85,8 @@ def pipeline_of(model: Model, denoiser: Denoiser | None = None) -> Pipeline:
 
     family = model.family
     parts: dict[str, Any] = {family.denoiser: denoiser if denoiser is not None else model.denoiser, "vae": model.vae}
-    parts |= dict(zip(family.tokenizers, model.tokenizers, strict=True))
-    parts |= {name: encoder for (name, _), encoder in zip(family.text_encoders, model.text_encoders, strict=True)}
-    return getattr(diffusers, family.pipeline)(**settings_of(model) | parts, scheduler=scheduler_of(model))
+    parts |= model.named_tokenizers() | model.named_encoders()
+    pipe = getattr(diffusers, family.pipeline)(**settings_of(model) | parts, scheduler=scheduler_of(model))
+    if model.text_tokens is not None:
+        setattr(pipe, CAPTIONS, {"max_sequence_length": model.text_tokens})
+    return pipe

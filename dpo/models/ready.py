@@ -62,6 +62,8 @@ def load_named(config: Config) -> Model:
         single_file_config=named.single_file_config,
         cache_dir=named.cache_dir,
         timesteps=named.timesteps,
+        text_tokens=named.text_tokens,
+        guidance=named.train_guidance,
     )
 
 
@@ -80,7 +82,7 @@ def _against(config: Config, model: Model) -> list[str]:
     return lines
 
 
-def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Schedule, list[str]]:
+def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model in fp32 on the CPU, its noise schedule, and log lines.
 
     The log lines say what was decided. Raises UserError for what cannot be loaded, or what this model or device cannot
@@ -95,7 +97,26 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     return config, model, plan, decided
 
 
-def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, schedule.Schedule, list[str]]:
+def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
+    """The noise schedule that a decided config trains a model with, and lines for the log. Raises UserError."""
+    few, said = config.model.timesteps == "turbo", model.scheduler_config
+    if model.family.flow is None:
+        zero_snr = {"on": True, "off": False}.get(config.model.zero_snr)
+        return schedule.from_scheduler(
+            said, prediction_type=config.model.prediction_type, turbo=few, zero_snr=zero_snr
+        ), []
+    if not said["use_dynamic_shifting"]:
+        return schedule.flow_from_scheduler(said, few_steps=few), [f"noise levels: shift {said['shift']:g}"]
+    side = config.data.resolution
+    assert side is not None, "decided before"
+    tokens = model.geometry.tokens(side, side)
+    mu = model.family.flow.mu(said, tokens)
+    return schedule.flow_from_scheduler(said, mu=mu, few_steps=few), [
+        f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
+    ]
+
+
+def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, schedule.Plan, list[str]]:
     """The config with everything decided, the model's noise schedule, and lines for the log that say what was decided.
 
     Needs no weights. Makes the model's scheduler follow the training. Raises UserError for what this model or device
@@ -108,18 +129,17 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         prediction_type=model.prediction_type,
         beta=model.family.beta,
         guidance=model.family.guidance,
-        native_resolution=model.native_resolution,
+        native_resolution=model.geometry.native,
         turbo=model.turbo,
         num_timesteps=model.scheduler_config["num_train_timesteps"],
         empty_is_zeros=bool(settings_of(model).get("force_zeros_for_empty_prompt")),
+        lora_targets=model.family.lora_targets,
+        text_tokens=model.text_tokens,
+        train_guidance=model.guidance,
     )
     config, decided = resolve(config, facts, device)
-    plan = schedule.from_scheduler(
-        model.scheduler_config,
-        prediction_type=config.model.prediction_type,
-        turbo=config.model.timesteps == "turbo",
-        zero_snr={"on": True, "off": False}.get(config.model.zero_snr),
-    )
+    plan, told = plan_of(config, model)
+    decided += told
     model.resampled, said = as_trained(model.scheduler_config, plan)
     model.scheduler_config |= model.resampled  # of sample images and of what is saved
     steps = config.output.sample_steps

@@ -17,7 +17,7 @@ from dpo.common.files import beside, discard, follow_umask, remove, replace, swe
 from dpo.models import lora as lora_layers
 from dpo.models.family import Denoiser, Model
 from dpo.models.pipeline import pipeline_of
-from dpo.models.text import published_names
+from dpo.models.text import TOKENIZER, published_names
 
 INDEX = "model_index.json"
 SPLIT = [  # weights in several files, which load in place of the one
@@ -122,10 +122,14 @@ def save_pipeline(model: Model, denoiser: Denoiser, folder: Path) -> list[str]:
 
     def write(part: Path) -> None:
         pipeline.save_pretrained(part, safe_serialization=True, max_shard_size=ONE_FILE)
-        for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
+        for (name, kind), tokenizer in zip(model.family.tokenizers, model.tokenizers):
+            if kind != TOKENIZER:
+                continue
             # vocab.json and merges.txt: transformers before 5 reads a CLIP tokenizer from them, not from tokenizer.json
             tokenizer.backend_tokenizer.model.save(str(part / name))
-        for (name, _), encoder in zip(model.family.text_encoders, model.text_encoders, strict=True):
+        for (name, kind), encoder in zip(model.family.text_encoders, model.text_encoders):
+            if not kind.startswith("CLIP"):
+                continue
             own = encoder.state_dict()
             if (named := published_names(own)).keys() != own.keys():
                 settings = {"save_original_format": False, "max_shard_size": ONE_FILE}  # False: with these names

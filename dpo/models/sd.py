@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dpo.models.checks import absent, text_width
+from dpo.models.checks import UNET, absent, text_width
 from dpo.models.family import Family, Model, TextEncoding
-from dpo.models.text import run_encoder
+from dpo.models.text import TOKENIZER, run_encoder
 from dpo.settings.families import PIPELINES
 
 
@@ -34,7 +34,7 @@ FAMILY = Family(
     denoiser_class="UNet2DConditionModel",
     beta=2000.0,
     guidance=7.5,
-    tokenizers=("tokenizer",),
+    tokenizers=(("tokenizer", TOKENIZER),),
     text_encoders=(("text_encoder", "CLIPTextModel"),),
     encode=encode,
     predict=predict,
@@ -42,8 +42,10 @@ FAMILY = Family(
     single_file_key="model.diffusion_model.",
     single_file_options={"safety_checker": None},
     checks=(
+        *UNET,
         text_width("text_encoder"),
         absent("unet", "addition_embed_type", "the UNet takes pooled text, sizes or images beside the caption"),
     ),
     architectures=("stable-diffusion-v1", "stable-diffusion-v2"),
+    kohya_name=lambda name, denoiser: name,
 )

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.models.checks import REFINER, Configs, equal, number, scaling_said, text_width
+from dpo.models.checks import REFINER, UNET, Configs, equal, number, scaling_said, text_width
 from dpo.models.family import Denoiser, Family, Model, TextEncoding
 from dpo.models.original import unet_layer
-from dpo.models.text import run_encoder
+from dpo.models.text import TOKENIZER, run_encoder
 from dpo.settings.families import PIPELINES
 
 
@@ -64,13 +64,14 @@ FAMILY = Family(
     denoiser_class="UNet2DConditionModel",
     beta=5000.0,
     guidance=5.0,
-    tokenizers=("tokenizer", "tokenizer_2"),
+    tokenizers=(("tokenizer", TOKENIZER), ("tokenizer_2", TOKENIZER)),
     text_encoders=(("text_encoder", "CLIPTextModel"), ("text_encoder_2", "CLIPTextModelWithProjection")),
     encode=encode,
     predict=predict,
     pipeline_options=pipeline_options,
     single_file_key="conditioner.embedders.1.",
     checks=(
+        *UNET,
         equal("unet", "addition_embed_type", "text_time"),
         number("unet", "addition_time_embed_dim"),
         number("unet", "projection_class_embeddings_input_dim"),

@@ -28,7 +28,7 @@ def family_by_keys(names: set[str]) -> Family:
     return next(
         family
         for family in reversed(families().values())
-        if any(name.startswith(family.single_file_key) for name in names)
+        if (key := family.single_file_key) and any(name.startswith(key) for name in names)
     )
 
 
@@ -212,7 +212,7 @@ def load_single_file(
         denoiser=parts[kind.denoiser].requires_grad_(False).eval(),
         vae=own_vae.requires_grad_(False).eval(),
         text_encoders=[encoder.requires_grad_(False).eval() for encoder in encoders],
-        tokenizers=[same_tokens(getattr(pipe, name)) for name in kind.tokenizers],
+        tokenizers=[same_tokens(getattr(pipe, name)) for name, _ in kind.tokenizers],
         scheduler_config=scheduler_config,
         source=str(path),
         folder=None,

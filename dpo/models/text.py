@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What transformers 5 calls CLIPTokenizer too. The CLIPTokenizer of 4 gives captions in Japanese, Korean or Thai other
 # tokens, and cannot read a tokenizer.json.
 TOKENIZER = "CLIPTokenizerFast"
+T5_TOKENIZER = "T5TokenizerFast"
 
 # Before the names of an encoder's weights in published files and in transformers 4. In transformers 5 CLIPTextModel is
 # without: it reads both, and writes files that 4 would not find a weight in.
@@ -40,11 +41,11 @@ def bare_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX) if whole else name: value for name, value in state.items()}
 
 
-def read_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in a folder, with the same tokens in every transformers. Raises what transformers raises."""
+def read_tokenizer(folder: Path, kind: str = TOKENIZER) -> Any:
+    """The tokenizer in a folder, of a class of transformers. Raises what transformers raises."""
     import transformers
 
-    return getattr(transformers, TOKENIZER).from_pretrained(str(folder), local_files_only=True)
+    return getattr(transformers, kind).from_pretrained(str(folder), local_files_only=True)
 
 
 def same_tokens(tokenizer: Any) -> CLIPTokenizer:
@@ -56,9 +57,12 @@ def same_tokens(tokenizer: Any) -> CLIPTokenizer:
         return read_tokenizer(Path(folder))
 
 
-def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, captions: list[str]) -> Tensor:
-    """Captions, padded and cut to the encoder's length: [B, S] int64 on the encoder's device."""
-    length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+def token_ids(
+    tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, captions: list[str], length: int | None = None
+) -> Tensor:
+    """Captions, padded and cut to `length` tokens (None: the encoder's): [B, S] int64 on the encoder's device."""
+    if length is None:
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     device = next(encoder.parameters()).device
     # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.
@@ -66,6 +70,8 @@ def token_ids(tokenizer: CLIPTokenizer, encoder: TextEncoder | CLIPTextModel, ca
 
 
 @torch.no_grad()
-def run_encoder(tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], **options: Any) -> Any:
-    """The output of a transformers text encoder for B captions; `options` go to its forward."""
-    return encoder(token_ids(tokenizer, encoder, captions), **options)
+def run_encoder(
+    tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], length: int | None = None, **options: Any
+) -> Any:
+    """The output of a transformers text encoder for B captions of `length` tokens; `options` go to its forward."""
+    return encoder(token_ids(tokenizer, encoder, captions, length), **options)

@@ -27,10 +27,12 @@ class Part(NamedTuple):
 
     name: str  # as messages call it
     prefixes: tuple[str, ...]  # of its names in a whole checkpoint, or where a tool took it out of one; longest first
-    converter: str  # diffusers' function in `loaders.single_file_utils`, from the original names to its own
+    converter: str | None  # diffusers' function in `loaders.single_file_utils`, from the original names to its own
 
 
 UNET = Part("UNet", ("model.diffusion_model.", "diffusion_model.", "unet."), "convert_ldm_unet_checkpoint")
+TRANSFORMER = Part("transformer", ("transformer.",), None)  # under diffusers' names alone
+DENOISERS = {"unet": UNET, "transformer": TRANSFORMER}  # by the component of a pipeline
 VAE = Part("VAE", ("first_stage_model.", "vae."), "convert_ldm_vae_checkpoint")
 
 
@@ -68,6 +70,8 @@ def read(path: Path, part: Part, module: Any, flag: str) -> dict[str, Tensor]:
             state = {plain: file.get_tensor(name) for name, plain in _names(list(file.keys()), part).items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{flag} {path} cannot be read as safetensors ({first_line(error)}); fetch it again") from error
+    if part.converter is None:
+        return state
     if any("mid_block." in name for name in state):  # diffusers' layout; the original one says mid. and middle_block.
         return {renamed(name): value for name, value in state.items()}
     return _converted(state, part, module)
@@ -100,6 +104,7 @@ def _converted(state: dict[str, Tensor], part: Part, module: Any) -> dict[str, T
     """Weights under the original names -> diffusers'; unchanged where the converter knows no such architecture."""
     from diffusers.loaders import single_file_utils
 
+    assert part.converter is not None, "asked by `read`"
     convert: Callable[..., dict[str, Tensor]] = getattr(single_file_utils, part.converter)
     try:
         return convert({part.prefixes[0] + name: value for name, value in state.items()}, dict(module.config))

@@ -211,8 +211,8 @@ def _taken(
     config: Config, model: Model, memory: Lifetimes, updater: optimizer.Updater, states: int, text: list[torch.Size]
 ) -> Taken:
     """What was counted; states: bytes of the optimizer's; text: shapes of a caption's encoding."""
-    side = cast(int, config.data.resolution) // model.vae_scale
-    latents = 2 * 2 * model.vae.config["latent_channels"] * side**2 * (2 if config.data.flip else 1)
+    shape = model.geometry
+    latents = 2 * 2 * shape.channels * (cast(int, config.data.resolution) // shape.vae_scale) ** 2 * (2 if config.data.flip else 1)
     result = (
         [updater.parameters]
         if config.lora.lora
@@ -337,7 +337,7 @@ def _batch(config: Config, model: Model, text: list[torch.Size] | None) -> PairB
     if text is None:
         batch.pixels = torch.zeros(2 * size, 3, side, side, dtype=torch.uint8)
         return batch
-    latent = 2 * size, model.vae.config["latent_channels"], side // model.vae_scale, side // model.vae_scale
+    latent = 2 * size, model.geometry.channels, *[side // model.geometry.vae_scale] * 2
     batch.latent_mean, batch.latent_std = torch.zeros(latent, dtype=STORED), torch.zeros(latent, dtype=STORED)
     batch.text = tuple(torch.zeros(size, *shape, dtype=STORED) for shape in text)
     return batch

@@ -18,7 +18,7 @@ from dpo.models.family import Model
 from dpo.models.hub import locate
 from dpo.models.load import family_of, read_index, read_scheduler
 from dpo.models.outside import ATTENTION
-from dpo.models.parts import configs_of, is_turbo, pipeline_settings
+from dpo.models.parts import absent_parts, configs_of, guidance_of, is_few_steps, pipeline_settings, tokens_of
 from dpo.settings.config import Model as Named
 
 CONFIGS = Path(__file__).parent / "configs"  # of published models, in diffusers' layout
@@ -60,15 +60,16 @@ def sketch(named: Named) -> Model:
     vae = str(CONFIGS / VAES[named.vae]) if named.vae in VAES else named.vae
     index = read_index(folder)
     family = family_of(index, named.family)
-    scheduler_config = read_scheduler(folder, named.model)[0]
-    turbo = is_turbo(named.model, scheduler_config, named.timesteps)
-    parts = configs_of(family, folder, vae, named.cache_dir)
+    scheduler_config = read_scheduler(folder, named.model, family)[0]
+    lacking = absent_parts(family, index)
+    parts = configs_of(family, folder, vae, named.cache_dir, lacking)
+    turbo = is_few_steps(family, named.model, index, parts[family.denoiser], scheduler_config, named.timesteps)
     checks.check(family.checks, parts, named.model)
     with torch.device("meta"):
         denoiser = getattr(diffusers, family.denoiser_class).from_config(parts[family.denoiser])
         autoencoder = getattr(diffusers, family.vae_class).from_config(parts["vae"])
         encoders: list[Any] = []
-        for name, kind in family.text_encoders:
+        for name, kind in [entry for entry in family.text_encoders if entry[0] not in lacking]:
             cls = getattr(transformers, kind)
             config = cls.config_class.from_dict(dict(parts[name]))
             config._attn_implementation = ATTENTION
@@ -80,12 +81,14 @@ def sketch(named: Named) -> Model:
         denoiser=denoiser,
         vae=autoencoder,
         text_encoders=encoders,
-        tokenizers=[Lengths(_tokens(folder / name, encoder)) for name, encoder in zip(family.tokenizers, encoders)],  # type: ignore[misc]
+        tokenizers=[Lengths(_tokens(folder / name, encoder)) for (name, _), encoder in zip(family.tokenizers, encoders)],  # type: ignore[misc]
         scheduler_config=scheduler_config,
         source=named.model,
         folder=None,
         turbo=turbo,
         pipeline_config=pipeline_settings(index),
+        text_tokens=tokens_of(family, named.model, named.text_tokens),
+        guidance=guidance_of(parts[family.denoiser], named.model, named.train_guidance),
     )
 
 

@@ -106,7 +106,7 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         vae_precision="fp32" if wide else precision,
         steps=out.sample_steps,
         guidance=out.sample_guidance,
-        side=model.native_resolution,
+        side=model.geometry.native,
     )
 
 

@@ -53,10 +53,12 @@ class Model:
     )
     family: str = option("auto", "architecture; auto reads it from the model", choices=("auto", *FAMILIES))
     prediction_type: str = option(
-        "auto", "what the UNet predicts; auto: as the model says", choices=("auto", "epsilon", "v_prediction")
+        "auto",
+        "what the denoiser predicts; auto: as the model says",
+        choices=("auto", "epsilon", "v_prediction", "flow_prediction"),
     )
     timesteps: str = option(
-        "auto", "timesteps trained on; auto: the four of Turbo for Turbo", choices=("auto", "all", "turbo")
+        "auto", "timesteps trained on; auto: the four steps of a distilled model", choices=("auto", "all", "turbo")
     )
     zero_snr: str = option(
         "auto",
@@ -65,6 +67,12 @@ class Model:
     )
     single_file_config: str | None = option(
         None, "diffusers folder or hub id that describes a single-file model; none: the hub's, by the file's layout"
+    )
+    text_tokens: int | None = option(
+        None, "tokens of a caption in a flow-matching model; none: as its pipeline has it", unit="tokens", low=8, high=1024
+    )
+    train_guidance: float | None = option(
+        None, "guidance scale that a model which takes it as an input (FLUX.1-dev) is told in training; none: 3.5", low=0.0
     )
     cache_dir: str | None = option(None, "where hub downloads are kept", resume="free")
 
@@ -225,6 +233,13 @@ class Method:
     window_high: int | None = option(
         None, "timestep after the last; none: the end of the schedule", unit="timestep", low=1, high=1000
     )
+    timestep_draw: str = option(
+        "grid",
+        "how a flow's noise level s is drawn: every timestep of its grid alike, s uniform, or logit(s) normal",
+        choices=("grid", "uniform", "logit-normal"),
+    )
+    logit_mean: float = option(0.0, "mean of logit(s) (timestep-draw logit-normal)", low=-10.0, high=10.0)
+    logit_std: float = option(1.0, "standard deviation of logit(s) (timestep-draw logit-normal)", above=0.0, high=10.0)
     weight_cap: float = option(
         250.0, f"upper bound of the single-shot weight ({readers('weight_cap')})", above=0.0, resume="said"
     )
@@ -242,7 +257,9 @@ class Lora:
     lora: bool = option(False, "train low-rank adapters and leave the UNet as it is")
     rank: int = option(8, "rank of the adapters", low=1)
     alpha: float | None = option(None, "scale of the adapters (times 1/rank); none: equal to the rank", above=0.0)
-    target_modules: tuple[str, ...] = option(("to_q", "to_k", "to_v", "to_out.0"), "layers that get an adapter")
+    target_modules: tuple[str, ...] | None = option(
+        None, "layers that get an adapter; none: those of attention, and of flow-matching models their MLPs too"
+    )
     lora_dropout: float = option(0.0, "dropout inside the adapters", low=0.0, high=0.9, resume="said")
     lora_format: str = option(
         "diffusers", "key names in the saved adapter", choices=("diffusers", "kohya"), resume="free"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 # The families of models, each a file of that name in dpo/models/. A more special one stands after a more general one:
 # see single_file.family_by_keys.
-FAMILIES = ("sd", "sdxl")
+FAMILIES = ("sd", "sdxl", "sd3")
 
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}  # their classes in diffusers
+PIPELINES = {  # their classes in diffusers
+    "sd": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+}

@@ -78,10 +78,10 @@ def coerce(spec: Spec, value: Any) -> Any:
 
     Raises UserError that says what is allowed.
     """
-    if spec.many:
-        return _coerce_many(spec, value)
     if spec.optional and (value is None or (isinstance(value, str) and value.lower() in NOTHING)):
         return None
+    if spec.many:
+        return _coerce_many(spec, value)
     converted = _CONVERT[spec.kind](value)
     if converted is None:
         raise UserError(f"{spec.name} = {_shown(value)}: {allowed(spec)}")

@@ -23,13 +23,20 @@ class ModelFacts:
     """What the decisions need to know of the model: its own numbers and its family's defaults."""
 
     family: str
-    prediction_type: str  # "epsilon" or "v_prediction", from its scheduler
+    prediction_type: str  # "epsilon" or "v_prediction", from its scheduler; "flow_prediction" by its family
     beta: float = 2000.0  # the family's default
     guidance: float = 7.5  # the family's default
     native_resolution: int = 512  # pixels of a side that it was trained at
     turbo: bool = False  # distilled to four steps
     num_timesteps: int = 1000
     empty_is_zeros: bool = False  # diffusers samples it with zeros where no negative prompt is given
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # the family's default
+    text_tokens: int | None = None  # of a caption, where the family lets that be chosen
+    train_guidance: float | None = None  # that the model is told, where it takes one
+
+    @property
+    def flow(self) -> bool:
+        return self.prediction_type == "flow_prediction"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
             f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
             f"of family {model.family}; leave it at auto"
         )
+    _check_flow(config, model)
     prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
     values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
     if dropped == "auto":
@@ -71,6 +79,28 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     return decided, [*_notes(config, decided, device), *_of_dropped(decided, model)]
 
 
+def _check_flow(config: Config, model: ModelFacts) -> None:
+    """Raises UserError for settings of diffusion with a model of flow matching, and the other way round."""
+    asked, draw = config.model, config.method.timestep_draw
+    if asked.prediction_type != "auto" and model.flow != (asked.prediction_type == "flow_prediction"):
+        raise UserError(
+            f"--prediction-type {asked.prediction_type}: the model is of family {model.family}, which predicts "
+            f"{model.prediction_type}; leave it at auto"
+        )
+    if draw != "grid" and not model.flow:
+        raise UserError(f"--timestep-draw {draw} draws noise levels of a flow, and family {model.family} is none: leave it out")
+    if not model.flow:
+        return
+    if draw != "grid" and "turbo" in (asked.timesteps, "turbo" if asked.timesteps == "auto" and model.turbo else ""):
+        raise UserError(f"--timestep-draw {draw}: the model has four timesteps, which are drawn alike; leave it out")
+    if asked.zero_snr != "auto":
+        raise UserError(f"--zero-snr {asked.zero_snr}: a flow's levels end in pure noise as they are; leave it at auto")
+    if config.lora.lora_format == "kohya":
+        raise UserError(f"--lora-format kohya: sd-scripts has no such names for family {model.family}; use diffusers")
+    if config.runtime.precision == "fp16":
+        raise UserError(f"--precision fp16: the text encoders of family {model.family} overflow in it; use bf16 or fp32")
+
+
 def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
     asked, method, out = config.model, config.method, config.output
     timesteps = asked.timesteps if asked.timesteps != "auto" else "turbo" if model.turbo else "all"
@@ -80,6 +110,8 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
         raise UserError(f"window_high = {high}: the model has {model.num_timesteps} timesteps")
     return {
         "timesteps": timesteps,
+        "text_tokens": model.text_tokens,
+        "train_guidance": model.train_guidance,
         "resolution": config.data.resolution or model.native_resolution,
         "window_high": high,
         "sample_steps": out.sample_steps or (4 if few else 50),
@@ -97,6 +129,7 @@ def _of_method(config: Config, model: ModelFacts, prediction_type: str) -> dict[
         "beta": method.beta or (beta / 10 if large_weight(method.method, prediction_type) else beta),
         "safeguard": SAFEGUARD[model.family == "sdxl"] if bounded and method.safeguard is None else method.safeguard,
         "alpha": config.lora.alpha or float(config.lora.rank),
+        "target_modules": config.lora.target_modules or model.lora_targets,
         "reference": reference if config.runtime.reference == "auto" else config.runtime.reference,
     }
 
@@ -213,7 +246,9 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("keep_encoded has no effect with a prepared store, whose pairs are encoded already")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
-    if decided.model.timesteps == "turbo":
+    if decided.model.timesteps == "turbo" and decided.model.prediction_type == "flow_prediction":
+        notes.append("distilled model: timesteps 249, 499, 749 and 999, those of its four steps")
+    elif decided.model.timesteps == "turbo":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(
             "Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there"

@@ -110,7 +110,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     if errors is not None:
         source = errors.covered(source)
 
-    buckets = find(config.data, model.side_factor, source)
+    buckets = find(config.data, model.geometry.side_factor, source)
 
     total = resolve.total_steps(config, len(source))
     for line in advice.length(config, len(source)):
@@ -174,7 +174,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         following=denoisers.following(config, step),
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
-    if errors is not None:
+    if errors is not None and config.method.timestep_draw == schedule.GRID:
         step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
@@ -339,7 +339,7 @@ def _tell_buckets(run: Run, buckets: Buckets) -> None:
 
 
 def _recorded(
-    config: Config, plan: schedule.Schedule, source: Source, weights: dict[str, str]
+    config: Config, plan: schedule.Plan, source: Source, weights: dict[str, str]
 ) -> recorded.RecordedErrors | None:
     """The recorded reference errors that suit the run, None where it computes them.
 
@@ -347,9 +347,9 @@ def _recorded(
     """
     if config.runtime.reference != "recorded":
         return None
-    timesteps = schedule.usable_timesteps(plan, config.method.window_low, config.method.window_high)
-    wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"])
-    return recorded.find(source, wanted, timesteps, weights["reference_checksum"])
+    beside = denoisers.beside(config)
+    wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"], beside)
+    return recorded.find(source, wanted, denoisers.drawn(config, plan).unique(), weights["reference_checksum"])
 
 
 def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held_out: Source | None) -> Config:
@@ -392,7 +392,7 @@ def _held_out(
     data = config.data
     assert data.resolution is not None, "decided when the model was loaded"
     reading = replace(Reading.of(data), workers=0)
-    buckets = find(data, encoder.model.side_factor, source)
+    buckets = find(data, encoder.model.geometry.side_factor, source)
     stream = held_out_batches(
         source, config.optim.batch_size, data.resolution, reading, processes.rank, processes.count, buckets
     )

@@ -29,10 +29,9 @@ def count(config: Config, model: Model, *, live_reference: bool, encoded: bool) 
     """The cost of a decided config with this model; encoded: latents and text of the pairs come from a store."""
     resolution = config.data.resolution
     assert resolution is not None, "decided when the model was loaded"
-    side = resolution // model.vae_scale
-    text = model.text_encoders[0].config.max_position_embeddings
-    forward = flops.unet_flops(model.denoiser.config, side, side, text)
-    encode = flops.vae_encode_flops(model.vae.config, resolution, resolution)
+    side = resolution // model.geometry.vae_scale
+    forward = flops.forward_flops(model, side, side)
+    encode = flops.vae_encode_flops(model.vae.config, resolution, resolution, model.family.name)
     return of(config, forward, encode, live_reference=live_reference, encoded=encoded)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> 
     if not low_rank.lora:
         denoiser.requires_grad_(True)
         return []
-    assert low_rank.alpha is not None, "decided when the model was loaded"
+    assert low_rank.alpha is not None and low_rank.target_modules is not None, "decided when the model was loaded"
     layers = lora.add(
         denoiser,
         rank=low_rank.rank,
@@ -120,10 +120,30 @@ def shards_of(config: Config, denoiser: Denoiser, device: torch.device, processe
     return shards
 
 
+def drawn(config: Config, plan: schedule.Plan) -> Tensor:
+    """The timesteps that a decided config draws from, ascending [K] int64: see `schedule.to_draw`. Raises UserError."""
+    method = config.method
+    draw = schedule.Draw(method.timestep_draw, method.logit_mean, method.logit_std)
+    return schedule.to_draw(plan, method.window_low, method.window_high, draw)
+
+
+def beside(config: Config) -> dict[str, Any]:
+    """What recorded errors depend on with a decided config of flow matching alone; nothing with the others.
+
+    Levels that are not drawn alike come from a list of the whole window, so the window is a part of it.
+    """
+    method, told = config.method, config.model.train_guidance
+    found: dict[str, Any] = {} if told is None else {"train_guidance": told}
+    if method.timestep_draw != schedule.GRID:
+        normal = f" {method.logit_mean:g} {method.logit_std:g}" if method.timestep_draw == schedule.LOGIT_NORMAL else ""
+        found["timestep_draw"] = f"{method.timestep_draw}{normal} in [{method.window_low}, {method.window_high})"
+    return found
+
+
 def pair_step(
     config: Config,
     model: Model,
-    plan: schedule.Schedule,
+    plan: schedule.Plan,
     policy: Denoise,
     compared: Denoise | None,
     device: torch.device,
@@ -139,15 +159,16 @@ def pair_step(
         method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
     )
     real = torch.float64 if precision == "fp64" else torch.float32
-    timesteps = schedule.usable_timesteps(plan, method.window_low, method.window_high)
+    shift, scale = (torch.tensor(values, dtype=real, device=device) for values in model.family.scaling(model.vae))
     step = PairStep(
         model=model,
         policy=policy,
         reference=compared,
-        path=schedule.noise_path(plan, timesteps, real, device),
+        path=schedule.noise_path(plan, drawn(config, plan), real, device),
         weight=tables.weight.to(device, real),
         beta=torch.tensor(method.beta * (2 if "kto_center" in row.settings else 1), dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
+        scaling=(shift, scale),
         shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,

@@ -14,6 +14,10 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo.models.family import Model, TextEncoding, families
+
+RGB = 3
+
 # Dense bf16 peak in TFLOP/s by vendor data sheet, first match wins: longer names stand before their prefixes.
 PEAK_BF16_TFLOPS = (
     ("GB200", 2500.0), ("B200", 2250.0), ("B100", 1750.0),
@@ -41,9 +45,22 @@ def unet_flops(config: Mapping[str, Any], height: int, width: int, text_length: 
     return _unet_flops(_architecture(config), height, width, text_length)
 
 
-def vae_encode_flops(config: Mapping[str, Any], height: int, width: int) -> int:
-    """FLOPs of encoding one image of height x width pixels by an `AutoencoderKL` of this config."""
-    return _vae_encode_flops(_architecture(config), height, width)
+def forward_flops(model: Model, height: int, width: int) -> int:
+    """FLOPs of one image's forward through a model's denoiser; height and width are those of the latents."""
+    family = model.family
+    if family.flow is None:
+        return unet_flops(
+            model.denoiser.config, height, width, model.text_encoders[0].config.max_position_embeddings
+        )
+    text = family.flow.blank(model)
+    shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in text)
+    architecture, channels = _architecture(model.denoiser.config), model.geometry.channels
+    return _transformer_flops(family.name, architecture, (1, channels, height, width), shapes)
+
+
+def vae_encode_flops(config: Mapping[str, Any], height: int, width: int, family: str = "sd") -> int:
+    """FLOPs of encoding one image of height x width pixels by a VAE of this config, as a family has it."""
+    return _vae_encode_flops(family, _architecture(config), height, width)
 
 
 @functools.cache
@@ -60,12 +77,25 @@ def _unet_flops(architecture: str, height: int, width: int, text_length: int) ->
 
 
 @functools.cache
-def _vae_encode_flops(architecture: str, height: int, width: int) -> int:
-    from diffusers import AutoencoderKL
+def _transformer_flops(family: str, architecture: str, latents: tuple[int, ...], text: tuple) -> int:
+    import diffusers
 
+    kind = families()[family]
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(json.loads(architecture))
-        return _count(lambda: vae.encode(torch.empty(1, vae.config.in_channels, height, width)))
+        module = getattr(diffusers, kind.denoiser_class).from_config(json.loads(architecture))
+        encoding = TextEncoding(*(None if x is None else torch.empty(x[0], dtype=x[1]) for x in text))
+        inputs = torch.empty(latents), torch.empty(1), encoding, None
+        return _count(lambda: kind.predict(module, *inputs))
+
+
+@functools.cache
+def _vae_encode_flops(family: str, architecture: str, height: int, width: int) -> int:
+    import diffusers
+
+    kind = families()[family]
+    with torch.device("meta"):
+        vae = getattr(diffusers, kind.vae_class).from_config(json.loads(architecture))
+        return _count(lambda: kind.posterior(vae, torch.empty(1, RGB, height, width)))
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

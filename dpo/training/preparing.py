@@ -28,11 +28,11 @@ from dpo.models.denoiser import halve
 from dpo.models.family import Model
 from dpo.models.fingerprint import checksum, encoders, fingerprint, identity
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
-from dpo.schedule import Schedule, usable_timesteps
+from dpo.schedule import Plan
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import start, stored
-from dpo.training.denoisers import pair_step
+from dpo.training.denoisers import beside, drawn, pair_step
 from dpo.training.embedded import embedded
 from dpo.training.start import Start
 
@@ -95,7 +95,8 @@ def encode_pairs(
     )
     if config.data.buckets:
         assert config.data.resolution is not None, "decided when the model was loaded"
-        settings |= {"buckets": step_of(config.data.resolution, model.side_factor), "vae_scale": model.vae_scale}
+        shape = model.geometry
+        settings |= {"buckets": step_of(config.data.resolution, shape.side_factor), "vae_scale": shape.vae_scale}
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
@@ -159,8 +160,8 @@ class Encodings:
 def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
     """The power of two, from 16 to 8192, that makes shards of about SHARD_BYTES."""
     assert data.resolution is not None, "decided when the model was loaded"
-    side = data.resolution // model.vae_scale
-    pair_bytes = 2 * 2 * model.vae.config["latent_channels"] * side**2 * itemsize * (2 if data.flip else 1)
+    shape = model.geometry
+    pair_bytes = 2 * 2 * shape.channels * (data.resolution // shape.vae_scale) ** 2 * itemsize * (2 if data.flip else 1)
     return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
 
 
@@ -230,12 +231,12 @@ def record_reference(
     for line in told:
         log.info("%s", line)
     weights, step = _reference_step(config, model, plan, device, begin)
-    timesteps = usable_timesteps(plan, config.method.window_low, config.method.window_high)
+    timesteps = drawn(config, plan).unique()
     zeros = config.data.dropped_caption == "zeros"
     encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(
         contents=store.contents,
-        identity=recorded.identity(config.data, config.runtime, plan, weights[0]),
+        identity=recorded.identity(config.data, config.runtime, plan, weights[0], beside(config)),
         checksum=weights[1],
         timesteps=tuple(timesteps.tolist()),
         made_with=_made_with(config.runtime, model, device),
@@ -245,7 +246,7 @@ def record_reference(
         decoding=Decoding.of(config.data, config.runtime.seed),
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
-        sizes=buckets.sizes if (buckets := find(config.data, model.side_factor, source)) else (),
+        sizes=buckets.sizes if (buckets := find(config.data, model.geometry.side_factor, source)) else (),
         progress=progress_line("recorded", "draws of pairs"),
     )
     with locks.held(folder, "--store", "-{}-of-{}".format(*shard) if shard[1] > 1 else ""):
@@ -260,7 +261,7 @@ def record_reference(
 
 
 def _reference_step(
-    config: Config, model: Model, plan: Schedule, device: torch.device, begin: Start
+    config: Config, model: Model, plan: Plan, device: torch.device, begin: Start
 ) -> tuple[tuple[str, str], PairStep]:
     """The reference's fingerprint and checksum, and its forward in the precision and layout of training."""
     precision = config.runtime.precision

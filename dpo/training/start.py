@@ -65,6 +65,7 @@ def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
     found = even(found)
     first = next(iter(found.values()))
     targets = endings(found, [name for name, _ in model.denoiser.named_modules()])
+    assert config.lora.target_modules is not None, "decided when the model was loaded"
     if set(targets) == set(config.lora.target_modules):
         targets = config.lora.target_modules
     config = change(config, rank=first.rank, alpha=first.alpha, target_modules=targets)

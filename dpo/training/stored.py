@@ -25,6 +25,7 @@ NAMES = {
     "text_encoders": "text encoder",
     "tokenizers": "tokenizer",
     "encoders": "VAE or text encoder",
+    "text_tokens": "number of --text-tokens",
 }
 
 

@@ -17,6 +17,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from dpo.common.words import digest
 from dpo.data.pairs import Source, Subset
 from dpo.data.store.files import DamagedStore, check_shard, open_shard, read_sealed
 from dpo.data.store.store import Contents, of_store
-from dpo.schedule import Schedule
+from dpo.schedule import Plan
 from dpo.settings.config import Data, Runtime
 
 log = logging.getLogger("dpo")
@@ -41,22 +42,30 @@ FLAGS = {
     "dropped_caption": "--dropped-caption",
     "seed": "--seed",
     "precision": "--precision",
+    "timestep_draw": "--timestep-draw",
+    "train_guidance": "--train-guidance",
 }
 UNNAMED = {"dropped_caption": "empty"}  # what an identity without this name means
 
 
-def identity(data: Data, runtime: Runtime, plan: Schedule, reference: str) -> dict[str, Any]:
-    """What recorded errors depend on, besides the timesteps; reference: the fingerprint of the reference's weights."""
+def identity(
+    data: Data, runtime: Runtime, plan: Plan, reference: str, beside: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What recorded errors depend on, besides the timesteps; reference: the fingerprint of the reference's weights.
+
+    beside: what they depend on of a model of flow matching alone.
+    """
     zeros = data.caption_dropout > 0 and data.dropped_caption == "zeros"
     return {
         "reference": reference,
         "prediction_type": plan.prediction_type,
-        "schedule": digest(plan.alphas_cumprod.numpy().tobytes().hex()),
+        "schedule": digest(plan.content().numpy().tobytes().hex()),
         "seed": runtime.seed,
         "precision": runtime.precision,
         "flip": data.flip,
         "caption_dropout": data.caption_dropout,
         **({"dropped_caption": "zeros"} if zeros else {}),
+        **beside,
     }
 
 

