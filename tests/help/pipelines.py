@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 KINDS = ("sd15", "sd2v", "sdxl", "sdxl-turbo")
 
@@ -205,10 +206,19 @@ def clip_tokenizer(pad: str):
     """A CLIP tokenizer of single bytes, 77 tokens long, that pads with `pad`."""
     from transformers import CLIPTokenizer
 
+    return bpe_tokenizer(CLIPTokenizer, _vocabulary(), [], model_max_length=77, pad_token=pad)
+
+
+def bpe_tokenizer(
+    kind: type[PreTrainedTokenizerBase], vocabulary: dict[str, int], merges: list[tuple[str, str]], **config: str | int
+) -> PreTrainedTokenizerBase:
+    """A tokenizer of a class `kind`, read from the two files that every version of transformers reads."""
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
-        vocabulary.write_text(json.dumps(_vocabulary()), encoding="utf-8")
-        merges.write_text("#version: 0.2\n", encoding="utf-8")
-        config = {"model_max_length": 77, "pad_token": pad, "tokenizer_class": "CLIPTokenizer"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        return CLIPTokenizer.from_pretrained(folder)
+        files = {
+            "vocab.json": json.dumps(vocabulary),
+            "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
+            "tokenizer_config.json": json.dumps(config | {"tokenizer_class": kind.__name__}),
+        }
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return kind.from_pretrained(folder)
