@@ -15,15 +15,17 @@ import functools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from tests.help.pipelines import bpe_tokenizer, clip_encoder, clip_tokenizer, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIZE = 64  # pixels
 CHANNELS = 4  # of latents
