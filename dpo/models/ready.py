@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,15 +106,29 @@ def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
         return schedule.from_scheduler(
             said, prediction_type=config.model.prediction_type, turbo=few, zero_snr=zero_snr
         ), []
-    if not said["use_dynamic_shifting"]:
-        return schedule.flow_from_scheduler(said, few_steps=few), [f"noise levels: shift {said['shift']:g}"]
-    side = config.data.resolution
-    assert side is not None, "decided before"
-    tokens = model.geometry.tokens(side, side)
-    mu = model.family.flow.mu(said, tokens)
-    return schedule.flow_from_scheduler(said, mu=mu, few_steps=few), [
-        f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
-    ]
+    mu, told = None, f"noise levels: shift {said['shift']:g}"
+    if said["use_dynamic_shifting"]:
+        side = config.data.resolution
+        assert side is not None, "decided before"
+        tokens = model.geometry.tokens(side, side)
+        mu = model.family.flow.mu(said, tokens)
+        told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
+    steps = steps_of(model, mu) if few else None
+    if steps is not None:
+        told += f"; trained on those of {FEW} steps: {', '.join(f'{level:.3f}' for level in steps)}"
+    return schedule.flow_from_scheduler(said, mu=mu, steps=steps), [told]
+
+
+FEW = 4  # steps that distilled models are sampled with
+
+
+def steps_of(model: Model, mu: float | None) -> list[float]:
+    """The noise levels of the FEW steps of a distilled model of flow matching, as its pipeline samples, descending."""
+    assert model.family.flow is not None, "of a flow"
+    given = {"sigmas": [1 - k / FEW for k in range(FEW)]} if model.family.flow.even_steps else {}
+    scheduler: Any = scheduler_of(model)
+    scheduler.set_timesteps(**({} if given else {"num_inference_steps": FEW}), **given, mu=mu)
+    return scheduler.sigmas[:-1].tolist()
 
 
 def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, schedule.Plan, list[str]]:

@@ -250,9 +250,7 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("keep_encoded has no effect with a prepared store, whose pairs are encoded already")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
-    if decided.model.timesteps == "turbo" and decided.model.prediction_type == "flow_prediction":
-        notes.append("distilled model: timesteps 249, 499, 749 and 999, those of its four steps")
-    elif decided.model.timesteps == "turbo":
+    if decided.model.timesteps == "turbo" and decided.model.prediction_type != "flow_prediction":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(
             "Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there"
