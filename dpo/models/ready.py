@@ -98,8 +98,11 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     return config, model, plan, decided
 
 
-def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
-    """The noise schedule that a decided config trains a model with, and lines for the log. Raises UserError."""
+def plan_of(config: Config, model: Model, size: tuple[int, int] | None = None) -> tuple[schedule.Plan, list[str]]:
+    """The noise schedule that a decided config trains a model with, and lines for the log. Raises UserError.
+
+    size: height and width of the images in pixels, None for the square of the resolution.
+    """
     few, said = config.model.timesteps == "turbo", model.scheduler_config
     if model.family.flow is None:
         zero_snr = {"on": True, "off": False}.get(config.model.zero_snr)
@@ -110,9 +113,10 @@ def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
     if said["use_dynamic_shifting"]:
         side = config.data.resolution
         assert side is not None, "decided before"
-        tokens = model.geometry.tokens(side, side)
+        high, wide = size or (side, side)
+        tokens = model.geometry.tokens(high, wide)
         mu = model.family.flow.mu(said, tokens)
-        told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
+        told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {wide} x {high} pixels"
     steps = steps_of(model, mu) if few else None
     if steps is not None:
         told += f"; trained on those of {FEW} steps: {', '.join(f'{level:.3f}' for level in steps)}"
@@ -151,6 +155,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         lora_targets=model.family.lora_targets,
         text_tokens=model.text_tokens,
         train_guidance=model.guidance,
+        shift_by_size=bool(model.scheduler_config.get("use_dynamic_shifting")),
     )
     config, decided = resolve(config, facts, device)
     plan, told = plan_of(config, model)
