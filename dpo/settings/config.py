@@ -18,7 +18,7 @@ import tomli_w
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
 from dpo.methods import METHODS, SHAPES, constants, readers
-from dpo.settings.families import FAMILIES
+from dpo.settings.families import FAMILIES, LONGEST_CAPTION
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
 
@@ -69,7 +69,7 @@ class Model:
         None, "diffusers folder or hub id that describes a single-file model; none: the hub's, by the file's layout"
     )
     text_tokens: int | None = option(
-        None, "tokens of a caption in a flow-matching model; none: as its pipeline has it", unit="tokens", low=8, high=1024
+        None, "tokens of a caption in a flow-matching model; none: as its pipeline has it", unit="tokens", low=8, high=LONGEST_CAPTION
     )
     train_guidance: float | None = option(
         None, "guidance scale that a model which takes it as an input (FLUX.1-dev) is told in training; none: 3.5", low=0.0
