@@ -148,7 +148,9 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     steps = config.output.sample_steps
     assert steps is not None  # decided by `resolve`
     try:
-        shifted = {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}  # its pipeline knows the real one
+        shifted = (
+            {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}
+        )  # its pipeline knows the real one
         scheduler_of(model).set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
