@@ -35,6 +35,10 @@ PIPELINES = {  # words in the names of other pipelines: what such a model is
     "Upscale": INPUTS[3],
     "Depth2Img": INPUTS[1],
     "LatentConsistency": LCM,
+    "FluxFill": "FLUX.1 Fill, for inpainting: its transformer also takes a mask and a masked image",
+    "FluxControl": "FLUX.1 Depth or Canny, or made by one of their kind: its transformer also takes a control image",
+    "FluxKontext": "FLUX.1 Kontext, for editing: its transformer also takes an image",
+    "Flux2KleinKV": "FLUX.2 klein KV, for editing: its transformer keeps what it made of the images that it is given",
 }
 REFINER = (
     "the SDXL refiner, which finishes images of the base model and has one of its text encoders: train the base model"
@@ -78,7 +82,7 @@ def number(part: str, key: str, *, whole: bool = True) -> Check:
     return check
 
 
-def equal(part: str, key: str, wanted: str) -> Check:
+def equal(part: str, key: str, wanted: str | int) -> Check:
     """A check that `key` of a part's config is `wanted`."""
     return lambda configs: (
         f"the {part}'s config has {key} {brief(configs[part].get(key))}: {wanted} is expected"

@@ -115,8 +115,11 @@ def plan_of(config: Config, model: Model, size: tuple[int, int] | None = None) -
         assert side is not None, "decided before"
         high, wide = size or (side, side)
         tokens = model.geometry.tokens(high, wide)
-        mu = model.family.flow.mu(said, tokens)
+        flow = model.family.flow
+        sampled = FEW if few or flow.steps is None else flow.steps
+        mu = flow.mu(said, tokens, sampled)
         told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {wide} x {high} pixels"
+        told += "" if flow.steps is None else f" sampled in {sampled} steps"
     steps = steps_of(model, mu) if few else None
     if steps is not None:
         told += f"; trained on those of {FEW} steps: {', '.join(f'{level:.3f}' for level in steps)}"
@@ -165,7 +168,10 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     steps = config.output.sample_steps
     assert steps is not None  # decided by `resolve`
     try:
-        scheduler_of(model).set_timesteps(steps)
+        shifted = (
+            {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}
+        )  # its pipeline knows the real one
+        scheduler_of(model).set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

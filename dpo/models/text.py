@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # tokens, and cannot read a tokenizer.json.
 TOKENIZER = "CLIPTokenizerFast"
 T5_TOKENIZER = "T5TokenizerFast"
+QWEN_TOKENIZER = "Qwen2TokenizerFast"
 
 # Before the names of an encoder's weights in published files and in transformers 4. In transformers 5 CLIPTextModel is
 # without: it reads both, and writes files that 4 would not find a weight in.
@@ -63,10 +64,35 @@ def token_ids(
     """Captions, padded and cut to `length` tokens (None: the encoder's): [B, S] int64 on the encoder's device."""
     if length is None:
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return _beside(encoder, _tokenized(tokenizer, captions, length).input_ids)
+
+
+def tokens_and_mask(
+    tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], length: int
+) -> tuple[Tensor, Tensor]:
+    """`token_ids`, and [B, S] int64 with 1 where a token is the caption's and 0 where it is padding."""
+    found = _tokenized(tokenizer, captions, length)
+    return _beside(encoder, found.input_ids), _beside(encoder, found.attention_mask)
+
+
+def _tokenized(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Any:
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def _beside(encoder: TextEncoder | CLIPTextModel, tokens: Tensor) -> Tensor:
+    """`tokens` on the encoder's device."""
     device = next(encoder.parameters()).device
     # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.
-    return moved(encoded.input_ids.pin_memory() if device.type == "cuda" else encoded.input_ids, device)
+    return moved(tokens.pin_memory() if device.type == "cuda" else tokens, device)
+
+
+def chat(tokenizer: Any, captions: list[str]) -> list[str]:
+    """Each caption as what a user says, in the tokenizer's own chat template, up to where an answer begins.
+
+    The answer begins without thinking, in templates that know of it.
+    """
+    turns = [[{"role": "user", "content": caption}] for caption in captions]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 @torch.no_grad()
