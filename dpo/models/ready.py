@@ -171,7 +171,8 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         shifted = (
             {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}
         )  # its pipeline knows the real one
-        scheduler_of(model).set_timesteps(steps, **shifted)
+        scheduler: Any = scheduler_of(model)
+        scheduler.set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"
