@@ -35,6 +35,8 @@ PIPELINES = {  # words in the names of other pipelines: what such a model is
     "Upscale": INPUTS[3],
     "Depth2Img": INPUTS[1],
     "LatentConsistency": LCM,
+    "ImageEdit": "an image-editing model: its transformer also takes an image",
+    "ImageLayered": "a layered model: it gives several images, one above the other",
 }
 REFINER = (
     "the SDXL refiner, which finishes images of the base model and has one of its text encoders: train the base model"
@@ -78,7 +80,7 @@ def number(part: str, key: str, *, whole: bool = True) -> Check:
     return check
 
 
-def equal(part: str, key: str, wanted: str) -> Check:
+def equal(part: str, key: str, wanted: str | int) -> Check:
     """A check that `key` of a part's config is `wanted`."""
     return lambda configs: (
         f"the {part}'s config has {key} {brief(configs[part].get(key))}: {wanted} is expected"

@@ -27,6 +27,7 @@ BACKEND = "inductor"
 BLOCKS = {  # what repeats in each class of denoiser
     "UNet2DConditionModel": ("ResnetBlock2D", "BasicTransformerBlock"),
     "SD3Transformer2DModel": ("JointTransformerBlock",),
+    "QwenImageTransformer2DModel": ("QwenImageTransformerBlock",),
 }
 VARIANTS = 256  # of one kind of block: sizes, dtypes, with and without gradient, with adapters on and off
 

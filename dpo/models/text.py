@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # tokens, and cannot read a tokenizer.json.
 TOKENIZER = "CLIPTokenizerFast"
 T5_TOKENIZER = "T5TokenizerFast"
+QWEN_TOKENIZER = "Qwen2TokenizerFast"
 
 # Before the names of an encoder's weights in published files and in transformers 4. In transformers 5 CLIPTextModel is
 # without: it reads both, and writes files that 4 would not find a weight in.
@@ -64,9 +65,14 @@ def token_ids(
     if length is None:
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return moved_ids(encoded.input_ids, encoder)
+
+
+def moved_ids(ids: Tensor, encoder: TextEncoder | CLIPTextModel) -> Tensor:
+    """Tokens [B, S] int64 on the encoder's device."""
     device = next(encoder.parameters()).device
     # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.
-    return moved(encoded.input_ids.pin_memory() if device.type == "cuda" else encoded.input_ids, device)
+    return moved(ids.pin_memory() if device.type == "cuda" else ids, device)
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 # The families of models, each a file of that name in dpo/models/. A more special one stands after a more general one:
 # see single_file.family_by_keys.
-FAMILIES = ("sd", "sdxl", "sd3")
+FAMILIES = ("sd", "sdxl", "sd3", "qwen")
 
 PIPELINES = {  # their classes in diffusers
     "sd": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "qwen": "QwenImagePipeline",
 }
