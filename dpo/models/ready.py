@@ -145,7 +145,9 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     steps = config.output.sample_steps
     assert steps is not None  # decided by `resolve`
     try:
-        scheduler_of(model).set_timesteps(steps)
+        sampler = scheduler_of(model)
+        shifted = {"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}  # any image's: the check needs one
+        sampler.set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

@@ -113,7 +113,7 @@ def alone(x: Inputs, i: int) -> Inputs:
         usable=x.usable[one],
         latent_mean=x.latent_mean[both],
         latent_std=x.latent_std[both],
-        text=TextEncoding(x.text.hidden[one], None if x.text.pooled is None else x.text.pooled[one]),
+        text=x.text.row(one),
         micro=None if x.micro is None else x.micro[both],
     )
 
