@@ -94,7 +94,9 @@ class NoisePath:
     spread: Tensor  # [T]
     of_noise: Tensor  # [T]
     of_data: Tensor  # [T]
-    timesteps: Tensor  # [K] int64, the timesteps to draw from; one that is drawn more often than others stands more often
+    timesteps: (
+        Tensor  # [K] int64, the timesteps to draw from; one that is drawn more often than others stands more often
+    )
     needs_data: bool  # whether of_data is not 0; where it is 0 the target is made without x_0
     times: Tensor | None = None  # [T] what the denoiser is told in the place of t; None: t itself
 
@@ -107,9 +109,7 @@ class NoisePath:
         return t if self.times is None else self.times[t]
 
 
-def noise_path(
-    schedule: Plan, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> NoisePath:
+def noise_path(schedule: Plan, timesteps: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> NoisePath:
     """The path of a schedule in `dtype` (fp32 or float64) on `device`; timesteps [K]: those to draw from.
 
     Square roots are taken in float64 and rounded once, so that every device has the same table.
@@ -261,19 +261,23 @@ def complete_flow(config: Mapping, about: str = "") -> tuple[dict[str, Any], lis
             "scheduler_config.json"
         )
     if config.get("invert_sigmas"):
-        raise UserError(f"{about}the model's scheduler has invert_sigmas: this trainer knows noise levels that rise with t")
+        raise UserError(
+            f"{about}the model's scheduler has invert_sigmas: this trainer knows noise levels that rise with t"
+        )
     declared = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     wanted = [*FLOW_KEYS, *(("time_shift_type", *DYNAMIC_KEYS) if config.get("use_dynamic_shifting") else ())]
     missing = [key for key in wanted if config.get(key) is None]
     known = dict(config) | {key: declared[key].default for key in missing}
-    length, shift = known["num_train_timesteps"], known["shift"]
+    length, _shift = known["num_train_timesteps"], known["shift"]
     if type(length) is not int or not 1 <= length <= LONGEST:
         raise UserError(
             f"{about}the model's scheduler says num_train_timesteps {excerpt(length)}: this trainer knows 1 to {LONGEST}"
         )
     numbers = {key: known[key] for key in ("shift", *DYNAMIC_KEYS) if key in wanted}
     if wrong := next((key for key, x in numbers.items() if type(x) not in (int, float) or not x > 0), None):
-        raise UserError(f"{about}the model's scheduler says {wrong} {excerpt(known[wrong])}: a number above 0 is expected")
+        raise UserError(
+            f"{about}the model's scheduler says {wrong} {excerpt(known[wrong])}: a number above 0 is expected"
+        )
     if known["use_dynamic_shifting"] and known["time_shift_type"] not in SHIFTS:
         raise UserError(
             f"{about}the model's scheduler says time_shift_type {excerpt(known['time_shift_type'])}: this trainer knows "
@@ -337,5 +341,7 @@ def to_draw(schedule: Plan, low: int, high: int | None, draw: Draw) -> Tensor:
     drawn = schedule.timesteps()[torch.bucketize(s, between)]
     inside = drawn[torch.isin(drawn, usable)]
     if not inside.numel():
-        raise UserError(f"no noise level is ever drawn in the window [{low}, {high}): widen it, or use --timestep-draw grid")
+        raise UserError(
+            f"no noise level is ever drawn in the window [{low}, {high}): widen it, or use --timestep-draw grid"
+        )
     return inside

@@ -37,7 +37,9 @@ class PairStep:
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
-    scaling: tuple[Tensor, Tensor]  # shift and scale of the latents' channels [C]: the denoiser sees (latents - shift) scale
+    scaling: tuple[
+        Tensor, Tensor
+    ]  # shift and scale of the latents' channels [C]: the denoiser sees (latents - shift) scale
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default

@@ -44,6 +44,7 @@ def pageless(monkeypatch):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder of a tiny pipeline by kind, and of 48 learnable pairs under "pairs"; made once a session."""
+    from tests.help.flow import FLOWS, make_flow
     from tests.help.worlds import make_pickapic, make_pipeline
 
     root = tmp_path_factory.mktemp("world")
@@ -52,7 +53,8 @@ def world(tmp_path_factory):
     def place(name: str) -> str:
         if name not in made:
             folder, first = root / name, made.keys() <= {"pairs"}
-            made[name] = str(make_pickapic(folder, 48, 0) if name == "pairs" else make_pipeline(folder, name))
+            make = make_flow if name in FLOWS else make_pipeline
+            made[name] = str(make_pickapic(folder, 48, 0) if name == "pairs" else make(folder, name))
             if first:
                 look_no_more()  # diffusers and transformers have been imported
         return made[name]

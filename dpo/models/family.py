@@ -172,7 +172,9 @@ class Flow:
 
     text_tokens: int  # of a caption by default, as its pipeline has it
     blank: Callable[[Model], TextEncoding]  # of one caption, on the meta device: the shapes of an encoding
-    mu: Callable[[Mapping[str, Any], int], float] = shift_by_tokens  # (scheduler, tokens of the image): of a dynamic shift
+    mu: Callable[[Mapping[str, Any], int], float] = (
+        shift_by_tokens  # (scheduler, tokens of the image): of a dynamic shift
+    )
 
 
 @dataclass(frozen=True)
@@ -191,19 +193,27 @@ class Family:
     predict: Callable[[nn.Module, Tensor, Tensor, TextEncoding, Tensor | None], Tensor]  # (module, x_t, t, text, sizes)
     pipeline_options: Callable[[Model], dict[str, Any]]  # of the pipeline class, beside its components
     checks: tuple[Check, ...]  # what it assumes of the configs, beside that no weights are quantised
-    single_file_key: str | None = None  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
+    single_file_key: str | None = (
+        None  # a prefix of keys, in a checkpoint of the original layout, that no earlier family has
+    )
     single_file_options: Mapping[str, Any] = field(default_factory=dict)  # of the class's `from_single_file`
     architectures: tuple[str, ...] = ()  # how `modelspec.architecture` of its single files begins
     vae_class: str = "AutoencoderKL"  # of diffusers
     vae_overflows_in_fp16: bool = False
-    kohya_name: Callable[[str, Denoiser], str] | None = None  # of a layer, in sd-scripts' LoRA files; None: no such files
-    geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] = unet_geometry  # (denoiser, VAE), their configs
+    kohya_name: Callable[[str, Denoiser], str] | None = (
+        None  # of a layer, in sd-scripts' LoRA files; None: no such files
+    )
+    geometry: Callable[[Mapping[str, Any], Mapping[str, Any]], Geometry] = (
+        unet_geometry  # (denoiser, VAE), their configs
+    )
     posterior: Callable[[Vae, Tensor], tuple[Tensor, Tensor]] = posterior
     scaling: Callable[[Vae], tuple[list[float], list[float]]] = scaling
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter by default
     flow: Flow | None = None  # of a family of flow matching
     optional: tuple[str, ...] = ()  # components that a pipeline may come without: the last ones of the lists above
-    few_steps: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda denoiser, index: False  # of a distilled model
+    few_steps: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda denoiser, index: (
+        False
+    )  # of a distilled model
 
     def denoise(self, module: nn.Module) -> Denoise:
         """`module` (the denoiser, compiled or not) behind the call that all families share."""

@@ -166,7 +166,9 @@ def _tokenizer(folder: Path, name: str, kind: str) -> Any:
     except Exception as error:
         raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
     length = found.model_max_length
-    if kind == TOKENIZER and (type(length) is not int or not 1 <= length <= LONGEST_CAPTION):  # transformers' word for "not said" is 10**30
+    if kind == TOKENIZER and (
+        type(length) is not int or not 1 <= length <= LONGEST_CAPTION
+    ):  # transformers' word for "not said" is 10**30
         raise UserError(
             f"{folder / name} does not say how long a caption may be (model_max_length in tokenizer_config.json): "
             "fetch the model again"

@@ -59,7 +59,9 @@ def is_few_steps(
 def tokens_of(family: Family, source: str, asked: int | None) -> int | None:
     """The tokens of a caption: as asked, or the family's own; None where its encoder says. Raises UserError."""
     if asked is not None and family.flow is None:
-        raise UserError(f"{source}: --text-tokens is for flow-matching models, and CLIP's captions have one length: leave it out")
+        raise UserError(
+            f"{source}: --text-tokens is for flow-matching models, and CLIP's captions have one length: leave it out"
+        )
     return None if family.flow is None else asked or family.flow.text_tokens
 
 

@@ -212,7 +212,13 @@ def _taken(
 ) -> Taken:
     """What was counted; states: bytes of the optimizer's; text: shapes of a caption's encoding."""
     shape = model.geometry
-    latents = 2 * 2 * shape.channels * (cast(int, config.data.resolution) // shape.vae_scale) ** 2 * (2 if config.data.flip else 1)
+    latents = (
+        2
+        * 2
+        * shape.channels
+        * (cast(int, config.data.resolution) // shape.vae_scale) ** 2
+        * (2 if config.data.flip else 1)
+    )
     result = (
         [updater.parameters]
         if config.lora.lora

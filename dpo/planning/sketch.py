@@ -81,7 +81,9 @@ def sketch(named: Named) -> Model:
         denoiser=denoiser,
         vae=autoencoder,
         text_encoders=encoders,
-        tokenizers=[Lengths(_tokens(folder / name, encoder)) for (name, _), encoder in zip(family.tokenizers, encoders)],  # type: ignore[misc]
+        tokenizers=[
+            Lengths(_tokens(folder / name, encoder)) for (name, _), encoder in zip(family.tokenizers, encoders)
+        ],  # type: ignore[misc]
         scheduler_config=scheduler_config,
         source=named.model,
         folder=None,

@@ -69,10 +69,16 @@ class Model:
         None, "diffusers folder or hub id that describes a single-file model; none: the hub's, by the file's layout"
     )
     text_tokens: int | None = option(
-        None, "tokens of a caption in a flow-matching model; none: as its pipeline has it", unit="tokens", low=8, high=1024
+        None,
+        "tokens of a caption in a flow-matching model; none: as its pipeline has it",
+        unit="tokens",
+        low=8,
+        high=1024,
     )
     train_guidance: float | None = option(
-        None, "guidance scale that a model which takes it as an input (FLUX.1-dev) is told in training; none: 3.5", low=0.0
+        None,
+        "guidance scale that a model which takes it as an input (FLUX.1-dev) is told in training; none: 3.5",
+        low=0.0,
     )
     cache_dir: str | None = option(None, "where hub downloads are kept", resume="free")
 

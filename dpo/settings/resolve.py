@@ -88,7 +88,9 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
             f"{model.prediction_type}; leave it at auto"
         )
     if draw != "grid" and not model.flow:
-        raise UserError(f"--timestep-draw {draw} draws noise levels of a flow, and family {model.family} is none: leave it out")
+        raise UserError(
+            f"--timestep-draw {draw} draws noise levels of a flow, and family {model.family} is none: leave it out"
+        )
     if not model.flow:
         return
     if draw != "grid" and "turbo" in (asked.timesteps, "turbo" if asked.timesteps == "auto" and model.turbo else ""):
@@ -98,7 +100,9 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
     if config.lora.lora_format == "kohya":
         raise UserError(f"--lora-format kohya: sd-scripts has no such names for family {model.family}; use diffusers")
     if config.runtime.precision == "fp16":
-        raise UserError(f"--precision fp16: the text encoders of family {model.family} overflow in it; use bf16 or fp32")
+        raise UserError(
+            f"--precision fp16: the text encoders of family {model.family} overflow in it; use bf16 or fp32"
+        )
 
 
 def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:

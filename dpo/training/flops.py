@@ -49,9 +49,7 @@ def forward_flops(model: Model, height: int, width: int) -> int:
     """FLOPs of one image's forward through a model's denoiser; height and width are those of the latents."""
     family = model.family
     if family.flow is None:
-        return unet_flops(
-            model.denoiser.config, height, width, model.text_encoders[0].config.max_position_embeddings
-        )
+        return unet_flops(model.denoiser.config, height, width, model.text_encoders[0].config.max_position_embeddings)
     text = family.flow.blank(model)
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in text)
     architecture, channels = _architecture(model.denoiser.config), model.geometry.channels

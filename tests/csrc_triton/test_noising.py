@@ -90,7 +90,8 @@ def test_each_channel_has_its_own_scale_and_shift():
     mean, std = latents(), latents().abs()
     alike = torch.full((SHAPE[0],), 0.18215), torch.full((SHAPE[0],), 0.5)
     assert torch.equal(
-        sample_posterior(mean, std, KEYS, DRAWS, SEED, *alike), sample_posterior(mean, std, KEYS, DRAWS, SEED, 0.18215, 0.5)
+        sample_posterior(mean, std, KEYS, DRAWS, SEED, *alike),
+        sample_posterior(mean, std, KEYS, DRAWS, SEED, 0.18215, 0.5),
     )
     scale, shift = torch.arange(1.0, SHAPE[0] + 1), torch.linspace(-1, 1, SHAPE[0])
     z = sample_posterior(mean, std, KEYS, DRAWS, SEED, scale, shift)
@@ -109,7 +110,10 @@ CALLS = {
         torch.ops.csrc_triton.noise_pairs,
         lambda x: (x, TIMESTEPS, *(table.float() for table in PATH), KEYS, DRAWS, SEED, torch.bfloat16),
     ),
-    "sample_posterior": (torch.ops.csrc_triton.sample_posterior, lambda x: (x, x.abs(), KEYS, DRAWS, SEED, *by_channel(x))),
+    "sample_posterior": (
+        torch.ops.csrc_triton.sample_posterior,
+        lambda x: (x, x.abs(), KEYS, DRAWS, SEED, *by_channel(x)),
+    ),
 }
 
 

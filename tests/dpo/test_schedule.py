@@ -1,5 +1,7 @@
 """dpo.schedule: figures of the published schedules, few-step chains, and lambda from the Gaussians it is derived from."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -444,7 +446,7 @@ def test_log_ratio_of_the_two_gaussians_of_a_flow(chain, sigma2):
     x0, eps, off = torch.randn(3, 64, dtype=torch.float64, generator=generator)
     steps = schedule.timesteps().tolist()
     assert lam[steps[0]] == 0.0 and (lam[steps[1:]] > 0).all() and int((lam > 0).sum()) == len(steps) - 1
-    for low, k in list(zip(steps, steps[1:], strict=False))[:: 1 if chain == "few" else 111]:
+    for low, k in list(itertools.pairwise(steps))[:: 1 if chain == "few" else 111]:
         before, s = schedule.levels[low], schedule.levels[k]
         slope = (1 - s) / (1 - before)  # x_s = slope x_before + noise has the mean (1 - s) x_0
         added = s**2 - slope**2 * before**2  # and needs this variance for the marginal's s^2
@@ -499,7 +501,9 @@ def test_levels_follow_the_distribution_that_is_asked_for(draw, shift):
     s = schedule.levels
     share = torch.bincount(t, minlength=1000).cumsum(0) / t.numel()  # of draws at or below each level
     upper = torch.cat([(s[1:] + s[:-1]) / 2, torch.ones(1, dtype=s.dtype)])
-    wanted = upper if draw.kind == "uniform" else Normal(draw.mean, draw.sd).cdf(torch.logit(upper.clamp(max=1 - 1e-12)))
+    wanted = (
+        upper if draw.kind == "uniform" else Normal(draw.mean, draw.sd).cdf(torch.logit(upper.clamp(max=1 - 1e-12)))
+    )
     torch.testing.assert_close(share.double(), wanted, rtol=0, atol=1e-5)
     inside = to_draw(schedule, 200, 700, draw)
     assert int(inside.min()) >= 200 and int(inside.max()) < 700

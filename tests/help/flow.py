@@ -384,3 +384,6 @@ FLOWS = {
     "flux2-klein-base": _build_klein,
     "qwen-image": _build_qwen,
 }
+
+TRAINED = ("sd35",)  # one of each family that is trained: what the parametrised tests of runs go through
+SMALL = ("--resolution", "32")  # of a run on one of them: the pairs' own size

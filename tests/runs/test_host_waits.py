@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from dpo.methods import METHODS
 from dpo.training import validation
 from dpo.training.state import snapshot
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, make_run
 
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
@@ -80,10 +81,10 @@ def test_no_other_table_waits_for_the_device(world, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "kind", ["sdxl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2v", "sdxl-turbo"))]
+    "kind", ["sdxl", *TRAINED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2v", "sdxl-turbo"))]
 )
 def test_no_family_waits_for_the_device(world, tmp_path, kind):
-    micro_step(make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2"))
+    micro_step(make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2", *SMALL))
 
 
 @pytest.mark.parametrize("wait", [lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x[x > 0]])

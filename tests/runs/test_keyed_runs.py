@@ -5,14 +5,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.common.errors import UserError
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, make_run, weights
 
 CUTS = [(8, 1, 0), (4, 2, 0), (1, 8, 0), (4, 2, 2)]
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp64", 1e-9), pytest.param("fp32", 2e-5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind, precision, tolerance",
+    [
+        ("sd15", "fp64", 1e-9),
+        pytest.param("sd15", "fp32", 2e-5, marks=pytest.mark.slow),
+        *(pytest.param(kind, "fp64", 1e-9, marks=pytest.mark.slow) for kind in TRAINED),
+    ],
+)
 @pytest.mark.parametrize("method", ["dde"])
-def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, method, precision, tolerance):
+def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, kind, method, precision, tolerance):
     results = []
     for batch, accumulation, workers in CUTS:
         flags = ["--batch-size", str(batch), "--accumulation", str(accumulation), "--workers", str(workers)]
@@ -29,8 +37,9 @@ def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, m
             "--flip",
             "--crop",
             "random",
+            *SMALL,
         ]
-        run = make_run(world("sd15"), world("pairs"), tmp_path / f"{batch}-{workers}", *flags)
+        run = make_run(world(kind), world("pairs"), tmp_path / f"{batch}-{workers}", *flags)
         advance(run, 3)
         results.append((weights(run), run.table.table.clone()))
     (expected, table), *others = results
@@ -79,7 +88,12 @@ class Synchronisations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "kind, flags",
-    [("sd15", ["--method", "dde"]), ("sdxl", ["--lora", "--lora-dropout", "0.1"]), ("sd2v", ["--method", "sft"])],
+    [
+        ("sd15", ["--method", "dde"]),
+        ("sdxl", ["--lora", "--lora-dropout", "0.1"]),
+        ("sd2v", ["--method", "sft"]),
+        *((kind, ["--lora", *SMALL]) for kind in TRAINED),
+    ],
 )
 def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, kind, flags):
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "2", *flags)

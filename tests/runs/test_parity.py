@@ -3,10 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from csrc_triton.philox import Stream, integers, normal
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, make_run, weights
 
 UPDATES, PAIRS, SEED, BETA, RATE = 5, 4, 7, 2000.0, 1e-4
@@ -14,6 +21,8 @@ UPDATES, PAIRS, SEED, BETA, RATE = 5, 4, 7, 2000.0, 1e-4
 
 class Plain:
     """The model of a folder, and Diffusion-DPO on it, written down directly from the paper."""
+
+    modules = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, folder: str, sdxl: bool):
         options = {"torch_dtype": torch.float64}
@@ -44,11 +53,19 @@ class Plain:
             return found[0].last_hidden_state, None
         return torch.cat([out.hidden_states[-2] for out in found], dim=-1), found[1].text_embeds
 
+    def latents(self, pixels, posterior_noise) -> torch.Tensor:
+        posterior = self.vae.encode(pixels[None].double() / 127.5 - 1).latent_dist
+        return (posterior.mean + posterior.std * posterior_noise) * self.vae.config.scaling_factor
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        """Of the latents of an image of `side` pixels."""
+        side //= 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 4, side, side
+
     def error(self, unet, pixels, caption, micro, t, noise, posterior_noise) -> torch.Tensor:
         """Mean squared error of one image."""
         with torch.no_grad():
-            posterior = self.vae.encode(pixels[None].double() / 127.5 - 1).latent_dist
-            latents = (posterior.mean + posterior.std * posterior_noise) * self.vae.config.scaling_factor
+            latents = self.latents(pixels, posterior_noise)
         abar = self.schedule.alphas_cumprod.double()[t]
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         hidden, pooled = self.text(caption)
@@ -60,8 +77,7 @@ class Plain:
 
     def pair_loss(self, batch, i, reference_error) -> torch.Tensor:
         key, draw = batch.keys[i : i + 1], batch.draws[i : i + 1]
-        side = batch.pixels.shape[-1] // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        shape = (4, side, side)
+        shape = self.shape(batch.pixels.shape[-1])
         t = integers(key, draw, Stream.TIMESTEP, SEED, 0, 1000)[0]
         noise = normal(key, draw, Stream.NOISE, SEED, shape, torch.float64)
         errors = {}
@@ -76,8 +92,46 @@ class Plain:
         return -F.logsigmoid(-BETA / 2 * (win - lose))
 
 
-SLOW = (("sd2v", True), ("sdxl", True))  # an adapter is the same in every family
+class PlainSD3(Plain):
+    """Flow-DPO (Liu et al. 2025) on Stable Diffusion 3: x_s = (1 - s) x_0 + s noise, target noise - x_0."""
+
+    modules = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj")
+    modules += ("attn.add_v_proj", "attn.to_add_out")
+
+    def __init__(self, folder: str):
+        options = {"torch_dtype": torch.float64}
+        self.policy = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
+        self.reference = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
+        self.reference.requires_grad_(False)
+        self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, **options)
+        self.vae = self.pipe.vae
+
+    def latents(self, pixels, posterior_noise) -> torch.Tensor:
+        posterior = self.vae.encode(pixels[None].double() / 127.5 - 1).latent_dist
+        clean = posterior.mean + posterior.std * posterior_noise
+        return (clean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def level(self, t) -> torch.Tensor:
+        s = (t.double() + 1) / 1000
+        return 3 * s / (1 + 2 * s)
+
+    def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
+        with torch.no_grad():
+            hidden, _, pooled, _ = self.pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
+        return transformer(noisy, hidden, pooled, 1000 * s[None], return_dict=False)[0]
+
+    def error(self, transformer, pixels, caption, micro, t, noise, posterior_noise) -> torch.Tensor:
+        with torch.no_grad():
+            latents = self.latents(pixels, posterior_noise)
+        s = self.level(t)
+        return F.mse_loss(self.predict(transformer, (1 - s) * latents + s * noise, s, caption), noise - latents)
+
+
+FLOW = {"sd35": PlainSD3}
+
+SLOW = (("sd2v", True), ("sdxl", True), *((kind, True) for kind in TRAINED))  # an adapter is the same in every family
 CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]
+CASES += [(kind, low_rank) for kind in TRAINED for low_rank in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -99,18 +153,19 @@ def test_five_updates_equal_a_plain_loop(world, tmp_path, kind, low_rank):
         str(RATE),
         "--batch-size",
         str(PAIRS),
+        *(SMALL if kind in FLOW else ()),
     ]
     run = make_run(world(kind), world("pairs"), tmp_path, *flags, *(["--lora"] if low_rank else []))
     batches = run.batches()
     data = [next(batches) for _ in range(UPDATES)]
     batches.close()
 
-    plain = Plain(world(kind), kind == "sdxl")
+    plain = FLOW[kind](world(kind)) if kind in FLOW else Plain(world(kind), kind == "sdxl")
     if low_rank:
         from dpo.models import lora
 
         plain.policy.requires_grad_(False)
-        modules = ("to_q", "to_k", "to_v", "to_out.0")
+        modules = plain.modules
         lora.add(plain.policy, rank=8, alpha=8, target_modules=modules, dropout=0.0, seed=SEED)
         plain.policy.to(torch.float64)
     trained = {name: p for name, p in plain.policy.named_parameters() if p.requires_grad}

@@ -26,6 +26,7 @@ from dpo.settings.flags import parse
 from dpo.training import build, preparing, stored
 from tests.dpo.models.test_lora import train
 from tests.help.children import kill_until_done
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, everything, make_run
 from tests.help.worlds import alter_one, make_pickapic, make_pipeline
 
@@ -41,6 +42,7 @@ def stores(world, tmp_path_factory):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("store") / kind
             flags = ["--model", world(kind), "--data", world("pairs"), "--dtype", "fp32", "--workers", "0", *FLAGS]
+            flags += SMALL if kind in TRAINED else ()
             assert prepare.main(["--store", str(made[kind]), "--reference", "--draws", "2", *flags]) == 0
         return made[kind]
 
@@ -71,6 +73,7 @@ METHODS = [
     ("sd15", []),
     ("sd15", ["--lora", "--method", "dde"]),
     ("sdxl", ["--method", "dde-single"]),
+    *((kind, []) for kind in TRAINED),
 ]
 REST = (
     [
@@ -81,6 +84,7 @@ REST = (
     ]
     + [("sd15", ["--loss", shape]) for shape in ("robust", "poly", "dmpo")]
     + [("sd15", ["--method", "sdpo"])]
+    + [(kind, ["--method", "dde", *lora]) for kind in TRAINED for lora in ([], ["--lora"])]
 )
 
 

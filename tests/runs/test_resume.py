@@ -18,6 +18,7 @@ from dpo.common.errors import UserError
 from dpo.training import checkpoint
 from dpo.training.state import restore, snapshot
 from tests.help.children import start_command
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, everything, make_run
 from tests.help.worlds import alter_one, make_folders, make_pipeline
 
@@ -44,16 +45,26 @@ RUNS = {
 SLOW = ("lion 8-bit", "adafactor", "bf16", "mapo")  # others of these kinds are tested each time
 
 
+FLOWS = [(kind, [*SMALL, *flags]) for kind in TRAINED for flags in (["--timestep-draw", "logit-normal"], ["--lora"])]
+
+
 @pytest.mark.parametrize(
-    "flags", [pytest.param(flags, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, flags in RUNS.items()]
+    "kind, flags",
+    [
+        *(
+            pytest.param("sd15", flags, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+            for name, flags in RUNS.items()
+        ),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in FLOWS),
+    ],
 )
-def test_resume_is_exact(world, tmp_path, flags):
+def test_resume_is_exact(world, tmp_path, kind, flags):
     """The run that writes the checkpoint goes on too, and both end alike."""
     flags = ["--batch-size", "3", "--accumulation", "2", "--steps", "4", *flags]  # 24 pairs of 41: not a whole epoch
-    straight = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
+    straight = make_run(world(kind), world("pairs"), tmp_path / "run", *flags)
     advance(straight, 2)
     snapshot(straight)
-    second = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags, "--resume", "latest")
+    second = make_run(world(kind), world("pairs"), tmp_path / "run", *flags, "--resume", "latest")
     assert (second.done, second.position) == (2, 12)
     advance(second, 2)
     advance(straight, 2)

@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from dpo.common.errors import UserError
 from dpo.models import ready
 from dpo.models.denoiser import fix_projections
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import make_run
 
 PATHS = {
@@ -57,6 +58,17 @@ def test_families(world, tmp_path, kind, flags):
     assert not terms.logit.any()
     if kind == "sdxl-turbo":
         assert set(terms.timesteps.tolist()) <= {249, 499, 749}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("flags", ["full", "bf16 autocast, lora", "checkpointing", "dde"])
+def test_families_of_flow_matching(world, tmp_path, kind, flags):
+    draw = ["--timestep-draw", "logit-normal"] if flags == "full" else []
+    run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "3", *SMALL, *PATHS[flags], *draw)
+    terms = first_terms(run)
+    assert not terms.logit.any() and torch.equal(terms.loss, torch.full_like(terms.loss, math.log(2)))
+    terms.loss.sum().backward()
+    assert run.updater.grad_norm(1.0) > 0
 
 
 def test_policy_and_reference_both_get_contiguous_projections(world, tmp_path, monkeypatch):
