@@ -63,7 +63,7 @@ def sample(
     def together(pipe: Pipeline, part: Sequence[tuple[str, int]]) -> list[Image.Image]:
         with torch.autocast(device.type, autocast, cache_enabled=not frugal) if autocast else nullcontext():
             return pipe(
-                [prompt for prompt, _ in part],
+                prompt=[prompt for prompt, _ in part],
                 num_inference_steps=steps,
                 **told_pipe,
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in part],

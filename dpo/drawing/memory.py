@@ -76,7 +76,8 @@ def _widths(pipe: Pipeline) -> tuple[int, int]:
         drawn = config["block_out_channels"][0]
     else:
         drawn = config["num_attention_heads"] * config["attention_head_dim"] // PATCH
-    widths = pipe.vae.config.get("block_out_channels") or [pipe.vae.config["base_dim"]]
+    vae = pipe.vae.config
+    widths = vae.get("decoder_block_out_channels") or vae.get("block_out_channels") or [vae["base_dim"]]
     return drawn, widths[min(1, len(widths) - 1)]
 
 

@@ -42,9 +42,9 @@ def by_side(
     config, loaded, plan, _ = load_model(config, device)
     model = replace(loaded, denoiser=base().eval())
     cast(model, config.runtime.precision, config.runtime.vae_precision)
-    family, data = model.family, config.data
+    data = config.data
     assert data.resolution is not None, "decided when the model was loaded"
-    reference = family.denoise(settle(config.runtime, model.denoiser, device))
+    reference = model.denoise(settle(config.runtime, model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
     encoder = Encoder(model, device, config.runtime.vae_batch)
     buckets = find(data, model.geometry.side_factor, source)
@@ -57,7 +57,7 @@ def by_side(
     decile = timesteps * DECILES // plan.length
     for name, load in policies.items():
         denoiser = load().eval()
-        found = replace(step, policy=family.denoise(settle(config.runtime, denoiser, device)))
+        found = replace(step, policy=model.denoise(settle(config.runtime, denoiser, device)))
         d = validation.differences(found, held_out)
         right = implicit_accuracy(d.mean(0))
         each = implicit_accuracy(d)

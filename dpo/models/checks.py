@@ -35,6 +35,10 @@ PIPELINES = {  # words in the names of other pipelines: what such a model is
     "Upscale": INPUTS[3],
     "Depth2Img": INPUTS[1],
     "LatentConsistency": LCM,
+    "FluxFill": "FLUX.1 Fill, for inpainting: its transformer also takes a mask and a masked image",
+    "FluxControl": "FLUX.1 Depth or Canny, or made by one of their kind: its transformer also takes a control image",
+    "FluxKontext": "FLUX.1 Kontext, for editing: its transformer also takes an image",
+    "Flux2KleinKV": "FLUX.2 klein KV, for editing: its transformer keeps what it made of the images that it is given",
     "ImageEdit": "an image-editing model: its transformer also takes an image",
     "ImageLayered": "a layered model: it gives several images, one above the other",
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpo.common.device import moved
 from dpo.schedule import FLOW, shift_by_tokens
-from dpo.settings.families import FAMILIES
+from dpo.settings.families import FAMILIES, LONGEST_CAPTION
 
 if TYPE_CHECKING:  # from diffusers' own files: its public names are placeholder classes to a type checker
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -157,6 +157,14 @@ class Model:
     def geometry(self) -> Geometry:
         return self.family.geometry(self.denoiser.config, self.vae.config)
 
+    def denoise(self, module: nn.Module) -> Denoise:
+        """`module` (the denoiser, compiled or not) behind the call that all families share.
+
+        The `predict` of a family whose models may take their guidance scale as an input takes it as `guidance`.
+        """
+        told = {} if self.guidance is None else {"guidance": self.guidance}
+        return partial(self.family.predict, module, **told)
+
     def named_encoders(self) -> dict[str, TextEncoder | None]:
         """The text encoders by their component's name in the pipeline; None for one that the model came without."""
         return {name: one for (name, _), one in zip_longest(self.family.text_encoders, self.text_encoders)}
@@ -172,9 +180,10 @@ class Flow:
 
     text_tokens: int  # of a caption by default, as its pipeline has it
     blank: Callable[[Model], TextEncoding]  # of one caption, on the meta device: the shapes of an encoding
-    mu: Callable[[Mapping[str, Any], int], float] = (
-        shift_by_tokens  # (scheduler, tokens of the image): of a dynamic shift
-    )
+    longest: int = LONGEST_CAPTION  # tokens of a caption at most, as its pipeline has it
+    # Of a dynamic shift: (scheduler, tokens of the image, steps of sampling).
+    mu: Callable[[Mapping[str, Any], int, int], float] = lambda scheduler, tokens, steps: shift_by_tokens(scheduler, tokens)
+    steps: int | None = None  # of the sampling whose shift is trained with, where mu depends on them
 
 
 @dataclass(frozen=True)
@@ -211,13 +220,8 @@ class Family:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter by default
     flow: Flow | None = None  # of a family of flow matching
     optional: tuple[str, ...] = ()  # components that a pipeline may come without: the last ones of the lists above
-    few_steps: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda denoiser, index: (
-        False
-    )  # of a distilled model
-
-    def denoise(self, module: nn.Module) -> Denoise:
-        """`module` (the denoiser, compiled or not) behind the call that all families share."""
-        return partial(self.predict, module)
+    # Of a model distilled to four steps: (denoiser, model_index.json, scheduler), their configs.
+    few_steps: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], bool] = lambda *configs: False
 
 
 @cache

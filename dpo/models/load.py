@@ -122,7 +122,7 @@ def load(
     for part in configs:
         if part != "vae" or not vae:
             check_files(place / part, variant)
-    another = other_vae(vae, configs["vae"], cache_dir) if vae else None
+    another = other_vae(kind, vae, configs["vae"], cache_dir) if vae else None
     return Model(
         family=kind,
         denoiser=component(network, place, kind.denoiser, variant),

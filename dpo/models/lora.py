@@ -41,7 +41,7 @@ def add(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too: peft only divides it by the rank
-        target_modules=list(target_modules),
+        target_modules=_spelt_out(denoiser, target_modules),
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
@@ -65,6 +65,28 @@ def add(
     return layers
 
 
+def layers_of(denoiser: nn.Module, targets: tuple[str, ...]) -> set[str]:
+    """The names of the layers that adapters by `targets` go to: those with a weight whose name ends in a target."""
+    return {name for name, module in denoiser.named_modules() if _ends(name, targets) and hasattr(module, "weight")}
+
+
+def _ends(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _spelt_out(denoiser: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """`targets` as peft takes them: one that is also the end of a list's name stands as the full names of its layers.
+
+    FLUX.2 calls a layer of one kind of block attn.to_out, and a list of layers in the other.
+    """
+    lists = [name for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [
+        sorted(layers_of(denoiser, (target,))) if any(_ends(name, (target,)) for name in lists) else [target]
+        for target in targets
+    ]
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
 def left_out(denoiser: Denoiser, targets: tuple[str, ...]) -> list[str]:
     """Warnings on what adapters by `targets` leave out: a target that no layer has, a kind of block without an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,7 +97,7 @@ def left_out(denoiser: Denoiser, targets: tuple[str, ...]) -> list[str]:
     said = [
         f"--target-modules: no layer is called {target}"
         for target in targets
-        if not any(name == target or name.endswith(f".{target}") for name in adapted)
+        if not any(_ends(name, (target,)) for name in adapted)
     ]
     blocks = {name: type(module).__name__ for name, module in denoiser.named_modules() if BLOCK.fullmatch(name)}
     bare: dict[str, list[bool]] = {}

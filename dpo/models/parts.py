@@ -53,7 +53,11 @@ def is_few_steps(
 
     index: its model_index.json; denoiser: that part's config. Raises UserError.
     """
-    return family.few_steps(denoiser, index) if family.flow else is_turbo(source, scheduler_config, timesteps)
+    return (
+        family.few_steps(denoiser, index, scheduler_config)
+        if family.flow
+        else is_turbo(source, scheduler_config, timesteps)
+    )
 
 
 def tokens_of(family: Family, source: str, asked: int | None) -> int | None:
@@ -62,7 +66,13 @@ def tokens_of(family: Family, source: str, asked: int | None) -> int | None:
         raise UserError(
             f"{source}: --text-tokens is for flow-matching models, and CLIP's captions have one length: leave it out"
         )
-    return None if family.flow is None else asked or family.flow.text_tokens
+    if family.flow is None:
+        return None
+    if asked is not None and asked > family.flow.longest:
+        raise UserError(
+            f"{source}: --text-tokens {asked}: {family.pipeline} takes captions of {family.flow.longest} at most"
+        )
+    return asked or family.flow.text_tokens
 
 
 GUIDANCE = 3.5  # what FLUX.1-dev is sampled with
@@ -209,7 +219,7 @@ def configs_of(
     own = folder / "vae"
     configs: dict[str, Mapping[str, Any]] = {
         family.denoiser: config_of(getattr(diffusers, family.denoiser_class), folder, family.denoiser),
-        "vae": other_config(vae, own, cache_dir) if vae else config_of(getattr(diffusers, family.vae_class), own),
+        "vae": other_config(family, vae, own, cache_dir) if vae else config_of(_vae_class(family), own),
     }
     for name, cls in family.text_encoders:
         if name not in without:
@@ -217,36 +227,40 @@ def configs_of(
     return configs
 
 
-def other_config(source: str, own: Path | Mapping[str, Any], cache_dir: str | None) -> Mapping[str, Any]:
+def other_config(
+    family: Family, source: str, own: Path | Mapping[str, Any], cache_dir: str | None
+) -> Mapping[str, Any]:
     """The config of the VAE of --vae, as `other_vae` names it; one file has none, and takes `own`. Raises UserError.
 
     own: the config of the VAE that it replaces, or that VAE's folder.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    path = Path(source).expanduser()
+    cls, path = _vae_class(family), Path(source).expanduser()
     if path.is_file():
-        return config_of(AutoencoderKL, own) if isinstance(own, Path) else own
+        return config_of(cls, own) if isinstance(own, Path) else own
     if path.is_dir():
-        return config_of(AutoencoderKL, path, _inside(path))
-    return config_of(AutoencoderKL, source, cache_dir=cache_dir)
+        return config_of(cls, path, _inside(path))
+    return config_of(cls, source, cache_dir=cache_dir)
+
+
+def _vae_class(family: Family) -> Any:
+    import diffusers
+
+    return getattr(diffusers, family.vae_class)
 
 
 def _inside(folder: Path) -> str:
     return "vae" if (folder / "vae").is_dir() else ""
 
 
-def other_vae(source: str, config: Mapping[str, Any], cache_dir: str | None) -> Vae:
+def other_vae(family: Family, source: str, config: Mapping[str, Any], cache_dir: str | None) -> Vae:
     """The VAE of --vae, in fp32, frozen, in eval mode: a folder or hub id, of itself or of a pipeline, or one file.
 
     config: as `other_config` found it. Raises UserError.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    path = Path(source).expanduser()
+    cls, path = _vae_class(family), Path(source).expanduser()
     if not path.is_file():
         folder = path if path.is_dir() else source
-        return component(AutoencoderKL, folder, (_inside(path) if path.is_dir() else "") or None, cache_dir=cache_dir)
-    vae = AutoencoderKL.from_config(config).requires_grad_(False).eval()
+        return component(cls, folder, (_inside(path) if path.is_dir() else "") or None, cache_dir=cache_dir)
+    vae = cls.from_config(config).requires_grad_(False).eval()
     load_file_into(vae, path, VAE, "--vae")
     return vae

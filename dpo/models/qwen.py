@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.models.checks import Configs, absent, equal, number
 from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, Vae
-from dpo.models.packing import SIDE, packed, unpacked
-from dpo.models.text import QWEN_TOKENIZER, moved_ids
+from dpo.models.flux import PACK, as_latents, as_tokens
+from dpo.models.text import QWEN_TOKENIZER, beside
 from dpo.settings.families import PIPELINES
 
 # The published prompt, of which the states of the tokens before the caption are dropped. The pipeline lets no more than
@@ -57,7 +58,7 @@ def _states(model: Model, caption: str) -> Tensor:
     prompt = [TEMPLATE.format(caption)]
     encoded = tokenizer(prompt, max_length=DROPPED + LONGEST, truncation=True, return_tensors="pt")
     language: Any = encoder.model  # without the head, which would give a number for every word that there is
-    return language(input_ids=moved_ids(encoded.input_ids, encoder), use_cache=False).last_hidden_state[0, DROPPED:]
+    return language(input_ids=beside(encoder, encoded.input_ids), use_cache=False).last_hidden_state[0, DROPPED:]
 
 
 def blank(model: Model) -> TextEncoding:
@@ -70,16 +71,17 @@ def blank(model: Model) -> TextEncoding:
 
 def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes: Tensor | None) -> Tensor:
     """See `family.Denoise`; `sizes` is not used."""
-    rows, _, high, wide = x_t.shape
+    squares = F.pixel_unshuffle(x_t, PACK)
+    height, width = squares.shape[2:]
     found = module(
-        hidden_states=packed(x_t),
+        hidden_states=as_tokens(squares),
         timestep=t / 1000,
         encoder_hidden_states=text.hidden,
         encoder_hidden_states_mask=text.mask,
-        img_shapes=[[(1, high // SIDE, wide // SIDE)]] * rows,
+        img_shapes=[[(1, height, width)]] * len(x_t),
         return_dict=False,
     )[0]
-    return unpacked(found, high, wide)
+    return F.pixel_shuffle(as_latents(found, height, width), PACK)
 
 
 def posterior(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,18 +98,18 @@ def scaling(vae: Vae) -> tuple[list[float], list[float]]:
 def geometry(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     """Of a transformer whose tokens are squares of latents."""
     scale = 2 ** len(vae["temperal_downsample"])
-    return Geometry(vae["z_dim"], scale, scale * SIDE, NATIVE * scale)
+    return Geometry(vae["z_dim"], scale, scale * PACK, NATIVE * scale)
 
 
 def latents_fit(configs: Configs) -> str | None:
     """A check that the transformer's tokens are squares of the VAE's latents."""
     transformer, channels = configs["transformer"], configs["vae"]["z_dim"]
-    given = (transformer.get("out_channels") or transformer["in_channels"]) * SIDE**2
-    if transformer["in_channels"] == given == channels * SIDE**2:
+    given = (transformer.get("out_channels") or transformer["in_channels"]) * PACK**2
+    if transformer["in_channels"] == given == channels * PACK**2:
         return None
     return (
         f"the transformer takes tokens of {transformer['in_channels']} numbers and gives {given}, but two by two latents of "
-        f"the VAE are {channels * SIDE**2}: they are of different models"
+        f"the VAE are {channels * PACK**2}: they are of different models"
     )
 
 
@@ -145,7 +147,7 @@ FAMILY = Family(
     checks=(
         number("transformer", "in_channels"),
         number("vae", "z_dim"),
-        equal("transformer", "patch_size", SIDE),
+        equal("transformer", "patch_size", PACK),
         equal("vae", "input_channels", 3),
         absent("transformer", "guidance_embeds", "the transformer takes its guidance scale as an input"),
         absent("transformer", "zero_cond_t", "the transformer of an image-editing model takes an image beside the noise"),

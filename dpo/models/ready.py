@@ -110,9 +110,12 @@ def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
     side = config.data.resolution
     assert side is not None, "decided before"
     tokens = model.geometry.tokens(side, side)
-    mu = model.family.flow.mu(said, tokens)
+    flow = model.family.flow
+    steps = len(schedule.TURBO_TIMESTEPS) if few or flow.steps is None else flow.steps
+    mu = flow.mu(said, tokens, steps)
+    told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
     return schedule.flow_from_scheduler(said, mu=mu, few_steps=few), [
-        f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
+        told if flow.steps is None else f"{told} sampled in {steps} steps"
     ]
 
 
@@ -145,9 +148,8 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     steps = config.output.sample_steps
     assert steps is not None  # decided by `resolve`
     try:
-        sampler = scheduler_of(model)
-        shifted = {"mu": 1.0} if sampler.config.get("use_dynamic_shifting") else {}  # any image's: the check needs one
-        sampler.set_timesteps(steps, **shifted)
+        shifted = {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}  # its pipeline knows the real one
+        scheduler_of(model).set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

@@ -194,7 +194,7 @@ def load_single_file(
             "--single-file-config names a diffusers folder of the same architecture"
         ) from error
     encoders = [getattr(pipe, name) for name, _ in kind.text_encoders]
-    own_vae = other_vae(vae, other_config(vae, pipe.vae.config, cache_dir), cache_dir) if vae else pipe.vae
+    own_vae = other_vae(kind, vae, other_config(kind, vae, pipe.vae.config, cache_dir), cache_dir) if vae else pipe.vae
     parts = {kind.denoiser: getattr(pipe, kind.denoiser), "vae": own_vae}
     parts |= {name: encoder for (name, _), encoder in zip(kind.text_encoders, encoders, strict=True)}
     configs = {name: _config(part) for name, part in parts.items()}

@@ -64,15 +64,35 @@ def token_ids(
     """Captions, padded and cut to `length` tokens (None: the encoder's): [B, S] int64 on the encoder's device."""
     if length is None:
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    encoded = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return moved_ids(encoded.input_ids, encoder)
+    return beside(encoder, _tokenized(tokenizer, captions, length).input_ids)
 
 
-def moved_ids(ids: Tensor, encoder: TextEncoder | CLIPTextModel) -> Tensor:
-    """Tokens [B, S] int64 on the encoder's device."""
+def tokens_and_mask(
+    tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], length: int
+) -> tuple[Tensor, Tensor]:
+    """`token_ids`, and [B, S] int64 with 1 where a token is the caption's and 0 where it is padding."""
+    found = _tokenized(tokenizer, captions, length)
+    return beside(encoder, found.input_ids), beside(encoder, found.attention_mask)
+
+
+def _tokenized(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Any:
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+
+
+def beside(encoder: TextEncoder | CLIPTextModel, tokens: Tensor) -> Tensor:
+    """`tokens` on the encoder's device."""
     device = next(encoder.parameters()).device
     # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.
-    return moved(ids.pin_memory() if device.type == "cuda" else ids, device)
+    return moved(tokens.pin_memory() if device.type == "cuda" else tokens, device)
+
+
+def chat(tokenizer: Any, captions: list[str]) -> list[str]:
+    """Each caption as what a user says, in the tokenizer's own chat template, up to where an answer begins.
+
+    The answer begins without thinking, in templates that know of it.
+    """
+    turns = [[{"role": "user", "content": caption}] for caption in captions]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 @torch.no_grad()

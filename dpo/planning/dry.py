@@ -114,10 +114,10 @@ def dry_step(
     table = CorrectionTable.zeros(tables.precision, config.method.rho, step.path.timesteps, config.optim.pairs)
 
     # Modules cannot be moved once their tensors are fake.
-    policy = model.family.denoise(settle(config.runtime, model.denoiser, META))
+    policy = model.denoise(settle(config.runtime, model.denoiser, META))
     compared: Denoise | None = None
     if twin is not None and denoisers.live_reference(config):
-        compared = reference.from_copy(model.family.denoise(settle(config.runtime, twin, META)))
+        compared = reference.from_copy(model.denoise(settle(config.runtime, twin, META)))
     elif denoisers.live_reference(config):
         compared = reference.from_adapters(policy, layers)
 

@@ -18,7 +18,7 @@ import tomli_w
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
 from dpo.methods import METHODS, SHAPES, constants, readers
-from dpo.settings.families import FAMILIES
+from dpo.settings.families import FAMILIES, LONGEST_CAPTION
 from dpo.settings.fields import Spec, coerce, nearest, option, specs_of
 from dpo.settings.rules import contradictions
 
@@ -73,7 +73,7 @@ class Model:
         "tokens of a caption in a flow-matching model; none: as its pipeline has it",
         unit="tokens",
         low=8,
-        high=1024,
+        high=LONGEST_CAPTION,
     )
     train_guidance: float | None = option(
         None,

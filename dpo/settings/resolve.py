@@ -251,7 +251,8 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
     if decided.model.timesteps == "turbo" and decided.model.prediction_type == "flow_prediction":
-        notes.append("distilled model: timesteps 249, 499, 749 and 999, those of its four steps")
+        taken = "; where it is none, say --timesteps all" if asked.model.timesteps == "auto" else ""
+        notes.append(f"distilled model: timesteps 249, 499, 749 and 999, those of its four steps{taken}")
     elif decided.model.timesteps == "turbo":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(

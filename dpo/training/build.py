@@ -129,14 +129,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     settled = settle(config.runtime, model.denoiser, place)
     shards = denoisers.shards_of(config, model.denoiser, device, processes)
     updater = denoisers.make_updater(config, model.denoiser, shards)
-    policy: Denoise = model.family.denoise(settled)
+    policy: Denoise = model.denoise(settled)
     if shards is not None:
         policy = shards.denoise(policy)
     elif processes.count > 1:
-        policy = Reduced(model.family.denoise, settled)
+        policy = Reduced(model.denoise, settled)
     compared = None
     if twin is not None:
-        copy = model.family.denoise(settle(config.runtime, twin, place))
+        copy = model.denoise(settle(config.runtime, twin, place))
         cut = denoisers.shards_of(config, twin, device, processes)
         compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:

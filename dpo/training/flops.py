@@ -53,7 +53,7 @@ def forward_flops(model: Model, height: int, width: int) -> int:
     text = family.flow.blank(model)
     shapes = tuple(None if x is None else (tuple(x.shape), x.dtype) for x in text)
     architecture, channels = _architecture(model.denoiser.config), model.geometry.channels
-    return _transformer_flops(family.name, architecture, (1, channels, height, width), shapes)
+    return _transformer_flops(family.name, architecture, (1, channels, height, width), shapes, model.guidance)
 
 
 def vae_encode_flops(config: Mapping[str, Any], height: int, width: int, family: str = "sd") -> int:
@@ -75,7 +75,7 @@ def _unet_flops(architecture: str, height: int, width: int, text_length: int) ->
 
 
 @functools.cache
-def _transformer_flops(family: str, architecture: str, latents: tuple[int, ...], text: tuple) -> int:
+def _transformer_flops(family: str, architecture: str, latents: tuple[int, ...], text: tuple, guidance: float | None) -> int:
     import diffusers
 
     kind = families()[family]
@@ -83,7 +83,8 @@ def _transformer_flops(family: str, architecture: str, latents: tuple[int, ...],
         module = getattr(diffusers, kind.denoiser_class).from_config(json.loads(architecture))
         encoding = TextEncoding(*(None if x is None else torch.empty(x[0], dtype=x[1]) for x in text))
         inputs = torch.empty(latents), torch.empty(1), encoding, None
-        return _count(lambda: kind.predict(module, *inputs))
+        told = {} if guidance is None else {"guidance": guidance}
+        return _count(lambda: kind.predict(module, *inputs, **told))
 
 
 @functools.cache

@@ -271,7 +271,7 @@ def _reference_step(
     weights = fingerprint(model.denoiser), checksum(model.denoiser)
     if precision in HALF:
         halve(model.denoiser, HALF[precision])
-    reference = model.family.denoise(settle(replace(config.runtime, checkpointing="off"), model.denoiser, device))
+    reference = model.denoise(settle(replace(config.runtime, checkpointing="off"), model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
     return weights, step
 

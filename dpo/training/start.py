@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo.models import lora_files
+from dpo.models import lora, lora_files
 from dpo.models.adapter import Adapter, endings, even, merge_into
 from dpo.models.family import Model
 from dpo.models.load import load_weights_into
@@ -66,7 +66,7 @@ def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:
     first = next(iter(found.values()))
     targets = endings(found, [name for name, _ in model.denoiser.named_modules()])
     assert config.lora.target_modules is not None, "decided when the model was loaded"
-    if set(targets) == set(config.lora.target_modules):
+    if lora.layers_of(model.denoiser, config.lora.target_modules) == found.keys():
         targets = config.lora.target_modules
     config = change(config, rank=first.rank, alpha=first.alpha, target_modules=targets)
     told = f"{about} go on as the adapter: rank {first.rank}, alpha {first.alpha:g}, layers {', '.join(targets)}"
