@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo.models.checks import Configs, absent, equal, number
+from dpo.models.checks import DEFAULTED, Configs, absent, equal, number
 from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, Vae
-from dpo.models.flux import PACK, as_latents, as_tokens
+from dpo.models.flux import PACK, as_latents, as_tokens, turns_match
 from dpo.models.text import QWEN_TOKENIZER, beside
 from dpo.settings.families import PIPELINES
 
@@ -117,11 +117,13 @@ def scaling_fits(configs: Configs) -> str | None:
     """A check that the VAE's config has a mean and a spread above 0 for each channel of its latents."""
     vae = configs["vae"]
     for key in ("latents_mean", "latents_std"):
-        values = vae.get(key)
+        values = None if key in vae.get(DEFAULTED, ()) else vae[key]  # the class's own would be taken in silence
         numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != vae["z_dim"] or (key == "latents_std" and min(values) <= 0):
             above = " above 0" if key == "latents_std" else ""
-            return f"the vae's config has no {key} with {vae['z_dim']} numbers{above}, one for each channel of its latents"
+            return (
+                f"the vae's config has no {key} with {vae['z_dim']} numbers{above}, one for each channel of its latents"
+            )
     return None
 
 
@@ -150,9 +152,14 @@ FAMILY = Family(
         equal("transformer", "patch_size", PACK),
         equal("vae", "input_channels", 3),
         absent("transformer", "guidance_embeds", "the transformer takes its guidance scale as an input"),
-        absent("transformer", "zero_cond_t", "the transformer of an image-editing model takes an image beside the noise"),
-        absent("transformer", "use_additional_t_cond", "the transformer of a layered model takes an image beside the noise"),
+        absent(
+            "transformer", "zero_cond_t", "the transformer of an image-editing model takes an image beside the noise"
+        ),
+        absent(
+            "transformer", "use_additional_t_cond", "the transformer of a layered model takes an image beside the noise"
+        ),
         absent("transformer", "use_layer3d_rope", "the transformer of a layered model gives several images"),
+        turns_match(3),
         latents_fit,
         scaling_fits,
         text_fits,
