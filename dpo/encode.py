@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo.common.device import moved
-from dpo.data.batch import PairBatch, Parts
+from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
 
 # Takes a batch with pixels and its encoding: mean and std [2B, 4, h, w], encoded captions [B, ...].
-Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, Parts], None]
+Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, TextEncoding], None]
 
 TOGETHER = 64  # pairs that share a trip of the encoders; what is encoded of SDXL's takes 1 MB each
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,10 @@ from dpo.data.images import fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
-
-# Encoded captions by place, as models.family.TextEncoding has them: hidden states, pooled vectors, mask; None where a family
-# has none.
-Parts: TypeAlias = "tuple[Tensor | None, ...]"
 
 
 @dataclass

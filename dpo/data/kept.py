@@ -19,9 +19,10 @@ from torch import Tensor
 
 from dpo.common import machine
 from dpo.common.command import of_launcher
-from dpo.data.batch import Decoding, PairBatch, Parts, drops, mirrors
+from dpo.data.batch import Decoding, PairBatch, drops, mirrors
 from dpo.data.order import Place
 from dpo.data.pairs import Source
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data, Runtime
 
 CHECKED = 16  # pairs

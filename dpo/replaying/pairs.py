@@ -15,7 +15,6 @@ from torch import Tensor
 from dpo.data.batch import PairBatch
 from dpo.data.order import Place, run_order
 from dpo.encode import Inputs
-from dpo.models.family import TextEncoding
 from dpo.objective import PairTerms
 from dpo.training.run import Run
 

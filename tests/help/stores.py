@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dpo.common.words import digest
-from dpo.data.batch import Parts
 from dpo.data.pairs import ImageRef, Pair, pair_key
 from dpo.data.store import fill
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data
 
 SETTINGS = {"resolution": 8, "flip": False, "dtype": "fp16", "family": "sd", "text_tokens": 3}

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -162,6 +162,9 @@ TABLE_PREFIXES = (
 
 
 LATENTS = ("image_mean", "image_std", "image_mean_flip", "image_std_flip")
+# Encoded captions by place, as models.family.TextEncoding has them: hidden states, pooled vectors, mask; None where a family
+# has none.
+Parts: TypeAlias = "tuple[Tensor | None, ...]"
 HIDDEN, POOLED = TEXT = ("caption_hidden", "caption_pooled")
 SPAN = "caption_span"  # [N] int64: where the hidden states of each caption end, which lie one after another without padding
 NOWHERE = -1  # the row of an image that cannot be used

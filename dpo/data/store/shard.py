@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.data.images import Micro, Size
 from dpo.data.pairs import caption_key
-from dpo.data.store.files import HIDDEN, LATENTS, POOLED, SPAN, TEXT, crc
-
-if TYPE_CHECKING:
-    from dpo.data.batch import Parts
+from dpo.data.store.files import HIDDEN, LATENTS, POOLED, SPAN, TEXT, Parts, crc
 
 COLUMNS = {
     "pair_key": torch.int64, "pair_win": torch.int64, "pair_lose": torch.int64, "pair_caption": torch.int64,
@@ -150,7 +147,8 @@ def stored(parts: Parts) -> list[dict[str, Tensor]]:
     """What is stored of each of some encoded captions, by name: with a mask those hidden states alone that it shows."""
     hidden, pooled, mask = parts
     assert hidden is not None, "every family has hidden states"
-    shown = list(hidden) if mask is None else [row[:n].clone() for row, n in zip(hidden, mask.sum(1).tolist(), strict=True)]
+    lengths = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+    shown = [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
     if pooled is None:
         return [{HIDDEN: row} for row in shown]
     return [{HIDDEN: row, POOLED: vector} for row, vector in zip(shown, pooled, strict=True)]

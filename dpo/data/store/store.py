@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from dpo.data.store.files import (
     TEXT,
     UNNAMED,
     DamagedStore,
+    Parts,
     check_shard,
     crc,
     open_shard,
@@ -42,9 +43,6 @@ from dpo.data.store.files import (
 from dpo.data.store.mended import in_order
 from dpo.data.store.parts import counted, of_order
 from dpo.settings.config import Data
-
-if TYPE_CHECKING:
-    from dpo.data.batch import Parts
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
 

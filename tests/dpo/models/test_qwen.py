@@ -50,8 +50,8 @@ def test_captions_encode_as_diffusers_does_to_the_bit_and_in_any_company(model, 
 
 
 def test_what_is_dropped_is_what_the_pipeline_drops(pipe):
-    assert qwen.TEMPLATE == pipe.prompt_template_encode and qwen.DROPPED == pipe.prompt_template_encode_start_idx
-    assert qwen.LONGEST == pipe.tokenizer_max_length and qwen.NATIVE == pipe.default_sample_size
+    assert pipe.prompt_template_encode == qwen.TEMPLATE and pipe.prompt_template_encode_start_idx == qwen.DROPPED
+    assert pipe.tokenizer_max_length == qwen.LONGEST and pipe.default_sample_size == qwen.NATIVE
 
 
 def test_a_plan_knows_the_shapes_of_an_encoding(model):

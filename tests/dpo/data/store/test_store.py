@@ -200,7 +200,9 @@ def test_parts_are_merged_without_rewriting(tmp_path, masked):
         for name in ("keys", "latent_mean", "latent_std", "micro", "prob"):
             assert torch.equal(getattr(ours, name), getattr(other, name))
         assert all(map(same, ours.text, other.text)) and ours.captions == other.captions
-    fill.fill(task(parts[1], Synthetic(5, start=100), encode))  # the part grew: the merged index no longer tells the truth
+    fill.fill(
+        task(parts[1], Synthetic(5, start=100), encode)
+    )  # the part grew: the merged index no longer tells the truth
     with pytest.raises(DamagedStore, match="merge again"):
         read_contents(folder)
 
