@@ -1,11 +1,15 @@
 """Five updates equal those of a loop in plain eager torch, written out here without kernels, fused batch or loader."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
@@ -127,7 +131,44 @@ class PlainSD3(Plain):
         return F.mse_loss(self.predict(transformer, (1 - s) * latents + s * noise, s, caption), noise - latents)
 
 
-FLOW = {"sd35": PlainSD3}
+class PlainQwen(PlainSD3):
+    """The same on Qwen-Image, with each caption as long as it is and no mask."""
+
+    modules = (*PlainSD3.modules, "img_mlp.net.2", "txt_mlp.net.2")
+
+    def __init__(self, folder: str):
+        options = {"torch_dtype": torch.float64}
+        self.policy = QwenImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
+        self.reference = QwenImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
+        self.reference.requires_grad_(False)
+        self.pipe = QwenImagePipeline.from_pretrained(folder, **options)
+        self.vae = self.pipe.vae
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        return 4, side // 4, side // 4
+
+    def latents(self, pixels, posterior_noise) -> torch.Tensor:
+        posterior = self.vae.encode(pixels[None, :, None].double() / 127.5 - 1).latent_dist
+        clean = (posterior.mean + posterior.std * posterior_noise[:, :, None])[:, :, 0]
+        mean, std = (torch.tensor(self.vae.config[key]).double() for key in ("latents_mean", "latents_std"))
+        return (clean - mean[:, None, None]) / std[:, None, None]
+
+    def level(self, t) -> torch.Tensor:
+        s = (t.double() + 1) / 1000
+        tokens = 4 * 4
+        shift = math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
+        return shift / (shift + 1 / s - 1)
+
+    def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
+        with torch.no_grad():
+            hidden, mask = self.pipe.encode_prompt(caption)
+        assert mask is None
+        tokens = self.pipe._pack_latents(noisy, 1, *noisy.shape[1:])
+        found = transformer(tokens, hidden, None, s[None], [[(1, 4, 4)]], return_dict=False)[0]
+        return self.pipe._unpack_latents(found, 32, 32, 4)[:, :, 0]
+
+
+FLOW = {"sd35": PlainSD3, "qwen-image": PlainQwen}
 
 SLOW = (("sd2v", True), ("sdxl", True), *((kind, True) for kind in TRAINED))  # an adapter is the same in every family
 CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]
