@@ -21,6 +21,7 @@ from dpo import reference, schedule
 from dpo.correction import CorrectionTable
 from dpo.data.batch import PairBatch
 from dpo.encode import Encoder
+from dpo.models import denoiser as chosen
 from dpo.models import offload
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model, TextEncoding
@@ -182,6 +183,7 @@ def dry_step(
             _blank_gradients(updater, memory)
         if gpu:
             stack.enter_context(autocast_of_cuda())
+            stack.enter_context(_recomputing_alike())
         if offloaded:
             stack.enter_context(_offloading(model.denoiser, memory))
         train_step(run, iter([_batch(config, model, text if encoded else None)]))
@@ -296,6 +298,28 @@ def _offloading(denoiser: nn.Module, memory: Lifetimes) -> Iterator[None]:
         yield
     finally:
         setattr(offload, "on_host", make)  # noqa: B010
+
+
+@contextmanager
+def _recomputing_alike() -> Iterator[None]:
+    """Inside the block CUDA's autocast also holds for what is computed again, inside the backward pass.
+
+    There torch has put away the mode that makes it.
+    """
+    again = chosen.checkpoint
+
+    def alike(block: Callable, *args: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with autocast_of_cuda():
+                return block(*args)
+
+        return again(run, *args, **options)
+
+    setattr(chosen, "checkpoint", alike)  # noqa: B010  # mypy: a function of torch
+    try:
+        yield
+    finally:
+        setattr(chosen, "checkpoint", again)  # noqa: B010
 
 
 def _updater(config: Config, model: Model) -> optimizer.Updater:

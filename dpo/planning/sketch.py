@@ -42,16 +42,25 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Lengths:
-    """In a tokenizer's place: as many tokens as the encoder takes, and no words."""
+    """In a tokenizer's place: as many tokens as the encoder takes, and no words.
+
+    Where captions are not padded, each is as long as it may be.
+    """
 
     model_max_length: int
 
     def __call__(self, captions: list[str], **options: Any) -> Lengths.Encoded:
-        return self.Encoded(torch.zeros(len(captions), options["max_length"], dtype=torch.int64))
+        ids = torch.zeros(len(captions), options["max_length"], dtype=torch.int64)
+        return self.Encoded(ids, torch.ones_like(ids))
+
+    def apply_chat_template(self, turns: list[list[dict[str, str]]], **options: Any) -> list[str]:
+        """A text for each of the chats."""
+        return ["" for _ in turns]
 
     @dataclass(frozen=True)
     class Encoded:
         input_ids: Tensor  # [B, S] int64
+        attention_mask: Tensor  # [B, S] int64
 
 
 def sketch(named: Named) -> Model:
