@@ -26,12 +26,15 @@ class Choice(NamedTuple):
     peak: int | None
 
 
-def levels(unet: Mapping[str, Any]) -> tuple[str, ...]:
-    """Values of --checkpointing for a UNet of this config, from no recomputed block to all.
+def levels(denoiser: Mapping[str, Any]) -> tuple[str, ...]:
+    """Values of --checkpointing for a denoiser of this config, from no recomputed block to all.
 
-    Between them stand the outermost blocks with attention: they keep the most of all for the work of computing them again.
+    Between them stand, of a UNet, the outermost blocks with attention: they keep the most of all for the work of computing
+    them again. The blocks of a transformer are alike, and all of them or none are computed again.
     """
-    down, up = unet["down_block_types"], unet["up_block_types"]
+    if "down_block_types" not in denoiser:
+        return "off", "on"
+    down, up = denoiser["down_block_types"], denoiser["up_block_types"]
     first = next((i for i, kind in enumerate(down) if "CrossAttn" in kind), None)
     last = next((i for i in reversed(range(len(up))) if "CrossAttn" in up[i]), None)
     middle = () if first is None or last is None else (f"down_blocks.{first},up_blocks.{last}",)
@@ -59,8 +62,8 @@ def at_start(config: Config, dry: Dry, free: int | None) -> tuple[Choice, str]:
         return Choice("off", None), "checkpointing: off, on a CPU"
     try:
         planned, _ = work.prepared(embedded(config))
-        unet = sketch.sketch(planned.model).denoiser.config
-        choice = lightest(planned, levels(unet), free, dry)
+        shape = sketch.sketch(planned.model).denoiser.config
+        choice = lightest(planned, levels(shape), free, dry)
     except UserError as error:
         return Choice("on", None), f"checkpointing: on, since no plan can be made ({error})"
     if choice.peak is None:

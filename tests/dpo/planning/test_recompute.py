@@ -34,6 +34,12 @@ def test_the_outermost_blocks_with_attention_stand_between_none_and_all(kind):
     assert recompute.levels(plain) == ("off", "on")
 
 
+@pytest.mark.parametrize("kind", ["sd35-medium", "flux-dev", "flux2-klein-4b", "qwen-image"])
+def test_a_transformer_has_all_its_blocks_computed_again_or_none(kind):
+    shape = json.loads((CONFIGS / kind / "transformer" / "config.json").read_text())
+    assert recompute.levels(shape) == ("off", "on")
+
+
 def test_as_little_as_fits():
     settings, peaks = ("off", "middle", "on"), {}
     settings = ("off", MIDDLE["sdxl"], "on")
