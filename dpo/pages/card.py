@@ -119,7 +119,7 @@ def _started(run: RunFolder) -> str:
     """What the training began with, and what of it the saved result contains."""
     sentences = ""
     if unet := run.setting("unet_init"):
-        sentences += f" The training began with the UNet `{_code(public(unet))}`."
+        sentences += f" The training began with the weights `{_code(public(unet))}`."
     if adapter := run.setting("lora_init"):
         whole = ", which is part of this adapter: do not load it as well" if run.lora else ""
         sentences += f" The training began with the LoRA `{_code(public(adapter))}`{whole}."
@@ -141,7 +141,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into pipe.unet: the adapter was trained on them\n"
+        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into the pipeline: the adapter was trained on them\n"
         if unet
         else ""
     )
