@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -293,13 +293,15 @@ def shift_by_tokens(config: Mapping, tokens: int) -> float:
     return float(config["base_shift"] + slope * (tokens - low))
 
 
-def flow_from_scheduler(config: Mapping, *, mu: float | None = None, few_steps: bool = False) -> FlowSchedule:
+def flow_from_scheduler(
+    config: Mapping, *, mu: float | None = None, steps: Sequence[float] | None = None
+) -> FlowSchedule:
     """The training grid of a scheduler's config, as `complete_flow` made it.
 
     The levels k / T, k = 1..T, shifted: by m = shift as s' = m s / (1 + (m - 1) s), or dynamically by `mu`, which is
-    m = e^mu ("exponential") or m = mu ("linear") in the same formula (Esser et al. 2024, eq. 23). few_steps: the four
-    steps that a distilled model is sampled with. What a scheduler does to its sampling steps alone, as shift_terminal, is
-    no part of the grid.
+    m = e^mu ("exponential") or m = mu ("linear") in the same formula (Esser et al. 2024, eq. 23). What a scheduler does
+    to its sampling steps alone, as shift_terminal, is no part of the grid. steps: the levels that a distilled model is
+    sampled at, whose nearest members of the grid are the chain.
     """
     length = config["num_train_timesteps"]
     s = torch.arange(1, length + 1, dtype=torch.float64) / length
@@ -307,7 +309,9 @@ def flow_from_scheduler(config: Mapping, *, mu: float | None = None, few_steps: 
     if config["use_dynamic_shifting"]:
         assert mu is not None, "of the family and the number of tokens"
         factor = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    return FlowSchedule(factor * s / (1 + (factor - 1) * s), TURBO_TIMESTEPS if few_steps else None)
+    levels = factor * s / (1 + (factor - 1) * s)
+    nearest = [int((levels - step).abs().argmin()) for step in steps or ()]
+    return FlowSchedule(levels, tuple(sorted(set(nearest))) or None)
 
 
 GRID, UNIFORM, LOGIT_NORMAL = "grid", "uniform", "logit-normal"

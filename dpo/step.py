@@ -7,8 +7,9 @@ draw), so results do not depend on how pairs are grouped. Nothing here waits for
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ class PairStep:
     scaling: tuple[
         Tensor, Tensor
     ]  # shift and scale of the latents' channels [C]: the denoiser sees (latents - shift) scale
+    shaped: Mapping[tuple[int, int], tuple[NoisePath, Tensor]] = field(default_factory=dict)
+    # (h, w) of latents whose noise levels depend on it -> path and weight; timesteps to draw are those of `path`
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
@@ -82,12 +85,11 @@ class PairStep:
         """
         t = self.path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
-        x_t = noise_pairs(
-            latents, t, self.path.signal, self.path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype
-        )
+        path, weight = self.shaped.get((latents.shape[2], latents.shape[3]), (self.path, self.weight))
+        x_t = noise_pairs(latents, t, path.signal, path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype)
         if self.masks is not None:
             self.masks.set(x.keys, x.draws, self.seed)
-        told = self.path.told(t)
+        told = path.told(t)
         if wins_only:
             half = t.numel()
             wins = self.predict(self.policy, x_t[:half], told, x.text, None if x.micro is None else x.micro[:half])
@@ -97,21 +99,21 @@ class PairStep:
         reference = None
         if self.reference is not None and recorded is None:
             reference = self.predict(self.reference, x_t, told.repeat(2), x.text.twice(), x.micro)
-        mixed = self.path.needs_data
+        mixed = path.needs_data
         found = pair_errors(
             policy,
             t,
             x.prob,
             x.usable,
-            self.weight,
+            weight,
             correction,
             self.beta,
             reference=reference,
             recorded=None if recorded is None else moved(recorded, t.device),
             noise=(x.keys, x.draws, self.seed),
             latents=latents if mixed else None,
-            of_noise=self.path.of_noise if mixed else None,
-            of_data=self.path.of_data if mixed else None,
+            of_noise=path.of_noise if mixed else None,
+            of_data=path.of_data if mixed else None,
         )
         if reference is not None:
             usable = (x.usable > 0).repeat(2).view(-1, 1, 1, 1)  # what a hole holds must not reach a gradient

@@ -80,7 +80,7 @@ def sample(
         return drawn
 
 
-def network(pipe: Pipeline) -> torch.nn.Module:
+def network(pipe: Pipeline) -> Any:
     """The denoiser of a pipeline: a UNet or a transformer."""
     found = pipe.components.get("unet", pipe.components.get("transformer"))
     assert isinstance(found, torch.nn.Module), "every family's pipeline has one"

@@ -66,7 +66,7 @@ DEFAULT_SIDE = 128  # latents, of diffusers' pipelines whose transformer's confi
 
 def _side(pipe: Pipeline) -> int:
     """Latents of a side that the model was trained at."""
-    return int(network(pipe).config.get("sample_size") or DEFAULT_SIDE)  # type: ignore[union-attr]  # diffusers'
+    return int(network(pipe).config.get("sample_size") or DEFAULT_SIDE)
 
 
 def _widths(pipe: Pipeline) -> tuple[int, int]:

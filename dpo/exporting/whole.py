@@ -37,6 +37,7 @@ def of_folder(folder: Path, name: str) -> Whole:
     """The model in a diffusers folder, which is only read when it is written. name: as the user said it. UserError."""
     index = read_index(folder)
     family = family_of(index)
+    _has_layout(family, name)
     configs = configs_of(family, folder, None, None)
     scheduler, _ = read_scheduler(folder, name, family)
     parts: dict[str, Pieces] = {}
@@ -51,12 +52,22 @@ def of_folder(folder: Path, name: str) -> Whole:
     return Whole(family, configs, parts, Known(unet, scheduler, is_turbo(name, scheduler, "all"), side))
 
 
+def _has_layout(family: Family, said: str) -> None:
+    """Raises UserError, which begins with `said`, for a family that is never written as one file."""
+    if family.single_file_key is None:
+        raise UserError(
+            f"{said} is of family {family.name}, which is written in diffusers' layout alone: the folder of the run is that, and "
+            "--merge --to diffusers makes one of a LoRA"
+        )
+
+
 def _plain(part: str, name: str) -> str:
     return renamed(name) if part == "vae" else name
 
 
 def of_model(model: Model) -> Whole:
     """A model that is in memory."""
+    _has_layout(model.family, model.source)
     modules: dict[str, Any] = {model.family.denoiser: model.denoiser, "vae": model.vae}
     modules |= {name: one for (name, _), one in zip(model.family.text_encoders, model.text_encoders, strict=True)}
     configs = {

@@ -55,8 +55,16 @@ def _adapter(asked: Asked, lora: Path) -> Path:
         )
     kohya = asked.to != DIFFUSERS
 
+    own = model.family.kohya_name
+    if kohya and own is None:
+        raise UserError(
+            f"{asked.run} is of family {model.family.name}, whose LoRA is written in diffusers' layout alone, which ComfyUI reads "
+            "too: use --to diffusers"
+        )
+
     def name_of(layer: str) -> str:
-        return model.family.kohya_name(layer, model.denoiser)
+        assert own is not None, "asked above"
+        return own(layer, model.denoiser)
 
     tensors, told = adapters.named(adapter, model.family.denoiser, name_of if kohya else None)
     known = adapters.known_of(model)

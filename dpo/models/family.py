@@ -71,7 +71,9 @@ class TextEncoding(NamedTuple):
         return self._each(lambda x: x[one])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TextEncoding:
-        return TextEncoding(*(None if x is None else function(x) for x in self))
+        hidden, *others = (None if x is None else function(x) for x in self)
+        assert hidden is not None, "every family has it"
+        return TextEncoding(hidden, *others)
 
 
 def is_unet(denoiser: Denoiser) -> bool:
@@ -180,6 +182,7 @@ class Flow:
 
     text_tokens: int  # of a caption by default, as its pipeline has it
     blank: Callable[[Model], TextEncoding]  # of one caption, on the meta device: the shapes of an encoding
+    even_steps: bool = True  # its pipeline gives the scheduler evenly spaced levels, and not their number alone
     longest: int = LONGEST_CAPTION  # tokens of a caption at most, as its pipeline has it
     # Of a dynamic shift: (scheduler, tokens of the image, steps of sampling).
     mu: Callable[[Mapping[str, Any], int, int], float] = lambda scheduler, tokens, steps: shift_by_tokens(

@@ -20,6 +20,7 @@ from dpo.common.hub import is_hub_id, reason
 from dpo.common.words import first_line
 from dpo.models.adapter import Adapter, Factors
 from dpo.models.family import Denoiser, Family
+from dpo.models.weights import DENOISERS
 
 log = logging.getLogger("dpo")
 
@@ -106,7 +107,9 @@ def read(path: Path, denoiser: Denoiser, family: Family) -> Adapter:
     read_names = {f"{layer}.{part}" for layer in layers for part in (*FACTORS, *ALPHAS)}
     if not layers or (strange := next((name for name in named if name not in read_names), None)):
         first = next(iter(tensors), "no name at all") if not layers else strange
-        raise UserError(f"{FLAG} {path} is no LoRA of the denoiser ({first}): name one that diffusers loads")
+        raise UserError(
+            f"{FLAG} {path} is no LoRA of the {DENOISERS[family.denoiser].name} ({first}): name one that diffusers loads"
+        )
     try:
         alphas = {layer: _alpha(layer, named, settings) for layer in layers}
     except (KeyError, TypeError, ValueError) as error:
@@ -114,7 +117,7 @@ def read(path: Path, denoiser: Denoiser, family: Family) -> Adapter:
     weights = dict(denoiser.named_parameters())
     return {
         layer: _fitted(
-            f"{FLAG} {path} was made for another architecture than the model's {family.denoiser} (first mismatch: {layer})",
+            f"{FLAG} {path} was made for another architecture than the model's {DENOISERS[family.denoiser].name} (first mismatch: {layer})",
             weights.get(f"{layer}.weight"),
             *(named.get(f"{layer}.{part}") for part in FACTORS),
             alpha=alphas[layer],

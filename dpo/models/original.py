@@ -204,6 +204,7 @@ def check(part: Part, layout: Layout, shapes: Shapes, config: Mapping[str, Any],
     """
     from diffusers.loaders import single_file_utils
 
+    assert part.converter is not None, "a part with an original layout"
     given = {
         part.prefixes[0] + name: torch.empty(shape_of(made, shapes), device="meta") for name, made in layout.items()
     }

@@ -53,11 +53,15 @@ def is_few_steps(
 
     index: its model_index.json; denoiser: that part's config. Raises UserError.
     """
-    return (
-        family.few_steps(denoiser, index, scheduler_config)
-        if family.flow
-        else is_turbo(source, scheduler_config, timesteps)
-    )
+    if family.flow is None:
+        return is_turbo(source, scheduler_config, timesteps)
+    known = family.few_steps(denoiser, index, scheduler_config)
+    if not known and timesteps == "auto" and "turbo" in Path(source).name.lower():
+        raise UserError(
+            f"{source} is named Turbo, which its files do not say: --timesteps turbo if it was distilled to a few steps, else "
+            "--timesteps all"
+        )
+    return known
 
 
 def tokens_of(family: Family, source: str, asked: int | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -97,26 +98,44 @@ def load_model(config: Config, device: torch.device) -> tuple[Config, Model, sch
     return config, model, plan, decided
 
 
-def plan_of(config: Config, model: Model) -> tuple[schedule.Plan, list[str]]:
-    """The noise schedule that a decided config trains a model with, and lines for the log. Raises UserError."""
+def plan_of(config: Config, model: Model, size: tuple[int, int] | None = None) -> tuple[schedule.Plan, list[str]]:
+    """The noise schedule that a decided config trains a model with, and lines for the log. Raises UserError.
+
+    size: height and width of the images in pixels, None for the square of the resolution.
+    """
     few, said = config.model.timesteps == "turbo", model.scheduler_config
     if model.family.flow is None:
         zero_snr = {"on": True, "off": False}.get(config.model.zero_snr)
         return schedule.from_scheduler(
             said, prediction_type=config.model.prediction_type, turbo=few, zero_snr=zero_snr
         ), []
-    if not said["use_dynamic_shifting"]:
-        return schedule.flow_from_scheduler(said, few_steps=few), [f"noise levels: shift {said['shift']:g}"]
-    side = config.data.resolution
-    assert side is not None, "decided before"
-    tokens = model.geometry.tokens(side, side)
-    flow = model.family.flow
-    steps = len(schedule.TURBO_TIMESTEPS) if few or flow.steps is None else flow.steps
-    mu = flow.mu(said, tokens, steps)
-    told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {side} x {side} pixels"
-    return schedule.flow_from_scheduler(said, mu=mu, few_steps=few), [
-        told if flow.steps is None else f"{told} sampled in {steps} steps"
-    ]
+    mu, told = None, f"noise levels: shift {said['shift']:g}"
+    if said["use_dynamic_shifting"]:
+        side = config.data.resolution
+        assert side is not None, "decided before"
+        high, wide = size or (side, side)
+        tokens = model.geometry.tokens(high, wide)
+        flow = model.family.flow
+        sampled = FEW if few or flow.steps is None else flow.steps
+        mu = flow.mu(said, tokens, sampled)
+        told = f"noise levels: shifted by mu {mu:.3f}, that of the {tokens} tokens of {wide} x {high} pixels"
+        told += "" if flow.steps is None else f" sampled in {sampled} steps"
+    steps = steps_of(model, mu) if few else None
+    if steps is not None:
+        told += f"; trained on those of {FEW} steps: {', '.join(f'{level:.3f}' for level in steps)}"
+    return schedule.flow_from_scheduler(said, mu=mu, steps=steps), [told]
+
+
+FEW = 4  # steps that distilled models are sampled with
+
+
+def steps_of(model: Model, mu: float | None) -> list[float]:
+    """The noise levels of the FEW steps of a distilled model of flow matching, as its pipeline samples, descending."""
+    assert model.family.flow is not None, "of a flow"
+    given = {"sigmas": [1 - k / FEW for k in range(FEW)]} if model.family.flow.even_steps else {}
+    scheduler: Any = scheduler_of(model)
+    scheduler.set_timesteps(**({} if given else {"num_inference_steps": FEW}), **given, mu=mu)
+    return scheduler.sigmas[:-1].tolist()
 
 
 def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, schedule.Plan, list[str]]:
@@ -139,6 +158,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         lora_targets=model.family.lora_targets,
         text_tokens=model.text_tokens,
         train_guidance=model.guidance,
+        shift_by_size=bool(model.scheduler_config.get("use_dynamic_shifting")),
     )
     config, decided = resolve(config, facts, device)
     plan, told = plan_of(config, model)
@@ -151,7 +171,8 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         shifted = (
             {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}
         )  # its pipeline knows the real one
-        scheduler_of(model).set_timesteps(steps, **shifted)
+        scheduler: Any = scheduler_of(model)
+        scheduler.set_timesteps(steps, **shifted)
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

@@ -122,5 +122,5 @@ FAMILY = Family(
         "attn.add_v_proj",
         "attn.to_add_out",
     ),
-    flow=Flow(text_tokens=256, blank=blank, longest=512),
+    flow=Flow(text_tokens=256, blank=blank, longest=512, even_steps=False),
 )

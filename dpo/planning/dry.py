@@ -94,7 +94,7 @@ class Counted(Encoder):
 
 
 def dry_step(
-    config: Config, model: Model, plan: schedule.Schedule, train_step: TrainStep, *, encoded: bool, processes: int = 1
+    config: Config, model: Model, plan: schedule.Plan, train_step: TrainStep, *, encoded: bool, processes: int = 1
 ) -> Taken:
     """What an update of `config` takes, which is decided for the device that it names.
 

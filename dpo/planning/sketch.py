@@ -32,6 +32,9 @@ SHIPPED = {  # hub id -> its folder there
 VAES = {"madebyollin/sdxl-vae-fp16-fix": "sdxl"}  # hub ids of VAEs with the shape of a shipped one
 
 
+LONGEST = 1 << 20
+
+
 @dataclass(frozen=True)
 class Lengths:
     """In a tokenizer's place: as many tokens as the encoder takes, and no words."""
@@ -39,7 +42,7 @@ class Lengths:
     model_max_length: int
 
     def __call__(self, captions: list[str], **options: Any) -> Lengths.Encoded:
-        return self.Encoded(torch.zeros(len(captions), self.model_max_length, dtype=torch.int64))
+        return self.Encoded(torch.zeros(len(captions), options["max_length"], dtype=torch.int64))
 
     @dataclass(frozen=True)
     class Encoded:
@@ -82,8 +85,9 @@ def sketch(named: Named) -> Model:
         vae=autoencoder,
         text_encoders=encoders,
         tokenizers=[
-            Lengths(_tokens(folder / name, encoder)) for (name, _), encoder in zip(family.tokenizers, encoders)
-        ],  # type: ignore[misc]
+            Lengths(_tokens(folder / name, encoder))  # type: ignore[misc]
+            for (name, _), encoder in zip(family.tokenizers, encoders)
+        ],
         scheduler_config=scheduler_config,
         source=named.model,
         folder=None,
@@ -96,7 +100,9 @@ def sketch(named: Named) -> Model:
 
 def _tokens(folder: Path, encoder: nn.Module) -> int:
     """The length of a caption: the encoder's, or less where the config of the tokenizer in `folder` says so."""
-    most = int(encoder.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    most = getattr(encoder.config, "max_position_embeddings", None)
+    if most is None:  # T5, whose captions are as long as the settings say
+        return LONGEST
     try:
         said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"]
     except (OSError, ValueError, KeyError, TypeError):  # the shipped configs have none

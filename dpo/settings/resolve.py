@@ -33,6 +33,7 @@ class ModelFacts:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # the family's default
     text_tokens: int | None = None  # of a caption, where the family lets that be chosen
     train_guidance: float | None = None  # that the model is told, where it takes one
+    shift_by_size: bool = False  # whether a flow's noise levels depend on the size of the images
 
     @property
     def flow(self) -> bool:
@@ -95,6 +96,15 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
         return
     if draw != "grid" and "turbo" in (asked.timesteps, "turbo" if asked.timesteps == "auto" and model.turbo else ""):
         raise UserError(f"--timestep-draw {draw}: the model has four timesteps, which are drawn alike; leave it out")
+    if config.data.buckets and model.shift_by_size and draw != "grid":
+        raise UserError(
+            f"--timestep-draw {draw} with --buckets: the noise levels of this model depend on the shape of an image; leave one out"
+        )
+    if config.data.buckets and model.shift_by_size and METHODS[config.method.method].correction:
+        raise UserError(
+            f"--method {config.method.method} with --buckets: its correction is a table by noise level, and those of this model "
+            "depend on the shape of an image; use --method dde-single or dpo, or leave --buckets out"
+        )
     if asked.zero_snr != "auto":
         raise UserError(f"--zero-snr {asked.zero_snr}: a flow's levels end in pure noise as they are; leave it at auto")
     if config.lora.lora_format == "kohya":
@@ -250,10 +260,7 @@ def _notes(asked: Config, decided: Config, device: DeviceFacts) -> list[str]:
         notes.append("keep_encoded has no effect with a prepared store, whose pairs are encoded already")
     if decided.optim.optimizer == "lion8bit" and asked.optim.adam_beta2 is None:
         notes.append(f"lion8bit: betas {asked.optim.adam_beta1:g} and {LION_BETA2:g}, Lion's own and not Adam's")
-    if decided.model.timesteps == "turbo" and decided.model.prediction_type == "flow_prediction":
-        taken = "; where it is none, say --timesteps all" if asked.model.timesteps == "auto" else ""
-        notes.append(f"distilled model: timesteps 249, 499, 749 and 999, those of its four steps{taken}")
-    elif decided.model.timesteps == "turbo":
+    if decided.model.timesteps == "turbo" and decided.model.prediction_type != "flow_prediction":
         dead = decided.model.prediction_type == "epsilon" and decided.model.zero_snr != "off"
         notes.append(
             "Turbo: timesteps 249, 499 and 749; at 999 both images are the same noise, so nothing can be learnt there"

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dpo import credit, reference, schedule
+from dpo.data.buckets import shapes, step_of
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.adapter import Adapter
 from dpo.models.denoiser import halve
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import checksum, fingerprint
-from dpo.models.ready import HALF, WEIGHTS
+from dpo.models.ready import HALF, WEIGHTS, plan_of
 from dpo.objective import Odds
 from dpo.settings.config import Config
 from dpo.step import PairStep
@@ -155,9 +156,7 @@ def pair_step(
     method, precision = config.method, config.runtime.precision
     row = METHODS[method.method]
     assert method.beta is not None, "decided when the model was loaded"
-    tables = credit.tables(
-        method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
-    )
+    tables = _tables(config, plan)
     real = torch.float64 if precision == "fp64" else torch.float32
     shift, scale = (torch.tensor(values, dtype=real, device=device) for values in model.family.scaling(model.vae))
     step = PairStep(
@@ -169,6 +168,7 @@ def pair_step(
         beta=torch.tensor(method.beta * (2 if "kto_center" in row.settings else 1), dtype=real, device=device),
         seed=torch.tensor(config.runtime.seed, dtype=torch.int64, device=device),
         scaling=(shift, scale),
+        shaped=_shaped(config, model, real, device),
         shape=method.loss if "loss" in row.settings else None,
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
@@ -180,6 +180,30 @@ def pair_step(
         dtype=WEIGHTS.get(precision, torch.float32),
     )
     return step, tables
+
+
+def _shaped(
+    config: Config, model: Model, real: torch.dtype, device: torch.device
+) -> dict[tuple[int, int], tuple[schedule.NoisePath, Tensor]]:
+    """Path and weight [T] of each shape of latents (h, w), where buckets have noise levels of their own; empty otherwise."""
+    flow, side, shape = model.family.flow, config.data.resolution, model.geometry
+    if flow is None or not config.data.buckets or not model.scheduler_config["use_dynamic_shifting"]:
+        return {}
+    assert side is not None, "decided when the model was loaded"
+    found = {}
+    for high, wide in shapes(side, step_of(side, shape.side_factor)):
+        plan, _ = plan_of(config, model, (high, wide))
+        path = schedule.noise_path(plan, drawn(config, plan), real, device)
+        latents = high // shape.vae_scale, wide // shape.vae_scale
+        found[latents] = path, _tables(config, plan).weight.to(device, real)
+    return found
+
+
+def _tables(config: Config, plan: schedule.Plan) -> credit.Tables:
+    method = config.method
+    return credit.tables(
+        method.method, plan, gamma=method.gamma, cap=method.weight_cap, sigma2=method.sigma2, kappa=method.kappa
+    )
 
 
 def _center(config: Config, real: torch.dtype, device: torch.device) -> Tensor | str:

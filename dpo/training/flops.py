@@ -83,7 +83,9 @@ def _transformer_flops(
     kind = families()[family]
     with torch.device("meta"):
         module = getattr(diffusers, kind.denoiser_class).from_config(json.loads(architecture))
-        encoding = TextEncoding(*(None if x is None else torch.empty(x[0], dtype=x[1]) for x in text))
+        hidden, *others = (None if x is None else torch.empty(x[0], dtype=x[1]) for x in text)
+        assert hidden is not None, "every family has it"
+        encoding = TextEncoding(hidden, *others)
         inputs = torch.empty(latents), torch.empty(1), encoding, None
         told = {} if guidance is None else {"guidance": guidance}
         return _count(lambda: kind.predict(module, *inputs, **told))

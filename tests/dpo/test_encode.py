@@ -9,6 +9,7 @@ from torch import nn
 
 from dpo import encode
 from dpo.encode import Encoder
+from dpo.models.family import families
 from tests.help.running import advance, make_run, weights
 
 
@@ -29,7 +30,7 @@ def test_pixels_are_scaled_exactly_and_rounded_once(dtype):
     """In bf16 arithmetic each grey level was 0.12 too high on average."""
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     vae = Vae(dtype)
-    Encoder(SimpleNamespace(vae=vae), torch.device("cpu"), vae_batch=8).posterior(pixels)
+    Encoder(SimpleNamespace(vae=vae, family=families()["sd"]), torch.device("cpu"), vae_batch=8).posterior(pixels)
     exact = pixels.double() / 127.5 - 1
     assert vae.seen.dtype == dtype
     if dtype == torch.float32:  # as it was
@@ -68,7 +69,9 @@ def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_pa
 
 
 def test_an_encoder_comes_back_from_a_trip_that_fails():
-    encoder = Encoder(SimpleNamespace(vae=Vae(torch.float32)), torch.device("cpu"), vae_batch=8, offload=True)
+    encoder = Encoder(
+        SimpleNamespace(vae=Vae(torch.float32), family=families()["sd"]), torch.device("cpu"), vae_batch=8, offload=True
+    )
     with pytest.raises(AttributeError):
         encoder.posterior(None)
     assert not encoder.placed

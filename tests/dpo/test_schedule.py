@@ -367,6 +367,9 @@ FLUX = SD3 | {
 }
 
 
+FEW = [1.0, 0.9, 0.75, 0.5]
+
+
 def flow(config: dict, tokens: int | None = None, **options) -> FlowSchedule:
     known, _ = complete_flow(config)
     return flow_from_scheduler(known, mu=None if tokens is None else shift_by_tokens(known, tokens), **options)
@@ -405,11 +408,15 @@ def test_a_dynamic_shift_is_that_of_sampling(tokens, mu, kind):
 def test_a_few_step_model_has_the_levels_that_it_is_sampled_at():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    schedule = flow(SD3, few_steps=True)
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
     theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    schedule = flow(SD3, steps=theirs.sigmas[:-1].tolist())
     torch.testing.assert_close(schedule.levels[schedule.timesteps()], theirs.sigmas[:-1].flip(0).double())
     assert torch.equal(usable_timesteps(schedule), torch.tensor(TURBO_TIMESTEPS))  # pure noise is not wasted here
+    theirs.set_timesteps(4)
+    schedule = flow(SD3, steps=theirs.sigmas[:-1].tolist())
+    own = schedule.levels[schedule.timesteps()]
+    torch.testing.assert_close(own, theirs.sigmas[:-1].flip(0).double(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +447,7 @@ def test_log_ratio_of_the_two_gaussians_of_a_flow(chain, sigma2):
     """log r_k = -(lambda_k/2)|error|^2, with the posterior conditioned numerically from the joint Gaussian of a chain
     that has the flow's marginals.
     """
-    schedule = flow(SD3 | {"shift": 1.0 if chain == "plain" else 3.0}, few_steps=chain == "few")
+    schedule = flow(SD3 | {"shift": 1.0 if chain == "plain" else 3.0}, steps=FEW if chain == "few" else None)
     lam = step_precision(schedule, sigma2)
     generator = torch.Generator().manual_seed(0)
     x0, eps, off = torch.randn(3, 64, dtype=torch.float64, generator=generator)

@@ -1,6 +1,9 @@
 """Runs with aspect buckets: exact at the start, keyed, resumable, and the same from images, memory, store and record."""
 
+import dataclasses
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from dpo.settings.flags import parse
 from dpo.training import preparing, validation
 from dpo.training.state import snapshot
 from tests.dpo.evaluating.test_asked import asked
+from tests.dpo.models.test_checks import change
 from tests.help.processes import together
 from tests.help.running import advance, everything, make_run, weights
 from tests.help.shapes import make_shapes
@@ -174,3 +178,33 @@ def test_two_processes_make_the_updates_of_one(world, pairs, tmp_path):
         assert found["held"] == pytest.approx(alone["held"], abs=1e-12)
         for name, value in alone["weights"].items():
             assert (value - found["weights"][name]).abs().max() < 1e-10
+
+
+def test_noise_levels_of_a_flow_follow_the_shape(world, pairs, tmp_path):
+    """Where the shift depends on the tokens of an image, each shape has the levels that it is sampled at."""
+    folder = Path(shutil.copytree(world("sd35"), tmp_path / "model"))
+    shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 3.0}
+    change(folder / "scheduler" / "scheduler_config.json", **shift, base_image_seq_len=4, max_image_seq_len=40)
+    flags = ["--batch-size", "2", "--accumulation", "4", "--buckets", "--resolution", "32", "--method", "dde-single"]
+    run = make_run(str(folder), pairs, tmp_path / "out", *flags)
+    seen = {}
+    for batch in run.batches():
+        inputs = run.encoder.inputs(batch)
+        size = tuple(inputs.latent_mean.shape[2:])
+        path, weight = run.step.shaped[size]
+        tokens = size[0] * size[1] // 4
+        factor = math.exp(0.5 + 2.5 / 36 * (tokens - 4))
+        s = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        torch.testing.assert_close(path.spread.double(), factor * s / (1 + (factor - 1) * s))
+        torch.testing.assert_close(weight, path.spread.square())
+        zero = torch.zeros_like(weight)
+        alone = dataclasses.replace(run.step, path=path, weight=weight, shaped={})
+        assert torch.equal(run.step.errors(inputs, zero)[0].errors, alone.errors(inputs, zero)[0].errors)
+        seen[size] = float(path.spread[500])
+        if batch.last:
+            break
+    assert len(seen) > 1 and len({round(value, 4) for value in seen.values()}) > 1
+    with pytest.raises(UserError, match="--method dde with --buckets"):
+        make_run(str(folder), pairs, tmp_path / "dde", "--buckets", "--resolution", "32", "--method", "dde")
+    with pytest.raises(UserError, match="--timestep-draw uniform with --buckets"):
+        make_run(str(folder), pairs, tmp_path / "draw", "--buckets", "--resolution", "32", "--timestep-draw", "uniform")

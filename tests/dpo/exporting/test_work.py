@@ -16,6 +16,7 @@ from dpo.exporting.spec import Known, architecture, metadata
 from dpo.exporting.work import export
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
+from dpo.models.family import families
 from dpo.models.load import load, read_scheduler
 from dpo.models.parts import is_turbo
 from dpo.planning.sketch import CONFIGS, SHIPPED

@@ -19,13 +19,17 @@ from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
 from dpo.models.save import detached, save_lora, save_pipeline
 from tests.help.allocations import Allocations
+from tests.help.flow import TRAINED, make_flow
 from tests.help.worlds import KINDS, make_pipeline
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("models")
-    return {kind: load(str(make_pipeline(root / kind, kind))) for kind in KINDS}
+    made = {kind: make_pipeline(root / kind, kind) for kind in KINDS} | {
+        kind: make_flow(root / kind, kind) for kind in TRAINED
+    }
+    return {kind: load(str(folder)) for kind, folder in made.items()}
 
 
 def trained(model: Model) -> torch.nn.Module:
@@ -41,21 +45,24 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *TRAINED])
 def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
     model = models[kind]
     unet = trained(model)
     save_pipeline(model, unet, tmp_path / "out")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", use_safetensors=True)
     assert type(pipe).__name__ == model.family.pipeline
-    assert same(pipe.unet, unet) and not same(pipe.unet, model.denoiser)
+    drawing = getattr(pipe, model.family.denoiser)
+    assert same(drawing, unet) and not same(drawing, model.denoiser)
     assert same(pipe.vae, model.vae)
     for (name, _), encoder in zip(model.family.text_encoders, model.text_encoders, strict=True):
         assert same(getattr(pipe, name), encoder)
-    for name, tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
+    for (name, _), tokenizer in zip(model.family.tokenizers, model.tokenizers, strict=True):
         assert getattr(pipe, name)("a fox in rain").input_ids == tokenizer("a fox in rain").input_ids
     assert type(pipe.scheduler).__name__ == model.scheduler_config["_class_name"]
-    for key in ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type", "steps_offset"):
+    of_betas = ("beta_start", "beta_end", "beta_schedule", "timestep_spacing", "prediction_type", "steps_offset")
+    of_flow = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "shift_terminal")
+    for key in (*of_betas, *of_flow):
         assert pipe.scheduler.config.get(key) == getattr(pipeline_of(model).scheduler.config, key, None)
         if key in model.scheduler_config:
             assert pipe.scheduler.config[key] == model.scheduler_config[key]
@@ -65,7 +72,8 @@ def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
         ".txt",
     }
     pipe.set_progress_bar_config(disable=True)
-    image = pipe("a fox", num_inference_steps=2, guidance_scale=0.0, height=32, width=32, output_type="np").images
+    steps = {"num_inference_steps": 2, "guidance_scale": 0.0}
+    image = pipe(prompt="a fox", **steps, height=32, width=32, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
 
 
