@@ -137,7 +137,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe("a prompt").images[0]'
+            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe(prompt="a prompt").images[0]'
         )
     unet = run.setting("unet_init")
     begun = (
@@ -153,7 +153,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
         f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
-        'image = pipe("a prompt").images[0]'
+        'image = pipe(prompt="a prompt").images[0]'
     )
 
 
