@@ -15,8 +15,7 @@ from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
 
 # Takes a batch with pixels and its encoding: mean and std [2B, 4, h, w], encoded captions [B, ...].
-Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, tuple[Tensor, ...]], None]
-
+Keep: TypeAlias = Callable[[PairBatch, Tensor, Tensor, TextEncoding], None]
 
 TOGETHER = 64  # pairs that share a trip of the encoders; what is encoded of SDXL's takes 1 MB each
 
@@ -139,7 +138,7 @@ class Encoder:
             assert batch.pixels is not None and text is not None, "images, or what a store has of them"
             mean, std = self.posterior(batch.pixels)
             if self.keep is not None:
-                self.keep(batch, mean, std, tuple(x for x in text if x is not None))
+                self.keep(batch, mean, std, text)
         if self.zero_dropped:
             text = text.zero_where(self._moved(batch.dropped))
         return Inputs(

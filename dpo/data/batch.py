@@ -16,6 +16,7 @@ from dpo.data.images import fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
@@ -42,7 +43,7 @@ class PairBatch:
     pixels: Tensor | None = None  # [2B, 3, H, W] uint8
     latent_mean: Tensor | None = None  # [2B, 4, h, w] of the VAE's posterior, unscaled
     latent_std: Tensor | None = None  # [2B, 4, h, w]
-    text: tuple[Tensor, ...] | None = None  # encoded captions [B, ...]: hidden, and for SDXL pooled
+    text: Parts | None = None  # encoded captions [B, ...]
     recorded: Tensor | None = None  # [2, B] fp32: the reference's errors of win and lose, recorded beforehand
     bad: tuple[tuple[int, str], ...] = ()  # (key, what is wrong) of each hole
     indices: list[int] | None = None  # [B] in the source, where the encoded pairs may be kept
@@ -66,7 +67,7 @@ class PairBatch:
             if isinstance(value, Tensor):
                 setattr(self, item.name, value.pin_memory())
         if self.text is not None:
-            self.text = tuple(value.pin_memory() for value in self.text)
+            self.text = tuple(None if value is None else value.pin_memory() for value in self.text)
         return self
 
 

@@ -22,6 +22,7 @@ from dpo.common.command import of_launcher
 from dpo.data.batch import Decoding, PairBatch, drops, mirrors
 from dpo.data.order import Place
 from dpo.data.pairs import Source
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data, Runtime
 
 CHECKED = 16  # pairs
@@ -53,7 +54,7 @@ class _Copy(NamedTuple):
     batch: PairBatch
     mean: Tensor
     std: Tensor
-    text: tuple[Tensor, ...]
+    text: Parts
 
 
 @dataclass
@@ -68,11 +69,11 @@ class Kept:
     full: bool = False  # whether nothing more is kept: it does not fit, or encoding anew gives other bits
     _agreed: int = 0  # pairs that were encoded again and came out equal
     # Of an encoded micro-batch, by height and width of its latents: sums depend on the layout.
-    _strides: dict[torch.Size, list[tuple[int, ...]]] = field(default_factory=dict)
+    _strides: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
     _told: dict[int, _Told] = field(default_factory=dict)
     _caption: dict[int, str] = field(default_factory=dict)  # of the pairs that came with theirs
     _images: dict[tuple[int, bool], _Images] = field(default_factory=dict)  # by (index, whether mirrored)
-    _text: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    _text: dict[str, Parts] = field(default_factory=dict)
     _copies: list[_Copy] = field(default_factory=list)
 
     def has(self, indices: Sequence[int], epochs: Sequence[int]) -> bool:
@@ -101,10 +102,11 @@ class Kept:
         def both(of: int) -> Tensor:
             return torch.stack([item[of] for item in images], dim=1).flatten(0, 1)  # [2B, ...], preferred ones first
 
+        parts = zip(*(self._text[caption] for caption in captions), strict=True)
         mean, std, *text = (
-            torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+            None if strides is None else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
             for x, strides in zip(
-                (both(0), both(1), *map(torch.stack, zip(*(self._text[caption] for caption in captions), strict=True))),
+                (both(0), both(1), *(None if part[0] is None else torch.stack(part) for part in parts)),
                 self._strides[images[0].mean.shape[-2:]],
                 strict=True,
             )
@@ -133,7 +135,7 @@ class Kept:
         return served
 
     @torch.no_grad()
-    def put(self, batch: PairBatch, mean: Tensor, std: Tensor, text: Sequence[Tensor]) -> None:
+    def put(self, batch: PairBatch, mean: Tensor, std: Tensor, text: Parts) -> None:
         """Keeps a micro-batch that was decoded, with its encoding: mean and std [2B, 4, h, w], text [B, ...].
 
         The host does not wait for a GPU: a copy is kept by a later call, once it has arrived.
@@ -142,18 +144,19 @@ class Kept:
             return
         if not self._strides:
             self._size(len(batch), (mean, std), text)
-        self._strides.setdefault(mean.shape[-2:], [x.stride() for x in (mean, std, *text)])
+        self._strides.setdefault(mean.shape[-2:], [None if x is None else x.stride() for x in (mean, std, *text)])
         if not self.full:
             # From a GPU into page-locked memory, without waiting: nothing reads it before the event behind it is there.
-            there = [x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std, *text)]
-            self._copies.append(_Copy(_arrival(mean), batch, there[0], there[1], tuple(there[2:])))
+            latents = [x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std)]
+            words = tuple(None if x is None else x.to("cpu", non_blocking=x.is_cuda) for x in text)
+            self._copies.append(_Copy(_arrival(mean), batch, *latents, words))
         while self._copies and self._copies[0].arrived():
             self._keep(self._copies.pop(0))
 
-    def _size(self, pairs: int, latents: Sequence[Tensor], text: Sequence[Tensor]) -> None:
+    def _size(self, pairs: int, latents: Sequence[Tensor], text: Parts) -> None:
         """Decides whether the whole set fits, from one micro-batch, and says so."""
         image = sum(x.nbytes for x in latents) / pairs * (2 if self.decoding.flip else 1)
-        size = int(self.pairs * image + self.captions * sum(x.nbytes for x in text) / pairs)
+        size = int(self.pairs * image + self.captions * sum(x.nbytes for x in text if x is not None) / pairs)
         self.full = size > SHARE * self.free
         said = f"{self.pairs} encoded pairs take {size / 2**20:,.0f} MiB, {size / max(self.free, 1):.2g} of the free memory"
         if self.full:
@@ -179,13 +182,13 @@ class Kept:
             if (known.bad is None) != (told.bad is None):
                 continue  # an image came or went since its first use: the first is what is kept
             images = _Images(copy.mean[rows], copy.std[rows], batch.micro[rows])
-            text, caption = tuple(x[i] for x in copy.text), batch.captions[i]
+            text, caption = tuple(None if x is None else x[i] for x in copy.text), batch.captions[i]
             before = self._images.get((index, mirror)), self._text.get(caption)
             if not (_same(before[0], images) and _same(before[1], text)):
                 return self._give_up()
             self._agreed += before[0] is not None
             if before[1] is None:
-                self._text[caption] = tuple(x.clone() for x in text)
+                self._text[caption] = tuple(None if x is None else x.clone() for x in text)
             if before[0] is None:
                 self._images[index, mirror] = images
             if not batch.dropped[i]:
@@ -252,10 +255,10 @@ def _arrival(x: Tensor) -> Callable[[], bool]:
     return event.query
 
 
-def _same(before: tuple[Tensor, ...] | None, now: tuple[Tensor, ...]) -> bool:
+def _same(before: Parts | None, now: Parts) -> bool:
     """Whether tensors on the host are equal to the bit; also where there are none to compare with."""
     return before is None or all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(before, now, strict=True))
 
 
-def _bits(x: Tensor) -> np.ndarray:
-    return x.contiguous().view(torch.uint8).numpy()
+def _bits(x: Tensor | None) -> np.ndarray:
+    return np.empty(0) if x is None else x.contiguous().view(torch.uint8).numpy()

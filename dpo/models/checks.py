@@ -39,6 +39,8 @@ PIPELINES = {  # words in the names of other pipelines: what such a model is
     "FluxControl": "FLUX.1 Depth or Canny, or made by one of their kind: its transformer also takes a control image",
     "FluxKontext": "FLUX.1 Kontext, for editing: its transformer also takes an image",
     "Flux2KleinKV": "FLUX.2 klein KV, for editing: its transformer keeps what it made of the images that it is given",
+    "ImageEdit": "an image-editing model: its transformer also takes an image",
+    "ImageLayered": "a layered model: it gives several images, one above the other",
 }
 REFINER = (
     "the SDXL refiner, which finishes images of the base model and has one of its text encoders: train the base model"

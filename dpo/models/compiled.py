@@ -29,6 +29,7 @@ BLOCKS = {  # what repeats in each class of denoiser
     "SD3Transformer2DModel": ("JointTransformerBlock",),
     "FluxTransformer2DModel": ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     "Flux2Transformer2DModel": ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    "QwenImageTransformer2DModel": ("QwenImageTransformerBlock",),
 }
 VARIANTS = 256  # of one kind of block: sizes, dtypes, with and without gradient, with adapters on and off
 

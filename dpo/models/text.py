@@ -64,7 +64,7 @@ def token_ids(
     """Captions, padded and cut to `length` tokens (None: the encoder's): [B, S] int64 on the encoder's device."""
     if length is None:
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-    return _beside(encoder, _tokenized(tokenizer, captions, length).input_ids)
+    return beside(encoder, _tokenized(tokenizer, captions, length).input_ids)
 
 
 def tokens_and_mask(
@@ -72,14 +72,14 @@ def tokens_and_mask(
 ) -> tuple[Tensor, Tensor]:
     """`token_ids`, and [B, S] int64 with 1 where a token is the caption's and 0 where it is padding."""
     found = _tokenized(tokenizer, captions, length)
-    return _beside(encoder, found.input_ids), _beside(encoder, found.attention_mask)
+    return beside(encoder, found.input_ids), beside(encoder, found.attention_mask)
 
 
 def _tokenized(tokenizer: CLIPTokenizer, captions: list[str], length: int) -> Any:
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
 
 
-def _beside(encoder: TextEncoder | CLIPTextModel, tokens: Tensor) -> Tensor:
+def beside(encoder: TextEncoder | CLIPTextModel, tokens: Tensor) -> Tensor:
     """`tokens` on the encoder's device."""
     device = next(encoder.parameters()).device
     # From memory that is not page-locked the copy would wait until the GPU has done all that it was given before.

@@ -15,7 +15,6 @@ from torch import Tensor
 from dpo.data.batch import PairBatch
 from dpo.data.order import Place, run_order
 from dpo.encode import Inputs
-from dpo.models.family import TextEncoding
 from dpo.objective import PairTerms
 from dpo.training.run import Run
 
@@ -113,7 +112,7 @@ def alone(x: Inputs, i: int) -> Inputs:
         usable=x.usable[one],
         latent_mean=x.latent_mean[both],
         latent_std=x.latent_std[both],
-        text=TextEncoding(x.text.hidden[one], None if x.text.pooled is None else x.text.pooled[one]),
+        text=x.text.row(one),
         micro=None if x.micro is None else x.micro[both],
     )
 

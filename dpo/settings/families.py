@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # The families of models, each a file of that name in dpo/models/. A more special one stands after a more general one:
 # see single_file.family_by_keys.
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux2", "qwen")
 
 LONGEST_CAPTION = 1024  # tokens, of any family whose captions have a length to choose
 
@@ -14,4 +14,5 @@ PIPELINES = {  # their classes in diffusers
     "sd3": "StableDiffusion3Pipeline",
     "flux": "FluxPipeline",
     "flux2": "Flux2KleinPipeline",
+    "qwen": "QwenImagePipeline",
 }

@@ -25,7 +25,7 @@ from dpo.data.store.files import read_index
 from dpo.data.store.store import merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
-from dpo.models.family import Model
+from dpo.models.family import Model, TextEncoding
 from dpo.models.fingerprint import checksum, encoders, fingerprint, identity
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
 from dpo.schedule import Plan
@@ -152,9 +152,9 @@ class Encodings:
         mean, std = self.encoder.posterior(pixels)
         return mean.to(self.dtype).cpu(), std.to(self.dtype).cpu()
 
-    def captions(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """N captions -> hidden [N, S, D], and for SDXL pooled [N, P]."""
-        return tuple(value.to(self.dtype).cpu() for value in self.encoder.text(captions) if value is not None)
+    def captions(self, captions: list[str]) -> TextEncoding:
+        """N captions -> their encoding [N, ...]."""
+        return self.encoder.text(captions).to("cpu", self.dtype)
 
 
 def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:

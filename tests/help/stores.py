@@ -14,9 +14,10 @@ from PIL import Image
 from dpo.common.words import digest
 from dpo.data.pairs import ImageRef, Pair, pair_key
 from dpo.data.store import fill
+from dpo.data.store.files import Parts
 from dpo.settings.config import Data
 
-SETTINGS = {"resolution": 8, "flip": False, "dtype": "fp16", "family": "sd"}
+SETTINGS = {"resolution": 8, "flip": False, "dtype": "fp16", "family": "sd", "text_tokens": 3}
 
 
 CFG = Data(data="store", resolution=8)
@@ -65,13 +66,14 @@ class Synthetic:
 class Encoders:
     """Stand-ins: latents [N, 4, 2, 2] from the pixels, text [N, 3, 2] from the characters.
 
-    `calls` counts what was encoded.
+    masked: captions have one to three tokens. `calls` counts what was encoded.
     """
 
     dtype: torch.dtype = torch.float16
     image_batch: int = 4
     text_batch: int = 3
     pooled: bool = False
+    masked: bool = False
     calls: dict = field(default_factory=lambda: {"images": 0, "captions": 0})
 
     def images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,10 +81,14 @@ class Encoders:
         mean = pixels.float().mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 4, 2, 2) / 255
         return mean.to(self.dtype).contiguous(), (mean / 10).to(self.dtype).contiguous()
 
-    def captions(self, captions: list[str]) -> tuple[torch.Tensor, ...]:
+    def captions(self, captions: list[str]) -> Parts:
         self.calls["captions"] += len(captions)
-        hidden = torch.tensor([[len(c), sum(c.encode())] * 3 for c in captions], dtype=self.dtype).view(-1, 3, 2)
-        return (hidden, hidden[:, 0]) if self.pooled else (hidden,)
+        hidden = torch.tensor([[len(c) + 1, sum(c.encode())] * 3 for c in captions], dtype=self.dtype).view(-1, 3, 2)
+        pooled = hidden[:, 0] if self.pooled else None
+        if not self.masked:
+            return hidden, pooled, None
+        mask = torch.arange(3) <= torch.tensor([[sum(c.encode()) % 3] for c in captions])
+        return hidden * mask[..., None], pooled, mask
 
 
 def task(folder: Path, source: Synthetic, encode: Encoders | None = None, **changes) -> fill.Filling:

@@ -87,11 +87,8 @@ def pairs(name: str) -> Callable[[Path], object]:
 def of_store(folder: Path) -> None:
     source = open_store(folder / "store", Data(data=str(folder / "store")))
     contents = read_contents(folder / "store")
-    for kind, names, rows in (
-        ("image", ["image_mean"], source.contents.win),
-        ("caption", ["caption_hidden"], contents.caption),
-    ):
-        contents.rows(kind, names, rows.tolist())
+    contents.latents(["image_mean"], source.contents.win.tolist())
+    contents.encoded(contents.caption.tolist())
     for number in range(len(source)):
         assert isinstance(source[number].caption, str)
     recorded.verify(folder / "store")

@@ -10,6 +10,7 @@ from diffusers import (
     DDPMScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
 )
@@ -179,8 +180,38 @@ class PlainKlein(PlainFlux):
         return self.pipe._unpack_latents_with_ids(found, places)
 
 
+class PlainQwen(PlainSD3):
+    """The same on Qwen-Image, with each caption as long as it is and no mask."""
+
+    modules = (*PlainSD3.modules, "img_mlp.net.2", "txt_mlp.net.2")
+    pipeline = QwenImagePipeline
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        return 4, side // 4, side // 4
+
+    def latents(self, pixels, posterior_noise) -> torch.Tensor:
+        posterior = self.vae.encode(pixels[None, :, None].double() / 127.5 - 1).latent_dist
+        clean = (posterior.mean + posterior.std * posterior_noise[:, :, None])[:, :, 0]
+        mean, std = (torch.tensor(self.vae.config[key]).double() for key in ("latents_mean", "latents_std"))
+        return (clean - mean[:, None, None]) / std[:, None, None]
+
+    def level(self, t) -> torch.Tensor:
+        s = (t.double() + 1) / 1000
+        tokens = 4 * 4
+        shift = math.exp(0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256))
+        return shift / (shift + 1 / s - 1)
+
+    def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
+        with torch.no_grad():
+            hidden, mask = self.pipe.encode_prompt(caption)
+        assert mask is None
+        tokens = self.pipe._pack_latents(noisy, 1, *noisy.shape[1:])
+        found = transformer(tokens, hidden, None, s[None], [[(1, 4, 4)]], return_dict=False)[0]
+        return self.pipe._unpack_latents(found, 32, 32, 4)[:, :, 0]
+
+
 TOKENS = 16  # of an image of 32 pixels
-FLOW = {"sd35": PlainSD3, "flux-dev": PlainFlux, "flux2-klein-base": PlainKlein}
+FLOW = {"sd35": PlainSD3, "flux-dev": PlainFlux, "flux2-klein-base": PlainKlein, "qwen-image": PlainQwen}
 
 SLOW = (("sd2v", True), ("sdxl", True), *((kind, True) for kind in TRAINED))  # an adapter is the same in every family
 CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]

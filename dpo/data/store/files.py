@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -120,12 +120,6 @@ def crc(*tensors: Tensor) -> int:
     return total
 
 
-def row_crcs(tensors: Iterable[Tensor], rows: int) -> Tensor:
-    """[rows] int64: `crc` of each row of tensors [rows, ...]."""
-    tensors = list(tensors)
-    return torch.tensor([crc(*(value[i] for value in tensors)) for i in range(rows)], dtype=torch.int64)
-
-
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Replaces the index of a store. Raises UserError when it cannot be written."""
     write_sealed(folder / INDEX, index)
@@ -162,12 +156,17 @@ def read_sealed(path: Path, remedy: str) -> dict[str, Any] | None:
 
 
 TABLE_PREFIXES = (
-    "pair_", "bad_", "image_key", "image_crc", "image_micro", "image_end", "caption_key", "caption_crc", "caption_end", "caption_text",
+    "pair_", "bad_", "image_key", "image_crc", "image_micro", "image_end",
+    "caption_key", "caption_crc", "caption_end", "caption_text", "caption_span",
 )  # fmt: skip
 
 
 LATENTS = ("image_mean", "image_std", "image_mean_flip", "image_std_flip")
-TEXT = ("caption_hidden", "caption_pooled")
+# Encoded captions by place, as models.family.TextEncoding has them: hidden states, pooled vectors, mask; None where a family
+# has none.
+Parts: TypeAlias = "tuple[Tensor | None, ...]"
+HIDDEN, POOLED = TEXT = ("caption_hidden", "caption_pooled")
+SPAN = "caption_span"  # [N] int64: where the hidden states of each caption end, which lie one after another without padding
 NOWHERE = -1  # the row of an image that cannot be used
 TWICE = -2  # the row of both images of a pair that are one
 

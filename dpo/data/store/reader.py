@@ -14,7 +14,7 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.images import Size
 from dpo.data.order import Place
 from dpo.data.pairs import caption_key
-from dpo.data.store.files import LATENTS, TEXT
+from dpo.data.store.files import LATENTS
 from dpo.data.store.recorded import RecordedErrors
 from dpo.data.store.store import StoreSource
 
@@ -63,7 +63,6 @@ class _Reader:
             dropped = uniform(keys, draws, Stream.DROPOUT, self.decoding.seed, 1)[:, 0] < self.decoding.caption_dropout
             captions = [self.empty if drop else row for row, drop in zip(captions, dropped.tolist(), strict=True)]
         mean, std = self._latents(images, keys, draws, place.size)
-        names = TEXT[: 2 if inside.has_pooled else 1]
         return PairBatch(
             keys=keys,
             draws=draws,
@@ -76,7 +75,7 @@ class _Reader:
             epoch=int(epoch[0]),
             latent_mean=mean,
             latent_std=std,
-            text=tuple(inside.rows("caption", names, captions)),
+            text=inside.encoded(captions),
             recorded=None if self.recorded is None else self.recorded.errors(pairs, draws),
             last=place.last,
         )
@@ -85,8 +84,8 @@ class _Reader:
         """Mean and std [2B, C, h, w] of the images; with `decoding.flip` half of the pairs (keyed) are mirrored."""
         inside = self.store.contents
         if not self.decoding.flip:
-            mean, std = inside.rows("image", LATENTS[:2], images, size)
+            mean, std = inside.latents(LATENTS[:2], images, size)
             return mean, std
-        found = inside.rows("image", LATENTS, images, size)
+        found = inside.latents(LATENTS, images, size)
         mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
         return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

@@ -1,7 +1,8 @@
 """What a shard of a store holds while it is made: pairs, new images in one or several shapes, new captions.
 
 Legend: N images of the shard, C channels, h, w of latents. In a store without buckets latents lie as [N, C, h, w]. In
-one with buckets they lie one after another without gaps, and `image_end` [N] says where each ends.
+one with buckets they lie one after another without gaps, and `image_end` [N] says where each ends. So do the hidden states
+of captions, without their padding, where a family has a mask: `caption_span` [N] says where those of each end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.data.images import Micro, Size
 from dpo.data.pairs import caption_key
-from dpo.data.store.files import LATENTS, TEXT, crc, row_crcs
+from dpo.data.store.files import HIDDEN, LATENTS, POOLED, SPAN, TEXT, Parts, crc
 
 COLUMNS = {
     "pair_key": torch.int64, "pair_win": torch.int64, "pair_lose": torch.int64, "pair_caption": torch.int64,
@@ -44,8 +45,8 @@ class Encode(Protocol):
         """[N, 3, H, W] uint8 -> mean and std of the VAE's posterior [N, C, h, w]."""
         ...
 
-    def captions(self, captions: list[str]) -> tuple[Tensor, ...]:
-        """N captions -> hidden [N, S, D], and for SDXL pooled [N, P]."""
+    def captions(self, captions: list[str]) -> Parts:
+        """N captions -> hidden [N, S, D], pooled [N, P], and a mask [N, S] bool of the first tokens of each; or None."""
         ...
 
 
@@ -123,12 +124,31 @@ class Shard:
         return found | dict(zip(LATENTS, joined))
 
     def _captions(self, encode: Encode) -> dict[str, Tensor]:
-        batches = [self.captions[i : i + encode.text_batch] for i in range(0, len(self.captions), encode.text_batch)]
-        encoded = [torch.cat(parts) for parts in zip(*map(encode.captions, batches), strict=True)]
+        rows: list[dict[str, Tensor]] = []
+        masked = False
+        for first in range(0, len(self.captions), encode.text_batch):
+            parts = encode.captions(self.captions[first : first + encode.text_batch])
+            masked = parts[-1] is not None
+            rows += stored(parts)
+        found = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != HIDDEN or not masked}
+        if masked:
+            hidden = [row[HIDDEN] for row in rows]
+            found |= {HIDDEN: torch.cat(hidden), SPAN: torch.tensor([len(row) for row in hidden]).cumsum(0)}
         texts = [caption.encode("utf-8", "surrogatepass") for caption in self.captions]
-        return dict(zip(TEXT, encoded)) | {
+        return found | {
             "caption_key": torch.tensor([caption_key(caption) for caption in self.captions], dtype=torch.int64),
             "caption_end": torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0),
             "caption_text": torch.frombuffer(bytearray(b"".join(texts)) or bytearray(1), dtype=torch.uint8).clone(),
-            "caption_crc": row_crcs(encoded, len(self.captions)),
+            "caption_crc": torch.tensor([crc(*row.values()) for row in rows], dtype=torch.int64),
         }
+
+
+def stored(parts: Parts) -> list[dict[str, Tensor]]:
+    """What is stored of each of some encoded captions, by name: with a mask those hidden states alone that it shows."""
+    hidden, pooled, mask = parts
+    assert hidden is not None, "every family has hidden states"
+    lengths = [hidden.shape[1]] * len(hidden) if mask is None else mask.sum(1).tolist()
+    shown = [row[:length].clone() for row, length in zip(hidden, lengths, strict=True)]
+    if pooled is None:
+        return [{HIDDEN: row} for row in shown]
+    return [{HIDDEN: row, POOLED: vector} for row, vector in zip(shown, pooled, strict=True)]

@@ -22,13 +22,17 @@ from dpo.common.words import digest
 from dpo.data.images import Size
 from dpo.data.pairs import ImageRef, Pair, Source, Subset
 from dpo.data.store.files import (
+    HIDDEN,
     INDEX,
     LATENTS,
     NOT_ALWAYS,
+    POOLED,
     PREPARE_AGAIN,
+    SPAN,
     TEXT,
     UNNAMED,
     DamagedStore,
+    Parts,
     check_shard,
     crc,
     open_shard,
@@ -92,55 +96,57 @@ class Contents:
         mapped.check()
         return tensors
 
-    def rows(self, kind: str, names: Sequence[str], rows: Sequence[int], size: Size | None = None) -> list[Tensor]:
-        """A tensor [N, ...] for each name, of the images or captions at `rows` [N]; zero where the row is -1.
+    def latents(self, names: Sequence[str], rows: Sequence[int], size: Size | None = None) -> list[Tensor]:
+        """A tensor [N, C, h, w] for each name, of the images at `rows` [N]; zero where the row is -1.
 
-        kind: "image" or "caption"; names: of files.LATENTS or files.TEXT; size: pixels of these images, None for the
-        square. Raises DamagedStore when a row fails its checksum.
+        names: of files.LATENTS; size: pixels of these images, None for the square. Raises DamagedStore when an image fails
+        its checksum.
         """
-        where = self.images if kind == "image" else self.captions
-        all_names = [name for name in (LATENTS if kind == "image" else TEXT) if name in self._names(kind)]
-        found: list[list[Tensor]] = [[] for _ in names]
-        for row in rows:
-            if row < 0:
-                for values in found:
-                    values.append(torch.empty(0))
-                continue
-            number, at = where.find(row)
-            shard = self.shard(number)
-            if crc(*(self._row(shard, name, at) for name in all_names)) != int(shard[f"{kind}_crc"][at]):
-                raise DamagedStore(
-                    f"{self.shards[number]} was altered: {kind} {at} has another checksum; {PREPARE_AGAIN}"
-                )
-            for values, name in zip(found, names, strict=True):
-                values.append(self._row(shard, name, at))
-        return [_stack(values, self._like(kind, name, size)) for values, name in zip(found, names, strict=True)]
+        read = [None if row < 0 else self._read("image", row) for row in rows]
+        empty = [self._like(name, size) if None in read else None for name in names]
+        return [torch.stack([like if one is None else one[name] for one in read]) for name, like in zip(names, empty)]
+
+    def encoded(self, rows: Sequence[int]) -> Parts:
+        """The encoded captions at `rows` [N], by place, as they were before they were stored."""
+        read = [self._read("caption", row) for row in rows]
+        hidden = [row[HIDDEN] for row in read]
+        pooled = torch.stack([row[POOLED] for row in read]) if POOLED in read[0] else None
+        if SPAN not in self._first("caption"):
+            return torch.stack(hidden), pooled, None
+        padded = hidden[0].new_zeros(len(rows), self.settings["text_tokens"], hidden[0].shape[-1])
+        mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
+        for i, states in enumerate(hidden):
+            padded[i, : len(states)] = states
+            mask[i, : len(states)] = True
+        return padded, pooled, mask
+
+    def _read(self, kind: str, row: int) -> dict[str, Tensor]:
+        """All that is stored of an image or a caption, by name. Raises DamagedStore when it fails its checksum."""
+        number, at = (self.images if kind == "image" else self.captions).find(row)
+        shard = self.shard(number)
+        names = LATENTS if kind == "image" else TEXT
+        found = {name: self._row(shard, name, at) for name in names if name in shard}
+        if crc(*found.values()) != int(shard[f"{kind}_crc"][at]):
+            raise DamagedStore(f"{self.shards[number]} was altered: {kind} {at} has another checksum; {PREPARE_AGAIN}")
+        return found
 
     def _row(self, shard: Mapping[str, Tensor], name: str, at: int) -> Tensor:
-        """One row of a tensor: latents of several shapes lie one after another."""
+        """One row of a tensor: latents of several shapes, and captions without their padding, lie one after another."""
+        if name == HIDDEN and SPAN in shard:
+            return shard[name][_between(shard[SPAN], at)]
         if name not in LATENTS or self.bucket is None:
             return shard[name][at]
-        end = shard["image_end"]
         high, wide = (int(side) // self.settings["vae_scale"] for side in shard["image_micro"][at, 4:])
-        return shard[name][int(end[at - 1]) if at else 0 : int(end[at])].view(-1, high, wide)
-
-    @property
-    def has_pooled(self) -> bool:
-        """Whether captions have a pooled encoding too (SDXL)."""
-        return TEXT[1] in self._names("caption")
+        return shard[name][_between(shard["image_end"], at)].view(-1, high, wide)
 
     def _first(self, kind: str) -> dict[str, Tensor]:
         """A shard that has rows of this kind."""
         starts = (self.images if kind == "image" else self.captions).starts
         return self.shard(int(np.flatnonzero(np.diff(starts))[0]))
 
-    @functools.lru_cache  # noqa: B019
-    def _names(self, kind: str) -> frozenset[str]:
-        return frozenset(self._first(kind))
-
-    def _like(self, kind: str, name: str, size: Size | None) -> Tensor:
-        """A row of zeros."""
-        row = self._row(self._first(kind), name, 0)
+    def _like(self, name: str, size: Size | None) -> Tensor:
+        """An image of zeros."""
+        row = self._row(self._first("image"), name, 0)
         scale = size and [side // self.settings["vae_scale"] for side in size]
         return torch.zeros(row.shape[:-2] + torch.Size(scale) if scale else row.shape, dtype=row.dtype)
 
@@ -148,10 +154,7 @@ class Contents:
         """The caption at a row."""
         number, at = self.captions.find(row)
         shard = self.shard(number)
-        begin = int(shard["caption_end"][at - 1]) if at else 0
-        return bytes(shard["caption_text"][begin : int(shard["caption_end"][at])].numpy()).decode(
-            "utf-8", "surrogatepass"
-        )
+        return bytes(shard["caption_text"][_between(shard["caption_end"], at)].numpy()).decode("utf-8", "surrogatepass")
 
     def micro(self, rows: Sequence[int], size: Size | None = None) -> Tensor:
         """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut image where the row is -1.
@@ -166,8 +169,9 @@ class Contents:
         )
 
 
-def _stack(values: list[Tensor], like: Tensor) -> Tensor:
-    return torch.stack([value if value.numel() else like for value in values])
+def _between(ends: Tensor, at: int) -> slice:
+    """Where row `at` lies, of rows that lie one after another and end at `ends` [N]."""
+    return slice(int(ends[at - 1]) if at else 0, int(ends[at]))
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,10 @@ def test_pairs_come_back_and_everything_is_encoded_once(tmp_path):
     assert verify(tmp_path) == []
 
 
-@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("parts", [(), ("pooled",), ("masked",), ("pooled", "masked")], ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_batches_are_those_of_the_images(tmp_path, dtype, pooled):
-    pairs, encode = Synthetic(21, broken=(4,)), Encoders(dtype, pooled=pooled)
+def test_batches_are_those_of_the_images(tmp_path, dtype, parts):
+    pairs, encode = Synthetic(21, broken=(4,)), Encoders(dtype, **dict.fromkeys(parts, True))
     fill.fill(task(tmp_path, pairs, encode, bad_image_limit=0.2))
     cfg = replace(CFG, caption_dropout=0.3, label_smoothing=0.1)
     source = open_store(tmp_path, cfg)
@@ -76,7 +76,22 @@ def test_batches_are_those_of_the_images(tmp_path, dtype, pooled):
         assert torch.equal(ours.latent_mean[seen], mean[seen]) and torch.equal(ours.latent_std[seen], std[seen])
         assert not ours.latent_mean[~seen].any()
         for got, wanted in zip(ours.text, encode.captions(other.captions), strict=True):
-            assert got.dtype == dtype and torch.equal(got, wanted)
+            assert same(got, wanted)
+
+
+def same(ours, other):
+    """Whether two parts of an encoding are equal, dtype included; also where both are absent."""
+    return other is None if ours is None else torch.equal(ours, other) and ours.dtype == other.dtype
+
+
+def test_captions_with_a_mask_are_stored_without_their_padding(tmp_path):
+    encode = Encoders(masked=True)
+    fill.fill(task(tmp_path, Synthetic(8), encode))
+    shard = open_shard(tmp_path / "000000.safetensors")
+    captions = ["", *(Synthetic(5)[i].caption for i in range(5))]
+    hidden, _, mask = encode.captions(captions)
+    assert mask.sum() < mask.numel() and torch.equal(shard["caption_hidden"], hidden[mask])
+    assert shard["caption_span"].tolist() == mask.sum(1).cumsum(0).tolist()
 
 
 def test_mirrored_images(tmp_path):
@@ -167,24 +182,27 @@ def test_a_set_that_grew_is_appended_without_repeating_its_pairs(tmp_path):
     )
 
 
-def test_parts_are_merged_without_rewriting(tmp_path):
-    pairs, folder = Synthetic(31), tmp_path / "all"
+@pytest.mark.parametrize("masked", [False, True])
+def test_parts_are_merged_without_rewriting(tmp_path, masked):
+    pairs, folder, encode = Synthetic(31), tmp_path / "all", Encoders(masked=masked)
     parts = [folder / f"part-{i}" for i in range(3)]
     for i, part in enumerate(parts):
-        fill.fill(task(part, pairs, first=31 * i // 3, last=31 * (i + 1) // 3))
+        fill.fill(task(part, pairs, encode, first=31 * i // 3, last=31 * (i + 1) // 3))
     before = sums(folder)
     merge(folder, parts)
     assert {name: value for name, value in sums(folder).items() if name in before and name != "store.json"} == {
         name: value for name, value in before.items() if name != "store.json"
     }
-    fill.fill(task(tmp_path / "one", pairs))
+    fill.fill(task(tmp_path / "one", pairs, encode))
     whole, merged = open_store(tmp_path / "one", CFG), open_store(folder, CFG)
     assert merged.summary == whole.summary and verify(folder) == []
     for ours, other in zip(store_batches(merged, stop=62), store_batches(whole, stop=62), strict=True):
         for name in ("keys", "latent_mean", "latent_std", "micro", "prob"):
             assert torch.equal(getattr(ours, name), getattr(other, name))
-        assert torch.equal(ours.text[0], other.text[0]) and ours.captions == other.captions
-    fill.fill(task(parts[1], Synthetic(5, start=100)))  # the part grew: the merged index no longer tells the truth
+        assert all(map(same, ours.text, other.text)) and ours.captions == other.captions
+    fill.fill(
+        task(parts[1], Synthetic(5, start=100), encode)
+    )  # the part grew: the merged index no longer tells the truth
     with pytest.raises(DamagedStore, match="merge again"):
         read_contents(folder)
 
@@ -243,7 +261,7 @@ def test_too_many_unreadable_images_stop_it_and_values_that_overflow_are_refused
 
     class Large(Encoders):
         def captions(self, captions):
-            return (torch.full((len(captions), 3, 2), 1e6).to(self.dtype),)
+            return torch.full((len(captions), 3, 2), 1e6).to(self.dtype), None, None
 
     with pytest.raises(UserError, match="not finite in torch.float16: prepare with --dtype"):
         fill.fill(task(tmp_path / "b", Synthetic(3), Large()))
@@ -262,8 +280,9 @@ def read_all(folder):
     return list(store_batches(open_store(folder, CFG), stop=20))
 
 
-def test_a_flipped_byte_anywhere_is_found_by_verify_and_never_used(tmp_path):
-    fill.fill(task(tmp_path, Synthetic(20)))
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_flipped_byte_anywhere_is_found_by_verify_and_never_used(tmp_path, masked):
+    fill.fill(task(tmp_path, Synthetic(20), Encoders(masked=masked)))
     clean, path = read_all(tmp_path), tmp_path / "000001.safetensors"
     whole = path.read_bytes()
     for at in random.Random(0).sample(range(len(whole)), 60):
@@ -275,7 +294,7 @@ def test_a_flipped_byte_anywhere_is_found_by_verify_and_never_used(tmp_path):
             assert "000001.safetensors" in str(error)
         else:  # a byte that nothing reads: the values are the right ones
             for ours, other in zip(found, clean, strict=True):
-                assert torch.equal(ours.latent_mean, other.latent_mean) and torch.equal(ours.text[0], other.text[0])
+                assert torch.equal(ours.latent_mean, other.latent_mean) and all(map(same, ours.text, other.text))
                 assert torch.equal(ours.latent_std, other.latent_std) and torch.equal(ours.keys, other.keys)
                 assert torch.equal(ours.micro, other.micro) and ours.captions == other.captions
         path.write_bytes(whole)
@@ -490,16 +509,16 @@ def test_a_store_that_changes_while_it_is_read(change, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LOOK", 0.0)
     fill.fill(task(tmp_path, Synthetic(6)))
     contents = open_store(tmp_path, CFG).contents
-    before = contents.rows("image", ["image_mean"], [0])[0].clone()
+    before = contents.latents(["image_mean"], [0])[0].clone()
     path = contents.shards[0]
     if change == "replaced":  # what was mapped stays
         shutil.copyfile(path, tmp_path / "new")
         (tmp_path / "new").replace(path)
-        assert torch.equal(contents.rows("image", ["image_mean"], [0])[0], before)
+        assert torch.equal(contents.latents(["image_mean"], [0])[0], before)
         return
     if change == "cut":
         os.truncate(path, 8)
     else:
         path.write_bytes(b"\xff" * (path.stat().st_size + 1))
     with pytest.raises(UserError, match=rf"{path.name} was changed while it was in use: .*--resume latest"):
-        contents.rows("image", ["image_mean"], [0])
+        contents.latents(["image_mean"], [0])
