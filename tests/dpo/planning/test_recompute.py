@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from dpo import train
+from dpo.pages.folder import read_run
 from dpo.planning import recompute, work
 from dpo.planning.cuda import GIB
 from dpo.planning.recompute import Choice, Memory
 from dpo.planning.sketch import CONFIGS, sketch
 from dpo.settings.config import Config, change, flatten
+from dpo.settings.flags import parse
 from dpo.settings.resolve import dealt
 from dpo.training import checkpoint
 from dpo.training.parallel import Processes
 from tests.dpo.planning.test_work import TAKEN
-from tests.help.processes import together
+from tests.help.commands import SMALL, command
+from tests.help.processes import codes, commands, together
 
 CONFIG = change(Config(), batch_size=4, device="cuda", precision="bf16", optimizer="adamw8bit", reference="copy")
 MIDDLE = {"sd15": "down_blocks.0,up_blocks.3", "sd21": "down_blocks.0,up_blocks.3", "sdxl": "down_blocks.1,up_blocks.1"}
@@ -138,6 +141,47 @@ def test_a_resumed_run_keeps_what_it_had(small, tmp_path, monkeypatch, which):
     config = change(small, device="cpu", checkpointing="auto", output=str(output), resume=named)
     config, line = recompute.decided(config, train.train_step, Processes())
     assert config.runtime.checkpointing == MIDDLE["sd15"] and f"{MIDDLE['sd15']}, as the run had it" in line
+
+
+FLAGS = {
+    "lora": ["--lora"],
+    "buckets": ["--buckets"],
+    "release": ["--gradient-release"],
+    "sharding": ["--sharding", "on", "--optimizer", "adamw"],
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "lora" else pytest.mark.slow) for way in FLAGS])
+def test_from_the_command_to_a_resume_with_the_same_flags(world, tmp_path, monkeypatch, capsys, pageless, way):
+    """What was decided trains, stands in the run's settings, and is not decided anew where memory has changed."""
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--output",
+        out,
+        *SMALL,
+        "--batch-size",
+        "2",
+        *FLAGS[way],
+    ]
+    words = [str(word) for word in (*words, "--checkpointing", "auto", "--no-samples", "--checkpoint-every", "1")]
+    config, _ = parse(words)
+    off, middle, _ = recompute.levels(sketch(config.model).denoiser.config)
+    count = 2 if way == "sharding" else 1
+    most = work.plan(change(config, checkpointing=off), work.Asked(), work.planner(train.train_step, count)).peak
+    for steps, room in (("1", most - 1), ("2", 2 * most)):
+        monkeypatch.setattr(recompute, "memory_of", lambda device, room=room: Memory(room, room))
+        if count == 1:
+            said = command(capsys, *words, "--steps", steps, "--resume", "latest")
+            assert said.code == 0 and [line for line in said.log if f"checkpointing: {middle}" in line], said
+        else:
+            assert codes(commands(2, [*words, "--steps", steps, "--resume", "latest"], tmp_path)) == [0, 0]
+        assert read_run(out).setting("checkpointing") == middle
+    log = "\n".join(said.log) if count == 1 else (tmp_path / "said-0").read_text()
+    assert f"checkpointing: {middle}, as the run had it" in log
 
 
 def test_with_nothing_to_go_on_from_it_is_decided(small, tmp_path):
