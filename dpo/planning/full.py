@@ -32,8 +32,11 @@ def instead(config: Config, train_step: TrainStep, processes: Processes) -> str:
         processes.await_end(PLANNED)
         return ""
     log.warning("out of GPU memory before the first update was made: planning what would fit (Ctrl-C: leave it)")
-    with work.quietly():
-        said = what_fits(config, work.planner(train_step, processes.count), memory, processes.count)
+    try:
+        with work.quietly():
+            said = what_fits(config, work.planner(train_step, processes.count), memory, processes.count)
+    except KeyboardInterrupt:
+        return ""
     return f"; {said}" if said else ""
 
 

@@ -12,6 +12,7 @@ from dpo.planning.recompute import Memory
 from dpo.settings.config import change
 from dpo.settings.flags import parse
 from dpo.training import build
+from dpo.training.parallel import Processes
 from tests.dpo.planning.test_recompute import CONFIG, dry
 from tests.help.commands import SMALL, check_refused, command
 from tests.help.processes import codes, commands, end
@@ -59,6 +60,15 @@ def test_it_is_planned_for_the_processes_there_are(small, monkeypatch):
     monkeypatch.setattr(full.fitting, "cheapest", lambda config, about, *rest: asked.append(about.processes))
     full.what_fits(small, dry, Memory(28 * GIB, 29 * GIB), 2)
     assert asked == [2]
+
+
+def test_ctrl_c_leaves_the_message_without_the_plan(small, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recompute, "memory_of", lambda device: Memory(GIB, GIB))
+    monkeypatch.setattr(full, "what_fits", interrupted)
+    assert full.instead(change(small, device="cpu"), train.train_step, Processes()) == ""
 
 
 @pytest.fixture
