@@ -15,7 +15,8 @@ from PIL import Image
 import dpo
 from dpo import evaluate, export, extract, label, pairs, plan, prepare, replay, sample, train, vote
 from dpo.common import command
-from dpo.planning.cuda import CARDS
+from dpo.planning import recompute, work
+from dpo.planning.cuda import CARDS, GIB, room
 from dpo.settings import flags
 from tests.help.worlds import make_folders
 
@@ -140,6 +141,28 @@ def test_every_flag_of_a_command_on_a_page_is_there():
 
 
 ROWS = re.compile(r"^\|[^|]*\|[^|]*\| `(--preset [^`]*)`[^|]*\| ([\d.]+) \| (\d+) GB \|$", re.MULTILINE)
+
+
+AUTO = re.compile(
+    r"^\| ((?:`[\w-]+`, )+)[^|]*\| `on` \| `([\w.,]+)`, ([\d.]+) GiB \| `off`, ([\d.]+) GiB \|$", re.MULTILINE
+)
+
+
+@pytest.mark.slow
+def test_what_auto_chooses_on_the_hardware_page_is_what_a_run_chooses():
+    rows = AUTO.findall((ROOT / "docs" / "hardware.md").read_text(encoding="utf-8"))
+    named = {name: rest for names, *rest in rows for name in re.findall(r"[\w-]+", names)}
+    auto = [
+        name for name in flags.presets() if flags.load_preset(name).get("runtime", {}).get("checkpointing") == "auto"
+    ]
+    assert sorted(named) == auto and len(auto) >= 4
+    for name, (middle, less, most) in named.items():
+        config, _ = work.prepared(flags.parse(["--preset", name], with_pairs=False)[0])
+        plans = work.planner(train.train_step)
+        choices = {card: recompute.chosen(config, plans, room(card))[0] for card in (24, 40, 48, 80, 141)}
+        assert {choices[card].setting for card in (24, 40, 48)} == {"on"}
+        said = [(choices[card].setting, f"{choices[card].peak / GIB:.1f}") for card in (80, 141)]
+        assert said == [(middle, less), ("off", most)], name
 
 
 @pytest.mark.slow

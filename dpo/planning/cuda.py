@@ -44,13 +44,14 @@ def _wide(x: Any) -> Any:
 
 GIB = 2**30
 CONTEXT = "CUDA context and kernels (estimate)"
+OWN = GIB // 2  # bytes of them
 WORKSPACES = "cuBLAS and cuDNN workspaces (estimate)"
 GAPS = "gaps of the allocator (estimate)"
 
 
 def unseen(peak: int) -> dict[str, int]:
     """Bytes beside those of tensors whose peak is `peak`, by what takes them. Estimates: none of them is measured here."""
-    return {CONTEXT: GIB // 2, WORKSPACES: GIB // 4, GAPS: round(0.03 * peak)}
+    return {CONTEXT: OWN, WORKSPACES: GIB // 4, GAPS: round(0.03 * peak)}
 
 
 # GiB that CUDA has of a card sold with so many GB: of the smallest common one, rounded down (ECC and drivers keep some).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from dpo.settings.config import Config, change
 from dpo.settings.resolve import DeviceFacts, dealt, total_steps
 from dpo.training import cost
 from dpo.training.embedded import embedded
+
+log = logging.getLogger("dpo")
 
 Dry = Callable[[Config], tuple[Config, Taken]]
 PARTS = ("weights", "gradients", "optimizer", "averaged weights", "reference", "activations", "VAE and text encoders")
@@ -117,6 +121,17 @@ def planner(train_step: TrainStep, processes: int = 1) -> Dry:
     return run
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside the block the trainer's own lines are not logged, warnings alone: they are on a run that trains."""
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Plan:
     """The plan of a run; pairs: of the data set, where it is known. Raises UserError."""
     decided, taken = dry(config)
@@ -204,6 +219,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "parameters": plan.taken.total,
         "trained": plan.taken.trained,
+        "checkpointing": plan.config.runtime.checkpointing,
         "memory": plan.memory,
         "peak": plan.peak,
         "flops_per_pair": plan.flops,

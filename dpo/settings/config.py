@@ -13,8 +13,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-import tomli_w
-
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
 from dpo.methods import METHODS, SHAPES, constants, readers
@@ -646,6 +644,8 @@ def unknown_setting(name: str) -> str:
 
 
 def _group_toml(group: str, config: Config, comments: bool) -> str:
+    import tomli_w
+
     lines = [f"[{group}]" + (f"  # {groups()[group].__doc__}" if comments else "")]
     for name, value in _of_group(group, flatten(config)).items():
         comment = f"  # {describe(specs()[name])}" if comments else ""

@@ -201,7 +201,6 @@ def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
             "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
         ),
         (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
-        (v.keep_best, "cannot put the best weights back into shards: leave --keep-best out"),
     ]
 
 

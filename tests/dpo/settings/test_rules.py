@@ -53,7 +53,6 @@ from tests.dpo.settings.test_resolve import decide
         ({"sharding": "on", "compile": True}, "--compile"),
         ({"sharding": "on", "gradient_release": True}, "gradient_release"),
         ({"sharding": "on", "activation_offload": True}, "--activation-offload"),
-        ({"sharding": "on", "keep_best": True}, "--keep-best"),
         ({"keep_best": True, "validate_every": 0}, "makes none"),
         ({"keep_best": True, "validation_fraction": 0.0}, "holds no pairs out"),
         ({"run_name": "a/b"}, "it names a folder"),
