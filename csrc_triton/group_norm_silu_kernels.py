@@ -4,17 +4,20 @@ from csrc_triton.language import libdevice, tl, triton
 
 
 @triton.jit
-def _place(BLOCK_C: tl.constexpr):
+def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's sample (int64), number of its run of pixels, and channels [1, BLOCK_C]; the grid is (channels / BLOCK_C, R, N)."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    tile = tl.program_id(0)
+    tl.assume(tile < (C + BLOCK_C - 1) // BLOCK_C)
+    tl.assume(tile >= 0)
+    channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return tl.program_id(2).to(tl.int64), tl.program_id(1), channel
 
 
 @triton.jit
 def _tile(P, C: tl.constexpr, sample, first, channel, BLOCK_P: tl.constexpr):
     """Offsets and mask [BLOCK_P, BLOCK_C] of BLOCK_P pixels from `first` on."""
-    pixel = first + tl.arange(0, BLOCK_P)[:, None]
-    return sample * P * C + pixel.to(tl.int64) * C + channel, (pixel < P) & (channel < C)
+    row = tl.arange(0, BLOCK_P)[:, None]
+    return (sample * P + first) * C + (row * C + channel), (row < P - first) & (channel < C)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def channel_statistics_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, run, channel = _place(BLOCK_C)
+    sample, run, channel = _place(C, BLOCK_C)
     offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(P - run * BLOCK_P, BLOCK_P).to(tl.float32)
@@ -153,7 +156,7 @@ def group_norm_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, run, channel = _place(BLOCK_C)
+    sample, run, channel = _place(C, BLOCK_C)
     offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
     centre, rstd, weight, bias = _channels(
         temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
@@ -187,7 +190,7 @@ def channel_gradients_kernel(
     """First stage of every sum that the backward needs (see `group_gradients_kernel`). A run is STEPS tiles, added in
     registers: what a program does once (indices, parameters, sums across threads) is spread over them.
     """
-    sample, run, channel = _place(BLOCK_C)
+    sample, run, channel = _place(C, BLOCK_C)
     centre, rstd, weight, bias = _channels(
         temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
     )
@@ -284,7 +287,7 @@ def group_norm_backward_kernel(
     """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full
     size.
     """
-    sample, run, channel = _place(BLOCK_C)
+    sample, run, channel = _place(C, BLOCK_C)
     offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
     centre, rstd, weight, bias = _channels(
         temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
