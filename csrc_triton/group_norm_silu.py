@@ -57,14 +57,14 @@ def _combine_blocks(C: int, G: int) -> dict[str, int]:
     return {"BLOCK_R": max(1, TILE_COMBINE // block_d), "BLOCK_D": block_d}
 
 
-def _steps(P: int, blocks: dict[str, int]) -> int:
-    """Tiles per program of the channels' gradients: small images keep enough programs for the device."""
-    return max(1, min(MAX_STEPS, P // (MIN_RUNS * blocks["BLOCK_P"])))
+def _run_pixels(P: int, block_p: int) -> int:
+    """Pixels that one program sums for the channels' gradients; fewer of a small image, so that enough programs remain."""
+    return block_p * max(1, min(MAX_STEPS, P // (MIN_RUNS * block_p)))
 
 
-def _grid(N: int, P: int, C: int, blocks: dict[str, int], steps: int = 1) -> tuple[int, int, int]:
+def _grid(N: int, P: int, C: int, run_pixels: int, block_c: int) -> tuple[int, int, int]:
     """(tiles of channels, runs of pixels, samples)"""
-    return triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(P, steps * blocks["BLOCK_P"]), N
+    return triton.cdiv(C, block_c), triton.cdiv(P, run_pixels), N
 
 
 @on_its_device
@@ -78,7 +78,7 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
     shape = {"C": C, "G": groups, "HAS_TEMB": temb is not None}
 
     blocks = _blocks(P, C, TILE_STATISTICS)
-    grid = _grid(N, P, C, blocks)
+    grid = _grid(N, P, C, *blocks.values())
     runs = grid[1]
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
     channel_statistics_kernel[grid](x, partial, P, C=C, **blocks, num_warps=WARPS, **PINNED)
@@ -87,7 +87,7 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
         **shape, RUN_P=blocks["BLOCK_P"], **_combine_blocks(C, groups), num_warps=4, **PINNED,
     )  # fmt: skip
     blocks = _blocks(P, C, TILE)
-    group_norm_forward_kernel[_grid(N, P, C, blocks)](
+    group_norm_forward_kernel[_grid(N, P, C, *blocks.values())](
         x, embedding, weight, bias, mean, rstd, y, P, **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED
     )
     return y, mean, rstd, centre
@@ -103,13 +103,13 @@ def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight
     shape = {"C": C, "G": groups, "HAS_TEMB": temb is not None}
 
     blocks = _blocks(P, C, TILE_GRADIENTS)
-    steps = _steps(P, blocks)
-    grid = _grid(N, P, C, blocks, steps)
+    run_pixels = _run_pixels(P, blocks["BLOCK_P"])
+    grid = _grid(N, P, C, run_pixels, blocks["BLOCK_C"])
     runs = grid[1]
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
     channel_gradients_kernel[grid](
-        dy, x, embedding, weight, bias, mean, rstd, partial, P,
-        **shape, SILU=silu, STEPS=steps, **blocks, num_warps=WARPS // 2, **PINNED,
+        dy, x, embedding, weight, bias, mean, rstd, partial, P, run_pixels,
+        **shape, SILU=silu, **blocks, num_warps=WARPS // 2, **PINNED,
     )  # fmt: skip
     sums, means = partial.new_empty((N, 2, C)), partial.new_empty((N, groups, 2))
     group_gradients_kernel[(N * groups,)](
@@ -117,7 +117,7 @@ def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight
         **shape, **_combine_blocks(C, groups), num_warps=4, **PINNED,
     )  # fmt: skip
     blocks = _blocks(P, C, TILE)
-    group_norm_backward_kernel[_grid(N, P, C, blocks)](
+    group_norm_backward_kernel[_grid(N, P, C, *blocks.values())](
         dy, x, embedding, weight, bias, mean, rstd, means, dx, P,
         **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
     )  # fmt: skip
@@ -272,14 +272,15 @@ def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu
     tile, runs, combine = _blocks(P, C, TILE), _blocks(P, C, TILE_STATISTICS), _combine_blocks(C, G)
     sums = _blocks(P, C, TILE_GRADIENTS)
     kinds = dict.fromkeys(FULL_SIZE, f"*{dtype}")
-    kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "P": "i32", "R": "i32", "eps": "fp32"}
+    kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "eps": "fp32"}
+    kinds |= dict.fromkeys(("P", "R", "run_pixels"), "i32")
     values = {"C": C, "G": G, "HAS_TEMB": temb, "SILU": silu, "RUN_P": runs["BLOCK_P"]} | tile | combine
     specimens = []
     for kernel, blocks, warps, loads, stores in (
         (channel_statistics_kernel, runs, WARPS, True, False),
         (group_statistics_kernel, {}, 4, False, False),
         (group_norm_forward_kernel, tile, WARPS, True, True),
-        (channel_gradients_kernel, sums | {"STEPS": _steps(P, sums)}, WARPS // 2, True, False),
+        (channel_gradients_kernel, sums, WARPS // 2, True, False),
         (group_gradients_kernel, {}, 4, False, False),
         (group_norm_backward_kernel, tile, WARPS, True, True),
     ):

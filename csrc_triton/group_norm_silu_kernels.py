@@ -179,16 +179,16 @@ def channel_gradients_kernel(
     rstd_ptr,  # [N, G] fp32
     partial_ptr,  # [N, R, 2, C] fp32: sums over each run of dz n and of dz
     P,
+    run_pixels,  # a multiple of BLOCK_P
     C: tl.constexpr,
     G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
     SILU: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """First stage of every sum that the backward needs (see `group_gradients_kernel`). A run is STEPS tiles, added in
-    registers: what a program does once (indices, parameters, sums across threads) is spread over them.
+    """First stage of every sum that the backward needs (see `group_gradients_kernel`). A run is several tiles, added
+    in registers: what a program does once (indices, parameters, sums across threads) is spread over them.
     """
     sample, run, channel = _place(C, BLOCK_C)
     centre, rstd, weight, bias = _channels(
@@ -197,8 +197,8 @@ def channel_gradients_kernel(
     scale = rstd * weight
     dz_centred = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     dz_total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for step in range(STEPS):
-        offsets, mask = _tile(P, C, sample, (run * STEPS + step) * BLOCK_P, channel, BLOCK_P)
+    for first in range(run * run_pixels, tl.minimum((run + 1) * run_pixels, P), BLOCK_P):
+        offsets, mask = _tile(P, C, sample, first, channel, BLOCK_P)
         centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - centre
         dz = _dz(dy_ptr, offsets, mask, tl.fma(centred, scale, bias), SILU)
         dz_centred = tl.fma(dz, centred, dz_centred)
