@@ -177,7 +177,7 @@ def channel_gradients_kernel(
     bias_ptr,  # [C]
     mean_ptr,  # [N, G] fp32
     rstd_ptr,  # [N, G] fp32
-    partial_ptr,  # [N, R, 2, C] fp32: sums over each run of dz n and of dz
+    partial_ptr,  # [N, R, 2, C] fp32: sums over each run of dz (u - mean) and of dz
     P,
     run_pixels,  # a multiple of BLOCK_P
     C: tl.constexpr,
@@ -204,7 +204,7 @@ def channel_gradients_kernel(
         dz_centred = tl.fma(dz, centred, dz_centred)
         dz_total += dz
     partial = _partial(partial_ptr, sample, run, channel, C)
-    tl.store(partial, rstd * tl.sum(dz_centred, axis=0, keep_dims=True), mask=channel < C)
+    tl.store(partial, tl.sum(dz_centred, axis=0, keep_dims=True), mask=channel < C)
     tl.store(partial + C, tl.sum(dz_total, axis=0, keep_dims=True), mask=channel < C)
 
 
@@ -249,7 +249,8 @@ def group_gradients_kernel(
         partial = partial_ptr + (sample * R + run) * (2 * C) + channel[None, :]
         total_a += tl.load(partial, mask=mask, other=0.0)
         total_b += tl.load(partial + C, mask=mask, other=0.0)
-    sum_a = tl.sum(total_a, axis=0)
+    rstd = tl.load(rstd_ptr + sample * G + group)
+    sum_a = rstd * tl.sum(total_a, axis=0)
     sum_b = tl.sum(total_b, axis=0)
     weight = tl.load(weight_ptr + channel, mask=lane < D, other=0.0).to(tl.float32)
     a = tl.sum(weight * sum_a, axis=0) / (P * D)
@@ -259,7 +260,6 @@ def group_gradients_kernel(
     tl.store(means_ptr + (sample * G + group) * 2, a)
     tl.store(means_ptr + (sample * G + group) * 2 + 1, b)
     if HAS_TEMB:
-        rstd = tl.load(rstd_ptr + sample * G + group)
         centre = tl.load(centre_ptr + sample * C + channel, mask=lane < D, other=0.0)
         dtemb = rstd * (weight * sum_b - P * (b + a * (centre * rstd)))
         tl.store(dtemb_ptr + sample * C + channel, dtemb, mask=lane < D)
