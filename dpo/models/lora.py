@@ -50,7 +50,9 @@ def add(
         try:
             denoiser.add_adapter(config)
         except ValueError as error:
-            raise UserError(f"--target-modules {','.join(target_modules)} matches no layer of the {'UNet' if is_unet(denoiser) else 'transformer'}") from error
+            raise UserError(
+                f"--target-modules {','.join(target_modules)} matches no layer of the {'UNet' if is_unet(denoiser) else 'transformer'}"
+            ) from error
     layers = adapter_layers(denoiser)
     for line in left_out(denoiser, target_modules):
         log.warning("%s", line)

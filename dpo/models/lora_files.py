@@ -107,7 +107,9 @@ def read(path: Path, denoiser: Denoiser, family: Family) -> Adapter:
     read_names = {f"{layer}.{part}" for layer in layers for part in (*FACTORS, *ALPHAS)}
     if not layers or (strange := next((name for name in named if name not in read_names), None)):
         first = next(iter(tensors), "no name at all") if not layers else strange
-        raise UserError(f"{FLAG} {path} is no LoRA of the {DENOISERS[family.denoiser].name} ({first}): name one that diffusers loads")
+        raise UserError(
+            f"{FLAG} {path} is no LoRA of the {DENOISERS[family.denoiser].name} ({first}): name one that diffusers loads"
+        )
     try:
         alphas = {layer: _alpha(layer, named, settings) for layer in layers}
     except (KeyError, TypeError, ValueError) as error:
