@@ -293,13 +293,15 @@ def shift_by_tokens(config: Mapping, tokens: int) -> float:
     return float(config["base_shift"] + slope * (tokens - low))
 
 
-def flow_from_scheduler(config: Mapping, *, mu: float | None = None, steps: Sequence[float] | None = None) -> FlowSchedule:
+def flow_from_scheduler(
+    config: Mapping, *, mu: float | None = None, steps: Sequence[float] | None = None
+) -> FlowSchedule:
     """The training grid of a scheduler's config, as `complete_flow` made it.
 
     The levels k / T, k = 1..T, shifted: by m = shift as s' = m s / (1 + (m - 1) s), or dynamically by `mu`, which is
-    m = e^mu ("exponential") or m = mu ("linear") in the same formula (Esser et al. 2024, eq. 23). steps: the levels that a
-    distilled model is sampled at, whose nearest members of the grid are the chain. What a scheduler does to its sampling steps alone, as shift_terminal, is
-    no part of the grid.
+    m = e^mu ("exponential") or m = mu ("linear") in the same formula (Esser et al. 2024, eq. 23). What a scheduler does
+    to its sampling steps alone, as shift_terminal, is no part of the grid. steps: the levels that a distilled model is
+    sampled at, whose nearest members of the grid are the chain.
     """
     length = config["num_train_timesteps"]
     s = torch.arange(1, length + 1, dtype=torch.float64) / length

@@ -86,9 +86,7 @@ class PairStep:
         t = self.path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
         path, weight = self.shaped.get((latents.shape[2], latents.shape[3]), (self.path, self.weight))
-        x_t = noise_pairs(
-            latents, t, path.signal, path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype
-        )
+        x_t = noise_pairs(latents, t, path.signal, path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype)
         if self.masks is not None:
             self.masks.set(x.keys, x.draws, self.seed)
         told = path.told(t)

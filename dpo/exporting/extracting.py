@@ -1,4 +1,4 @@
-"""A LoRA from two models: the best approximation, layer by layer, of what an aligned UNet changed in its base."""
+"""A LoRA from two models: the best approximation, layer by layer, of what an aligned denoiser changed in its base."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dpo.models.ready import pick_device
 
 log = logging.getLogger("dpo")
 
-HELD = re.compile(
-    r"(down_blocks|mid_block|up_blocks)\..+\.weight"
-)  # with two dimensions or more: what every reader knows
+HELD = re.compile(  # with two dimensions or more: what every reader knows
+    r"(down_blocks|mid_block|up_blocks|(\w+_)?transformer_blocks)\..+\.weight"
+)
 LINES = 5  # of progress, where there is no terminal
 SHARES = (0.9, 0.95, 0.99)
 
@@ -67,27 +67,29 @@ class Extraction(NamedTuple):
     path: Path
     rows: list[Row]
     left: dict[str, float]  # what a LoRA cannot hold -> squared change
-    total: float  # squared change of the whole UNet
+    total: float  # squared change of the whole denoiser
 
     @property
     def kept(self) -> float:
-        """The share of the UNet's squared change that the LoRA holds."""
+        """The share of the denoiser's squared change that the LoRA holds."""
         return sum(row.kept * row.squared for row in self.rows) / self.total
 
 
 def extract(asked: Asked) -> Extraction:
-    """Writes the LoRA that is asked for. Raises UserError for two models that differ in more than the UNet's weights."""
+    """Writes the LoRA that is asked for. Raises UserError for two models that differ in more than the denoiser's weights."""
     device = pick_device(asked.device)
     aligned, base = opened(asked.aligned, asked.cache_dir), opened(asked.base, asked.cache_dir)
+    if base.flow is not None and asked.kohya:
+        raise UserError(f"--lora-format kohya: sd-scripts has no such names for family {base.family}; use diffusers")
     exact = check_alike(aligned, base)  # the base is what was trained from, to the bit: its own rounding is no change
     rows: list[Row] = []
     adapter: Adapter = {}
     left: defaultdict[str, float] = defaultdict(float)
     total = 0.0
-    with Progress(len(base.unet), lambda _: [], log_every=len(base.unet) // LINES + 1, unit="weight") as bar:
-        for count, name in enumerate(base.unet, 1):
-            before = base.unet[name].make().to(device, torch.float64)
-            change = aligned.unet[name].make().to(device, torch.float64) - before
+    with Progress(len(base.denoiser), lambda _: [], log_every=len(base.denoiser) // LINES + 1, unit="weight") as bar:
+        for count, name in enumerate(base.denoiser, 1):
+            before = base.denoiser[name].make().to(device, torch.float64)
+            change = aligned.denoiser[name].make().to(device, torch.float64) - before
             squared = float(change.square().sum())
             if not squared < float("inf"):
                 raise UserError(f"{name} has NaN or infinity in one of the models: it is damaged")
@@ -95,8 +97,8 @@ def extract(asked: Asked) -> Extraction:
             if squared and change.dim() > 1 and HELD.fullmatch(name):
                 layer = name.removesuffix(".weight")
                 found = decompose(change)
-                stored = aligned.unet[name].dtype
-                row = _row(asked, layer, before, found, stored if exact else coarser(stored, base.unet[name].dtype))
+                stored = aligned.denoiser[name].dtype
+                row = _row(asked, layer, before, found, stored if exact else coarser(stored, base.denoiser[name].dtype))
                 rows.append(row)
                 adapter[layer] = _factors(found, row)
             elif squared:
@@ -139,10 +141,10 @@ def _kind(name: str, dimensions: int) -> str:
 
 
 def _write(asked: Asked, adapter: Adapter, aligned: Side, base: Side) -> None:
-    names = base.unet
+    names = base.denoiser
     name_of = partial(unet_layer, layers=resnets_of(names), attended=attended(names))
     kohya_name = (name_of if base.family == "sdxl" else str) if asked.kohya else None
-    tensors, told = adapters.named(adapter, "unet", kohya_name)
+    tensors, told = adapters.named(adapter, "unet" if base.flow is None else base.flow.denoiser, kohya_name)
     known = base.known()._replace(scheduler=aligned.scheduler, side=aligned.side)
     header = spec.metadata(known, asked.output.stem, _folder(asked.aligned), lora=True, original=asked.kohya) | told
     pieces.write(asked.output, pieces.of_tensors(tensors), header, fp16=asked.fp16)

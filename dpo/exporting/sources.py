@@ -14,6 +14,7 @@ from dpo.exporting import whole
 from dpo.exporting.pieces import Piece, Pieces, of_file
 from dpo.exporting.spec import Known
 from dpo.models import original
+from dpo.models.family import Family
 from dpo.models.hub import LORA_FILES, locate
 from dpo.models.weights import UNET, VAE
 from dpo.sampling.model import check_result, settings_of
@@ -35,21 +36,28 @@ class Side(NamedTuple):
     """One of the two models."""
 
     said: str  # as the user named it
-    unet: Pieces  # by diffusers' names
-    others: Pieces  # VAE and text encoders, by the original names
+    denoiser: Pieces  # by diffusers' names
+    others: Pieces  # VAE and text encoders, by the original names; of a flow by those of the part and of diffusers
     scheduler: Mapping[str, Any]  # {} where a single file does not say
     side: int  # pixels that it was trained at; 0 where it is not known
+    flow: Family | None = None  # its family, where that is one of flow matching
 
     @property
     def family(self) -> str:
-        """Its name: "sdxl" has sizes beside the text."""
-        return "sdxl" if "add_embedding.linear_1.weight" in self.unet else "sd"
+        """The name of its family; SDXL has sizes beside the text."""
+        if self.flow is not None:
+            return self.flow.name
+        return "sdxl" if "add_embedding.linear_1.weight" in self.denoiser else "sd"
 
     def known(self) -> Known:
         """What a file's header says of it."""
-        levels = range(sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.unet))
-        widths = [self.unet[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
-        text = next((one.shape[1] for name, one in self.unet.items() if name.endswith("attn2.to_k.weight")), 0)
+        if self.flow is not None:
+            return Known({}, self.scheduler, False, self.side)
+        levels = range(
+            sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.denoiser)
+        )
+        widths = [self.denoiser[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
+        text = next((one.shape[1] for name, one in self.denoiser.items() if name.endswith("attn2.to_k.weight")), 0)
         return Known({"block_out_channels": widths, "cross_attention_dim": text}, self.scheduler, False, self.side)
 
 
@@ -69,7 +77,12 @@ def opened(name: str, cache_dir: str | None) -> Side:
     if place.is_file():
         return _of_file(place, name)
     model = whole.of_folder(place, name)
-    return Side(name, model.parts["unet"], whole.around(model), model.known.scheduler, model.known.side)
+    family, known = model.family, model.known
+    if family.flow is None:
+        return Side(name, model.parts["unet"], whole.around(model), known.scheduler, known.side)
+    parts = [part for part in model.parts if part != family.denoiser]
+    others = {f"{part}.{key}": piece for part in parts for key, piece in model.parts[part].items()}
+    return Side(name, model.parts[family.denoiser], others, known.scheduler, known.side, family)
 
 
 def _of_file(path: Path, name: str) -> Side:
@@ -108,12 +121,14 @@ def _in_diffusers(unet: Pieces, said: str) -> Pieces:
 def check_alike(aligned: Side, base: Side) -> bool:
     """Whether the VAEs and text encoders are equal bit for bit, and not only to the rounding of one of the files.
 
-    Raises UserError where they differ by more, or the UNets are of two architectures.
+    Raises UserError where they differ by more, or the denoisers are of two architectures.
     """
     wrong = [
-        name for name in base.unet if name not in aligned.unet or aligned.unet[name].shape != base.unet[name].shape
+        name
+        for name, piece in base.denoiser.items()
+        if name not in aligned.denoiser or aligned.denoiser[name].shape != piece.shape
     ]
-    wrong += [name for name in aligned.unet if name not in base.unet]
+    wrong += [name for name in aligned.denoiser if name not in base.denoiser]
     if wrong:
         raise UserError(
             f"{aligned.said} is of another architecture than --base {base.said} (first mismatch: {wrong[0]}): name the "
@@ -126,9 +141,9 @@ def check_alike(aligned: Side, base: Side) -> bool:
         one, other = aligned.others[name], base.others[name]
         equal = one.shape == other.shape and torch.equal(one.make().double(), other.make().double())
         if not (equal or (one.shape == other.shape and _rounded(one, other))):
-            part = "VAE" if name.startswith(VAE.prefixes[0]) else "text encoder"
+            part = "VAE" if name.startswith((VAE.prefixes[0], "vae.")) else "text encoder"
             raise UserError(
-                f"{aligned.said} has another {part} than --base {base.said} ({name}): a LoRA of the UNet cannot hold that; "
+                f"{aligned.said} has another {part} than --base {base.said} ({name}): a LoRA of the denoiser cannot hold that; "
                 "name the model that it was trained from, or hand on the whole model"
             )
         exact = exact and equal

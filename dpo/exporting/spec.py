@@ -33,6 +33,8 @@ class Known(NamedTuple):
 
 def architecture(known: Known) -> str | None:
     """The model's architecture in ModelSpec's list; None for a size that nobody published."""
+    if "cross_attention_dim" not in known.unet:
+        return None  # a transformer
     text = known.unet["cross_attention_dim"]
     width = text[0] if isinstance(text, (list, tuple)) else text
     found = SIZES.get((tuple(known.unet["block_out_channels"]), width))
@@ -58,7 +60,7 @@ def metadata(known: Known, title: str, run: Path | None, *, lora: bool, original
         "title": title,
     }
     told |= {"resolution": f"{known.side}x{known.side}"} if known.side else {}
-    told |= {"prediction_type": "v" if velocity(known) else "epsilon"} if known.scheduler else {}
+    told |= {"prediction_type": "v" if velocity(known) else "epsilon"} if "prediction_type" in known.scheduler else {}
     if kind is not None:
         told["architecture"] = f"{kind}/lora" if lora else kind
     if run is not None and holds_run(run):

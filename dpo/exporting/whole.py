@@ -15,7 +15,7 @@ from dpo.exporting.spec import Known, velocity
 from dpo.models import original
 from dpo.models.family import Family, Model
 from dpo.models.load import family_of, read_index, read_scheduler
-from dpo.models.parts import check_files, configs_of, is_turbo, weight_files
+from dpo.models.parts import absent_parts, check_files, configs_of, is_few_steps, weight_files
 from dpo.models.save import save_pipeline
 from dpo.models.weights import UNET, VAE, renamed
 
@@ -37,8 +37,7 @@ def of_folder(folder: Path, name: str) -> Whole:
     """The model in a diffusers folder, which is only read when it is written. name: as the user said it. UserError."""
     index = read_index(folder)
     family = family_of(index)
-    _has_layout(family, name)
-    configs = configs_of(family, folder, None, None)
+    configs = configs_of(family, folder, None, None, absent_parts(family, index))
     scheduler, _ = read_scheduler(folder, name, family)
     parts: dict[str, Pieces] = {}
     for part in configs:
@@ -47,9 +46,10 @@ def of_folder(folder: Path, name: str) -> Whole:
         if not files:
             raise UserError(f"{folder / part} has no weights in .safetensors files: fetch the model again")
         parts[part] = {_plain(part, key): piece for key, piece in of_files(files).items()}
-    unet, vae = configs[family.denoiser], configs["vae"]
-    side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    return Whole(family, configs, parts, Known(unet, scheduler, is_turbo(name, scheduler, "all"), side))
+    denoiser = configs[family.denoiser]
+    side = family.geometry(denoiser, configs["vae"]).native
+    turbo = is_few_steps(family, name, index, denoiser, scheduler, "all")
+    return Whole(family, configs, parts, Known(denoiser, scheduler, turbo, side))
 
 
 def _has_layout(family: Family, said: str) -> None:
@@ -67,9 +67,8 @@ def _plain(part: str, name: str) -> str:
 
 def of_model(model: Model) -> Whole:
     """A model that is in memory."""
-    _has_layout(model.family, model.source)
     modules: dict[str, Any] = {model.family.denoiser: model.denoiser, "vae": model.vae}
-    modules |= {name: one for (name, _), one in zip(model.family.text_encoders, model.text_encoders, strict=True)}
+    modules |= {name: one for name, one in model.named_encoders().items() if one is not None}
     configs = {
         name: one.config.to_dict() if hasattr(one.config, "to_dict") else one.config for name, one in modules.items()
     }
@@ -82,6 +81,7 @@ def in_one(whole: Whole, said: str) -> Pieces:
 
     Raises UserError, which begins with `said`, for an architecture that has no place there.
     """
+    _has_layout(whole.family, said)
     unet, vae = whole.parts["unet"], whole.parts["vae"]
     original.check_networks(_shapes(unet), _shapes(vae), whole.configs, said)
     found = _made(UNET.prefixes[0], original.unet(_shapes(unet)), unet)

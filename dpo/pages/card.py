@@ -119,7 +119,7 @@ def _started(run: RunFolder) -> str:
     """What the training began with, and what of it the saved result contains."""
     sentences = ""
     if unet := run.setting("unet_init"):
-        sentences += f" The training began with the UNet `{_code(public(unet))}`."
+        sentences += f" The training began with the weights `{_code(public(unet))}`."
     if adapter := run.setting("lora_init"):
         whole = ", which is part of this adapter: do not load it as well" if run.lora else ""
         sentences += f" The training began with the LoRA `{_code(public(adapter))}`{whole}."
@@ -137,11 +137,11 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe("a prompt").images[0]'
+            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe(prompt="a prompt").images[0]'
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into pipe.unet: the adapter was trained on them\n"
+        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into the pipeline: the adapter was trained on them\n"
         if unet
         else ""
     )
@@ -153,7 +153,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
         f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
-        'image = pipe("a prompt").images[0]'
+        'image = pipe(prompt="a prompt").images[0]'
     )
 
 

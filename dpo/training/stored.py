@@ -30,12 +30,16 @@ NAMES = {
 
 
 def adopt(config: Config, source: Source) -> Config:
-    """`config` with the resolution of the prepared store, where the pairs are in one."""
+    """`config` with the resolution and the length of captions of the prepared store, where the pairs are in one."""
     store = of_store(source)
     if store is None:
         return config
+    held = store.contents.settings
     return change(
-        config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"]
+        config,
+        data_format="store",
+        resolution=config.data.resolution or held["resolution"],
+        text_tokens=config.model.text_tokens or held.get("text_tokens"),
     )
 
 

@@ -69,7 +69,9 @@ def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_pa
 
 
 def test_an_encoder_comes_back_from_a_trip_that_fails():
-    encoder = Encoder(SimpleNamespace(vae=Vae(torch.float32), family=families()["sd"]), torch.device("cpu"), vae_batch=8, offload=True)
+    encoder = Encoder(
+        SimpleNamespace(vae=Vae(torch.float32), family=families()["sd"]), torch.device("cpu"), vae_batch=8, offload=True
+    )
     with pytest.raises(AttributeError):
         encoder.posterior(None)
     assert not encoder.placed

@@ -185,7 +185,7 @@ def test_noise_levels_of_a_flow_follow_the_shape(world, pairs, tmp_path):
     folder = Path(shutil.copytree(world("sd35"), tmp_path / "model"))
     shift = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 3.0}
     change(folder / "scheduler" / "scheduler_config.json", **shift, base_image_seq_len=4, max_image_seq_len=40)
-    flags = ["--batch-size", "2", "--buckets", "--resolution", "32", "--method", "dde-single"]
+    flags = ["--batch-size", "2", "--accumulation", "4", "--buckets", "--resolution", "32", "--method", "dde-single"]
     run = make_run(str(folder), pairs, tmp_path / "out", *flags)
     seen = {}
     for batch in run.batches():

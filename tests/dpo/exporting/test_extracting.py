@@ -196,5 +196,5 @@ def test_two_files_are_read_as_two_folders_are(world, merged, tmp_path):
     base = export(Exported(world("sdxl"), "single-file", tmp_path / "base.safetensors"))
     found = extract(Asked(str(aligned), str(base), tmp_path / "lora.safetensors", rank=3, device="cpu"))
     assert {row.layer for row in found.rows} == adapter.keys()
-    assert opened(str(base), None).unet.keys() == opened(world("sdxl"), None).unet.keys()
+    assert opened(str(base), None).denoiser.keys() == opened(world("sdxl"), None).denoiser.keys()
     assert Path(found.path).is_file()

@@ -186,8 +186,7 @@ def test_xformers_that_is_there_is_used_on_a_gpu(gpu, monkeypatch, caplog):
     asked = []
 
     class Unet(nn.Module):
-        config = {"down_block_types": ()}
-        attn_processors, set_attn_processor = {}, lambda self, processors: None
+        config, attn_processors, set_attn_processor = {"down_block_types": ()}, {}, lambda self, processors: None
 
         def enable_xformers_memory_efficient_attention(self):
             asked.append(True)

@@ -26,7 +26,9 @@ from tests.help.worlds import KINDS, make_pipeline
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Model]:
     root = tmp_path_factory.mktemp("models")
-    made = {kind: make_pipeline(root / kind, kind) for kind in KINDS} | {kind: make_flow(root / kind, kind) for kind in TRAINED}
+    made = {kind: make_pipeline(root / kind, kind) for kind in KINDS} | {
+        kind: make_flow(root / kind, kind) for kind in TRAINED
+    }
     return {kind: load(str(folder)) for kind, folder in made.items()}
 
 

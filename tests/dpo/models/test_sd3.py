@@ -47,7 +47,9 @@ def test_the_transformer_is_asked_as_by_its_pipeline(folders, kind, monkeypatch)
     model, pipe = load(str(folders[kind])), pipeline(folders[kind], kind)
     calls = []
     forward = pipe.transformer.forward
-    monkeypatch.setattr(pipe.transformer, "forward", lambda **named: calls.append((named, forward(**named))) or calls[-1][1])
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda **named: calls.append((named, forward(**named))) or calls[-1][1]
+    )
     pipe("a fox", num_inference_steps=2, guidance_scale=0.0, height=64, width=64, output_type="latent")
     text = model.family.encode(model, ["a fox"])
     for asked, (given,) in calls:
