@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples of it
 
@@ -36,6 +38,16 @@ def autocast_of_cuda() -> Iterator[None]:
     """Inside the block the CPU's autocast follows CUDA's list of what runs in fp32."""
     with _Autocast():
         yield
+
+
+def recompute_as_cuda(denoiser: nn.Module) -> None:
+    """Has blocks that the backward pass computes again follow that list there too, where torch leaves the block above."""
+    again = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _Autocast())
+    )
+    for module in denoiser.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = again
 
 
 def _wide(x: Any) -> Any:

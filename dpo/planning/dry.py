@@ -26,7 +26,7 @@ from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model, TextEncoding
 from dpo.models.ready import WEIGHTS, settle
 from dpo.models.ready import cast as cast_model
-from dpo.planning.cuda import BLOCK, autocast_of_cuda
+from dpo.planning.cuda import BLOCK, autocast_of_cuda, recompute_as_cuda
 from dpo.planning.optimizers import MOMENTS, PAGED, StatesOnly
 from dpo.planning.sketch import parameters
 from dpo.settings.config import Config, change
@@ -127,7 +127,7 @@ def dry_step(
         for module in (model.denoiser, twin, model.vae, *model.text_encoders):
             if module is not None:
                 _fill(module)
-        text = [x.shape[1:] for x in model.family.encode(model, [""]) if x is not None]
+        text = model.family.encode(model, [""]).to(META, STORED)
         step = replace(
             step,
             policy=memory.named("activations", policy),
@@ -182,6 +182,7 @@ def dry_step(
             _blank_gradients(updater, memory)
         if gpu:
             stack.enter_context(autocast_of_cuda())
+            recompute_as_cuda(model.denoiser)
         if offloaded:
             stack.enter_context(_offloading(model.denoiser, memory))
         train_step(run, iter([_batch(config, model, text if encoded else None)]))
@@ -208,9 +209,9 @@ def _cut(config: Config, model: Model, processes: int) -> tuple[dict[str, float]
 
 
 def _taken(
-    config: Config, model: Model, memory: Lifetimes, updater: optimizer.Updater, states: int, text: list[torch.Size]
+    config: Config, model: Model, memory: Lifetimes, updater: optimizer.Updater, states: int, text: TextEncoding
 ) -> Taken:
-    """What was counted; states: bytes of the optimizer's; text: shapes of a caption's encoding."""
+    """What was counted; states: bytes of the optimizer's; text: of one caption, as a store has it."""
     shape = model.geometry
     latents = (
         2
@@ -234,7 +235,7 @@ def _taken(
         state_bytes=states,
         averaged_bytes=sum(e.numel() * e.element_size() for e in updater.ema),
         model_bytes=4 * sum(t.numel() for tensors in result for t in tensors),
-        stored_bytes=STORED.itemsize * (latents + sum(shape.numel() for shape in text)),
+        stored_bytes=STORED.itemsize * (latents + sum(x.numel() for x in text[:2] if x is not None)),
     )
 
 
@@ -323,8 +324,8 @@ def _blank_gradients(updater: optimizer.Updater, memory: Lifetimes | None) -> No
             _held(memory, parameter)
 
 
-def _batch(config: Config, model: Model, text: list[torch.Size] | None) -> PairBatch:
-    """A micro-batch without content; text: the shapes of a caption's encoding, where a store has it."""
+def _batch(config: Config, model: Model, text: TextEncoding | None) -> PairBatch:
+    """A micro-batch without content; text: the encoding of one caption, where a store has it."""
     size, side = config.optim.batch_size, config.data.resolution
     assert side is not None, "decided before"
     batch = PairBatch(
@@ -345,5 +346,5 @@ def _batch(config: Config, model: Model, text: list[torch.Size] | None) -> PairB
         return batch
     latent = 2 * size, model.geometry.channels, *[side // model.geometry.vae_scale] * 2
     batch.latent_mean, batch.latent_std = torch.zeros(latent, dtype=STORED), torch.zeros(latent, dtype=STORED)
-    batch.text = tuple(torch.zeros(size, *shape, dtype=STORED) for shape in text)
+    batch.text = tuple(None if x is None else torch.zeros(size, *x.shape[1:], dtype=x.dtype) for x in text)
     return batch
