@@ -19,6 +19,7 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
+from dpo.data.pairs import things
 from dpo.data.sources import describe, open_source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
@@ -81,7 +82,7 @@ def encode_pairs(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
     source = open_source(config.data)
-    log.info("pairs: %s", describe(source))
+    log.info("%s: %s", things(source), describe(source))
     config, model, _, _ = load_model(config, device)
     settings = (
         identity(model)
@@ -92,6 +93,7 @@ def encode_pairs(
             "dtype": dtype,
             "precision": _encoded_in(config.runtime),
         }
+        | ({} if source.sides == 2 else {"sides": source.sides})
     )
     if config.data.buckets:
         assert config.data.resolution is not None, "decided when the model was loaded"
