@@ -104,14 +104,14 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     caption = pick(data.caption_column, CAPTION)
     chosen, rejected = pick(data.chosen_column, CHOSEN), pick(data.rejected_column, REJECTED)
     images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
-    image, liked = pick(data.image_column, IMAGE), pick(data.label_column, LIKED)
+    image, liked = pick(data.single_image_column, IMAGE), pick(data.liked_column, LIKED)
     by_name = data.chosen_column is not None or data.rejected_column is not None
-    if data.image_column is not None or data.label_column is not None:
+    if data.single_image_column is not None or data.liked_column is not None:
         if caption and image and liked and kind == "auto":
             return Columns(caption, image, None, liked)
         raise UserError(
             f"{where}: images without a partner need a caption, an image and a label in each row, found {listed(names) or 'none'}; "
-            "correct --caption-column, --image-column or --label-column"
+            "correct --caption-column, --single-image-column or --liked-column"
         )
     p = P if P in names else None
     if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:

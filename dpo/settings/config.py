@@ -115,10 +115,10 @@ class Data:
     rejected_column: str | None = option(
         None, "column of the other image (in tar shards: KEY.THIS.jpg); none: found by its usual names"
     )
-    image_column: str | None = option(
+    single_image_column: str | None = option(
         None, "column of the images of a set without pairs, one a row with a label; none: found by its usual names"
     )
-    label_column: str | None = option(
+    liked_column: str | None = option(
         None, "column that says whether such an image is liked; none: found by its usual names"
     )
     resolution: int | None = option(None, "side of the square images; none: the model's own", unit="pixels", low=8)

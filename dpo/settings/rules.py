@@ -58,8 +58,8 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             "kto_liked_weight and kto_disliked_weight are both 0, which leaves nothing to learn: raise one",
         ),
         (
-            (v.image_column or v.label_column) and (v.chosen_column or v.rejected_column),
-            "image_column and label_column are of images without a partner, chosen_column and rejected_column of pairs: give "
+            (v.single_image_column or v.liked_column) and (v.chosen_column or v.rejected_column),
+            "single_image_column and liked_column are of images without a partner, chosen_column and rejected_column of pairs: give "
             "those of one kind",
         ),
         (
