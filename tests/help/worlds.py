@@ -36,6 +36,7 @@ __all__ = [
     "encode",
     "make_chosen_rejected",
     "make_folders",
+    "make_labelled",
     "make_pairs",
     "make_pickapic",
     "make_pipeline",

@@ -56,7 +56,7 @@ class _Reader:
         prob = torch.from_numpy(inside.prob[pairs])
         for hard in (0.0, 1.0):
             prob = torch.where(prob == hard, torch.tensor(smoothed(hard, store.smoothing), dtype=torch.float32), prob)
-        images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]][: inside.sides])]
+        images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]][: store.sides])]
         images = [row if usable[i % len(pairs)] else -1 for i, row in enumerate(images)]
         captions = [int(row) for row in inside.caption[pairs]]
         dropped = torch.zeros(len(pairs), dtype=torch.bool)
@@ -89,6 +89,6 @@ class _Reader:
             mean, std = inside.rows("image", LATENTS[:2], images, size)
             return mean, std
         found = inside.rows("image", LATENTS, images, size)
-        mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(inside.sides)
+        mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(self.store.sides)
         mirrored = mirrored.view(-1, 1, 1, 1)
         return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

@@ -125,11 +125,6 @@ class Contents:
         return shard[name][int(end[at - 1]) if at else 0 : int(end[at])].view(-1, high, wide)
 
     @property
-    def sides(self) -> int:
-        """Images of a pair: 2, or 1 in a store of images without partners."""
-        return int((UNNAMED | dict(self.settings))["sides"])
-
-    @property
     def has_pooled(self) -> bool:
         """Whether captions have a pooled encoding too (SDXL)."""
         return TEXT[1] in self._names("caption")
@@ -199,7 +194,7 @@ class StoreSource:
 
     @property
     def sides(self) -> int:
-        return self.contents.sides
+        return int((UNNAMED | dict(self.contents.settings))["sides"])
 
     @property
     def groups(self) -> np.ndarray | None:
