@@ -124,7 +124,7 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     if caption and image and liked and kind == "auto" and not by_name:
         return Columns(caption, image, None, liked)
     layouts = {
-        "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected",
+        "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected, or caption, image, label of images without partners",
         "pickapic": "caption, jpg_0, jpg_1, label_0",
         "chosen-rejected": "prompt, chosen, rejected",
     }

@@ -9,6 +9,7 @@ from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.training import validation
 from dpo.training.state import snapshot
+from tests.help.processes import together
 from tests.help.running import advance, everything, make_run, weights
 from tests.help.worlds import make_labelled
 from tests.runs.test_parity import RATE, SEED, UPDATES, Plain
@@ -138,6 +139,62 @@ def test_a_store_gives_the_run_of_the_images_and_recorded_errors_that_of_live_on
             assert one["loss"] == pytest.approx(other["loss"], abs=1e3 * far)
             assert one["kto_center"] == pytest.approx(other["kto_center"], abs=1e4 * far)
     assert runs["store"].source.sides == 1 and len(runs["store"].source) == 24
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--flip", "--caption-dropout", "0.3"), pytest.param(("--buckets",), marks=pytest.mark.slow)],
+    ids=["flip", "buckets"],
+)
+def test_mirrored_dropped_and_of_several_shapes_they_are_the_same_from_a_store_and_from_memory(world, tmp_path, flags):
+    images = str(make_labelled(tmp_path / "images", 6, odd_sizes=True, captions=3))
+    store, own = str(tmp_path / "store"), [flag for flag in flags if flag in ("--flip", "--buckets")]
+    words = [
+        "--model",
+        world("sd15"),
+        "--data",
+        images,
+        "--dtype",
+        "fp32",
+        "--precision",
+        "fp64",
+        "--workers",
+        "0",
+        *own,
+    ]
+    assert prepare.main(["--store", store, *words]) == 0
+    wanted = {"images": (images, "off"), "kept": (images, "on"), "store": (store, "off")}
+    runs = {
+        name: make_run(world("sd15"), data, tmp_path / "runs" / name, *EXACT, "--steps", "12", "--keep-encoded", keep, *flags)
+        for name, (data, keep) in wanted.items()
+    }
+    losses = {name: [one["loss"] for one in advance(run, 12)] for name, run in runs.items()}
+    assert losses["kept"] == losses["images"] and runs["kept"].kept is not None and runs["kept"].kept.take() > 0
+    assert losses["store"] == pytest.approx(losses["images"], abs=1e-6) and len(set(losses["images"])) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(world, images, tmp_path):
+    flags = (*EXACT, "--batch-size", "1", "--effective-batch", str(IMAGES), *HELD_OUT)
+
+    def work(processes=None) -> dict:
+        run = make_run(world("sd15"), images, tmp_path / "run", *flags, processes=processes)
+        figures = advance(run, 3)
+        found = validation.accuracy(run.step, run.held_out)
+        return {"loss": [one["loss"] for one in figures], "center": [one["kto_center"] for one in figures],
+                "state": everything(run), "held out": found}  # fmt: skip
+
+    alone = work()
+    assert max(alone["center"]) > 0 and alone["held out"]["heldout_accuracy"] != 0.5
+    for found in together(2, work, tmp_path):
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-9)
+        assert found["center"] == pytest.approx(alone["center"], rel=1e-7, abs=1e-12)
+        assert found["held out"]["heldout_accuracy"] == alone["held out"]["heldout_accuracy"]
+        far = max(
+            float((found["state"][name].double() - value.double()).abs().max())
+            for name, value in alone["state"].items()
+        )
+        assert far < 1e-9
 
 
 def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(world, images, tmp_path):
