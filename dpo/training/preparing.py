@@ -23,7 +23,7 @@ from dpo.data.pairs import things
 from dpo.data.sources import describe, open_source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
-from dpo.data.store.store import merge, of_store, read_contents
+from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model
@@ -115,7 +115,7 @@ def encode_pairs(
         first=first,
         last=last,
         max_mib=config.data.max_image_mib,
-        progress=progress_line("prepared"),
+        progress=progress_line("prepared", things(source)),
     )
     make_folder(place, "--store")
     with locks.held(place, "--store"):
@@ -130,7 +130,9 @@ def _pairs_in(folder: Path) -> str:
     """How many pairs a store has, and how many of them cannot be used, in words."""
     contents = read_contents(folder)
     holes = sum(contents.summary.get(name, 0) for name in (UNREADABLE, SAME_BYTES))
-    return f"{len(contents.order) - holes:,} pairs" + (f"; left out: {holes:,}" if holes else "")
+    return f"{len(contents.order) - holes:,} {things(StoreSource(contents, contents.order, 0.0))}" + (
+        f"; left out: {holes:,}" if holes else ""
+    )
 
 
 def _encoded_in(runtime: Runtime) -> str:

@@ -165,7 +165,9 @@ def test_mirrored_dropped_and_of_several_shapes_they_are_the_same_from_a_store_a
     assert prepare.main(["--store", store, *words]) == 0
     wanted = {"images": (images, "off"), "kept": (images, "on"), "store": (store, "off")}
     runs = {
-        name: make_run(world("sd15"), data, tmp_path / "runs" / name, *EXACT, "--steps", "12", "--keep-encoded", keep, *flags)
+        name: make_run(
+            world("sd15"), data, tmp_path / "runs" / name, *EXACT, "--steps", "12", "--keep-encoded", keep, *flags
+        )
         for name, (data, keep) in wanted.items()
     }
     losses = {name: [one["loss"] for one in advance(run, 12)] for name, run in runs.items()}
