@@ -21,7 +21,8 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 SETTINGS = (
-    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center", "mapo_weight",
+    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center",
+    "kto_liked_weight", "kto_disliked_weight", "mapo_weight",
     "mapo_scale", "label_smoothing", "sft_weight", "norm_penalty", "gamma", "learning_rate", "scheduler", "warmup", "optimizer",
     "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution", "caption_dropout",
     "precision", "unet_init", "lora_init",
