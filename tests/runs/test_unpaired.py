@@ -99,8 +99,8 @@ def test_five_updates_equal_a_plain_loop(world, images, tmp_path, kind):
 
 
 def test_step_zero_is_exact_and_the_sides_are_those_of_the_labels(world, images, tmp_path):
-    for precision in ("fp32", "bf16"):
-        run = make_run(world("sd15"), images, tmp_path, *KTO, "--precision", precision, "--batch-size", "12")
+    for flags in (("--precision", "fp32"), ("--precision", "bf16", "--lora", "--lora-dropout", "0.1")):
+        run = make_run(world("sd15"), images, tmp_path, *KTO, *flags, "--batch-size", "12")
         (first, second) = advance(run, 2)
         assert first["loss"] == 0.5 and first["implicit_accuracy"] == 0.5 and first["margin_p90"] == 0.0
         assert first["win_error_vs_reference"] == first["lose_error_vs_reference"] == first["kto_center"] == 0.0
