@@ -15,9 +15,11 @@ from PIL import Image
 import dpo
 from dpo import evaluate, export, extract, label, pairs, plan, prepare, replay, sample, train, vote
 from dpo.common import command
+from dpo.data.sources import open_source
 from dpo.planning import recompute, work
 from dpo.planning.cuda import CARDS, GIB, room
 from dpo.settings import flags
+from dpo.settings.config import Config, change
 from tests.help.worlds import make_folders
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +84,7 @@ def test_a_run_takes_its_settings_from_a_recipe(tmp_path, monkeypatch, kind):
     assert (given[0].method.beta, given[0].output.output) == (77.0, str(tmp_path / "run"))
 
 
-def test_the_tables_of_the_data_page_are_pairs(tmp_path):
+def test_the_tables_of_the_data_page_are_pairs_and_one_of_images_alone(tmp_path):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     tables = re.findall(r"^```(csv|jsonl)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "images").mkdir()
@@ -93,11 +95,15 @@ def test_the_tables_of_the_data_page_are_pairs(tmp_path):
     found = {}
     for number, (kind, table) in enumerate(tables):
         (tmp_path / f"{number}.{kind}").write_text(table, encoding="utf-8")
+        if table.startswith("prompt,image,label"):
+            alone = open_source(change(Config(), data=str(tmp_path / f"{number}.{kind}")).data)
+            assert alone.sides == 1 and alone.prob.tolist() == [1, 0] and alone[1].caption == "a cup, half full"
+            continue
         read = list(dpo.open_pairs(tmp_path / f"{number}.{kind}", ties="keep"))
         assert [pair.prompt for pair in read[:2]] == ["a fox in the snow", "a cup, half full"]
         assert all(pair.chosen.getpixel((0, 0)) == (255, 0, 0) for pair in read[:2])
         found[number] = [round(pair.p, 3) for pair in read]
-    assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]}
+    assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]} and len(tables) == 4
 
 
 LINE = re.compile(r"^\s*(?:srun )?python -m dpo\.(\w+)((?: [^\n]*\\\n)*[^\n]*)$", re.MULTILINE)

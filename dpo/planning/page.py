@@ -20,7 +20,8 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     processes = f" x {asked.processes} processes" if asked.processes > 1 else ""
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
-    update = f"{_count(optim.batch_size, 'pair')} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    one = "pair" if taken.sides == 2 else "image"
+    update = f"{_count(optim.batch_size, one)} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
     pixels = f"{config.data.resolution} pixels" + (
         " (counted for the square: buckets need no more)" if config.data.buckets else ""
     )
@@ -28,9 +29,9 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
         ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
-        ("", f"{update} = {_count(plan.nominal, 'pair')} an update"),
+        ("", f"{update} = {_count(plan.nominal, one)} an update"),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
-        ("FLOPs", f"{_flops(plan.pair_flops)} a pair"),
+        ("FLOPs", f"{_flops(plan.pair_flops)} a{'n' * (one == 'image')} {one}"),
         *(("", f"  {name:<38}{_flops(value):>12}") for name, value in plan.flops.items()),
         ("memory", f"{plan.peak / GIB:.2f} GiB at the peak of an update, {where}"),
         *(("", f"  {name:<38}{value / GIB:>8.2f} GiB") for name, value in plan.memory.items()),

@@ -28,6 +28,8 @@ from tests.dpo.settings.test_resolve import decide
         ({"target_gradient_factor": 0.2, "method": "sft"}, "this is sft"),
         ({"method": "kto", "kto_center": "batch", "accumulation": 2}, "an update must be one pass"),
         ({"method": "kto", "loss": "ipo"}, "with method kto"),
+        ({"method": "kto", "kto_liked_weight": 0.0, "kto_disliked_weight": 0.0}, "both 0"),
+        ({"liked_column": "a", "chosen_column": "b"}, "those of one kind"),
         ({"loss_alpha": 0.1}, "loss = sigmoid has no constant"),
         ({"loss": "robust", "loss_alpha": 0.5}, "loss_alpha = 0.5: with loss robust, share of labels"),
         ({"loss": "robust", "label_smoothing": 0.1}, "give one"),
