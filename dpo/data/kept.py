@@ -40,7 +40,7 @@ class _Told(NamedTuple):
 
 
 class _Images(NamedTuple):
-    """The preferred image and the other one, of one pair."""
+    """The preferred image and the other one, of one pair; or one image alone, and then 1 in the place of 2."""
 
     mean: Tensor  # [2, 4, h, w] VAE posterior, unscaled
     std: Tensor  # [2, 4, h, w]
@@ -174,7 +174,7 @@ class Kept:
         bad = dict(batch.bad)
         mirrored, _ = self._drawn(batch.indices, batch.draws.tolist(), batch.keys)
         for i, (index, mirror) in enumerate(zip(batch.indices, mirrored, strict=True)):
-            key, rows = int(batch.keys[i]), [i, i + half]
+            key, rows = int(batch.keys[i]), list(range(i, len(batch.micro), half))
             if not batch.usable[i] and key not in bad:
                 continue  # a hole of the order, or made after decoding: the images are not what was encoded
             told = _Told(key, float(batch.prob[i]), bad.get(key))
@@ -228,11 +228,12 @@ def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahea
         log.info("images are encoded anew in each epoch: crop = random cuts another square of each")
     if runtime.keep_encoded != "on":
         return None
-    if leaves_rest(runtime, micro_batch):
+    images = source.sides * micro_batch
+    if leaves_rest(runtime, images):
         log.info(
             "images are encoded anew in each epoch: --vae-batch %d does not divide the %d images of a micro-batch",
             runtime.vae_batch,
-            2 * micro_batch,
+            images,
         )
         return None
     captions = len(np.unique(source.caption_keys())) + (data.caption_dropout > 0)
@@ -240,9 +241,8 @@ def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahea
     return Kept(len(source), captions, Decoding.of(data, runtime.seed), free)
 
 
-def leaves_rest(runtime: Runtime, micro_batch: int) -> bool:
-    """Whether the VAE's calls for a micro-batch of so many pairs differ in size: tried, a rest has other last bits."""
-    images = 2 * micro_batch
+def leaves_rest(runtime: Runtime, images: int) -> bool:
+    """Whether the VAE's calls for a micro-batch of so many images differ in size: tried, a rest has other last bits."""
     return images > runtime.vae_batch and images % runtime.vae_batch > 0
 
 

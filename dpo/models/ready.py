@@ -170,7 +170,9 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     assert steps is not None  # decided by `resolve`
     try:
         scheduler: Any = scheduler_of(model)
-        scheduler.set_timesteps(steps, **({"mu": 1.0} if facts.shift_by_size else {}))  # any image's: its pipeline knows
+        scheduler.set_timesteps(
+            steps, **({"mu": 1.0} if facts.shift_by_size else {})
+        )  # any image's: its pipeline knows
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

@@ -13,6 +13,7 @@ from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.origin import hub_id, licence, public
+from dpo.pages.single import is_single, things
 from dpo.pages.verdict import verdict, warnings
 from dpo.settings.families import PIPELINES
 
@@ -20,7 +21,8 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 SETTINGS = (
-    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center", "mapo_weight",
+    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center",
+    "kto_liked_weight", "kto_disliked_weight", "mapo_weight",
     "mapo_scale", "label_smoothing", "sft_weight", "norm_penalty", "gamma", "learning_rate", "scheduler", "warmup", "optimizer",
     "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution", "caption_dropout",
     "precision", "unet_init", "lora_init",
@@ -90,6 +92,7 @@ def _introduction(run: RunFolder) -> str:
     what = f"A LoRA adapter{rank} for" if run.lora else "A fine-tuned copy of"
     data = public(run.setting("data")) or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
+    how = "aligned with the labels of the images in" if is_single(run) else how
     state = (
         ""
         if run.status == "finished"
@@ -198,7 +201,7 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
     return [
         ("updates made", run.done),
         ("update that is kept", kept.kept_update(run)),
-        ("pairs seen", run.pairs_seen()),
+        (f"{things(run)} seen", run.pairs_seen()),
         *rows,
         ("seed", run.setting("seed")),
     ]
@@ -208,11 +211,13 @@ def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     if (event := kept.validation(run)) is not None:
         low, high = event.get("heldout_interval") or (None, None)
-        interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
+        interval = (
+            f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} {things(run)})" if low is not None else ""
+        )
         share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
         rows.append((FIGURES["heldout_accuracy"].card, share + interval))
     if chosen := kept.kept(run):
-        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} pairs)"
+        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} {things(run)})"
         rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
     rows += [(FIGURES[name].card, run.late(name)) for name in names]

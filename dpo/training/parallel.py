@@ -143,6 +143,11 @@ class Processes:
         if self.store is not None and self.store.check(["ended"]):
             raise _ended(self.store.get("ended"))
 
+    def await_end(self, seconds: float) -> None:
+        """Waits until another process has ended, and raises Stopped or Elsewhere then; returns when the time is over."""
+        if self.store is not None and self._awaited(["ended"], seconds):
+            self.look()
+
     def ends(self, error: BaseException) -> None:
         """Tells the others that this process ends with `error`; the first word of all is the reason of the run's end."""
         if self.store is None:
@@ -167,20 +172,24 @@ class Processes:
         found = self.meaning(error)
         assert isinstance(found, Exception)
         if isinstance(found, Elsewhere):
+            if self.first:  # the one that speaks need not wait for more
+                with suppress(RuntimeError):
+                    self.store.set("ended/0", json.dumps([found.code, self.rank, str(found)]))
             return found
         self.ends(found)
         if self.first:
             return found
         said = self._hear("ended/0")
         if said is None and isinstance(found, Died):  # of those that are left one speaks
-            return found if self.rank == 1 or self._claims("died") else Elsewhere(MISTAKE, str(found))
+            return found if self.rank == 1 or self.claims("died") else Elsewhere(MISTAKE, str(found))
         words = "" if said is None else json.loads(said)[2]
         same = words.startswith(DIED) if isinstance(found, Died) else words == str(found)
         return Elsewhere(MISTAKE, str(found)) if same else found
 
-    def _claims(self, what: str) -> bool:
+    def claims(self, what: str) -> bool:
         """Whether this process is the first that asks."""
-        assert self.store is not None
+        if self.store is None:
+            return True
         try:
             return self.store.add(what, 1) == 1
         except RuntimeError:

@@ -25,7 +25,7 @@ from dpo.common.words import excerpt, first_line
 FORMAT = 1
 INDEX = "store.json"
 NOT_ALWAYS = ("encoders",)  # settings that stores of earlier versions lack: not compared then
-UNNAMED = {"buckets": 0}  # what an index without this name means
+UNNAMED = {"buckets": 0, "sides": 2}  # what an index without this name means
 PREPARE_AGAIN = "delete its store.json and shards, and prepare it again"
 SEAL = "checksum"  # the key under which a JSON file of a store carries the digest of its rest
 DTYPES = {

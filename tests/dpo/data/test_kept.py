@@ -143,6 +143,8 @@ def test_parts_of_different_sizes_are_not_kept(caplog, vae_batch, made):
 
 
 class Source:
+    sides = 2
+
     def __len__(self):
         return 3
 
