@@ -3,8 +3,8 @@
     python -m benchmarks.aot [--out FILE.csv|FILE.md] [--target sm_90 ...] [--dtype bf16 ...] [--kernel SUBSTRING]
 
 One row per kernel, dtype and target: registers per thread, spill instructions, shared bytes per program, 16-byte global
-loads and stores. Exits with 1 when a kernel spills on an NVIDIA target, exceeds the shared memory, adds floats
-atomically or lost an expected vector access.
+loads and stores, instructions outside loops and in one turn of them (`--classes`: by operation). Exits with 1 when a
+kernel spills on an NVIDIA target, exceeds the shared memory, adds floats atomically or lost an expected vector access.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     parser.add_argument("--dtype", nargs="+", help="default: all that a kernel is used in")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--classes", action="store_true", help="below each row, how often each operation is in it")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("nothing is compiled under TRITON_INTERPRET=1")
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             failures += bool(faults)
             rows.append(compiled)
             print(*(getattr(compiled, column) for column in COLUMNS), "; ".join(faults) or "ok", sep="\t", flush=True)
+            if arguments.classes:
+                for where, count in zip(("once", "per turn"), compiled.classes, strict=True):
+                    print(f"    {where}:", *(f"{name} {n}" for name, n in count.most_common()))
             if arguments.out:
                 write_table(rows, arguments.out)
     print(f"{len(rows)} compiled, {failures} with faults")

@@ -3,12 +3,14 @@
 `python -m benchmarks.aot` compiles each module's `AOT_SPECIMENS` (csrc_triton/specimen.py) and tabulates registers,
 spills, shared memory and vector accesses per kernel and target. Spills are read from the machine code: on NVIDIA the
 local-memory loads and stores (LDL, STL) in the disassembly of the cubin, on AMD the spill counts in the metadata of the
-code object.
+code object. Instructions are counted too, apart for loops: what a thread executes is `instructions` once and `per_turn`
+for each turn, where a kernel has one loop.
 """
 
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -56,7 +58,10 @@ class Compiled:
     shared: int
     vector_loads: int
     vector_stores: int
+    instructions: int  # per thread, outside loops
+    per_turn: int  # per thread, one turn of every loop
     assembly: str = field(repr=False)  # PTX or AMD assembly
+    classes: tuple[Counter[str], Counter[str]] = field(repr=False)  # both counts by operation, modifiers left out
 
     @property
     def float_atomics(self) -> list[str]:
@@ -66,15 +71,44 @@ class Compiled:
         )
 
 
-COLUMNS = [column.name for column in fields(Compiled) if column.name != "assembly"]
+COLUMNS = [column.name for column in fields(Compiled) if column.repr]
+
+# Lines of a disassembly: (label), or (operation, operands)
+_NVIDIA = (r"^(\.L\w+):", r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)(.*)")
+_AMD = (r"^(\.LBB\w+):", r"^\t((?:[sv]|ds|global|buffer|flat)_\w+)(.*)")
+_LAST = {"EXIT", "s_endpgm"}
+
+
+def instruction_classes(code: str, label: str, instruction: str) -> tuple[Counter[str], Counter[str]]:
+    """(outside loops, inside them) of a disassembly up to its last exit: how often each operation stands there.
+
+    label, instruction: what lines look like, `_NVIDIA` or `_AMD`. A loop is what lies between a label and a later jump to it.
+    """
+    operations: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if found := re.match(label, line):
+            labels[found[1]] = len(operations)
+        elif found := re.match(instruction, line):
+            operations.append((found[1], found[2]))
+    end = 1 + max((i for i, (name, _) in enumerate(operations) if name in _LAST), default=-1)
+    looped: set[int] = set()
+    for i, (_, operands) in enumerate(operations[:end]):
+        target = re.search(r"\.L\w+", operands)
+        if target and labels.get(target[0], end) <= i:
+            looped.update(range(labels[target[0]], i + 1))
+    outside, inside = Counter[str](), Counter[str]()
+    for i, (name, _) in enumerate(operations[:end]):
+        (inside if i in looped else outside)[name] += 1
+    return outside, inside
 
 
 def _nvidia_tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def _nvidia_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
-    """(registers, local-memory instructions, 16-byte loads, 16-byte stores) of a cubin."""
+def _nvidia_machine_code(cubin: bytes) -> tuple[tuple[int, int, int, int], str]:
+    """(registers, local-memory instructions, 16-byte loads, 16-byte stores) of a cubin, and its disassembly."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -84,7 +118,8 @@ def _nvidia_machine_code(cubin: bytes) -> tuple[int, int, int, int]:
         sass = subprocess.run([_nvidia_tool("nvdisasm"), "-c", path], capture_output=True, text=True, check=True).stdout
     registers = max(int(n) for n in re.findall(r"\bREG:(\d+)", usage))
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return registers, spills, len(re.findall(r"\bLDG\S*\.128\b", sass)), len(re.findall(r"\bSTG\S*\.128\b", sass))
+    loads, stores = (len(re.findall(rf"\b{name}\S*\.128\b", sass)) for name in ("LDG", "STG"))
+    return (registers, spills, loads, stores), sass
 
 
 def _amd_machine_code(assembly: str) -> tuple[int, int, int, int]:
@@ -107,14 +142,17 @@ def compile_specimen(specimen: Specimen, target: str) -> Compiled:
     kernel = triton.compile(source(specimen), target=gpu, options=options)
     if gpu.backend == "cuda":
         assembly = kernel.asm["ptx"]
-        code = _nvidia_machine_code(kernel.asm["cubin"])
+        (registers, spills, loads, stores), sass = _nvidia_machine_code(kernel.asm["cubin"])
+        classes = instruction_classes(sass, *_NVIDIA)
     else:
         assembly = kernel.asm["amdgcn"]
-        code = _amd_machine_code(assembly)
-    registers, spills, loads, stores = code
+        registers, spills, loads, stores = _amd_machine_code(assembly)
+        classes = instruction_classes(assembly, *_AMD)
+    once, turn = (count.total() for count in classes)
     return Compiled(
-        specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, assembly
-    )
+        specimen.name, specimen.dtype, target, registers, spills, kernel.metadata.shared, loads, stores, once, turn,
+        assembly, classes,
+    )  # fmt: skip
 
 
 def check(specimen: Specimen, compiled: Compiled) -> list[str]:

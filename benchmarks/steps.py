@@ -140,17 +140,16 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     else:
         unet.requires_grad_(True)
     twin = None if setting.recorded or setting.low_rank else reference.frozen(unet, half)
-    family = families()[model.family]
+    vae = SimpleNamespace(config={"scaling_factor": 0.18215})
+    parts = Model(families()[model.family], unet, vae, [], [], {}, model.name, None)
     used = [
-        family.denoise(settle(runtime_of(setting, device), module, device))
+        parts.denoise(settle(runtime_of(setting, device), module, device))
         for module in (unet, twin)
         if module is not None
     ]
     compared = reference.from_copy(used[1]) if twin is not None else None
     if setting.low_rank and not setting.recorded:
         compared = reference.from_adapters(used[0], layers)
-    vae = SimpleNamespace(config={"scaling_factor": 0.18215})
-    parts = Model(family, unet, vae, [], [], {}, model.name, None)
     step = PairStep(
         model=parts,
         policy=used[0],

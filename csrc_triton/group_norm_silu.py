@@ -12,7 +12,7 @@ offset keep their digits.
 
 Layout rule: memory is [N, H, W, C] throughout. An input in another layout is copied once; every output is
 channels_last. Legend: N samples, P = H * W pixels, C channels, G groups, D = C / G channels per group, R runs of
-BLOCK_P pixels.
+pixels in an image.
 """
 
 import torch
@@ -35,6 +35,11 @@ WARPS = 8
 BLOCK_C = 64  # 128 bytes of a half dtype; the channel counts of SD1.x and SDXL are multiples of it
 TILE_STATISTICS = 8192  # elements per program: one operand, 32 values per thread
 TILE = 4096  # elements per program where several operands are live
+TILE_GRADIENTS = 2048  # elements per step of a program that sums the channels' gradients, with half the warps
+MAX_STEPS = (
+    8  # of such a program; fewer where an image would be left with fewer than MIN_RUNS programs per channel tile
+)
+MIN_RUNS = 8
 TILE_COMBINE = 1024  # elements per step of the second stages
 FULL_SIZE = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")  # in x's dtype
 
@@ -52,10 +57,14 @@ def _combine_blocks(C: int, G: int) -> dict[str, int]:
     return {"BLOCK_R": max(1, TILE_COMBINE // block_d), "BLOCK_D": block_d}
 
 
-def _grid(N: int, P: int, C: int, blocks: dict[str, int]) -> tuple[tuple[int], int]:
-    """(grid, runs per sample)"""
-    runs = triton.cdiv(P, blocks["BLOCK_P"])
-    return (N * runs * triton.cdiv(C, blocks["BLOCK_C"]),), runs
+def _run_pixels(P: int, block_p: int) -> int:
+    """Pixels that one program sums for the channels' gradients; fewer of a small image, so that enough programs remain."""
+    return block_p * max(1, min(MAX_STEPS, P // (MIN_RUNS * block_p)))
+
+
+def _grid(N: int, P: int, C: int, run_pixels: int, block_c: int) -> tuple[int, int, int]:
+    """(tiles of channels, runs of pixels, samples)"""
+    return triton.cdiv(C, block_c), triton.cdiv(P, run_pixels), N
 
 
 @on_its_device
@@ -69,17 +78,17 @@ def _launch_forward(x, temb, weight, bias, groups, eps, silu):
     shape = {"C": C, "G": groups, "HAS_TEMB": temb is not None}
 
     blocks = _blocks(P, C, TILE_STATISTICS)
-    grid, runs = _grid(N, P, C, blocks)
+    grid = _grid(N, P, C, *blocks.values())
+    runs = grid[1]
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
-    channel_statistics_kernel[grid](x, partial, P, runs, C=C, **blocks, num_warps=WARPS, **PINNED)
+    channel_statistics_kernel[grid](x, partial, P, C=C, **blocks, num_warps=WARPS, **PINNED)
     group_statistics_kernel[(N * groups,)](
         partial, embedding, mean, rstd, centre, P, runs, eps,
         **shape, RUN_P=blocks["BLOCK_P"], **_combine_blocks(C, groups), num_warps=4, **PINNED,
     )  # fmt: skip
     blocks = _blocks(P, C, TILE)
-    grid, runs = _grid(N, P, C, blocks)
-    group_norm_forward_kernel[grid](
-        x, embedding, weight, bias, mean, rstd, y, P, runs, **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED
+    group_norm_forward_kernel[_grid(N, P, C, *blocks.values())](
+        x, embedding, weight, bias, mean, rstd, y, P, **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED
     )
     return y, mean, rstd, centre
 
@@ -93,44 +102,23 @@ def _launch_backward(dy, x, temb, weight, bias, mean, rstd, centre, silu, weight
     dtemb = x.new_empty(0) if temb is None else torch.empty_like(temb)
     shape = {"C": C, "G": groups, "HAS_TEMB": temb is not None}
 
-    blocks = _blocks(P, C, TILE)
-    grid, runs = _grid(N, P, C, blocks)
+    blocks = _blocks(P, C, TILE_GRADIENTS)
+    run_pixels = _run_pixels(P, blocks["BLOCK_P"])
+    grid = _grid(N, P, C, run_pixels, blocks["BLOCK_C"])
+    runs = grid[1]
     partial = x.new_empty((N, runs, 2, C), dtype=torch.float32)
     channel_gradients_kernel[grid](
-        dy,
-        x,
-        embedding,
-        weight,
-        bias,
-        mean,
-        rstd,
-        partial,
-        P,
-        runs,
-        **shape,
-        SILU=silu,
-        **blocks,
-        num_warps=WARPS,
-        **PINNED,
-    )
+        dy, x, embedding, weight, bias, mean, rstd, partial, P, run_pixels,
+        **shape, SILU=silu, **blocks, num_warps=WARPS // 2, **PINNED,
+    )  # fmt: skip
     sums, means = partial.new_empty((N, 2, C)), partial.new_empty((N, groups, 2))
     group_gradients_kernel[(N * groups,)](
-        partial,
-        weight,
-        rstd,
-        centre,
-        sums,
-        means,
-        dtemb,
-        P,
-        runs,
-        **shape,
-        **_combine_blocks(C, groups),
-        num_warps=4,
-        **PINNED,
-    )
-    group_norm_backward_kernel[grid](
-        dy, x, embedding, weight, bias, mean, rstd, means, dx, P, runs,
+        partial, weight, rstd, centre, sums, means, dtemb, P, runs,
+        **shape, **_combine_blocks(C, groups), num_warps=4, **PINNED,
+    )  # fmt: skip
+    blocks = _blocks(P, C, TILE)
+    group_norm_backward_kernel[_grid(N, P, C, *blocks.values())](
+        dy, x, embedding, weight, bias, mean, rstd, means, dx, P,
         **shape, SILU=silu, **blocks, num_warps=WARPS, **PINNED,
     )  # fmt: skip
     return dx, dtemb, *(sum_partials(sums, weight) if weight_grads else (weight.new_empty(0), weight.new_empty(0)))
@@ -282,15 +270,17 @@ def _specimens(dtype: str, weight: str, P: int, C: int, G: int, temb: bool, silu
     fp32.
     """
     tile, runs, combine = _blocks(P, C, TILE), _blocks(P, C, TILE_STATISTICS), _combine_blocks(C, G)
+    sums = _blocks(P, C, TILE_GRADIENTS)
     kinds = dict.fromkeys(FULL_SIZE, f"*{dtype}")
-    kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "P": "i32", "R": "i32", "eps": "fp32"}
+    kinds |= {"weight_ptr": f"*{weight}", "bias_ptr": f"*{weight}", "eps": "fp32"}
+    kinds |= dict.fromkeys(("P", "R", "run_pixels"), "i32")
     values = {"C": C, "G": G, "HAS_TEMB": temb, "SILU": silu, "RUN_P": runs["BLOCK_P"]} | tile | combine
     specimens = []
     for kernel, blocks, warps, loads, stores in (
         (channel_statistics_kernel, runs, WARPS, True, False),
         (group_statistics_kernel, {}, 4, False, False),
         (group_norm_forward_kernel, tile, WARPS, True, True),
-        (channel_gradients_kernel, tile, WARPS, True, False),
+        (channel_gradients_kernel, sums, WARPS // 2, True, False),
         (group_gradients_kernel, {}, 4, False, False),
         (group_norm_backward_kernel, tile, WARPS, True, True),
     ):

@@ -1,19 +1,29 @@
 """Triton kernels of `group_norm_silu.py`, which holds the equations, the legend and the launchers."""
 
-from csrc_triton.language import tl, triton
+from csrc_triton.language import libdevice, tl, triton
 
 
 @triton.jit
-def _tile(P, C: tl.constexpr, R, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's sample, run of pixels, channels [BLOCK_C], and offsets and mask [BLOCK_P, BLOCK_C]."""
-    tiles_c: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    pid = tl.program_id(0)
-    channel = (pid % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    run = (pid // tiles_c) % R
-    sample = (pid // tiles_c // R).to(tl.int64)
-    pixel = run * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    mask = (pixel < P) & (channel < C)[None, :]
-    return sample, run, channel, sample * P * C + pixel.to(tl.int64) * C + channel[None, :], mask
+def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's sample (int64), number of its run of pixels, and channels [1, BLOCK_C]; the grid is (channels / BLOCK_C, R, N)."""
+    tile = tl.program_id(0)
+    tl.assume(tile < (C + BLOCK_C - 1) // BLOCK_C)
+    tl.assume(tile >= 0)
+    channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return tl.program_id(2).to(tl.int64), tl.program_id(1), channel
+
+
+@triton.jit
+def _tile(P, C: tl.constexpr, sample, first, channel, BLOCK_P: tl.constexpr):
+    """Offsets and mask [BLOCK_P, BLOCK_C] of BLOCK_P pixels from `first` on."""
+    row = tl.arange(0, BLOCK_P)[:, None]
+    return (sample * P + first) * C + (row * C + channel), (row < P - first) & (channel < C)
+
+
+@triton.jit
+def _partial(partial_ptr, sample, run, channel, C: tl.constexpr):
+    """Where this program's first sum of each channel belongs in [N, R, 2, C]; the second lies C behind it."""
+    return partial_ptr + (sample * tl.num_programs(1) + run) * (2 * C) + channel
 
 
 @triton.jit
@@ -21,19 +31,19 @@ def channel_statistics_kernel(
     x_ptr,  # [N, P, C]
     partial_ptr,  # [N, R, 2, C] fp32: mean and sum of squared deviations of each channel over each run
     P,
-    R,
     C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
+    sample, run, channel = _place(C, BLOCK_C)
+    offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     count = tl.minimum(P - run * BLOCK_P, BLOCK_P).to(tl.float32)
-    mean = tl.sum(x, axis=0) / count
-    centred = tl.where(mask, x - mean[None, :], 0.0)
-    partial = partial_ptr + (sample * R + run) * (2 * C) + channel
+    mean = tl.sum(x, axis=0, keep_dims=True) / count
+    centred = tl.where(mask, x - mean, 0.0)
+    partial = _partial(partial_ptr, sample, run, channel, C)
     tl.store(partial, mean, mask=channel < C)
-    tl.store(partial + C, tl.sum(centred * centred, axis=0), mask=channel < C)
+    tl.store(partial + C, tl.sum(centred * centred, axis=0, keep_dims=True), mask=channel < C)
 
 
 @triton.jit
@@ -89,8 +99,7 @@ def group_statistics_kernel(
 
 
 @triton.jit
-def _normalised(
-    x_ptr,
+def _channels(
     temb_ptr,
     weight_ptr,
     bias_ptr,
@@ -98,33 +107,35 @@ def _normalised(
     rstd_ptr,
     sample,
     channel,
-    offsets,
-    mask,
-    C,
-    G,
+    C: tl.constexpr,
+    G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
 ):
-    """(n, z, weight, rstd) of a tile, all fp32: n and z [BLOCK_P, BLOCK_C], weight and rstd [BLOCK_C]."""
+    """(centre, rstd, weight, bias), each [1, BLOCK_C] fp32: n = (x - centre) rstd, where centre = mean - temb."""
     inside = channel < C
     group = sample * G + channel // (C // G)
-    mean = tl.load(mean_ptr + group, mask=inside, other=0.0)
+    centre = tl.load(mean_ptr + group, mask=inside, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_TEMB:
-        u += tl.load(temb_ptr + sample * C + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    n = (u - mean[None, :]) * rstd[None, :]
-    return n, n * weight[None, :] + bias[None, :], weight, rstd
+        centre -= tl.load(temb_ptr + sample * C + channel, mask=inside, other=0.0).to(tl.float32)
+    return centre, rstd, weight, bias
+
+
+@triton.jit
+def _one_plus_exp(z):
+    """1 + exp(-z) by the device's own exponential, which flushes what the 1 swallows anyway."""
+    return 1.0 + libdevice.fast_expf(-z)
 
 
 @triton.jit
 def _dz(dy_ptr, offsets, mask, z, SILU: tl.constexpr):
-    """Gradient of z: dy silu'(z), with silu'(z) = s (1 + z (1 - s)) and s = sigmoid(z). Zero where masked."""
+    """Gradient of z: dy silu'(z), with silu'(z) = s + s (z - z s) and s = sigmoid(z). Zero where masked."""
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if SILU:
-        s = 1.0 / (1.0 + tl.exp(-z))
-        dy *= s * (1.0 + z * (1.0 - s))
+        s = libdevice.fast_dividef(1.0, _one_plus_exp(z))
+        dy *= tl.fma(s, tl.fma(-z, s, z), s)
     return dy
 
 
@@ -138,7 +149,6 @@ def group_norm_forward_kernel(
     rstd_ptr,  # [N, G] fp32
     y_ptr,  # [N, P, C]
     P,
-    R,
     C: tl.constexpr,
     G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
@@ -146,12 +156,15 @@ def group_norm_forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
-    _, z, _, _ = _normalised(
-        x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
+    sample, run, channel = _place(C, BLOCK_C)
+    offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
+    centre, rstd, weight, bias = _channels(
+        temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
     )
+    centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - centre
+    z = tl.fma(centred, rstd * weight, bias)
     if SILU:
-        z = z / (1.0 + tl.exp(-z))
+        z = libdevice.fast_dividef(z, _one_plus_exp(z))
     tl.store(y_ptr + offsets, z, mask=mask)
 
 
@@ -164,9 +177,9 @@ def channel_gradients_kernel(
     bias_ptr,  # [C]
     mean_ptr,  # [N, G] fp32
     rstd_ptr,  # [N, G] fp32
-    partial_ptr,  # [N, R, 2, C] fp32: sums over each run of dz n and of dz
+    partial_ptr,  # [N, R, 2, C] fp32: sums over each run of dz (u - mean) and of dz
     P,
-    R,
+    run_pixels,  # a multiple of BLOCK_P
     C: tl.constexpr,
     G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
@@ -174,15 +187,25 @@ def channel_gradients_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """First stage of every sum that the backward needs (see `group_gradients_kernel`)."""
-    sample, run, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
-    n, z, _, _ = _normalised(
-        x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
+    """First stage of every sum that the backward needs (see `group_gradients_kernel`). A run is several tiles, added
+    in registers: what a program does once (indices, parameters, sums across threads) is spread over them.
+    """
+    sample, run, channel = _place(C, BLOCK_C)
+    centre, rstd, weight, bias = _channels(
+        temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
     )
-    dz = _dz(dy_ptr, offsets, mask, z, SILU)
-    partial = partial_ptr + (sample * R + run) * (2 * C) + channel
-    tl.store(partial, tl.sum(dz * n, axis=0), mask=channel < C)
-    tl.store(partial + C, tl.sum(dz, axis=0), mask=channel < C)
+    scale = rstd * weight
+    dz_centred = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    dz_total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for first in range(run * run_pixels, tl.minimum((run + 1) * run_pixels, P), BLOCK_P):
+        offsets, mask = _tile(P, C, sample, first, channel, BLOCK_P)
+        centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - centre
+        dz = _dz(dy_ptr, offsets, mask, tl.fma(centred, scale, bias), SILU)
+        dz_centred = tl.fma(dz, centred, dz_centred)
+        dz_total += dz
+    partial = _partial(partial_ptr, sample, run, channel, C)
+    tl.store(partial, tl.sum(dz_centred, axis=0, keep_dims=True), mask=channel < C)
+    tl.store(partial + C, tl.sum(dz_total, axis=0, keep_dims=True), mask=channel < C)
 
 
 @triton.jit
@@ -226,7 +249,8 @@ def group_gradients_kernel(
         partial = partial_ptr + (sample * R + run) * (2 * C) + channel[None, :]
         total_a += tl.load(partial, mask=mask, other=0.0)
         total_b += tl.load(partial + C, mask=mask, other=0.0)
-    sum_a = tl.sum(total_a, axis=0)
+    rstd = tl.load(rstd_ptr + sample * G + group)
+    sum_a = rstd * tl.sum(total_a, axis=0)
     sum_b = tl.sum(total_b, axis=0)
     weight = tl.load(weight_ptr + channel, mask=lane < D, other=0.0).to(tl.float32)
     a = tl.sum(weight * sum_a, axis=0) / (P * D)
@@ -236,7 +260,6 @@ def group_gradients_kernel(
     tl.store(means_ptr + (sample * G + group) * 2, a)
     tl.store(means_ptr + (sample * G + group) * 2 + 1, b)
     if HAS_TEMB:
-        rstd = tl.load(rstd_ptr + sample * G + group)
         centre = tl.load(centre_ptr + sample * C + channel, mask=lane < D, other=0.0)
         dtemb = rstd * (weight * sum_b - P * (b + a * (centre * rstd)))
         tl.store(dtemb_ptr + sample * C + channel, dtemb, mask=lane < D)
@@ -254,7 +277,6 @@ def group_norm_backward_kernel(
     means_ptr,  # [N, G, 2] fp32
     dx_ptr,  # [N, P, C]
     P,
-    R,
     C: tl.constexpr,
     G: tl.constexpr,
     HAS_TEMB: tl.constexpr,
@@ -265,13 +287,16 @@ def group_norm_backward_kernel(
     """dx = du = rstd (weight dz - b - n a); n, z and dz are recomputed, so that x is all the forward keeps at full
     size.
     """
-    sample, _, channel, offsets, mask = _tile(P, C, R, BLOCK_P, BLOCK_C)
-    n, z, weight, rstd = _normalised(
-        x_ptr, temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, offsets, mask, C, G, HAS_TEMB
+    sample, run, channel = _place(C, BLOCK_C)
+    offsets, mask = _tile(P, C, sample, run * BLOCK_P, channel, BLOCK_P)
+    centre, rstd, weight, bias = _channels(
+        temb_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sample, channel, C, G, HAS_TEMB
     )
-    dz = _dz(dy_ptr, offsets, mask, z, SILU)
+    scale = rstd * weight
+    centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - centre
+    dz = _dz(dy_ptr, offsets, mask, tl.fma(centred, scale, bias), SILU)
     means = means_ptr + (sample * G + channel // (C // G)) * 2
     a = tl.load(means, mask=channel < C, other=0.0)
     b = tl.load(means + 1, mask=channel < C, other=0.0)
-    dx = rstd[None, :] * (weight[None, :] * dz - b[None, :] - n * a[None, :])
+    dx = tl.fma(scale, dz, tl.fma(centred, -(rstd * rstd * a), -(rstd * b)))
     tl.store(dx_ptr + offsets, dx, mask=mask)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
     HAS_TRITON = True
 except ImportError:
@@ -26,3 +27,4 @@ except ImportError:
     )
     constexpr = type("constexpr", (), {"__init__": lambda self, value: setattr(self, "value", value)})
     tl = SimpleNamespace(constexpr=constexpr, float32="fp32", bfloat16="bf16")  # type: ignore[assignment]
+    libdevice = SimpleNamespace()  # type: ignore[assignment]

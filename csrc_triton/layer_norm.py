@@ -112,16 +112,16 @@ def layer_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
         centred = tl.where(mask, s - mean[:, None], 0.0)
         left = tl.sum(centred, axis=1) / C  # a large mean is off by its own rounding: as in the forward
-        normal = tl.where(mask, (centred - left[:, None]) * rstd[:, None], 0.0)
-        g = dy * weight[None, :]
+        normal = tl.fma(centred, rstd[:, None], -(left * rstd)[:, None])
+        g = dy * weight[None, :]  # zero where masked, so that normal need not be
         mean_g = tl.sum(g, axis=1) / C
         mean_gn = tl.sum(g * normal, axis=1) / C
-        ds = (g - mean_g[:, None] - normal * mean_gn[:, None]) * rstd[:, None]
+        ds = tl.fma(g, rstd[:, None], tl.fma(normal, -(mean_gn * rstd)[:, None], -(mean_g * rstd)[:, None]))
         if HAS_DSUM:
             ds += tl.load(dsum_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + offsets, ds, mask=mask)
         if WEIGHT_GRADS:
-            dweight += dy * normal
+            dweight = tl.fma(dy, normal, dweight)
             dbias += dy
     if WEIGHT_GRADS:
         partial = partial_ptr + program.to(tl.int64) * (2 * C) + col

@@ -21,11 +21,14 @@ TOGETHER = 64  # pairs that share a trip of the encoders; what is encoded of SDX
 
 
 class Inputs(NamedTuple):
-    """B pairs on the training device. Of what has 2B rows, rows 0..B-1 are the preferred images, B..2B-1 the others."""
+    """B pairs on the training device. Of what has 2B rows, rows 0..B-1 are the preferred images, B..2B-1 the others.
+
+    Of B images without a partner it has B rows, and `prob` is the probability that an image is liked.
+    """
 
     keys: Tensor  # [B] int64 pair keys
     draws: Tensor  # [B] int64, the epoch
-    prob: Tensor  # [B] fp32 in [0.5, 1]
+    prob: Tensor  # [B] fp32 in [0.5, 1]; of images alone in [0, 1]
     usable: Tensor  # [B] fp32, 0 for a hole: a pair with an image that cannot be used
     latent_mean: Tensor  # [2B, 4, h, w] VAE posterior, unscaled
     latent_std: Tensor  # [2B, 4, h, w]
@@ -36,6 +39,20 @@ class Inputs(NamedTuple):
         """The same pairs on another device."""
         there = {name: moved(value, device) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return self._replace(**there, text=self.text.to(device))
+
+    @property
+    def single(self) -> bool:
+        """Whether these are images without a partner."""
+        return len(self.latent_mean) == len(self.keys)
+
+    def filled(self) -> Inputs:
+        """Images without a partner with zeros in the place of their partners' latents, for kernels that take 2B rows."""
+
+        def twice(x: Tensor) -> Tensor:
+            return torch.cat([x, torch.zeros_like(x)])
+
+        micro = None if self.micro is None else twice(self.micro)
+        return self._replace(latent_mean=twice(self.latent_mean), latent_std=twice(self.latent_std), micro=micro)
 
 
 @dataclass

@@ -51,7 +51,9 @@ class Method:
     papers: tuple[Paper, ...]
     weight: str  # the weight by timestep, by its name in credit.py: "uniform", "discounted" or "single-shot"
     correction: bool  # whether the stepwise correction C(t) is added
-    images: Literal["pair", "winner"]  # which images of a pair enter the loss
+    images: Literal[
+        "pair", "winner", "single"
+    ]  # of a pair both or its winner; "single": each by itself, partner or not
     reference: bool  # whether the policy is compared with a reference
     settings: frozenset[str]  # the method-specific settings that it reads
 
@@ -126,9 +128,9 @@ _ROWS = (
         papers=(KTO,),
         weight="uniform",
         correction=False,
-        images="pair",
+        images="single",
         reference=True,
-        settings=frozenset({"beta", "label_smoothing", "kto_center"}),
+        settings=frozenset({"beta", "label_smoothing", "kto_center", "kto_liked_weight", "kto_disliked_weight"}),
     ),
     Method(
         name="mapo",

@@ -166,25 +166,55 @@ def with_alpha(shape: Shape, alpha: float | None) -> Shape:
     return shape._replace(loss=partial(shape.loss, alpha=alpha), slope=slope)
 
 
-def kto(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
-    """The mean over both images of 1 - s(cw - c) and 1 - s(c - cl), `both` = cw + cl - 2 c: each image by its own label.
+class Kto(NamedTuple):
+    """What KTO's loss is made with beside beta."""
 
-    Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with c its centre. It is half of `apo_zero`, moved by c.
+    center: Tensor | str  # 0-d, in units of the logit; or "batch" for `centre_of`
+    liked: float = 1.0  # weights
+    disliked: float = 1.0
+
+
+def kto(z: Tensor, p: Tensor, both: Tensor, liked: float = 1.0, disliked: float = 1.0) -> Tensor:
+    """The mean of `kto_image` over both images of a pair, of cw - c with p and of cl - c with 1 - p; `both` = cw + cl - 2 c.
+
+    Diffusion-KTO, Li et al. 2024 (arXiv 2404.04465), with c its centre. With weights of 1 it is half of `apo_zero`.
     """
-    return 0.5 * apo_zero(z, p, both)
+    win, lose = torch.sigmoid((both + z) / 2), torch.sigmoid((both - z) / 2)
+    return 0.5 * (liked - (p * liked - (1 - p) * disliked) * (win - lose) - (liked - disliked) * lose)
 
 
-def kto_slope(z: Tensor, p: Tensor, both: Tensor) -> Tensor:
+def kto_slope(z: Tensor, p: Tensor, both: Tensor, liked: float = 1.0, disliked: float = 1.0) -> Tensor:
     """The derivative of `kto` by z."""
-    return 0.5 * apo_zero_slope(z, p, both)
+    win, lose = (torch.sigmoid(x) * torch.sigmoid(-x) for x in ((both + z) / 2, (both - z) / 2))
+    return 0.25 * ((liked - disliked) * lose - (p * liked - (1 - p) * disliked) * (win + lose))
 
 
-KTO = Shape(kto, kto_slope, sides=True)
+def kto_image(x: Tensor, p: Tensor, liked: float = 1.0, disliked: float = 1.0) -> Tensor:
+    """Of an image alone, liked with probability p in [0, 1], from its logit x = beta (R - L) - c: w (1 - s(+-x))."""
+    return p * liked * torch.sigmoid(-x) + (1 - p) * disliked * torch.sigmoid(x)
 
 
-def centre_of(both: Tensor, live: Tensor) -> Tensor:
-    """KTO's centre from cw + cl [B] of a micro-batch, as its authors take it: their mean for an image, at least 0."""
-    shares = torch.where(live, both.detach() / 2, 0.0)
+def kto_image_slope(x: Tensor, p: Tensor, liked: float = 1.0, disliked: float = 1.0) -> Tensor:
+    """The derivative of `kto_image` by x."""
+    return ((1 - p) * disliked - p * liked) * torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+def kto_shape(weights: Kto, *, single: bool) -> Shape:
+    """KTO's loss with its weights: of pairs, or of images alone."""
+    _, liked, disliked = weights
+    loss, by_z = (
+        partial(of, liked=liked, disliked=disliked)
+        for of in ((kto_image, kto_image_slope) if single else (kto, kto_slope))
+    )
+    return Shape(loss, by_z, sides=not single)
+
+
+def centre_of(gains: Tensor, live: Tensor) -> Tensor:
+    """KTO's centre from the logits of a micro-batch's images [B], as its authors take it: their mean, at least 0.
+
+    Of pairs each number is the mean of both images.
+    """
+    shares = torch.where(live, gains.detach(), 0.0)
     return (shares.sum() / live.sum().clamp_min(1)).clamp_min(0)
 
 
@@ -211,9 +241,11 @@ def _falling(x: Tensor) -> Tensor:
 
 
 class PairTerms(NamedTuple):
-    """B pairs of a micro-batch, in fp32, or float64 for a float64 policy.
+    """B pairs of a micro-batch, in fp32, or float64 for a float64 policy; or B images alone, each with a label.
 
-    A hole is 0 in all but `timesteps` and counts nowhere. Only `loss` is differentiated.
+    A hole is 0 in all but `timesteps` and counts nowhere. Only `loss` is differentiated. Of an image alone logit and
+    difference are turned so that they mean the same, the logit is that over the centre, and the errors are those of the
+    win side where it is liked, else of the lose side; the others are nan.
     """
 
     loss: Tensor  # [B]
@@ -255,7 +287,8 @@ def pair_loss(
     safeguard: float | None = None,
     odds: Odds | None = None,
     norm_penalty: float = 0.0,
-    center: Tensor | str | None = None,
+    kto: Kto | None = None,
+    single: bool = False,
 ) -> PairTerms:
     """The loss of each pair, with the numbers that metrics and DDE's table take from it.
 
@@ -265,13 +298,15 @@ def pair_loss(
     `sft_weight` adds that error to a pairwise loss; `alpha` is the shape's constant, None its default;
     `safeguard` bounds the losers' gradients (`safeguarded`). `odds`: MaPO's loss in the place of a pairwise one.
     `norm_penalty`: weight of what the policy's predictions are larger than the reference's (`excess`).
-    `center`: of KTO's loss, in the place of another: a 0-d tensor in units of the logit, or "batch" for `centre_of`.
+    `kto`: KTO's loss in the place of another. With `single` it is of images without a partner: `found` has each on the
+    win side, with nothing on the other, and prob [B] in [0, 1] is the probability that it is liked.
     """
     prob = torch.ones_like(found.difference) if prob is None else prob
     usable = torch.ones_like(found.difference) if usable is None else usable
     timesteps = torch.zeros_like(found.difference, dtype=torch.int64) if timesteps is None else timesteps
     live = usable > 0
     win = found.errors[0]
+    assert kto is not None or not single, "the other losses compare two images"
     if odds is not None:
         nothing = torch.full_like(win, torch.nan)  # of what needs a reference
         found = found._replace(
@@ -279,20 +314,27 @@ def pair_loss(
         )
         loss = odds_loss(found.errors[0], found.errors[1], prob.to(win.dtype), odds)
         pull = torch.full_like(win, torch.nan)
-    elif shape is None and center is None:
+    elif shape is None and kto is None:
         loss, pull = win, torch.full_like(win, torch.nan)
     else:
-        kind, p = KTO if shape is None else with_alpha(SHAPES[shape], alpha), prob.to(found.logit.dtype)
+        p = prob.to(found.logit.dtype)
         found = found if safeguard is None else safeguarded(found, safeguard)
-        more: tuple[Tensor, ...] = (summed(found),) if kind.sides else ()
-        if center is not None:
-            both = more[0]
-            more = (both - 2 * (center if isinstance(center, Tensor) else centre_of(both, live)),)
-        loss = shaped(found.logit, p, kind, *more)
-        wide = (part.detach().double() for part in (found.logit, p, *more))  # fp32 would show how a batch was cut
+        if kto is None:
+            assert shape is not None, "what else there is"
+            kind = with_alpha(SHAPES[shape], alpha)
+        else:
+            kind = kto_shape(kto, single=single)
+        z, more = found.logit, [summed(found)] if kind.sides else []
+        if kto is not None:
+            gains = z if single else more[0] / 2
+            center = kto.center if isinstance(kto.center, Tensor) else centre_of(gains, live)
+            z, more = (z - center, more) if single else (z, [more[0] - 2 * center])
+        loss = shaped(z, p, kind, *more)
+        wide = (part.detach().double() for part in (z, p, *more))  # fp32 would show how a batch was cut
         pull = slope(kind, *wide).abs().to(loss.dtype)
         if sft_weight:
             loss = loss + sft_weight * win
+        found = turned(found, z, p > 0.5, live) if single else found
     sizes = found.sizes
     if norm_penalty:
         assert sizes is not None, "a penalty on the predictions' size needs those of the reference"
@@ -300,7 +342,7 @@ def pair_loss(
     taken = (
         torch.full_like(found.errors[:2], torch.nan) if sizes is None else sizes.detach().unflatten(1, (2, -1)).mean(1)
     )
-    accuracy = torch.where(live, implicit_accuracy(found.difference.detach()), 0.0)
+    accuracy = torch.where(live, implicit_accuracy(-found.logit.detach() if single else found.difference.detach()), 0.0)
     return PairTerms(
         torch.where(live, loss, 0.0),
         found.logit.detach(),
@@ -312,6 +354,17 @@ def pair_loss(
         timesteps,
         found.table_sum,
         found.table_count,
+    )
+
+
+def turned(found: PairErrors, x: Tensor, liked: Tensor, live: Tensor) -> PairErrors:
+    """`found` of images alone as PairTerms has it; x [B]: their logits over the centre, liked, live [B] bool."""
+    policy, _, reference, _ = found.errors
+    sides = [torch.where(side, one, torch.nan) for one in (policy, reference) for side in (liked, ~liked)]
+    return found._replace(
+        logit=torch.where(live, torch.where(liked, x, -x), 0.0),
+        difference=torch.where(liked, found.difference, -found.difference),
+        errors=torch.where(live, torch.stack(sides), 0.0),
     )
 
 

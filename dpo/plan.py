@@ -51,8 +51,9 @@ def run(own: argparse.Namespace, config: Config) -> int:
     """Plans the run of `config`, prints the plan, and writes it as JSON where that is asked; the exit code."""
     from dpo.common import console
     from dpo.common.files import write_text
-    from dpo.planning import fitting, page, work
+    from dpo.planning import cuda, fitting, page, recompute, work
     from dpo.planning.asked import Asked, peak_of
+    from dpo.settings.config import change
     from dpo.train import train_step
 
     console.setup("WARNING")  # the trainer's own lines are on a run that trains
@@ -71,16 +72,24 @@ def run(own: argparse.Namespace, config: Config) -> int:
         raise UserError(f"--json {own.json}: there is no folder {parent}; make it, or name another file")
     dry = work.planner(train_step, asked.processes)
     config, pairs = work.prepared(config)
+    told, room = [], 0.0 if asked.memory is None else cuda.room(asked.memory)
+    auto = config.runtime.checkpointing == "auto" and config.runtime.device != "cpu"
+    if auto and asked.memory is not None:
+        choice, said = recompute.chosen(config, dry, room)
+        config, told = change(config, checkpointing=choice.setting), [f"--checkpointing auto chooses {said}"]
+    elif auto:
+        told = ["--checkpointing auto is planned as on: with --memory GB the plan says what a run would choose"]
     plan = work.plan(config, asked, dry, pairs)
-    sys.stdout.write("\n".join(page.page(plan, asked)) + "\n")
+    sys.stdout.write("\n".join(page.page(plan, asked, told)) + "\n")
     found: dict[str, Any] = work.as_json(plan)
     if asked.memory is not None:
         sys.stdout.flush()
-        best = fitting.largest(plan.config, asked, dry, asked.memory, _tell)
-        sys.stdout.write(page.largest_line(best, asked.memory) + "\n")
+        widest = change(plan.config, checkpointing="on") if auto else plan.config
+        best = fitting.largest(widest, asked, dry, room, _tell)
+        sys.stdout.write(page.largest_line(best, asked.memory, auto=auto) + "\n")
         found["largest_batch_size"] = best and best.config.optim.batch_size
         if not work.fits(plan, asked.memory):
-            cheapest = fitting.cheapest(plan.config, asked, dry, asked.memory, _tell)
+            cheapest = fitting.cheapest(plan.config, asked, dry, room, _tell)
             sys.stdout.write("\n".join(page.cheapest_lines(cheapest, asked.memory)) + "\n")
             found["to_fit"] = cheapest and [one.flags for one in cheapest.changes]
     if own.json is not None:

@@ -1,8 +1,10 @@
 """A micro-batch of pairs, from latents to the loss of each pair: the fused shared-batch forward.
 
 The win and lose halves of B pairs go through the denoiser in one call on 2B samples, winners first; both halves of a
-pair share their timestep, their noise and one encoding of their caption. Everything random is keyed by (seed, pair key,
-draw), so results do not depend on how pairs are grouped. Nothing here waits for the device.
+pair share their timestep, their noise and one encoding of their caption. Of images without a partner B samples go
+through, and what the kernels get for the other half is zeros, alike of policy and reference: its part of d is exactly 0.
+Everything random is keyed by (seed, pair key, draw), so results do not depend on how pairs are grouped. Nothing here
+waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dpo.common.device import moved
 from dpo.encode import Inputs
 from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
-from dpo.objective import Odds, PairTerms, pair_loss, sizes_of
+from dpo.objective import Kto, Odds, PairTerms, pair_loss, sizes_of
 from dpo.schedule import NoisePath
 
 
@@ -47,7 +49,7 @@ class PairStep:
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
     norm_penalty: float = 0.0
-    center: Tensor | str | None = None  # of KTO: 0-d, or "batch"
+    kto: Kto | None = None  # KTO's loss in the place of a pairwise one
     odds: Odds | None = None  # of MaPO, which has no pairwise loss
     safeguard: float | None = None  # margin of the bound on the losers' gradients; None: no bound
     autocast: torch.dtype | None = None
@@ -68,21 +70,25 @@ class PairStep:
             safeguard=self.safeguard,
             odds=self.odds,
             norm_penalty=self.norm_penalty,
-            center=self.center,
+            kto=self.kto,
+            single=x.single,
         )
 
     @property
     def supervised(self) -> bool:
         """Whether the preferred images alone are trained on."""
-        return self.shape is None and self.odds is None and self.center is None
+        return self.shape is None and self.odds is None and self.kto is None
 
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False
     ) -> tuple[PairErrors, Tensor]:
         """Errors, difference and logit of each pair, and its timestep [B] int64.
 
-        With `wins_only` the denoiser sees the preferred images alone, and the losers' errors are nan.
+        With `wins_only` the denoiser sees the preferred images alone, and the losers' errors are nan. Of images without a
+        partner the error of the half that is not there means nothing; it is one number for policy and reference.
         """
+        single = x.single
+        x = x.filled() if single else x
         t = self.path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
         path, weight = self.shaped.get((latents.shape[2], latents.shape[3]), (self.path, self.weight))
@@ -90,15 +96,18 @@ class PairStep:
         if self.masks is not None:
             self.masks.set(x.keys, x.draws, self.seed)
         told = path.told(t)
-        if wins_only:
-            half = t.numel()
-            wins = self.predict(self.policy, x_t[:half], told, x.text, None if x.micro is None else x.micro[:half])
-            policy = torch.cat([wins, torch.full_like(wins, torch.nan)])
-        else:
-            policy = self.predict(self.policy, x_t, told.repeat(2), x.text.twice(), x.micro)
+        half, other = t.numel(), 0.0 if single else torch.nan
+
+        def predicted(denoise: Denoise, first: bool) -> Tensor:
+            if not first:
+                return self.predict(denoise, x_t, told.repeat(2), x.text.twice(), x.micro)
+            wins = self.predict(denoise, x_t[:half], told, x.text, None if x.micro is None else x.micro[:half])
+            return torch.cat([wins, torch.full_like(wins, other)])
+
+        policy = predicted(self.policy, wins_only or single)
         reference = None
         if self.reference is not None and recorded is None:
-            reference = self.predict(self.reference, x_t, told.repeat(2), x.text.twice(), x.micro)
+            reference = predicted(self.reference, single)
         mixed = path.needs_data
         found = pair_errors(
             policy,
@@ -118,7 +127,8 @@ class PairStep:
         if reference is not None:
             usable = (x.usable > 0).repeat(2).view(-1, 1, 1, 1)  # what a hole holds must not reach a gradient
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_penalty > 0):
-                found = found._replace(sizes=sizes_of(*(torch.where(usable, p, 0.0) for p in (policy, reference))))
+                sizes = sizes_of(*(torch.where(usable, p, 0.0) for p in (policy, reference)))
+                found = found._replace(sizes=sizes[:, :half].repeat(1, 2) if single else sizes)
         return found, t
 
     def latents(self, x: Inputs) -> Tensor:

@@ -137,11 +137,9 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     """Trains one run unless it is finished; its exit code. A user's mistake is written to failed.txt."""
     import torch
 
-    from dpo import evaluate
     from dpo.common.files import write_text
     from dpo.pages.folder import FAILED_FILE
-    from dpo.train import train_step
-    from dpo.training import loop
+    from dpo.train import to_its_end
     from dpo.training.folder import check_output
 
     if _finished(folder, config):
@@ -154,7 +152,7 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
         return 1
     (folder / FAILED_FILE).unlink(missing_ok=True)
     try:
-        return loop.train(config, notes, train_step, evaluate.evaluated)
+        return to_its_end(config, notes)
     except UserError as error:
         log.error("%s: %s", folder.name, error)
         folder.mkdir(parents=True, exist_ok=True)

@@ -133,48 +133,26 @@ def to_its_end(config: Config, notes: list[str], processes: Processes | None = N
     from dpo.evaluating.flags import check_scorers
     from dpo.sampling import work as sampling
     from dpo.training import loop
+    from dpo.training.parallel import Processes
 
     if config.output.evaluate_prompts:  # what is drawn at the end is looked at before hours of training
         sampling.prompts_of(sampling.Asked(model="", prompts=config.output.evaluate_prompts), ())
     check_scorers(config.output.evaluate, flag="--evaluate", cache_dir=config.model.cache_dir)
+    processes = processes or Processes()
+    config = loop.again(config, processes)
     if config.runtime.checkpointing == "auto":
-        config, line = recomputing(config, processes)
+        from dpo.planning import recompute
+
+        config, line = recompute.decided(config, train_step, processes)
         notes = [*notes, line]
     try:
         return loop.train(config, notes, train_step, evaluate.evaluated, processes)
     except OutOfMemory as error:
-        raise UserError(f"{error}{fitting_instead(config)}" if error.at_first else str(error)) from error
+        if not error.at_first:
+            raise
+        from dpo.planning import full
 
-
-def recomputing(config: Config, processes: Processes | None) -> tuple[Config, str]:
-    """`config` with --checkpointing decided by the free memory of the GPU, the same in all processes, and a log line."""
-    from dpo.models.ready import pick_device
-    from dpo.planning import recompute, work
-    from dpo.settings.config import change
-    from dpo.training.parallel import Processes
-
-    processes = processes or Processes()
-    device = pick_device(processes.device(config.runtime.device))
-    processes.join(device)
-    known = [each for each in processes.objects(recompute.free_memory(str(device))) if each is not None]
-    free = min(known) if known else None  # the smallest decides
-    choice, line = recompute.at_start(config, work.planner(train_step, processes.count), free)
-    return change(config, checkpointing=choice.setting), line
-
-
-def fitting_instead(config: Config) -> str:
-    """What would have fitted the GPU whose memory was full in the first update, as the end of a message."""
-    import torch
-
-    from dpo.planning import recompute, work
-
-    memory = (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-        if torch.cuda.is_available()
-        else 0.0
-    )
-    said = recompute.what_fits(config, work.planner(train_step), memory) if memory else ""
-    return f"; {said}" if said else ""
+        raise UserError(f"{error}{full.instead(config, train_step, processes)}") from error
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ TESTED_BY = {
     "dpo/pairing/written.py": "tests/dpo/test_pairs.py",
     "dpo/sampling/flags.py": "tests/dpo/test_sample.py",
     "dpo/drawing/grid.py": "tests/dpo/drawing/test_draw.py",
+    "dpo/models/flux2.py": "tests/dpo/models/test_flux.py",
     "dpo/models/parts.py": "tests/dpo/models/test_load.py",
     "dpo/models/sd.py": "tests/runs/test_parity.py",
     "dpo/models/sdxl.py": "tests/runs/test_parity.py",

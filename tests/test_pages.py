@@ -15,8 +15,11 @@ from PIL import Image
 import dpo
 from dpo import evaluate, export, extract, label, pairs, plan, prepare, replay, sample, train, vote
 from dpo.common import command
-from dpo.planning.cuda import CARDS
+from dpo.data.sources import open_source
+from dpo.planning import recompute, work
+from dpo.planning.cuda import CARDS, GIB, room
 from dpo.settings import flags
+from dpo.settings.config import Config, change
 from tests.help.worlds import make_folders
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +84,7 @@ def test_a_run_takes_its_settings_from_a_recipe(tmp_path, monkeypatch, kind):
     assert (given[0].method.beta, given[0].output.output) == (77.0, str(tmp_path / "run"))
 
 
-def test_the_tables_of_the_data_page_are_pairs(tmp_path):
+def test_the_tables_of_the_data_page_are_pairs_and_one_of_images_alone(tmp_path):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     tables = re.findall(r"^```(csv|jsonl)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "images").mkdir()
@@ -92,11 +95,15 @@ def test_the_tables_of_the_data_page_are_pairs(tmp_path):
     found = {}
     for number, (kind, table) in enumerate(tables):
         (tmp_path / f"{number}.{kind}").write_text(table, encoding="utf-8")
+        if table.startswith("prompt,image,label"):
+            alone = open_source(change(Config(), data=str(tmp_path / f"{number}.{kind}")).data)
+            assert alone.sides == 1 and alone.prob.tolist() == [1, 0] and alone[1].caption == "a cup, half full"
+            continue
         read = list(dpo.open_pairs(tmp_path / f"{number}.{kind}", ties="keep"))
         assert [pair.prompt for pair in read[:2]] == ["a fox in the snow", "a cup, half full"]
         assert all(pair.chosen.getpixel((0, 0)) == (255, 0, 0) for pair in read[:2])
         found[number] = [round(pair.p, 3) for pair in read]
-    assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]}
+    assert found == {0: [1.0, 1.0], 1: [1.0, 1.0], 2: [0.9, 1.0, 0.5]} and len(tables) == 4
 
 
 LINE = re.compile(r"^\s*(?:srun )?python -m dpo\.(\w+)((?: [^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
@@ -140,6 +147,28 @@ def test_every_flag_of_a_command_on_a_page_is_there():
 
 
 ROWS = re.compile(r"^\|[^|]*\|[^|]*\| `(--preset [^`]*)`[^|]*\| ([\d.]+) \| (\d+) GB \|$", re.MULTILINE)
+
+
+AUTO = re.compile(
+    r"^\| ((?:`[\w-]+`, )+)[^|]*\| `on` \| `([\w.,]+)`, ([\d.]+) GiB \| `off`, ([\d.]+) GiB \|$", re.MULTILINE
+)
+
+
+@pytest.mark.slow
+def test_what_auto_chooses_on_the_hardware_page_is_what_a_run_chooses():
+    rows = AUTO.findall((ROOT / "docs" / "hardware.md").read_text(encoding="utf-8"))
+    named = {name: rest for names, *rest in rows for name in re.findall(r"[\w-]+", names)}
+    auto = [
+        name for name in flags.presets() if flags.load_preset(name).get("runtime", {}).get("checkpointing") == "auto"
+    ]
+    assert sorted(named) == auto and len(auto) >= 4
+    for name, (middle, less, most) in named.items():
+        config, _ = work.prepared(flags.parse(["--preset", name], with_pairs=False)[0])
+        plans = work.planner(train.train_step)
+        choices = {card: recompute.chosen(config, plans, room(card))[0] for card in (24, 40, 48, 80, 141)}
+        assert {choices[card].setting for card in (24, 40, 48)} == {"on"}
+        said = [(choices[card].setting, f"{choices[card].peak / GIB:.1f}") for card in (80, 141)]
+        assert said == [(middle, less), ("off", most)], name
 
 
 @pytest.mark.slow

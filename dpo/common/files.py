@@ -14,11 +14,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any
 
 from dpo.common.errors import UserError
+
+if TYPE_CHECKING:  # commands import this file before anybody knows that the package is installed
+    from safetensors import SafetensorError
 
 CHUNK = 1 << 24
 LOOK = 1.0  # seconds between two looks at files that are mapped: a set may have hundreds
@@ -172,7 +173,7 @@ def disk_error(error: OSError | SafetensorError, path: Path, remedy: str = RESUM
         return full
     if getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error):
         return UserError(f"{path} may not grow so large here: raise the limit (ulimit -f), or choose another --output")
-    if isinstance(error, SafetensorError):  # safetensors gives the system's error as text only
+    if not isinstance(error, OSError):  # safetensors gives the system's error as text only
         return OSError(errno.EIO, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST):
         named = error.filename2 or error.filename

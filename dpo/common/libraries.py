@@ -57,19 +57,31 @@ def misfit(error: BaseException) -> str | None:
     """One line on the library whose import raised `error`, with its version, torch's and the remedy; else None.
 
     A library built for another torch fails so, far inside the import of one that needs it: torchvision under
-    transformers under diffusers.
+    transformers under diffusers. One that is not there fails so in a file of ours: nothing was installed, or into
+    another Python.
     """
     while error.__cause__ not in (None, error):  # the libraries in between raise errors of their own
         error = error.__cause__
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
     package = frames[-1].f_globals.get("__name__", "").split(".")[0] if frames else ""
-    if not package or package in OWN:
-        return None
+    if package in ("", *OWN):
+        return _missing(error) if isinstance(error, ModuleNotFoundError) else None
     name = packages_distributions().get(package, [package])[0]
     fits = "cannot be imported" if package == "torch" else f"does not fit torch {_version('torch')}"
     return (
         f"{name} {_version(name)} {fits} ({first_line(error)}): install the one that does (pip install -U {name}), or, "
         f"where nothing needs it, remove it (pip uninstall {name})"
+    )
+
+
+def _missing(error: ModuleNotFoundError) -> str | None:
+    """One line on a library that a file of ours did not find; None where a file of ours is what is missing."""
+    name = (error.name or "").split(".")[0]
+    if name in ("", *OWN) or find_spec(name) is not None:
+        return None
+    return (
+        f"{name} is not installed for {sys.executable}: where the source is, run {sys.executable} -m pip install -e . "
+        "(docs/install.md), or start the Python that it was installed for"
     )
 
 

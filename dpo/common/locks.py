@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING
 
 from dpo.common.errors import UserError
 from dpo.common.files import sweep, write_whole
+
+if TYPE_CHECKING:  # commands import this file before anybody knows that the package is installed
+    from filelock import FileLock
 
 WAIT = 8.0  # seconds: the workers of a process that was killed hold its lock until they notice
 NAME = ".lock"  # stays, empty: deleting a lock's file would let two processes hold two of that name
@@ -31,6 +33,8 @@ def held(folder: Path, flag: str, part: str = "", wait: float | None = None) -> 
     machine and since when stands beside the lock, as a locked file cannot be read everywhere. Raises UserError when
     another process holds it. On a file system without locks, as some network ones are, a warning is all.
     """
+    from filelock import FileLock, Timeout
+
     place = folder / f"{NAME}{part}"
     holder = place.with_name(f"{place.name}.json")
     lock = FileLock(place)

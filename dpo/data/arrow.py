@@ -31,7 +31,7 @@ def check_schema(schema: pa.Schema, columns: Columns, where: str) -> None:
     text = _plain(schema.field(columns.caption).type)
     if not _is_text(text):
         raise UserError(f"{where}: the captions in {columns.caption} are {_named(text)}, not text")
-    for name in (columns.first, columns.second):
+    for name in columns.images:
         kind = _plain(schema.field(name).type)
         inside = {field.name for field in kind} if pa.types.is_struct(kind) else set()
         if not (_is_text(kind) or _is_bytes(kind) or inside & {"bytes", "path"}):
@@ -77,9 +77,9 @@ class ArrowSource(Labelled):
         row = int(self.row[index])
         self.mapped.check()
         with reading(f"{self.root}, row {row}", "write the set again"):
-            first, second = _images(self.table, self.columns, self.root, row)
+            first, *other = _images(self.table, self.columns, self.root, row)
             caption = self.table.column(self.columns.caption)[row].as_py() or ""
-        return self.labelled(index, caption, first, second)
+        return self.labelled(index, caption, first, other[0] if other else None)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions; reads that column only."""
@@ -89,14 +89,11 @@ class ArrowSource(Labelled):
             return np.array([caption_key(captions[row].as_py() or "") for row in self.row.tolist()], dtype=np.int64)
 
 
-def _images(table: pa.Table, columns: Columns, root: str, row: int) -> tuple[ImageRef, ImageRef]:
+def _images(table: pa.Table, columns: Columns, root: str, row: int) -> list[ImageRef]:
     def cell(name: str | None) -> Any:
         return None if name is None else table.column(name)[row].as_py()
 
-    return (
-        image_ref(cell(columns.first), cell(columns.uid_0), root),
-        image_ref(cell(columns.second), cell(columns.uid_1), root),
-    )
+    return [image_ref(cell(name), cell(uid), root) for name, uid in zip(columns.images, (columns.uid_0, columns.uid_1))]
 
 
 def is_saved(folder: Path) -> bool:
@@ -134,7 +131,8 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
     sizes = [str(column.nbytes) for column in table.columns]
     settings = (repr(columns), data.ties, str(data.max_pairs))
     return ArrowSource(
-        table, columns, str(folder), keep, mapped, swap=swap, prob=prob, smoothing=data.label_smoothing, summary=labels.counts | counts,
+        table, columns, str(folder), keep, mapped, sides=len(columns.images), swap=swap, prob=prob,
+        smoothing=data.label_smoothing, summary=labels.counts | counts,
         fingerprint=digest(str(table.num_rows), *sizes, *settings, keep.tobytes().hex(), swap.tobytes().hex(),
             prob.tobytes().hex()),
     )  # fmt: skip
@@ -163,7 +161,9 @@ def _table(folder: Path) -> pa.Table:
 def _one_image_twice(table: pa.Table, columns: Columns, root: str, keep: np.ndarray) -> np.ndarray:
     """[n] bool: rows among `keep` whose two images are one. Only images of equal length are read."""
     same = np.zeros(len(keep), dtype=bool)
-    lengths = [_lengths(table.column(name)) for name in (columns.first, columns.second)]
+    if columns.second is None:
+        return same
+    lengths = [_lengths(table.column(name)) for name in columns.images]
     for row in np.flatnonzero(keep & (lengths[0] == lengths[1])).tolist():
         same[row] = one_image(*_images(table, columns, root, row))
     return same

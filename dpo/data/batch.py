@@ -16,7 +16,7 @@ from dpo.data.images import fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
-from dpo.data.store.files import Parts
+from dpo.data.store.files import Parts, each
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
@@ -26,6 +26,7 @@ BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared m
 class PairBatch:
     """B pairs on the CPU; of everything with 2B rows the first B are the preferred images.
 
+    Of B images without a partner it has B rows, and `prob` in [0, 1] is the probability that an image is liked.
     A hole (a pair with an image that cannot be used) keeps its place, with usable 0, prob 0.5 and black pixels; `bad`
     says why. So does one that makes up for pairs of its shape that an update lacks, without a reason. A batch has either
     pixels or, from a prepared store, latents and encoded text; the other fields are None.
@@ -67,7 +68,7 @@ class PairBatch:
             if isinstance(value, Tensor):
                 setattr(self, item.name, value.pin_memory())
         if self.text is not None:
-            self.text = tuple(None if value is None else value.pin_memory() for value in self.text)
+            self.text = each(self.text, Tensor.pin_memory)
         return self
 
 
@@ -123,13 +124,14 @@ def decode_batch(pairs: Sequence[Pair], place: Place, decoding: Decoding) -> Pai
     crops = _keyed(keys, draw, Stream.CROP, decoding.seed, 4, decoding.crop == "random")
     mirrored, dropped = mirrors(keys, draw, decoding), drops(keys, draw, decoding)
     size = place.size or (decoding.resolution, decoding.resolution)
-    pixels = torch.zeros(2 * len(pairs), 3, *size, dtype=torch.uint8)
+    images = sum(len(pair.images) for pair in pairs)
+    pixels = torch.zeros(images, 3, *size, dtype=torch.uint8)
     whole = torch.tensor([*size, 0, 0, *size], dtype=torch.int64)
-    micro = whole.repeat(2 * len(pairs), 1)
+    micro = whole.repeat(images, 1)
     usable = place.usable()
     bad = []
     for i, (pair, mirror, crop) in enumerate(zip(pairs[: place.pairs], mirrored, crops, strict=False)):
-        places = ((i, pair.win, crop[:2]), (i + len(pairs), pair.lose, crop[2:]))
+        places = list(zip(range(i, images, len(pairs)), pair.images, (crop[:2], crop[2:])))
         if embedded_twice(pair):
             usable[i] = 0.0
             bad.append((pair.key, f"{SAME}, of {excerpt(pair.caption)}"))

@@ -144,19 +144,18 @@ def cut_away(image: tuple[int, int], size: Size) -> float:
 
 def of_pair(sizes: Sequence[Size], pair: Pair, max_mib: int, cut: Cut | None = None) -> int:
     """The number of a pair's bucket, from the headers of its images, which are counted in `cut`."""
-    return _of_images(sizes, _headers([pair.win, pair.lose], max_mib), cut)
+    return _of_images(sizes, _headers(pair.images, max_mib), cut)
 
 
 def measured(source: Source, sizes: tuple[Size, ...], max_mib: int) -> Buckets:
     """The buckets of all pairs of a source, from the headers of their images."""
     if len(source) >= MANY:
-        log.info("buckets: reading the headers of %d images", 2 * len(source))
+        log.info("buckets: reading the headers of %d images", source.sides * len(source))
     numbers, cut = [], Cut()
     with ThreadPoolExecutor(READERS) as pool:
         for begin in range(0, len(source), AT_ONCE):
             pairs = [source[i] for i in range(begin, min(begin + AT_ONCE, len(source)))]
-            both = [[pair.win, pair.lose] for pair in pairs]
-            for found in pool.map(lambda images: _headers(images, max_mib), both):
+            for found in pool.map(lambda pair: _headers(pair.images, max_mib), pairs):
                 numbers.append(_of_images(sizes, found, cut))
     return Buckets(sizes, np.array(numbers, dtype=np.int64), cut)
 
@@ -166,7 +165,7 @@ def _headers(images: Sequence[ImageRef], max_mib: int) -> list[tuple[int, int] |
 
 
 def _of_images(sizes: Sequence[Size], found: Sequence[tuple[int, int] | None], cut: Cut | None) -> int:
-    number = nearest(sizes, *found)
+    number = nearest(sizes, found[0], found[-1])  # of an image alone its own aspect
     for size in found:
         if size is not None and cut is not None:
             cut.add(size, sizes[number])

@@ -28,7 +28,7 @@ def stamps(source: Source, was: Callable[[ImageRef], tuple[int, str] | None] = l
     if source.groups is not None or not len(source):
         return {}
     pairs = [source[int(i)] for i in _spread(len(source), LOOKED_AT)]
-    images = [image for pair in pairs for image in (pair.win, pair.lose)]
+    images = [image for pair in pairs for image in pair.images]
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(_size_and_time, images))
         before = list(pool.map(was, images))

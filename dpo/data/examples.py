@@ -11,7 +11,7 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.data.images import decode, unreadable
-from dpo.data.pairs import BadImage, ImageRef, Source
+from dpo.data.pairs import BadImage, ImageRef, Source, check_pairs, of_two
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
 from dpo.settings.config import Config, Data, change
@@ -42,7 +42,8 @@ class Examples:
         if not 0 <= place < len(self):
             raise IndexError(f"pair {index} of {len(self)}")
         pair = self.source[place]
-        return Example(pair.caption, _image(pair.win, pair.caption), _image(pair.lose, pair.caption), pair.prob)
+        chosen, rejected = (_image(image, pair.caption) for image in of_two(pair))
+        return Example(pair.caption, chosen, rejected, pair.prob)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -78,4 +79,5 @@ def open_pairs(data: str | os.PathLike[str], **settings: Any) -> Examples:
         raise UserError(
             f"{os.fspath(data)} is a prepared store, which keeps no images: open the pairs it was made from"
         )
+    check_pairs(source, os.fspath(data), "open_pairs opens pairs")
     return Examples(source)

@@ -41,7 +41,7 @@ def open_folders(root: Path, data: Data) -> TableSource:
         pa.chunked_array([pa.array([f"{side}/{found[name]}" for name in names], pa.string())])
         for side, found in (("w", wins), ("l", losses))
     )
-    keep, same = leave_out_same(str(root), first, second, np.arange(len(names)), data.max_pairs)
+    keep, same = leave_out_same(str(root), (first, second), np.arange(len(names)), data.max_pairs)
     captions = [texts.of(names[i], wins[names[i]]) for i in keep]
     column = pa.chunked_array([pa.array([text or "" for text in captions], pa.string())])
     first, second, n = first.take(keep), second.take(keep), len(keep)
@@ -59,9 +59,9 @@ def open_folders(root: Path, data: Data) -> TableSource:
     }
     passed_over = around.passed_over + sides["w"].passed_over + sides["l"].passed_over
     return TableSource(
-        column, first, second, uids=None, root=str(root), swap=np.zeros(n, dtype=bool), prob=np.ones(n, dtype=np.float32),
+        column, (first, second), uids=None, root=str(root), swap=np.zeros(n, dtype=bool), prob=np.ones(n, dtype=np.float32),
         smoothing=data.label_smoothing, summary=counts | not_read(of_no_use, passed_over),
-        fingerprint=fingerprint_of(column, first, second),
+        fingerprint=fingerprint_of((column, first, second)),
     )  # fmt: skip
 
 

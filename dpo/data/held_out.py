@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.data.order import keyed_numbers, keyed_share, share_up_to
-from dpo.data.pairs import Source, Subset, caption_key
+from dpo.data.pairs import Source, Subset, caption_key, things
 from dpo.settings.config import Data
 
 SHARE = 0.1  # of one's own pairs, where nothing was said
@@ -34,11 +34,11 @@ def decide(data: Data, train: Source) -> Data:
     """
     if data.validation_fraction is not None:
         return data
-    sure = train.prob > 0.5
+    sure = train.prob != 0.5
     count = int(sure.sum())
     if data.validation_data is not None or count < ENOUGH:
         if data.validation_data is None:
-            log.info("held out: none of %d pairs; below %d it takes --validation-fraction", count, ENOUGH)
+            log.info("held out: none of %d %s; below %d it takes --validation-fraction", count, things(train), ENOUGH)
         return replace(data, validation_fraction=0.0)
     wanted = min(max(FEWEST, math.ceil(SHARE * count)), data.validation_pairs)
     ways = WAYS.get(data.validation_by, (data.validation_by,))
@@ -80,11 +80,20 @@ def split(data: Data, train: Source) -> tuple[Source, Source | None]:
     for way in WAYS.get(data.validation_by, (data.validation_by,)):
         out = keyed_share(_keys(train, way), share)
         if out.any() and not out.all():
-            log.info("held out: %d of %d pairs (%.0f %%), %s", out.sum(), len(out), 100 * out.mean(), _told(train, way))
+            log.info(
+                "held out: %d of %d %s (%.0f %%), %s",
+                out.sum(),
+                len(out),
+                things(train),
+                100 * out.mean(),
+                _told(train, way),
+            )
             _say_nearer(keyed_numbers(_keys(train, way)), share, int(out.sum()))
-            return Subset(train, np.flatnonzero(~out)), Subset(train, np.flatnonzero(out & (train.prob > 0.5)))
+            return Subset(train, np.flatnonzero(~out)), Subset(train, np.flatnonzero(out & (train.prob != 0.5)))
     side = "training" if out.all() else "validation"
-    raise UserError(f"{data.data}: --validation-fraction {share:g} of {len(out)} pairs leaves none for {side}")
+    raise UserError(
+        f"{data.data}: --validation-fraction {share:g} of {len(out)} {things(train)} leaves none for {side}"
+    )
 
 
 def _say_nearer(numbers: np.ndarray, share: float, held: int) -> None:
@@ -114,10 +123,10 @@ def _told(train: Source, way: str) -> str:
     """In words how pairs were held out."""
     if way == "caption":
         return "by caption: none is on both sides"
-    captions = np.unique(train.caption_keys())
+    captions, each = np.unique(train.caption_keys()), f"each {things(train)[:-1]} alone"
     if len(captions) == len(train):
-        return "each pair alone"
+        return each
     if len(captions) > 1:
-        return "each pair alone, so that a caption may be on both sides, and an image too"
+        return f"{each}, so that a caption may be on both sides, and an image too"
     why = "they have no captions" if captions[0] == caption_key("") else "they have one caption"
-    return f"each pair alone: {why}; an image may be on both sides"
+    return f"{each}: {why}; an image may be on both sides"

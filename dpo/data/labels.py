@@ -23,6 +23,7 @@ NUMBERS: dict[str, bool | None] = {
     "place": False, "position": False,
     "rank": None, "ranking": None, "order": None, "grade": None, "level": None, "value": None,
 }  # fmt: skip
+LIKED = ("liked", "label", "preferred")  # of an image without a partner
 IMAGES = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
 SAME, BLANK = "one image twice", "without a caption"  # names of counts; pairs without a caption are used
 UNREADABLE, SAME_BYTES = (
@@ -40,12 +41,13 @@ EVERY = "every"  # as `ties`: every row as it stands, labelled or not, its first
 class Columns:
     """Names of the columns in use; label, uid and flag columns are None where a set has none.
 
-    Where `label_0` is None the first image is the preferred one in every row, or the one that `p` says.
+    Where `label_0` is None the first image is the preferred one in every row, or the one that `p` says. Where `second` is
+    None a row has one image, and `label_0` says whether it is liked.
     """
 
     caption: str
     first: str
-    second: str
+    second: str | None
     label_0: str | None = None
     label_1: str | None = None
     has_label: str | None = None
@@ -54,6 +56,16 @@ class Columns:
     uid_1: str | None = None
     # Not in the repr, which is a part of the fingerprints of sets; the probabilities are another.
     p: str | None = field(default=None, repr=False)
+
+    @property
+    def images(self) -> list[str]:
+        """The columns of images: two, or one where rows are no pairs."""
+        return [name for name in (self.first, self.second) if name]
+
+    @property
+    def verdict(self) -> str | None:
+        """The column that says whether an image is liked, where rows are no pairs."""
+        return self.label_0 if self.second is None else None
 
     @property
     def numbers(self) -> list[str]:
@@ -92,7 +104,15 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     caption = pick(data.caption_column, CAPTION)
     chosen, rejected = pick(data.chosen_column, CHOSEN), pick(data.rejected_column, REJECTED)
     images = next((pair for pair in IMAGES if set(pair) <= set(names)), None)
+    image, liked = pick(data.single_image_column, IMAGE), pick(data.liked_column, LIKED)
     by_name = data.chosen_column is not None or data.rejected_column is not None
+    if data.single_image_column is not None or data.liked_column is not None:
+        if caption and image and liked and kind == "auto":
+            return Columns(caption, image, None, liked)
+        raise UserError(
+            f"{where}: images without a partner need a caption, an image and a label in each row, found {listed(names) or 'none'}; "
+            "correct --caption-column, --single-image-column or --liked-column"
+        )
     p = P if P in names else None
     if caption and images and "label_0" in names and kind != "chosen-rejected" and not by_name:
         label_1, has_label, are_different, uid_0, uid_1 = (
@@ -101,8 +121,10 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
         return Columns(caption, *images, "label_0", label_1, has_label, are_different, uid_0, uid_1, p)
     if caption and chosen and rejected and kind != "pickapic":
         return Columns(caption, chosen, rejected, p=p)
+    if caption and image and liked and kind == "auto" and not by_name:
+        return Columns(caption, image, None, liked)
     layouts = {
-        "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected",
+        "auto": "caption, jpg_0, jpg_1, label_0 or prompt, chosen, rejected, or caption, image, label of images without partners",
         "pickapic": "caption, jpg_0, jpg_1, label_0",
         "chosen-rejected": "prompt, chosen, rejected",
     }
@@ -159,9 +181,30 @@ def _numbers(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)
 
 
+def verdict_of(value: object, name: str) -> float | None:
+    """Whether an image is liked, 1 or 0; None where the cell is empty. Raises ValueError for anything else."""
+    said = None if isinstance(value, str) and not value.strip() else flag(value, name)
+    return None if said is None else float(said)
+
+
+def read_verdicts(values: np.ndarray, name: str) -> RowLabels:
+    """The labels [n] of images without a partner: yes or no, words or numbers. Left out and counted: rows without one.
+
+    Raises ValueError for labels that say neither.
+    """
+    cells = values.tolist()
+    said = {value: verdict_of(value, name) for value in set(cells)}
+    prob = np.array([said[value] for value in cells], dtype=np.float64)  # None becomes nan
+    keep = ~np.isnan(prob)
+    counts = {"rows": len(prob), "unlabelled": int(np.sum(~keep))}
+    return RowLabels(keep, np.zeros(len(prob), dtype=bool), np.where(keep, prob, 0.0).astype(np.float32), counts)
+
+
 def labels_of(table: dict[str, np.ndarray], columns: Columns, rows: int, ties: str, where: str) -> RowLabels:
     """`read_labels`, with its errors as a UserError that begins with `where`."""
     try:
+        if columns.verdict is not None:
+            return read_verdicts(table[columns.verdict], columns.verdict)
         return read_labels(table, columns, rows, ties)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: the labels are not numbers or flags ({str(error)[: SHOWN + 40]})") from error

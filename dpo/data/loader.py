@@ -31,7 +31,7 @@ from dpo.data.images import STOPPED, check_bad
 from dpo.data.kept import Kept
 from dpo.data.labels import SAME
 from dpo.data.order import Place
-from dpo.data.pairs import Pair, Source
+from dpo.data.pairs import Pair, Source, things
 from dpo.settings.config import Data
 
 READ_AHEAD = 2  # batches read before a worker asks for them
@@ -85,7 +85,7 @@ def load(
     Raises UserError for unreadable images, as reading.on_bad_image and bad_image_limit say, and when a worker dies.
     """
     workers = worker_count(reading.workers)
-    prefetch = _fit_shared_memory(reading.prefetch, workers, 2 * micro_batch * 3 * decoding.resolution**2)
+    prefetch = _fit_shared_memory(reading.prefetch, workers, source.sides * micro_batch * 3 * decoding.resolution**2)
     bad: dict[int, str] = {}
     work = (_work(source, place, kept) for place in places)
     ahead = read_ahead(work, READ_AHEAD) if workers and source.groups is not None else work
@@ -197,7 +197,7 @@ def look_after(found: Iterable[tuple[int, str]], bad: dict[int, str], source: So
     for key, reason in found:
         if key not in bad:
             bad[key] = reason
-            logger.warning("pair left out: %s", reason)
+            logger.warning("%s left out: %s", things(source)[:-1], reason)
     if unreadable := [reason for reason in bad.values() if not reason.startswith(SAME)] if found else []:
         check_bad(len(unreadable), len(source), reading.bad_image_limit, unreadable[-1])
 

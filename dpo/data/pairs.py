@@ -1,4 +1,7 @@
-"""What every data source yields: a caption, a preferred image, the other image, and how sure the preference is."""
+"""What every data source yields: a caption, a preferred image, the other image, and how sure the preference is.
+
+Or, of a set without pairs, a caption, one image and whether it is liked: a pair whose other side is empty.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt_of_path
 
 # How image files begin, in base64: JPEG, PNG, WebP, GIF, TIFF twice, BMP. No path does and is this long without a dot.
@@ -72,17 +76,25 @@ def _check_size(size: int, max_mib: int) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """`key` is a 64-bit hash of (preferred uid, other uid, caption) as a signed integer; `prob` in [0.5, 1]."""
+    """`key` is a 64-bit hash of (preferred uid, other uid, caption) as a signed integer; `prob` in [0.5, 1].
+
+    An image without a partner is `win`, liked or not; `prob` in [0, 1] is the probability that it is liked.
+    """
 
     key: int
     caption: str
     win: ImageRef
-    lose: ImageRef
+    lose: ImageRef | None
     prob: float
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """Both images, the preferred one first; the one of an image without a partner."""
+        return (self.win,) if self.lose is None else (self.win, self.lose)
 
 
 class Source(Protocol):
-    """n pairs with random access.
+    """n pairs with random access; or n images without a partner, each a pair with one side.
 
     `groups` [n] int32 is the unit of reading (a parquet row group) that each pair lies in, None where pairs are read
     one by one; `window` is how many such units may be open at once, None for all.
@@ -91,6 +103,11 @@ class Source(Protocol):
     @property
     def prob(self) -> np.ndarray:
         """[n] fp32, before label smoothing."""
+        ...
+
+    @property
+    def sides(self) -> int:
+        """Images of a pair: 2, or 1 in a set of images without partners."""
         ...
 
     @property
@@ -135,6 +152,10 @@ class Subset:
         return self.source.prob[self.indices]
 
     @property
+    def sides(self) -> int:
+        return self.source.sides
+
+    @property
     def groups(self) -> np.ndarray | None:
         return None if self.source.groups is None else self.source.groups[self.indices]
 
@@ -163,14 +184,15 @@ class Labelled:
     smoothing: float
     summary: dict[str, int]
     fingerprint: str
+    sides: int = 2
     groups: None = None
     window: None = None
 
     def __len__(self) -> int:
         return len(self.prob)
 
-    def labelled(self, index: int, caption: str, first: ImageRef, second: ImageRef) -> Pair:
-        """Pair `index` of these images, the preferred one first."""
+    def labelled(self, index: int, caption: str, first: ImageRef, second: ImageRef | None) -> Pair:
+        """Pair `index` of these images, the preferred one first; or its one image."""
         return make_pair(caption, first, second, bool(self.swap[index]), float(self.prob[index]), self.smoothing)
 
 
@@ -182,6 +204,7 @@ class InMemory:
     prob: np.ndarray
     summary: dict[str, int]
     fingerprint: str
+    sides: int = 2
     groups: None = None
     window: None = None
 
@@ -199,7 +222,9 @@ def read_into_memory(source: Source, indices: np.ndarray) -> InMemory:
     """Reads the pairs at `indices` [m] int64 once, in stored order."""
     indices = np.sort(indices)
     subset = Subset(source, indices)
-    return InMemory([source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint)
+    return InMemory(
+        [source[int(i)] for i in indices], source.prob[indices], subset.summary, subset.fingerprint, source.sides
+    )
 
 
 def _key(*parts: str) -> int:
@@ -214,6 +239,11 @@ def pair_key(win: str, lose: str, caption: str) -> int:
     judged both ways has two, so that errors recorded under one key are never used for the other.
     """
     return _key(win, lose, caption)
+
+
+def single_key(image: str, caption: str) -> int:
+    """The key of an image without a partner, from its uid and its caption; the label is not in it."""
+    return _key("one image", image, caption)
 
 
 def caption_key(caption: str) -> int:
@@ -277,15 +307,36 @@ def one_image(first: ImageRef, second: ImageRef) -> bool:
 
 def embedded_twice(pair: Pair) -> bool:
     """Whether both images of a pair are the same embedded bytes; large sets are not searched for them when opened."""
-    return pair.win.data is not None and pair.win.uid == pair.lose.uid
+    return pair.lose is not None and pair.win.data is not None and pair.win.uid == pair.lose.uid
 
 
-def make_pair(caption: str, first: ImageRef, second: ImageRef, swap: bool, prob: float, smoothing: float) -> Pair:
-    """A pair whose preferred image comes first; `swap`: that is the second one.
-
-    Smoothing changes labels of probability 1 only; soft ones and ties keep theirs.
-    """
+def make_pair(
+    caption: str, first: ImageRef, second: ImageRef | None, swap: bool, prob: float, smoothing: float
+) -> Pair:
+    """A pair whose preferred image comes first; `swap`: that is the second one. Without a second, an image alone."""
+    if second is None:
+        return Pair(single_key(first.uid, caption), caption, first, None, smoothed(prob, smoothing))
     win, lose = (second, first) if swap else (first, second)
-    return Pair(
-        pair_key(win.uid, lose.uid, caption), caption, win, lose, 1.0 - smoothing if prob == 1.0 else float(prob)
-    )
+    return Pair(pair_key(win.uid, lose.uid, caption), caption, win, lose, smoothed(prob, smoothing))
+
+
+def smoothed(prob: float, smoothing: float) -> float:
+    """A label under smoothing: it changes those of probability 1, or 0, only; soft ones and ties keep theirs."""
+    return 1.0 - smoothing if prob == 1.0 else smoothing if prob == 0.0 else float(prob)
+
+
+def things(source: Source) -> str:
+    """What a source holds, in words."""
+    return "pairs" if source.sides == 2 else "images"
+
+
+def of_two(pair: Pair) -> tuple[ImageRef, ImageRef]:
+    """Both images of a pair that has them, the preferred one first."""
+    assert pair.lose is not None, "`check_pairs` looks"
+    return pair.win, pair.lose
+
+
+def check_pairs(source: Source, name: str, what: str) -> None:
+    """Raises UserError for a set of images without partners; what: who needs pairs, in words."""
+    if source.sides == 1:
+        raise UserError(f"{name} has images without partners (docs/data.md), and {what}")

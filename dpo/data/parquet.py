@@ -63,7 +63,7 @@ def _scan(files: Files, name: str, columns: Columns, ties: str) -> _Scan:
         missing = [c for c in columns.read + columns.decided_by if c not in file.schema_arrow.names]
         if missing:
             raise UserError(f"{name}: column {missing[0]} is missing, found {listed(file.schema_arrow.names)}")
-        if columns.p is None and P in file.schema_arrow.names:
+        if columns.p is None and columns.second is not None and P in file.schema_arrow.names:
             raise UserError(f"{name}: has a column {P}, which other files of the set lack: name the files of one kind")
         check_schema(file.schema_arrow, columns, name)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
@@ -157,10 +157,14 @@ class ParquetSource:
         root, name = self.root(index), self.files.names[self.file[index]]
         with reading(f"{name}, row {row} of row group {self.group[index]}", "fetch it again or leave it out"):
             first = image_ref(cell(columns.first), cell(columns.uid_0), root)
-            second = image_ref(cell(columns.second), cell(columns.uid_1), root)
+            second = image_ref(cell(columns.second), cell(columns.uid_1), root) if columns.second else None
             caption = cell(columns.caption) or ""
         swap, prob = bool(self.swap[index]), float(self.prob[index])
         return make_pair(caption, first, second, swap, prob, self.smoothing)
+
+    @property
+    def sides(self) -> int:
+        return len(self.columns.images)
 
     def _read(self, index: int) -> pa.Table:
         """The row group of a pair, from memory or from its file."""
@@ -252,7 +256,7 @@ def open_parquet(files: Files, data: Data, kind: str = "auto") -> ParquetSource:
             *scanned, repr(columns), data.ties, str(data.max_pairs), swap.tobytes().hex(), prob.tobytes().hex()
         ),
     )
-    named = columns.uid_0 is not None and columns.uid_1 is not None
+    named = columns.second is None or (columns.uid_0 is not None and columns.uid_1 is not None)
     return source if named or window is not None else _without_one_image_twice(source, blank, sum(sizes))
 
 
@@ -284,7 +288,7 @@ def _without_one_image_twice(source: ParquetSource, blank: np.ndarray, total: in
 
 def _alike(source: ParquetSource, begin: int, end: int) -> np.ndarray:
     """[end - begin] bool: of the pairs of one row group, those whose two images are one."""
-    names = [source.columns.first, source.columns.second]
+    names = source.columns.images
     with _opened(source.files, source.files.names[source.file[begin]]) as file:
         table = file.read_row_group(int(source.group[begin]), columns=names)
         root = source.root(begin)

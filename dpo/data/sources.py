@@ -22,7 +22,7 @@ from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, SOFT, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, NoSplit, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
-from dpo.data.pairs import InMemory, Source, Subset, read_into_memory
+from dpo.data.pairs import InMemory, Source, Subset, read_into_memory, things
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
 from dpo.data.tables import open_table
@@ -58,7 +58,7 @@ def open_source(data: Data, split: str | None = None) -> Source:
             raise UserError(f"{error}; choose one with {flag}") from error
     if not len(source):
         hint = "; ties can be kept with --ties keep" if source.summary.get("ties") and split is None else ""
-        raise UserError(f"{data.data}: no usable pairs ({describe(source)}){hint}")
+        raise UserError(f"{data.data}: no usable {things(source)} ({describe(source)}){hint}")
     return source
 
 
@@ -96,7 +96,7 @@ def _held_out(source: Source, data: Data) -> InMemory | Subset:
 def describe(source: Source) -> str:
     """One line for the log: "57 rows: 40 pairs; left out: 14 ties, 3 unlabelled; files not read: 2 .heic".
 
-    Pairs and what was left out add up to the rows.
+    Pairs and what was left out add up to the rows. Of images without partners: "57 rows: 40 images, 30 of them liked".
     """
     counts = {name: count for name, count in source.summary.items() if not is_of_files(name)}
     rows, pairs = counts.pop("rows", len(source)), counts.pop("pairs", len(source))
@@ -108,7 +108,8 @@ def describe(source: Source) -> str:
     if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
         counts |= _rest(source, rest)
     notes = [f"{count} {name}" for name, count in counts.items() if count]
-    text = f"{rows} rows: {pairs} pairs"
+    text = f"{rows} rows: {pairs} {things(source)}"
+    text += f", {int(np.sum(source.prob > 0.5))} of them liked" if source.sides == 1 else ""
     text += f", {kept_ties} of them ties" if kept_ties else ""
     text += f", {without_caption} {BLANK}" if without_caption else ""
     text += f", {soft} {SOFT}" if soft else ""

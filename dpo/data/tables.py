@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt, excerpt_of_path, first_line
-from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of
+from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of, verdict_of
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
 
@@ -42,16 +42,16 @@ class TableSource(Labelled):
     """Captions and image paths as Arrow strings, compact in memory; images are read where they are decoded."""
 
     captions: pa.ChunkedArray  # [n]
-    first: pa.ChunkedArray  # [n] paths relative to root
-    second: pa.ChunkedArray  # [n]
+    images: tuple[pa.ChunkedArray, ...]  # one or two [n] of paths relative to root
     uids: tuple[pa.ChunkedArray, pa.ChunkedArray] | None
     root: str
 
     def __getitem__(self, index: int) -> Pair:
-        uids = [column[index].as_py() for column in self.uids] if self.uids else [None, None]
-        first = image_ref(self.first[index].as_py(), uids[0], self.root)
-        second = image_ref(self.second[index].as_py(), uids[1], self.root)
-        return self.labelled(index, self.captions[index].as_py(), first, second)
+        uids = [column[index].as_py() for column in self.uids] if self.uids else [None] * self.sides
+        first, *other = (
+            image_ref(column[index].as_py(), uid, self.root) for column, uid in zip(self.images, uids, strict=True)
+        )
+        return self.labelled(index, self.captions[index].as_py(), first, other[0] if other else None)
 
     def caption_keys(self) -> np.ndarray:
         """[n] int64 hashes of the captions."""
@@ -75,17 +75,17 @@ def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
     labels = labels_of(numbers, columns, len(table[columns.caption]), data.ties, str(path))
     keep = np.flatnonzero(labels.keep)
     _probe(path, table, keep, columns)
-    keep, same = leave_out_same(str(path.parent), table[columns.first], table[columns.second], keep, data.max_pairs)
+    keep, same = leave_out_same(str(path.parent), [table[name] for name in columns.images], keep, data.max_pairs)
     kept = {name: column.take(keep) for name, column in table.items()}
-    first, second = kept[columns.first], kept[columns.second]
+    images = tuple(kept[name] for name in columns.images)
     return TableSource(
-        kept[columns.caption], first, second,
+        kept[columns.caption], images, sides=len(images),
         uids=(kept[columns.uid_0], kept[columns.uid_1]) if columns.uid_0 and columns.uid_1 else None,
         root=str(path.parent), swap=labels.swap[keep], prob=labels.prob[keep], smoothing=data.label_smoothing,
         summary=labels.counts | {
             SAME: labels.counts.get(SAME, 0) + same, BLANK: kept[columns.caption].to_pylist().count(""), "pairs": len(keep)
         },
-        fingerprint=fingerprint_of(kept[columns.caption], first, second, labels.swap[keep], labels.prob[keep]),
+        fingerprint=fingerprint_of([kept[columns.caption], *images], labels.swap[keep], labels.prob[keep]),
     )  # fmt: skip
 
 
@@ -192,9 +192,7 @@ def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> d
     while part := list(islice(rows, CHUNK)):
         for name in names:
             values = [
-                (path_cell if name in (columns.first, columns.second) else cell)(
-                    f"{path}, line {number}", row, name, columns
-                )
+                (path_cell if name in columns.images else cell)(f"{path}, line {number}", row, name, columns)
                 for number, row in part
             ]
             chunks[name].append(column_of(values, name, columns, str(path)))
@@ -230,6 +228,11 @@ def cell(where: str, row: Row, name: str, columns: Columns) -> str | float | boo
     Raises UserError that begins with `where`, which names a file and a row.
     """
     value = row.get(name)
+    if name == columns.verdict:
+        try:
+            return verdict_of(value, name)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
     if name in columns.numbers:
         try:
             return None if value in (None, "") else float(value)
@@ -249,9 +252,7 @@ def cell(where: str, row: Row, name: str, columns: Columns) -> str | float | boo
 
 def _probe(path: Path, table: dict[str, pa.ChunkedArray], keep: np.ndarray, columns: Columns) -> None:
     """Raises UserError when none of the first few images exists: the paths are then relative to another folder."""
-    paths = [
-        name for column in (columns.first, columns.second) for name in table[column].take(keep[:PROBED]).to_pylist()
-    ]
+    paths = [name for column in columns.images for name in table[column].take(keep[:PROBED]).to_pylist()]
     if paths and not any(os.path.isfile(path.parent / name) for name in paths):
         raise UserError(
             f"{path}: no such image file: {excerpt_of_path(str(path.parent / paths[0]))} "
@@ -259,23 +260,24 @@ def _probe(path: Path, table: dict[str, pa.ChunkedArray], keep: np.ndarray, colu
         )
 
 
-def _looked_at(root: str, pairs: list[tuple[str, str]]) -> list[tuple[bool, str | None]]:
+def _looked_at(root: str, pairs: list[tuple[str, ...]]) -> list[tuple[bool, str | None]]:
     """For each pair whether its paths lead to one image, and the first of them that leads to no file."""
     found = []
     for pair in pairs:
         refs = [ImageRef(name, path=os.path.join(root, name)) for name in pair]
         gone = next((name for name, ref in zip(pair, refs, strict=True) if not os.path.isfile(str(ref.path))), None)
-        found.append((one_image(*refs), gone))
+        found.append((len(refs) == 2 and one_image(*refs), gone))
     return found
 
 
 def leave_out_same(
-    root: str, first: pa.ChunkedArray, second: pa.ChunkedArray, keep: np.ndarray, most: int | None
+    root: str, images: Sequence[pa.ChunkedArray], keep: np.ndarray, most: int | None
 ) -> tuple[np.ndarray, int]:
     """Of the rows `keep` [m] int64 the first `most` whose two paths, relative to `root`, lead to different images.
 
-    Also how many rows were left out on the way because theirs lead to one. Every file is looked at for its size; those
-    as long as their partner are read. Says which files are not there: their pairs stay, and are holes.
+    images: the columns of paths; of a single column all rows stay. Also how many rows were left out on the way because
+    theirs lead to one. Every file is looked at for its size; those as long as their partner are read. Says which files
+    are not there: their pairs stay, and are holes.
     """
     chosen, same, gone = [np.empty(0, dtype=np.int64)], 0, list[str]()
     with ThreadPoolExecutor(READERS) as pool:
@@ -283,7 +285,7 @@ def leave_out_same(
             if most is not None and (wanted := most - sum(map(len, chosen))) <= 0:
                 break
             part = keep[begin : begin + CHUNK]
-            paths = list(zip(first.take(part).to_pylist(), second.take(part).to_pylist(), strict=True))
+            paths = list(zip(*(column.take(part).to_pylist() for column in images), strict=True))
             tasks = (paths[i : i + AT_ONCE] for i in range(0, len(paths), AT_ONCE))
             looked = [each for found in pool.map(partial(_looked_at, root), tasks) for each in found]
             alike = np.array([same_twice for same_twice, _ in looked])
@@ -295,18 +297,17 @@ def leave_out_same(
     rows = np.concatenate(chosen)
     if gone:
         logger.warning(
-            "%s: %d of %d pairs have an image that is not there, and are left out of every update: %s%s",
-            root, len(gone), len(rows), ", ".join(excerpt_of_path(name) for name in gone[:3]), ", ..." * (len(gone) > 3),
+            "%s: %d of %d %s an image that is not there, and are left out of every update: %s%s",
+            root, len(gone), len(rows), "pairs have" if len(images) == 2 else "rows have",
+            ", ".join(excerpt_of_path(name) for name in gone[:3]), ", ..." * (len(gone) > 3),
         )  # fmt: skip
     return rows, same
 
 
-def fingerprint_of(
-    captions: pa.ChunkedArray, first: pa.ChunkedArray, second: pa.ChunkedArray, *arrays: np.ndarray
-) -> str:
+def fingerprint_of(columns: Sequence[pa.ChunkedArray], *arrays: np.ndarray) -> str:
     """A hash of captions, paths and labels [n], whatever folder they lie in."""
     total = hashlib.blake2b(digest_size=16)
-    for row in zip(captions, first, second, strict=True):
+    for row in zip(*columns, strict=True):
         total.update(digest(*(value.as_py() for value in row)).encode())
     for array in arrays:
         total.update(array.tobytes())

@@ -141,11 +141,15 @@ def _columns(samples: dict[str, _Sample], data: Data, where: str, kind: str) -> 
     names = list(dict.fromkeys(chain.from_iterable(sample.columns for sample in samples.values())))
     if data.caption_column is None and not set(CAPTION) & set(names):
         names.append(CAPTION[0])
-    return find_columns(names, data, where, kind)
+    columns = find_columns(names, data, where, kind)
+    if columns.second is None:
+        raise UserError(f"{where}: tar shards hold pairs; give images without a partner as a table or parquet")
+    return columns
 
 
 def _pairs(path: Path, samples: dict[str, _Sample], columns: Columns, ties: str, most: int | None) -> _Part:
     """The usable pairs among the samples of a shard, the first `most` of them."""
+    assert columns.second is not None, "_columns looks"
     whole = {key: s for key, s in samples.items() if columns.first in s.images and columns.second in s.images}
     names = list(dict.fromkeys([columns.caption, *columns.decided_by]))
     table = {

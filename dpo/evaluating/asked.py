@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dpo.common.errors import UserError
+from dpo.data.pairs import check_pairs
 from dpo.data.sources import open_source
 from dpo.data.store.parts import has_buckets
 from dpo.drawing import images
@@ -97,5 +98,5 @@ def _of_pairs(asked: Asked) -> Config:
     flags += ["--buckets"] if has_buckets(Path(place).expanduser()) else []
     base = model.settings_of(asked.base.place)
     config, _ = parse([*flags, "--model", base["model"]])
-    open_source(config.data)
+    check_pairs(open_source(config.data), place, "this accuracy is of pairs: a run of --method kto measures its own")
     return change(config, **base)

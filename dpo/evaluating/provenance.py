@@ -100,7 +100,7 @@ def _runs(place: Path) -> Iterator[Mapping[str, Any]]:
 
 def _run_at(place: Path) -> Path:
     """The folder of the run that this place belongs to, if it is a run's at all."""
-    return place.parent if place.name == "unet" or place.suffix == ".safetensors" else place
+    return place.parent if place.name in ("unet", "transformer") or place.suffix == ".safetensors" else place
 
 
 def _named(data: object) -> Iterator[str]:

@@ -53,7 +53,9 @@ class Side(NamedTuple):
         """What a file's header says of it."""
         if self.flow is not None:
             return Known({}, self.scheduler, False, self.side)
-        levels = range(sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.denoiser))
+        levels = range(
+            sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.denoiser)
+        )
         widths = [self.denoiser[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
         text = next((one.shape[1] for name, one in self.denoiser.items() if name.endswith("attn2.to_k.weight")), 0)
         return Known({"block_out_channels": widths, "cross_attention_dim": text}, self.scheduler, False, self.side)
@@ -78,8 +80,8 @@ def opened(name: str, cache_dir: str | None) -> Side:
     family, known = model.family, model.known
     if family.flow is None:
         return Side(name, model.parts["unet"], whole.around(model), known.scheduler, known.side)
-    beside = [part for part in model.parts if part != family.denoiser]
-    others = {f"{part}.{key}": piece for part in beside for key, piece in model.parts[part].items()}
+    parts = [part for part in model.parts if part != family.denoiser]
+    others = {f"{part}.{key}": piece for part in parts for key, piece in model.parts[part].items()}
     return Side(name, model.parts[family.denoiser], others, known.scheduler, known.side, family)
 
 

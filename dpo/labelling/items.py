@@ -12,7 +12,7 @@ import numpy as np
 from dpo.common.errors import UserError
 from dpo.common.words import digest
 from dpo.data.contents import stamp_of, stamps
-from dpo.data.pairs import ImageRef, Source
+from dpo.data.pairs import ImageRef, Source, of_two
 from dpo.evaluating.sides import Side
 
 
@@ -52,7 +52,7 @@ class OfPairs:
 
     def __getitem__(self, index: int) -> Item:
         pair = self.source[index // 2]
-        return Item(pair.caption, pair.lose if index % 2 else pair.win)
+        return Item(pair.caption, of_two(pair)[index % 2])
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dpo.common import locks
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.data import labelled
+from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
@@ -101,6 +102,7 @@ def _of_pairs(data: Data) -> OfPairs:
         raise UserError(
             f"--data {data.data} is a prepared store, which keeps no image files: give the pairs it was made from"
         )
+    check_pairs(source, str(data.data), "labels are of pairs: its own are read by python -m dpo.train --method kto")
     log.info("%s: %s", data.data, describe(source))
     return OfPairs(read_in_order(source))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -79,6 +80,14 @@ class TextEncoding(NamedTuple):
 def is_unet(denoiser: Denoiser) -> bool:
     """Whether a denoiser of diffusers is a UNet, and not a transformer."""
     return "down_block_types" in denoiser.config
+
+
+BLOCK = re.compile(r"(\w*_)?blocks\.\d+")
+
+
+def repeated(transformer: Denoiser) -> dict[str, nn.Module]:
+    """The blocks that repeat in a transformer, by name."""
+    return {name: module for name, module in transformer.named_modules() if BLOCK.fullmatch(name)}
 
 
 class Denoise(Protocol):

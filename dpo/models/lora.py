@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 from dpo.common.errors import UserError
 from dpo.models.adapter import Adapter, Factors, joined, kohya, peft
 from dpo.models.dropout import make_keyed
-from dpo.models.family import Denoiser, Family, is_unet
+from dpo.models.family import Denoiser, Family, is_unet, repeated
 
 log = logging.getLogger("dpo")
 
-BLOCK = re.compile(r"(\w*_)?blocks\.\d+")  # of a transformer: what repeats
 
 if TYPE_CHECKING:
     from peft.tuners.lora.layer import LoraLayer
@@ -101,7 +99,7 @@ def left_out(denoiser: Denoiser, targets: tuple[str, ...]) -> list[str]:
         for target in targets
         if not any(_ends(name, (target,)) for name in adapted)
     ]
-    blocks = {name: type(module).__name__ for name, module in denoiser.named_modules() if BLOCK.fullmatch(name)}
+    blocks = {name: type(module).__name__ for name, module in repeated(denoiser).items()}
     bare: dict[str, list[bool]] = {}
     for name, kind in blocks.items():
         bare.setdefault(kind, []).append(not any(layer.startswith(f"{name}.") for layer in adapted))

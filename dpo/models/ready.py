@@ -122,7 +122,8 @@ def plan_of(config: Config, model: Model, size: tuple[int, int] | None = None) -
         told += "" if flow.steps is None else f" sampled in {sampled} steps"
     steps = steps_of(model, mu) if few else None
     if steps is not None:
-        told += f"; trained on those of {FEW} steps: {', '.join(f'{level:.3f}' for level in steps)}"
+        levels = ", ".join(f"{level:.3f}" for level in steps)
+        told += f"; trained on those of {FEW} steps, as a model distilled to them (else say --timesteps all): {levels}"
     return schedule.flow_from_scheduler(said, mu=mu, steps=steps), [told]
 
 
@@ -168,11 +169,10 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     steps = config.output.sample_steps
     assert steps is not None  # decided by `resolve`
     try:
-        shifted = (
-            {"mu": 1.0} if model.scheduler_config.get("use_dynamic_shifting") else {}
-        )  # its pipeline knows the real one
         scheduler: Any = scheduler_of(model)
-        scheduler.set_timesteps(steps, **shifted)
+        scheduler.set_timesteps(
+            steps, **({"mu": 1.0} if facts.shift_by_size else {})
+        )  # any image's: its pipeline knows
     except Exception as error:  # each class has checks of its own
         raise UserError(
             f"{model.source}: the scheduler cannot sample ({first_line(error)}); mend scheduler_config.json"

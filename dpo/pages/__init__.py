@@ -2,7 +2,7 @@
 
 folder.py the files of a run, and reading them back; kinds.py what stands in them; began.py what a run began with
 origin.py what of that may be published, and its licence
-figures.py every figure: name, words, format; kept.py which of them are of the result
+figures.py every figure: name, words, format; kept.py which of them are of the result; single.py words of images alone
 verdict.py what the figures mean | aligned.py what came of a run, in a few values
 charts.py, plots.py the charts | report.py report.html | card.py the model card
 afterwards.py what to do with a run that has ended

@@ -13,6 +13,7 @@ from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.origin import hub_id, licence, public
+from dpo.pages.single import is_single, things
 from dpo.pages.verdict import verdict, warnings
 from dpo.settings.families import PIPELINES
 
@@ -20,7 +21,8 @@ REPEAT = f"python -m dpo.train --config {CONFIG_FILE} --output ANOTHER_FOLDER"
 
 
 SETTINGS = (
-    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center", "mapo_weight",
+    "method", "beta", "target_gradient_factor", "loss", "loss_alpha", "safeguard", "kto_center",
+    "kto_liked_weight", "kto_disliked_weight", "mapo_weight",
     "mapo_scale", "label_smoothing", "sft_weight", "norm_penalty", "gamma", "learning_rate", "scheduler", "warmup", "optimizer",
     "weight_decay", "max_grad_norm", "ema", "batch_size", "accumulation", "steps", "resolution", "caption_dropout",
     "precision", "unet_init", "lora_init",
@@ -90,6 +92,7 @@ def _introduction(run: RunFolder) -> str:
     what = f"A LoRA adapter{rank} for" if run.lora else "A fine-tuned copy of"
     data = public(run.setting("data")) or "the pairs of the embedded world"
     how = "trained on the preferred images of" if run.row.images == "winner" else "aligned with the preferences in"
+    how = "aligned with the labels of the images in" if is_single(run) else how
     state = (
         ""
         if run.status == "finished"
@@ -119,7 +122,7 @@ def _started(run: RunFolder) -> str:
     """What the training began with, and what of it the saved result contains."""
     sentences = ""
     if unet := run.setting("unet_init"):
-        sentences += f" The training began with the UNet `{_code(public(unet))}`."
+        sentences += f" The training began with the weights `{_code(public(unet))}`."
     if adapter := run.setting("lora_init"):
         whole = ", which is part of this adapter: do not load it as well" if run.lora else ""
         sentences += f" The training began with the LoRA `{_code(public(adapter))}`{whole}."
@@ -137,11 +140,11 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe("a prompt").images[0]'
+            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe(prompt="a prompt").images[0]'
         )
     unet = run.setting("unet_init")
     begun = (
-        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into pipe.unet: the adapter was trained on them\n"
+        f"# first put the weights of {_code(_here(unet) if here else public(unet))} into the pipeline: the adapter was trained on them\n"
         if unet
         else ""
     )
@@ -153,7 +156,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
         f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
-        'image = pipe("a prompt").images[0]'
+        'image = pipe(prompt="a prompt").images[0]'
     )
 
 
@@ -198,7 +201,7 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
     return [
         ("updates made", run.done),
         ("update that is kept", kept.kept_update(run)),
-        ("pairs seen", run.pairs_seen()),
+        (f"{things(run)} seen", run.pairs_seen()),
         *rows,
         ("seed", run.setting("seed")),
     ]
@@ -208,11 +211,13 @@ def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     if (event := kept.validation(run)) is not None:
         low, high = event.get("heldout_interval") or (None, None)
-        interval = f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} pairs)" if low is not None else ""
+        interval = (
+            f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} {things(run)})" if low is not None else ""
+        )
         share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
         rows.append((FIGURES["heldout_accuracy"].card, share + interval))
     if chosen := kept.kept(run):
-        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} pairs)"
+        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} {things(run)})"
         rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
     rows += [(FIGURES[name].card, run.late(name)) for name in names]

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
+from dpo.pages.single import things
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
 LIGHT = {
@@ -129,7 +130,7 @@ def _loss(axes: Axes, run: RunFolder) -> None:
 
 
 def _accuracy(axes: Axes, run: RunFolder) -> None:
-    _curve(axes, run, "implicit_accuracy", "policy", "training pairs")
+    _curve(axes, run, "implicit_accuracy", "policy", f"training {things(run)}")
     measured = [event for event in run.validations if isinstance(event.get("heldout_accuracy"), (int, float))]
     if measured:
         steps = [event.get("step", 0) for event in measured]
@@ -138,7 +139,7 @@ def _accuracy(axes: Axes, run: RunFolder) -> None:
             [event.get("heldout_interval") or [share, share] for event, share in zip(measured, shares, strict=True)]
         )
         axes.errorbar(
-            steps, shares, yerr=np.abs(bounds.T - shares), color=LIGHT["other"], label="held-out pairs", marker="o", markersize=4,
+            steps, shares, yerr=np.abs(bounds.T - shares), color=LIGHT["other"], label=f"held-out {things(run)}", marker="o", markersize=4,
             elinewidth=1, capsize=2, linewidth=1.4,
         )  # fmt: skip
     _level(axes, 0.5)
@@ -153,7 +154,7 @@ def _margin(axes: Axes, run: RunFolder) -> None:
         width = max(3, len(low) // 12)
         steps, low, high = _thinned(steps, _moving_mean(low, width), _moving_mean(high, width))
         axes.fill_between(
-            steps, low, high, color=LIGHT["policy"], alpha=0.16, linewidth=0, label="middle 80 % of the pairs"
+            steps, low, high, color=LIGHT["policy"], alpha=0.16, linewidth=0, label=f"middle 80 % of the {things(run)}"
         )
     _curve(axes, run, "margin_mean", "policy", "mean")
     _level(axes, 0.0)

@@ -27,6 +27,7 @@ from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
 from dpo.pages.plots import DARK, as_svg
+from dpo.pages.single import guessing, things
 from dpo.pages.spikes import command, spikes
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
@@ -135,7 +136,7 @@ def _tiles(run: RunFolder) -> list[Tile]:
     tiles = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
-        hint = f"of {learned.cases:,} pairs, {learned.low:.2f} to {learned.high:.2f}; guessing: 0.50"
+        hint = f"of {learned.cases:,} {things(run)}, {learned.low:.2f} to {learned.high:.2f}; guessing: {guessing(run):.2f}"
         tiles.append(Tile("Held-out accuracy", shown("heldout_accuracy", learned.share), hint))
     if judged is not None:
         tiles.append(
@@ -155,7 +156,7 @@ def _tiles(run: RunFolder) -> list[Tile]:
         began = f"{shown('loss', run.start.loss)} at the start" if run.start else ""
         tiles.append(Tile("Loss", shown("loss", loss), began if run.pairwise else "mean squared error"))
     if speed is not None:
-        parts = ["pairs per second", f"{shown('mfu', mfu)} of the GPU's peak" if mfu else ""]
+        parts = [f"{things(run)} per second", f"{shown('mfu', mfu)} of the GPU's peak" if mfu else ""]
         parts += [f"{shown('peak_memory_gib', memory)} GiB at most" if memory else ""]
         tiles.append(Tile("Speed", shown("pairs_per_s", speed), ", ".join(filter(None, parts))))
     return tiles
@@ -242,7 +243,7 @@ def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """What ran, by topic; topics and rows without content are left out."""
     summary = run.summary
     what = f"LoRA of rank {run.setting('rank')}" if run.lora else "whole UNet"
-    batch = f"{run.effective_batch():,} pairs" if run.setting("batch_size") else None
+    batch = f"{run.effective_batch():,} {things(run)}" if run.setting("batch_size") else None
     topics: list[tuple[str, list[tuple[str, Any]]]] = [
         ("Model", [("model", run.model_name), ("trained", what), *(summary.get("model") or {}).items()]),
         ("Data", [("data", run.setting("data") or "the embedded world"), *(summary.get("data") or {}).items()]),

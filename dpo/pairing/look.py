@@ -15,7 +15,7 @@ from dpo.common.pictures import pixel_hash
 from dpo.common.words import first_line
 from dpo.data.images import decode
 from dpo.data.order import epoch_order
-from dpo.data.pairs import BadImage, ImageRef, Source, image_ref
+from dpo.data.pairs import BadImage, ImageRef, Source, image_ref, of_two
 from dpo.data.parquet import read_in_order
 
 READERS, AT_ONCE = 2, 32  # threads that decode, and pairs that are in memory at once
@@ -114,9 +114,10 @@ def look(source: Source, indices: np.ndarray, looker: Looker) -> list[Looked]:
     ) as bar:  # fmt: skip
         for part in (indices[i : i + AT_ONCE].tolist() for i in range(0, len(indices), AT_ONCE)):
             pairs = [source[place] for place in part]
-            images = [image for pair in pairs for image in (pair.win, pair.lose)]
+            images = [image for pair in pairs for image in of_two(pair)]
             seen = list(pool.map(looker.see, images))
             for place, pair, win, lose in zip(part, pairs, seen[::2], seen[1::2], strict=True):
-                found.append(Looked(place, pair.key, pair.caption, (pair.win.uid, pair.lose.uid), win, lose))
+                first, second = (image.uid for image in of_two(pair))
+                found.append(Looked(place, pair.key, pair.caption, (first, second), win, lose))
             bar.update(len(found), {})
     return found

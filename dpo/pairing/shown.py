@@ -12,7 +12,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, write_text, writing
 from dpo.common.words import digest, excerpt_of_path, well_formed
 from dpo.data.images import decode
-from dpo.data.pairs import BadImage, Source
+from dpo.data.pairs import BadImage, Source, of_two
 from dpo.drawing.contact import Pair, write_contact
 from dpo.pages import pairs as page
 from dpo.pages.labels import SMALL, Cell
@@ -64,7 +64,7 @@ def spread(looked: Sequence[Looked]) -> list[Looked]:
 def _cell(source: Source, one: Looked, told: Told) -> Cell:
     pair = source[one.place]
     images = []
-    for side, (label, image) in enumerate((("chosen", pair.win), ("rejected", pair.lose))):
+    for side, (label, image) in enumerate(zip(("chosen", "rejected"), of_two(pair), strict=True)):
         try:
             picture = decode(image.load())
         except BadImage as error:

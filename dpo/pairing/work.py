@@ -14,7 +14,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.common.words import command_line, digest
 from dpo.data.listing import is_of_files
-from dpo.data.pairs import ImageRef, Source
+from dpo.data.pairs import ImageRef, Source, check_pairs
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
 from dpo.pages.pairs import PAGE
@@ -147,6 +147,7 @@ def _looked(data: Data, looking: Looking, looker: Looker) -> Set:
     source = open_source(data)
     if of_store(source) is not None:
         raise UserError(f"{data.data} is a prepared store, which keeps no images: name the pairs it was made from")
+    check_pairs(source, str(data.data), "this command looks at pairs; python -m dpo.train says what it finds in them")
     looked = look(source, chosen(source, looking.most), looker)
     if len(looked) < len(source):
         log.info(

@@ -8,5 +8,6 @@ cuda.py         what CUDA does otherwise than the CPU, and the cards
 work.py         a plan: memory, FLOPs, hours, disk
 fitting.py      the largest micro-batch, the cheapest change that fits
 recompute.py    which blocks a run computes again, where that is left open
+full.py         what to say where a GPU's memory was full at the start
 page.py         a plan in words
 """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 BLOCK = 512  # bytes: CUDA's allocator hands out multiples of it
 
@@ -38,19 +40,30 @@ def autocast_of_cuda() -> Iterator[None]:
         yield
 
 
+def recompute_as_cuda(denoiser: nn.Module) -> None:
+    """Has blocks that the backward pass computes again follow that list there too, where torch leaves the block above."""
+    again = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), _Autocast())
+    )
+    for module in denoiser.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            setattr(module, "_gradient_checkpointing_func", again)  # noqa: B010  # mypy: a tensor or a module
+
+
 def _wide(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 GIB = 2**30
 CONTEXT = "CUDA context and kernels (estimate)"
+OWN = GIB // 2  # bytes of them
 WORKSPACES = "cuBLAS and cuDNN workspaces (estimate)"
 GAPS = "gaps of the allocator (estimate)"
 
 
 def unseen(peak: int) -> dict[str, int]:
     """Bytes beside those of tensors whose peak is `peak`, by what takes them. Estimates: none of them is measured here."""
-    return {CONTEXT: GIB // 2, WORKSPACES: GIB // 4, GAPS: round(0.03 * peak)}
+    return {CONTEXT: OWN, WORKSPACES: GIB // 4, GAPS: round(0.03 * peak)}
 
 
 # GiB that CUDA has of a card sold with so many GB: of the smallest common one, rounded down (ECC and drivers keep some).

@@ -20,14 +20,14 @@ from csrc_triton.adamw8bit import AdamW8bit
 from dpo import reference, schedule
 from dpo.correction import CorrectionTable
 from dpo.data.batch import PairBatch
+from dpo.data.store.files import each
 from dpo.encode import Encoder
-from dpo.models import denoiser as chosen
 from dpo.models import offload
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model, TextEncoding
 from dpo.models.ready import WEIGHTS, settle
 from dpo.models.ready import cast as cast_model
-from dpo.planning.cuda import BLOCK, autocast_of_cuda
+from dpo.planning.cuda import BLOCK, autocast_of_cuda, recompute_as_cuda
 from dpo.planning.optimizers import MOMENTS, PAGED, StatesOnly
 from dpo.planning.sketch import parameters
 from dpo.settings.config import Config, change
@@ -57,6 +57,7 @@ class Taken:
     averaged_bytes: int  # of the averaged weights
     model_bytes: int  # of the saved result: a pipeline in fp32, or an adapter
     stored_bytes: int  # of a pair in a prepared store
+    sides: int = 2  # images of a pair; 1 where they have no partners
     gathered: int = 0  # bytes of weights and gradients that a sharded run has whole at a time; an estimate
 
 
@@ -95,11 +96,19 @@ class Counted(Encoder):
 
 
 def dry_step(
-    config: Config, model: Model, plan: schedule.Plan, train_step: TrainStep, *, encoded: bool, processes: int = 1
+    config: Config,
+    model: Model,
+    plan: schedule.Plan,
+    train_step: TrainStep,
+    *,
+    encoded: bool,
+    processes: int = 1,
+    sides: int = 2,
 ) -> Taken:
     """What an update of `config` takes, which is decided for the device that it names.
 
-    model: a sketch, which is used up; encoded: latents and text come from a prepared store; processes: that train together.
+    model: a sketch, which is used up; encoded: latents and text come from a prepared store; processes: that train together;
+    sides: images of a pair.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,7 +137,7 @@ def dry_step(
         for module in (model.denoiser, twin, model.vae, *model.text_encoders):
             if module is not None:
                 _fill(module)
-        text = [x.shape[1:] for x in model.family.encode(model, [""]) if x is not None]
+        text = model.family.encode(model, [""]).to(META, STORED)
         step = replace(
             step,
             policy=memory.named("activations", policy),
@@ -183,11 +192,11 @@ def dry_step(
             _blank_gradients(updater, memory)
         if gpu:
             stack.enter_context(autocast_of_cuda())
-            stack.enter_context(_recomputing_alike())
+            recompute_as_cuda(model.denoiser)
         if offloaded:
             stack.enter_context(_offloading(model.denoiser, memory))
-        train_step(run, iter([_batch(config, model, text if encoded else None)]))
-    return replace(_taken(config, model, memory, updater, states, text), gathered=gathered)
+        train_step(run, iter([_batch(config, model, text if encoded else None, sides)]))
+    return replace(_taken(config, model, memory, updater, states, text, sides), gathered=gathered)
 
 
 def _cut(config: Config, model: Model, processes: int) -> tuple[dict[str, float], int]:
@@ -210,17 +219,18 @@ def _cut(config: Config, model: Model, processes: int) -> tuple[dict[str, float]
 
 
 def _taken(
-    config: Config, model: Model, memory: Lifetimes, updater: optimizer.Updater, states: int, text: list[torch.Size]
+    config: Config,
+    model: Model,
+    memory: Lifetimes,
+    updater: optimizer.Updater,
+    states: int,
+    text: TextEncoding,
+    sides: int,
 ) -> Taken:
-    """What was counted; states: bytes of the optimizer's; text: shapes of a caption's encoding."""
+    """What was counted; states: bytes of the optimizer's; text: of one caption, as a store has it; sides: images of a pair."""
     shape = model.geometry
-    latents = (
-        2
-        * 2
-        * shape.channels
-        * (cast(int, config.data.resolution) // shape.vae_scale) ** 2
-        * (2 if config.data.flip else 1)
-    )
+    image = shape.channels * (cast(int, config.data.resolution) // shape.vae_scale) ** 2
+    latents = sides * 2 * image * (2 if config.data.flip else 1)
     result = (
         [updater.parameters]
         if config.lora.lora
@@ -236,7 +246,8 @@ def _taken(
         state_bytes=states,
         averaged_bytes=sum(e.numel() * e.element_size() for e in updater.ema),
         model_bytes=4 * sum(t.numel() for tensors in result for t in tensors),
-        stored_bytes=STORED.itemsize * (latents + sum(shape.numel() for shape in text)),
+        stored_bytes=STORED.itemsize * (latents + sum(x.numel() for x in text[:2] if x is not None)),
+        sides=sides,
     )
 
 
@@ -300,28 +311,6 @@ def _offloading(denoiser: nn.Module, memory: Lifetimes) -> Iterator[None]:
         setattr(offload, "on_host", make)  # noqa: B010
 
 
-@contextmanager
-def _recomputing_alike() -> Iterator[None]:
-    """Inside the block CUDA's autocast also holds for what is computed again, inside the backward pass.
-
-    There torch has put away the mode that makes it.
-    """
-    again = chosen.checkpoint
-
-    def alike(block: Callable, *args: Any, **options: Any) -> Any:
-        def run(*args: Any) -> Any:
-            with autocast_of_cuda():
-                return block(*args)
-
-        return again(run, *args, **options)
-
-    setattr(chosen, "checkpoint", alike)  # noqa: B010  # mypy: a function of torch
-    try:
-        yield
-    finally:
-        setattr(chosen, "checkpoint", again)  # noqa: B010
-
-
 def _updater(config: Config, model: Model) -> optimizer.Updater:
     kind = config.optim.optimizer
     if kind not in MOMENTS:
@@ -347,8 +336,8 @@ def _blank_gradients(updater: optimizer.Updater, memory: Lifetimes | None) -> No
             _held(memory, parameter)
 
 
-def _batch(config: Config, model: Model, text: list[torch.Size] | None) -> PairBatch:
-    """A micro-batch without content; text: the shapes of a caption's encoding, where a store has it."""
+def _batch(config: Config, model: Model, text: TextEncoding | None, sides: int) -> PairBatch:
+    """A micro-batch without content; text: the encoding of one caption, where a store has it; sides: of a pair."""
     size, side = config.optim.batch_size, config.data.resolution
     assert side is not None, "decided before"
     batch = PairBatch(
@@ -358,16 +347,16 @@ def _batch(config: Config, model: Model, text: list[torch.Size] | None) -> PairB
         usable=torch.ones(size),
         captions=[""] * size,
         dropped=torch.zeros(size, dtype=torch.bool),
-        micro=torch.zeros(2 * size, 6, dtype=torch.int64),
+        micro=torch.zeros(sides * size, 6, dtype=torch.int64),
         position=0,
         epoch=0,
     )
     if config.runtime.reference == "recorded":
         batch.recorded = torch.zeros(2, size)
     if text is None:
-        batch.pixels = torch.zeros(2 * size, 3, side, side, dtype=torch.uint8)
+        batch.pixels = torch.zeros(sides * size, 3, side, side, dtype=torch.uint8)
         return batch
-    latent = 2 * size, model.geometry.channels, *[side // model.geometry.vae_scale] * 2
+    latent = sides * size, model.geometry.channels, *[side // model.geometry.vae_scale] * 2
     batch.latent_mean, batch.latent_std = torch.zeros(latent, dtype=STORED), torch.zeros(latent, dtype=STORED)
-    batch.text = tuple(torch.zeros(size, *shape, dtype=STORED) for shape in text)
+    batch.text = each(text, lambda x: torch.zeros(size, *x.shape[1:], dtype=x.dtype))
     return batch

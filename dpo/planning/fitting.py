@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo.planning.asked import Asked
-from dpo.planning.cuda import GIB, room
-from dpo.planning.work import Dry, Plan, fits, plan
+from dpo.planning.cuda import GIB
+from dpo.planning.work import Dry, Plan, plan
 from dpo.settings.config import Config, change
 
 RELEASING = ("adamw8bit", "adamw")  # optimizers that --gradient-release goes with
@@ -103,24 +103,24 @@ CHANGES = (  # the cheapest first
 )
 
 
-def largest(config: Config, asked: Asked, dry: Dry, card: float, tell: Callable[[str], None]) -> Plan | None:
-    """The plan with the largest micro-batch that fits a card of so many GB, the update kept; None where no pair fits.
+def largest(config: Config, asked: Asked, dry: Dry, room: float, tell: Callable[[str], None]) -> Plan | None:
+    """The plan with the largest micro-batch that fits `room` bytes, the update kept; None where no pair fits.
 
     The memory of a pair follows from two sizes; the answer is a plan of its own that fits. Where the peak does not grow
     in proportion, a little more might fit too. tell: hears of each plan that is tried.
     """
     before = best = _sized(config, asked, dry, 1, tell)
-    if not fits(best, card):
+    if best.peak > room:
         return None
     size = min(FIRST, _most(config))
     for _ in range(TRIES):
         found = _sized(config, asked, dry, size, tell)
-        if fits(found, card) and size > best.config.optim.batch_size:
+        if found.peak <= room and size > best.config.optim.batch_size:
             best = found
         grown, pairs = found.peak - before.peak, size - before.config.optim.batch_size
         if not pairs or grown / pairs <= 0:
             break
-        then = int(size + (room(card) - found.peak) / (grown / pairs))
+        then = int(size + (room - found.peak) / (grown / pairs))
         before, size = found, max(1, min(then, _most(config)))
         if size == found.config.optim.batch_size:
             break
@@ -162,8 +162,8 @@ class Fitted:
     plan: Plan
 
 
-def cheapest(config: Config, asked: Asked, dry: Dry, card: float, tell: Callable[[str], None]) -> Fitted | None:
-    """The first of CHANGES that together make the decided `config` fit a card of so many GB, without those that are not needed.
+def cheapest(config: Config, asked: Asked, dry: Dry, room: float, tell: Callable[[str], None]) -> Fitted | None:
+    """The first of CHANGES that together make the decided `config` fit `room` bytes, without those that are not needed.
 
     None where all of them are not enough. tell: hears of each plan that is tried.
     """
@@ -171,20 +171,20 @@ def cheapest(config: Config, asked: Asked, dry: Dry, card: float, tell: Callable
     low, high = 0, len(changes)  # the least number of them that fits is in (low, high]
     found = _with(config, changes, asked, dry)
     tell(_said(found))
-    if not fits(found.plan, card):
+    if found.plan.peak > room:
         return None
     while high - low > 1:
         middle = (low + high) // 2
         tried = _with(config, changes[:middle], asked, dry)
         tell(_said(tried))
-        if fits(tried.plan, card):
+        if tried.plan.peak <= room:
             high, found = middle, tried
         else:
             low = middle
     for one in found.changes[-2::-1]:  # the dearest first
         fewer = _with(config, [other for other in found.changes if other is not one], asked, dry)
         tell(_said(fewer))
-        if fits(fewer.plan, card):
+        if fewer.plan.peak <= room:
             found = fewer
     return found
 

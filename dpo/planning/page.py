@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dpo.common.console import duration
 from dpo.planning.asked import Asked
 from dpo.planning.cuda import CARDS, GIB
@@ -12,13 +14,14 @@ from dpo.settings.config import Config
 WIDTH = 13
 
 
-def page(plan: Plan, asked: Asked) -> list[str]:
-    """The lines on a plan."""
+def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
+    """The lines on a plan; told: more words on its memory."""
     config, taken = plan.config, plan.taken
     processes = f" x {asked.processes} processes" if asked.processes > 1 else ""
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
-    update = f"{_count(optim.batch_size, 'pair')} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    one = "pair" if taken.sides == 2 else "image"
+    update = f"{_count(optim.batch_size, one)} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
     pixels = f"{config.data.resolution} pixels" + (
         " (counted for the square: buckets need no more)" if config.data.buckets else ""
     )
@@ -26,14 +29,14 @@ def page(plan: Plan, asked: Asked) -> list[str]:
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
         ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
-        ("", f"{update} = {_count(plan.nominal, 'pair')} an update"),
+        ("", f"{update} = {_count(plan.nominal, one)} an update"),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
-        ("FLOPs", f"{_flops(plan.pair_flops)} a pair"),
+        ("FLOPs", f"{_flops(plan.pair_flops)} a{'n' * (one == 'image')} {one}"),
         *(("", f"  {name:<38}{_flops(value):>12}") for name, value in plan.flops.items()),
         ("memory", f"{plan.peak / GIB:.2f} GiB at the peak of an update, {where}"),
         *(("", f"  {name:<38}{value / GIB:>8.2f} GiB") for name, value in plan.memory.items()),
     ]  # fmt: skip
-    rows += [("", f"  {said}") for said in _of_memory(config, asked.processes)]
+    rows += [("", f"  {said}") for said in (*told, *_of_memory(config, asked.processes))]
     if plan.gpu:
         rows.append(("fits", ", ".join(f"{card} GB {'yes' if fits(plan, card) else 'no'}" for card in CARDS)))
     rows.append(("time", _time(plan, asked)))
@@ -57,13 +60,14 @@ def _of_memory(config: Config, processes: int) -> list[str]:
     return [text for holds, text in said if holds]
 
 
-def largest_line(found: Plan | None, card: float) -> str:
-    """The line on the largest micro-batch for a card of so many GB."""
+def largest_line(found: Plan | None, card: float, *, auto: bool = False) -> str:
+    """The line on the largest micro-batch for a card of so many GB; auto: with all blocks computed again, if need be."""
     if found is None:
         return _row("largest", f"not one pair fits {card:g} GB")
     optim = found.config.optim
     flags = f"--batch-size {optim.batch_size} --accumulation {optim.accumulation}"
-    return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB)")
+    again = ", all blocks computed again" if auto else ""
+    return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB{again})")
 
 
 def cheapest_lines(found: Fitted | None, card: float) -> list[str]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
+import logging
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.common.errors import UserError
+from dpo.data.sources import open_source
 from dpo.data.store.store import is_store, read_contents
+from dpo.methods import METHODS
 from dpo.models.ready import decide
 from dpo.pages.folder import METRICS_FILE, read_records
 from dpo.planning import cuda
 from dpo.planning.asked import Asked, peak_of
 from dpo.planning.dry import Taken, TrainStep, dry_step
 from dpo.planning.sketch import sketch
-from dpo.settings.config import Config, change
+from dpo.settings.config import Config, Data, change
 from dpo.settings.resolve import DeviceFacts, dealt, total_steps
 from dpo.training import cost
 from dpo.training.embedded import embedded
+
+log = logging.getLogger("dpo")
 
 Dry = Callable[[Config], tuple[Config, Taken]]
 PARTS = ("weights", "gradients", "optimizer", "averaged weights", "reference", "activations", "VAE and text encoders")
@@ -104,6 +110,7 @@ def prepared(config: Config) -> tuple[Config, int | None]:
 
 def planner(train_step: TrainStep, processes: int = 1) -> Dry:
     """A function that decides a config and runs its step dry; the same config is run once. It raises UserError."""
+    sides = functools.cache(_sides)
 
     @functools.cache
     def run(config: Config) -> tuple[Config, Taken]:
@@ -112,9 +119,32 @@ def planner(train_step: TrainStep, processes: int = 1) -> Dry:
         decided, schedule, _ = decide(config, model, DeviceFacts(device))
         decided = dealt(decided, processes)
         encoded = decided.data.data_format == "store"
-        return decided, dry_step(decided, model, schedule, train_step, encoded=encoded, processes=processes)
+        single = METHODS[decided.method.method].images == "single"
+        taken = dry_step(
+            decided, model, schedule, train_step, encoded=encoded, processes=processes,
+            sides=sides(config.data) if single else 2,
+        )  # fmt: skip
+        return decided, taken
 
     return run
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside the block the trainer's own lines are not logged, warnings alone: they are on a run that trains."""
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _sides(data: Data) -> int:
+    """Images of a pair: those of a set that is here, which is opened; of one that is not made yet two, the larger plan."""
+    place = Path(data.data or "").expanduser()
+    there = is_store(place) if data.data_format == "store" else place.exists()
+    return open_source(data).sides if data.data and there else 2
 
 
 def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Plan:
@@ -132,7 +162,9 @@ def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Pl
         flops=flops,
         nominal=decided.optim.pairs,
         steps=steps,
-        encoded=None if seen is None or pairs is None else cost.encoded_anew(decided, seen, pairs, asked.processes),
+        encoded=None
+        if seen is None or pairs is None
+        else cost.encoded_anew(decided, seen, pairs, asked.processes, taken.sides),
         speed=speed(asked, flops),
         disk=disk(decided, taken, asked, pairs),
     )
@@ -204,6 +236,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "parameters": plan.taken.total,
         "trained": plan.taken.trained,
+        "checkpointing": plan.config.runtime.checkpointing,
         "memory": plan.memory,
         "peak": plan.peak,
         "flops_per_pair": plan.flops,

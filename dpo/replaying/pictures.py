@@ -11,7 +11,7 @@ from dpo.data import loader
 from dpo.data.batch import Decoding
 from dpo.data.loader import Reading
 from dpo.data.order import Place
-from dpo.data.pairs import ImageRef
+from dpo.data.pairs import ImageRef, of_two
 from dpo.data.store import reader
 from dpo.data.store.store import of_store
 from dpo.replaying.pairs import OnePair
@@ -41,8 +41,7 @@ def pictures(run: Run, pair: OnePair) -> list[Image.Image]:
 
 def places(run: Run, pair: OnePair) -> dict[str, str]:
     """Where win and lose lie, in words: a file, or a name in what holds it."""
-    stored = run.source[pair.index]
-    return {"win": _where(stored.win), "lose": _where(stored.lose)}
+    return dict(zip(("win", "lose"), map(_where, of_two(run.source[pair.index])), strict=True))
 
 
 def _where(image: ImageRef) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress, duration
 from dpo.common.errors import UserError
+from dpo.data.pairs import check_pairs
 from dpo.pages import replay as page
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import RunFolder
@@ -86,6 +87,7 @@ def _replayed(
         if not (moved := history.gone(config)):
             raise
         raise UserError(f"{error}; where it is elsewhere now, say where with {' and '.join(moved)}") from error
+    check_pairs(run.source, str(run.config.data.data), "a replay is of the pairs of an update")
     before, total = run.done, run.total
     last = min(asked.update + asked.around, total) if asked.otherwise else asked.update
     _check_pairs(run, folder, asked.update)

@@ -266,7 +266,7 @@ def _draw_one(
         log.info("%s: all %d images were there", folder, pace.total)
     else:
         log.info(
-            "%s: %d images drawn, %.3g images/s, %.0f %% of the time outside the UNet",
+            "%s: %d images drawn, %.3g images/s, %.0f %% of the time outside the denoiser",
             folder, pace.drawn, pace.rate, 100 * pace.outside,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ USUAL_EPOCHS = 10
 def headline(config: Config, processes: int = 1) -> str:
     """The line that a run starts with: what is trained, effective batch, learning rate, beta."""
     optim, method = config.optim, config.method
-    what = f"LoRA of rank {config.lora.rank}" if config.lora.lora else "full UNet"
+    what = f"LoRA of rank {config.lora.rank}" if config.lora.lora else "all weights"
     split = f"{optim.batch_size} x {optim.accumulation}" + (f" x {processes} processes" if processes > 1 else "")
     rate = f"learning rate {learning_rate(config):.4g}" + (
         f" ({optim.learning_rate:g} x batch)" if optim.scale_lr else ""

@@ -13,8 +13,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-import tomli_w
-
 from dpo.common.errors import UserError
 from dpo.common.words import SHOWN, listed
 from dpo.methods import METHODS, SHAPES, constants, readers
@@ -129,6 +127,12 @@ class Data:
     rejected_column: str | None = option(
         None, "column of the other image (in tar shards: KEY.THIS.jpg); none: found by its usual names"
     )
+    single_image_column: str | None = option(
+        None, "column of the images of a set without pairs, one a row with a label; none: found by its usual names"
+    )
+    liked_column: str | None = option(
+        None, "column that says whether such an image is liked; none: found by its usual names"
+    )
     resolution: int | None = option(None, "side of the square images; none: the model's own", unit="pixels", low=8)
     crop: str = option("center", "where to cut a square from each image", choices=("center", "random"))
     flip: bool = option(False, "mirror half of the pairs (both images alike)")
@@ -216,6 +220,12 @@ class Method:
         f"what an image's gain is compared with: mean of the update before, or of the micro-batch ({readers('kto_center')})",
         choices=("update", "batch"),
         resume="said",
+    )
+    kto_liked_weight: float = option(
+        1.0, f"weight of the images that are liked ({readers('kto_liked_weight')})", low=0.0, resume="said"
+    )
+    kto_disliked_weight: float = option(
+        1.0, f"weight of those that are not ({readers('kto_disliked_weight')})", low=0.0, resume="said"
     )
     mapo_weight: float = option(
         0.1, f"weight of the preference beside the win image's error ({readers('mapo_weight')})", low=0.0, resume="said"
@@ -646,6 +656,8 @@ def unknown_setting(name: str) -> str:
 
 
 def _group_toml(group: str, config: Config, comments: bool) -> str:
+    import tomli_w
+
     lines = [f"[{group}]" + (f"  # {groups()[group].__doc__}" if comments else "")]
     for name, value in _of_group(group, flatten(config)).items():
         comment = f"  # {describe(specs()[name])}" if comments else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -219,14 +220,26 @@ def help_text() -> str:
 def read_flags(argv: Sequence[str], also: Sequence[str] = ()) -> dict[str, Any]:
     """Every flag given, by its name as spelled (snake case); values are still text. UserError for an unknown flag."""
     parser = make_parser()
-    namespace, unknown = parser.parse_known_args([_normal(word) for word in argv])
+    words = [_normal(word) for word in argv]
+    namespace, unknown = parser.parse_known_args(words)
     for word in unknown:
         if not word.startswith("--"):
-            raise UserError(f"unexpected {word!r}: every value follows a flag (--help lists them)")
+            raise UserError(_unwanted(word, words, parser))
         name = word.split("=")[0]
         like = nearest(name, [*also, *(flag for action in parser._actions for flag in action.option_strings)])
         raise UserError(f"unknown flag {name}: " + (f"did you mean {like}?" if like else "--help lists them all"))
     return vars(namespace)
+
+
+def _unwanted(word: str, words: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to write in the place of a `word` that belongs to no flag."""
+    switches = {flag for action in parser._actions if action.nargs == 0 for flag in action.option_strings}
+    before = next((flag for flag, value in itertools.pairwise(words) if value == word and flag in switches), None)
+    if before is None:
+        return f"unexpected {word!r}: every value follows a flag (--help lists them)"
+    off = "--no-" + before.removeprefix("--").removeprefix("no-")
+    other = f"; {off} is its opposite" if off in switches - {before} else ""
+    return f"unexpected {word!r}: {before} takes no value, so write {before} alone{other}"
 
 
 def _normal(word: str) -> str:

@@ -54,6 +54,15 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
             "--accumulation 1 and no --effective-batch",
         ),
         (
+            v.method == "kto" and not (v.kto_liked_weight or v.kto_disliked_weight),
+            "kto_liked_weight and kto_disliked_weight are both 0, which leaves nothing to learn: raise one",
+        ),
+        (
+            (v.single_image_column or v.liked_column) and (v.chosen_column or v.rejected_column),
+            "single_image_column and liked_column are of images without a partner, chosen_column and rejected_column of pairs: give "
+            "those of one kind",
+        ),
+        (
             v.target_gradient_factor is not None and ("loss" not in method.settings or v.loss != "sigmoid"),
             f"target_gradient_factor is of the sigmoid's slope, and this is {v.loss if 'loss' in method.settings else v.method}: "
             "leave it out",
@@ -201,7 +210,6 @@ def _sharded(v: SimpleNamespace) -> list[tuple[object, str]]:
             "reduces gradients block by block, which gradient_release cannot see: leave one of them out",
         ),
         (v.activation_offload, "would move gathered weights to the host as well: leave --activation-offload out"),
-        (v.keep_best, "cannot put the best weights back into shards: leave --keep-best out"),
     ]
 
 

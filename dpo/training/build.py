@@ -22,7 +22,7 @@ from dpo.data.contents import stamps
 from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.order import run_order
-from dpo.data.pairs import Source
+from dpo.data.pairs import Source, things
 from dpo.data.sources import describe, open_sources
 from dpo.data.store import recorded
 from dpo.data.store.store import of_store
@@ -89,7 +89,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     config = _left_open(config, saved)
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
-    log.info("pairs: %s", describe(source))
+    log.info("%s: %s", things(source), describe(source))
+    stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
@@ -118,7 +119,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     for line in advice.too_long(config, len(source)):
         log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
-    counted = cost.count(config, model, live_reference=live, encoded=encoded)
+    counted = cost.count(config, model, live_reference=live, encoded=encoded, sides=source.sides)
     trained = cost.training(counted, config, total, len(source), processes.count)
     config = _rhythm(config, counted, trained, total, held_out_source)
     best.check(config, held_out_source, total)
@@ -372,8 +373,8 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
         else "; a larger --validate-every or fewer --validation-draws cost less"
     )
     log.info(
-        "held-out accuracy: %d pairs, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
-        pairs, data.validation_draws, every, 100 * share, hint,
+        "held-out accuracy: %d %s, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
+        pairs, things(held_out), data.validation_draws, every, 100 * share, hint,
     )  # fmt: skip
     return change(config, validate_every=every)
 

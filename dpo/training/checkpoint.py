@@ -167,19 +167,11 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
     warning, and the one before it is taken; so is one that `check` raises Damaged for. Raises UserError when none can
     be read.
     """
-    if which == "latest":
-        candidates = _healthy_first(listing(root)[::-1])
-        if not candidates:
-            raise UserError(f"nothing to resume: no checkpoint under {root}; start without --resume")
-    else:
-        named = Path(which).expanduser()
-        if not named.is_dir():
-            raise UserError(
-                f"no such checkpoint: {which}; use --resume latest or name a folder such as {shlex.quote(str(folder_of(root, 500)))}"
-            )
-        inside = listing(named) or listing(named / CHECKPOINTS)  # the folder of a run, or of its checkpoints
-        older = [path for path in listing(named.parent)[::-1] if path.name < named.name]
-        candidates = _healthy_first(inside[::-1]) or [named, *older]
+    candidates = named(root, which)
+    if candidates[:1] != [Path(which).expanduser()]:  # a folder of several; one that is named itself is taken as it is
+        candidates = _healthy_first(candidates)
+    if not candidates:
+        raise UserError(f"nothing to resume: no checkpoint under {root}; start without --resume")
     reasons = []
     for path in candidates:
         try:
@@ -198,6 +190,22 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
             f"{reasons[0]}; a branch that was gone back from has --resume {shlex.quote(str(set_aside[-1]))}"
         )
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
+
+
+def named(root: Path, which: str) -> list[Path]:
+    """The folders that `which` may mean, as `find` has it, newest first; none where "latest" finds none.
+
+    Raises UserError for a folder that does not exist.
+    """
+    if which == "latest":
+        return listing(root)[::-1]
+    folder = Path(which).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"no such checkpoint: {which}; use --resume latest or name a folder such as {shlex.quote(str(folder_of(root, 500)))}"
+        )
+    inside = listing(folder) or listing(folder / CHECKPOINTS)  # the folder of a run, or of its checkpoints
+    return inside[::-1] or [folder, *(path for path in listing(folder.parent)[::-1] if path.name < folder.name)]
 
 
 def _healthy_first(newest: list[Path]) -> list[Path]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.files import beside, remove, sync_folder
@@ -117,9 +119,9 @@ def measure(run: Run, pairs: validation.HeldOut) -> tuple[Figures, bool]:
 def keep(run: Run) -> None:
     """Makes the best weights those of a run whose updates are made, in the first process, which writes the result.
 
-    Raises UserError where they cannot be read back.
+    Those of a run with shards are gathered before (`loop.whole`). Raises UserError where they cannot be read back.
     """
-    best, updater = run.best, run.updater
+    best = run.best
     if best is None or not run.processes.first:
         return
     if best.step is None:
@@ -134,17 +136,24 @@ def keep(run: Run) -> None:
                 f"the best weights, of update {best.step}, cannot be read ({error}): --resume latest --no-keep-best makes the "
                 "last ones the result"
             ) from error
-        checkpoint.copy_into(
-            dict(zip(updater.names, updater.parameters, strict=True)), found.tensors["policy"], "policy"
-        )
-        if updater.ema:
-            checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), found.tensors["ema"], "averages")
+        _take(run, found.tensors)
         run.shown = best.step
     log.info(
         "keep-best: update %d of %d is the result: held-out accuracy %.3f of the %d pairs that chose it, %.3f of the other %d",
         best.step, run.done, best.figures["choosing_accuracy"], best.figures["choosing_pairs"],
         best.figures["heldout_accuracy"], best.figures["heldout_pairs"],
     )  # fmt: skip
+
+
+def _take(run: Run, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Puts the weights of a checkpoint into the run; into one with shards as those of its result alone, which are whole."""
+    updater = run.updater
+    if updater.shards is not None:
+        run.whole_weights = dict(saved["ema" if updater.ema else "policy"])
+        return
+    checkpoint.copy_into(dict(zip(updater.names, updater.parameters, strict=True)), saved["policy"], "policy")
+    if updater.ema:
+        checkpoint.copy_into(dict(zip(updater.names, updater.ema, strict=True)), saved["ema"], "averages")
 
 
 def told(run: Run) -> dict[str, Any] | None:

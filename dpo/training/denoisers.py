@@ -17,7 +17,7 @@ from dpo.models.denoiser import halve
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.ready import HALF, WEIGHTS, plan_of
-from dpo.objective import Odds
+from dpo.objective import Kto, Odds
 from dpo.settings.config import Config
 from dpo.step import PairStep
 from dpo.training import optimizer
@@ -173,7 +173,7 @@ def pair_step(
         sft_weight=method.sft_weight,
         alpha=method.loss_alpha,
         norm_penalty=method.norm_penalty,
-        center=_center(config, real, device) if "kto_center" in row.settings else None,
+        kto=_kto(config, real, device) if "kto_center" in row.settings else None,
         safeguard=method.safeguard if "safeguard" in row.settings else None,
         odds=Odds(method.mapo_weight, method.mapo_scale) if "mapo_weight" in row.settings else None,
         autocast=HALF.get(precision),
@@ -206,9 +206,11 @@ def _tables(config: Config, plan: schedule.Plan) -> credit.Tables:
     )
 
 
-def _center(config: Config, real: torch.dtype, device: torch.device) -> Tensor | str:
-    """KTO's centre before the first update, or how it is taken from each micro-batch."""
-    return torch.zeros((), dtype=real, device=device) if config.method.kto_center == "update" else "batch"
+def _kto(config: Config, real: torch.dtype, device: torch.device) -> Kto:
+    """KTO's weights, and its centre before the first update, or how it is taken from each micro-batch."""
+    method = config.method
+    center = torch.zeros((), dtype=real, device=device) if method.kto_center == "update" else "batch"
+    return Kto(center, method.kto_liked_weight, method.kto_disliked_weight)
 
 
 def following(config: Config, step: PairStep) -> list[Strength | Centre]:
@@ -218,8 +220,8 @@ def following(config: Config, step: PairStep) -> list[Strength | Centre]:
     assert method.beta is not None, "decided when the model was loaded"
     if method.target_gradient_factor is not None:
         found.append(Strength(step.beta, method.beta, method.target_gradient_factor, method.beta))
-    if isinstance(step.center, Tensor):
-        found.append(Centre(step.center, method.beta))
+    if step.kto is not None and isinstance(step.kto.center, Tensor):
+        found.append(Centre(step.kto.center, method.beta))
     return found
 
 

@@ -116,7 +116,7 @@ def train(
     processes = processes or Processes()
     try:
         with handled(signal.default_int_handler, *ENDS):  # outside the updates they interrupt like Ctrl-C
-            _train(_again(config, processes), notes, train_step, evaluate, processes)
+            _train(config, notes, train_step, evaluate, processes)
     except Stopped as error:
         processes.ends(error)
         return INTERRUPTED
@@ -141,7 +141,7 @@ def train(
     return 0
 
 
-def _again(config: Config, processes: Processes) -> Config:
+def again(config: Config, processes: Processes) -> Config:
     """`config` as torchrun's restart of a run goes on with it: from its latest checkpoint, once it had begun."""
     if not restarts() or processes.word_of_first(remembered()) != BEGUN:  # the first alone began it
         return config
@@ -151,17 +151,26 @@ def _again(config: Config, processes: Processes) -> Config:
     return change(config, resume=resume, overwrite=False)
 
 
+def _built(config: Config, notes: list[str], processes: Processes) -> Run:
+    """As `build.build`; memory that is full there is too small for these settings."""
+    try:
+        return build.build(config, notes, processes)
+    except torch.OutOfMemoryError as error:
+        vars(error)["at_first"] = True
+        raise
+
+
 def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Evaluate, processes: Processes) -> None:
     samples.asked_prompts(config.output)  # refuses a missing file before anything is loaded
     check_trackers(config.output.tensorboard, config.output.wandb)
     if not processes.first:
-        _help(build.build(config, notes, processes), train_step)
+        _help(_built(config, notes, processes), train_step)
         return
     output = check_output(config)
     with ExitStack() as stack:
         if there := output.is_dir():  # before its checkpoints are read
             stack.enter_context(locks.held(output, "--output"))
-        run = build.build(config, notes, processes)
+        run = _built(config, notes, processes)
         if not there:  # made only now: a mistake in a setting leaves no folder behind
             clear_output(output, config.output)
             stack.enter_context(locks.held(output, "--output"))

@@ -84,12 +84,15 @@ class StepMetrics:
 def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
     """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere, ties in no share of pairs.
 
+    Of images without a partner the liked ones are the win side and the others the lose side, whose number is then there.
     A figure without any pair, or one that is not finite (as without a reference), is None.
     """
     table = rows.double().numpy()
     row = dict(zip(ROWS, table[:, table[ROWS.index("usable")] > 0]))
     pairs = row["loss"].size
-    margin, sided = row["logit"], row["prob"] > 0.5
+    margin, sided = row["logit"], row["prob"] != 0.5
+    disliked = row["prob"] < 0.5  # images without a partner: each is on one side
+    win, lose = ~disliked, disliked if disliked.any() else np.ones_like(disliked)
     decile = np.minimum(row["timestep"].astype(np.int64) * DECILES // timestep_count, DECILES - 1)
     quantiles = np.percentile(margin, (10, 50, 90)) if pairs and np.isfinite(margin).all() else (math.nan,) * 3
     return {
@@ -101,15 +104,16 @@ def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
         "margin_p90": _number(quantiles[2]),
         "gradient_factor": _mean(row["pull"][sided]),
         "prediction_norm_ratio": _ratio(row["policy_size"], row["reference_size"]),
-        "win_error_vs_reference": _mean(row["policy_win"] - row["reference_win"]),
-        "lose_error_vs_reference": _mean(row["policy_lose"] - row["reference_lose"]),
-        "policy_win_error": _mean(row["policy_win"]),
-        "policy_lose_error": _mean(row["policy_lose"]),
-        "reference_win_error": _mean(row["reference_win"]),
-        "reference_lose_error": _mean(row["reference_lose"]),
+        "win_error_vs_reference": _mean((row["policy_win"] - row["reference_win"])[win]),
+        "lose_error_vs_reference": _mean((row["policy_lose"] - row["reference_lose"])[lose]),
+        "policy_win_error": _mean(row["policy_win"][win]),
+        "policy_lose_error": _mean(row["policy_lose"][lose]),
+        "reference_win_error": _mean(row["reference_win"][win]),
+        "reference_lose_error": _mean(row["reference_lose"][lose]),
         "difference_mean": _mean(row["difference"]),
         "pairs": pairs,
         "unusable_pairs": table.shape[1] - pairs,
+        **({"disliked_images": int(disliked.sum())} if disliked.any() else {}),
         "nonfinite_timesteps": sorted({int(t) for t in row["timestep"][~np.isfinite(row["loss"])]}),
         "tied_pairs": int((row["prob"] == 0.5).sum()),
         "pairs_by_decile": [int((decile == index).sum()) for index in range(DECILES)],

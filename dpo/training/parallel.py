@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpo.common.command import FAULT, INTERRUPTED, MISTAKE, of_launcher
 from dpo.common.errors import Elsewhere, Stopped, UserError
 from dpo.common.words import first_line
-from dpo.models.family import Denoise, TextEncoding
+from dpo.models.family import Denoise, Denoiser, TextEncoding, is_unet
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names for which process this is
 PART = 1 << 26  # bytes of gradients summed at a time, where DDP does not
@@ -143,6 +143,11 @@ class Processes:
         if self.store is not None and self.store.check(["ended"]):
             raise _ended(self.store.get("ended"))
 
+    def await_end(self, seconds: float) -> None:
+        """Waits until another process has ended, and raises Stopped or Elsewhere then; returns when the time is over."""
+        if self.store is not None and self._awaited(["ended"], seconds):
+            self.look()
+
     def ends(self, error: BaseException) -> None:
         """Tells the others that this process ends with `error`; the first word of all is the reason of the run's end."""
         if self.store is None:
@@ -167,20 +172,24 @@ class Processes:
         found = self.meaning(error)
         assert isinstance(found, Exception)
         if isinstance(found, Elsewhere):
+            if self.first:  # the one that speaks need not wait for more
+                with suppress(RuntimeError):
+                    self.store.set("ended/0", json.dumps([found.code, self.rank, str(found)]))
             return found
         self.ends(found)
         if self.first:
             return found
         said = self._hear("ended/0")
         if said is None and isinstance(found, Died):  # of those that are left one speaks
-            return found if self.rank == 1 or self._claims("died") else Elsewhere(MISTAKE, str(found))
+            return found if self.rank == 1 or self.claims("died") else Elsewhere(MISTAKE, str(found))
         words = "" if said is None else json.loads(said)[2]
         same = words.startswith(DIED) if isinstance(found, Died) else words == str(found)
         return Elsewhere(MISTAKE, str(found)) if same else found
 
-    def _claims(self, what: str) -> bool:
+    def claims(self, what: str) -> bool:
         """Whether this process is the first that asks."""
-        assert self.store is not None
+        if self.store is None:
+            return True
         try:
             return self.store.add(what, 1) == 1
         except RuntimeError:
@@ -305,7 +314,7 @@ class Reduced:
     through the module itself: validation, sample images, the reference without adapters.
     """
 
-    def __init__(self, denoise: Callable[[nn.Module], Denoise], module: nn.Module) -> None:
+    def __init__(self, denoise: Callable[[nn.Module], Denoise], module: Denoiser) -> None:
         self.alone = self.together = denoise(module)
         self.module: DistributedDataParallel | None = None
         self.trained = [p for p in module.parameters() if p.requires_grad]
@@ -314,7 +323,12 @@ class Reduced:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 on broadcast_buffers; 2.11 has no other name
             self.module = DistributedDataParallel(
-                module, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+                module,
+                broadcast_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                # The text's side of a transformer's last block ends nowhere: its weights have no gradient, and DDP would wait.
+                find_unused_parameters=not is_unet(module),
             )
         self.module.register_comm_hook(None, lambda state, bucket: summed(bucket.buffer()))
         self.together = denoise(self.module)

@@ -20,11 +20,12 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
+from dpo.data.pairs import things
 from dpo.data.sources import describe, open_source
 from dpo.data.pairs import Source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
-from dpo.data.store.store import merge, of_store, read_contents
+from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model, TextEncoding
@@ -83,7 +84,7 @@ def encode_pairs(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
     source = open_source(config.data)
-    log.info("pairs: %s", describe(source))
+    log.info("%s: %s", things(source), describe(source))
     config, model, _, _ = load_model(config, device)
     settings = (
         identity(model)
@@ -94,6 +95,7 @@ def encode_pairs(
             "dtype": dtype,
             "precision": _encoded_in(config.runtime),
         }
+        | ({} if source.sides == 2 else {"sides": source.sides})
     )
     if config.data.buckets:
         assert config.data.resolution is not None, "decided when the model was loaded"
@@ -117,7 +119,7 @@ def encode_pairs(
         first=first,
         last=last,
         max_mib=config.data.max_image_mib,
-        progress=progress_line("prepared"),
+        progress=progress_line("prepared", things(source)),
     )
     make_folder(place, "--store")
     with locks.held(place, "--store"):
@@ -132,7 +134,9 @@ def _pairs_in(folder: Path) -> str:
     """How many pairs a store has, and how many of them cannot be used, in words."""
     contents = read_contents(folder)
     holes = sum(contents.summary.get(name, 0) for name in (UNREADABLE, SAME_BYTES))
-    return f"{len(contents.order) - holes:,} pairs" + (f"; left out: {holes:,}" if holes else "")
+    return f"{len(contents.order) - holes:,} {things(StoreSource(contents, contents.order, 0.0))}" + (
+        f"; left out: {holes:,}" if holes else ""
+    )
 
 
 def _encoded_in(runtime: Runtime) -> str:

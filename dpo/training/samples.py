@@ -104,6 +104,7 @@ def _sampled(run: Run, pipe: Pipeline, batch: int, frugal: bool) -> list[Image.I
                 device=run.device,
                 steps=out.sample_steps,
                 guidance=out.sample_guidance,
+                size=run.model.geometry.native,
                 batch=batch,
                 autocast=run.step.autocast,
                 frugal=frugal,

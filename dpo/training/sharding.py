@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from csrc_triton.adamw8bit import AdamW8bit
 from csrc_triton.parts import Part
 from dpo.common.errors import UserError
-from dpo.models.family import Denoise, Denoiser, TextEncoding
+from dpo.models.family import Denoise, Denoiser, TextEncoding, is_unet, repeated
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Transformer2DModel, Downsample2D, Upsample2D)
 MOST = 64  # processes that a refusal looks through for numbers that fit
@@ -75,7 +75,7 @@ class Shards:
         mesh = init_device_mesh(device.type, (self.count,))
         permuted = _by_memory_order(denoiser)
         kept = {p for p in denoiser.parameters() if blocks_of_states and _cut(p.shape, self.count)}
-        blocks = [block for block in denoiser.modules() if isinstance(block, BLOCKS) and _has_weights(block)]
+        blocks = [block for block in blocks_of(denoiser) if _has_weights(block)]
         # Gradients in half precision are summed in fp32. Parameters keep their dtype: as a dtype to compute in, a policy's
         # would round the norms, which autocast keeps in fp32.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if denoiser.dtype == torch.bfloat16 else None
@@ -248,6 +248,13 @@ def groups(denoiser: nn.Module) -> Iterator[Any]:
             yield from filter(None, found)  # torch 2.11 has one or none
 
 
+def blocks_of(denoiser: Denoiser) -> list[nn.Module]:
+    """What is gathered together: the layers of a UNet's blocks, or the blocks that repeat in a transformer; outer ones first."""
+    if is_unet(denoiser):
+        return [block for block in denoiser.modules() if isinstance(block, BLOCKS)]
+    return list(repeated(denoiser).values())
+
+
 def first_share(denoiser: nn.Module, count: int, *, blocks_of_states: bool = False) -> float:
     """The share of all weights that the first of `count` processes holds: none holds more."""
     shapes = [p.shape for p in denoiser.parameters()]
@@ -255,9 +262,9 @@ def first_share(denoiser: nn.Module, count: int, *, blocks_of_states: bool = Fal
     return sum(held) / sum(shape.numel() for shape in shapes)
 
 
-def largest_block(denoiser: nn.Module) -> tuple[int, int]:
+def largest_block(denoiser: Denoiser) -> tuple[int, int]:
     """Weights of the largest block that is gathered when it runs, and of what is gathered around all blocks."""
-    blocks = [block for block in denoiser.modules() if isinstance(block, BLOCKS)]
+    blocks = blocks_of(denoiser)
     taken: set[nn.Parameter] = set()
     sizes = [0]
     for block in reversed(blocks):  # inner blocks first

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.methods import METHODS
+from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import resolve, rules
-from dpo.settings.config import Config, change, flatten, from_mapping, of_before, specs
+from dpo.settings.config import Config, Output, change, flatten, from_mapping, of_before, specs
 from dpo.training import best, checkpoint
 from dpo.training.run import Run
 
@@ -126,6 +127,21 @@ def as_before(config: Config, saved: checkpoint.Checkpoint) -> Config:
     if data.dropped_caption == "auto":
         names += ["dropped_caption"]
     return change(config, **{name: getattr(before, name) for name in names})
+
+
+def checkpointing_before(output: Output, folder: Path) -> str | None:
+    """Which blocks the run that is resumed computes again, as its newest checkpoint has it; None where nothing says so.
+
+    folder: of the run. Raises UserError for a checkpoint that does not exist.
+    """
+    if output.resume is None:
+        return None
+    configs = (
+        checkpoint.read_state(path).get("config") for path in checkpoint.named(folder / CHECKPOINTS, output.resume)
+    )
+    settings = next((config for config in configs if isinstance(config, dict)), {})
+    before = settings.get("checkpointing")
+    return before if isinstance(before, str) and before != "auto" else None
 
 
 def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from itertools import islice
 
@@ -9,15 +10,19 @@ import numpy as np
 import torch
 
 from dpo.common.errors import UserError
+from dpo.common.words import listed
 from dpo.data.batch import PairBatch
-from dpo.data.pairs import Source
+from dpo.data.pairs import Source, things
 from dpo.data.store.files import NOT_ALWAYS
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
+from dpo.methods import METHODS
 from dpo.models.family import Model
 from dpo.models.fingerprint import encoders, identity
 from dpo.settings.config import Config, change
 from dpo.step import PairStep
+
+log = logging.getLogger("dpo")
 
 NAMES = {
     "family": "model family",
@@ -30,12 +35,16 @@ NAMES = {
 
 
 def adopt(config: Config, source: Source) -> Config:
-    """`config` with the resolution of the prepared store, where the pairs are in one."""
+    """`config` with the resolution and the length of captions of the prepared store, where the pairs are in one."""
     store = of_store(source)
     if store is None:
         return config
+    held = store.contents.settings
     return change(
-        config, data_format="store", resolution=config.data.resolution or store.contents.settings["resolution"]
+        config,
+        data_format="store",
+        resolution=config.data.resolution or held["resolution"],
+        text_tokens=config.model.text_tokens or held.get("text_tokens"),
     )
 
 
@@ -61,6 +70,34 @@ def check_resolution(source: Source | None, resolution: int | None) -> None:
             f"{store.contents.folder} holds images of {there} pixels, and the run trains at {resolution}: prepare the held-out pairs "
             f"with --resolution {resolution}"
         )
+
+
+def check_sides(config: Config, source: Source, held_out: Source | None) -> None:
+    """Raises UserError where the method compares pairs and there are none, or the held-out set is of the other kind.
+
+    Says how many images without a partner are liked, and warns where all are, or none.
+    """
+    data, method = config.data, config.method.method
+    if held_out is not None and held_out.sides != source.sides:
+        raise UserError(
+            f"{data.data} has {things(source)} and {data.validation_data} has {things(held_out)}: held-out accuracy is of what "
+            "is trained on, so give sets of one kind"
+        )
+    if source.sides == 2:
+        return
+    if METHODS[method].images != "single":
+        names = listed(sorted(name for name, row in METHODS.items() if row.images == "single"))
+        raise UserError(
+            f"{data.data} has images without partners, and method {method} compares the two of a pair: use --method {names}, or "
+            "give pairs"
+        )
+    liked = int(np.sum(source.prob > 0.5))
+    log.info("labels: %d images are liked, %d are not", liked, len(source) - liked)
+    if liked in (0, len(source)):
+        log.warning(
+            "%s of the %d images is liked: with labels of one kind nothing says what to prefer, and KTO moves the model by "
+            "them alone", "none" if not liked else "each", len(source),
+        )  # fmt: skip
 
 
 def check_labels(config: Config, source: Source) -> None:

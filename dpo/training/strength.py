@@ -65,7 +65,8 @@ class Strength:
 class Centre:
     """KTO's centre: what an image of the previous update had gained on average over the reference, at least 0.
 
-    Of all its images and processes, where the published code takes those of a micro-batch. 0 at first.
+    Of all its images and processes, where the published code takes those of a micro-batch. 0 at first. Of pairs there
+    are as many of both sides; of images alone the figures say how many are disliked.
     """
 
     name: ClassVar[str] = "kto_center"
@@ -79,9 +80,11 @@ class Centre:
 
     def after(self, figures: Mapping[str, Any]) -> None:
         """Follows an update that was made, from its figures. An update without pairs says nothing."""
-        win, lose = figures["win_error_vs_reference"], figures["lose_error_vs_reference"]
-        if win is not None and lose is not None:
-            self._put(max(-(win + lose) / 2, 0.0))
+        disliked = figures.get("disliked_images")
+        counts = (1, 1) if disliked is None else (figures["pairs"] - disliked, disliked)
+        sides = zip((figures["win_error_vs_reference"], figures["lose_error_vs_reference"]), counts, strict=True)
+        if known := [(error, count) for error, count in sides if error is not None]:
+            self._put(max(-sum(error * count for error, count in known) / sum(count for _, count in known), 0.0))
 
     def as_json(self) -> dict[str, float]:
         """What a checkpoint holds."""

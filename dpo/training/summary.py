@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from dpo.common import files
+from dpo.data.pairs import Source
 from dpo.models.ready import WEIGHTS
 from dpo.pages.began import MADE_FROM
 from dpo.pages.folder import SHARED, SUMMARY_FILE, TABLES_FILE, read_run
+from dpo.pages.single import HELD_LIKED, LIKED
 from dpo.settings import advice, resolve
 from dpo.training import choice
 from dpo.training.run import Figures, Run
@@ -68,7 +70,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
         },
         "made_from": _made_from(run),
         "scheduler": model.resampled,
-        "data": run.source.summary | {"usable": len(run.source)} | _held_out(run),
+        "data": run.source.summary | {"usable": len(run.source)} | _liked(run.source, LIKED) | _held_out(run),
         "resolved": {
             "beta": run.config.method.beta,
             "learning_rate": resolve.learning_rate(run.config),
@@ -97,7 +99,12 @@ def _held_out(run: Run) -> dict[str, int]:
         return {"held out": 0}
     keys = run.held_out_source.caption_keys()
     shared = int(np.isin(keys, run.source.caption_keys()).sum())
-    return {"held out": len(keys)} | ({SHARED: shared} if shared else {})
+    return {"held out": len(keys)} | ({SHARED: shared} if shared else {}) | _liked(run.held_out_source, HELD_LIKED)
+
+
+def _liked(source: Source, name: str) -> dict[str, int]:
+    """How many images without a partner are liked; nothing of pairs."""
+    return {name: int(np.sum(source.prob > 0.5))} if source.sides == 1 else {}
 
 
 def _made_from(run: Run) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 For each pair, d is averaged over S keyed (timestep, noise) draws. The pair counts 1 when the mean is negative, one half
 when it is 0. The reference errors do not change during a run: they are computed once, at its start.
+
+Of images without a partner it is the share whose gain R - L over KTO's centre has the sign of the label. Their d is
+L - R plus the centre where the image is liked, and the negative of that where it is not.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ class HeldOut:
     batches: list[Inputs]  # of this process
     keys: Tensor  # [N] int64
     captions: Tensor  # [N] int64, their `caption_key`
-    labelled: Tensor  # [N] bool: which can be used and have a preferred image
+    labelled: Tensor  # [N] bool: which can be used and have a preferred image, or a label
+    liked: Tensor  # [N] bool: all of pairs; the label of images without a partner
+    single: bool  # whether they are images without a partner
     sizes: list[int]  # pairs of each batch of all processes, in the order of their turn; they add up to N
     reference_errors: Tensor
     draws: int
@@ -86,7 +91,8 @@ def encode_held_out(
         for batch, inputs in encoder.encoded(batches):
             encoded.append(x := inputs.to("cpu"))
             captions = torch.tensor([caption_key(caption) for caption in batch.captions], dtype=torch.int64)
-            own.append((batch.position, x.keys, captions, x.usable.bool() & (x.prob > 0.5), bool(x.usable.any())))
+            labelled, liked = x.usable.bool() & (x.prob != 0.5), x.prob > 0.5
+            own.append((batch.position, x.keys, captions, labelled, liked, bool(x.usable.any())))
             told(sum(len(keys) for _, keys, *_ in own))
     by_round = zip(*processes.objects(own), strict=True)
     there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
@@ -94,18 +100,45 @@ def encode_held_out(
         return None
     if reference is not None:
         step = replace(step, policy=reference)
-    keys, captions, labelled = (torch.cat([pairs[part] for pairs in there.values()]) for part in (0, 1, 2))
+    keys, captions, labelled, liked = (torch.cat([pairs[part] for pairs in there.values()]) for part in range(4))
     sizes = [len(pairs[0]) for pairs in there.values()]
     errors = _errors("held-out reference errors", step, encoded, draws, sizes, processes)
-    return HeldOut(encoded, keys, captions, labelled, sizes, errors, draws, step.path.timesteps, processes)
+    return HeldOut(
+        encoded,
+        keys,
+        captions,
+        labelled,
+        liked,
+        encoded[0].single,
+        sizes,
+        errors,
+        draws,
+        step.path.timesteps,
+        processes,
+    )
 
 
 def differences(step: PairStep, held_out: HeldOut) -> Tensor:
-    """d [S, N] of the N labelled pairs (without ties and pairs that cannot be used) in each of S draws, on the CPU."""
+    """d [S, N] of the N labelled pairs (without ties and pairs that cannot be used) in each of S draws, on the CPU.
+
+    Of images without a partner it is below 0 too where the policy sides with the label.
+    """
     there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
     errors = _errors("held-out accuracy", there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
     errors = errors - held_out.reference_errors
-    return (errors[:, 0] - errors[:, 1]).cpu()[:, held_out.labelled]
+    if not held_out.single:
+        return (errors[:, 0] - errors[:, 1]).cpu()[:, held_out.labelled]
+    risen = errors[:, 0].cpu()[:, held_out.labelled]
+    risen = risen + _centre(step, risen)
+    return torch.where(held_out.liked[held_out.labelled], risen, -risen)
+
+
+def _centre(step: PairStep, risen: Tensor) -> Tensor:
+    """KTO's centre as a mean gain, 0-d: that of the next update; where it is of a micro-batch, that of these images."""
+    assert step.kto is not None, "no other method trains on images without a partner"
+    if isinstance(step.kto.center, Tensor):
+        return (step.kto.center / (step.beta / 2)).to(risen)
+    return (-risen.mean()).clamp_min(0) if risen.numel() else risen.new_zeros(())
 
 
 def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:

@@ -5,12 +5,24 @@ By default one bf16 specimen (or the nearest there is) of every kernel for sm_90
 `slow`.
 """
 
+from collections import Counter
+
 import pytest
 import triton
 import triton.language as tl
 
 from benchmarks import aot as command
-from benchmarks.machine_code import COLUMNS, TARGETS, Compiled, check, compile_specimen, source
+from benchmarks.machine_code import (
+    _AMD,
+    _NVIDIA,
+    COLUMNS,
+    TARGETS,
+    Compiled,
+    check,
+    compile_specimen,
+    instruction_classes,
+    source,
+)
 from csrc_triton.specimen import Specimen, specimens
 
 SPECIMENS = specimens()
@@ -63,8 +75,54 @@ def test_faults_are_found(target):
 
 def test_spills_and_shared_memory_are_judged():
     specimen = SPECIMENS[0]
-    bad = Compiled(specimen.name, specimen.dtype, "sm_89", 255, 12, 100 * 1024, 1, 1, "")
+    bad = Compiled(specimen.name, specimen.dtype, "sm_89", 255, 12, 100 * 1024, 1, 1, 10, 0, "", (Counter(), Counter()))
     assert check(specimen, bad) == ["12 spill instructions", "102400 bytes of shared memory, 101376 allowed"]
+
+
+NVIDIA_LOOP = """
+.text.sum:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128 R16, desc[UR8][R22.64] ;
+        /*0020*/                   FFMA R86, R47, R17, R10 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   FFMA R86, R47, R17, R10 ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_2);
+        /*0070*/                   NOP;
+"""
+AMD_LOOP = """
+\ts_load_dword s0, s[4:5], 0x0
+.LBB0_1:
+\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
+\tv_fma_f32 v0, v1, v2, v0
+\ts_cbranch_scc1 .LBB0_1
+\tv_fma_f32 v0, v1, v2, v0
+\ts_endpgm
+\t.section .rodata
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "lines", "once", "turn"),
+    [
+        (NVIDIA_LOOP, _NVIDIA, "MOV FFMA EXIT", "LDG FFMA BRA"),
+        (AMD_LOOP, _AMD, "s_load_dword v_fma_f32 s_endpgm", "global_load_dwordx4 v_fma_f32 s_cbranch_scc1"),
+    ],
+)
+def test_instructions_are_counted_apart_for_loops(code, lines, once, turn):
+    assert instruction_classes(code, *lines) == (Counter(once.split()), Counter(turn.split()))
+
+
+def test_the_gradients_of_channels_take_few_instructions():
+    """In its loop 17.8 for each element, two of them of the unit for exp and reciprocals: no range is handled apart."""
+    specimen = next(s for s in SPECIMENS if s.kernel.__name__ == "channel_gradients_kernel" and s.dtype == "bf16")
+    elements = specimen.constexprs["BLOCK_P"] * specimen.constexprs["BLOCK_C"] // (32 * specimen.num_warps)
+    compiled = compile_specimen(specimen, "sm_90")
+    turn = compiled.classes[1]
+    assert turn["MUFU"] == 2 * elements and not turn["FSETP"], turn
+    assert 0 < compiled.per_turn == turn.total() < 19 * elements
 
 
 def test_specimen_must_match_its_kernel():
@@ -73,7 +131,11 @@ def test_specimen_must_match_its_kernel():
 
 
 def test_command_writes_the_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "compile_specimen", lambda s, t: Compiled(s.name, s.dtype, t, 32, 0, 0, 4, 4, ""))
+    monkeypatch.setattr(
+        command,
+        "compile_specimen",
+        lambda s, t: Compiled(s.name, s.dtype, t, 32, 0, 0, 4, 4, 10, 0, "", (Counter(), Counter())),
+    )
     for name in ("table.csv", "table.md"):
         assert (
             command.main(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from csrc_triton.group_norm_silu import _group_norm_silu, group_norm_silu
+from csrc_triton.group_norm_silu import _grid, _group_norm_silu, _run_pixels, group_norm_silu
 
 
 def leaf(*shape, dtype=torch.float32, seed=0, shift=0.0):
@@ -74,6 +74,15 @@ def test_every_layout_gives_the_same_values_in_channels_last():
     assert contiguous.is_contiguous(memory_format=torch.channels_last)
     for other in (x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
         torch.testing.assert_close(group_norm_silu(other, w, b, 8), contiguous, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "turns", "runs"), [(20, 1, 1), (64, 1, 2), (600, 2, 10), (4096, 8, 16), (16384, 8, 64)]
+)
+def test_gradients_of_small_images_keep_their_programs(pixels, turns, runs):
+    """Eight tiles of 32 pixels to a run, fewer where an image would have less than eight runs."""
+    assert _run_pixels(pixels, 32) == turns * 32
+    assert _grid(3, pixels, 320, turns * 32, 64) == (5, runs, 3)
 
 
 def test_opcheck_and_gradcheck():

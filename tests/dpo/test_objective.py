@@ -569,8 +569,9 @@ def test_the_penalty_on_larger_predictions_is_its_formula():
     assert torch.equal(loss(reference).loss, loss(reference, 0.0).loss)
 
 
+@pytest.mark.parametrize("liked, disliked", [(1.0, 1.0), (1.5, 0.25)])
 @pytest.mark.parametrize("center", [0.0, 0.4, "batch"])
-def test_kto_is_its_formula(center):
+def test_kto_is_its_formula(center, liked, disliked):
     """w (1 - s(+-beta ((R - L) - max(mean(R - L), 0)))) of each image by its own label, the mean over both of a pair."""
     generator = torch.Generator().manual_seed(13)
     reference, target = torch.randn(2, 8, 2, 2, 3, generator=generator, dtype=torch.float64)
@@ -580,18 +581,56 @@ def test_kto_is_its_formula(center):
 
     def loss(prediction):
         found = objective.errors_of(prediction, reference, target, beta=2 * beta)
-        return objective.pair_loss(found, p, usable, shape=None, center=given).loss
+        return objective.pair_loss(found, p, usable, shape=None, kto=objective.Kto(given, liked, disliked)).loss
 
     gain = sample_errors(reference, target) - sample_errors(policy, target)
     middle = gain.view(2, 4)[:, :3].mean().clamp(min=0) * beta if given == "batch" else given
     assert middle > 0 or center == 0.0
-    like, dislike = (1 - torch.sigmoid(sign * (beta * gain - middle)) for sign in (1, -1))
+    like, dislike = (w * (1 - torch.sigmoid(sign * (beta * gain - middle))) for w, sign in ((liked, 1), (disliked, -1)))
     like_win, like_lose, dislike_win, dislike_lose = *like.chunk(2), *dislike.chunk(2)
     expected = (p * (like_win + dislike_lose) + (1 - p) * (dislike_win + like_lose)) / 2
     torch.testing.assert_close(loss(policy), torch.where(usable > 0, expected, 0.0), rtol=1e-10, atol=1e-12)
     if center != "batch":  # no gradient goes through the centre, which a numerical one would see
         assert torch.autograd.gradcheck(loss, policy.requires_grad_())
-    assert torch.equal(loss(reference)[:3], torch.full((3,), 0.5).double()) or center == 0.4
+    assert torch.equal(loss(reference)[:3], torch.full((3,), 0.5).double()) or center == 0.4 or liked != 1.0
+
+
+@pytest.mark.parametrize("center", [0.0, 0.4, "batch"])
+def test_kto_of_images_alone_is_its_formula_and_their_figures_are_turned_to_their_labels(center):
+    generator = torch.Generator().manual_seed(13)
+    reference, target = torch.randn(2, 4, 2, 2, 3, generator=generator, dtype=torch.float64)
+    policy = reference + 0.2 * (target - reference) + 0.1 * torch.randn(4, 2, 2, 3, generator=generator).double()
+    p, usable, beta = torch.tensor([1.0, 0.0, 0.8, 0.5]).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double(), 2.5
+    weights = objective.Kto(center if isinstance(center, str) else torch.tensor(center).double(), 1.5, 0.25)
+
+    def terms(prediction):
+        twice = [torch.cat([x, torch.zeros_like(x)]) for x in (prediction, reference, target)]
+        found = objective.errors_of(*twice, beta=2 * beta)
+        live = found._replace(difference=found.difference * usable, errors=found.errors * usable)
+        return objective.pair_loss(live, p, usable, shape=None, kto=weights, single=True)
+
+    gain = sample_errors(reference, target) - sample_errors(policy, target)
+    middle = (beta * gain[:3]).mean().clamp(min=0) if center == "batch" else weights.center
+    x, found = beta * gain - middle, terms(policy)
+    expected = 1.5 * p * (1 - torch.sigmoid(x)) + 0.25 * (1 - p) * (1 - torch.sigmoid(-x))
+    torch.testing.assert_close(found.loss, expected * usable, rtol=1e-10, atol=1e-12)
+    sign = torch.tensor([1.0, -1.0, 1.0, 0.0]).double()
+    torch.testing.assert_close(found.logit, sign * x, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.difference, -sign * gain, rtol=1e-9, atol=1e-12)
+    assert found.accuracy.tolist() == [float(sign[i] * x[i] > 0) for i in range(3)] + [0.0]
+    pull = (1.5 * p - 0.25 * (1 - p)).abs() * torch.sigmoid(x) * torch.sigmoid(-x) * usable
+    torch.testing.assert_close(found.pull, pull, rtol=1e-9, atol=1e-12)
+    policy_errors = found.errors[:2]
+    assert policy_errors.isnan().tolist() == [[False, True, False, False], [True, False, True, False]]
+    torch.testing.assert_close(policy_errors.nansum(0), sample_errors(policy, target) * usable)
+    if center != "batch":
+        assert torch.autograd.gradcheck(lambda prediction: terms(prediction).loss, policy.requires_grad_())
+
+
+def test_no_other_loss_takes_images_alone():
+    found = objective.errors_of(*torch.randn(3, 4, 1, 2, 2).unbind(), beta=2.0)
+    with pytest.raises(AssertionError, match="compare two images"):
+        objective.pair_loss(found, single=True)
 
 
 def test_mapo_keeps_its_digits_at_small_errors():

@@ -5,6 +5,10 @@ import json
 import pytest
 
 from dpo import plan
+from dpo.planning import recompute, work
+from dpo.planning.cuda import room
+from dpo.settings.flags import parse
+from dpo.train import train_step
 
 
 def test_a_plan_is_printed_and_written(tmp_path, capsys):
@@ -21,6 +25,24 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
         and found["seconds_per_update"] > 0
         and sum(found["memory"].values()) == found["peak"]
     )
+
+
+def test_what_checkpointing_auto_chooses_is_said(tmp_path, capsys):
+    """By the function that a run asks too; the largest micro-batch is that with all blocks computed again."""
+    file = tmp_path / "plan.json"
+    words = ["--lora", "--batch-size", "2", "--checkpointing", "auto", "--json", str(file)]
+    assert plan.main(words) == 0
+    assert "--checkpointing auto is planned as on: with --memory GB the plan says" in capsys.readouterr().out
+    assert json.loads(file.read_text())["checkpointing"] == "on"
+    assert plan.main([*words, "--memory", "24"]) == 0
+    told = capsys.readouterr().out
+    config, _ = work.prepared(parse(words[:-2])[0])
+    choice, line = recompute.chosen(config, work.planner(train_step), room(24))
+    assert choice.setting == json.loads(file.read_text())["checkpointing"] == "off"
+    assert f"--checkpointing auto chooses {line}" in told and "policy, recomputed" not in told
+    assert "GiB, all blocks computed again)" in told
+    assert plan.main([*words, "--device", "cpu"]) == 0
+    assert "--checkpointing auto" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

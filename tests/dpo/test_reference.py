@@ -1,6 +1,7 @@
 """dpo.reference: at step 0 the reference gives the policy's own bits, on every path, and never moves."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ PRECISIONS = [None, torch.bfloat16, torch.float16]
 
 
 def denoise(unet: nn.Module) -> Denoise:
-    return families()["sdxl" if unet.config.addition_embed_type else "sd"].denoise(unet)
+    return partial(families()["sdxl" if unet.config.addition_embed_type else "sd"].predict, unet)
 
 
 def call(predict: Denoise, unet: nn.Module, dtype: torch.dtype | None) -> torch.Tensor:

@@ -107,7 +107,7 @@ def test_progress_says_images_a_second_and_the_share_outside_the_unet(words, tmp
     assert (
         "image 18/18" in err
         and re.search(r"image 6/18  .* images/s  ETA \d+s", err)
-        and "% of the time outside the UNet" in err
+        and "% of the time outside the denoiser" in err
     )
 
 

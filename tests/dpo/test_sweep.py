@@ -6,10 +6,11 @@ import json
 import pytest
 
 from dpo import prepare, sweep
-from dpo.common.errors import UserError
+from dpo.common.errors import OutOfMemory, UserError
 from dpo.pages import sweep as sweep_page
 from dpo.pages.folder import read_run
 from dpo.pages.sweep import name_of
+from dpo.planning import full, recompute
 from dpo.settings.config import change, flat_settings, from_mapping, to_toml
 from dpo.settings.flags import load_config
 from dpo.training import loop
@@ -135,6 +136,23 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch
     assert sweep.main(["--out", str(out), "--beta", "1,2", *flags]) == 1
     assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["failed", "not started"]
     assert (out / "beta-1" / "failed.txt").read_text() == "it diverged\n"
+
+
+def test_a_run_of_a_sweep_begins_and_ends_as_the_train_command_has_it(flags, tmp_path, monkeypatch):
+    """What --checkpointing leaves open is decided, and what would fit is said."""
+
+    def full_memory(config, notes, *others):
+        assert (config.runtime.checkpointing, notes[-1]) == ("mid_block", "decided")
+        raise OutOfMemory("out of GPU memory", at_first=config.method.beta == 1)
+
+    monkeypatch.setattr(loop, "train", full_memory)
+    decided = lambda config, *others: (change(config, checkpointing="mid_block"), "decided")  # noqa: E731
+    monkeypatch.setattr(recompute, "decided", decided)
+    monkeypatch.setattr(full, "instead", lambda *given: "; by the plan this would fit: X")
+    out = tmp_path / "sweep"
+    assert sweep.main(["--out", str(out), "--beta", "1,2", *flags, "--checkpointing", "auto"]) == 1
+    noted = [(out / f"beta-{beta}" / "failed.txt").read_text() for beta in (1, 2)]
+    assert noted == ["out of GPU memory; by the plan this would fit: X\n", "out of GPU memory\n"]
 
 
 @pytest.mark.parametrize("name", ["flags.txt", "sweep.csv", "sweep.md", "sweep.png"])

@@ -385,5 +385,6 @@ FLOWS = {
     "qwen-image": _build_qwen,
 }
 
-TRAINED = ("sd35", "qwen-image")  # one of each family that is trained: what the parametrised tests of runs go through
-SMALL = ("--resolution", "32")  # of a run on one of them: the pairs' own size
+# one of each family that is trained: what the parametrised tests of runs go through
+TRAINED = ("sd35", "flux-dev", "flux2-klein-base", "qwen-image")
+SMALL = ("--resolution", "32", "--text-tokens", "64")  # of a run on one of them: the pairs' own size, short captions

@@ -42,6 +42,7 @@ class Synthetic:
     start: int = 0
     groups: np.ndarray | None = None
     window: int | None = None
+    sides: int = 2
     summary: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:

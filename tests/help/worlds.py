@@ -36,6 +36,7 @@ __all__ = [
     "encode",
     "make_chosen_rejected",
     "make_folders",
+    "make_labelled",
     "make_pairs",
     "make_pickapic",
     "make_pipeline",
@@ -279,6 +280,32 @@ def make_table(folder: str | Path, n: int = 16, seed: int = 0, *, kind: str = "j
             file.writelines(json.dumps(row) + "\n" for row in rows)
         else:
             writer = csv.DictWriter(file, fieldnames=["prompt", "chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def make_labelled(
+    folder: str | Path, n: int = 16, seed: int = 0, *, kind: str = "jsonl", liked: int = 2, **options
+) -> Path:
+    """images.jsonl, images.csv or images.parquet with prompt, image, label: n images, of `liked` of three the preferred one."""
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, pair in enumerate(make_pairs(n, seed, **options)):
+        side = "win" if i % 3 < liked else "lose"
+        data, name = encode(pair[side]), f"images/{pair[side + '_uid']}.jpg"
+        (folder / name).write_bytes(data)
+        image = {"bytes": data, "path": None} if kind == "parquet" else name
+        rows.append({"prompt": pair["caption"], "image": image, "label": side == "win"})
+    path = folder / f"images.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=["prompt", "image", "label"])
             writer.writeheader()
             writer.writerows(rows)
     return path

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,10 +162,21 @@ def test_the_best_comes_along_where_a_run_goes_on_elsewhere(trained):
     assert trained.said.warnings("no held-out accuracy to choose by: the last weights are the result")
 
 
+CUT = ["--sharding", "on", "--ema", "0.5", "--learning-rate", "1e-3"]
+
+
 @pytest.mark.slow
-def test_two_processes_choose_as_one(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("trained_as", "file"),
+    [
+        (["--lora", "--learning-rate", "3e-3"], ADAPTER_FILE),
+        (CUT, "unet/diffusion_pytorch_model.safetensors"),
+    ],
+    ids=["lora", "shards"],
+)
+def test_two_processes_choose_as_one(world, tmp_path, capsys, trained_as, file):
     """No script here: accuracies of the weights as they are, in float64, so that both runs measure the same."""
-    flags = ["--model", world("sd15"), "--data", world("pairs"), "--workers", "0", "--lora", "--learning-rate", "3e-3"]
+    flags = ["--model", world("sd15"), "--data", world("pairs"), "--workers", "0", *trained_as]
     flags += ["--precision", "fp64", "--batch-size", "2", "--effective-batch", "4", "--steps", "8", "--no-samples"]
     flags += ["--validation-data", world("pairs"), "--validation-split", "train", "--validation-pairs", "24"]
     flags += ["--validate-every", "1", "--validation-draws", "2", "--max-pairs", "16", "--keep-best", "--patience", "3"]
@@ -173,8 +185,51 @@ def test_two_processes_choose_as_one(world, tmp_path, capsys):
     assert codes(commands(2, [*flags, "--output", str(tmp_path / "two")], tmp_path)) == [0, 0]
     alone, both = kept(tmp_path / "one"), kept(tmp_path / "two")
     assert alone == {**both, **{name: pytest.approx(both[name]) for name in both if name.endswith("difference")}}
-    one, two = (load_file(tmp_path / name / ADAPTER_FILE) for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / file) for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], rtol=1e-5, atol=1e-7) for name in one)
+
+
+BEST_OF_FOUR = [0.25, 1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("starts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_best_of_shards_is_the_result(world, tmp_path, monkeypatch, starts):
+    """Update 2 of 4 by a script; the result are its averaged weights, whole, and a resume that trains nothing writes them again."""
+
+    def differences(step, held):
+        share = BEST_OF_FOUR[min(differences.calls, 3)]
+        differences.calls += 1
+        return torch.where(torch.arange(len(held.keys)) < round(share * len(held.keys)), -1.0, 1.0)[None]
+
+    differences.calls = 0
+    monkeypatch.setattr(choice.validation, "differences", differences)
+    monkeypatch.setattr(choice, "choosing_half", lambda keys, captions, by: numpy.arange(len(keys)) % 2 == 0)
+    flags = [
+        "--model",
+        world("sd15"),
+        "--data",
+        world("pairs"),
+        "--workers",
+        "0",
+        *CUT,
+        "--precision",
+        "fp64",
+        "--steps",
+        "4",
+    ]
+    flags += ["--batch-size", "1", "--validation-data", world("pairs"), "--validation-split", "train", "--no-samples"]
+    flags += ["--validate-every", "1", "--validation-draws", "1", "--validation-pairs", "16", "--keep-best"]
+    flags += ["--checkpoint-every", "0", "--checkpoints-limit", "1", "--output", str(tmp_path / "cut")]
+    cut = tmp_path / "cut"
+    for number in range(starts):
+        more = ["--resume", "latest"] if number else []
+        assert codes(commands(2, [*flags, *more], tmp_path)) == [0, 0], (tmp_path / "said-0").read_text()
+        assert (kept(cut)["step"], kept(cut)["of"]) == (2, 4) and names(cut) == ["step-00000002", "step-00000004"]
+        result = load_file(cut / "unet" / "diffusion_pytorch_model.safetensors")
+        best, last = (load_file(cut / "checkpoints" / name / "ema.safetensors") for name in names(cut))
+        assert result.keys() == best.keys()
+        far = [max((value - of[name]).abs().max().item() for name, value in result.items()) for of in (best, last)]
+        assert far[0] < 1e-6 < 1e-4 < far[1], far  # rounded to fp32
 
 
 def test_an_accuracy_that_a_stop_cut_short_is_measured_by_the_next_start(trained, monkeypatch):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
     QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from csrc_triton.philox import Stream, integers, normal
@@ -101,13 +102,11 @@ class PlainSD3(Plain):
 
     modules = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj")
     modules += ("attn.add_v_proj", "attn.to_add_out")
+    pipeline = StableDiffusion3Pipeline
 
     def __init__(self, folder: str):
-        options = {"torch_dtype": torch.float64}
-        self.policy = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-        self.reference = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-        self.reference.requires_grad_(False)
-        self.pipe = StableDiffusion3Pipeline.from_pretrained(folder, **options)
+        self.pipe, twin = (self.pipeline.from_pretrained(folder, torch_dtype=torch.float64) for _ in range(2))
+        self.policy, self.reference = self.pipe.transformer, twin.transformer.requires_grad_(False)
         self.vae = self.pipe.vae
 
     def latents(self, pixels, posterior_noise) -> torch.Tensor:
@@ -121,7 +120,9 @@ class PlainSD3(Plain):
 
     def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
         with torch.no_grad():
-            hidden, _, pooled, _ = self.pipe.encode_prompt(caption, None, None, do_classifier_free_guidance=False)
+            hidden, _, pooled, _ = self.pipe.encode_prompt(
+                caption, None, None, do_classifier_free_guidance=False, max_sequence_length=64
+            )
         return transformer(noisy, hidden, pooled, 1000 * s[None], return_dict=False)[0]
 
     def error(self, transformer, pixels, caption, micro, t, noise, posterior_noise) -> torch.Tensor:
@@ -131,18 +132,59 @@ class PlainSD3(Plain):
         return F.mse_loss(self.predict(transformer, (1 - s) * latents + s * noise, s, caption), noise - latents)
 
 
+class PlainFlux(PlainSD3):
+    """The same on FLUX.1: four latents are a token, s is shifted by e^mu, and the guidance scale is told."""
+
+    modules = (*PlainSD3.modules, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+    pipeline = FluxPipeline
+
+    def level(self, t) -> torch.Tensor:
+        s = (t.double() + 1) / 1000
+        factor = math.exp(0.5 + (1.15 - 0.5) * (TOKENS - 256) / (4096 - 256))
+        return factor * s / (1 + (factor - 1) * s)
+
+    def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
+        with torch.no_grad():
+            hidden, pooled, words = self.pipe.encode_prompt(caption, max_sequence_length=64)
+        side = noisy.shape[-1]
+        tokens = self.pipe._pack_latents(noisy, 1, noisy.shape[1], side, side)
+        places = self.pipe._prepare_latent_image_ids(1, side // 2, side // 2, "cpu", torch.float64)
+        found = transformer(tokens, hidden, pooled, s[None], places, words, torch.tensor([3.5]), return_dict=False)[0]
+        return self.pipe._unpack_latents(found, side, side, 1)
+
+
+class PlainKlein(PlainFlux):
+    """The same on FLUX.2 klein: latents are packed and scaled by the VAE's statistics before they are noised."""
+
+    modules = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", "attn.to_out")
+    pipeline = Flux2KleinPipeline
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        return 16, side // 8, side // 8
+
+    def latents(self, pixels, posterior_noise) -> torch.Tensor:
+        posterior, norm = self.vae.encode(pixels[None].double() / 127.5 - 1).latent_dist, self.vae.bn
+        mean, std = (self.pipe._patchify_latents(x) for x in (posterior.mean, posterior.std))
+        clean, centre = mean + std * posterior_noise, norm.running_mean.view(-1, 1, 1)
+        return (clean - centre) / (norm.running_var.view(-1, 1, 1) + self.vae.config.batch_norm_eps).sqrt()
+
+    def level(self, t) -> torch.Tensor:
+        s, factor = (t.double() + 1) / 1000, math.exp(compute_empirical_mu(TOKENS, 50))
+        return factor * s / (1 + (factor - 1) * s)
+
+    def predict(self, transformer, noisy, s, caption) -> torch.Tensor:
+        with torch.no_grad():
+            hidden, words = self.pipe.encode_prompt(caption, max_sequence_length=64)
+        tokens, places = self.pipe._pack_latents(noisy), self.pipe._prepare_latent_ids(noisy)
+        found = transformer(tokens, hidden, s[None], places, words, return_dict=False)[0]
+        return self.pipe._unpack_latents_with_ids(found, places)
+
+
 class PlainQwen(PlainSD3):
     """The same on Qwen-Image, with each caption as long as it is and no mask."""
 
     modules = (*PlainSD3.modules, "img_mlp.net.2", "txt_mlp.net.2")
-
-    def __init__(self, folder: str):
-        options = {"torch_dtype": torch.float64}
-        self.policy = QwenImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-        self.reference = QwenImageTransformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-        self.reference.requires_grad_(False)
-        self.pipe = QwenImagePipeline.from_pretrained(folder, **options)
-        self.vae = self.pipe.vae
+    pipeline = QwenImagePipeline
 
     def shape(self, side: int) -> tuple[int, ...]:
         return 4, side // 4, side // 4
@@ -168,7 +210,8 @@ class PlainQwen(PlainSD3):
         return self.pipe._unpack_latents(found, 32, 32, 4)[:, :, 0]
 
 
-FLOW = {"sd35": PlainSD3, "qwen-image": PlainQwen}
+TOKENS = 16  # of an image of 32 pixels
+FLOW = {"sd35": PlainSD3, "flux-dev": PlainFlux, "flux2-klein-base": PlainKlein, "qwen-image": PlainQwen}
 
 SLOW = (("sd2v", True), ("sdxl", True), *((kind, True) for kind in TRAINED))  # an adapter is the same in every family
 CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]

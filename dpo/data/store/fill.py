@@ -140,7 +140,7 @@ def _inside(task: Filling) -> bool:
     if task.source.groups is None:
         return False
     pairs = [task.source[i] for i in range(task.first, min(task.first + 1, _last(task)))]
-    return all(image.path is None for pair in pairs for image in (pair.win, pair.lose))
+    return all(image.path is None for pair in pairs for image in pair.images)
 
 
 def _about(task: Filling, shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -291,12 +291,13 @@ def _collect(
     for i, pair in pairs:
         bucket = of_pair(task.sizes, pair, task.max_mib, task.cut) if task.buckets else 0
         size = task.sizes[bucket]
-        win, lose = (image_key(image, None if size[0] == size[1] else size) for image in (pair.win, pair.lose))
+        found = [image_key(image, None if size[0] == size[1] else size) for image in pair.images]
+        win, lose = found[0], found[-1]
         if embedded_twice(pair):
             log.warning("pair left out, of %s: %s", excerpt(pair.caption), SAME)
             win = lose = caption_key(SAME)
             images.recent |= {} if images.get(win) else {win: TWICE}  # a hole, as it is from the images
-        for key, image in ((win, pair.win), (lose, pair.lose)):
+        for key, image in zip((win, lose), pair.images):
             if key not in pending and images.get(key) is None:
                 if images.get(image_key(image)) == NOWHERE:
                     images.recent[key] = NOWHERE

@@ -13,7 +13,7 @@ from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.images import Size
 from dpo.data.order import Place
-from dpo.data.pairs import caption_key
+from dpo.data.pairs import caption_key, smoothed
 from dpo.data.store.files import LATENTS
 from dpo.data.store.recorded import RecordedErrors
 from dpo.data.store.store import StoreSource
@@ -54,8 +54,9 @@ class _Reader:
         draws = epoch if self.recorded is None else self.recorded.draws(keys, epoch)
         usable = torch.from_numpy((inside.win[pairs] >= 0) & (inside.lose[pairs] >= 0)) & place.usable().bool()
         prob = torch.from_numpy(inside.prob[pairs])
-        prob = torch.where(prob == 1.0, torch.tensor(1.0 - store.smoothing, dtype=torch.float32), prob)
-        images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]])]
+        for hard in (0.0, 1.0):
+            prob = torch.where(prob == hard, torch.tensor(smoothed(hard, store.smoothing), dtype=torch.float32), prob)
+        images = [int(row) for row in np.concatenate([inside.win[pairs], inside.lose[pairs]][: store.sides])]
         images = [row if usable[i % len(pairs)] else -1 for i, row in enumerate(images)]
         captions = [int(row) for row in inside.caption[pairs]]
         dropped = torch.zeros(len(pairs), dtype=torch.bool)
@@ -81,11 +82,12 @@ class _Reader:
         )
 
     def _latents(self, images: list[int], keys: Tensor, draws: Tensor, size: Size | None) -> tuple[Tensor, Tensor]:
-        """Mean and std [2B, C, h, w] of the images; with `decoding.flip` half of the pairs (keyed) are mirrored."""
+        """Mean and std [2B, C, h, w] of the images ([B] of images alone); with `decoding.flip` half of the pairs (keyed) are mirrored."""
         inside = self.store.contents
         if not self.decoding.flip:
             mean, std = inside.latents(LATENTS[:2], images, size)
             return mean, std
         found = inside.latents(LATENTS, images, size)
-        mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(2).view(-1, 1, 1, 1)
+        mirrored = (uniform(keys, draws, Stream.FLIP, self.decoding.seed, 1)[:, 0] < 0.5).repeat(self.store.sides)
+        mirrored = mirrored.view(-1, 1, 1, 1)
         return torch.where(mirrored, found[2], found[0]), torch.where(mirrored, found[3], found[1])

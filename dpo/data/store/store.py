@@ -20,7 +20,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import Mapped, checksum
 from dpo.common.words import digest
 from dpo.data.images import Size
-from dpo.data.pairs import ImageRef, Pair, Source, Subset
+from dpo.data.pairs import ImageRef, Pair, Source, Subset, smoothed
 from dpo.data.store.files import (
     HIDDEN,
     INDEX,
@@ -75,7 +75,7 @@ class Contents:
     order: np.ndarray  # [m] int64: the pairs in the order of the data, without the holes that others stand for
     key: np.ndarray  # [n] int64
     win: np.ndarray  # [n] int64, row of an image
-    lose: np.ndarray  # [n] int64
+    lose: np.ndarray  # [n] int64; of images without a partner the same row
     caption: np.ndarray  # [n] int64, row of a caption
     prob: np.ndarray  # [n] fp32, before smoothing
     group: np.ndarray | None  # [n] int32, where the pairs were read in groups
@@ -103,8 +103,8 @@ class Contents:
         its checksum.
         """
         read = [None if row < 0 else self._read("image", row) for row in rows]
-        empty = [self._like(name, size) if None in read else None for name in names]
-        return [torch.stack([like if one is None else one[name] for one in read]) for name, like in zip(names, empty)]
+        empty = {name: self._like(name, size) for name in names} if None in read else {}
+        return [torch.stack([empty[name] if one is None else one[name] for one in read]) for name in names]
 
     def encoded(self, rows: Sequence[int]) -> Parts:
         """The encoded captions at `rows` [N], by place, as they were before they were stored."""
@@ -188,14 +188,17 @@ class StoreSource:
     def __getitem__(self, index: int) -> Pair:
         """The pair, whose images have neither bytes nor a path."""
         inside, at = self.contents, int(self.pairs[index])
-        prob = float(inside.prob[at])
         win, lose = ImageRef(f"image {inside.win[at]}"), ImageRef(f"image {inside.lose[at]}")
-        smoothed = 1.0 - self.smoothing if prob == 1.0 else prob
-        return Pair(int(inside.key[at]), inside.text(int(inside.caption[at])), win, lose, smoothed)
+        prob, caption = smoothed(float(inside.prob[at]), self.smoothing), inside.text(int(inside.caption[at]))
+        return Pair(int(inside.key[at]), caption, win, lose if self.sides == 2 else None, prob)
 
     @property
     def prob(self) -> np.ndarray:
         return self.contents.prob[self.pairs]
+
+    @property
+    def sides(self) -> int:
+        return int((UNNAMED | dict(self.contents.settings))["sides"])
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -240,7 +243,7 @@ def open_store(folder: Path, data: Data) -> StoreSource:
     _suit(contents, data)
     pairs = contents.order
     if data.ties == "drop":
-        pairs = pairs[contents.prob[pairs] > 0.5]
+        pairs = pairs[contents.prob[pairs] != 0.5]
     return StoreSource(contents, pairs[: data.max_pairs], data.label_smoothing)
 
 

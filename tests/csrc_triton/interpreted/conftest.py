@@ -1,17 +1,20 @@
-"""Makes the interpreter round as the devices do, in two places, and lets that of triton 3.6 run with numpy 2.4.
+"""Makes the interpreter round as the devices do, in three places, and lets that of triton 3.6 run with numpy 2.4.
 
 Its fp32 -> bf16 conversion truncates; hardware rounds to nearest even. Its sum over the rows of a tile adds one row
 after the other (numpy, along the outer axis), with an error that grows with the number of rows; compiled kernels add up
-to 16 values of a thread one after the other, then lanes and warps in a tree. Triton 3.6 makes loop bounds of arrays
-with one element, which numpy no longer takes for numbers; later versions squeeze them. And it saves a third of the
-time: the interpreter replaces the functions of `triton.language` by its own at every launch, and at every call of a
-function within a kernel once more. Here they are replaced once, for the process.
+to 16 values of a thread one after the other, then lanes and warps in a tree. Before triton 3.9 its fused multiply-add
+rounds the product too. It knows no function of the devices' libraries: those that kernels call are supplied here,
+rounded once. Triton 3.6 makes loop bounds of arrays with one element, which numpy no longer takes for numbers; later
+versions squeeze them. And it saves a third of the time: the interpreter replaces the functions of `triton.language` by
+its own at every launch, and at every call of a function within a kernel once more. Here they are replaced once, for the
+process.
 """
 
 import numpy as np
 import pytest
 import triton.language as tl
 from triton.language import core
+from triton.language.extra import libdevice
 from triton.runtime import interpreter
 
 
@@ -92,3 +95,34 @@ def _nearest_bf16():
     interpreter._convert_float = patched
     yield
     interpreter._convert_float = convert
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fused_multiply_add():
+    fma = interpreter.InterpreterBuilder.create_fma
+
+    def patched(self, x, y, z):
+        """In float64 the product of two fp32 numbers is exact."""
+        return interpreter.TensorHandle(
+            (x.data.astype(np.float64) * y.data + z.data).astype(x.data.dtype), z.dtype.scalar
+        )
+
+    interpreter.InterpreterBuilder.create_fma = patched
+    yield
+    interpreter.InterpreterBuilder.create_fma = fma
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _device_library():
+    """`fast_expf` and `fast_dividef` of csrc_triton; on a GPU either is within two units in the last place."""
+    monkeypatch = pytest.MonkeyPatch()
+
+    def exponential(x):
+        with np.errstate(over="ignore"):
+            data = np.exp(x.handle.data.astype(np.float64)).astype(np.float32)
+        return tl.tensor(interpreter.TensorHandle(data, tl.float32), x.type)
+
+    monkeypatch.setattr(libdevice, "fast_expf", exponential)
+    monkeypatch.setattr(libdevice, "fast_dividef", lambda x, y: x / y)
+    yield
+    monkeypatch.undo()

@@ -90,6 +90,21 @@ def test_help_of_every_command_starts_without_torch(module):
     assert "usage" in done.stdout or "python -m" in done.stdout
 
 
+def without_packages(*words: str) -> subprocess.CompletedProcess[str]:
+    """Python with these words, where nothing is installed beside Python itself."""
+    alone = {"PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True, check=False, env=alone)
+
+
+def test_a_package_that_is_not_installed_is_one_line():
+    imported = without_packages("-c", f"import {', '.join(COMMANDS.values())}")
+    assert imported.returncode == 0, imported.stderr
+    done = without_packages("-m", "dpo.train")
+    assert done.returncode == MISTAKE and done.stderr.count("\n") == 1 and done.stdout == ""
+    words = f"is not installed for {sys.executable}: where the source is, run {sys.executable} -m pip install -e . "
+    assert done.stderr.startswith("dpo.train: ") and words in done.stderr
+
+
 def test_every_command_is_a_console_script():
     text = (Path(__file__).parents[3] / "setup.py").read_text("utf-8")
     assert re.findall(r'"dpo-(\w+) = (dpo\.\w+):main"', text) == list(COMMANDS.items())

@@ -28,7 +28,7 @@ class Pairs(SimpleNamespace):
 def pairs(captions, ties=()):
     prob = np.ones(len(captions), dtype=np.float32)
     prob[list(ties)] = 0.5
-    return Pairs(captions=list(captions), prob=prob)
+    return Pairs(captions=list(captions), prob=prob, sides=2)
 
 
 def unique(n):

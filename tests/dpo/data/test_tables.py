@@ -5,10 +5,13 @@ import json
 import re
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dpo.common.errors import UserError
 from dpo.data import tables
+from dpo.data.examples import open_pairs
 from dpo.data.sources import describe, open_source
 from tests.dpo.data.test_parquet import is_bright
 from tests.help import worlds
@@ -233,3 +236,80 @@ def test_a_quote_that_is_never_closed_is_named_with_its_line(tmp_path, settings,
     with pytest.raises(UserError, match="a.csv, line 3: chosen needs the path of an image, found None"):
         open_source(settings(tmp_path / "a.csv"))
     assert "line 3 (" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
+def test_images_without_partners_are_read_from_every_kind_of_table(kind, tmp_path, settings):
+    path = worlds.make_labelled(tmp_path, 7, kind="parquet" if kind == "saved" else kind)
+    if kind == "saved":
+        path = worlds.make_saved(tmp_path / "saved", pq.read_table(path).to_pylist())
+    source = open_source(settings(path, label_smoothing=0.1))
+    images = [source[i] for i in range(7)]
+    assert source.sides == 1 and source.prob.tolist() == [1, 1, 0, 1, 1, 0, 1]
+    assert [one.prob for one in images] == pytest.approx([0.9, 0.9, 0.1, 0.9, 0.9, 0.1, 0.9])
+    assert [is_bright(one.win.load()) for one in images] == [True, True, False, True, True, False, True]
+    assert (
+        all(one.lose is None and one.images == (one.win,) for one in images) and len({one.key for one in images}) == 7
+    )
+    assert describe(source) == "7 rows: 7 images, 5 of them liked" and images[2].caption == "a tower at dawn, number 2"
+    few = open_source(settings(path, max_pairs=2))
+    assert len(few) == 2 and few[1].key == images[1].key and few.fingerprint != source.fingerprint
+    assert len(set(source.caption_keys().tolist())) == 7
+
+
+def of_labels(tmp_path, labels, header="prompt,image,label"):
+    worlds.make_labelled(tmp_path, len(labels))
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())[: len(labels)]
+    lines = [f"a fox,images/{name},{label}" for name, label in zip(names, labels, strict=True)]
+    (tmp_path / "own.csv").write_text("\n".join([header, *lines]))
+    return tmp_path / "own.csv"
+
+
+def test_labels_are_yes_or_no_in_words_or_numbers_and_empty_ones_are_left_out(tmp_path, settings):
+    source = open_source(settings(of_labels(tmp_path, ["true", "1", "Yes", "False", "0", "no", "", " "])))
+    assert describe(source) == "8 rows: 6 images, 3 of them liked; left out: 2 unlabelled"
+    assert source.prob.tolist() == [1, 1, 1, 0, 0, 0]
+    path = of_labels(tmp_path, ["1", "good"])
+    with pytest.raises(UserError, match="own.csv, line 3: label says 'good', neither yes nor no"):
+        open_source(settings(path))
+    with pytest.raises(
+        UserError, match="own.csv: no usable images .2 rows: 0 images, 0 of them liked; left out: 2 unlab"
+    ):
+        open_source(settings(of_labels(tmp_path, ["", ""])))
+
+
+def test_columns_of_images_without_partners_can_be_named(tmp_path, settings):
+    path = of_labels(tmp_path, [1, 0], "prompt,photo,thumb")
+    with pytest.raises(
+        UserError, match="or caption, image, label of images without partners, found prompt, photo, thumb"
+    ):
+        open_source(settings(path))
+    source = open_source(settings(path, single_image_column="photo", liked_column="thumb"))
+    assert source.sides == 1 and source.prob.tolist() == [1, 0]
+    with pytest.raises(UserError, match="need a caption, an image and a label in each row, found prompt, photo, thumb"):
+        open_source(settings(path, single_image_column="photo", liked_column="nonesuch"))
+    pairs = worlds.make_table(tmp_path / "pairs", 2)
+    assert open_source(settings(pairs)).sides == 2
+    with pytest.raises(UserError, match="images without partners .docs/data.md., and open_pairs opens pairs"):
+        open_pairs(path, single_image_column="photo", liked_column="thumb")
+
+
+def test_an_image_without_partner_that_is_not_there_is_said_and_left_out(tmp_path, settings, caplog):
+    path = worlds.make_labelled(tmp_path, 3)
+    next((tmp_path / "images").iterdir()).unlink()
+    assert len(open_source(settings(path))) == 3
+    assert "1 of 3 rows have an image that is not there, and are left out of every update: images/" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[1, 0, None], [1.0, 0.0, None], ["yes", "no", None], [True, False, None]])
+def test_labels_in_parquet_may_be_of_any_type_and_null(labels, tmp_path, settings):
+    rows = pq.read_table(worlds.make_labelled(tmp_path / "made", 3, kind="parquet")).to_pylist()
+    found = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+    pq.write_table(pa.Table.from_pylist(found), tmp_path / "images.parquet")
+    source = open_source(settings(tmp_path / "images.parquet"))
+    assert describe(source) == "3 rows: 2 images, 1 of them liked; left out: 1 unlabelled"
+    pq.write_table(pa.Table.from_pylist([row | {"label": 3} for row in rows]), tmp_path / "images.parquet")
+    with pytest.raises(
+        UserError, match="images.parquet: the labels are not numbers or flags .label says 3, neither yes nor"
+    ):
+        open_source(settings(tmp_path / "images.parquet"))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from dpo.planning.cuda import CARDS, GIB, autocast_of_cuda, room, unseen
+from dpo.planning.cuda import CARDS, GIB, autocast_of_cuda, recompute_as_cuda, room, unseen
 
 
 def norms(x: torch.Tensor) -> list[torch.dtype]:
@@ -25,6 +26,16 @@ def test_gradients_come_back_in_half_precision():
     x = torch.ones(2, 4, requires_grad=True, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16), autocast_of_cuda():
         x.softmax(-1).sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+def test_what_the_backward_pass_computes_again_is_computed_alike():
+    x = torch.ones(2, 4, requires_grad=True, dtype=torch.bfloat16)
+    block = nn.Module()
+    block._gradient_checkpointing_func = None
+    recompute_as_cuda(block)
+    with torch.autocast("cpu", dtype=torch.bfloat16), autocast_of_cuda():
+        block._gradient_checkpointing_func(lambda x: F.layer_norm(x, (4,)) ** 2, x).sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
 
 

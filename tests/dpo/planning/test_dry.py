@@ -18,6 +18,7 @@ from dpo.train import train_step
 from dpo.training import sharding
 from dpo.training.memory import ATTENTION
 from tests.help.running import QUIET, advance, make_run
+from tests.help.worlds import make_labelled
 
 CASES = [("sd15", []), ("flux-dev", ["--checkpointing", "on"])]
 REST = [
@@ -40,10 +41,21 @@ def dry(config):
 @pytest.mark.parametrize(("kind", "flags"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
 def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, monkeypatch, kind, flags):
     monkeypatch.setattr(qwen, "LONGEST", 8)  # every caption is longer; a plan takes each for as long as it may be
+    check(world(kind), world("pairs"), tmp_path, *flags)
+
+
+def test_so_they_are_of_images_without_partners(world, tmp_path):
+    taken = check(world("sd15"), str(make_labelled(tmp_path / "images", 8)), tmp_path, "--method", "kto")
+    _, pairs = planned(world, "sd15", "--resolution", "64", "--device", "cpu", "--method", "kto")
+    assert (taken.sides, pairs.sides) == (1, 2) and taken.stored_bytes < pairs.stored_bytes
+    assert sum(taken.flops.values()) == pytest.approx(sum(pairs.flops.values()) / 2, rel=0.1)  # one caption of each
+
+
+def check(model, data, tmp_path, *flags):
     flags = ["--batch-size", "8", "--resolution", "64", *QUIET, "--device", "cpu", "--keep-encoded", "off", *flags]
-    config, _ = parse(["--model", world(kind), "--data", world("pairs"), *flags])
+    config, _ = parse(["--model", model, "--data", data, *flags])
     _, taken = dry(config)
-    run = make_run(world(kind), world("pairs"), tmp_path / "run", *flags)
+    run = make_run(model, data, tmp_path / "run", *flags)
     advance(run, 1)
     assert peak_of_update(run) == pytest.approx(taken.peak, rel=0.02)
     batches = run.batches()
@@ -53,6 +65,7 @@ def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, monkeypatch
     assert counter.get_total_flops() == sum(taken.flops.values()) * run.nominal
     assert taken.trained == sum(p.numel() for p in run.updater.parameters)
     assert taken.averaged_bytes == sum(e.nbytes for e in run.updater.ema)
+    return taken
 
 
 def planned(world, kind: str, *flags: str):

@@ -26,7 +26,7 @@ def dry(config):
 @pytest.mark.parametrize("card", [24, 40, 80])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
     lines: list[str] = []
-    found = fitting.largest(CONFIG, Asked(), dry, card, lines.append)
+    found = fitting.largest(CONFIG, Asked(), dry, room(card), lines.append)
     assert lines[0].startswith("tried --batch-size 1: ") and 2 <= len(lines) <= 1 + fitting.TRIES
     size = found.config.optim.batch_size
     assert found.peak <= room(card) and size * found.config.optim.accumulation >= 64
@@ -36,13 +36,13 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
 
 def test_an_update_inside_backward_stays_one_pass():
     config = change(CONFIG, batch_size=2, accumulation=1, gradient_release=True)
-    optim = fitting.largest(config, Asked(), dry, 40, print).config.optim
+    optim = fitting.largest(config, Asked(), dry, room(40), print).config.optim
     assert optim.accumulation == 1 and optim.batch_size > 2
     assert fitting._with(config, fitting.CHANGES[:2], Asked(), dry).plan.nominal == 1
 
 
 def test_no_pair_fits_a_card_that_is_too_small():
-    assert fitting.largest(CONFIG, Asked(), dry, 16, print) is None
+    assert fitting.largest(CONFIG, Asked(), dry, room(16), print) is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_no_pair_fits_a_card_that_is_too_small():
 def test_the_cheapest_changes_come_first_and_none_is_needless(card, wanted):
     told = []
     config = change(CONFIG, batch_size=32)
-    found = fitting.cheapest(config, Asked(), dry, card, told.append)
+    found = fitting.cheapest(config, Asked(), dry, room(card), told.append)
     assert [next(w for w in wanted if one.flags.startswith(w)) for one in found.changes] == wanted
     assert work.fits(found.plan, card) and told
     for left_out in found.changes:
@@ -66,7 +66,7 @@ def test_the_cheapest_changes_come_first_and_none_is_needless(card, wanted):
 
 
 def test_what_cannot_fit_is_said():
-    assert fitting.cheapest(CONFIG, Asked(), dry, 4, lambda line: None) is None
+    assert fitting.cheapest(CONFIG, Asked(), dry, room(4), lambda line: None) is None
 
 
 def test_every_change_goes_with_the_settings_it_is_made_on():
@@ -84,4 +84,4 @@ def test_changes_that_do_not_go_with_the_run_are_not_tried(changes, processes):
     def of_processes(config):
         return dealt(config, processes), dry(config)[1]
 
-    assert fitting.cheapest(config, Asked(processes=processes), of_processes, 7, lambda line: None) is None
+    assert fitting.cheapest(config, Asked(processes=processes), of_processes, room(7), lambda line: None) is None

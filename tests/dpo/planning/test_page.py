@@ -4,6 +4,7 @@ import pytest
 
 from dpo.planning import fitting, page
 from dpo.planning.asked import Asked
+from dpo.planning.cuda import room
 from dpo.settings.config import change
 from tests.dpo.planning.test_fitting import dry
 from tests.dpo.planning.test_work import CONFIG, plan
@@ -62,9 +63,10 @@ def test_costs_count_every_gpu():
 
 
 def test_what_fits_is_said_in_flags():
-    best = fitting.largest(CONFIG, Asked(), dry, 40, print)
+    best = fitting.largest(CONFIG, Asked(), dry, room(40), print)
     assert f"--batch-size {best.config.optim.batch_size} " in page.largest_line(best, 40)
+    assert page.largest_line(best, 40, auto=True).endswith("GiB, all blocks computed again)")
     assert page.largest_line(None, 12).endswith("not one pair fits 12 GB")
-    found = fitting.cheapest(change(CONFIG, reference="copy", batch_size=32), Asked(), dry, 24, lambda line: None)
+    found = fitting.cheapest(change(CONFIG, reference="copy", batch_size=32), Asked(), dry, room(24), lambda line: None)
     assert any(one.flags in "\n".join(page.cheapest_lines(found, 24)) for one in found.changes)
     assert "no change" in page.cheapest_lines(None, 4)[0]

@@ -13,7 +13,7 @@ def test_headline():
         {"batch_size": 4, "accumulation": 8, "epochs": 2.0, "learning_rate": 1e-8, "scale_lr": True, "beta": 2000.0}
     )
     line = headline(dealt(change(cfg, warmup=10), 2), processes=2)
-    for part in ("dpo, full UNet", "64 pairs", "4 x 8 x 2", "6.4e-07", "10 updates of warm-up", "beta 2000"):
+    for part in ("dpo, all weights", "64 pairs", "4 x 8 x 2", "6.4e-07", "10 updates of warm-up", "beta 2000"):
         assert part in line
     assert "beta" not in headline(change(cfg, method="sft")) and "LoRA of rank 8" in headline(change(cfg, lora=True))
 

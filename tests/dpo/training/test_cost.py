@@ -75,6 +75,16 @@ def test_pairs_that_are_kept_are_encoded_once(changes, processes, encoded):
     assert training(COST, config, 10, 20, processes) == encoded * 10 + (80 - encoded) * 8
 
 
+def test_an_image_without_a_partner_costs_half_of_a_pair():
+    config = change(RUN, method="kto", keep_encoded="on", vae_batch=4)  # whole: a micro-batch has 4 images
+    pair, image = (of(config, 1.0, 1.0, live_reference=True, encoded=False, sides=sides) for sides in (2, 1))
+    assert image.pair == pair.pair / 2 and image.kept == pair.kept / 2
+    assert validation_share(image, config, 1.0, 10, 5, every=1, encoded=False) < validation_share(
+        pair, config, 1.0, 10, 5, every=1, encoded=False
+    )
+    assert encoded_anew(change(config, vae_batch=3), 80, 20, 1, 1) == 80 and encoded_anew(config, 80, 20, 1, 1) == 20
+
+
 @pytest.mark.parametrize("steps", [1, 150, 2000, 10000])
 @pytest.mark.parametrize("pairs", [50, 256])
 def test_an_interval_left_open_keeps_to_the_share_or_validates_once(steps, pairs):

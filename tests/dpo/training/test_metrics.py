@@ -36,6 +36,27 @@ def figures_of(errors, timesteps, prob, usable, split):
     return metrics.read()
 
 
+def test_images_without_partners_are_on_the_side_of_their_label():
+    errors, t, _, usable = step(dtype=torch.float64)
+    prob = torch.where(torch.arange(64) % 4 == 0, 0.0, 1.0).double()
+    liked, nan = prob > 0.5, torch.tensor(torch.nan).double()
+    sided = torch.stack([torch.where(side, errors[row], nan) for row in (0, 2) for side in (liked, ~liked)])
+    terms = terms_of(errors, t, torch.ones(64).double())._replace(errors=sided)
+    metrics = StepMetrics()
+    metrics.add(terms, prob, usable)
+    figures, kept = metrics.read(), usable.bool()
+    for name, side in (("win", liked), ("lose", ~liked)):
+        policy, reference = errors[0, kept & side], errors[2, kept & side]
+        assert figures[f"policy_{name}_error"] == pytest.approx(policy.mean().item())
+        assert figures[f"{name}_error_vs_reference"] == pytest.approx((policy - reference).mean().item())
+    assert figures["disliked_images"] == int((kept & ~liked).sum()) > 0 and figures["tied_pairs"] == 0
+    assert figures["implicit_accuracy"] == pytest.approx(terms.accuracy[kept].mean().item())
+    metrics.add(terms, torch.ones(64).double(), usable * liked)  # liked ones alone
+    figures = metrics.read()
+    assert "disliked_images" not in figures and figures["lose_error_vs_reference"] is None
+    assert figures["win_error_vs_reference"] == pytest.approx((errors[0] - errors[2])[kept & liked].mean().item())
+
+
 def test_figures_are_those_of_the_definition():
     errors, t, prob, usable = step(dtype=torch.float64)
     figures = figures_of(errors, t, prob, usable, 64)

@@ -8,7 +8,7 @@ import torch
 
 from dpo.training.run import Run
 from dpo.training.state import snapshot
-from dpo.training.strength import Strength
+from dpo.training.strength import Centre, Strength
 from tests.help.running import advance, everything, make_run
 
 SOON = ("--target-gradient-factor", "0.2", "--batch-size", "2", "--precision", "fp64", "--eps", "1e-4")
@@ -71,6 +71,24 @@ def test_the_cut_of_an_update_does_not_move_it(world, tmp_path):
     runs = [started(world, tmp_path / "whole"), started(world, tmp_path / "cut", *flags)]
     whole, cut = ([figures["beta"] for figures in advance(run, 3)] for run in runs)
     assert whole == pytest.approx(cut, rel=1e-12) and whole[2] > whole[0]
+
+
+@pytest.mark.parametrize(
+    ("win", "lose", "more", "gain"),
+    [
+        (-0.2, -0.1, {}, 0.15),  # pairs: as many of both
+        (-0.2, -0.1, {"disliked_images": 1}, 0.175),  # images alone, of four
+        (-0.2, None, {}, 0.2),
+        (None, -0.1, {"disliked_images": 4}, 0.1),
+        (0.3, -0.1, {"disliked_images": 1}, 0.0),  # never below 0
+        (None, None, {}, 0.7),  # an update without any says nothing
+    ],
+)
+def test_the_centre_is_the_mean_gain_of_all_images(win, lose, more, gain):
+    centre = Centre(torch.zeros(()), 1000.0, 0.7)
+    centre.after({"win_error_vs_reference": win, "lose_error_vs_reference": lose, "pairs": 4, **more})
+    assert centre.gain == pytest.approx(gain)
+    assert centre.center.item() == pytest.approx(1000 * gain if win or lose else 0.0)
 
 
 def test_without_a_target_there_is_none(world, tmp_path):

@@ -1,0 +1,283 @@
+"""KTO on images without partners, each with a label of its own: what is computed, and what else holds of every run."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from csrc_triton.philox import Stream, integers, normal
+from dpo import evaluate, label, pairs, prepare, replay
+from dpo.common.errors import UserError
+from dpo.training import validation
+from dpo.training.state import snapshot
+from tests.help.labelling import GREY
+from tests.help.processes import together
+from tests.help.running import advance, everything, leave, make_run, weights
+from tests.help.worlds import make_labelled
+from tests.runs.test_parity import RATE, SEED, UPDATES, Plain
+
+IMAGES, BETA, WEIGHTS = 4, 500.0, (1.5, 0.5)
+KTO = ("--method", "kto", "--seed", str(SEED), "--beta", str(BETA), "--learning-rate", str(RATE))
+EXACT = (*KTO, "--precision", "fp64", "--eps", "1e-4", "--batch-size", str(IMAGES))
+HELD_OUT = (
+    "--validation-fraction",
+    "0.3",
+    "--validation-draws",
+    "2",
+    "--validation-by",
+    "pair",
+    "--validate-every",
+    "2",
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 images of 24 prompts, two of three liked."""
+    return str(make_labelled(tmp_path_factory.mktemp("images"), 24))
+
+
+@pytest.fixture(scope="module")
+def stored(world, images, tmp_path_factory):
+    """A store of them with two recorded draws of its reference, in float64."""
+    place = str(tmp_path_factory.mktemp("store") / "store")
+    flags = ["--model", world("sd15"), "--data", images, "--dtype", "fp32", "--workers", "0", "--seed", str(SEED)]
+    assert prepare.main(["--store", place, *flags, "--reference", "--draws", "2", "--precision", "fp64"]) == 0
+    return place
+
+
+def plain_errors(plain: Plain, batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The policy's and the reference's error of an image, from the model's own modules."""
+    key, draw = batch.keys[i : i + 1], batch.draws[i : i + 1]
+    side = batch.pixels.shape[-1] // 2 ** (len(plain.vae.config.block_out_channels) - 1)
+    t = integers(key, draw, Stream.TIMESTEP, SEED, 0, 1000)[0]
+    noise, extra = (normal(key, draw, s, SEED, (4, side, side), torch.float64) for s in (Stream.NOISE, Stream.VAE_WIN))
+    arguments = batch.pixels[i], batch.captions[i], batch.micro[i], t, noise, extra
+    with torch.no_grad():
+        reference = plain.error(plain.reference, *arguments)
+    return plain.error(plain.policy, *arguments), reference
+
+
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_five_updates_equal_a_plain_loop(world, images, tmp_path, kind):
+    liked_weight, disliked_weight = WEIGHTS
+    flags = ("--kto-liked-weight", str(liked_weight), "--kto-disliked-weight", str(disliked_weight))
+    run = make_run(world(kind), images, tmp_path, *KTO, *flags, "--precision", "fp64", "--batch-size", str(IMAGES))
+    batches = run.batches()
+    data = [next(batches) for _ in range(UPDATES)]
+    batches.close()
+    assert all(len(batch.pixels) == len(batch.micro) == IMAGES for batch in data)  # no partner is made up
+    plain = Plain(world(kind), kind == "sdxl")
+    trained = dict(plain.policy.named_parameters())
+    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    center, centers, losses, right = 0.0, [], [], []
+    for batch in data:
+        gains, loss = [], 0.0
+        for i in range(IMAGES):
+            policy, reference = plain_errors(plain, batch, i)
+            gains.append(reference - policy)
+            liked = bool(batch.prob[i] == 1.0)
+            margin = (1 if liked else -1) * (BETA * (reference - policy) - center)
+            loss = loss + (liked_weight if liked else disliked_weight) * (1 - logsigmoid(margin).exp()) / IMAGES
+            right.append(0.5 if margin == 0 else float(margin > 0))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        centers.append(center)
+        center = max(BETA * torch.stack(gains).mean().item(), 0.0)
+    figures = advance(run, UPDATES)
+    assert [one["loss"] for one in figures] == pytest.approx(losses, rel=1e-9)
+    assert [one["kto_center"] for one in figures] == pytest.approx(centers, rel=1e-6, abs=1e-10) and max(centers) > 0
+    assert [one["implicit_accuracy"] for one in figures] == [sum(right[i : i + 4]) / 4 for i in range(0, len(right), 4)]
+    found = weights(run)
+    assert max((found[name] - trained[name]).abs().max().item() for name in trained) < 1e-2 * RATE
+    start = dict(plain.reference.named_parameters())
+    assert max((found[name] - start[name]).abs().max().item() for name in found) > RATE
+
+
+def test_step_zero_is_exact_and_the_sides_are_those_of_the_labels(world, images, tmp_path):
+    for flags in (("--precision", "fp32"), ("--precision", "bf16", "--lora", "--lora-dropout", "0.1")):
+        run = make_run(world("sd15"), images, tmp_path, *KTO, *flags, "--batch-size", "12")
+        (first, second) = advance(run, 2)
+        assert first["loss"] == 0.5 and first["implicit_accuracy"] == 0.5 and first["margin_p90"] == 0.0
+        assert first["win_error_vs_reference"] == first["lose_error_vs_reference"] == first["kto_center"] == 0.0
+        assert first["disliked_images"] > 0 and first["pairs"] == 12 and first["tied_pairs"] == 0
+        assert second["loss"] != 0.5 and first["prediction_norm_ratio"] == 1.0
+
+
+def test_the_cut_of_an_update_does_not_matter_and_a_resume_goes_on(world, images, tmp_path):
+    whole = make_run(world("sd15"), images, tmp_path / "run", *EXACT)
+    figures = advance(whole, 2)
+    snapshot(whole)
+    resumed = make_run(world("sd15"), images, tmp_path / "run", *EXACT, "--resume", "latest")
+    cut = make_run(world("sd15"), images, tmp_path / "cut", *EXACT, "--batch-size", "1", "--accumulation", str(IMAGES))
+    figures += advance(whole, 2)
+    assert [one["kto_center"] for one in advance(resumed, 2)] == [one["kto_center"] for one in figures[2:]]
+    assert any(one["kto_center"] > 0 for one in figures)
+    ours, theirs, parts = everything(whole), everything(resumed), advance(cut, 4)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for one, other in zip(figures, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+        assert one["kto_center"] == pytest.approx(other["kto_center"], rel=1e-7, abs=1e-12)
+    ours, theirs = weights(whole), weights(cut)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in ours)
+
+
+def test_a_store_gives_the_run_of_the_images_and_recorded_errors_that_of_live_ones(world, images, stored, tmp_path):
+    runs = {
+        name: make_run(world("sd15"), data, tmp_path / name, *EXACT, *flags)
+        for name, data, flags in (
+            ("images", images, ()), ("store", stored, ()), ("recorded", stored, ("--reference", "recorded")),
+        )
+    }  # fmt: skip
+    figures = {name: advance(run, 4) for name, run in runs.items()}
+    ours = weights(runs["images"])
+    for name, far in (("store", 1e-9), ("recorded", 1e-6)):  # recorded errors are kept in fp32
+        theirs = weights(runs[name])
+        assert max((ours[each] - theirs[each]).abs().max().item() for each in ours) < far
+        for one, other in zip(figures["images"], figures[name], strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e3 * far)
+            assert one["kto_center"] == pytest.approx(other["kto_center"], abs=1e4 * far)
+    assert runs["store"].source.sides == 1 and len(runs["store"].source) == 24
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--flip", "--caption-dropout", "0.3"), pytest.param(("--buckets",), marks=pytest.mark.slow)],
+    ids=["flip", "buckets"],
+)
+def test_mirrored_dropped_and_of_several_shapes_they_are_the_same_from_a_store_and_from_memory(world, tmp_path, flags):
+    images = str(make_labelled(tmp_path / "images", 6, odd_sizes=True, captions=3))
+    store, own = str(tmp_path / "store"), [flag for flag in flags if flag in ("--flip", "--buckets")]
+    words = [
+        "--model",
+        world("sd15"),
+        "--data",
+        images,
+        "--dtype",
+        "fp32",
+        "--precision",
+        "fp64",
+        "--workers",
+        "0",
+        *own,
+    ]
+    assert prepare.main(["--store", store, *words]) == 0
+    wanted = {"images": (images, "off"), "kept": (images, "on"), "store": (store, "off")}
+    runs = {
+        name: make_run(
+            world("sd15"), data, tmp_path / "runs" / name, *EXACT, "--steps", "12", "--keep-encoded", keep, *flags
+        )
+        for name, (data, keep) in wanted.items()
+    }
+    losses = {name: [one["loss"] for one in advance(run, 12)] for name, run in runs.items()}
+    assert losses["kept"] == losses["images"] and runs["kept"].kept is not None and runs["kept"].kept.take() > 0
+    assert losses["store"] == pytest.approx(losses["images"], abs=1e-6) and len(set(losses["images"])) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(world, images, tmp_path):
+    flags = (*EXACT, "--batch-size", "1", "--effective-batch", str(IMAGES), *HELD_OUT)
+
+    def work(processes=None) -> dict:
+        run = make_run(world("sd15"), images, tmp_path / "run", *flags, processes=processes)
+        figures = advance(run, 3)
+        found = validation.accuracy(run.step, run.held_out)
+        return {"loss": [one["loss"] for one in figures], "center": [one["kto_center"] for one in figures],
+                "state": everything(run), "held out": found}  # fmt: skip
+
+    alone = work()
+    assert max(alone["center"]) > 0 and alone["held out"]["heldout_accuracy"] != 0.5
+    for found in together(2, work, tmp_path):
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-9)
+        assert found["center"] == pytest.approx(alone["center"], rel=1e-7, abs=1e-12)
+        assert found["held out"]["heldout_accuracy"] == alone["held out"]["heldout_accuracy"]
+        far = max(
+            float((found["state"][name].double() - value.double()).abs().max())
+            for name, value in alone["state"].items()
+        )
+        assert far < 1e-9
+
+
+def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(world, images, tmp_path):
+    for center in ("update", "batch"):
+        run = make_run(world("sd15"), images, tmp_path, *EXACT, *HELD_OUT, "--kto-center", center)
+        held = run.held_out
+        assert validation.accuracy(run.step, held)["heldout_accuracy"] == 0.5
+        advance(run, 3)
+        liked, d = held.liked[held.labelled], validation.differences(run.step, held)
+        assert d.shape == (2, int(held.labelled.sum())) and liked.any() and not liked.all()
+        raw = torch.where(liked, -d, d)  # the gain over the centre
+        assert validation.accuracy(run.step, held)["heldout_accuracy"] == ((raw.mean(0) > 0) == liked).double().mean()
+        gains = raw + (run.following[0].gain if center == "update" else 0.0)
+        if center == "batch":
+            assert raw.mean() <= 1e-12  # the mean is taken off where it is above 0
+        else:
+            errors = [
+                run.step.errors(x._replace(draws=torch.full_like(x.draws, 1)), torch.zeros(1000))[0].errors
+                for x in held.batches
+            ]
+            policy, _, reference, _ = torch.cat([one.detach() for one in errors], dim=1)
+            torch.testing.assert_close((reference - policy)[held.labelled], gains[1], rtol=0, atol=1e-12)
+
+
+def test_other_methods_and_mixed_sets_are_refused_in_a_line(world, images, tmp_path):
+    with pytest.raises(
+        UserError, match="images without partners, and method dpo compares the two of a pair: use --method kto"
+    ):
+        make_run(world("sd15"), images, tmp_path)
+    with pytest.raises(UserError, match="has images and .* has pairs: .* give sets of one kind"):
+        make_run(
+            world("sd15"), images, tmp_path, *KTO, "--validation-data", world("pairs"), "--validation-split", "train"
+        )
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (pairs.main, ["--check", "IMAGES"], "and this command looks at pairs"),
+        (label.main, ["--data", "IMAGES", *GREY], "and labels are of pairs"),
+        (evaluate.main, ["base=MODEL", "other=MODEL", "--pairs", "IMAGES"], "and this accuracy is of pairs"),
+    ],
+    ids=["pairs", "label", "evaluate"],
+)
+def test_commands_on_pairs_refuse_them_in_a_line(world, images, tmp_path, capsys, main, words, said):
+    names = {"IMAGES": images, "MODEL": world("sd15")}
+    assert (
+        main(
+            [
+                *(re.sub("IMAGES|MODEL", lambda found: names[found[0]], word) for word in words),
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 2
+    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if not re.match(r"\d\d:\d\d:\d\d", line)]
+    assert (
+        said in lines[-1]
+        and "has images without partners (docs/data.md)" in lines[-1]
+        and "Traceback" not in str(lines)
+    )
+
+
+def test_a_replay_refuses_them_in_a_line(world, images, tmp_path, capsys):
+    run = make_run(world("sd15"), images, tmp_path / "run", *EXACT)
+    leave(run, 1, 1)
+    assert replay.main([str(tmp_path / "run"), "--update", "1", "--output", str(tmp_path / "replay")]) == 2
+    assert "has images without partners (docs/data.md), and a replay is of the pairs" in capsys.readouterr().err
+
+
+def test_labels_of_one_kind_are_said(world, tmp_path, caplog):
+    path = make_labelled(tmp_path / "images", 6, liked=3)
+    caplog.set_level("INFO")
+    run = make_run(world("sd15"), str(path), tmp_path / "run", *KTO, "--batch-size", "3")
+    assert "images: 6 rows: 6 images, 6 of them liked" in caplog.text
+    assert "each of the 6 images is liked: with labels of one kind nothing says what to prefer" in caplog.text
+    first, second = advance(run, 2)
+    assert first["lose_error_vs_reference"] is None and second["win_error_vs_reference"] != 0.0
+    gain = -second["win_error_vs_reference"]
+    assert run.following[0].gain == max(gain, 0.0)
