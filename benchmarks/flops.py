@@ -1,13 +1,13 @@
 """FLOPs of training on one pair, counted: from images, from a prepared store, and with recorded reference errors.
 
-    python -m benchmarks.flops [--out FOLDER]
+    python -m benchmarks.flops [--kind unet|flow ...] [--out FOLDER]
 
-The real denoisers (UNets: SD 1.5 at 512 px, SDXL at 1024 px; transformers at 1024 px) run forward and backward on fake tensors: no memory, no arithmetic,
-every convolution, matrix product and attention seen, so that checkpointing's second forward is in the count and the
-weight gradients of frozen layers are not. A multiply-add is two FLOPs. "peers" are the published trainers: images,
-captions and reference anew for every pair; "peers / ours" compares them with prepared + recorded, and they are counted for UNets alone.
-Adapters are of rank 8 in the attention of UNets, of rank 32 in a transformer's default layers; captions of transformers are
-as long as their pipelines take them.
+The real denoisers (UNets: SD 1.5 at 512 px, SDXL at 1024 px; transformers at 1024 px) run forward and backward on fake
+tensors: no memory, no arithmetic, every convolution, matrix product and attention seen, so that checkpointing's second
+forward is in the count and the weight gradients of frozen layers are not. A multiply-add is two FLOPs. "peers" are the
+published trainers: images, captions and reference anew for every pair; "peers / ours" compares them with prepared +
+recorded, and they are counted for UNets alone. Adapters are of rank 8 in the attention of UNets, of rank 32 in a transformer's default layers; captions of
+transformers are as long as their pipelines take them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dpo.models.family import Model
 from dpo.planning.sketch import sketch
 from dpo.settings.config import Model as Named
 from dpo.training import flops
+from dpo.training.memory import ATTENTION
 
 TERA = 1e12
 PEERS = {  # (model, LoRA, checkpointing): TFLOP per pair
@@ -47,7 +48,7 @@ SIDES = {"SD 1.5, 512 px": 512, "SDXL, 1024 px": 1024}
 
 def count(work: Any) -> int:
     """FLOPs of what `work` calls, backward included."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         work()
     return counter.get_total_flops()
 
@@ -147,9 +148,7 @@ def flow_rows(models: Mapping[str, str] = FLOWS, side: int | None = None) -> lis
         whole = sketch(Named(model=model))
         pixels = side or whole.geometry.native
         vae = flops.vae_encode_flops(whole.vae.config, pixels, pixels, whole.family.name)
-        with torch.no_grad():
-            text = count(lambda whole=whole: whole.family.encode(whole, [""]))
-        alone = flow_flops(whole, pixels)
+        alone, text = flow_flops(whole, pixels), caption_flops(whole)
         for low_rank, checkpointing in WAYS:
             trained = sketch(Named(model=model))
             with torch.device("meta"):
@@ -161,6 +160,16 @@ def flow_rows(models: Mapping[str, str] = FLOWS, side: int | None = None) -> lis
             both = flow_flops(trained, pixels, backward=True)
             found.append(row(name, low_rank, checkpointing, both, alone, 2 * vae + text))
     return found
+
+
+def caption_flops(model: Model) -> int:
+    """FLOPs of encoding one caption by a sketch's text encoders, which are used up."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for encoder in model.text_encoders:
+            encoder.to_empty(device="cpu")
+        return count(lambda: model.family.encode(model, [""]))
 
 
 def flow_flops(model: Model, pixels: int, backward: bool = False) -> int:
@@ -188,6 +197,9 @@ def flops_of_reference(model: Size, forward: int, low_rank: bool) -> int:
     )
 
 
+KINDS = {"unet": rows, "flow": flow_rows}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -195,9 +207,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/flops"), help="folder of the table (default: %(default)s)"
     )
-    out = parser.parse_args(argv).out
-    results = Results(out, about(torch.device("cpu")))
-    table = [*rows(), *flow_rows()]
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS), help="of denoisers (default: both)")
+    own = parser.parse_args(argv)
+    results = Results(own.out, about(torch.device("cpu")))
+    table = [row for kind in own.kind for row in KINDS[kind]()]
     for row in table:
         results.add("flops", row)
     text = "TFLOP per pair\n\n" + markdown(table, list(table[0]))
