@@ -6,8 +6,8 @@ The real denoisers (UNets: SD 1.5 at 512 px, SDXL at 1024 px; transformers at 10
 tensors: no memory, no arithmetic, every convolution, matrix product and attention seen, so that checkpointing's second
 forward is in the count and the weight gradients of frozen layers are not. A multiply-add is two FLOPs. "peers" are the
 published trainers: images, captions and reference anew for every pair; "peers / ours" compares them with prepared +
-recorded, and they are counted for UNets alone. Adapters are of rank 8 in the attention of UNets, of rank 32 in a transformer's default layers; captions of
-transformers are as long as their pipelines take them.
+recorded, and they are counted for UNets alone. Adapters are of rank 8 in the attention of UNets, of rank 32 in a
+transformer's default layers; captions of transformers are as long as their pipelines take them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from benchmarks.peers import TARGETS
 from benchmarks.sizes import SD15, SDXL, VAE, Size
 from dpo.models import lora
 from dpo.models.denoiser import use_checkpointing
-from dpo.models.family import Model
+from dpo.models.family import Model, TextEncoding
 from dpo.planning.sketch import sketch
 from dpo.settings.config import Model as Named
 from dpo.training import flops
@@ -162,29 +163,34 @@ def flow_rows(models: Mapping[str, str] = FLOWS, side: int | None = None) -> lis
     return found
 
 
-def caption_flops(model: Model) -> int:
-    """FLOPs of encoding one caption by a sketch's text encoders, which are used up."""
+@contextmanager
+def made(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block modules of a sketch work on a CPU, in fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        for encoder in model.text_encoders:
-            encoder.to_empty(device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in modules:
+            module.to_empty(device="cpu")
+        yield
+
+
+def caption_flops(model: Model) -> int:
+    """FLOPs of encoding one caption by a sketch's text encoders, which are used up."""
+    with made(*model.text_encoders), torch.no_grad():
         return count(lambda: model.family.encode(model, [""]))
 
 
 def flow_flops(model: Model, pixels: int, backward: bool = False) -> int:
-    """FLOPs of one image through a sketch's denoiser, forward, and backward where asked."""
+    """FLOPs of one image through a sketch's denoiser, forward, and backward where asked; the denoiser is used up."""
     assert model.family.flow is not None, "a model of flow matching"
-    shape = model.geometry
-    with torch.device("meta"):
-        x = torch.empty(1, shape.channels, *[pixels // shape.vae_scale] * 2)
-        t = torch.empty(1)
-    text = model.family.flow.blank(model)
+    shape, encoding = model.geometry, model.family.flow.blank(model)
+    with made(model.denoiser), torch.set_grad_enabled(backward):
+        x, t = torch.empty(1, shape.channels, *[pixels // shape.vae_scale] * 2), torch.empty(1)
+        text = TextEncoding(*(x if x is None else torch.empty(x.shape, dtype=x.dtype) for x in encoding))
 
-    def forward() -> torch.Tensor:
-        return model.denoise(model.denoiser)(x, t, text, None)
+        def forward() -> torch.Tensor:
+            return model.denoise(model.denoiser)(x, t, text, None)
 
-    with torch.set_grad_enabled(backward):
         return count(lambda: forward().sum().backward() if backward else forward())
 
 

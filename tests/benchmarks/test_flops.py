@@ -44,7 +44,7 @@ def test_flow_models_cost_what_their_parts_do(world):
     full, low_rank = rows["full", "off"], rows["LoRA", "off"]
     forward = (full["prepared"] - full["prepared + recorded"]) / 2
     assert forward > 0 and low_rank["prepared"] - low_rank["prepared + recorded"] == pytest.approx(2 * forward)
-    assert full["prepared + recorded"] == pytest.approx(pair_flops(forward, reference="recorded"), rel=0.05)
+    assert 6 * forward < full["prepared + recorded"] < 7 * forward, "attention's backward costs more than two forwards"
     for kind in ("full", "LoRA"):
         again = rows[kind, "on"]["prepared"] - rows[kind, "off"]["prepared"]
         assert 0.5 * 2 * forward < again < 1.5 * 2 * forward
