@@ -283,7 +283,7 @@ def test_help_has_every_setting_with_its_default(capsys):
         (["--steps", "soon"], "steps = soon: expected a whole number (updates) at least 1 or none"),
         (["--steps", "-3"], "at least 1"),
         (["--step", "3"], "--steps"),
-        (["--preset", "sd14"], "expected one of dde-study, sd15, "),
+        (["--preset", "sd14"], "expected one of dde-study, flux-dev-lora, "),
         (["--preset", "sd15", "--config", "x.toml"], "give one"),
         (["--config", "/no/such.toml"], "No such file"),
         (["--compat", "kohya"], "hf-sd15, hf-sdxl, sf"),
