@@ -88,6 +88,13 @@ def check_sides(config: Config, source: Source, held_out: Source | None) -> None
         )
     liked = int(np.sum(source.prob > 0.5))
     log.info("labels: %d images are liked, %d are not", liked, len(source) - liked)
+    if held_out is not None:
+        out = int(np.sum(held_out.prob > 0.5))
+        log.info(
+            "held-out accuracy is the share of images whose gain over the centre has the sign of their label: %d are liked, "
+            "%d are not, so the commoner label alone is right in %.0f %%",
+            out, len(held_out) - out, 100 * max(out, len(held_out) - out) / len(held_out),
+        )  # fmt: skip
     if liked in (0, len(source)):
         log.warning(
             "%s of the %d images is liked: with labels of one kind nothing says what to prefer, and KTO moves the model by "
