@@ -228,10 +228,22 @@ def test_other_methods_and_mixed_sets_are_refused_in_a_line(world, images, tmp_p
         UserError, match="images without partners, and method dpo compares the two of a pair: use --method kto"
     ):
         make_run(world("sd15"), images, tmp_path)
-    with pytest.raises(UserError, match="has images and .* has pairs: .* give sets of one kind"):
-        make_run(
-            world("sd15"), images, tmp_path, *KTO, "--validation-data", world("pairs"), "--validation-split", "train"
-        )
+    with pytest.raises(UserError, match="has pairs and .* images without partners, whose accuracy needs a centre"):
+        make_run(world("sd15"), world("pairs"), tmp_path, *KTO, "--validation-data", images)
+
+
+def test_pairs_may_be_held_out_of_a_run_on_images(world, images, tmp_path):
+    """Their accuracy is that of any method on pairs: both images of one share their noise, and no centre is in it."""
+    held = ("--validation-data", world("pairs"), "--validation-split", "train", "--validation-pairs", "5")
+    run = make_run(world("sd15"), images, tmp_path, *EXACT, *held, "--validation-draws", "1", "--validate-every", "2")
+    assert not run.held_out.single and run.held_out.liked.all() and run.source.sides == 1
+    run.step.kto.center.fill_(7.0)
+    advance(run, 1)
+    errors = [
+        run.step.errors(x._replace(draws=torch.zeros_like(x.draws)), torch.zeros(1000))[0] for x in run.held_out.batches
+    ]
+    d = torch.cat([one.difference.detach() for one in errors])
+    torch.testing.assert_close(validation.differences(run.step, run.held_out)[0], d, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
