@@ -16,7 +16,7 @@ from dpo.data.images import fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.order import Place
 from dpo.data.pairs import MAX_MIB, BadImage, Pair, embedded_twice
-from dpo.data.store.files import Parts
+from dpo.data.store.files import Parts, each
 from dpo.settings.config import Data
 
 BY_VALUE = 1 << 14  # bytes; larger tensors travel between processes in shared memory
@@ -68,7 +68,7 @@ class PairBatch:
             if isinstance(value, Tensor):
                 setattr(self, item.name, value.pin_memory())
         if self.text is not None:
-            self.text = tuple(None if value is None else value.pin_memory() for value in self.text)
+            self.text = each(self.text, Tensor.pin_memory)
         return self
 
 

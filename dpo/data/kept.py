@@ -22,7 +22,7 @@ from dpo.common.command import of_launcher
 from dpo.data.batch import Decoding, PairBatch, drops, mirrors
 from dpo.data.order import Place
 from dpo.data.pairs import Source
-from dpo.data.store.files import Parts
+from dpo.data.store.files import Parts, each
 from dpo.settings.config import Data, Runtime
 
 CHECKED = 16  # pairs
@@ -69,7 +69,7 @@ class Kept:
     full: bool = False  # whether nothing more is kept: it does not fit, or encoding anew gives other bits
     _agreed: int = 0  # pairs that were encoded again and came out equal
     # Of an encoded micro-batch, by height and width of its latents: sums depend on the layout.
-    _strides: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    _strides: dict[torch.Size, list[tuple[int, ...]]] = field(default_factory=dict)
     _told: dict[int, _Told] = field(default_factory=dict)
     _caption: dict[int, str] = field(default_factory=dict)  # of the pairs that came with theirs
     _images: dict[tuple[int, bool], _Images] = field(default_factory=dict)  # by (index, whether mirrored)
@@ -102,16 +102,16 @@ class Kept:
         def both(of: int) -> Tensor:
             return torch.stack([item[of] for item in images], dim=1).flatten(0, 1)  # [2B, ...], preferred ones first
 
-        parts = zip(*(self._text[caption] for caption in captions), strict=True)
-        mean, std, *text = (
-            None if strides is None else torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
-            for x, strides in zip(
-                (both(0), both(1), *(None if part[0] is None else torch.stack(part) for part in parts)),
-                self._strides[images[0].mean.shape[-2:]],
-                strict=True,
-            )
-        )
+        mean, std = both(0), both(1)
+        texts = [self._text[caption] for caption in captions]
+        hidden, pooled, mask = zip(*texts, strict=True)
+        text: Parts = torch.stack(hidden), _stacked(pooled), _stacked(mask)
+        strides = iter(self._strides[images[0].mean.shape[-2:]])
 
+        def as_encoded(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, next(strides), dtype=x.dtype).copy_(x)
+
+        mean, std, text = as_encoded(mean), as_encoded(std), each(text, as_encoded)
         return PairBatch(
             keys=torch.tensor([pair.key for pair in told], dtype=torch.int64),
             draws=torch.tensor(epochs, dtype=torch.int64),
@@ -124,7 +124,7 @@ class Kept:
             epoch=epochs[0],
             latent_mean=mean,
             latent_std=std,
-            text=tuple(text),
+            text=text,
             bad=tuple((pair.key, pair.bad) for pair in told[: place.pairs] if pair.bad is not None),
             last=place.last,
         )
@@ -144,12 +144,12 @@ class Kept:
             return
         if not self._strides:
             self._size(len(batch), (mean, std), text)
-        self._strides.setdefault(mean.shape[-2:], [None if x is None else x.stride() for x in (mean, std, *text)])
+        self._strides.setdefault(mean.shape[-2:], [x.stride() for x in (mean, std, *text) if x is not None])
         if not self.full:
             # From a GPU into page-locked memory, without waiting: nothing reads it before the event behind it is there.
-            latents = [x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std)]
-            words = tuple(None if x is None else x.to("cpu", non_blocking=x.is_cuda) for x in text)
-            self._copies.append(_Copy(_arrival(mean), batch, *latents, words))
+            mean, std = (x.to("cpu", non_blocking=x.is_cuda) for x in (mean, std))
+            words = each(text, lambda x: x.to("cpu", non_blocking=x.is_cuda))
+            self._copies.append(_Copy(_arrival(mean), batch, mean, std, words))
         while self._copies and self._copies[0].arrived():
             self._keep(self._copies.pop(0))
 
@@ -182,13 +182,13 @@ class Kept:
             if (known.bad is None) != (told.bad is None):
                 continue  # an image came or went since its first use: the first is what is kept
             images = _Images(copy.mean[rows], copy.std[rows], batch.micro[rows])
-            text, caption = tuple(None if x is None else x[i] for x in copy.text), batch.captions[i]
+            text, caption = each(copy.text, lambda x, i=i: x[i]), batch.captions[i]  # type: ignore[misc]
             before = self._images.get((index, mirror)), self._text.get(caption)
             if not (_same(before[0], images) and _same(before[1], text)):
                 return self._give_up()
             self._agreed += before[0] is not None
             if before[1] is None:
-                self._text[caption] = tuple(None if x is None else x.clone() for x in text)
+                self._text[caption] = each(text, torch.Tensor.clone)
             if before[0] is None:
                 self._images[index, mirror] = images
             if not batch.dropped[i]:
@@ -255,9 +255,15 @@ def _arrival(x: Tensor) -> Callable[[], bool]:
     return event.query
 
 
-def _same(before: Parts | None, now: Parts) -> bool:
+def _same(before: tuple | None, now: tuple) -> bool:
     """Whether tensors on the host are equal to the bit; also where there are none to compare with."""
     return before is None or all(np.array_equal(_bits(a), _bits(b)) for a, b in zip(before, now, strict=True))
+
+
+def _stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """A part of several captions, where it is there."""
+    there = [row for row in rows if row is not None]
+    return torch.stack(there) if there else None
 
 
 def _bits(x: Tensor | None) -> np.ndarray:

@@ -118,8 +118,9 @@ def scaling_fits(configs: Configs) -> str | None:
     vae = configs["vae"]
     for key in ("latents_mean", "latents_std"):
         values = None if key in vae.get(DEFAULTED, ()) else vae[key]  # the class's own would be taken in silence
-        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
-        if not numbers or len(values) != vae["z_dim"] or (key == "latents_std" and min(values) <= 0):
+        given = values if isinstance(values, (list, tuple)) else ()
+        numbers = all(type(value) in (int, float) for value in given)
+        if not numbers or len(given) != vae["z_dim"] or (key == "latents_std" and min(given) <= 0):
             above = " above 0" if key == "latents_std" else ""
             return (
                 f"the vae's config has no {key} with {vae['z_dim']} numbers{above}, one for each channel of its latents"

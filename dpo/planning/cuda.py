@@ -47,7 +47,7 @@ def recompute_as_cuda(denoiser: nn.Module) -> None:
     )
     for module in denoiser.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = again
+            setattr(module, "_gradient_checkpointing_func", again)  # noqa: B010  # mypy: a tensor or a module
 
 
 def _wide(x: Any) -> Any:

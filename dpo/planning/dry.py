@@ -20,6 +20,7 @@ from csrc_triton.adamw8bit import AdamW8bit
 from dpo import reference, schedule
 from dpo.correction import CorrectionTable
 from dpo.data.batch import PairBatch
+from dpo.data.store.files import each
 from dpo.encode import Encoder
 from dpo.models import offload
 from dpo.models.dropout import masks_of
@@ -357,5 +358,5 @@ def _batch(config: Config, model: Model, text: TextEncoding | None, sides: int) 
         return batch
     latent = sides * size, model.geometry.channels, *[side // model.geometry.vae_scale] * 2
     batch.latent_mean, batch.latent_std = torch.zeros(latent, dtype=STORED), torch.zeros(latent, dtype=STORED)
-    batch.text = tuple(None if x is None else torch.zeros(size, *x.shape[1:], dtype=x.dtype) for x in text)
+    batch.text = each(text, lambda x: torch.zeros(size, *x.shape[1:], dtype=x.dtype))
     return batch

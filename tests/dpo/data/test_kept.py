@@ -38,7 +38,8 @@ def encoded(*indices, shift=0.0, bad=()):
         indices=list(indices),
     )
     both = torch.cat([index, index + 50]).view(-1, 1, 1, 1).expand(-1, 4, 2, 2).float()
-    return batch, both + shift, both + 0.5, (index.view(-1, 1, 1).expand(-1, 3, 5).float().bfloat16(),)
+    hidden = index.view(-1, 1, 1).expand(-1, 3, 5).float().bfloat16()
+    return batch, both + shift, both + 0.5, (hidden, None, None)
 
 
 def test_a_batch_comes_back_in_any_order_once_all_were_seen_twice_and_came_out_equal():
