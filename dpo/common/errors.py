@@ -60,7 +60,7 @@ def _reason(error: BaseException) -> str:
 
 
 class OutOfMemory(UserError):
-    """The GPU's memory is full; `at_first`: in the first update of a start, so that these settings do not fit it."""
+    """The GPU's memory is full; `at_first`: in the first update of a start or before it, so that these settings do not fit."""
 
     def __init__(self, message: str, *, at_first: bool) -> None:
         super().__init__(message)

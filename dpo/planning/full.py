@@ -31,7 +31,7 @@ def instead(config: Config, train_step: TrainStep, processes: Processes) -> str:
     if not processes.claims("out of memory"):
         processes.await_end(PLANNED)
         return ""
-    log.warning("out of GPU memory before the first update was made: planning what would fit (Ctrl-C: leave it)")
+    log.warning("out of GPU memory before an update was made: planning what would fit (Ctrl-C: leave it)")
     try:
         with work.quietly():
             said = what_fits(config, work.planner(train_step, processes.count), memory, processes.count)

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dpo.common.command import FAULT, INTERRUPTED, MISTAKE, of_launcher
 from dpo.common.errors import Elsewhere, Stopped, UserError
 from dpo.common.words import first_line
-from dpo.models.family import Denoise, TextEncoding
+from dpo.models.family import Denoise, Denoiser, TextEncoding, is_unet
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names for which process this is
 PART = 1 << 26  # bytes of gradients summed at a time, where DDP does not
@@ -314,7 +314,7 @@ class Reduced:
     through the module itself: validation, sample images, the reference without adapters.
     """
 
-    def __init__(self, denoise: Callable[[nn.Module], Denoise], module: nn.Module) -> None:
+    def __init__(self, denoise: Callable[[nn.Module], Denoise], module: Denoiser) -> None:
         self.alone = self.together = denoise(module)
         self.module: DistributedDataParallel | None = None
         self.trained = [p for p in module.parameters() if p.requires_grad]
@@ -323,7 +323,12 @@ class Reduced:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 on broadcast_buffers; 2.11 has no other name
             self.module = DistributedDataParallel(
-                module, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True
+                module,
+                broadcast_buffers=False,
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                # The text's side of a transformer's last block ends nowhere: its weights have no gradient, and DDP would wait.
+                find_unused_parameters=not is_unet(module),
             )
         self.module.register_comm_hook(None, lambda state, bucket: summed(bucket.buffer()))
         self.together = denoise(self.module)

@@ -289,6 +289,14 @@ def test_of_those_that_are_left_one_speaks():
     assert isinstance(Processes(1, 2, store=store).last_word(Died()), Elsewhere)
 
 
+def test_the_first_process_lets_the_one_that_speaks_go_on():
+    """That one waits for its word, and torchrun kills it meanwhile where the first has left without one."""
+    store = torch.distributed.HashStore()
+    found = Processes(0, 2, store=store).last_word(Elsewhere(2, "process 1: the disk is full"))
+    assert isinstance(found, Elsewhere) and store.check(["ended/0"])
+    assert str(Processes(1, 2, store=store).last_word(UserError("the disk is full"))) == "the disk is full"
+
+
 def test_a_mistake_of_one_process_is_said_by_it_and_ends_all(launched, monkeypatch, tmp_path):
     opened = build.open_sources
 

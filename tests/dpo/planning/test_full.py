@@ -5,7 +5,7 @@ import torch
 
 from dpo import train
 from dpo.common.errors import UserError
-from dpo.planning import cuda, full, recompute, work
+from dpo.planning import cuda, fitting, full, recompute, work
 from dpo.planning.asked import Asked
 from dpo.planning.cuda import GIB
 from dpo.planning.recompute import Memory
@@ -94,8 +94,9 @@ def words(world, tmp_path):
     return ["--model", world("sd15"), "--data", world("pairs"), "--output", str(tmp_path / "out"), *SMALL, *flags]
 
 
-def test_a_first_update_that_is_out_of_memory_ends_with_what_would_fit(words, planted, capsys, pageless):
+def test_a_first_update_that_is_out_of_memory_ends_with_what_would_fit(words, planted, capsys, monkeypatch, pageless):
     """From the allocator's error through the loop and the command to one line."""
+    monkeypatch.setattr(fitting, "CHANGES", fitting.CHANGES[:1])  # each one more is a plan more
     config, _ = parse(words)
     room = work.plan(config, Asked(), work.planner(train.train_step)).peak - 1
     planted(1, Memory(room, 24 * GIB))
