@@ -47,11 +47,16 @@ class Lengths:
     model_max_length: int
 
     def __call__(self, captions: list[str], **options: Any) -> Lengths.Encoded:
-        return self.Encoded(torch.zeros(len(captions), options["max_length"], dtype=torch.int64))
+        tokens = torch.zeros(len(captions), options["max_length"], dtype=torch.int64)
+        return self.Encoded(tokens, torch.ones_like(tokens))
+
+    def apply_chat_template(self, turns: list[Any], **options: Any) -> list[str]:
+        return [""] * len(turns)
 
     @dataclass(frozen=True)
     class Encoded:
         input_ids: Tensor  # [B, S] int64
+        attention_mask: Tensor  # [B, S] int64
 
 
 def sketch(named: Named) -> Model:
