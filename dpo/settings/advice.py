@@ -85,7 +85,12 @@ def warnings(config: Config) -> list[str]:
             "the default is a tenth of dpo's"
         )
     beta = config.method.beta if "beta" in METHODS[config.method.method].settings else None
-    if config.model.prediction_type == "flow_prediction" and beta is not None and beta < FLOW_BETA and rate >= FLOW_RATE:
+    if (
+        config.model.prediction_type == "flow_prediction"
+        and beta is not None
+        and beta < FLOW_BETA
+        and rate >= FLOW_RATE
+    ):
         found.append(
             f"beta {beta:g} with learning rate {rate:g} is little to hold a flow-matching model near its reference, and public "
             f"trainers report that it collapses: --beta {FLOW_BETA:g} or more (2000 by default), or a rate below {FLOW_RATE:g}"

@@ -20,9 +20,8 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
-from dpo.data.pairs import things
+from dpo.data.pairs import Source, things
 from dpo.data.sources import describe, open_source
-from dpo.data.pairs import Source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents

@@ -24,8 +24,8 @@ from dpo.tiny.paths import train_pairs_path
 from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
-from tests.help.flow import TRAINED
 from tests.help.fake_run import write_run
+from tests.help.flow import TRAINED
 from tests.help.running import QUIET, advance, everything, make_run
 from tests.help.worlds import make_pickapic, make_pipeline
 
