@@ -143,7 +143,9 @@ def test_what_a_flow_cannot_do_is_one_line(world, tmp_path, flags, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("flags", [["--timestep-draw", "uniform"], ["--text-tokens", "64"], ["--prediction-type", "flow_prediction"]])
+@pytest.mark.parametrize(
+    "flags", [["--timestep-draw", "uniform"], ["--text-tokens", "64"], ["--prediction-type", "flow_prediction"]]
+)
 def test_what_only_a_flow_can_do_is_one_line(world, tmp_path, flags):
     with pytest.raises(UserError, match=flags[0]):
         make_run(world("sd15"), world("pairs"), tmp_path, *flags)
