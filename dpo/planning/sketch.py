@@ -42,16 +42,20 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Lengths:
-    """In a tokenizer's place: as many tokens as the encoder takes, and no words."""
+    """In a tokenizer's place: as many tokens as the encoder takes, and no words.
+
+    Where captions are not padded, each is as long as it may be.
+    """
 
     model_max_length: int
 
     def __call__(self, captions: list[str], **options: Any) -> Lengths.Encoded:
-        tokens = torch.zeros(len(captions), options["max_length"], dtype=torch.int64)
-        return self.Encoded(tokens, torch.ones_like(tokens))
+        ids = torch.zeros(len(captions), options["max_length"], dtype=torch.int64)
+        return self.Encoded(ids, torch.ones_like(ids))
 
-    def apply_chat_template(self, turns: list[Any], **options: Any) -> list[str]:
-        return [""] * len(turns)
+    def apply_chat_template(self, turns: list[list[dict[str, str]]], **options: Any) -> list[str]:
+        """A text for each of the chats."""
+        return ["" for _ in turns]
 
     @dataclass(frozen=True)
     class Encoded:

@@ -10,6 +10,7 @@ from dpo.settings.resolve import large_weight, learning_rate, total_steps
 LOWEST_RATE = 1e-7  # nothing published trains below this
 HIGHEST_SINGLE_SHOT_BETA = 1000.0
 FEWEST_PAIRS = 16  # in a full fine-tuning update
+FLOW_BETA, FLOW_RATE = 500.0, 1e-4  # of a flow-matching model: below the one it should not reach the other
 HIGHEST_RATE = {"full": 1e-4, "lora": 2e-3}
 MANY_EPOCHS = 30  # of the published runs none comes to ten
 USUAL_EPOCHS = 10
@@ -82,6 +83,17 @@ def warnings(config: Config) -> list[str]:
         found.append(
             f"beta {config.method.beta:g} is high for {config.method.method}, whose weight averages about 20: "
             "the default is a tenth of dpo's"
+        )
+    beta = config.method.beta if "beta" in METHODS[config.method.method].settings else None
+    if (
+        config.model.prediction_type == "flow_prediction"
+        and beta is not None
+        and beta < FLOW_BETA
+        and rate >= FLOW_RATE
+    ):
+        found.append(
+            f"beta {beta:g} with learning rate {rate:g} is little to hold a flow-matching model near its reference, and public "
+            f"trainers report that it collapses: --beta {FLOW_BETA:g} or more (2000 by default), or a rate below {FLOW_RATE:g}"
         )
     if config.model.model and not config.lora.lora and batch < FEWEST_PAIRS:
         more = "with --gradient-release only a larger --batch-size has more" if release else "raise --accumulation"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
-from dpo.data.pairs import things
+from dpo.data.pairs import Source, things
 from dpo.data.sources import describe, open_source
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
@@ -101,6 +102,7 @@ def encode_pairs(
         settings |= {"buckets": step_of(config.data.resolution, shape.side_factor), "vae_scale": shape.vae_scale}
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     first, last = (len(source) * (shard[0] + i) // shard[1] for i in (0, 1))
+    log.info("%s", _size_told(model, config, source, slice(first, last), DTYPES[dtype].itemsize))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     images = config.runtime.vae_batch
     task = fill.Filling(
@@ -162,11 +164,35 @@ class Encodings:
 
 
 def _pairs_per_shard(model: Model, data: Data, itemsize: int) -> int:
-    """The power of two, from 16 to 8192, that makes shards of about SHARD_BYTES."""
+    """The power of two, from 16 to 8192, that makes shards of about SHARD_BYTES, captions not counted."""
+    pair_bytes = 2 * _image_bytes(model, data, itemsize)
+    return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
+
+
+def _image_bytes(model: Model, data: Data, itemsize: int) -> int:
+    """Bytes of an image in a store: mean and deviation of its latents, once more where it is mirrored."""
     assert data.resolution is not None, "decided when the model was loaded"
     shape = model.geometry
-    pair_bytes = 2 * 2 * shape.channels * (data.resolution // shape.vae_scale) ** 2 * itemsize * (2 if data.flip else 1)
-    return max(16, min(8192, 1 << (SHARD_BYTES // pair_bytes).bit_length() - 1 if pair_bytes < SHARD_BYTES else 16))
+    return 2 * shape.channels * (data.resolution // shape.vae_scale) ** 2 * itemsize * (2 if data.flip else 1)
+
+
+def _caption_bytes(model: Model, itemsize: int) -> int:
+    """Bytes of a caption's encoding in a store, at most: one with a mask is kept without its padding."""
+    flow = model.family.flow
+    text = model.family.encode(model, [""]) if flow is None else flow.blank(model)
+    return sum(x.numel() * itemsize for x in (text.hidden, text.pooled) if x is not None)
+
+
+def _size_told(model: Model, config: Config, source: Source, rows: slice, itemsize: int) -> str:
+    """What the pairs `rows` of a source take in a store, in words, before any of them is encoded."""
+    captions = len(np.unique(source.caption_keys()[rows])) + 1  # the empty one
+    images = 2 * len(range(len(source))[rows])
+    caption, image = _caption_bytes(model, itemsize), _image_bytes(model, config.data, itemsize)
+    total = captions * caption + images * image
+    return (
+        f"store: a caption takes {caption / 2**20:.2f} MiB and an image {image / 2**20:.2f} MiB; {captions:,} captions and "
+        f"{images:,} images take at most {total / 1e9:.3g} GB"
+    )
 
 
 def is_embedded(folder: Path) -> bool:

@@ -3,23 +3,29 @@
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
-from dpo.data.store.files import write_index
+from dpo.data.store.files import HIDDEN, LATENTS, SPAN, TEXT, write_index
 from dpo.data.store.store import read_contents, verify
+from dpo.models.ready import load_named
+from dpo.planning.sketch import sketch
+from dpo.settings.config import Config, Data, Model, change
 from dpo.settings.flags import parse
 from dpo.tiny.paths import train_pairs_path
 from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
 from tests.help.fake_run import write_run
+from tests.help.flow import TRAINED
 from tests.help.running import QUIET, advance, everything, make_run
 from tests.help.worlds import make_pickapic, make_pipeline
 
@@ -118,6 +124,40 @@ def test_the_command_says_when_it_is_done_and_verifies(world, tmp_path, caplog, 
     path.write_bytes(data)
     assert command(store, "--verify") == 1 and "1 file is damaged" in capsys.readouterr().err
     assert any("000001.safetensors was altered" in line for line in verify(store))
+
+
+@pytest.mark.parametrize(
+    ("name", "caption", "image"),
+    [
+        ("stabilityai/stable-diffusion-3.5-medium", 2.61, 1.0),
+        ("black-forest-labs/FLUX.1-dev", 4.0, 1.0),
+        ("black-forest-labs/FLUX.2-klein-4B", 7.5, 2.0),
+        ("Qwen/Qwen-Image", 3.5, 1.0),
+    ],
+)
+def test_the_sizes_of_published_models(name, caption, image):
+    """In MiB: SD 3.5 has 333 tokens of 4096 numbers, and 2048 more; FLUX.2 512 of 7680, and latents of 128 x 64 x 64."""
+    model = sketch(Model(model=name))
+    assert preparing._caption_bytes(model, 2) / 2**20 == pytest.approx(caption, abs=0.005)
+    assert preparing._image_bytes(model, Data(resolution=1024), 2) / 2**20 == image
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl", *TRAINED])
+def test_the_size_of_a_store_is_said_before_it_is_made(world, tmp_path, capsys, kind):
+    """It is that of the tensors in the store, which a caption with a mask may stay below."""
+    store = prepared(world, kind, tmp_path / "store", "--resolution", "32")
+    before, _, _ = capsys.readouterr().err.partition("prepared ")
+    model, rows, taken = load_named(change(Config(), model=world(kind))), Counter(), 0
+    for path in sorted(store.glob("*.safetensors")):
+        shard = load_file(path)
+        rows["images"] += len(shard[LATENTS[0]])
+        rows["captions"] += len(shard[SPAN if SPAN in shard else HIDDEN])
+        taken += sum(shard[name].nbytes for name in (*LATENTS, *TEXT) if name in shard)
+    image, caption = preparing._image_bytes(model, Data(resolution=32), 2), preparing._caption_bytes(model, 2)
+    most = rows["images"] * image + rows["captions"] * caption
+    assert taken < most if SPAN in shard else taken == most
+    assert f"store: a caption takes {caption / 2**20:.2f} MiB" in before
+    assert f"; {rows['captions']} captions and {rows['images']} images take at most {most / 1e9:.3g} GB" in before
 
 
 def refused(world, store, *flags, kind="sd15", model=None) -> str:

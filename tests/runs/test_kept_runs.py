@@ -12,6 +12,7 @@ from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.order import Order
 from dpo.training.state import snapshot
+from tests.help.flow import SMALL
 from tests.help.running import advance, everything, make_run
 from tests.help.worlds import make_pickapic
 
@@ -58,6 +59,7 @@ def decoded(monkeypatch):
             ["--method", "dde", "--dropped-caption", "zeros", "--accumulation", "2", "--vae-batch", "2"],
             marks=pytest.mark.slow,
         ),
+        pytest.param("qwen-image", ["--lora", "--text-tokens", "64", *SMALL], marks=pytest.mark.slow),
     ],
 )
 def test_the_run_is_the_same_to_the_bit_and_decodes_no_image_twice(

@@ -10,6 +10,7 @@ from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
 from dpo.sampling import samplers
 from tests.help.drawing import protocol
+from tests.help.flow import TRAINED
 
 CPU = torch.device("cpu")
 TASKS = [Task(n, f"a {colour} thing", 40 + n) for n, colour in enumerate(("red", "blue", "green"))]
@@ -48,6 +49,31 @@ def test_plain_diffusers_redraws_an_image_by_its_seed(world, kind, sampler):
     ).images[0]
     assert apart(images[1].image, again) <= LEVELS
     assert apart(images[0].image, again) > 10  # the tolerance tells two images apart
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_plain_diffusers_redraws_an_image_of_a_flow(world, kind):
+    """With captions as long as in training; Qwen-Image is guided by an argument and a caption of its own."""
+    from diffusers import DiffusionPipeline
+
+    images = drawn(pipeline_of(load(world(kind), text_tokens=16)), width=64, height=64)
+    guided = {"true_cfg_scale": 2.0, "negative_prompt": " "} if kind == "qwen-image" else {"guidance_scale": 2.0}
+    plain = DiffusionPipeline.from_pretrained(world(kind))
+    plain.set_progress_bar_config(disable=True)
+    again, unguided = (
+        plain(
+            prompt=TASKS[1].prompt,
+            num_inference_steps=2,
+            height=64,
+            width=64,
+            max_sequence_length=16,
+            generator=torch.Generator("cpu").manual_seed(TASKS[1].seed),
+            **told,
+        ).images[0]
+        for told in (guided, dict.fromkeys(guided, 1.0) | ({"negative_prompt": None} if len(guided) == 2 else {}))
+    )
+    assert apart(images[1].image, again) <= LEVELS
+    assert apart(images[0].image, again) > 10 and apart(unguided, again) > LEVELS
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -6,11 +6,13 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from dpo.models import lora, qwen
+from dpo.models import lora, lora_files, qwen
 from dpo.models.family import Model, TextEncoding
 from dpo.models.load import load
 from dpo.models.save import save_lora
+from dpo.pages.folder import ADAPTER_FILE
 from tests.dpo.models.test_checks import QUANTISED, change, without_weights
 from tests.dpo.models.test_lora import train
 from tests.help.loading import refused
@@ -170,6 +172,46 @@ def test_a_saved_adapter_loads_in_the_pipeline_and_gives_the_trained_prediction(
     pipe.transformer.eval()
     assert (predict(pipe.transformer) - before).abs().max() > 1e-2
     torch.testing.assert_close(predict(pipe.transformer), predict(model.denoiser), rtol=1e-4, atol=1e-5)
+
+    fresh, own = load(world("qwen-image")), lora.adapter_of(model.denoiser)
+    read = lora_files.read(tmp_path / "out" / ADAPTER_FILE, fresh.denoiser, fresh.family)
+    assert read.keys() == own.keys()
+    for name, factors in own.items():
+        assert torch.equal(read[name].baked().down, factors.baked().down), name
+        assert torch.equal(read[name].baked().up, factors.baked().up), name
+
+
+LAYERS = (
+    "transformer_blocks.1.attn.add_k_proj",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.img_mlp.net.2",
+)
+NAMES = {  # of a layer, and of the factors, in files of other programs
+    "diffusers": ("transformer.{}", "lora_A", "lora_B"),
+    "ComfyUI": ("diffusion_model.{}", "lora_A", "lora_B"),
+    "Lightning": ("{}", "lora_down", "lora_up"),
+    "DiffSynth": ("{}", "lora_A.default", "lora_B.default"),
+}
+
+
+@pytest.mark.parametrize(("stem", "down", "up"), NAMES.values(), ids=NAMES)
+def test_files_of_other_programs_are_read(model, tmp_path, stem, down, up):
+    named, expected = {}, {}
+    for layer in LAYERS:
+        weight = model.denoiser.get_parameter(f"{layer}.weight")
+        factors = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+        expected[layer] = factors[1] @ factors[0]
+        name = stem.format(layer)
+        named |= {f"{name}.{down}.weight": factors[0], f"{name}.{up}.weight": factors[1]}
+        if down == "lora_down":
+            named[f"{name}.alpha"] = torch.tensor(2.0)
+            expected[layer] = expected[layer] * 2 / 4
+    save_file(named, tmp_path / "other.safetensors")
+    read = lora_files.read(tmp_path / "other.safetensors", model.denoiser, model.family)
+    assert read.keys() == expected.keys()
+    for layer, factors in read.items():
+        baked = factors.baked()
+        torch.testing.assert_close(baked.up @ baked.down, expected[layer])
 
 
 TRANSFORMER, VAE, TEXT = "transformer/config.json", "vae/config.json", "text_encoder/config.json"

@@ -37,9 +37,14 @@ def dry(config):
 def test_the_outermost_blocks_with_attention_stand_between_none_and_all(kind):
     unet = json.loads((CONFIGS / kind / "unet" / "config.json").read_text())
     assert recompute.levels(unet) == ("off", MIDDLE[kind], "on")
-    assert recompute.levels({"num_layers": 24}) == ("off", "on"), "a transformer has no such blocks"
     plain = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     assert recompute.levels(plain) == ("off", "on")
+
+
+@pytest.mark.parametrize("kind", ["sd35-medium", "flux-dev", "flux2-klein-4b", "qwen-image"])
+def test_a_transformer_has_all_its_blocks_computed_again_or_none(kind):
+    shape = json.loads((CONFIGS / kind / "transformer" / "config.json").read_text())
+    assert recompute.levels(shape) == ("off", "on")
 
 
 def test_as_little_as_fits():

@@ -18,6 +18,9 @@ def test_headline():
     assert "beta" not in headline(change(cfg, method="sft")) and "LoRA of rank 8" in headline(change(cfg, lora=True))
 
 
+FLOW = {"prediction_type": "flow_prediction", "lora": True}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -31,10 +34,25 @@ def test_headline():
         (PAIRED | {"validation_fraction": 0.0}, "--validation-fraction"),
         ({"steps": 10, "warmup": 10}, "warm-up"),
         ({"family": "sdxl", "vae_precision": "fp16"}, "overflows in fp16"),
+        (FLOW | {"beta": 499.0, "learning_rate": 1e-4}, "beta 499 with learning rate 0.0001"),
+        (FLOW | {"beta": 100.0, "learning_rate": 1e-5, "scale_lr": True, "batch_size": 16}, "report that it collapses"),
     ],
 )
 def test_warnings(values, words):
     assert any(words in warning for warning in warnings(from_mapping(values)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"beta": 500.0, "learning_rate": 1e-4},
+        {"beta": 100.0, "learning_rate": 9e-5},
+        {"beta": 100.0, "learning_rate": 1e-4, "method": "sft"},
+        {"beta": 100.0, "learning_rate": 1e-4, "prediction_type": "epsilon"},
+    ],
+)
+def test_a_small_beta_is_warned_of_at_high_rates_of_a_flow_alone(values):
+    assert not any("collapses" in warning for warning in warnings(from_mapping(FLOW | values)))
 
 
 def test_a_length_in_epochs_is_said_in_updates():
