@@ -36,3 +36,16 @@ def test_the_real_models():
         assert full["images"] == pytest.approx(images, rel=0.02)
         assert low_rank["prepared + recorded"] < 0.75 * recorded
         assert full["peers / ours"] > 1.5
+
+
+@pytest.mark.slow
+def test_flow_models_cost_what_their_parts_do(world):
+    rows = {(row["trained"], row["checkpointing"]): row for row in flops.flow_rows({"tiny": world("sd35")}, 64)}
+    full, low_rank = rows["full", "off"], rows["LoRA", "off"]
+    forward = (full["prepared"] - full["prepared + recorded"]) / 2
+    assert forward > 0 and low_rank["prepared"] - low_rank["prepared + recorded"] == pytest.approx(2 * forward)
+    assert 6 * forward < full["prepared + recorded"] < 7 * forward, "attention's backward costs more than two forwards"
+    for kind in ("full", "LoRA"):
+        again = rows[kind, "on"]["prepared"] - rows[kind, "off"]["prepared"]
+        assert 0.5 * 2 * forward < again < 1.5 * 2 * forward
+    assert all(row["images"] > row["prepared"] for row in rows.values())

@@ -20,7 +20,7 @@ from dpo.training.memory import ATTENTION
 from tests.help.running import QUIET, advance, make_run
 from tests.help.worlds import make_labelled
 
-CASES = [("sd15", []), ("flux-dev", ["--checkpointing", "on"])]
+CASES = [("sd15", []), ("sd35", ["--lora"])]
 REST = [
     ("sdxl", ["--lora", "--accumulation", "2", "--checkpointing", "on"]),
     ("sd15", ["--optimizer", "adafactor", "--ema", "0.99", "--method", "dde", "--accumulation", "2"]),
@@ -29,8 +29,8 @@ REST = [
     ("sdxl", ["--optimizer", "adamw8bit", "--checkpointing", "mid_block"]),
     ("sd15", ["--method", "sft"]),
     ("flux2-klein", ["--lora", "--accumulation", "2"]),
-    ("sd35", ["--lora"]),
-    ("qwen-image", ["--checkpointing", "on"]),
+    ("flux-dev", ["--checkpointing", "on"]),
+    ("qwen-image", ["--lora", "--checkpointing", "on"]),
 ]
 
 

@@ -144,7 +144,14 @@ def test_the_families_are_those_of_the_registry():
     assert specs()["family"].meta["choices"] == ("auto", *families())
 
 
-OWN = ("sd15-lora-8gb", "sdxl-lora-12gb", "sdxl-lora-24gb")  # presets for the user's own pairs
+SDXL = ("sdxl-lora-12gb", "sdxl-lora-24gb")
+FLOWS = {  # presets of flow matching -> family
+    "sd35-medium-lora": "sd3",
+    "flux-dev-lora": "flux",
+    "flux2-klein-4b": "flux2",
+    "qwen-image-lora": "qwen",
+}
+OWN = ("sd15-lora-8gb", *SDXL, "sd35-medium-lora", "flux-dev-lora", "qwen-image-lora")  # presets for the user's own pairs
 OWN_PAIRS = ["--data", "my.csv"]
 
 
@@ -162,7 +169,7 @@ def test_a_preset_for_ones_own_pairs_asks_for_them_and_keeps_its_hands_off_how_t
 
 def test_sdxl_trains_the_same_on_12_and_on_24_gb():
     """The two presets differ in what a pass holds alone, so that their runs do not differ."""
-    small, large = (flatten(parse(["--preset", name, *OWN_PAIRS])[0]) for name in OWN[1:])
+    small, large = (flatten(parse(["--preset", name, *OWN_PAIRS])[0]) for name in SDXL)
     assert {key for key in small if small[key] != large[key]} == {"batch_size", "vae_batch", "output"}
 
 
@@ -185,6 +192,7 @@ def test_every_preset_parses_resolves_and_trains():
         "sd15-lora-8gb",
         "sdxl-lora-12gb",
         "sdxl-lora-24gb",
+        *FLOWS,
         "dde-study",
         "smoke",
         "tiny",
@@ -196,6 +204,8 @@ def test_every_preset_parses_resolves_and_trains():
         assert notes == [] and title.endswith("?" if name == "smoke" else ".")
         assert (cfg.model.model is None) == (name in ("smoke", "tiny"))
         facts = ModelFacts("sdxl" if "sdxl" in name else "sd", "epsilon", turbo="turbo" in name)
+        if name in FLOWS:
+            facts = ModelFacts(FLOWS[name], "flow_prediction", text_tokens=512)
         decided, _ = resolve(cfg, facts, DeviceFacts("cpu"))
         assert "pairs an update" in headline(decided) and len(warnings(decided)) == len(few)
         published = {"sd15": 2048, "sd21": 2048, "sdxl": 2048, "sd15-lora": 32, "sdxl-lora": 16}
@@ -203,7 +213,8 @@ def test_every_preset_parses_resolves_and_trains():
         assert cfg.optim.pairs == published.get(name, cfg.optim.pairs)
 
 
-SMALL = [name for name in presets() if name.endswith("gb") and name not in OWN]
+KLEIN = "flux2-klein-4b"
+SMALL = [name for name in presets() if name.endswith("gb") and name not in OWN] + [KLEIN]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -213,8 +224,11 @@ def test_a_preset_for_a_small_gpu_names_the_command_that_makes_its_store(name):
     (line,) = [line for line in text.splitlines() if "python -m dpo.prepare" in line]
     own, rest = prepare.make_parser().parse_known_args(line.split("dpo.prepare")[1].split())
     made, trained = flatten(prepare._config(Path(own.store), rest)), flatten(parse(["--preset", name])[0])
-    assert own.reference and own.store == trained["data"] and made["data"] == "liuhuohuo2/pick-a-pic-v2"
-    assert {key for key in made if made[key] != trained[key]} == {"data", "validation_data", "validation_split"}
+    pairs, more = "liuhuohuo2/pick-a-pic-v2", {"validation_data", "validation_split"}
+    if name == KLEIN:
+        pairs, more = "my-pairs/", set()
+    assert own.reference and own.store == trained["data"] and made["data"] == pairs
+    assert {key for key in made if made[key] != trained[key]} == {"data"} | more
     assert (trained["precision"], trained["reference"]) == ("bf16-pure", "recorded")
 
 
