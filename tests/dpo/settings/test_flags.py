@@ -151,7 +151,13 @@ FLOWS = {  # presets of flow matching -> family
     "flux2-klein-4b": "flux2",
     "qwen-image-lora": "qwen",
 }
-OWN = ("sd15-lora-8gb", *SDXL, "sd35-medium-lora", "flux-dev-lora", "qwen-image-lora")  # presets for the user's own pairs
+OWN = (
+    "sd15-lora-8gb",
+    *SDXL,
+    "sd35-medium-lora",
+    "flux-dev-lora",
+    "qwen-image-lora",
+)  # presets for the user's own pairs
 OWN_PAIRS = ["--data", "my.csv"]
 
 
