@@ -82,7 +82,8 @@ _LAST = {"EXIT", "s_endpgm"}
 def instruction_classes(code: str, label: str, instruction: str) -> tuple[Counter[str], Counter[str]]:
     """(outside loops, inside them) of a disassembly up to its last exit: how often each operation stands there.
 
-    label, instruction: what lines look like, `_NVIDIA` or `_AMD`. A loop is what lies between a label and a later jump to it.
+    label, instruction: what lines look like, `_NVIDIA` or `_AMD`. A loop is what lies between a label and a later jump
+    to it.
     """
     operations: list[tuple[str, str]] = []
     labels: dict[str, int] = {}

@@ -36,10 +36,8 @@ BLOCK_C = 64  # 128 bytes of a half dtype; the channel counts of SD1.x and SDXL 
 TILE_STATISTICS = 8192  # elements per program: one operand, 32 values per thread
 TILE = 4096  # elements per program where several operands are live
 TILE_GRADIENTS = 2048  # elements per step of a program that sums the channels' gradients, with half the warps
-MAX_STEPS = (
-    8  # of such a program; fewer where an image would be left with fewer than MIN_RUNS programs per channel tile
-)
-MIN_RUNS = 8
+MAX_STEPS = 8  # of such a program
+MIN_RUNS = 8  # such programs at least for each tile of channels of an image, rather than more steps
 TILE_COMBINE = 1024  # elements per step of the second stages
 FULL_SIZE = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "temb_ptr", "dtemb_ptr")  # in x's dtype
 
@@ -58,7 +56,7 @@ def _combine_blocks(C: int, G: int) -> dict[str, int]:
 
 
 def _run_pixels(P: int, block_p: int) -> int:
-    """Pixels that one program sums for the channels' gradients; fewer of a small image, so that enough programs remain."""
+    """Pixels whose gradients one program sums; fewer of a small image, so that enough programs remain."""
     return block_p * max(1, min(MAX_STEPS, P // (MIN_RUNS * block_p)))
 
 

@@ -5,8 +5,10 @@ from csrc_triton.language import libdevice, tl, triton
 
 @triton.jit
 def _place(C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's sample (int64), number of its run of pixels, and channels [1, BLOCK_C]; the grid is (channels / BLOCK_C, R, N)."""
-    tile = tl.program_id(0)
+    """This program's sample (int64), number of its run of pixels, and channels [1, BLOCK_C]. The grid is (tiles of
+    channels, R, N).
+    """
+    tile = tl.program_id(0)  # within the grid, which the compiler has to be told to drop the masks of full tiles
     tl.assume(tile < (C + BLOCK_C - 1) // BLOCK_C)
     tl.assume(tile >= 0)
     channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]

@@ -40,9 +40,7 @@ class PairStep:
     weight: Tensor  # [T]
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
-    scaling: tuple[
-        Tensor, Tensor
-    ]  # shift and scale of the latents' channels [C]: the denoiser sees (latents - shift) scale
+    scaling: tuple[Tensor, Tensor]  # shift and scale [C] of the latents: the denoiser sees (latents - shift) scale
     shaped: Mapping[tuple[int, int], tuple[NoisePath, Tensor]] = field(default_factory=dict)
     # (h, w) of latents whose noise levels depend on it -> path and weight; timesteps to draw are those of `path`
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised

@@ -184,6 +184,7 @@ LONG = {  # files of more than 400 lines, and why
     "dpo/settings/compat.py": "one table: the peers' flags, defaults and meanings, and the page that shows it",
     "dpo/settings/config.py": "one table: every setting with its default and help",
     "dpo/objective.py": "the one place of every loss, which a new one is added to",
+    "dpo/pages/folder.py": "one table: every file that a run leaves, beside the few lines that read them back",
     "dpo/pages/charts.py": "one table: every chart with its words, beside the few lines that draw it",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -33,6 +34,8 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    # torch tells once that a norm in fp32 meets activations in bf16: norms stay in fp32 on purpose (models/denoiser.py).
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 
 
 def is_there(name: str) -> bool:

@@ -58,8 +58,8 @@ def _adapter(asked: Asked, lora: Path) -> Path:
     own = model.family.kohya_name
     if kohya and own is None:
         raise UserError(
-            f"{asked.run} is of family {model.family.name}, whose LoRA is written in diffusers' layout alone, which ComfyUI reads "
-            "too: use --to diffusers"
+            f"{asked.run} is of family {model.family.name}, whose LoRA is written in diffusers' layout alone: "
+            "use --to diffusers"
         )
 
     def name_of(layer: str) -> str:

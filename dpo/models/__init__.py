@@ -1,6 +1,7 @@
 """A model as modules: found, loaded, changed, saved.
 
-family.py what the trainer must know of an architecture; sd.py, sdxl.py, sd3.py, flux.py, flux2.py, qwen.py a family each | hub.py a name -> a place on disk
+family.py what the trainer must know of an architecture; sd.py, sdxl.py, sd3.py, flux.py, flux2.py, qwen.py a family each
+hub.py a name -> a place on disk
 load.py a diffusers folder; single_file.py a single checkpoint file; parts.py one module
 checks.py what a model must be, asked of its configs and file headers
 outside.py what its configs may not name: code, other files, other models

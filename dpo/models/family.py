@@ -133,6 +133,11 @@ def posterior(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return found.mean, found.std
 
 
+def decode(vae: Vae, latents: Tensor) -> Tensor:
+    """Pixels [N, 3, H, W] in about -1..1 of latents [N, C, h, w] as `posterior` gives them."""
+    return vae.decode(latents, return_dict=False)[0]
+
+
 def scaling(vae: Vae) -> tuple[list[float], list[float]]:
     """The shift and scale of each channel: the denoiser sees (latents - shift) scale."""
     config, channels = vae.config, vae.config["latent_channels"]
@@ -230,6 +235,7 @@ class Family:
         unet_geometry  # (denoiser, VAE), their configs
     )
     posterior: Callable[[Vae, Tensor], tuple[Tensor, Tensor]] = posterior
+    decode: Callable[[Vae, Tensor], Tensor] = decode
     scaling: Callable[[Vae], tuple[list[float], list[float]]] = scaling
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter by default
     flow: Flow | None = None  # of a family of flow matching

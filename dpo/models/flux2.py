@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.models.checks import Configs, absent, equal, number
-from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, Vae, levels_of, posterior
+from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, Vae, decode, levels_of, posterior
 from dpo.models.flux import PACK, SHARED, as_latents, as_tokens, places, turns_match, width_matches
 from dpo.models.text import QWEN_TOKENIZER, chat, tokens_and_mask
 from dpo.settings.families import PIPELINES
@@ -62,6 +62,11 @@ def packed_posterior(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std [N, 4 C, h / 2, w / 2] of the VAE's posterior for pixels [N, 3, H, W] in -1..1, packed."""
     mean, std = posterior(vae, pixels)
     return F.pixel_unshuffle(mean, PACK), F.pixel_unshuffle(std, PACK)
+
+
+def packed_decode(vae: Vae, latents: Tensor) -> Tensor:
+    """See `family.decode`; of packed latents."""
+    return decode(vae, F.pixel_shuffle(latents, PACK))
 
 
 def scaling(vae: Vae) -> tuple[list[float], list[float]]:
@@ -130,6 +135,7 @@ FAMILY = Family(
     vae_class="AutoencoderKLFlux2",
     geometry=geometry,
     posterior=packed_posterior,
+    decode=packed_decode,
     scaling=scaling,
     lora_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj", "attn.to_out"),
     flow=Flow(text_tokens=512, blank=blank, mu=shift, steps=50),

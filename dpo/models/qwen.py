@@ -90,6 +90,11 @@ def posterior(vae: Vae, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return found.mean[:, :, 0], found.std[:, :, 0]
 
 
+def decode(vae: Vae, latents: Tensor) -> Tensor:
+    """See `family.decode`."""
+    return vae.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+
+
 def scaling(vae: Vae) -> tuple[list[float], list[float]]:
     """See `family.scaling`."""
     return list(vae.config["latents_mean"]), [1 / std for std in vae.config["latents_std"]]
@@ -167,6 +172,7 @@ FAMILY = Family(
     ),
     geometry=geometry,
     posterior=posterior,
+    decode=decode,
     scaling=scaling,
     vae_class="AutoencoderKLQwenImage",
     lora_targets=(

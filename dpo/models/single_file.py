@@ -43,14 +43,17 @@ OF_LORA = re.compile(r"lora_(up|down|unet|te\d?)[._]|\.lora(_[AB]\b|\.(up|down)\
 
 
 def _foreign(path: Path, names: set[str]) -> None:
-    """Raises UserError for a LoRA, and for a checkpoint of a family that this trainer does not know, by its keys."""
+    """Raises UserError for a LoRA, and for a checkpoint of a family that is not read from one file, by its keys."""
     if any(OF_LORA.search(name) for name in names):
         raise UserError(f"{path} {LORA}")
     bare = {name.removeprefix("model.diffusion_model.") for name in names}
     for key, kind in FOREIGN.items():
         if any(name.startswith(key) for name in bare):
             known = ", ".join(family.pipeline for family in families().values())
-            raise UserError(f"{path} is a {brief(kind)} model, which is not supported; this trainer knows {known}")
+            raise UserError(
+                f"{path} is a {brief(kind)} model, which is not read from one file: name its diffusers folder or hub id, if it is "
+                f"of a family that this trainer knows ({known})"
+            )
 
 
 class Said(NamedTuple):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dpo.common.device import moved
+from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.models.family import TextEncoder
 
 if TYPE_CHECKING:
@@ -89,10 +91,15 @@ def beside(encoder: TextEncoder | CLIPTextModel, tokens: Tensor) -> Tensor:
 def chat(tokenizer: Any, captions: list[str]) -> list[str]:
     """Each caption as what a user says, in the tokenizer's own chat template, up to where an answer begins.
 
-    The answer begins without thinking, in templates that know of it.
+    The answer begins without thinking, in templates that know of it. Raises UserError for a tokenizer without a template.
     """
     turns = [[{"role": "user", "content": caption}] for caption in captions]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except Exception as error:  # there is none, or jinja cannot make sense of it, which comes as many kinds
+        raise UserError(
+            f"the tokenizer's chat template cannot be used ({first_line(error)}): fetch the model again"
+        ) from error
 
 
 @torch.no_grad()

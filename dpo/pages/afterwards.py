@@ -23,6 +23,6 @@ def next_steps(run: RunFolder) -> list[str]:
         sides = [f"start=start:{here}", f"aligned={here}"]
         compare = ["dpo.evaluate", *sides, "--prompts", "prompts.txt", "--scorers", "pickscore"]
         lines.append(f"is it better, on your prompts: {command_line(compare)}")
-    if not run.embedded:
+    if not run.embedded and run.setting("prediction_type") != "flow_prediction":  # those files are as they are
         lines.append(f"for ComfyUI: {command_line(['dpo.export', str(here), '--to', 'comfyui'])}")
     return lines

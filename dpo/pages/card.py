@@ -13,7 +13,7 @@ from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
 from dpo.pages.folder import ADAPTER_FILE, CARD_FILE, CONFIG_FILE, RunFolder, read_run
 from dpo.pages.origin import hub_id, licence, public
-from dpo.pages.single import is_single, things
+from dpo.pages.single import held_things, is_single, things
 from dpo.pages.verdict import verdict, warnings
 from dpo.settings.families import PIPELINES
 
@@ -212,12 +212,16 @@ def _figures(run: RunFolder) -> list[tuple[str, Any]]:
     if (event := kept.validation(run)) is not None:
         low, high = event.get("heldout_interval") or (None, None)
         interval = (
-            f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} {things(run)})" if low is not None else ""
+            f" (95 %: {low:.3f} to {high:.3f}, {event.get('heldout_pairs')} {held_things(run)})"
+            if low is not None
+            else ""
         )
         share = shown("heldout_accuracy", event.get("heldout_accuracy", 0.5))
         rows.append((FIGURES["heldout_accuracy"].card, share + interval))
     if chosen := kept.kept(run):
-        share = f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} {things(run)})"
+        share = (
+            f"{shown('heldout_accuracy', chosen['choosing_accuracy'])} ({chosen['choosing_pairs']} {held_things(run)})"
+        )
         rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
     rows += [(FIGURES[name].card, run.late(name)) for name in names]

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
-from dpo.pages.single import things
+from dpo.pages.single import held_things, things
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
 LIGHT = {
@@ -139,7 +139,7 @@ def _accuracy(axes: Axes, run: RunFolder) -> None:
             [event.get("heldout_interval") or [share, share] for event, share in zip(measured, shares, strict=True)]
         )
         axes.errorbar(
-            steps, shares, yerr=np.abs(bounds.T - shares), color=LIGHT["other"], label=f"held-out {things(run)}", marker="o", markersize=4,
+            steps, shares, yerr=np.abs(bounds.T - shares), color=LIGHT["other"], label=f"held-out {held_things(run)}", marker="o", markersize=4,
             elinewidth=1, capsize=2, linewidth=1.4,
         )  # fmt: skip
     _level(axes, 0.5)

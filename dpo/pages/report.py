@@ -27,7 +27,7 @@ from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
 from dpo.pages.plots import DARK, as_svg
-from dpo.pages.single import guessing, things
+from dpo.pages.single import guessing, held_things, things
 from dpo.pages.spikes import command, spikes
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
@@ -136,7 +136,7 @@ def _tiles(run: RunFolder) -> list[Tile]:
     tiles = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
-        hint = f"of {learned.cases:,} {things(run)}, {learned.low:.2f} to {learned.high:.2f}; guessing: {guessing(run):.2f}"
+        hint = f"of {learned.cases:,} {held_things(run)}, {learned.low:.2f} to {learned.high:.2f}; guessing: {guessing(run):.2f}"
         tiles.append(Tile("Held-out accuracy", shown("heldout_accuracy", learned.share), hint))
     if judged is not None:
         tiles.append(

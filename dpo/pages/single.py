@@ -12,14 +12,33 @@ def is_single(run: RunFolder) -> bool:
     return LIKED in (run.summary.get("data") or {})
 
 
+def is_held_single(run: RunFolder) -> bool:
+    """Whether such images are held out: of a run on images it may be pairs."""
+    return HELD_LIKED in (run.summary.get("data") or {})
+
+
 def things(run: RunFolder) -> str:
     """What the run was trained on, in words."""
     return "images" if is_single(run) else "pairs"
 
 
+def held_things(run: RunFolder) -> str:
+    """What is held out, in words."""
+    return "images" if is_held_single(run) else "pairs"
+
+
 def side(run: RunFolder) -> str:
-    """What an accuracy is the share of, as the end of "the model ..."."""
-    if is_single(run):
+    """What an accuracy on training images or pairs is the share of, as the end of "the model ..."."""
+    return _side(is_single(run))
+
+
+def held_side(run: RunFolder) -> str:
+    """The same of those that are held out."""
+    return _side(is_held_single(run))
+
+
+def _side(single: bool) -> str:
+    if single:
         return "gains more than the mean on an image that is liked, or less on one that is not, in"
     return "sides with the preferred image in"
 
@@ -35,11 +54,11 @@ def guessing(run: RunFolder) -> float:
 
 def told_guessing(run: RunFolder) -> str:
     """The same in words."""
-    return f"{'naming the commoner label' if is_single(run) else 'guessing'} gives {guessing(run):.0%}"
+    return f"{'naming the commoner label' if is_held_single(run) else 'guessing'} gives {guessing(run):.0%}"
 
 
 def nothing_shown(run: RunFolder) -> str:
     """Why a held-out accuracy shows no effect."""
-    if is_single(run):
+    if is_held_single(run):
         return f"The interval is not above the {guessing(run):.0%} that naming the commoner label gives"
     return "The interval includes one half, which is what guessing gives"

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.stats import share_interval
-from dpo.pages import kept
+from dpo.pages import kept, single
 from dpo.pages.folder import LATE, SHARED, RunFolder
-from dpo.pages.single import guessing, is_single, nothing_shown, side, things, told_guessing
 from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
@@ -70,7 +69,7 @@ def held_out(run: RunFolder) -> Evidence | None:
         return None
     share, count = float(found["heldout_accuracy"]), int(found.get("heldout_pairs") or 0)
     low, high = found.get("heldout_interval") or share_interval(share * count, count)
-    return Evidence(share, low, high, count, guessing(run))
+    return Evidence(share, low, high, count, single.guessing(run))
 
 
 def win_rate(run: RunFolder) -> Evidence | None:
@@ -106,8 +105,8 @@ def verdict(run: RunFolder) -> Verdict:
     if not evidence:
         return _verdict_without_evidence(run, sentences, costs)
     if not any(found.above for found in evidence):
-        what = f"train on more {things(run)}" if _overfit(run) else "train longer"
-        text = f"{nothing_shown(run)}: {what}, or measure on more {things(run)}."
+        what = f"train on more {single.things(run)}" if _overfit(run) else "train longer"
+        text = f"{single.nothing_shown(run)}: {what}, or measure on more {single.held_things(run)}."
         return Verdict("poor", "No effect can be shown.", [*sentences, text])
     if costs:
         return Verdict(
@@ -130,10 +129,10 @@ def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[
     if accuracy is not None and accuracy > 0.55:
         return Verdict(
             "mixed",
-            f"It fits the training {things(run)}; whether it learned the preference was not measured.",
+            f"It fits the training {single.things(run)}; whether it learned the preference was not measured.",
             [*sentences, missing],
         )
-    return Verdict("poor", f"It has learned little, even on the training {things(run)}.", [*sentences, missing])
+    return Verdict("poor", f"It has learned little, even on the training {single.things(run)}.", [*sentences, missing])
 
 
 def _without_held_out(run: RunFolder) -> str:
@@ -141,19 +140,19 @@ def _without_held_out(run: RunFolder) -> str:
     usable = run.summary.get("data", {}).get("usable")
     few = isinstance(usable, int) and usable < ENOUGH_TO_SHARE and run.setting("validation_fraction") == 0
     why = (
-        f"None of the {usable:,} {things(run)} was held out: of fewer than {ENOUGH_TO_SHARE} that is done only when asked for. So"
+        f"None of the {usable:,} {single.things(run)} was held out: of fewer than {ENOUGH_TO_SHARE} that is done only when asked for. So"
         if few
-        else f"No held-out {things(run)} were measured, so"
+        else f"No held-out {single.things(run)} were measured, so"
     )
     return (
-        f"{why} nothing here shows that it holds beyond the training {things(run)}: give --validation-data, or "
-        f"--validation-fraction 0.2 for a fifth of the {things(run)}."
+        f"{why} nothing here shows that it holds beyond the training {single.things(run)}: give --validation-data, or "
+        f"--validation-fraction 0.2 for a fifth of the {single.things(run)}."
     )
 
 
 def _progress(run: RunFolder) -> list[str]:
     pairs = run.pairs_seen()
-    seen = f" on {pairs:,} {things(run)}" if pairs else ""
+    seen = f" on {pairs:,} {single.things(run)}" if pairs else ""
     if run.status == "finished":
         return [f"All {run.done:,} updates were made{seen}."]
     if run.done == 0:
@@ -166,15 +165,15 @@ def _findings(run: RunFolder) -> list[str]:
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
     if learned is not None:
         found.append(
-            f"On {learned.cases:,} {things(run)} that it never trained on{_shared(run)}, the model {side(run)} "
-            f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); {told_guessing(run)}."
+            f"On {learned.cases:,} {single.held_things(run)} that it never trained on{_shared(run)}, the model {single.held_side(run)} "
+            f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); {single.told_guessing(run)}."
         )
         if run.validations[-1].get("weights") == "averaged":
             found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")
         found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
         found.append(
-            f"On the {things(run)} it was trained on, the model {side(run)} {accuracy:.0%}; guessing gives 50%."
+            f"On the {single.things(run)} it was trained on, the model {single.side(run)} {accuracy:.0%}; guessing gives 50%."
         )
     if judged is not None:
         found.append(
@@ -194,7 +193,7 @@ def _shared(run: RunFolder) -> str:
     alone = run.setting("validation_fraction") and run.setting("validation_by") == "pair"
     if not alone and not run.summary.get("data", {}).get(SHARED):
         return ""
-    return f" (captions or images of theirs may be in {things(run)} that it did train on)"
+    return f" (captions or images of theirs may be in {single.things(run)} that it did train on)"
 
 
 def warnings(run: RunFolder) -> list[Caution]:
@@ -245,7 +244,7 @@ def _both_errors_rise(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         "Both errors rise",
-        f"The model has become worse at both {'kinds of image' if is_single(run) else 'images of a pair'}, {win / scale:.1%} on "
+        f"The model has become worse at both {'kinds of image' if single.is_single(run) else 'images of a pair'}, {win / scale:.1%} on "
         "the preferred one; the preference is met only because the other one suffers more. This is over-optimisation, and images "
         "degrade next. Stop earlier, lower the learning rate, raise beta, or add --sft-weight.",
         win > 3 * RISING * scale,
@@ -258,7 +257,7 @@ def _saturated(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         "The loss is saturated",
-        f"Nearly every {things(run)[:-1]} is already decided, so only {factor / run.start.pull:.1%} of the gradient at the start is left and "
+        f"Nearly every {single.things(run)[:-1]} is already decided, so only {factor / run.start.pull:.1%} of the gradient at the start is left and "
         "further updates change little. Beta is large for this data, or the same pairs were seen too often.",
     )
 
@@ -286,6 +285,7 @@ def _overfit(run: RunFolder) -> Caution | None:
         learned is None
         or accuracy is None
         or not run.pairwise
+        or single.is_single(run) != single.is_held_single(run)
         or run.done < FEW_UPDATES
         or _late_pairs(run) < FEW_HELD_OUT
         or accuracy - learned.share < OVERFIT
@@ -294,7 +294,7 @@ def _overfit(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         "It remembers rather than learns",
-        f"On training {things(run)} it is right in {accuracy:.0%}, on others in {learned.share:.0%}. More of them or fewer updates help.",
+        f"On training {single.things(run)} it is right in {accuracy:.0%}, on others in {learned.share:.0%}. More of them or fewer updates help.",
     )
 
 
@@ -326,7 +326,7 @@ def _still(run: RunFolder) -> Caution | None:
         return None
     return Caution(
         "The model has hardly moved",
-        f"The policy still rates the {things(run)} as it did before the first update. The learning rate is too small, or the "
+        f"The policy still rates the {single.things(run)} as it did before the first update. The learning rate is too small, or the "
         "warm-up is not over.",
     )
 
@@ -351,8 +351,8 @@ def _few_pairs(run: RunFolder) -> Caution | None:
     if not isinstance(usable, int) or usable >= FEW_PAIRS:
         return None
     return Caution(
-        f"Only {usable:,} training {things(run)}",
-        f"So few {things(run)} are soon known by heart; what is learned may be their accidents. Some thousands are better.",
+        f"Only {usable:,} training {single.things(run)}",
+        f"So few {single.things(run)} are soon known by heart; what is learned may be their accidents. Some thousands are better.",
     )
 
 
@@ -361,7 +361,7 @@ def _few_held_out(run: RunFolder) -> Caution | None:
     if learned is None or learned.cases >= FEW_HELD_OUT:
         return None
     return Caution(
-        f"Only {learned.cases} held-out {things(run)}",
+        f"Only {learned.cases} held-out {single.held_things(run)}",
         f"The accuracy is known to plus or minus {50 * (learned.high - learned.low):.0f} percentage points only; "
         f"{_how_to_measure_more(run)}.",
     )
@@ -383,7 +383,7 @@ def _holes(run: RunFolder) -> Caution | None:
     if not holes:
         return None
     return Caution(
-        f"{holes:,} of {holes + run.pairs_seen():,} {things(run)} were left out while training",
+        f"{holes:,} of {holes + run.pairs_seen():,} {single.things(run)} were left out while training",
         "An image of theirs could not be read, or is the same on both sides: the log's warnings name it (those of a store "
         "were given when it was prepared).",
     )

@@ -52,10 +52,10 @@ def _where(image: ImageRef) -> str:
 
 @torch.no_grad()
 def _decoded(run: Run, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [N, 4, h, w] of the posterior, unscaled -> pixels [N, 3, H, W] uint8."""
+    """Latents [N, C, h, w] of the posterior, unscaled -> pixels [N, 3, H, W] uint8."""
     vae = run.model.vae
     vae.to(run.device)
-    pixels = vae.decode(latents.to(run.device, next(vae.parameters()).dtype), return_dict=False)[0]
+    pixels = run.model.family.decode(vae, latents.to(run.device, next(vae.parameters()).dtype))
     if run.encoder.offload:
         vae.to("cpu")
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -361,7 +361,7 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
     every, data = config.output.validate_every, config.data
     if held_out is None or every == 0:
         return change(config, validate_every=cost.USUAL if every is None else every)
-    pairs, encoded = len(held_out), of_store(held_out) is not None
+    pairs, encoded = len(held_out) * held_out.sides // counted.sides, of_store(held_out) is not None
     if every is None and config.output.keep_best:
         every = max(1, steps // best.MEASURED)
     elif every is None:
@@ -374,7 +374,7 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
     )
     log.info(
         "held-out accuracy: %d %s, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
-        pairs, things(held_out), data.validation_draws, every, 100 * share, hint,
+        len(held_out), things(held_out), data.validation_draws, every, 100 * share, hint,
     )  # fmt: skip
     return change(config, validate_every=every)
 

@@ -12,7 +12,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import listed
 from dpo.data.batch import PairBatch
-from dpo.data.pairs import Source, things
+from dpo.data.pairs import Source
 from dpo.data.store.files import NOT_ALWAYS
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
@@ -73,15 +73,15 @@ def check_resolution(source: Source | None, resolution: int | None) -> None:
 
 
 def check_sides(config: Config, source: Source, held_out: Source | None) -> None:
-    """Raises UserError where the method compares pairs and there are none, or the held-out set is of the other kind.
+    """Raises UserError where the method compares pairs and there are none, or pairs are trained on and none are held out.
 
     Says how many images without a partner are liked, and warns where all are, or none.
     """
     data, method = config.data, config.method.method
-    if held_out is not None and held_out.sides != source.sides:
+    if held_out is not None and held_out.sides < source.sides:
         raise UserError(
-            f"{data.data} has {things(source)} and {data.validation_data} has {things(held_out)}: held-out accuracy is of what "
-            "is trained on, so give sets of one kind"
+            f"{data.data} has pairs and {data.validation_data} has images without partners, whose accuracy needs a centre that "
+            "pairs do not have: hold out pairs"
         )
     if source.sides == 2:
         return
@@ -93,6 +93,13 @@ def check_sides(config: Config, source: Source, held_out: Source | None) -> None
         )
     liked = int(np.sum(source.prob > 0.5))
     log.info("labels: %d images are liked, %d are not", liked, len(source) - liked)
+    if held_out is not None and held_out.sides == 1:
+        out = int(np.sum(held_out.prob > 0.5))
+        log.info(
+            "held-out accuracy is the share of images whose gain over the centre has the sign of their label: %d are liked, "
+            "%d are not, so the commoner label alone is right in %.0f %%",
+            out, len(held_out) - out, 100 * max(out, len(held_out) - out) / len(held_out),
+        )  # fmt: skip
     if liked in (0, len(source)):
         log.warning(
             "%s of the %d images is liked: with labels of one kind nothing says what to prefer, and KTO moves the model by "

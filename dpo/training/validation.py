@@ -39,7 +39,7 @@ class HeldOut:
     captions: Tensor  # [N] int64, their `caption_key`
     labelled: Tensor  # [N] bool: which can be used and have a preferred image, or a label
     liked: Tensor  # [N] bool: all of pairs; the label of images without a partner
-    single: bool  # whether they are images without a partner
+    single: bool  # whether they are images without a partner; a run on such images may hold out pairs
     sizes: list[int]  # pairs of each batch of all processes, in the order of their turn; they add up to N
     reference_errors: Tensor
     draws: int

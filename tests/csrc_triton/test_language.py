@@ -6,6 +6,7 @@ import sys
 import pytest
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from csrc_triton import language
 
@@ -22,6 +23,7 @@ def without(monkeypatch):
 
 def test_with_triton_the_names_are_its_own():
     assert (language.triton, language.tl, language.HAS_TRITON) == (triton, tl, True)
+    assert language.libdevice is libdevice
 
 
 def test_the_stand_ins_count_as_triton_does(without):

@@ -40,8 +40,13 @@ def pipeline(folder, **options):
     return pipe
 
 
-@pytest.mark.parametrize("kind", TRAINED)
-@pytest.mark.parametrize("low_rank", [False, True], ids=["full", "lora"])
+RESULTS = [(kind, low_rank) for kind in TRAINED for low_rank in (False, True)]
+OFTEN = (("sd35", False), ("flux2-klein-base", True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "low_rank"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in OFTEN)) for case in RESULTS]
+)
 def test_the_result_in_its_pipeline_is_what_was_trained(world, tmp_path, capsys, kind, low_rank):
     """The command from start to end; diffusers then predicts as the run's own model, and draws."""
     flags = ["--lora", "--learning-rate", "1e-2"] if low_rank else ["--learning-rate", "1e-3"]

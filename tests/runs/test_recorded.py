@@ -73,7 +73,7 @@ METHODS = [
     ("sd15", []),
     ("sd15", ["--lora", "--method", "dde"]),
     ("sdxl", ["--method", "dde-single"]),
-    *((kind, []) for kind in TRAINED),
+    ("qwen-image", []),
 ]
 REST = (
     [
@@ -85,6 +85,7 @@ REST = (
     + [("sd15", ["--loss", shape]) for shape in ("robust", "poly", "dmpo")]
     + [("sd15", ["--method", "sdpo"])]
     + [(kind, ["--method", "dde", *lora]) for kind in TRAINED for lora in ([], ["--lora"])]
+    + [(kind, []) for kind in TRAINED if kind != "qwen-image"]
 )
 
 

@@ -1,6 +1,7 @@
 """KTO on images without partners, each with a label of its own: what is computed, and what else holds of every run."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.nn.functional import logsigmoid
 from csrc_triton.philox import Stream, integers, normal
 from dpo import evaluate, label, pairs, prepare, replay
 from dpo.common.errors import UserError
-from dpo.training import validation
+from dpo.settings.flags import parse
+from dpo.training import preparing, validation
 from dpo.training.state import snapshot
 from tests.help.labelling import GREY
 from tests.help.processes import together
@@ -151,31 +153,26 @@ def test_a_store_gives_the_run_of_the_images_and_recorded_errors_that_of_live_on
 )
 def test_mirrored_dropped_and_of_several_shapes_they_are_the_same_from_a_store_and_from_memory(world, tmp_path, flags):
     images = str(make_labelled(tmp_path / "images", 6, odd_sizes=True, captions=3))
+    next((tmp_path / "images" / "images").glob("*-l.jpg")).write_bytes(b"no image")  # a hole, from wherever it is read
     store, own = str(tmp_path / "store"), [flag for flag in flags if flag in ("--flip", "--buckets")]
-    words = [
-        "--model",
-        world("sd15"),
-        "--data",
-        images,
-        "--dtype",
-        "fp32",
-        "--precision",
-        "fp64",
-        "--workers",
-        "0",
-        *own,
-    ]
+    given = ["--precision", "fp64", "--workers", "0", "--bad-image-limit", "1"]
+    words = ["--model", world("sd15"), "--data", images, "--dtype", "fp32", *given, *own]
     assert prepare.main(["--store", store, *words]) == 0
     wanted = {"images": (images, "off"), "kept": (images, "on"), "store": (store, "off")}
-    runs = {
-        name: make_run(
-            world("sd15"), data, tmp_path / "runs" / name, *EXACT, "--steps", "12", "--keep-encoded", keep, *flags
-        )
-        for name, (data, keep) in wanted.items()
-    }
-    losses = {name: [one["loss"] for one in advance(run, 12)] for name, run in runs.items()}
-    assert losses["kept"] == losses["images"] and runs["kept"].kept is not None and runs["kept"].kept.take() > 0
-    assert losses["store"] == pytest.approx(losses["images"], abs=1e-6) and len(set(losses["images"])) == 12
+    found = {}
+    for name, (data, keep) in wanted.items():
+        place, more = tmp_path / "runs" / name, ("--steps", "9", "--keep-encoded", keep, *given, *flags)
+        run = make_run(world("sd15"), data, place, *EXACT, *more)
+        figures = advance(run, 9)
+        assert (run.kept.take() if run.kept else 0) > 0 or name != "kept"
+        found[name] = [[one["loss"], one["pairs"], one.get("disliked_images")] for one in figures]
+    assert found["kept"] == found["images"] and sum(one[1] for one in found["images"]) == 30
+    assert [one[1:] for one in found["store"]] == [one[1:] for one in found["images"]]
+    assert [one[0] for one in found["store"]] == pytest.approx([one[0] for one in found["images"]], abs=1e-6)
+    if "--flip" in own:
+        with pytest.raises(UserError, match="store holds images without partners, and .* pairs: name another --store"):
+            config, _ = parse(["--model", world("sd15"), "--data", world("pairs"), *given, *own])
+            preparing.encode_pairs(config, Path(store), "fp32", text_batch=8)
 
 
 @pytest.mark.slow
@@ -202,10 +199,12 @@ def test_two_processes_train_the_run_of_one(world, images, tmp_path):
         assert far < 1e-9
 
 
-def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(world, images, tmp_path):
+def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(world, images, tmp_path, caplog):
+    caplog.set_level("INFO")
     for center in ("update", "batch"):
         run = make_run(world("sd15"), images, tmp_path, *EXACT, *HELD_OUT, "--kto-center", center)
         held = run.held_out
+        assert "so the commoner label alone is right in" in caplog.text
         assert validation.accuracy(run.step, held)["heldout_accuracy"] == 0.5
         advance(run, 3)
         liked, d = held.liked[held.labelled], validation.differences(run.step, held)
@@ -229,10 +228,22 @@ def test_other_methods_and_mixed_sets_are_refused_in_a_line(world, images, tmp_p
         UserError, match="images without partners, and method dpo compares the two of a pair: use --method kto"
     ):
         make_run(world("sd15"), images, tmp_path)
-    with pytest.raises(UserError, match="has images and .* has pairs: .* give sets of one kind"):
-        make_run(
-            world("sd15"), images, tmp_path, *KTO, "--validation-data", world("pairs"), "--validation-split", "train"
-        )
+    with pytest.raises(UserError, match="has pairs and .* images without partners, whose accuracy needs a centre"):
+        make_run(world("sd15"), world("pairs"), tmp_path, *KTO, "--validation-data", images)
+
+
+def test_pairs_may_be_held_out_of_a_run_on_images(world, images, tmp_path):
+    """Their accuracy is that of any method on pairs: both images of one share their noise, and no centre is in it."""
+    held = ("--validation-data", world("pairs"), "--validation-split", "train", "--validation-pairs", "5")
+    run = make_run(world("sd15"), images, tmp_path, *EXACT, *held, "--validation-draws", "1", "--validate-every", "2")
+    assert not run.held_out.single and run.held_out.liked.all() and run.source.sides == 1
+    run.step.kto.center.fill_(7.0)
+    advance(run, 1)
+    errors = [
+        run.step.errors(x._replace(draws=torch.zeros_like(x.draws)), torch.zeros(1000))[0] for x in run.held_out.batches
+    ]
+    d = torch.cat([one.difference.detach() for one in errors])
+    torch.testing.assert_close(validation.differences(run.step, run.held_out)[0], d, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

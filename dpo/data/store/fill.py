@@ -162,6 +162,9 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
         if name == "buckets" and bool(found) != bool(value):
             have, change = ("squares", "leave --buckets out") if value else ("shapes", "give --buckets")
             raise UserError(f"{task.folder} holds {have}: {change}, or name another --store")
+        if name == "sides" and found != value:
+            kinds = {1: "images without partners", 2: "pairs"}
+            raise UserError(f"{task.folder} holds {kinds[found]}, and {task.name} {kinds[value]}: name another --store")
         if found != value and not (found is None and name in NOT_ALWAYS):
             raise UserError(
                 f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"

@@ -116,8 +116,7 @@ class Contents:
         padded = hidden[0].new_zeros(len(rows), self.settings["text_tokens"], hidden[0].shape[-1])
         mask = torch.zeros(padded.shape[:2], dtype=torch.bool)
         for i, states in enumerate(hidden):
-            padded[i, : len(states)] = states
-            mask[i, : len(states)] = True
+            padded[i, : len(states)], mask[i, : len(states)] = states, True
         return padded, pooled, mask
 
     def _read(self, kind: str, row: int) -> dict[str, Tensor]:
@@ -157,10 +156,7 @@ class Contents:
         return bytes(shard["caption_text"][_between(shard["caption_end"], at)].numpy()).decode("utf-8", "surrogatepass")
 
     def micro(self, rows: Sequence[int], size: Size | None = None) -> Tensor:
-        """SDXL's size and crop [N, 6] int64 of the images at `rows`; those of an uncut image where the row is -1.
-
-        size: pixels of these images, None for the square.
-        """
+        """SDXL's size and crop [N, 6] int64 of images of `size` (None: the square); those of an uncut one where the row is -1."""
         size = size or (self.settings["resolution"],) * 2
         plain = torch.tensor([*size, 0, 0, *size])
         places = [self.images.find(row) if row >= 0 else None for row in rows]

@@ -5,13 +5,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from dpo.common.command import MISTAKE, run
-from dpo.common.libraries import hidden, misfit
+from dpo.common.libraries import hidden, misfit, quiet
 
 NMS = 'def register():\n    raise RuntimeError("operator torchvision::nms does not exist\\nsecond line")\nregister()\n'
 
@@ -108,3 +109,14 @@ def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work(
     )
     ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["False", "False", "True", "AdamW8bit"]
+
+
+def test_norms_in_fp32_are_no_news_to_a_user():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        quiet()
+        warnings.warn(
+            "Mismatch dtype between input and weight: input dtype = c10::BFloat16, weight dtype = float", stacklevel=1
+        )
+        warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in told] == ["another"]

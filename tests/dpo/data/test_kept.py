@@ -57,6 +57,22 @@ def test_a_batch_comes_back_in_any_order_once_all_were_seen_twice_and_came_out_e
     assert (kept.take(), kept.take()) == (2, 0)
 
 
+def test_a_mask_comes_back_with_its_caption():
+    def masked(*indices, shift=0):
+        batch, mean, std, (hidden, _, _) = encoded(*indices)
+        return batch, mean, std, (hidden, None, torch.arange(3) <= batch.keys[:, None] - 100 + shift)
+
+    kept = memory()
+    for indices in ((0, 1), (1, 0)):
+        kept.put(*masked(*indices))
+    batch = kept.batch(Place(8, [1, 0, 1], [3, 3, 3]))
+    hidden, pooled, mask = batch.text
+    assert pooled is None and mask.dtype == torch.bool and mask.sum(1).tolist() == [2, 1, 2]
+    assert torch.equal(hidden, encoded(1, 0, 1)[3][0])
+    kept.put(*masked(0, 1, shift=1))
+    assert kept.full, "another mask of the same caption is another encoding"
+
+
 def test_a_hole_is_remembered_with_its_reason():
     kept = memory()
     for _ in range(2):

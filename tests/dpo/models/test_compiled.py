@@ -8,7 +8,9 @@ import torch
 import torch._dynamo
 
 from dpo.models import compiled
+from dpo.models.family import repeated
 from dpo.models.load import load
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import advance, everything, make_run
 
 
@@ -40,14 +42,39 @@ def test_blocks_of_a_kind_share_what_is_compiled(world):
     assert 0 < first.graphs < blocks[0] == blocks[1] and second.graphs == 0 and list(unet.state_dict()) == names
 
 
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "flux2-klein-base")) for kind in TRAINED]
+)
+def test_every_block_of_a_transformer_is_compiled(world, kind):
+    model = load(world(kind), text_tokens=64)
+    denoise, shape = model.denoise(model.denoiser), model.geometry
+    x = (
+        torch.randn(2, shape.channels, 4, 8),
+        torch.tensor([30.0, 900.0]),
+        model.family.encode(model, ["a fox", ""]),
+        None,
+    )
+    with torch.no_grad():
+        plain = denoise(*x)
+        blocks = compiled.compile_blocks(model.denoiser)
+        with compiled.watched() as found:
+            assert torch.equal(denoise(*x), plain)
+    kinds = [type(module) for module in repeated(model.denoiser).values()]
+    assert blocks == len(kinds) and found.graphs >= len(set(kinds))
+
+
+CASES = [("sd15", ["--lora", "--rank", "2"]), ("sd15", ["--method", "dde", "--checkpointing", "on"])]
+CASES += [(kind, ["--lora", "--checkpointing", "on", *SMALL]) for kind in TRAINED]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--lora", "--rank", "2"], ["--method", "dde", "--checkpointing", "on"]])
-def test_a_compiled_run_is_the_run(world, tmp_path, caplog, flags):
+@pytest.mark.parametrize(("kind", "flags"), CASES)
+def test_a_compiled_run_is_the_run(world, tmp_path, caplog, kind, flags):
     """Also under checkpointing, and where the reference is the UNet with its adapters off."""
     caplog.set_level("INFO", "dpo")
     every = [*flags, "--batch-size", "2", "--accumulation", "2", "--precision", "fp64"]
-    plain = make_run(world("sd15"), world("pairs"), tmp_path / "plain", *every)
-    run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *every, "--compile")
+    plain = make_run(world(kind), world("pairs"), tmp_path / "plain", *every)
+    run = make_run(world(kind), world("pairs"), tmp_path / "run", *every, "--compile")
     assert "--compile: the logit of the first 8 pairs is exactly 0" in caplog.text
     (expected, _), (found, _) = advance(plain, 2), advance(run, 2)
     assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-12)

@@ -7,6 +7,7 @@ import torch
 from dpo.models.family import TextEncoding, families
 from dpo.models.load import load
 from dpo.settings.families import FAMILIES
+from tests.help.flow import TRAINED
 from tests.help.worlds import KINDS
 
 
@@ -38,6 +39,20 @@ def test_a_mask_stays_a_mask():
     assert half.hidden.dtype == torch.bfloat16 and half.mask.dtype == torch.bool and half.pooled is None
     assert one.twice().mask.sum(1).tolist() == [2, 1, 2, 1] and one.row(slice(1, 2)).mask.sum(1).tolist() == [1]
     assert one.zero_where(torch.tensor([True, False])).mask.sum(1).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["sd15", *TRAINED])
+def test_latents_are_decoded_as_they_were_encoded(world, kind):
+    model = load(world(kind))
+    pixels = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        mean, std = model.family.posterior(model.vae, pixels)
+        found = model.family.decode(model.vae, mean)
+        frames = pixels[:, :, None] if kind == "qwen-image" else pixels
+        plain = model.vae.decode(model.vae.encode(frames).latent_dist.mode()).sample
+    shape, scale = model.geometry, model.geometry.vae_scale
+    assert mean.shape == std.shape == (2, shape.channels, 64 // scale, 32 // scale)
+    assert found.shape == pixels.shape and torch.equal(found, plain.view(found.shape))
 
 
 @pytest.mark.parametrize("kind", KINDS)

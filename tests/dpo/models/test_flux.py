@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, FluxImg2ImgPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from dpo.common.errors import UserError
 from dpo.models import lora, lora_files
 from dpo.models.family import TextEncoding
 from dpo.models.flux2 import shift
@@ -54,7 +55,7 @@ def calls_of(module):
         module.forward = forward
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["flux-dev", "flux2-klein"])
 @pytest.mark.parametrize("tokens", [16, None])
 def test_captions_encode_as_the_pipeline_does(world, kind, tokens):
     model, pipe = load(world(kind), text_tokens=tokens), pipeline_of(world(kind))
@@ -248,6 +249,28 @@ def test_refused_in_one_line_before_weights_are_read(copies, kind, file, changes
 )
 def test_settings_that_a_model_has_no_place_for(world, kind, options, words):
     assert words in refused(world(kind), **options)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_in_one_line(copies):
+    folder = copies("flux2-klein")
+    (folder / "tokenizer/chat_template.jinja").unlink()
+    model = load(str(folder))
+    with pytest.raises(UserError, match="chat template cannot be used") as caught:
+        model.family.encode(model, ["a fox"])
+    assert "\n" not in str(caught.value)
+
+
+def test_another_vae_of_klein_is_read(world, copies):
+    other = copies("flux2-klein-base") / "vae"
+    (path,) = other.glob("*.safetensors")
+    named = {name: value.clone() for name, value in load_file(path).items()}
+    named["bn.running_mean"] += 1
+    save_file(named, path, metadata={"format": "pt"})
+    means = [
+        model.family.scaling(model.vae)[0]
+        for model in (load(world("flux2-klein")), load(world("flux2-klein"), vae=str(other)))
+    ]
+    assert means[1] == pytest.approx([mean + 1 for mean in means[0]])
 
 
 SINGLE = "single_transformer_blocks"

@@ -49,6 +49,11 @@ def test_commands_are_whole_and_files_are_there(copied, monkeypatch, kind):
     assert f'"{folder}"' in code and ("load_lora_weights" in code) == (kind == "lora-gpu")
 
 
+def test_no_export_is_advised_that_would_be_refused(copied, monkeypatch):
+    _, lines = steps(copied("lora-gpu"), monkeypatch, model="owner/model", prediction_type="flow_prediction")
+    assert lines and not any("dpo.export" in line for line in lines)
+
+
 def test_a_model_on_this_machine_is_named_by_its_whole_path(copied, monkeypatch, tmp_path):
     (tmp_path / "base").mkdir()
     _, lines = steps(copied("lora-gpu"), monkeypatch, model="base")

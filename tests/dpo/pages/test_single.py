@@ -48,3 +48,10 @@ def test_an_accuracy_that_the_commoner_label_reaches_shows_nothing(run):
 
 def test_the_card_says_what_the_labels_were_of(run):
     assert "aligned with the labels of the images in" in model_card(of_images(run, 50))
+
+
+def test_pairs_that_are_held_out_of_a_run_on_images_are_called_so(run):
+    data = run.summary.get("data", {}) | {LIKED: 700, "held out": 100}
+    said = verdict(run._replace(summary=run.summary | {"data": data})).sentences
+    assert any("pairs that it never trained on" in one and "sides with the preferred image" in one for one in said)
+    assert any("guessing gives 50%" in one for one in said) and "images" in said[0]

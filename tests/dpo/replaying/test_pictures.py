@@ -8,6 +8,7 @@ import pytest
 from dpo.prepare import main as prepare
 from dpo.replaying.pairs import measured
 from dpo.replaying.pictures import pictures, places
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import make_run
 from tests.help.worlds import make_folders
 
@@ -31,11 +32,13 @@ def test_images_are_those_of_the_batch(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_of_a_store_are_decoded(world, tmp_path):
+@pytest.mark.parametrize("kind", ["sd15", *TRAINED])
+def test_images_of_a_store_are_decoded(world, tmp_path, kind):
     folder, store = make_folders(tmp_path / "pairs", 6), tmp_path / "store"
-    words = ["--model", world("sd15"), "--data", str(folder), "--store", str(store), "--workers", "0"]
-    assert prepare([*words, "--flip"]) == 0
-    run = make_run(world("sd15"), str(store), tmp_path / "run", *FLAGS)
+    words = ["--model", world(kind), "--data", str(folder), "--store", str(store), "--workers", "0"]
+    small = SMALL if kind in TRAINED else ()
+    assert prepare([*words, "--flip", *small]) == 0
+    run = make_run(world(kind), str(store), tmp_path / "run", *FLAGS, *small)
     pair = measured(run, top=1)[0]
     win, lose = pictures(run, pair)
     side = run.config.data.resolution
