@@ -122,7 +122,7 @@ def adapted_forward(self: LoraLayer, x: Tensor, *args: Any, **kwargs: Any) -> Te
     if self.disable_adapters:
         return result
     down, up, scaling = self.lora_A["default"], self.lora_B["default"], self.scaling["default"]
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # of a meta tensor nobody may ask
         x = x.to(down.get_parameter("weight").dtype)
     change = up(down(self.lora_dropout["default"](x)))
     return (result + (change if scaling == 1.0 else change * scaling)).to(result.dtype)
