@@ -190,6 +190,13 @@ class Model:
         return {name: one for (name, _), one in zip_longest(self.family.tokenizers, self.tokenizers)}
 
 
+# The layers of attention over image and text together, as public trainers adapt them.
+JOINT_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+
+
 @dataclass(frozen=True)
 class Flow:
     """What the families of flow matching differ in, beside what all families do."""

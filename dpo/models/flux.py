@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.models.checks import DEFAULTED, Check, Configs, equal, number, scaling_said
-from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, levels_of
+from dpo.models.family import JOINT_ATTENTION, Family, Flow, Geometry, Model, TextEncoding, levels_of
 from dpo.models.text import T5_TOKENIZER, TOKENIZER, run_encoder
 from dpo.settings.families import PIPELINES
 
@@ -182,14 +182,7 @@ FAMILY = Family(
     ),
     geometry=geometry,
     lora_targets=(
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",

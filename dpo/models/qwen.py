@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.models.checks import DEFAULTED, Configs, absent, equal, number
-from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, Vae
+from dpo.models.family import JOINT_ATTENTION, Family, Flow, Geometry, Model, TextEncoding, Vae
 from dpo.models.flux import PACK, as_latents, as_tokens, turns_match
 from dpo.models.text import QWEN_TOKENIZER, beside
 from dpo.settings.families import PIPELINES
@@ -176,14 +176,7 @@ FAMILY = Family(
     scaling=scaling,
     vae_class="AutoencoderKLQwenImage",
     lora_targets=(
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *JOINT_ATTENTION,
         "img_mlp.net.2",
         "txt_mlp.net.2",
     ),

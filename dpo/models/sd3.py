@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.models.checks import Configs, latents_match, number, scaling_said
-from dpo.models.family import Family, Flow, Geometry, Model, TextEncoding, levels_of
+from dpo.models.family import JOINT_ATTENTION, Family, Flow, Geometry, Model, TextEncoding, levels_of
 from dpo.models.text import T5_TOKENIZER, TOKENIZER, run_encoder
 from dpo.settings.families import PIPELINES
 
@@ -112,15 +112,6 @@ FAMILY = Family(
         text_fits,
     ),
     geometry=geometry,
-    lora_targets=(
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    ),
+    lora_targets=JOINT_ATTENTION,
     flow=Flow(text_tokens=256, blank=blank, longest=512, even_steps=False),
 )
