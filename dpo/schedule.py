@@ -278,6 +278,10 @@ def complete_flow(config: Mapping, about: str = "") -> tuple[dict[str, Any], lis
         raise UserError(
             f"{about}the model's scheduler says {wrong} {excerpt(known[wrong])}: a number above 0 is expected"
         )
+    if known["use_dynamic_shifting"] and known["max_image_seq_len"] <= known["base_image_seq_len"]:
+        raise UserError(
+            f"{about}the model's scheduler says max_image_seq_len {known['max_image_seq_len']}: it is not above its base_image_seq_len"
+        )
     if known["use_dynamic_shifting"] and known["time_shift_type"] not in SHIFTS:
         raise UserError(
             f"{about}the model's scheduler says time_shift_type {excerpt(known['time_shift_type'])}: this trainer knows "
@@ -309,6 +313,10 @@ def flow_from_scheduler(
     if config["use_dynamic_shifting"]:
         assert mu is not None, "of the family and the number of tokens"
         factor = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+    if not factor > 0:
+        raise UserError(
+            f"the model's scheduler shifts the noise levels of this size by {factor:.3g}: a number above 0 is expected"
+        )
     levels = factor * s / (1 + (factor - 1) * s)
     nearest = [int((levels - step).abs().argmin()) for step in steps or ()]
     return FlowSchedule(levels, tuple(sorted(set(nearest))) or None)

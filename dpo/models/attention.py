@@ -8,16 +8,17 @@ once on a small call, forward and backward, with and without a gradient.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo.common.words import first_line
 from dpo.models.family import Denoiser
@@ -97,21 +98,21 @@ def without_cudnn(denoiser: Denoiser) -> None:
     """Has every attention of a transformer run on torch's operations without cuDNN's, in each forward pass, in place.
 
     The others give the same bits with and without a gradient, whatever the mask. Where torch is asked for deterministic
-    sums, only those of DETERMINISTIC are left.
+    sums, only those of DETERMINISTIC are left. Blocks that the backward pass computes again do so outside of this: see
+    `kinds_of`.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    def chosen(self: Denoiser, *args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kinds_of()):
+            return type(self).forward(self, *args, **kwargs)
+
+    denoiser.forward = MethodType(chosen, denoiser)  # a copy's is bound to the copy
+
+
+def kinds_of() -> list[SDPBackend]:
+    """The operations that a transformer's attention runs on, in the forward pass and where a block is computed again."""
     kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if torch.are_deterministic_algorithms_enabled():
-        kinds.remove(SDPBackend.EFFICIENT_ATTENTION)
-    forward = denoiser.forward
-
-    @functools.wraps(forward)
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        with sdpa_kernel(kinds):
-            return forward(*args, **kwargs)
-
-    denoiser.forward = chosen  # type: ignore[method-assign]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if torch.are_deterministic_algorithms_enabled() else kinds
 
 
 @cache

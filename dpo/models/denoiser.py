@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dpo.common.errors import UserError
-from dpo.models.attention import use_one_attention, without_cudnn
+from dpo.models.attention import kinds_of, use_one_attention, without_cudnn
 from dpo.models.family import Denoiser, is_unet
 
 log = logging.getLogger("dpo")
@@ -87,6 +89,12 @@ def _recomputed(module: nn.Module, *args: Any) -> Any:
     return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def _recomputed_on_the_same(module: nn.Module, *args: Any) -> Any:
+    """As `_recomputed`, of a transformer's block: its attention runs on the same operations when it is computed again."""
+    again = lambda: (nullcontext(), sdpa_kernel(kinds_of()))  # noqa: E731  # (around the forward pass, around the other)
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=again)
+
+
 def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     """Recomputes activations in the backward pass: "off", "on", or blocks such as "down_blocks.0,mid_block".
 
@@ -95,7 +103,8 @@ def use_checkpointing(denoiser: Denoiser, setting: str) -> None:
     if setting == "off":
         denoiser.disable_gradient_checkpointing()
         return
-    denoiser.enable_gradient_checkpointing(_recomputed)
+    on_gpu = next(denoiser.parameters()).is_cuda
+    denoiser.enable_gradient_checkpointing(_recomputed if is_unet(denoiser) or not on_gpu else _recomputed_on_the_same)
     if setting == "on":
         return
     if not is_unet(denoiser):

@@ -161,6 +161,7 @@ class Model:
     merged: Adapter | None = None  # a LoRA that was merged into the denoiser: a saved adapter contains it
     pipeline_config: dict[str, Any] = field(default_factory=dict)  # settings of the source's model_index.json
     resampled: dict[str, Any] = field(default_factory=dict)  # where scheduler_config departs from the source's
+    scaling: tuple[list[float], list[float]] | None = None  # of the latents, from the VAE before it was cast
     text_tokens: int | None = None  # of a caption, where the family lets that be chosen
     guidance: float | None = None  # what a model that takes its guidance scale as an input is told in training
 

@@ -191,6 +191,7 @@ def cast(model: Model, precision: str, vae: str = "auto") -> None:
     model.denoiser.to(own)
     overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
     chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
+    model.scaling = model.scaling or model.family.scaling(model.vae)  # before its statistics are rounded
     model.vae.to(chosen)
     if vae != "auto":
         _decode_in(model.vae, chosen)

@@ -53,7 +53,14 @@ SHARED = "held out with a caption trained on"  # of "data" in SUMMARY_FILE: a nu
 
 MODULE = ("config.json", "diffusion_pytorch_model*.safetensors*")
 ENCODER = ("config.json", "model*.safetensors*")
-TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 class Entry(NamedTuple):

@@ -126,7 +126,7 @@ def _verdict_without_evidence(run: RunFolder, sentences: list[str], costs: list[
     accuracy = run.late("implicit_accuracy")
     if costs:
         return Verdict("mixed", f"Be wary: {costs[0].title[0].lower()}{costs[0].title[1:]}.", [*sentences, missing])
-    if accuracy is not None and accuracy > 0.55:
+    if accuracy is not None and accuracy > 0.55 and not single.is_single(run):
         return Verdict(
             "mixed",
             f"It fits the training {single.things(run)}; whether it learned the preference was not measured.",
@@ -173,7 +173,8 @@ def _findings(run: RunFolder) -> list[str]:
         found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
         found.append(
-            f"On the {single.things(run)} it was trained on, the model {single.side(run)} {accuracy:.0%}; guessing gives 50%."
+            f"On the {single.things(run)} it was trained on, the model {single.side(run)} {accuracy:.0%}"
+            + ("." if single.is_single(run) else "; guessing gives 50%.")
         )
     if judged is not None:
         found.append(

@@ -28,7 +28,7 @@ class Change:
 
 def _smallest(config: Config) -> dict[str, Any]:
     size, passes = config.optim.batch_size, config.optim.accumulation
-    if size == 1:
+    if size == 1 or (config.method.method == "kto" and config.method.kto_center == "batch"):
         return {}
     return {
         "batch_size": 1,
@@ -47,6 +47,7 @@ RELEASE = Change(
     lambda c: _unless(
         c.optim.gradient_release
         or c.lora.lora
+        or c.data.buckets
         or _whole_pass(c)
         or c.runtime.precision == "fp16"
         or c.optim.optimizer not in RELEASING,

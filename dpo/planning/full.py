@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from dpo.common.errors import UserError
+from dpo.common.words import first_line
 from dpo.models.ready import pick_device
 from dpo.planning import cuda, fitting, recompute, work
 from dpo.planning.asked import Asked
@@ -36,6 +37,9 @@ def instead(config: Config, train_step: TrainStep, processes: Processes) -> str:
         with work.quietly():
             said = what_fits(config, work.planner(train_step, processes.count), memory, processes.count)
     except KeyboardInterrupt:
+        return ""
+    except Exception as error:  # of libraries, on tensors without content: what is to be said is that memory was full
+        log.warning("what would fit cannot be planned (%s)", first_line(error))
         return ""
     return f"; {said}" if said else ""
 

@@ -7,7 +7,7 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,8 @@ def _sides(data: Data) -> int:
     """Images of a pair: those of a set that is here, which is opened; of one that is not made yet two, the larger plan."""
     place = Path(data.data or "").expanduser()
     there = is_store(place) if data.data_format == "store" else place.exists()
+    if data.data and not there and data.data_format == "store" and place.exists():
+        return open_source(replace(data, data_format="auto")).sides  # what a store is to be made of
     return open_source(data).sides if data.data and there else 2
 
 

@@ -85,7 +85,8 @@ def read(
 def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
     """The pipeline that `name` stands for, on the CPU; arguments as of `read`.
 
-    precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32. Raises UserError.
+    precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32; "auto": fp16, or bf16
+    for a family of flow matching, whose text encoders overflow. Raises UserError.
     """
     config, model = read(name, device=device, lora_base=lora_base, cache_dir=cache_dir)
     pipe = pipeline_of(model)
@@ -93,6 +94,12 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
     own = {key: value for key, value in settled.items() if key in ("force_zeros_for_empty_prompt", "clip_skip")}
     identities = [str(identity(model)), str(sorted(own.items()))]
+    if precision == "auto":
+        precision = "bf16" if model.family.flow else "fp16"
+    if model.family.flow and precision == "fp16":
+        raise UserError(
+            f"--precision fp16: the text encoders of family {model.family.name} overflow in it; use bf16 or fp32"
+        )
     half = HALF.get(precision)
     wide = half is not None and model.family.vae_overflows_in_fp16
     if half is not None:
@@ -114,7 +121,12 @@ def settings_of(name: str) -> dict[str, Any]:
     """The settings, by name, that load what is no LoRA. Raises UserError."""
     if name.startswith(START):
         return _config_of_run(Path(name.removeprefix(START)).expanduser() / CONFIG_FILE, {"reference_model"})
-    return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name}
+    beside = Path(name).expanduser() / CONFIG_FILE
+    drawn = settings.flat_settings(load_config(str(beside), "the run's")) if beside.is_file() else {}
+    as_trained = {key: drawn[key] for key in ("text_tokens", "timesteps") if drawn.get(key) not in (None, "auto")}
+    if "timesteps" not in as_trained and "turbo" in Path(name).name.lower():
+        as_trained["timesteps"] = "all"  # nothing is trained here, and steps can be named
+    return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name, **as_trained}
 
 
 def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> bool:

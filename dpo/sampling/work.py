@@ -210,7 +210,7 @@ def _draw_one(
     device: torch.device,
     shard: tuple[int, int],
 ) -> None:
-    precision = ("fp32" if device.type == "cpu" else "fp16") if asked.precision == "auto" else asked.precision
+    precision = "fp32" if asked.precision == "auto" and device.type == "cpu" else asked.precision
     own = asked.lora_base if name == asked.model else None
     opened = named.opened(name, device=device, precision=precision, lora_base=own, cache_dir=asked.cache_dir)
     samplers.use(opened.pipe, asked.sampler)

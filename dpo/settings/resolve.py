@@ -74,7 +74,7 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
         values["dropped_caption"] = "zeros" if model.empty_is_zeros else "empty"
     values |= _of_model(config, model)
     values |= _of_method(config, model, prediction_type)
-    values |= _of_device(config, device)
+    values |= _of_device(config, model, device)
     values |= _of_length(config)
     decided = change(config, **values)
     return decided, [*_notes(config, decided, device), *_of_dropped(decided, model)]
@@ -109,6 +109,10 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
         raise UserError(f"--zero-snr {asked.zero_snr}: a flow's levels end in pure noise as they are; leave it at auto")
     if config.lora.lora_format == "kohya":
         raise UserError(f"--lora-format kohya: sd-scripts has no such names for family {model.family}; use diffusers")
+    if config.runtime.cuda_graph and model.family == "qwen":
+        raise UserError(
+            "--cuda-graph: this family's transformer in diffusers copies a number to the GPU in every pass; leave it out"
+        )
     if config.runtime.precision == "fp16":
         raise UserError(
             f"--precision fp16: the text encoders of family {model.family} overflow in it; use bf16 or fp32"
@@ -156,11 +160,10 @@ def large_weight(method: str, prediction_type: str) -> bool:
     return METHODS[method].weight == "single-shot" and prediction_type == "epsilon"
 
 
-def _of_device(config: Config, device: DeviceFacts) -> dict[str, Any]:
+def _of_device(config: Config, model: ModelFacts, device: DeviceFacts) -> dict[str, Any]:
     runtime, gpu = config.runtime, device.gpu
-    precision = (
-        runtime.precision if runtime.precision != "auto" else ("bf16" if device.bf16 else "fp16") if gpu else "fp32"
-    )
+    half = "bf16" if device.bf16 else "fp32" if model.flow else "fp16"
+    precision = runtime.precision if runtime.precision != "auto" else half if gpu else "fp32"
     if precision == "fp16" and not gpu:
         precision = "fp32"
     if runtime.kernels == "triton" and not gpu:

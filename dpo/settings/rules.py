@@ -255,6 +255,7 @@ def without_effect(values: Mapping[str, Any], given: Collection[str], specs: Map
         (not v.push_to_hub, ("hub_id", "hub_public"), "without --push-to-hub"),
         (not v.samples, DRAWN, "with --no-samples"),
         (not v.keep_best, ("patience",), "without --keep-best"),
+        (v.timestep_draw != "logit-normal", ("logit_mean", "logit_std"), "without --timestep-draw logit-normal"),
     ]
     return [
         f"{spec.flag} has no effect {why}"

@@ -136,7 +136,7 @@ def beside(config: Config) -> dict[str, Any]:
     method, told = config.method, config.model.train_guidance
     found: dict[str, Any] = {} if told is None else {"train_guidance": told}
     if method.timestep_draw != schedule.GRID:
-        normal = f" {method.logit_mean:g} {method.logit_std:g}" if method.timestep_draw == schedule.LOGIT_NORMAL else ""
+        normal = f" {method.logit_mean!r} {method.logit_std!r}" if method.timestep_draw == schedule.LOGIT_NORMAL else ""
         found["timestep_draw"] = f"{method.timestep_draw}{normal} in [{method.window_low}, {method.window_high})"
     return found
 
@@ -158,7 +158,9 @@ def pair_step(
     assert method.beta is not None, "decided when the model was loaded"
     tables = _tables(config, plan)
     real = torch.float64 if precision == "fp64" else torch.float32
-    shift, scale = (torch.tensor(values, dtype=real, device=device) for values in model.family.scaling(model.vae))
+    shift, scale = (
+        torch.tensor(values, dtype=real, device=device) for values in model.scaling or model.family.scaling(model.vae)
+    )
     step = PairStep(
         model=model,
         policy=policy,

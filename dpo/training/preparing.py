@@ -186,7 +186,7 @@ def _caption_bytes(model: Model, itemsize: int) -> int:
 def _size_told(model: Model, config: Config, source: Source, rows: slice, itemsize: int) -> str:
     """What the pairs `rows` of a source take in a store, in words, before any of them is encoded."""
     captions = len(np.unique(source.caption_keys()[rows])) + 1  # the empty one
-    images = 2 * len(range(len(source))[rows])
+    images = source.sides * len(range(len(source))[rows])
     caption, image = _caption_bytes(model, itemsize), _image_bytes(model, config.data, itemsize)
     total = captions * caption + images * image
     return (

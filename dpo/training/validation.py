@@ -3,8 +3,8 @@
 For each pair, d is averaged over S keyed (timestep, noise) draws. The pair counts 1 when the mean is negative, one half
 when it is 0. The reference errors do not change during a run: they are computed once, at its start.
 
-Of images without a partner it is the share whose gain R - L over KTO's centre has the sign of the label. Their d is
-L - R plus the centre where the image is liked, and the negative of that where it is not.
+Of images without a partner it is the share whose gain R - L over the mean of all has the sign of the label. Their d is
+L - R plus that mean (at least 0) where the image is liked, and the negative of that where it is not.
 """
 
 from __future__ import annotations
@@ -129,16 +129,8 @@ def differences(step: PairStep, held_out: HeldOut) -> Tensor:
     if not held_out.single:
         return (errors[:, 0] - errors[:, 1]).cpu()[:, held_out.labelled]
     risen = errors[:, 0].cpu()[:, held_out.labelled]
-    risen = risen + _centre(step, risen)
+    risen = risen + (-risen.mean()).clamp_min(0) if risen.numel() else risen
     return torch.where(held_out.liked[held_out.labelled], risen, -risen)
-
-
-def _centre(step: PairStep, risen: Tensor) -> Tensor:
-    """KTO's centre as a mean gain, 0-d: that of the next update; where it is of a micro-batch, that of these images."""
-    assert step.kto is not None, "no other method trains on images without a partner"
-    if isinstance(step.kto.center, Tensor):
-        return (step.kto.center / (step.beta / 2)).to(risen)
-    return (-risen.mean()).clamp_min(0) if risen.numel() else risen.new_zeros(())
 
 
 def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:

@@ -66,8 +66,8 @@ MODEL = {
     "not a pipeline": (lambda at: ["--model", write(at / "m/unet/x").parents[1]], ["no model_index.json", "whole diffusers"]),
     "damaged index": (lambda at: ["--model", write(at / "m/model_index.json", "{").parent], ["model_index.json", "fetch"]),
     "unknown family": (
-        lambda at: ["--model", write(at / "m/model_index.json", '{"_class_name": "FluxPipeline"}').parent],
-        ["unknown model family 'FluxPipeline'", "StableDiffusionXLPipeline"],
+        lambda at: ["--model", write(at / "m/model_index.json", '{"_class_name": "SanaPipeline"}').parent],
+        ["unknown model family 'SanaPipeline'", "StableDiffusionXLPipeline"],
     ),
     "another family": (lambda at: ["--family", "sdxl"], ["of family sd", "--family sd"]),
     "not reachable": (lambda at: ["--model", "nobody/no-model"], ["nobody/no-model", "from the hub", "name a local folder"]),

@@ -22,6 +22,7 @@ WITHDRAWN = {
     "yuvalkirstain/pickapic_v2",
 }
 SCORERS = {word for one in LISTED for word in re.split(r"[,\s]+", one.source) if is_hub_id(word)}  # docs/evaluate.md
+DISTILLED = "black-forest-labs/FLUX.2-klein-4B"  # beside the base model of the preset
 OWNERS = sorted({name.split("/")[0] for name in {*CHECKED, *WITHDRAWN}})
 ADDRESS = re.compile(rf"(?<![\w/.-])(?:{'|'.join(OWNERS)})/[\w.-]*\w")
 
@@ -42,6 +43,10 @@ def test_the_addresses_of_the_presets():
         "madebyollin/sdxl-vae-fp16-fix",
         "stabilityai/sdxl-turbo",
         "liuhuohuo2/pick-a-pic-v2",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "black-forest-labs/FLUX.1-dev",
+        "black-forest-labs/FLUX.2-klein-base-4B",
+        "Qwen/Qwen-Image",
     }
     assert set(CHECKED) == set().union(*used.values()), "docs/models.md says how each was checked"
     for name, users in CHECKED.items():
@@ -58,5 +63,6 @@ def test_no_other_address_is_named(where):
     for file in (file for file in files if file.suffix in (".py", ".md", ".toml", ".html")):
         found = set(ADDRESS.findall(file.read_text("utf-8")))
         allowed = {*CHECKED, *WITHDRAWN} if file.name == "models.md" else {*CHECKED, *SCORERS}
+        allowed |= {DISTILLED}
         allowed |= set(LICENCES) if file.name == "origin.py" else set()  # it says their licence, and loads none
         assert found <= allowed, f"{file.relative_to(ROOT)} names {sorted(found - allowed)}"

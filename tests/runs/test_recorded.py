@@ -4,7 +4,6 @@ import dataclasses
 import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from dpo.methods import SHAPES
 from dpo.models import lora
 from dpo.models.load import load
 from dpo.models.save import save_lora
+from dpo.schedule import Schedule
 from dpo.settings.config import Data
 from dpo.settings.flags import parse
 from dpo.training import build, preparing, stored
@@ -216,17 +216,31 @@ def test_a_run_that_differs_is_refused(world, stores, tmp_path, flags, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "asked"),
+    [(["--timestep-draw", "uniform"], []), ([], ["--timestep-draw", "uniform"]), ([], ["--text-tokens", "32"])],
+)
+def test_other_levels_or_captions_are_another_record(world, tmp_path, recorded, asked):
+    """The list of levels that were drawn holds every timestep: the record must say how it was drawn."""
+    words = ["--model", world("sd35"), "--data", world("pairs"), "--max-pairs", "8", "--workers", "0", *FLAGS, *SMALL]
+    assert prepare.main(["--store", str(tmp_path / "store"), "--reference", "--draws", "1", *words, *recorded]) == 0
+    with pytest.raises(UserError, match="timestep-draw|text-tokens"):
+        make_run(
+            world("sd35"), str(tmp_path / "store"), tmp_path / "run", *FLAGS, *SMALL, "--reference", "recorded", *asked
+        )
+
+
 def test_dropped_captions_as_zeros_are_another_record(world, stores, tmp_path):
     from dpo.data.store.recorded import UNNAMED, identity
     from dpo.settings.config import Data, Runtime
 
     run = recorded_run(world, stores("sdxl"), tmp_path, kind="sdxl")
-    plan = SimpleNamespace(prediction_type="epsilon", alphas_cumprod=torch.ones(3))
+    plan = Schedule(torch.ones(3, dtype=torch.float64), "epsilon")
 
     def named(**settings):
         return identity(Data(**settings), Runtime(), plan, "weights")
 
-    assert "dropped_caption" not in named(caption_dropout=0.1) and UNNAMED == {"dropped_caption": "empty"}
+    assert "dropped_caption" not in named(caption_dropout=0.1) and UNNAMED["dropped_caption"] == "empty"
     assert named(dropped_caption="zeros") == named(), "nothing is dropped"
     assert named(caption_dropout=0.1, dropped_caption="zeros")["dropped_caption"] == "zeros"
     wanted = identity(run.config.data, run.config.runtime, plan, "weights") | {"dropped_caption": "zeros"}

@@ -209,18 +209,21 @@ def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(wor
         advance(run, 3)
         liked, d = held.liked[held.labelled], validation.differences(run.step, held)
         assert d.shape == (2, int(held.labelled.sum())) and liked.any() and not liked.all()
-        raw = torch.where(liked, -d, d)  # the gain over the centre
+        raw, zero = torch.where(liked, -d, d), torch.zeros(1000)  # the gain over the mean
         assert validation.accuracy(run.step, held)["heldout_accuracy"] == ((raw.mean(0) > 0) == liked).double().mean()
-        gains = raw + (run.following[0].gain if center == "update" else 0.0)
-        if center == "batch":
-            assert raw.mean() <= 1e-12  # the mean is taken off where it is above 0
-        else:
-            errors = [
-                run.step.errors(x._replace(draws=torch.full_like(x.draws, 1)), torch.zeros(1000))[0].errors
-                for x in held.batches
+        gains = torch.stack(
+            [
+                torch.cat(
+                    [
+                        (found[2] - found[0]).detach()
+                        for x in held.batches
+                        for found in [run.step.errors(x._replace(draws=torch.full_like(x.draws, draw)), zero)[0].errors]
+                    ]
+                )[held.labelled]
+                for draw in (0, 1)
             ]
-            policy, _, reference, _ = torch.cat([one.detach() for one in errors], dim=1)
-            torch.testing.assert_close((reference - policy)[held.labelled], gains[1], rtol=0, atol=1e-12)
+        )
+        torch.testing.assert_close(raw, gains - gains.mean().clamp_min(0), rtol=0, atol=1e-12)
 
 
 def test_other_methods_and_mixed_sets_are_refused_in_a_line(world, images, tmp_path):

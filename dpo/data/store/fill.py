@@ -35,6 +35,7 @@ from dpo.data.store.files import (
     NOWHERE,
     TWICE,
     UNNAMED,
+    open_shard,
     read_index,
     sweep_away,
     tables_crc,
@@ -45,6 +46,7 @@ from dpo.data.store.known import AlreadyStored, Known, image_key, known
 from dpo.data.store.mended import holes, in_order, same_files, stamp
 from dpo.data.store.shard import Encode, PairRow, Shard
 
+ROUNDING = 1e-6  # of a label in the store
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
 
@@ -103,6 +105,7 @@ def fill(task: Filling) -> bool:
     if sources and not index["finished"] and fingerprints[-1] != own:
         raise UserError(f"{task.folder} is not finished: go on with {sources[-1]['name']} before adding {task.name}")
     if new:
+        _check_labels(task, shards)
         sources.append(_about(task, shards))
     number = len(sources) - 1 if new else fingerprints.index(own)
     index["finished"] = index["finished"] and not new
@@ -169,6 +172,22 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{task.folder} was prepared with {name} {found}, now it is {value}: use the same, or another --store"
             )
+
+
+def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
+    """Raises UserError where the store holds images of the source with other labels: their keys are the same."""
+    if task.source.sides != 1 or not shards:
+        return
+    held: dict[int, float] = {}
+    for entry in shards:
+        shard = open_shard(task.folder / entry["file"])
+        held |= dict(zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True))
+    labelled = ((int(task.source[i].key), float(task.source.prob[i])) for i in range(task.first, _last(task)))
+    other = sum(key in held and abs(held[key] - prob) > ROUNDING for key, prob in labelled)
+    if other:
+        raise UserError(
+            f"{task.folder} holds {other} of the images of {task.name} with another label: prepare them into another --store"
+        )
 
 
 def _mended(

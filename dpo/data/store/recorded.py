@@ -45,7 +45,7 @@ FLAGS = {
     "timestep_draw": "--timestep-draw",
     "train_guidance": "--train-guidance",
 }
-UNNAMED = {"dropped_caption": "empty"}  # what an identity without this name means
+UNNAMED = {"dropped_caption": "empty", "timestep_draw": "grid"}  # what an identity without this name means
 
 
 def identity(
@@ -161,7 +161,8 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor, checksum:
         if about is None:
             continue
         was, run = UNNAMED | about["identity"], UNNAMED | dict(wanted)
-        differs = list(filter(None, (_differs(name, was.get(name), value) for name, value in run.items())))
+        names = dict.fromkeys([*run, "train_guidance"])  # which only models that are told one name
+        differs = list(filter(None, (_differs(name, was.get(name), run.get(name)) for name in names)))
         if not differs and not same_weights(about, checksum):
             differs = ["it was recorded with another reference"]
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))

@@ -56,7 +56,7 @@ def test_what_drawing_takes_covers_what_is_counted_for_stable_diffusion(monkeypa
         vae = AutoencoderKL(block_out_channels=widths, down_block_types=downs, up_block_types=ups, layers_per_block=2)
         x, states = torch.empty(2, 4, 64, 64), torch.empty(2, 77, 768)
         decoded, denoised = most(lambda: vae.decode(x[:1])), most(lambda: unet(x, torch.empty(2), states))
-    pipe = SimpleNamespace(components={}, unet=unet.requires_grad_(False), vae=vae)
+    pipe = SimpleNamespace(components={"unet": unet.requires_grad_(False)}, vae=vae, vae_scale_factor=8)
     need = [memory.needed(pipe, CPU, batch, None) for batch in (1, 4)]
     assert 1.2 * max(decoded, denoised) < need[0] < 2 * max(decoded, denoised) and need[1] == 4 * need[0]
     monkeypatch.setattr(memory, "DECODED", 0.0)
@@ -97,7 +97,7 @@ def test_the_vae_on_one_image_takes_no_more_than_the_unet_takes_for_a_group(monk
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=downs, up_block_types=ups, layers_per_block=2
         ).to(dtypes[0])
-        pipe = SimpleNamespace(unet=unet, vae=vae)
+        pipe = SimpleNamespace(components={"unet": unet}, vae=vae, vae_scale_factor=8)
         group = memory.group_for(pipe, torch.device("cuda"), *size, guided)
         seen, (width, height) = group * (1 + guided), size
         x, t = torch.empty(seen, 4, height // 8, width // 8, dtype=dtypes[1]), torch.empty(seen)
@@ -114,8 +114,9 @@ def test_the_vae_on_one_image_takes_no_more_than_the_unet_takes_for_a_group(monk
 def test_modules_that_must_be_brought_and_casts_that_autocast_keeps_count():
     layer = torch.nn.Linear(1000, 1000, bias=False)
     config = {"sample_size": 1, "block_out_channels": (1,)}
-    unet = SimpleNamespace(parameters=layer.parameters, config=config, dtype=torch.float32)
-    pipe = SimpleNamespace(components={"unet": layer, "other": 3}, unet=unet, vae=unet)
+    layer.config = config
+    vae = SimpleNamespace(config=config, dtype=torch.float32)
+    pipe = SimpleNamespace(components={"unet": layer, "other": 3}, vae=vae, vae_scale_factor=1)
     plain = memory.needed(pipe, CPU, 1, None)
     assert memory.needed(pipe, torch.device("meta"), 1, None) == plain + 4_000_000
     assert memory.needed(pipe, CPU, 1, torch.bfloat16) == plain + 2_000_000

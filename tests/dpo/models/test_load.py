@@ -183,9 +183,9 @@ def test_index_that_is_no_index(broken, value):
 
 def test_unknown_family(broken):
     index = json.loads((broken / "model_index.json").read_text())
-    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    (broken / "model_index.json").write_text(json.dumps({**index, "_class_name": "SanaPipeline"}))
     message = refused(str(broken))
-    assert "unknown model family 'FluxPipeline'" in message and "StableDiffusionXLPipeline" in message
+    assert "unknown model family 'SanaPipeline'" in message and "StableDiffusionXLPipeline" in message
 
 
 def test_missing_or_damaged_scheduler(broken):

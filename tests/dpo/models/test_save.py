@@ -70,6 +70,7 @@ def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
         ".json",
         ".safetensors",
         ".txt",
+        ".jinja",  # of a chat
     }
     pipe.set_progress_bar_config(disable=True)
     steps = {"num_inference_steps": 2, "guidance_scale": 0.0}

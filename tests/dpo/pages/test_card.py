@@ -86,7 +86,9 @@ def test_what_the_training_began_with(runs):
     assert "began with the LoRA `runs/sft`, which is part of this adapter: do not load it as well." in card
     assert "| lora init | runs/sft |" in card and "pipe.unet" not in card
     card = started(runs["lora-gpu"], unet_init="runs/sft/unet")
-    assert "began with the UNet `sft/unet`." in card and "# first put the weights of sft/unet into pipe.unet" in card
+    assert (
+        "began with the weights `sft/unet`." in card and "# first put the weights of sft/unet into the pipeline" in card
+    )
     card = started(runs["good"], lora_init="runs/sft", unet_init="u")
     assert "began with the LoRA `runs/sft`." in card and "pipe.unet" not in card and "load_lora_weights" not in card
 
@@ -185,5 +187,5 @@ def test_the_code_of_other_adapters_names_their_model(runs):
         "from diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")\n'
         'pipe.load_lora_weights("x", weight_name="pytorch_lora_weights.safetensors")\n'
-        'image = pipe("a prompt", num_inference_steps=1).images[0]\n'
+        'image = pipe(prompt="a prompt", num_inference_steps=1).images[0]\n'
     )

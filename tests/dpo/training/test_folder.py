@@ -129,6 +129,9 @@ INSIDE = {
     "tokenizer_2": "merges.txt",
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
+    "text_encoder_3": "model.safetensors",
+    "tokenizer_3": "tokenizer.json",
+    "transformer": "diffusion_pytorch_model.safetensors",
     "unet": "diffusion_pytorch_model-00001-of-00002.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
 }
