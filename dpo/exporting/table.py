@@ -26,7 +26,7 @@ def lines(found: Extraction, energy: float | None) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     told = [_aligned(row, widths) for row in shown]
     told += [
-        f"The LoRA holds {found.kept:.2%} of the squared change of the UNet; its error is {_error(found):.1%} of the change's size."
+        f"The LoRA holds {found.kept:.2%} of the squared change of the denoiser; its error is {_error(found):.1%} of the change's size."
     ]
     for what, squared in found.left.items():
         told.append(f"A LoRA cannot hold {what}: {squared / found.total:.2%} of the squared change.")

@@ -36,6 +36,7 @@ from dpo.schedule import complete, complete_flow
 
 log = logging.getLogger("dpo")
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 LONGEST_CAPTION = 10_000  # tokens; CLIP has 77
 
 
@@ -161,6 +162,8 @@ def _scheduler_config(folder: Path) -> dict:
 def _tokenizer(folder: Path, name: str, kind: str) -> Any:
     if not (folder / name).is_dir():
         raise UserError(f"{folder} has no {name}/ folder: name the folder of a whole diffusers pipeline")
+    if not any((folder / name / file).is_file() for file in VOCABULARIES):  # transformers would make one without words
+        raise UserError(f"{folder / name} has no {' or '.join(VOCABULARIES)}: fetch the model again")
     try:
         found = read_tokenizer(folder / name, kind)
     except Exception as error:

@@ -145,8 +145,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     Needs no weights. Makes the model's scheduler follow the training. Raises UserError for what this model or device
     cannot do.
     """
-    for line in _against(config, model):
-        log.warning("%s", line)
+    asked = config
     facts = ModelFacts(
         family=model.family.name,
         prediction_type=model.prediction_type,
@@ -162,6 +161,8 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         shift_by_size=bool(model.scheduler_config.get("use_dynamic_shifting")),
     )
     config, decided = resolve(config, facts, device)
+    for line in _against(asked, model):
+        log.warning("%s", line)
     plan, told = plan_of(config, model)
     decided += told
     model.resampled, said = as_trained(model.scheduler_config, plan)

@@ -140,7 +140,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = pipe(prompt="a prompt").images[0]'
+            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = {_call(run)}"
         )
     unet = run.setting("unet_init")
     begun = (
@@ -156,8 +156,14 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
         f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
-        'image = pipe(prompt="a prompt").images[0]'
+        f"image = {_call(run)}"
     )
+
+
+def _call(run: RunFolder) -> str:
+    """The call that draws, with captions as long as in training where that is not the encoder's own."""
+    tokens = run.setting("text_tokens")
+    return f'pipe(prompt="a prompt"{f", max_sequence_length={tokens}" if tokens else ""}).images[0]'
 
 
 def _here(name: Any) -> str:

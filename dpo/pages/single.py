@@ -43,6 +43,11 @@ def _side(single: bool) -> str:
     return "sides with the preferred image in"
 
 
+def by_chance(run: RunFolder) -> str:
+    """What an accuracy on training pairs is by chance, as the end of a sentence; of images it depends on their labels."""
+    return "" if is_single(run) else "; guessing gives 50%"
+
+
 def guessing(run: RunFolder) -> float:
     """The held-out accuracy of who knows no image: one half, or the share of the commoner label."""
     data = run.summary.get("data") or {}

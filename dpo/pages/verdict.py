@@ -173,8 +173,7 @@ def _findings(run: RunFolder) -> list[str]:
         found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
         found.append(
-            f"On the {single.things(run)} it was trained on, the model {single.side(run)} {accuracy:.0%}"
-            + ("." if single.is_single(run) else "; guessing gives 50%.")
+            f"On the {single.things(run)} it was trained on, the model {single.side(run)} {accuracy:.0%}{single.by_chance(run)}."
         )
     if judged is not None:
         found.append(

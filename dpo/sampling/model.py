@@ -19,7 +19,7 @@ from dpo.models.adapter import merge_into
 from dpo.models.family import Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import locate
-from dpo.models.load import load_weights_into
+from dpo.models.load import family_of, load_weights_into, read_index
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import MADE_FROM, read_made_from
@@ -65,6 +65,8 @@ def read(
     wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
     if cache_dir is not None:
         wanted["cache_dir"] = cache_dir
+    if "turbo" in Path(name).name.lower() and "timesteps" not in wanted and _is_flow(wanted, cache_dir):
+        wanted["timesteps"] = "all"  # that a name alone says it matters in training; here --steps can say it
     config, model, _, _ = load_model(settings.from_mapping(wanted), device)
     named_by = _run_of(name, lora, lora_base)
     same = partial(_check_same, name, named_by, read_made_from(named_by) if named_by else {})
@@ -80,6 +82,12 @@ def read(
     if name.startswith(START):
         same(start=[model.denoiser])
     return config, model
+
+
+def _is_flow(wanted: Mapping[str, Any], cache_dir: str | None) -> bool:
+    """Whether the settings name a folder, here or on the hub, of a family of flow matching."""
+    place = locate(wanted["model"], revision=wanted.get("revision"), cache_dir=cache_dir)
+    return place.is_dir() and family_of(read_index(place)).flow is not None
 
 
 def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
@@ -124,8 +132,6 @@ def settings_of(name: str) -> dict[str, Any]:
     beside = Path(name).expanduser() / CONFIG_FILE
     drawn = settings.flat_settings(load_config(str(beside), "the run's")) if beside.is_file() else {}
     as_trained = {key: drawn[key] for key in ("text_tokens", "timesteps") if drawn.get(key) not in (None, "auto")}
-    if "timesteps" not in as_trained and "turbo" in Path(name).name.lower():
-        as_trained["timesteps"] = "all"  # nothing is trained here, and steps can be named
     return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name, **as_trained}
 
 

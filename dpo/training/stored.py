@@ -30,7 +30,6 @@ NAMES = {
     "text_encoders": "text encoder",
     "tokenizers": "tokenizer",
     "encoders": "VAE or text encoder",
-    "text_tokens": "number of --text-tokens",
 }
 
 
@@ -55,6 +54,11 @@ def check(model: Model, *sources: Source | None) -> None:
     for store in stores:
         for name, value in own.items():
             there = store.contents.settings.get(name)
+            if there != value and name == "text_tokens":
+                raise UserError(
+                    f"{store.contents.folder} was prepared with --text-tokens {there}, now it is {value}: leave it out, or prepare "
+                    "another store"
+                )
             if there != value and not (there is None and name in NOT_ALWAYS):
                 raise UserError(
                     f"{store.contents.folder} was prepared with another {NAMES[name]} than {model.source} has: "

@@ -90,6 +90,16 @@ def test_a_folder_that_cannot_be_trained_is_one_line(tmp_path, part, changes, sa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
+def test_a_tokenizer_without_words_is_refused(tmp_path, name):
+    """transformers makes one that gives all captions the same tokens."""
+    folder = make_flow(tmp_path / "m", "sd3")
+    for file in ("tokenizer.json", "vocab.json"):
+        (folder / name / file).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=f"{name} has no tokenizer.json or vocab.json"):
+        load(str(folder))
+
+
 def test_a_model_that_is_named_turbo_must_be_said_to_be(tmp_path):
     folder = make_flow(tmp_path / "sd3-turbo", "sd3")
     with pytest.raises(UserError, match="--timesteps turbo if it was distilled"):

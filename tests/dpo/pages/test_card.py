@@ -168,7 +168,7 @@ def code_of(card, folder):
     code = card.split("```python\n")[1].split("```")[0]
     assert "THIS_FOLDER_OR_REPOSITORY" in code
     return code.replace("THIS_FOLDER_OR_REPOSITORY", str(folder)).replace(
-        '("a prompt")', '("a prompt", num_inference_steps=1)'
+        '(prompt="a prompt")', '(prompt="a prompt", num_inference_steps=1)'
     )
 
 
@@ -180,6 +180,12 @@ def test_the_code_of_an_adapter_on_the_embedded_world_runs(runs, world, tmp_path
     found = {}
     exec(code_of(card, tmp_path), found)
     assert found["image"].size == (64, 64) and "default_0" in found["pipe"].get_list_adapters()["unet"]
+
+
+def test_captions_are_as_long_as_in_training(runs):
+    run = runs["lora-gpu"]
+    card = model_card(run._replace(settings={**run.settings, "model": {"model": "owner/model", "text_tokens": 128}}))
+    assert 'image = pipe(prompt="a prompt", max_sequence_length=128).images[0]' in card
 
 
 def test_the_code_of_other_adapters_names_their_model(runs):
