@@ -49,6 +49,16 @@ def stored(world, images, tmp_path_factory):
     return place
 
 
+def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys):
+    """Their keys are the same: the old label would be trained on."""
+    table = make_labelled(tmp_path / "images", 6)
+    flags = ["--model", world("sd15"), "--data", str(table), "--store", str(tmp_path / "store"), "--workers", "0"]
+    assert prepare.main(flags) == 0
+    table.write_text(table.read_text("utf-8").replace("true", "false", 1), "utf-8")
+    assert prepare.main(flags) == 2
+    assert "holds 1 of the images of" in (said := capsys.readouterr().err) and "with another label" in said
+
+
 def plain_errors(plain: Plain, batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The policy's and the reference's error of an image, from the model's own modules."""
     key, draw = batch.keys[i : i + 1], batch.draws[i : i + 1]

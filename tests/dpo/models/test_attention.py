@@ -9,7 +9,9 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.models import attention, lora
-from dpo.models.attention import BACKENDS, Attending, probe, use_one_attention, widths
+from dpo.models.attention import BACKENDS, Attending, probe, use_one_attention, widths, without_cudnn
+from dpo.models.denoiser import _recomputed, _recomputed_on_the_same
+from dpo.models.load import load
 from tests.dpo.models.test_denoiser import KINDS, run, unets  # noqa: F401  (a fixture)
 from tests.help.operations import Operations
 
@@ -127,3 +129,43 @@ def test_what_is_asked_of_a_gpu(monkeypatch, unets):  # noqa: F811
     assert [args[3] for args in asked] == [tuple(BACKENDS), ("flash", "math")]
     assert all(args[:3] == (gpu, torch.bfloat16, tuple(widths(unets["sd15"]))) for args in asked)
     attention._chosen.cache_clear()
+
+
+@pytest.fixture
+def transformer(world):
+    return load(world("sd35"))
+
+
+def seen_by(model) -> list[bool]:
+    """Whether cuDNN's attention is allowed, each time that the first block runs in a forward and a backward pass."""
+    seen: list[bool] = []
+    block = model.denoiser.transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *given: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    text = model.family.encode(model, ["a fox"])
+    model.denoiser.requires_grad_(True)
+    model.denoise(model.denoiser)(torch.ones(1, 4, 8, 8), torch.tensor([500.0]), text, None).sum().backward()
+    return seen
+
+
+def test_a_transformer_s_attention_is_the_same_where_it_is_computed_again(transformer):
+    """The forward pass has left the block of operations when the backward pass computes a block again."""
+    without_cudnn(transformer.denoiser)
+    transformer.denoiser.enable_gradient_checkpointing(_recomputed_on_the_same)
+    assert seen_by(transformer) == [False, False]
+
+
+def test_left_to_itself_it_would_not_be(transformer):
+    without_cudnn(transformer.denoiser)
+    transformer.denoiser.enable_gradient_checkpointing(_recomputed)
+    assert seen_by(transformer) == [False, True]
+
+
+def test_a_copy_of_a_transformer_runs_on_its_own_weights(transformer):
+    without_cudnn(transformer.denoiser)
+    copied = copy.deepcopy(transformer.denoiser)
+    with torch.no_grad():
+        for parameter in copied.proj_out.parameters():
+            parameter.zero_()
+        text = transformer.family.encode(transformer, ["a fox"])
+        given = torch.ones(1, 4, 8, 8), torch.tensor([500.0]), text, None
+        assert not transformer.denoise(copied)(*given).any() and transformer.denoise(transformer.denoiser)(*given).any()

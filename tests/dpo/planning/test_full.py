@@ -71,6 +71,23 @@ def test_ctrl_c_leaves_the_message_without_the_plan(small, monkeypatch):
     assert full.instead(change(small, device="cpu"), train.train_step, Processes()) == ""
 
 
+def test_a_plan_that_breaks_leaves_the_message_as_it_is(small, monkeypatch, caplog):
+    def broken(*given):
+        raise RuntimeError("fake tensors\ndo not do that")
+
+    monkeypatch.setattr(recompute, "memory_of", lambda device: Memory(GIB, GIB))
+    monkeypatch.setattr(full, "what_fits", broken)
+    assert full.instead(change(small, device="cpu"), train.train_step, Processes()) == ""
+    assert "cannot be planned (fake tensors)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "asked", [{"buckets": True}, {"method": "kto", "kto_center": "batch", "accumulation": 1, "effective_batch": None}]
+)
+def test_no_change_is_tried_that_the_settings_refuse(small, asked):
+    assert full.what_fits(change(small, **asked), dry, Memory(28 * GIB, 29 * GIB)).startswith("by the plan this would")
+
+
 @pytest.fixture
 def planted(monkeypatch):
     """A function that plants the failure into the real step of a run, not into that of a plan, and says what memory there is."""
