@@ -32,6 +32,7 @@ from dpo.common.words import first_line
 from dpo.models.family import Denoise, Denoiser, TextEncoding, is_unet
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's names for which process this is
+LEAVING = 10.0  # seconds that the first process waits for the others at the end
 PART = 1 << 26  # bytes of gradients summed at a time, where DDP does not
 MEET = 600.0  # seconds until all processes have started
 HEAR = 4.0  # seconds in which the others say why they ended
@@ -87,8 +88,16 @@ class Processes:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
 
     def leave(self) -> None:
-        """Ends the collectives. What this process starts from now on (the comparison at the end) is alone."""
+        """Ends the collectives. What this process starts from now on (the comparison at the end) is alone.
+
+        The first process, whose store the others look into without torchrun, waits for these to leave.
+        """
         if self.store is not None and dist.is_initialized():
+            with suppress(RuntimeError):
+                self.store.add("left", 1)
+                until = time.monotonic() + LEAVING
+                while self.first and self.store.add("left", 0) < self.count and time.monotonic() < until:
+                    time.sleep(0.02)
             dist.destroy_process_group()
             for name in LAUNCHED:
                 os.environ.pop(name, None)
