@@ -15,7 +15,9 @@ SD21 = SD15 | {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
 }
-REAL = sorted(name for name in presets() if {"model", "data", "validation_data"} <= load_preset(name).keys())
+REAL = sorted(
+    name for name in presets() if "model" in (of := load_preset(name)) and "validation_data" in of.get("data", {})
+)
 
 
 SLOW = ("sd21", "sdxl", "sdxl-turbo")  # the shapes of SD 1.5, and others for a count of their own
