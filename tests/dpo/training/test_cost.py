@@ -16,7 +16,9 @@ SD21 = SD15 | {
     "use_linear_projection": True,
 }
 REAL = sorted(
-    name for name in presets() if "model" in (of := load_preset(name)) and "validation_data" in of.get("data", {})
+    name
+    for name in presets()
+    if "model" in (preset := load_preset(name)) and "validation_data" in preset.get("data", {})
 )
 
 
