@@ -109,6 +109,7 @@ class Geometry(NamedTuple):
     vae_scale: int  # pixels per latent, 8 for every published SD model
     side_factor: int  # what the sides of images must be a multiple of, in pixels
     native: int  # pixels of a side that the model was trained at
+    largest: int | None = None  # pixels of a side that it can take; None: any
 
     def tokens(self, height: int, width: int) -> int:
         """The tokens of an image in a transformer that sees one for each `side_factor` squared."""

@@ -21,6 +21,7 @@ from dpo.models.parts import (
     absent_parts,
     check_files,
     component,
+    config_of,
     configs_of,
     guidance_of,
     is_few_steps,
@@ -194,5 +195,7 @@ def load_weights_into(denoiser: Denoiser, source: str, *, cache_dir: str | None 
     if isinstance(folder, Path) and not folder.is_dir():
         raise UserError(f"--unet-init {source}: no such folder or file")
     nested = isinstance(folder, str) or (folder / name).is_dir()
+    if isinstance(folder, Path):
+        config_of(type(denoiser), folder, name if nested else "")  # names a network of another class as such
     state = component(type(denoiser), folder, name if nested else None, cache_dir=cache_dir).state_dict()
     fill(denoiser, state, f"--unet-init {source}", part)

@@ -152,6 +152,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         beta=model.family.beta,
         guidance=model.family.guidance,
         native_resolution=model.geometry.native,
+        largest=model.geometry.largest,
         turbo=model.turbo,
         num_timesteps=model.scheduler_config["num_train_timesteps"],
         empty_is_zeros=bool(settings_of(model).get("force_zeros_for_empty_prompt")),

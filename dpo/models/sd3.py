@@ -62,9 +62,9 @@ def predict(module: nn.Module, x_t: Tensor, t: Tensor, text: TextEncoding, sizes
 def geometry(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Geometry:
     """Of a transformer that cuts its latents into patches."""
     scale = levels_of(vae)
-    return Geometry(
-        vae["latent_channels"], scale, scale * transformer["patch_size"], int(transformer["sample_size"]) * scale
-    )
+    patch = scale * transformer["patch_size"]
+    largest = patch * transformer["pos_embed_max_size"]  # of its table of positions
+    return Geometry(vae["latent_channels"], scale, patch, int(transformer["sample_size"]) * scale, largest)
 
 
 def pooled_width(configs: Configs) -> str | None:
@@ -104,6 +104,7 @@ FAMILY = Family(
     checks=(
         number("transformer", "sample_size"),
         number("transformer", "patch_size"),
+        number("transformer", "pos_embed_max_size"),
         number("vae", "scaling_factor", whole=False),
         number("vae", "shift_factor", whole=False),
         latents_match("transformer"),

@@ -27,6 +27,7 @@ class ModelFacts:
     beta: float = 2000.0  # the family's default
     guidance: float = 7.5  # the family's default
     native_resolution: int = 512  # pixels of a side that it was trained at
+    largest: int | None = None  # pixels of a side that it can take; None: any
     turbo: bool = False  # distilled to four steps
     num_timesteps: int = 1000
     empty_is_zeros: bool = False  # diffusers samples it with zeros where no negative prompt is given
@@ -126,11 +127,15 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
     high = model.num_timesteps if method.window_high is None else method.window_high
     if high > model.num_timesteps:
         raise UserError(f"window_high = {high}: the model has {model.num_timesteps} timesteps")
+    side = config.data.resolution or model.native_resolution
+    if model.largest is not None and side * (2**0.5 if config.data.buckets else 1) > model.largest:
+        shape = ", whose buckets are up to 1.42 times as long," if config.data.buckets else ""
+        raise UserError(f"--resolution {side}{shape} is more than the model can take: {model.largest} pixels of a side")
     return {
         "timesteps": timesteps,
         "text_tokens": model.text_tokens,
         "train_guidance": model.train_guidance,
-        "resolution": config.data.resolution or model.native_resolution,
+        "resolution": side,
         "window_high": high,
         "sample_steps": out.sample_steps or (4 if few else 50),
         "sample_guidance": (0.0 if few else model.guidance) if out.sample_guidance is None else out.sample_guidance,

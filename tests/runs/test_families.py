@@ -140,11 +140,13 @@ def test_a_lora_in_other_layouts_is_refused(world, tmp_path):
         (["--timesteps", "turbo", "--timestep-draw", "uniform"], "four timesteps, which are drawn alike"),
         (["--train-guidance", "2"], "--train-guidance is for models that take their guidance as an input"),
         (["--text-tokens", "600"], "takes captions of 512 at most"),
+        (["--resolution", "256"], "--resolution 256 is more than the model can take: 192 pixels"),
+        (["--resolution", "144", "--buckets"], "whose buckets are up to 1.42 times as long"),
     ],
 )
 def test_what_a_flow_cannot_do_is_one_line(world, tmp_path, flags, said):
     with pytest.raises(UserError, match=said) as caught:
-        make_run(world("sd35"), world("pairs"), tmp_path, "--resolution", "32", *flags)
+        make_run(world("sd35"), world("pairs"), tmp_path, *(() if "--resolution" in flags else SMALL[:2]), *flags)
     assert "\n" not in str(caught.value)
 
 
@@ -154,6 +156,11 @@ def test_what_a_flow_cannot_do_is_one_line(world, tmp_path, flags, said):
 def test_what_only_a_flow_can_do_is_one_line(world, tmp_path, flags):
     with pytest.raises(UserError, match=flags[0]):
         make_run(world("sd15"), world("pairs"), tmp_path, *flags)
+
+
+def test_a_transformer_of_another_family_is_named_as_such(world, tmp_path):
+    with pytest.raises(UserError, match="is a FluxTransformer2DModel: this trainer knows SD3Transformer2DModel"):
+        make_run(world("sd35"), world("pairs"), tmp_path, "--unet-init", world("flux-dev"), *SMALL)
 
 
 def test_a_distilled_model_is_trained_at_its_own_steps(world, tmp_path):
