@@ -48,6 +48,7 @@ class Opened(NamedTuple):
 
     pipe: Pipeline
     fingerprint: str  # of all weights before they are cast, tokenizers, and what the pipeline does beside them
+    precision: str  # as decided
     vae_precision: str
     steps: int  # defaults of this model
     guidance: float
@@ -118,6 +119,7 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     return Opened(
         pipe=pipe,
         fingerprint=digest(weights, *identities),
+        precision=precision,
         vae_precision="fp32" if wide else precision,
         steps=out.sample_steps,
         guidance=out.sample_guidance,

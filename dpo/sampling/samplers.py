@@ -31,6 +31,10 @@ def use(pipe: Pipeline, name: str) -> None:
 
     if name == OWN:
         return
+    if "transformer" in pipe.components:
+        raise UserError(
+            f"--sampler {name}: samples from a schedule of betas, and {type(pipe).__name__} is a model of flow matching; leave it out"
+        )
     kind, options = SAMPLERS[name]
     made = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     if pipe.scheduler.config.get(RESCALE) and RESCALE not in _read(made):

@@ -235,7 +235,7 @@ def _draw_one(
         width=width,
         height=height,
         group=asked.batch or memory.group_for(opened.pipe, device, width, height, guidance > 1),
-        precision=precision,
+        precision=opened.precision,
         vae_precision=opened.vae_precision,
         vae_tile=asked.vae_tile,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -245,7 +245,7 @@ def _draw_one(
     )
     log.info(
         "%s: %s, %d steps, guidance %g, %d x %d, %s, %d together, on %s; %d prompts of %s",
-        name, protocol.sampler, steps, protocol.guidance, width, height, precision, protocol.group, protocol.device,
+        name, protocol.sampler, steps, protocol.guidance, width, height, protocol.precision, protocol.group, protocol.device,
         len(chosen.prompts), chosen.name,
     )  # fmt: skip
     tasks = tasks_of(asked, chosen, init)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
+from dpo.drawing import draw
 from dpo.models.ready import load_named
 from dpo.pages.folder import ADAPTER_FILE
 from dpo.sampling.model import opened
@@ -166,3 +167,28 @@ def test_the_start_of_a_run_is_what_it_began_with_by_content(tmp_path, world):
                 find(name)
         put_back()
     find(start), find(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "half", "vae"), [("sd15", "fp16", "fp16"), ("sdxl", "fp16", "fp32"), ("sd35", "bf16", "bf16")]
+)
+def test_the_precision_that_is_left_open_is_said_as_it_was_decided(world, kind, half, vae):
+    """On a GPU: what the protocol of a set of images records is what drew it."""
+    found = find(world(kind), precision="auto")
+    assert (found.precision, found.vae_precision) == (half, vae)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[half]
+    assert next(draw.network(found.pipe).parameters()).dtype == dtype
+
+
+def test_text_encoders_that_overflow_are_not_asked_for_fp16(world):
+    with pytest.raises(UserError, match="--precision fp16: the text encoders of family sd3 overflow"):
+        find(world("sd35"), precision="fp16")
+
+
+def test_a_finished_run_is_drawn_with_captions_as_long_as_in_training(world, tmp_path):
+    """A whole pipeline says nothing of it: the settings beside it do."""
+    folder = shutil.copytree(world("sd35"), tmp_path / "run")
+    assert find(folder).pipe.captions_as_trained == {"max_sequence_length": 256}
+    asked = change(Config(), model="anything", text_tokens=64)
+    (folder / "config.toml").write_text(to_toml(asked))
+    assert find(folder).pipe.captions_as_trained == {"max_sequence_length": 64}

@@ -1,6 +1,7 @@
 """dpo.sampling.samplers: every name draws, with the model's own noise schedule and nothing clipped."""
 
 import json
+import re
 
 import pytest
 
@@ -40,3 +41,14 @@ def test_a_sampler_without_zero_terminal_snr_is_refused(world):
     samplers.use(pipe, "ddim")
     with pytest.raises(UserError, match="--sampler heun: has no zero terminal SNR"):
         samplers.use(pipe, "heun")
+
+
+def test_a_sampler_of_diffusion_is_refused_to_a_flow(world):
+    """Its latents are another mixture of image and noise: every image would be spoilt."""
+    pipe = pipeline_of(load(world("sd35")))
+    own = pipe.scheduler
+    for name in samplers.SAMPLERS:
+        with pytest.raises(UserError, match=f"--sampler {re.escape(name)}: .* is a model of flow matching"):
+            samplers.use(pipe, name)
+    samplers.use(pipe, samplers.OWN)
+    assert pipe.scheduler is own
