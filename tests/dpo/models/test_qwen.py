@@ -138,7 +138,7 @@ def test_latents_are_the_pipelines(model, pipe, world):
     with torch.no_grad():
         theirs = of_images._encode_vae_image(pixels[:, :, None], torch.Generator().manual_seed(4))[:, :, 0]
         mean, std = model.family.posterior(model.vae, pixels)
-    assert mean.shape == std.shape == (2, 4, 16, 8) and model.geometry == (4, 4, 8, 512)
+    assert mean.shape == std.shape == (2, 4, 16, 8) and model.geometry == (4, 4, 8, 512, None)
     noise = torch.randn((2, 4, 1, 16, 8), generator=torch.Generator().manual_seed(4))[:, :, 0]
     shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in model.family.scaling(model.vae))
     torch.testing.assert_close((mean + std * noise - shift) * scale, theirs, rtol=1e-5, atol=1e-5)
@@ -151,7 +151,7 @@ def test_the_published_vae_fits_the_trainer():
         vae = diffusers.AutoencoderKLQwenImage()
     shift, scale = qwen.scaling(vae)
     assert len(shift) == len(scale) == 16 and scale[0] == 1 / 2.8184 and shift[0] == -0.7571
-    assert qwen.geometry({}, vae.config) == (16, 8, 16, 1024)
+    assert qwen.geometry({}, vae.config) == (16, 8, 16, 1024, None)
 
 
 def test_a_saved_adapter_loads_in_the_pipeline_and_gives_the_trained_prediction(world, tmp_path):
