@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.evidence import table_of, write_report
 from benchmarks.measuring import markdown
-from benchmarks.study_rows import QUARTERS, ROWS, TABLED, Cell, Cells
+from benchmarks.study_rows import DETAIL, MEASURED, QUARTERS, ROWS, TABLED, Cell, Cells
 from dpo.common import files
 from dpo.common.machine import usable_cores
 from dpo.pages.figures import DECILES
@@ -83,6 +83,14 @@ def labelled_pairs(path: Path) -> Path:
     return folder
 
 
+def detail_pairs(path: Path) -> Path:
+    """The training pairs of the second taste."""
+    from dpo.tiny import detail
+
+    detail.write(path.with_suffix(""))
+    return path.with_suffix("") / "train.parquet"
+
+
 def relabelled(path: Path, table: Any, first: np.ndarray) -> Path:
     """Writes the pairs with `first` [N] as the probability that jpg_0 is the better one."""
     import pyarrow as pa
@@ -103,6 +111,7 @@ LABELS: dict[str, Callable[[Path], Path]] = {
     "soft labels": soft_pairs,
     "swapped labels": swapped_pairs,
     "judged labels": labelled_pairs,
+    DETAIL.removeprefix(", for "): detail_pairs,
 }
 
 
@@ -150,33 +159,47 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
         return None
     if summary.get("status") != "finished" or not summary.get("evaluation"):
         return None
-    return summary["evaluation"] | {"flags": ROWS[row]} | (table_history(folder) if row in TABLED else {})
+    history = table_history(folder) if row in TABLED else measured(folder) if row in MEASURED else {}
+    return summary["evaluation"] | {"flags": ROWS[row]} | history
 
 
 def table_history(folder: Path) -> dict[str, Any]:
     """`table` and `correction` [4, 10]: M and C by tenth of the timesteps, at the end of each quarter of the run.
 
-    For `dde-step` also `measured` [10]: what M estimates, the mean of d over the last quarter. It follows from the
-    recorded margins z = -(beta/2) (d + C). (A tie has no C, but the stores of this study hold none.)
+    For `dde-step`, whose weight is 1, also what M estimates.
     """
     run = read_run(folder)
     ends = [run.updates[round(len(run.updates) * (quarter + 1) / QUARTERS) - 1] for quarter in range(QUARTERS)]
     found = {name: [end[f"{name}_by_decile"] for end in ends] for name in ("table", "correction")}
-    if run.method != "dde-step":
-        return found
+    return found | (measured(folder) if run.method == "dde-step" else {})
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """`measured` [10]: d by tenth of the timesteps, its mean over the last quarter of a run whose weight is 1 everywhere.
+
+    It follows from the recorded margins z = -(beta/2) (d + C). (A tie has no C, but the stores of this study hold none.)
+    """
+    run = read_run(folder)
     total, pairs = np.zeros(DECILES), np.zeros(DECILES)
     for update in run.updates[-(len(run.updates) // QUARTERS) :]:
         n = np.array(update["pairs_by_decile"])
         z = np.array([margin or 0.0 for margin in update["margin_by_decile"]])  # None where there was no pair
-        total += n * (-2 / run.setting("beta") * z - update["correction_by_decile"])
+        total += n * (-2 / run.setting("beta") * z - np.array(update.get("correction_by_decile", 0.0)))
         pairs += n
-    return found | {"measured": (total / np.maximum(pairs, 1)).tolist()}
+    return {"measured": (total / np.maximum(pairs, 1)).tolist()}
 
 
 def read_cells(path: Path) -> Cells:
-    """The finished cells of the file, but for those whose row has other flags by now."""
+    """The finished cells of the file, but for those whose row has other flags by now, or asks for more figures."""
     known: dict[str, dict[str, Cell]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {row: {int(n): cell for n, cell in known.get(row, {}).items() if cell["flags"] == ROWS[row]} for row in ROWS}
+    return {
+        row: {
+            int(seed): cell
+            for seed, cell in known.get(row, {}).items()
+            if cell["flags"] == ROWS[row] and (row not in MEASURED or "measured" in cell)
+        }
+        for row in ROWS
+    }
 
 
 def write_cells(path: Path, cells: Cells) -> None:

@@ -29,5 +29,18 @@ ROWS: dict[str, list[str]] = {
     "dde-single, soft labels": ["--method", "dde-single", "--beta", "200"],
     "dde-step, six times as long": [*STEP, "--steps", "600", "--rho", "0.5", "--scheduler", "cosine"],
 }
+OBJECTIVES = {  # the kindred ones, with their own defaults; those that share dpo's logit have its beta
+    "sdpo": ["--method", "sdpo", "--beta", "2000"],
+    "kto": ["--method", "kto", "--beta", "1000"],
+    "mapo": ["--method", "mapo"],
+    **{f"dpo, {shape}": [*DPO, "--loss", shape] for shape in ("dmpo", "robust", "apo-zero", "poly")},
+}
+ROWS |= OBJECTIVES
+METHODS = ["sft", "dpo", "discounted", "dde-single", "dde-step", "dde", *OBJECTIVES]  # those with five seeds on both tastes
+DETAIL = ", for detail"  # the end of a row's name that trains and is judged on the second taste
+JUDGED = ["--evaluate", "tiny-detail-b", "tiny-b", "tiny-b-faithful"]
+ROWS |= {f"{name}{DETAIL}": [*ROWS[name], *JUDGED] for name in [*METHODS, "dpo, t in [700, 1000)", *SEGMENTS]}
+ROWS |= {f"dpo, beta {beta}{DETAIL}": ["--method", "dpo", "--beta", beta, *JUDGED] for beta in ("500", "8000")}
+MEASURED = ("dpo", f"dpo{DETAIL}")  # of whose runs d by tenth of the timesteps is kept
 TABLED = ("dde-step", "dde", "dde-step, six times as long")  # those with a correction table
 QUARTERS = 4  # of a run: how often its table is looked at

@@ -265,7 +265,7 @@ def build_pairs(job: Job) -> Figures:
         for rank in range(processes):
             images[rank::processes] = np.load(job.work / "drawn" / f"{kind}-{rank}.npy")
         rng = np.random.default_rng((job.seed, 12, number))
-        rows, figures[kind] = pairs.table(kind, captions, images[:n], images[n:], labeller, rng)
+        rows, figures[kind] = pairs.judged(kind, captions, images[:n], images[n:], labeller, rng)
         pairs.write(rows, job.work / "pairs" / f"{kind}.parquet")
     return figures
 

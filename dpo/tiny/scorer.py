@@ -1,8 +1,8 @@
-"""The embedded world's judges as scorers: its hidden taste, whether a picture shows what its caption says, diversity."""
+"""The embedded world's judges as scorers: its tastes, whether a picture shows what its caption says, diversity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.scorers.diversity import Diversity
+from dpo.tiny import detail
 from dpo.tiny.judge import Judge, load_judge, score
 from dpo.tiny.paths import ASSETS
 from dpo.tiny.world import SLOPE
@@ -44,6 +45,20 @@ class OfJudge:
         seen = self.judge.read(_pixels(self.name, images))
         found = self.judge.faithful(seen, list(captions)) if self.faithful else score(seen)
         return torch.from_numpy(np.asarray(found, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class OfDetail:
+    """A taste for fine detail, which looks at pictures of any size."""
+
+    name: str
+    fingerprint: str
+    taste: Callable[[Image.Image], float]
+    temperature: float | None  # of the noisy rater who labelled by it
+
+    def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """[N] float32: log of the amount of detail."""
+        return torch.tensor([self.taste(image) for image in images], dtype=torch.float32)
 
 
 def _pixels(name: str, images: Sequence[Image.Image]) -> np.ndarray:
@@ -81,3 +96,13 @@ def diversity_b(**unused: Any) -> Diversity:
     """How far apart the pictures of a caption lie in what judge b reads their traits from."""
     name, judge = "tiny-diversity", load_judge("b")
     return Diversity(lambda images: judge.features(_pixels(name, images)), _fingerprint(name, "b"), name)
+
+
+def detail_a(**unused: Any) -> OfDetail:
+    """The second taste, which labelled the pairs of python -m dpo.tiny.detail."""
+    return OfDetail("tiny-detail-a", f"tiny-detail-a blur {detail.RADIUS}", detail.taste_a, detail.SLOPE)
+
+
+def detail_b(**unused: Any) -> OfDetail:
+    """Another measure of detail, which labelled nothing."""
+    return OfDetail("tiny-detail-b", f"tiny-detail-b percentile {detail.STEEPEST}", detail.taste_b, None)

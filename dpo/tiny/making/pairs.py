@@ -23,7 +23,7 @@ from dpo.data.writing import PICKAPIC
 from dpo.tiny.judge import Judge, score
 from dpo.tiny.making.scenes import PHRASES, World, caption, prefer
 from dpo.tiny.prompts import Prompts
-from dpo.tiny.world import COLOURS
+from dpo.tiny.world import COLOURS, SLOPE
 
 TIE = 0.04  # scores closer than this are called a tie
 SHARES = {"train": 0.40, "validation": 0.10, "tuning": 0.20, "report": 0.30}  # of all captions
@@ -66,13 +66,31 @@ def uid(text: str) -> str:
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
 
-def table(
+def judged(
     kind: str, captions: list[str], images_0: np.ndarray, images_1: np.ndarray, judge: Judge, rng: np.random.Generator
 ) -> tuple[pa.Table, dict[str, float]]:
-    """(rows of N labelled pairs, figures that describe the labels); the pictures are uint8 [N, H, W, 3] each."""
-    score_0, score_1 = score(judge.read(images_0)), score(judge.read(images_1))
-    tie = np.abs(score_0 - score_1) < TIE
-    label_0 = np.where(tie, 0.5, prefer(rng, score_0, score_1).astype(float))
+    """`table` of pictures, uint8 [N, H, W, 3] each, that a judge scores."""
+    scores = score(judge.read(images_0)), score(judge.read(images_1))
+    return table(kind, captions, [jpeg(image) for image in images_0], [jpeg(image) for image in images_1], scores, rng)
+
+
+def table(
+    kind: str,
+    captions: list[str],
+    files_0: list[bytes],
+    files_1: list[bytes],
+    scores: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
+    slope: float = SLOPE,
+    least: float = TIE,
+) -> tuple[pa.Table, dict[str, float]]:
+    """(rows of N pairs that a noisy rater labels, figures that describe the labels).
+
+    files: JPEG files of the pictures; scores: [N] each; slope: of the rater; least: scores closer than this are a tie.
+    """
+    score_0, score_1 = scores
+    tie = np.abs(score_0 - score_1) < least
+    label_0 = np.where(tie, 0.5, prefer(rng, score_0, score_1, slope).astype(float))
     rows = []
     for i, text in enumerate(captions):
         uids = [uid(f"{kind} {i} {side}") for side in (0, 1)]
@@ -88,8 +106,8 @@ def table(
                 "image_0_url": "",
                 "image_1_uid": uids[1],
                 "image_1_url": "",
-                "jpg_0": jpeg(images_0[i]),
-                "jpg_1": jpeg(images_1[i]),
+                "jpg_0": files_0[i],
+                "jpg_1": files_1[i],
                 "label_0": float(label_0[i]),
                 "label_1": 1 - float(label_0[i]),
                 "model_0": "dpo-tiny-base",
