@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence import table_of, write_report
+from benchmarks.claims import table_of
+from benchmarks.evidence import write_report
 from benchmarks.measuring import markdown
 from benchmarks.study_rows import DETAIL, MEASURED, QUARTERS, ROWS, TABLED, Cell, Cells
 from dpo.common import files
@@ -85,7 +86,7 @@ def labelled_pairs(path: Path) -> Path:
 
 def detail_pairs(path: Path) -> Path:
     """The training pairs of the second taste."""
-    from dpo.tiny import detail
+    from dpo.tiny.making import detail
 
     detail.write(path.with_suffix(""))
     return path.with_suffix("") / "train.parquet"
@@ -190,16 +191,14 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def read_cells(path: Path) -> Cells:
-    """The finished cells of the file, but for those whose row has other flags by now, or asks for more figures."""
+    """The finished cells of the file, but for those whose row has other flags by now."""
     known: dict[str, dict[str, Cell]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {
-        row: {
-            int(seed): cell
-            for seed, cell in known.get(row, {}).items()
-            if cell["flags"] == ROWS[row] and (row not in MEASURED or "measured" in cell)
-        }
-        for row in ROWS
-    }
+    return {row: {int(n): cell for n, cell in known.get(row, {}).items() if cell["flags"] == ROWS[row]} for row in ROWS}
+
+
+def missing(cells: Cells, row: str, seed: int) -> bool:
+    """Whether a cell is to be run: it is not there, or lacks what its row keeps by now."""
+    return seed not in cells[row] or (row in MEASURED and "measured" not in cells[row][seed])
 
 
 def write_cells(path: Path, cells: Cells) -> None:
@@ -290,7 +289,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     path = given.cells or given.out / "cells.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     cells = read_cells(path)
-    if todo := [(row, seed) for seed in range(given.seeds) for row in given.rows if seed not in cells[row]]:
+    if todo := [(row, seed) for seed in range(given.seeds) for row in given.rows if missing(cells, row, seed)]:
         try:
             with closing(run_cells(given.out, todo, given.processes)) as found:
                 for row, seed, cell in found:

@@ -20,8 +20,10 @@ from dpo.scorers.scorer import Listed, listed
 from dpo.tiny import paths
 
 EMBEDDED = "the embedded pairs"
+DETAIL = "the embedded pairs of detail"
 PAIRS = {  # name of pairs -> what their place looks like, as --data names it
     EMBEDDED: re.compile(r"(^|[/\\])tiny[/\\]assets[/\\]pairs([/\\]|$)"),
+    DETAIL: re.compile(r"(^|[/\\])detail[/\\](train|validation)\.parquet$"),
     "Pick-a-Pic": re.compile(r"pick[-_. ]?a[-_. ]?pic", re.IGNORECASE),
 }
 STARTS = ("model", "unet_init", "lora_init")  # settings that may name another run

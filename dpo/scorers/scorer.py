@@ -74,7 +74,7 @@ LISTED: tuple[Listed, ...] = (
     Listed("tiny-b-faithful", "dpo.tiny.scorer:faithful_b", IN_PACKAGE, "Apache-2.0", 0.001, "0 or 1"),
     Listed(
         "tiny-detail-a", "dpo.tiny.scorer:detail_a", IN_PACKAGE, "Apache-2.0", 0, "log of grey levels", resolution=1e-3,
-        note="labelled the pairs of python -m dpo.tiny.detail: use tiny-detail-b to evaluate", labelled=("the pairs of dpo.tiny.detail",),
+        note="labelled the pairs of python -m dpo.tiny.build --detail: use tiny-detail-b to evaluate", labelled=("the embedded pairs of detail",),
     ),
     Listed("tiny-detail-b", "dpo.tiny.scorer:detail_b", IN_PACKAGE, "Apache-2.0", 0, "log of grey levels", resolution=1e-3),
     Listed(

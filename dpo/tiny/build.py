@@ -3,6 +3,7 @@
     python -m dpo.tiny.build                          # everything, hours on two cores; run again to resume
     python -m dpo.tiny.build --stage vae              # one stage; `--stage judges` can run beside it in another terminal
     python -m dpo.tiny.build --stage unchanged        # only draw the shipped pictures of the unchanged model again
+    python -m dpo.tiny.build --detail DIR             # only pairs of the second taste, of the shipped ones, in seconds
     python -m dpo.tiny.build --miniature --out DIR    # a few objects, offline: for tests, draws poorly
 
 Working files go to --work, artefacts to --out. Every stage resumes from its last checkpoint and is a function of the
@@ -36,7 +37,7 @@ from transformers import CLIPTokenizer
 from dpo.common import command, files
 from dpo.drawing.draw import sample
 from dpo.tiny import judge, outcome
-from dpo.tiny.making import judges, loop, pairs, pipeline, sprites, text, unchanged, vae
+from dpo.tiny.making import detail, judges, loop, pairs, pipeline, sprites, text, unchanged, vae
 from dpo.tiny.making.scenes import CANVAS, PHRASES, Renderer, Scenes, World, caption, world
 from dpo.tiny.paths import ASSETS
 from dpo.tiny.world import COLOURS
@@ -352,7 +353,14 @@ def build(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, help="processes of base training, one thread each")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: 0)")
     parser.add_argument("--miniature", action="store_true", help="a tiny offline world, for tests")
+    parser.add_argument("--detail", type=Path, help="write the pairs of the second taste there, and build nothing")
     options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.detail:
+        if options.detail.exists() and not options.detail.is_dir():
+            parser.error(f"--detail {options.detail}: a folder is needed")
+        log.info("%s: %s", options.detail, json.dumps(detail.write(options.detail)))
+        return 0
 
     recipe = MINIATURE if options.miniature else FULL
     changed = {name: getattr(options, name) for name in ("steps", "processes") if getattr(options, name) is not None}
@@ -361,7 +369,6 @@ def build(arguments: list[str]) -> int:
     job = Job(recipe, options.seed, work, options.out or (work / "out" if options.miniature else ASSETS))
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     figures = {}
     for name in [options.stage] if options.stage else STAGES:
         figures[name] = run_stage(name, job)

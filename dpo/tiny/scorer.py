@@ -99,7 +99,7 @@ def diversity_b(**unused: Any) -> Diversity:
 
 
 def detail_a(**unused: Any) -> OfDetail:
-    """The second taste, which labelled the pairs of python -m dpo.tiny.detail."""
+    """The second taste, which labelled the pairs of python -m dpo.tiny.build --detail."""
     return OfDetail("tiny-detail-a", f"tiny-detail-a blur {detail.RADIUS}", detail.taste_a, detail.SLOPE)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import evidence, study
+from benchmarks import claims, evidence, study
+from benchmarks.study_rows import SEGMENTS
 from dpo.tiny import paths
 from tests.help.fake_run import write_run
 
@@ -22,6 +23,8 @@ def cell(folder, row, win_rate, kind="good"):
         "win_rate": win_rate,
         "win_rate_interval": interval,
         "prompts": 160,
+        "score_before": 1.0,
+        "score_after": 1.0 + 2 * (win_rate - 0.5),
         "faithfulness_before": 0.9,
         "faithfulness_after": 0.8,
     }
@@ -138,32 +141,67 @@ def test_a_cell_is_continued_under_the_same_flags_only(trained, tmp_path, monkey
 
 
 def test_a_row_stands_on_its_finished_seeds(path):
-    lines = {line["method"]: line for line in evidence.table_of(study.read_cells(path))}
+    lines = {line["method"]: line for line in claims.table_of(study.read_cells(path))}
     assert list(lines) == list(study.ROWS)
     assert lines["dpo"]["seeds"] == 3 and lines["dpo"]["win rate"] == pytest.approx(0.75)
     assert lines["dpo"]["lowest bound of a seed"] == pytest.approx(0.65) and lines["dpo"]["over seeds"] == "± 0.050"
     low, high = map(float, lines["dpo"]["95 % interval"].split(" to "))
     assert 0.67 < low < 0.69 and 0.80 < high < 0.82  # Wilson, 160 prompts
-    assert lines["dde"]["seeds"] == 1 and lines["dde"]["over seeds"] is None
+    assert lines["dpo"]["score"] == "+0.500 ± 0.100"
+    assert lines["dde"]["seeds"] == 1 and lines["dde"]["over seeds"] is None and lines["dde"]["score"] == "+0.800"
     assert lines["discounted"] == {"method": "discounted", "seeds": "not yet run"}
 
 
-def test_a_claim_holds_only_beyond_two_standard_errors(path):
+def test_a_claim_holds_only_where_its_interval_excludes_nothing(path):
+    """0.2, 0.05 and 0.15 between the seeds: 0.1333 with a standard error of 0.0441, times Student's 4.303 for three."""
     results = study.read_cells(path)
-    found = evidence.check(evidence.Claim("", ["dpo"], ["sft"]), results)
-    assert found["difference"] == "+0.133" and found["standard error"] == "0.044" and found["larger in"] == "3 of 3"
-    assert found["here"] == "holds"
-    assert evidence.check(evidence.Claim("", ["sft"], ["dpo"]), results)["here"] == "does not hold"
-    assert evidence.check(evidence.Claim("", ["dpo"], ["dpo"]), results)["here"] == "undecided"
-    one = evidence.check(evidence.Claim("", ["dde"], ["dpo"]), results)
-    assert one["seeds"] == 1 and one["difference"] == "+0.100" and "here" not in one
-    assert evidence.check(evidence.Claim("", ["discounted"], ["dpo"]), results)["seeds"] == "not yet run"
+    found = claims.check(claims.Claim("", ["dpo"], ["sft"]), results)
+    assert found["win rate"] == "+0.133 ± 0.190" and found["by win rate"] == "undecided" and found["seeds"] == 3
+    assert found["score"] == "+0.267 ± 0.379" and found["by score"] == "undecided"
+    for seed, cell in results["sft"].items():
+        cell["win_rate"] = results["dpo"][seed]["win_rate"] - 0.1 - 0.01 * seed
+    assert claims.check(claims.Claim("", ["dpo"], ["sft"]), results)["by win rate"] == "holds"
+    assert claims.check(claims.Claim("", ["sft"], ["dpo"]), results)["by win rate"] == "does not hold"
+    against = {line["method"]: line for line in claims.against_dpo(results, "")}
+    assert (
+        against["sft"]["by win rate"] == "below" and "dpo" not in against and against["kto"]["seeds"] == "not yet run"
+    )
+    assert claims.check(claims.Claim("", ["dpo"], ["dpo"]), results)["by score"] == "undecided"
+    one = claims.check(claims.Claim("", ["dde"], ["dpo"]), results)
+    assert one["seeds"] == 1 and one["win rate"] == "+0.100" and "by win rate" not in one
+    assert claims.check(claims.Claim("", ["discounted"], ["dpo"]), results)["seeds"] == "not yet run"
+
+
+def test_the_quantiles_are_student_s():
+    """Each tells what it should of many samples drawn here: 95 % of them have the mean within."""
+    rng = np.random.default_rng(0)
+    for count, quantile in claims.T95.items():
+        drawn = rng.normal(size=(200_000, count))
+        within = np.abs(drawn.mean(1)) <= quantile * drawn.std(1, ddof=1) / count**0.5
+        assert within.mean() == pytest.approx(0.95, abs=0.002)
+
+
+def test_where_a_taste_lives(path):
+    results = study.read_cells(path)
+    for found in results["dpo"].values():
+        found["measured"] = list(np.arange(1.0, 11))
+    results[SEGMENTS[3] + study.DETAIL] = results["sft"]
+    lines = evidence.where(results)
+    assert lines[9]["d, first taste"] == f"{10 / 55:.1%}" and "d, detail" not in lines[9]
+    assert lines[3]["score rises by, detail"] == "+0.233" and "score rises by, detail" not in lines[4]
+
+
+def test_cells_that_lack_a_figure_are_run_again(path):
+    cells = study.read_cells(path)
+    assert study.missing(cells, "sft", 7) and not study.missing(cells, "sft", 0) and not study.missing(cells, "dpo", 0)
+    del cells["dpo"][0]["measured"]
+    assert study.missing(cells, "dpo", 0)
 
 
 def test_every_claim_and_flag_names_something_that_exists():
     from dpo.settings.flags import parse
 
-    assert {row for claim in evidence.CLAIMS for row in claim.better + claim.worse} <= set(study.ROWS)
+    assert {row for claim in (*claims.FIRST, *claims.SECOND) for row in claim.better + claim.worse} <= set(study.ROWS)
     for flags in study.ROWS.values():
         parse(["--preset", "tiny", *flags])
 
@@ -200,6 +238,7 @@ def test_swapped_labels_are_the_shipped_ones_the_other_way_round(tmp_path):
 def test_rows_of_other_labels_have_stores_of_their_own(tmp_path):
     rows = [row for row in study.ROWS if study.labels_of(row)]
     assert {study.labels_of(row) for row in rows} == set(study.LABELS)
+    assert all(study.labels_of(row) == "detail" for row in study.ROWS if evidence.taste_of(row) == study.DETAIL)
     assert len({study.store_of(tmp_path, row) for row in [*rows, "dpo"]}) == 1 + len(study.LABELS)
 
 

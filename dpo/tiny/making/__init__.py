@@ -6,5 +6,6 @@ loop.py      the training loop of every part
 vae.py text.py pipeline.py   the pipeline's parts, and its training
 judges.py    training the judges
 pairs.py     preference pairs and prompt lists
+detail.py    pairs of the second taste
 unchanged.py what the unchanged model draws for the judged prompts
 """

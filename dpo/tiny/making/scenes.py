@@ -98,9 +98,7 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeio" or word == "umbrella" else "a"
 
 
-def prefer(
-    rng: np.random.Generator, score_a: np.ndarray, score_b: np.ndarray, slope: float = SLOPE
-) -> np.ndarray:
+def prefer(rng: np.random.Generator, score_a: np.ndarray, score_b: np.ndarray, slope: float = SLOPE) -> np.ndarray:
     """[N] bool, True where a noisy rater picks a, Bradley-Terry: P(a) = sigmoid(slope (score_a - score_b))."""
     return rng.random(len(score_a)) < 1 / (1 + np.exp(-slope * (score_a - score_b)))
 

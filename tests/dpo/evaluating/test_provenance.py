@@ -14,7 +14,7 @@ from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path, train_pairs_path
 from tests.help.stores import Encoders, Synthetic, task
 
-EMBEDDED, PICKAPIC = PAIRS
+EMBEDDED, DETAIL, PICKAPIC = PAIRS
 
 
 def run(folder, **settings):
@@ -83,6 +83,12 @@ def test_a_scorer_that_labelled_the_pairs_or_learned_from_them_is_named(tmp_path
     ]
     assert cautions(["pickscore:/weights", "clip-h14"], places) == [
         "pickscore learned from Pick-a-Pic, which two was trained on: a gain by it is expected, and other scorers say more"
+    ]
+    detail = run(tmp_path / "fine", data="runs/detail/train.parquet")
+    assert trained_on(detail) == {DETAIL}
+    assert cautions(["tiny-a", "tiny-detail-a", "tiny-detail-b"], {"fine": str(detail)}) == [
+        "tiny-detail-a labelled the embedded pairs of detail, which fine was trained on: a gain by it is expected, and other "
+        "scorers say more"
     ]
     assert cautions(["tiny-a", "pickscore"], {"start": "embedded", "theirs": str(tmp_path)}) == []
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from dpo.data.writing import PICKAPIC
 from dpo.tiny.judge import Reading
-from dpo.tiny.making.pairs import FIRST_SEED, SHARES, TIE, prompts_of, split_captions, table
+from dpo.tiny.making.pairs import FIRST_SEED, SHARES, TIE, judged, prompts_of, split_captions
 from dpo.tiny.making.scenes import world
 
 
@@ -30,11 +30,11 @@ class Sizes:
 def test_labels_follow_the_scores_and_near_scores_are_ties():
     n = 400
     small, large = np.full((n, 8, 8, 3), 115, np.uint8), np.full((n, 8, 8, 3), 230, np.uint8)
-    rows, figures = table("train", ["a frog"] * n, small, large, Sizes(), np.random.default_rng(0))
+    rows, figures = judged("train", ["a frog"] * n, small, large, Sizes(), np.random.default_rng(0))
     assert rows.schema == PICKAPIC and figures["pairs"] == n and figures["ties"] == 0
     assert figures["labels_agree_with_score"] > 0.95  # the larger one is nearly one whole point better
     best = rows["best_image_uid"].to_pylist()
     second = [row == 1.0 for row in rows["label_1"].to_pylist()]
     assert [b == u for b, u in zip(best, rows["image_1_uid"].to_pylist())] == second
-    _, figures = table("train", ["a frog"] * n, small, small, Sizes(), np.random.default_rng(0))
+    _, figures = judged("train", ["a frog"] * n, small, small, Sizes(), np.random.default_rng(0))
     assert TIE > 0 and figures["ties"] == n
