@@ -37,9 +37,15 @@ def write(folder: Path) -> dict[str, dict[str, float]]:
             drawings = (Image.open(io.BytesIO(row["jpg_0"])).convert("RGB") for row in rows)
             made = [rendition(drawing, amount) for drawing, amount in zip(drawings, amounts, strict=True)]
             sides.append([pairs.jpeg(np.asarray(picture)) for picture in made])
-        scores = [np.array([taste_a(Image.open(io.BytesIO(file))) for file in files]) for files in sides]
+        first, second = sides
+        scores = scored(first), scored(second)
         captions = [row["caption"] for row in rows]
         name = f"detail {kind}"
-        table, figures[kind] = pairs.table(name, captions, *sides, (scores[0], scores[1]), rng, SLOPE, least=0)
+        table, figures[kind] = pairs.table(name, captions, first, second, scores, rng, SLOPE, least=0)
         pairs.write(table, folder / f"{kind}.parquet")
     return figures
+
+
+def scored(files: list[bytes]) -> np.ndarray:
+    """[N] by taste a, of pictures as they are stored."""
+    return np.array([taste_a(Image.open(io.BytesIO(file))) for file in files])
