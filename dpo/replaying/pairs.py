@@ -74,7 +74,7 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
         for sum_, grad in zip(total, grads, strict=True):
             if grad is not None:
                 sum_ += grad
-        found += _figures(run, place, batch, terms)
+        found += _figures(run, place, batch, inputs, terms)
     usable = [pair for pair in found if pair.usable]
     chosen = sorted(usable, key=lambda pair: -_rank(pair.pull))[:top]
     wanted = {id(pair) for pair in chosen}
@@ -132,9 +132,11 @@ def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
         yield from zip(run_order(run.source, order), batches, strict=False)  # the batches have no end
 
 
-def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list[OnePair]:
+def _figures(run: Run, place: Place, batch: PairBatch, inputs: Inputs, terms: PairTerms) -> list[OnePair]:
+    own = run.step.levels(inputs)
+    weight = run.step.weight if own is None else own.weight
     without = run.step.supervised or run.step.odds is not None
-    pull = terms.loss.detach() if without else terms.pull * run.step.weight[terms.timesteps]
+    pull = terms.loss.detach() if without else terms.pull * weight[terms.timesteps]
     names = (terms.timesteps, terms.difference, terms.logit, terms.loss, pull)
     rows = torch.stack([value.detach().double() for value in names], dim=1).tolist()
     return [

@@ -97,15 +97,6 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
         return
     if draw != "grid" and "turbo" in (asked.timesteps, "turbo" if asked.timesteps == "auto" and model.turbo else ""):
         raise UserError(f"--timestep-draw {draw}: the model has four timesteps, which are drawn alike; leave it out")
-    if config.data.buckets and model.shift_by_size and draw != "grid":
-        raise UserError(
-            f"--timestep-draw {draw} with --buckets: the noise levels of this model depend on the shape of an image; leave one out"
-        )
-    if config.data.buckets and model.shift_by_size and METHODS[config.method.method].correction:
-        raise UserError(
-            f"--method {config.method.method} with --buckets: its correction is a table by noise level, and those of this model "
-            "depend on the shape of an image; use --method dde-single or dpo, or leave --buckets out"
-        )
     if asked.zero_snr != "auto":
         raise UserError(f"--zero-snr {asked.zero_snr}: a flow's levels end in pure noise as they are; leave it at auto")
     if config.lora.lora_format == "kohya":

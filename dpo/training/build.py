@@ -107,7 +107,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     fingerprints |= weights
     if begin.moved:
         fingerprints |= denoisers.hashes("start", model.denoiser)
-    errors = _recorded(config, plan, source, weights)
+    errors = _recorded(config, model, plan, source, weights)
     if errors is not None:
         source = errors.covered(source)
 
@@ -159,9 +159,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         encoder=encoder,
         step=step,
         updater=updater,
-        table=CorrectionTable.zeros(
-            tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
-        ),
+        table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho, step.timesteps, config.optim.pairs),
         held_out=_held_out(config, held_out_source, step, encoder, compared, processes),
         buckets=buckets,
         output=output,
@@ -176,7 +174,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None and config.method.timestep_draw == schedule.GRID:
-        step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
+        step.draw_from(errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
     run.best = choice.begin(run, saved)
@@ -340,7 +338,7 @@ def _tell_buckets(run: Run, buckets: Buckets) -> None:
 
 
 def _recorded(
-    config: Config, plan: schedule.Plan, source: Source, weights: dict[str, str]
+    config: Config, model: Model, plan: schedule.Plan, source: Source, weights: dict[str, str]
 ) -> recorded.RecordedErrors | None:
     """The recorded reference errors that suit the run, None where it computes them.
 
@@ -350,7 +348,7 @@ def _recorded(
         return None
     beside = denoisers.beside(config)
     wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"], beside)
-    return recorded.find(source, wanted, denoisers.drawn(config, plan).unique(), weights["reference_checksum"])
+    return recorded.find(source, wanted, denoisers.every_drawn(config, model, plan), weights["reference_checksum"])
 
 
 def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held_out: Source | None) -> Config:

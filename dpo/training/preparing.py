@@ -34,7 +34,7 @@ from dpo.schedule import Plan
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import start, stored
-from dpo.training.denoisers import beside, drawn, pair_step
+from dpo.training.denoisers import beside, pair_step
 from dpo.training.embedded import embedded
 from dpo.training.start import Start
 
@@ -261,7 +261,7 @@ def record_reference(
     for line in told:
         log.info("%s", line)
     weights, step = _reference_step(config, model, plan, device, begin)
-    timesteps = drawn(config, plan).unique()
+    timesteps = step.timesteps.cpu()
     zeros = config.data.dropped_caption == "zeros"
     encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(

@@ -9,7 +9,7 @@ L - R plus that mean (at least 0) where the image is liked, and the negative of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,8 @@ from dpo.data.pairs import caption_key
 from dpo.encode import Encoder, Inputs
 from dpo.models.family import Denoise
 from dpo.objective import implicit_accuracy
-from dpo.step import PairStep
+from dpo.schedule import NoisePath
+from dpo.step import Levels, PairStep
 from dpo.training.parallel import Processes
 
 
@@ -41,9 +42,11 @@ class HeldOut:
     liked: Tensor  # [N] bool: all of pairs; the label of images without a partner
     single: bool  # whether they are images without a partner; a run on such images may hold out pairs
     sizes: list[int]  # pairs of each batch of all processes, in the order of their turn; they add up to N
+    shapes: list[tuple[int, int]]  # (h, w) of the latents of each of these batches
     reference_errors: Tensor
     draws: int
-    timesteps: Tensor  # [K] int64, the timesteps to draw from
+    path: NoisePath  # with the timesteps to draw from, as is that of each of `shaped`
+    shaped: Mapping[tuple[int, int], Levels]
     processes: Processes
 
 
@@ -92,7 +95,8 @@ def encode_held_out(
             encoded.append(x := inputs.to("cpu"))
             captions = torch.tensor([caption_key(caption) for caption in batch.captions], dtype=torch.int64)
             labelled, liked = x.usable.bool() & (x.prob != 0.5), x.prob > 0.5
-            own.append((batch.position, x.keys, captions, labelled, liked, bool(x.usable.any())))
+            shape = tuple(x.latent_mean.shape[2:])
+            own.append((batch.position, x.keys, captions, labelled, liked, shape, bool(x.usable.any())))
             told(sum(len(keys) for _, keys, *_ in own))
     by_round = zip(*processes.objects(own), strict=True)
     there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
@@ -101,7 +105,7 @@ def encode_held_out(
     if reference is not None:
         step = replace(step, policy=reference)
     keys, captions, labelled, liked = (torch.cat([pairs[part] for pairs in there.values()]) for part in range(4))
-    sizes = [len(pairs[0]) for pairs in there.values()]
+    sizes, shapes = [len(pairs[0]) for pairs in there.values()], [pairs[4] for pairs in there.values()]
     errors = _errors("held-out reference errors", step, encoded, draws, sizes, processes)
     return HeldOut(
         encoded,
@@ -111,9 +115,11 @@ def encode_held_out(
         liked,
         encoded[0].single,
         sizes,
+        shapes,
         errors,
         draws,
-        step.path.timesteps,
+        step.path,
+        step.shaped,
         processes,
     )
 
@@ -123,7 +129,7 @@ def differences(step: PairStep, held_out: HeldOut) -> Tensor:
 
     Of images without a partner it is below 0 too where the policy sides with the label.
     """
-    there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
+    there = replace(step, path=held_out.path, shaped=held_out.shaped)
     errors = _errors("held-out accuracy", there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
     errors = errors - held_out.reference_errors
     if not held_out.single:
@@ -135,10 +141,12 @@ def differences(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
     """The timestep [S, N] int64 of each draw of those pairs, on the CPU."""
-    there = replace(step.path, timesteps=held_out.timesteps)
-    keys = held_out.keys[held_out.labelled].to(step.weight.device)
-    rows = [there.draw(keys, torch.full_like(keys, draw), step.seed).cpu() for draw in range(held_out.draws)]
-    return torch.stack(rows)
+    found = []
+    for keys, shape in zip(held_out.keys.to(step.weight.device).split(held_out.sizes), held_out.shapes, strict=True):
+        path = held_out.shaped[shape].path if shape in held_out.shaped else held_out.path
+        rows = [path.draw(keys, torch.full_like(keys, draw), step.seed) for draw in range(held_out.draws)]
+        found.append(torch.stack(rows).cpu())
+    return torch.cat(found, dim=1)[:, held_out.labelled]
 
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
