@@ -95,7 +95,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)
-    _tell(config, [*notes, *decided, *told], processes.count)
+    _tell(config, [*notes, *decided, *told], processes.count, things(source))
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
@@ -114,9 +114,9 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     buckets = find(config.data, model.geometry.side_factor, source)
 
     total = resolve.total_steps(config, len(source))
-    for line in advice.length(config, len(source)):
+    for line in advice.length(config, len(source), things(source)):
         log.info("%s", line)
-    for line in advice.too_long(config, len(source)):
+    for line in advice.too_long(config, len(source), things(source)):
         log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded, sides=source.sides)
@@ -300,13 +300,13 @@ def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
     return change(config, validation_fraction=0.0) if unmeasured else config
 
 
-def _tell(config: Config, lines: list[str], processes: int) -> None:
+def _tell(config: Config, lines: list[str], processes: int, what: str) -> None:
     """Logs `lines` (what was decided), the warnings on the settings, and the headline of the run."""
     for line in lines:
         log.info("%s", line)
-    for line in advice.warnings(config):
+    for line in advice.warnings(config, what):
         log.warning("%s", line)
-    log.info("%s", advice.headline(config, processes))
+    log.info("%s", advice.headline(config, processes, what))
 
 
 def _say_noise(run: Run) -> None:
@@ -329,9 +329,10 @@ def _tell_buckets(run: Run, buckets: Buckets) -> None:
     passes = len(places) * run.processes.count
     holes = 100 - 100 * LOOKED_AT * run.nominal / (passes * order.micro_batch)
     log.info(
-        "buckets: %.1f passes of %d pairs an update, %.0f %% of them holes%s; FLOPs are counted for the square",
+        "buckets: %.1f passes of %d %s an update, %.0f %% of them holes%s; FLOPs are counted for the square",
         passes / LOOKED_AT,
         order.micro_batch,
+        run.things,
         holes,
         " (fewer with a smaller --batch-size)" if holes > 0 and order.micro_batch > 1 else "",
     )

@@ -277,12 +277,12 @@ def record_reference(
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
         sizes=buckets.sizes if (buckets := find(config.data, model.geometry.side_factor, source)) else (),
-        progress=progress_line("recorded", "draws of pairs"),
+        progress=progress_line("recorded", f"draws of {things(source)}"),
     )
     with locks.held(folder, "--store", "-{}-of-{}".format(*shard) if shard[1] > 1 else ""):
         place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = (
-        f"{draws} draws of each of {len(source):,} pairs"
+        f"{draws} draws of each of {len(source):,} {things(source)}"
         if complete
         else "this process is done, others are still at work"
     )

@@ -21,7 +21,7 @@ from dpo.data.buckets import Buckets
 from dpo.data.kept import Kept
 from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
-from dpo.data.pairs import Source
+from dpo.data.pairs import Source, things
 from dpo.data.store import recorded
 from dpo.encode import Encoder
 from dpo.methods import METHODS
@@ -116,6 +116,11 @@ class Run:
     def nominal(self) -> int:
         """Pairs per update over all processes, holes included."""
         return self.config.optim.pairs
+
+    @property
+    def things(self) -> str:
+        """What it is trained on, in words."""
+        return things(self.source)
 
     @property
     def ended(self) -> bool:

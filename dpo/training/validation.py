@@ -3,7 +3,8 @@
 For each pair, d is averaged over S keyed (timestep, noise) draws. The pair counts 1 when the mean is negative, one half
 when it is 0. The reference errors do not change during a run: they are computed once, at its start.
 
-Of images without a partner it is the share whose gain R - L over the mean of all has the sign of the label. Their d is
+Of images without a partner it is the share whose gain R - L over the mean of all has the sign of the label: the mean of
+that share of the liked ones and that of the others, so that whoever gives all the same answer gets one half. Their d is
 L - R plus that mean (at least 0) where the image is liked, and the negative of that where it is not.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo.common.console import part
-from dpo.common.stats import share_interval
+from dpo.common.stats import balanced_interval
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import caption_key
 from dpo.encode import Encoder, Inputs
@@ -151,17 +152,28 @@ def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    return figures(differences(step, held_out).mean(0))
+    return figures(differences(step, held_out).mean(0), labels(held_out))
 
 
-def figures(d: Tensor) -> dict[str, float | list[float]]:
-    """The same of pairs whose mean differences are `d` [N]."""
+def labels(held_out: HeldOut) -> Tensor | None:
+    """Which of the labelled images without a partner are liked, [N] bool; None of pairs."""
+    return held_out.liked[held_out.labelled] if held_out.single else None
+
+
+def figures(d: Tensor, liked: Tensor | None = None) -> dict[str, float | list[float]]:
+    """The same of pairs whose mean differences are `d` [N]; liked [N] bool: of images without a partner.
+
+    Where these have both labels their accuracy is balanced, which "heldout_balanced" says.
+    """
     right = implicit_accuracy(d)
+    both = liked is not None and bool(liked.any()) and not bool(liked.all())
+    parts = [right[liked], right[~liked]] if both and liked is not None else [right]
     count = len(d)
-    low, high = share_interval(float(right.sum()), count)
+    low, high = balanced_interval([(float(part.sum()), len(part)) for part in parts])
     return {
-        "heldout_accuracy": float(right.mean()) if count else 0.5,
+        "heldout_accuracy": sum(float(part.mean()) for part in parts) / len(parts) if count else 0.5,
         "heldout_interval": [low, high],
         "heldout_difference": float(d.mean()) if count else 0.0,
         "heldout_pairs": count,
+        **({"heldout_balanced": True} if both else {}),
     }

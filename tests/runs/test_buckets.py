@@ -38,7 +38,7 @@ def test_step_zero_is_exact_and_the_cut_into_micro_batches_does_not_matter(world
         run = make_run(world("sd15"), pairs, tmp_path / str(size), *flags, "--method", "dde")
         step = run.step
         run.step = lambda x, *rest, step=step, **more: (shapes.add(x.latent_mean.shape[2:]), step(x, *rest, **more))[1]
-        run.step.shape, run.step.weight, run.step.policy = step.shape, step.weight, step.policy
+        run.step.shape, run.step.weight, run.step.policy, run.step.shaped = step.shape, step.weight, step.policy, {}
         figures = advance(run, 1)
         assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-15) and not figures[0]["margin_mean"]
         assert [(found["pairs"], found["unusable_pairs"]) for found in figures] == [(8, 0)]
