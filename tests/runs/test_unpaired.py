@@ -12,6 +12,8 @@ from csrc_triton.philox import Stream, integers, normal
 from dpo import evaluate, label, prepare, replay
 from dpo.common.errors import UserError
 from dpo.replaying.pairs import measured
+from dpo.data.store.store import open_store
+from dpo.settings.config import Data
 from dpo.settings.flags import parse
 from dpo.training import preparing, validation
 from dpo.training.state import snapshot
@@ -19,7 +21,7 @@ from tests.help.commands import SMALL, command
 from tests.help.labelling import GREY
 from tests.help.processes import together
 from tests.help.running import advance, everything, leave, make_run, weights
-from tests.help.worlds import make_labelled
+from tests.help.worlds import make_labelled, make_table
 from tests.runs.test_parity import RATE, SEED, UPDATES, Plain
 
 IMAGES, BETA, WEIGHTS = 4, 500.0, (1.5, 0.5)
@@ -52,14 +54,27 @@ def stored(world, images, tmp_path_factory):
     return place
 
 
-def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys):
-    """Their keys are the same: the old label would be trained on."""
-    table = make_labelled(tmp_path / "images", 6)
+@pytest.mark.parametrize("what", ["images", "pairs"])
+def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys, what):
+    """Their keys are the same: the old label would be trained on. Pairs of other captions are not read for it."""
+    table = make_labelled(tmp_path / "images", 6) if what == "images" else make_table(tmp_path / "pairs", 6)
+    old, new = ("true", "false") if what == "images" else ('"p": 0.9', '"p": 0.8')
+    rows = table.read_text("utf-8").splitlines()
+    if what == "pairs":
+        rows = [json.dumps({**json.loads(row), "p": 0.9}) for row in rows]
+    table.write_text("\n".join(rows), "utf-8")
     flags = ["--model", world("sd15"), "--data", str(table), "--store", str(tmp_path / "store"), "--workers", "0"]
     assert prepare.main(flags) == 0
-    table.write_text(table.read_text("utf-8").replace("true", "false", 1), "utf-8")
+    changed = "\n".join([rows[0].replace(old, new), *rows[1:]])
+    assert changed != "\n".join(rows)
+    table.write_text(changed, "utf-8")
+    capsys.readouterr()
     assert prepare.main(flags) == 2
-    assert "holds 1 of the images of" in (said := capsys.readouterr().err) and "with another label" in said
+    assert f"holds 1 of the {what} of" in (said := capsys.readouterr().err) and "with another label" in said
+    more = (make_labelled if what == "images" else make_table)(tmp_path / "more", 9, seed=7)
+    table.write_text("\n".join(rows), "utf-8")
+    assert prepare.main([*flags[:3], str(more), *flags[4:]]) == 0, "others are added"
+    assert open_store(tmp_path / "store", Data()).summary["pairs"] == 15
 
 
 def plain_errors(plain: Plain, batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
