@@ -155,9 +155,8 @@ def _scheduler_config(folder: Path) -> dict:
     try:
         return _mapping(path)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({first_line(error)}): the noise schedule must come with the model"
-        ) from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot read {path} ({why}): the noise schedule must come with the model") from error
 
 
 def _tokenizer(folder: Path, name: str, kind: str) -> Any:

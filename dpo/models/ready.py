@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from dpo.common.errors import UserError
 from dpo.common.words import first_line
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
 from dpo.models.family import Denoiser, Model, Vae
-from dpo.models.load import load
+from dpo.models.load import family_of, load, read_index, read_scheduler
 from dpo.models.offload import use_offload
+from dpo.models.parts import config_of, guidance_of, is_few_steps, tokens_of
 from dpo.models.pipeline import as_trained, scheduler_of, settings_of
 from dpo.settings.config import Config, Runtime, change
-from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
+from dpo.settings.resolve import DeviceFacts, ModelFacts, check_family, resolve
 
 log = logging.getLogger("dpo")
 
@@ -68,6 +70,29 @@ def load_named(config: Config) -> Model:
     )
 
 
+def check_settings(config: Config) -> None:
+    """Raises UserError for settings that the family of a model refuses, where its folder is here and before pairs are read.
+
+    `decide` asks again, of every model.
+    """
+    import diffusers
+
+    named = config.model
+    assert named.model is not None, "a command names its model, or takes the embedded one"
+    place = Path(named.model).expanduser()
+    if not (place / "model_index.json").is_file():
+        return
+    index = read_index(place)
+    family = family_of(index, named.family)
+    said, _ = read_scheduler(place, named.model, family)
+    denoiser = config_of(getattr(diffusers, family.denoiser_class), place, family.denoiser)
+    turbo = is_few_steps(family, named.model, index, denoiser, said, named.timesteps)
+    kind = schedule.FLOW if family.flow else said["prediction_type"]
+    check_family(config, ModelFacts(family=family.name, prediction_type=kind, turbo=turbo))
+    tokens_of(family, named.model, named.text_tokens)
+    guidance_of(denoiser, named.model, named.train_guidance)
+
+
 def _against(config: Config, model: Model) -> list[str]:
     """Lines for the log where a flag goes before what the model says of itself."""
     named, said, lines = config.model, model.scheduler_config, []
@@ -79,7 +104,8 @@ def _against(config: Config, model: Model) -> list[str]:
     if named.zero_snr != "auto" and (named.zero_snr == "on") != zero:
         lines.append(f"--zero-snr {named.zero_snr} is followed, though the model says {'on' if zero else 'off'}")
     if model.turbo and named.timesteps == "all":
-        lines.append("--timesteps all is followed, though the model's scheduler is Turbo's")
+        why = "the model is distilled to a few steps" if model.family.flow else "the model's scheduler is Turbo's"
+        lines.append(f"--timesteps all is followed, though {why}")
     return lines
 
 

@@ -59,16 +59,8 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
 
     Raises UserError for what this model or device cannot do.
     """
-    asked = config.model
-    if asked.family not in ("auto", model.family):
-        raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
-    dropped = config.data.dropped_caption
-    if dropped == "zeros" and model.family != "sdxl":
-        raise UserError(
-            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
-            f"of family {model.family}; leave it at auto"
-        )
-    _check_flow(config, model)
+    check_family(config, model)
+    asked, dropped = config.model, config.data.dropped_caption
     prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
     values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
     if dropped == "auto":
@@ -79,6 +71,19 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     values |= _of_length(config)
     decided = change(config, **values)
     return decided, [*_notes(config, decided, device), *_of_dropped(decided, model)]
+
+
+def check_family(config: Config, model: ModelFacts) -> None:
+    """Raises UserError for settings that do not go with a family; of `model` family, prediction type and turbo count."""
+    asked = config.model
+    if asked.family not in ("auto", model.family):
+        raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
+    if config.data.dropped_caption == "zeros" and model.family != "sdxl":
+        raise UserError(
+            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
+            f"of family {model.family}; leave it at auto"
+        )
+    _check_flow(config, model)
 
 
 def _check_flow(config: Config, model: ModelFacts) -> None:

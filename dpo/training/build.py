@@ -33,7 +33,7 @@ from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import check_part, locate, on_hub
-from dpo.models.ready import cast, load_model, pick_device, settle
+from dpo.models.ready import cast, check_settings, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
@@ -83,6 +83,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
     _check_named(config.model)
+    check_settings(config)
     optimizer.check_installed(config.optim.optimizer)
 
     saved = _saved(config.output, output, processes)

@@ -11,8 +11,8 @@ from torch.nn.functional import logsigmoid
 from csrc_triton.philox import Stream, integers, normal
 from dpo import evaluate, label, prepare, replay
 from dpo.common.errors import UserError
-from dpo.replaying.pairs import measured
 from dpo.data.store.store import open_store
+from dpo.replaying.pairs import measured
 from dpo.settings.config import Data
 from dpo.settings.flags import parse
 from dpo.training import preparing, validation
