@@ -102,12 +102,12 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     stored.check(model, source, held_out_source)
     stored.check_resolution(held_out_source, config.data.resolution)
     fingerprints = _fingerprints(model, source)
-    cast(model, config.runtime.precision, config.runtime.vae_precision)
+    cast(model, config.runtime.precision, config.runtime.vae_precision, frozen=config.lora.lora)
 
     twin, weights = denoisers.make_reference(config, model, begin)
     fingerprints |= weights
     if begin.moved:
-        fingerprints |= denoisers.hashes("start", model.denoiser)
+        fingerprints |= denoisers.hashes("start", model.denoiser, config.runtime.precision)
     errors = _recorded(config, model, plan, source, weights)
     if errors is not None:
         source = errors.covered(source)
@@ -213,7 +213,7 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
         "vae": parts["vae"],
         "vae_checksum": checksum(model.vae),
         "text": digest(*parts["text_encoders"], *parts["tokenizers"]),
-        "text_checksum": checksum(*model.text_encoders),
+        "text_checksum": checksum(*model.text_encoders, dtype=torch.float32),
         "data": source.fingerprint,
         **stamps(source),
     }

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("dpo")
 
 
-def hashes(name: str, denoiser: Denoiser) -> dict[str, str]:
-    """The two hashes of a denoiser's weights, by name."""
-    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser)}
+def hashes(name: str, denoiser: Denoiser, precision: str = "fp32") -> dict[str, str]:
+    """The two hashes of a denoiser's weights, by name; precision: of the run, whose weights they are cast to."""
+    dtype = WEIGHTS.get(precision, torch.float32)  # frozen ones may be narrower so far
+    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser, dtype=dtype)}
 
 
 def live_reference(config: Config) -> bool:
@@ -54,7 +55,7 @@ def make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser
     if not apart:
         begin.put(model)
     twin = copy_for_reference(config, model.denoiser, begin)
-    weights = hashes("reference", model.denoiser)
+    weights = hashes("reference", model.denoiser, config.runtime.precision)
     if apart:
         begin.put(model)
     return twin, weights
