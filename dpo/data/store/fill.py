@@ -36,6 +36,7 @@ from dpo.data.store.files import (
     NOWHERE,
     TWICE,
     UNNAMED,
+    check_shard,
     open_shard,
     read_index,
     sweep_away,
@@ -186,6 +187,7 @@ def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
     held: dict[int, list[float]] = {}  # one may be there several times
     captions: list[int] = []
     for entry in shards:
+        check_shard(task.folder / entry["file"], entry)
         shard = open_shard(task.folder / entry["file"])
         captions += shard["caption_key"].tolist() if entry["captions"] else []
         for key, prob in zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True):
