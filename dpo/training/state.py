@@ -184,7 +184,9 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
             saved.state["position"],
         )
     elif before.get("images", now.get("images")) != now.get("images"):
-        log.warning("image files of the training data were changed since the checkpoint: it goes on with the new ones")
+        log.warning(
+            "image files of the training %s were changed since the checkpoint: it goes on with the new ones", run.things
+        )
     elif before.get("image_times", now.get("image_times")) != now.get("image_times"):
         log.info(
             "the image files have other times than at the checkpoint; their sizes and the contents looked at do not"
