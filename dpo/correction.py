@@ -7,7 +7,8 @@
 This iteration's single forward pass feeds the next iterations' corrections: no extra model call ("delay update",
 Shi et al., arXiv 2411.14871; the sign is reconstructed, see docs/method.md). M is read frozen during an optimizer step;
 sums and counts gather over the whole effective batch, so the cut into micro-batches changes nothing. Where a step has
-fewer pairs than there are timesteps, neighbouring ones share an entry (`shared_entries`).
+fewer pairs than there are timesteps, neighbouring ones share an entry (`shared_entries`). Where noise levels depend on
+the shape of an image, each shape has its own lambda and so its own C, and all shapes have one M (docs/method.md).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ WIDEST = 50  # timesteps: an entry spans no more of the schedule
 
 
 def correction(table: Tensor, precision: Tensor) -> Tensor:
-    """C [T] from M [T] and lambda [T], in their dtype; C[T-1] is exactly 0."""
+    """C [..., T] from M [T] and lambda [..., T], in their dtype; C[T-1] is exactly 0."""
     terms = precision * table
-    after = terms.flip(0).cumsum(0).flip(0)
-    return torch.cat([after[1:], torch.zeros_like(after[:1])])
+    after = terms.flip(-1).cumsum(-1).flip(-1)
+    return pad(after[..., 1:], (0, 1))
 
 
 def updated(table: Tensor, sums: Tensor, counts: Tensor, rho: float) -> Tensor:
@@ -118,9 +119,12 @@ class CorrectionTable:
             values = torch.where(self.start < 1, values / (1 - self.start), 0.0)
         return pad(values, (0, 1))[self.entries]
 
-    def correction(self) -> Tensor:
-        """C [T] float64 from M as it was after the last optimizer step."""
-        return correction(self.table, self.precision)
+    def correction(self, *others: Tensor) -> Tensor:
+        """C [T] float64 from M as it was after the last optimizer step.
+
+        others: lambda [T] of other noise levels, with which it is [1 + others, T], in their order.
+        """
+        return correction(self.table, torch.stack([self.precision, *others]) if others else self.precision)
 
     def gather(self, sums: Tensor, counts: Tensor) -> None:
         """Add one micro-batch's sum of d and number of untied usable pairs per timestep ([T] each)."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ from dpo.models.dropout import Masks
 from dpo.models.family import Denoise, Model, TextEncoding
 from dpo.objective import Kto, Odds, PairTerms, pair_loss, sizes_of
 from dpo.schedule import NoisePath
+
+
+class Levels(NamedTuple):
+    """The noise levels of one shape of latents, of a flow whose shift depends on it, and the tables that follow."""
+
+    path: NoisePath
+    weight: Tensor  # [T]
+    precision: Tensor  # lambda [T] float64
+    row: int  # of the corrections, whose first is that of PairStep's own path
 
 
 @dataclass
@@ -41,8 +51,8 @@ class PairStep:
     beta: Tensor  # 0-d
     seed: Tensor  # 0-d int64
     scaling: tuple[Tensor, Tensor]  # shift and scale [C] of the latents: the denoiser sees (latents - shift) scale
-    shaped: Mapping[tuple[int, int], tuple[NoisePath, Tensor]] = field(default_factory=dict)
-    # (h, w) of latents whose noise levels depend on it -> path and weight; timesteps to draw are those of `path`
+    shaped: Mapping[tuple[int, int], Levels] = field(default_factory=dict)
+    # (h, w) of latents whose noise levels depend on it -> what is theirs
     shape: str | None = "sigmoid"  # a name in objective.SHAPES; None: supervised
     sft_weight: float = 0.0
     alpha: float | None = None  # the shape's constant; None: its default
@@ -55,7 +65,11 @@ class PairStep:
     masks: Masks | None = None  # of dropout inside the adapters; None without
 
     def __call__(self, x: Inputs, correction: Tensor, recorded: Tensor | None = None) -> PairTerms:
-        """The loss of each pair. correction [T]: DDE's C; recorded [2, B] fp32: reference errors of win and lose."""
+        """The loss of each pair.
+
+        correction [T]: DDE's C, or [1 + shapes, T]: that of each of `shaped` in its row; recorded [2, B] fp32: reference
+        errors of win and lose.
+        """
         found, t = self.errors(x, correction, recorded, wins_only=self.supervised)
         return pair_loss(
             found,
@@ -77,6 +91,22 @@ class PairStep:
         """Whether the preferred images alone are trained on."""
         return self.shape is None and self.odds is None and self.kto is None
 
+    @property
+    def timesteps(self) -> Tensor:
+        """Those that are ever drawn, in any shape, ascending [K] int64."""
+        return torch.cat([self.path.timesteps, *(one.path.timesteps for one in self.shaped.values())]).unique()
+
+    def draw_from(self, timesteps: Tensor) -> None:
+        """From now on draws from `timesteps` [K] int64, in every shape."""
+        self.path = replace(self.path, timesteps=timesteps)
+        self.shaped = {
+            size: one._replace(path=replace(one.path, timesteps=timesteps)) for size, one in self.shaped.items()
+        }
+
+    def levels(self, x: Inputs) -> Levels | None:
+        """The noise levels of latents of this shape; None where they are those of `path`."""
+        return self.shaped.get((x.latent_mean.shape[2], x.latent_mean.shape[3]))
+
     def errors(
         self, x: Inputs, correction: Tensor, recorded: Tensor | None = None, *, wins_only: bool = False
     ) -> tuple[PairErrors, Tensor]:
@@ -87,9 +117,12 @@ class PairStep:
         """
         single = x.single
         x = x.filled() if single else x
-        t = self.path.draw(x.keys, x.draws, self.seed)
+        own = self.levels(x)
+        path, weight = (self.path, self.weight) if own is None else (own.path, own.weight)
+        if correction.ndim == 2:
+            correction = correction[0 if own is None else own.row]
+        t = path.draw(x.keys, x.draws, self.seed)
         latents = self.latents(x)
-        path, weight = self.shaped.get((latents.shape[2], latents.shape[3]), (self.path, self.weight))
         x_t = noise_pairs(latents, t, path.signal, path.spread, x.keys, x.draws, self.seed, out_dtype=self.dtype)
         if self.masks is not None:
             self.masks.set(x.keys, x.draws, self.seed)

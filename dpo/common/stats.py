@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,6 +22,22 @@ def share_interval(successes: float, count: float, z: float = Z95) -> tuple[floa
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def balanced_interval(counts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The 95 % interval of the mean of independent shares, each (successes, count), from Wilson's of each.
+
+    The distances of their ends from the shares are added as variances are (MOVER: Zou and Donner, 2008).
+    With one share it is its own interval.
+    """
+    if len(counts) == 1:
+        return share_interval(*counts[0])
+    shares = [successes / count if count else 0.5 for successes, count in counts]
+    ends = [share_interval(*one) for one in counts]
+    down = math.hypot(*(share - low for share, (low, _) in zip(shares, ends, strict=True)))
+    up = math.hypot(*(high - share for share, (_, high) in zip(shares, ends, strict=True)))
+    mean = sum(shares) / len(shares)
+    return max(0.0, mean - down / len(shares)), min(1.0, mean + up / len(shares))
 
 
 def exact_interval(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:

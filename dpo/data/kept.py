@@ -21,7 +21,7 @@ from dpo.common import machine
 from dpo.common.command import of_launcher
 from dpo.data.batch import Decoding, PairBatch, drops, mirrors
 from dpo.data.order import Place
-from dpo.data.pairs import Source
+from dpo.data.pairs import Source, things
 from dpo.data.store.files import Parts, each
 from dpo.settings.config import Data, Runtime
 
@@ -65,6 +65,7 @@ class Kept:
     captions: int  # different ones, the empty one included where captions are dropped
     decoding: Decoding
     free: int  # bytes of host memory that this process may take a SHARE of
+    things: str = "pairs"  # or images, in words
     served: int = 0  # pairs taken from memory since `take`
     full: bool = False  # whether nothing more is kept: it does not fit, or encoding anew gives other bits
     _agreed: int = 0  # pairs that were encoded again and came out equal
@@ -158,7 +159,7 @@ class Kept:
         image = sum(x.nbytes for x in latents) / pairs * (2 if self.decoding.flip else 1)
         size = int(self.pairs * image + self.captions * sum(x.nbytes for x in text if x is not None) / pairs)
         self.full = size > SHARE * self.free
-        said = f"{self.pairs} encoded pairs take {size / 2**20:,.0f} MiB, {size / max(self.free, 1):.2g} of the free memory"
+        said = f"{self.pairs} encoded {self.things} take {size / 2**20:,.0f} MiB, {size / max(self.free, 1):.2g} of the free memory"
         if self.full:
             log.info(
                 "%s, more than %g: they are encoded anew in each epoch (python -m dpo.prepare keeps them on disk)",
@@ -203,8 +204,9 @@ class Kept:
             self._images.clear()
             self._text.clear()
         log.warning(
-            "encoded pairs are no longer kept: one encoded again came out different (an image was changed, or on this device "
-            "the last bits depend on the other pairs of a micro-batch)"
+            "encoded %s are no longer kept: one encoded again came out different (an image was changed, or on this device "
+            "the last bits depend on the others of a micro-batch)",
+            self.things,
         )
 
     def _drawn(
@@ -238,7 +240,7 @@ def keeping(data: Data, runtime: Runtime, source: Source, micro_batch: int, ahea
         return None
     captions = len(np.unique(source.caption_keys())) + (data.caption_dropout > 0)
     free = machine.free_memory() // of_launcher("LOCAL_WORLD_SIZE", 1)
-    return Kept(len(source), captions, Decoding.of(data, runtime.seed), free)
+    return Kept(len(source), captions, Decoding.of(data, runtime.seed), free, things(source))
 
 
 def leaves_rest(runtime: Runtime, images: int) -> bool:

@@ -6,6 +6,7 @@ its own too. The VAE decodes one image at a time.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
@@ -121,6 +122,8 @@ def _of_flow(pipe: Pipeline, tasks: Sequence[Task], protocol: Protocol) -> list[
     """Of a pipeline whose latents only itself can unpack. Raises UserError for tasks that begin with an image."""
     if any(task.strength is not None for task in tasks):
         raise UserError(f"images drawn over a layout are for Stable Diffusion and SDXL, not {type(pipe).__name__}")
+    pipe = copy.copy(pipe)
+    pipe.image_processor = seen = _Decoded(pipe.image_processor)
     pixels_B3HW = pipe(
         prompt=[task.prompt for task in tasks],
         num_inference_steps=protocol.steps,
@@ -130,7 +133,24 @@ def _of_flow(pipe: Pipeline, tasks: Sequence[Task], protocol: Protocol) -> list[
         width=protocol.width,
         output_type="pt",
     ).images
-    return [_rendered(one.permute(1, 2, 0).float().cpu().numpy(), one) for one in pixels_B3HW]
+    return [
+        _rendered(one.permute(1, 2, 0).float().cpu().numpy(), decoded)
+        for one, decoded in zip(pixels_B3HW, seen.decoded, strict=True)
+    ]
+
+
+class _Decoded:
+    """A pipeline's image processor that keeps what it was given: once clamped, infinities look like white and black."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.decoded = inner, torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def postprocess(self, image: Tensor, *arguments: Any, **options: Any) -> Any:
+        self.decoded = image
+        return self._inner.postprocess(image, *arguments, **options)
 
 
 def _rendered(pixels_HW3: np.ndarray, decoded: Tensor) -> Rendered:

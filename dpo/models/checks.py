@@ -195,6 +195,17 @@ def finite(module: nn.Module | Mapping[str, Tensor], said: str) -> None:
             raise UserError(f"{said} has NaN or infinity in {name}: the file is damaged; use another one")
 
 
+def stored_dtypes(path: Path) -> set[str]:
+    """The names of the dtypes of the numbers in a .safetensors file, as its header has them; none of one that cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError):
+        return set()
+
+
 def check_stored(path: Path) -> None:
     """Raises UserError for a .safetensors file of quantised weights: without their scales they mean nothing.
 

@@ -36,6 +36,15 @@ def halve(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
     return denoiser
 
 
+def widen_others(denoiser: nn.Module) -> None:
+    """Casts to fp32, in place, what `halve` leaves alone, and buffers."""
+    for module in denoiser.modules():
+        kept = () if isinstance(module, HALVED) else module.parameters(recurse=False)
+        for value in (*kept, *module.buffers(recurse=False)):
+            if value.is_floating_point():
+                value.data = value.data.float()
+
+
 def fix_projections(denoiser: nn.Module) -> None:
     """Makes the input of spatial transformers' linear input projections (SD 2.x, SDXL) contiguous, by hooks.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,11 @@ def load(
     timesteps: str = "auto",
     text_tokens: int | None = None,
     guidance: float | None = None,
+    narrow: Collection[str] = (),
 ) -> Model:
     """Loads every component on the CPU in fp32, frozen, in eval mode.
+
+    narrow: the parts among "denoiser" and "text" that stay in half precision where a pipeline's files hold them so.
 
     model: a diffusers folder, hub id or .safetensors file; vae: another VAE, a folder, hub id or .safetensors file;
     single_file_config: a diffusers folder that describes a single file; timesteps, text_tokens, guidance: as the user
@@ -127,9 +131,9 @@ def load(
     another = other_vae(kind, vae, configs["vae"], cache_dir) if vae else None
     return Model(
         family=kind,
-        denoiser=component(network, place, kind.denoiser, variant),
+        denoiser=component(network, place, kind.denoiser, variant, narrow="denoiser" in narrow),
         vae=another if another is not None else component(autoencoder, place, "vae", variant),
-        text_encoders=[component(cls, place, name, variant) for name, cls in encoding.items()],
+        text_encoders=[component(cls, place, name, variant, narrow="text" in narrow) for name, cls in encoding.items()],
         tokenizers=tokenizers,
         scheduler_config=scheduler_config,
         source=model,
@@ -155,9 +159,8 @@ def _scheduler_config(folder: Path) -> dict:
     try:
         return _mapping(path)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({first_line(error)}): the noise schedule must come with the model"
-        ) from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"cannot read {path} ({why}): the noise schedule must come with the model") from error
 
 
 def _tokenizer(folder: Path, name: str, kind: str) -> Any:

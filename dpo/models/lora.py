@@ -43,7 +43,7 @@ def add(
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _seen_in_fp32(denoiser):
         torch.manual_seed(seed)
         try:
             denoiser.add_adapter(config)
@@ -63,6 +63,20 @@ def add(
     for layer in layers:
         layer.__dict__["forward"] = MethodType(adapted_forward, layer)
     return layers
+
+
+@contextmanager
+def _seen_in_fp32(denoiser: Denoiser) -> Iterator[None]:
+    """Inside the block weights in half precision look like fp32: peft would round fresh adapters to their dtype."""
+    narrow = [p for p in denoiser.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    data = [p.data for p in narrow]
+    for p in narrow:
+        p.data = torch.zeros((), device=p.device).expand(p.shape)
+    try:
+        yield
+    finally:
+        for p, own in zip(narrow, data, strict=True):
+            p.data = own
 
 
 def layers_of(denoiser: nn.Module, targets: tuple[str, ...]) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 
 from dpo.common.errors import UserError
 from dpo.common.words import brief, first_line
-from dpo.models.checks import check_stored, filled, finite
+from dpo.models.checks import check_stored, filled, finite, stored_dtypes
 from dpo.models.outside import ATTENTION, check_part
 from dpo.models.text import KEY_MAPPING
 from dpo.models.weights import VAE, load_file_into
@@ -79,6 +79,7 @@ def tokens_of(family: Family, source: str, asked: int | None) -> int | None:
     return asked or family.flow.text_tokens
 
 
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors name them
 GUIDANCE = 3.5  # what FLUX.1-dev is sampled with
 
 
@@ -147,10 +148,19 @@ def _advice(place: Path) -> str:
     return "; only safetensors are read: convert the weights" if place.is_dir() else ""
 
 
+def _stored_in(place: Path, variant: str | None) -> torch.dtype:
+    """The half precision that all weights of a folder are stored in, else fp32."""
+    found = {name for path in weight_files(place, variant) for name in stored_dtypes(path)}
+    return HALVES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+
+
 def component(
-    cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None, cache_dir: str | None = None
-) -> Any:
+    cls: Any, folder: Path | str, subfolder: str | None, variant: str | None = None, cache_dir: str | None = None,
+    *, narrow: bool = False,
+) -> Any:  # fmt: skip
     """One module of a diffusers or transformers class, from safetensors, in fp32, frozen, in eval mode.
+
+    narrow: in half precision where its files hold nothing else, so that the host's memory need not hold it twice as large.
 
     folder: or a hub id, whose files are kept in `cache_dir`; variant: of the weight files; where a local folder has
     none of it, its other files are read, and the log says so. Raises UserError when it cannot be loaded or lacks weights.
@@ -163,12 +173,13 @@ def component(
     options |= {"variant": taken, "cache_dir": cache_dir}
     if subfolder:
         options["subfolder"] = subfolder
+    dtype = _stored_in(Path(place), variant) if narrow else torch.float32
     if cls.__module__.startswith("transformers"):
-        options |= {"dtype": torch.float32, "attn_implementation": ATTENTION}
+        options |= {"dtype": dtype, "attn_implementation": ATTENTION}
         if cls.__name__.startswith("CLIP"):
             options["key_mapping"] = KEY_MAPPING
     else:
-        options["torch_dtype"] = torch.float32
+        options["torch_dtype"] = dtype
     check_part(Path(place))
     check_files(Path(place), variant)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +14,14 @@ from csrc_triton.language import HAS_TRITON
 from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.common.words import first_line
-from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing
+from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing, widen_others
 from dpo.models.family import Denoiser, Model, Vae
-from dpo.models.load import load
+from dpo.models.load import family_of, load, read_index, read_scheduler
 from dpo.models.offload import use_offload
+from dpo.models.parts import config_of, guidance_of, is_few_steps, tokens_of
 from dpo.models.pipeline import as_trained, scheduler_of, settings_of
 from dpo.settings.config import Config, Runtime, change
-from dpo.settings.resolve import DeviceFacts, ModelFacts, resolve
+from dpo.settings.resolve import DeviceFacts, ModelFacts, check_family, resolve
 
 log = logging.getLogger("dpo")
 
@@ -50,8 +53,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_named(config: Config) -> Model:
-    """The model that the settings name, in fp32 on the CPU. Raises UserError."""
+def load_named(config: Config, narrow: Collection[str] = ()) -> Model:
+    """The model that the settings name, in fp32 on the CPU but for the parts that `load` keeps narrow. Raises UserError."""
     named = config.model
     assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
@@ -65,7 +68,43 @@ def load_named(config: Config) -> Model:
         timesteps=named.timesteps,
         text_tokens=named.text_tokens,
         guidance=named.train_guidance,
+        narrow=narrow,
     )
+
+
+def _narrow(config: Config, device: torch.device) -> tuple[str, ...]:
+    """The parts that a run holds frozen in half precision, and that nothing changes before they are cast to it.
+
+    To hold them as their files do until then gives the same bits: a half widens exactly. The VAE is small, and its
+    statistics are read in fp32.
+    """
+    precision, named = config.runtime.precision, config.model
+    half = precision in (*HALF, "bf16-pure") or (precision == "auto" and device.type == "cuda")
+    own = config.lora.lora and precision != "bf16-pure" and named.unet_init is None and named.lora_init is None
+    return (*(("text",) if half else ()), *(("denoiser",) if half and own else ()))
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError for settings that the family of a model refuses, where its folder is here and before pairs are read.
+
+    `decide` asks again, of every model.
+    """
+    import diffusers
+
+    named = config.model
+    assert named.model is not None, "a command names its model, or takes the embedded one"
+    place = Path(named.model).expanduser()
+    if not (place / "model_index.json").is_file():
+        return
+    index = read_index(place)
+    family = family_of(index, named.family)
+    said, _ = read_scheduler(place, named.model, family)
+    denoiser = config_of(getattr(diffusers, family.denoiser_class), place, family.denoiser)
+    turbo = is_few_steps(family, named.model, index, denoiser, said, named.timesteps)
+    kind = schedule.FLOW if family.flow else said["prediction_type"]
+    check_family(config, ModelFacts(family=family.name, prediction_type=kind, turbo=turbo))
+    tokens_of(family, named.model, named.text_tokens)
+    guidance_of(denoiser, named.model, named.train_guidance)
 
 
 def _against(config: Config, model: Model) -> list[str]:
@@ -79,17 +118,18 @@ def _against(config: Config, model: Model) -> list[str]:
     if named.zero_snr != "auto" and (named.zero_snr == "on") != zero:
         lines.append(f"--zero-snr {named.zero_snr} is followed, though the model says {'on' if zero else 'off'}")
     if model.turbo and named.timesteps == "all":
-        lines.append("--timesteps all is followed, though the model's scheduler is Turbo's")
+        why = "the model is distilled to a few steps" if model.family.flow else "the model's scheduler is Turbo's"
+        lines.append(f"--timesteps all is followed, though {why}")
     return lines
 
 
 def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Plan, list[str]]:
-    """The config with everything decided, the model in fp32 on the CPU, its noise schedule, and log lines.
+    """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
-    The log lines say what was decided. Raises UserError for what cannot be loaded, or what this model or device cannot
-    do.
+    The model is in fp32, but for what `_narrow` says; `cast` makes the rest of it. The log lines say what was decided.
+    Raises UserError for what cannot be loaded, or what this model or device cannot do.
     """
-    model = load_named(config)
+    model = load_named(config, _narrow(config, device))
     for line in model.notes:
         log.info("%s", line)
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
@@ -182,15 +222,20 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
     return config, plan, [*decided, *said]
 
 
-def cast(model: Model, precision: str, vae: str = "auto") -> None:
+def cast(model: Model, precision: str, vae: str = "auto", *, frozen: bool = False) -> None:
     """Casts every module, in place, to its dtype for `precision`; vae: a precision of the VAE's own, or "auto".
+
+    frozen: the denoiser gets adapters, and `halve` follows: what that casts stays as it was loaded.
 
     Under autocast the denoiser keeps fp32 master weights, and the VAE and text encoders, which are not trained, are in
     half precision. A VAE that overflows in fp16 (SDXL's) stays in fp32 with fp16.
     """
     own = WEIGHTS.get(precision, torch.float32)
     read_only = HALF.get(precision, own)
-    model.denoiser.to(own)
+    if frozen and precision in HALF:
+        widen_others(model.denoiser)
+    else:
+        model.denoiser.to(own)
     overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
     chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
     model.scaling = model.scaling or model.family.scaling(model.vae)  # before its statistics are rounded

@@ -203,7 +203,11 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
     ]
     if (end := run.setting("window_high")) is not None:  # the timestep after the last
         rows.append(("timesteps", f"{run.setting('window_low', 0)} to {end - 1}"))
-    rows += [(f"data: {name}", value) for name, value in (run.summary.get("data") or {}).items() if value]
+    rows += [
+        (f"data: {name}".replace("pairs", things(run)), value)
+        for name, value in (run.summary.get("data") or {}).items()
+        if value
+    ]
     return [
         ("updates made", run.done),
         ("update that is kept", kept.kept_update(run)),
@@ -230,7 +234,7 @@ def _figures(run: RunFolder) -> list[tuple[str, Any]]:
         )
         rows.append(("the same of the half that chose the update", share))
     names = (*CARD_OF_PAIRS, "loss") if run.pairwise else ("loss",)
-    rows += [(FIGURES[name].card, run.late(name)) for name in names]
+    rows += [(FIGURES[name].card.replace("pairs", things(run)), run.late(name)) for name in names]
     rows += [(name.replace("_", " "), value) for name, value in run.evaluation.items()]
     return rows
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
-from dpo.pages.single import held_things, things
+from dpo.pages.single import MEANINGS, guessing, held_things, is_single, things, trained_guessing
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
 LIGHT = {
@@ -40,7 +40,8 @@ class Chart(NamedTuple):
 
 def charts(run: RunFolder) -> list[Chart]:
     """The charts that this run has data for."""
-    return [chart for chart in CATALOGUE if chart.has_data(run)]
+    words = MEANINGS if is_single(run) else {}
+    return [chart._replace(meaning=words.get(chart.key, chart.meaning)) for chart in CATALOGUE if chart.has_data(run)]
 
 
 # --- pieces of a chart
@@ -142,7 +143,8 @@ def _accuracy(axes: Axes, run: RunFolder) -> None:
             steps, shares, yerr=np.abs(bounds.T - shares), color=LIGHT["other"], label=f"held-out {held_things(run)}", marker="o", markersize=4,
             elinewidth=1, capsize=2, linewidth=1.4,
         )  # fmt: skip
-    _level(axes, 0.5)
+    for level in {guessing(run), trained_guessing(run)}:
+        _level(axes, level)
     _legend(axes)
     _over_updates(axes)
 
@@ -189,11 +191,11 @@ def _from_zero(name: str, colour: str, noisy: bool = True) -> Callable[[Axes, Ru
     return draw
 
 
-def _bars(name: str, level: float) -> Callable[[Axes, RunFolder], None]:
+def _bars(name: str, level_of: Callable[[RunFolder], float]) -> Callable[[Axes, RunFolder], None]:
     """A function that draws one figure by timestep decile at the run's end, as bars from the level of no change."""
 
     def draw(axes: Axes, run: RunFolder) -> None:
-        values = run.late_deciles(name)
+        values, level = run.late_deciles(name), level_of(run)
         known = np.isfinite(values)
         axes.bar(
             np.arange(DECILES)[known] + 0.5, values[known] - level, bottom=level, width=0.74, color=LIGHT["policy"]
@@ -353,7 +355,7 @@ CATALOGUE = [
         "Accuracy by timestep",
         "In which part of the denoising the preference shows, over the last fifth of the run.",
         _has_deciles("accuracy"),
-        _bars("accuracy", 0.5),
+        _bars("accuracy", trained_guessing),
     ),
     Chart(
         "margin-deciles",
@@ -361,7 +363,7 @@ CATALOGUE = [
         "Margin by timestep",
         "How clearly it shows there, over the last fifth of the run.",
         _has_deciles("margin"),
-        _bars("margin", 0.0),
+        _bars("margin", lambda run: 0.0),
     ),
     Chart(
         "weight",

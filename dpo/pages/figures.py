@@ -80,12 +80,12 @@ def shown(name: str, value: float | int) -> str:
     return FIGURES[name].format.format(value)
 
 
-def progress_fields(metrics: Mapping[str, Any]) -> list[str]:
+def progress_fields(metrics: Mapping[str, Any], things: str = "pairs") -> list[str]:
     """The known figures of the progress line: loss, accuracy, margin, held-out accuracy, speed, MFU, memory.
 
-    The wait for data only where it is long.
+    The wait for data only where it is long. things: what is trained on, pairs or images.
     """
     known = {name: value for name in LINE if (value := metrics.get(name)) is not None}
     if known.get("wait_share", 1.0) <= LONG_WAIT:
         del known["wait_share"]
-    return [FIGURES[name].line.format(value) for name, value in known.items()]
+    return [FIGURES[name].line.format(value).replace("pairs", things) for name, value in known.items()]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.pages.folder import RunFolder
+from dpo.pages.single import held_things
 
 SAID = ("step", "of", "early", "heldout_accuracy", "choosing_accuracy", "choosing_pairs")
 
@@ -43,7 +44,7 @@ def sentences(run: RunFolder) -> list[str]:
         return []
     ended = " The run ended early: held-out accuracy had not risen for long (--patience)." if found["early"] else ""
     return [
-        f"The result is the weights of update {found['step']:,} of {found['of']:,}: the best by one half of the held-out pairs, "
+        f"The result is the weights of update {found['step']:,} of {found['of']:,}: the best by one half of the held-out {held_things(run)}, "
         f"{found['choosing_accuracy']:.0%} of {found['choosing_pairs']:,}. The accuracy that is reported is that of the other half, "
         f"which had no say.{ended}"
     ]

@@ -21,6 +21,10 @@ from dpo.pages.plots import svg
 from dpo.pages.report import Tile, data_uri, template
 
 FORMAT = 1
+SIDES = {
+    2: ("win", "lose"),
+    1: ("image",),
+}  # names of the images of a pair, and of one without a partner, by their number
 RESULT, PAGE, PICTURES = "replay.json", "replay.html", "images"
 CURVES = (("loss", "Loss"), ("margin_mean", "Margin"), ("implicit_accuracy", "Implicit accuracy"), ("grad_norm", "Gradient norm"))  # fmt: skip
 LISTED, ROWS = 10, 200  # pairs on the console, and in the page's table
@@ -32,14 +36,15 @@ HEAD = ("share", "cosine", "gradient norm", "loss", "logit", "d", "t", "label", 
 def write(folder: Path, result: Mapping[str, Any], images: Sequence[Image.Image]) -> Path:
     """Writes the three into `folder`, in place of an earlier replay; the page's path. Raises UserError.
 
-    images: win and lose of the result's first pairs, one after another.
+    images: those of the result's first pairs, one after another: win and lose, or the one image.
     """
     place = folder / PICTURES
     with writing(place, AGAIN):
         remove(place)
         place.mkdir(parents=True)
+        sides = _sides(result)
         for number, image in enumerate(images):
-            side, name = ("win", "lose")[number % 2], f"{number // 2 + 1:02d}"
+            side, name = sides[number % len(sides)], f"{number // len(sides) + 1:02d}"
             write_whole(place / f"{name}-{side}.png", lambda part, image=image: image.save(part, format="PNG"))  # type: ignore[misc]
     write_text(folder / RESULT, well_formed(json.dumps(result, indent=1, allow_nan=False)), AGAIN)
     write_text(folder / PAGE, well_formed(render(result, images)), AGAIN)
@@ -60,18 +65,23 @@ def lines(result: Mapping[str, Any]) -> str:
 
 def render(result: Mapping[str, Any], images: Sequence[Image.Image]) -> str:
     """The page of a replay, as HTML. images: as `write` takes them."""
+    sides = _sides(result)
     cells = [
         {
             "caption": pair["caption"],
             "said": _said(pair),
-            "images": [(side, data_uri(image), pair["images"].get(side, "")) for side, image in zip(("win", "lose"), both, strict=True)],
+            "images": [
+                (side, data_uri(image), pair["images"].get(side, ""))
+                for side, image in zip(sides, images[len(sides) * number :], strict=False)
+            ],
         }
-        for pair, both in zip(result["pairs"], zip(images[::2], images[1::2], strict=True), strict=False)
-    ]  # fmt: skip
+        for number, pair in enumerate(result["pairs"][: len(images) // len(sides)])
+    ]
     return template("replay.html").render(
         title=f"Update {result['update']} of {result['run']}",
         sentences=_sentences(result),
         outcome=_outcome(result),
+        things=_things(result),
         share=result["share"],
         tiles=_tiles(result),
         charts=[Markup(found) for found in _charts(result)],
@@ -81,6 +91,15 @@ def render(result: Mapping[str, Any], images: Sequence[Image.Image]) -> str:
         more=max(0, len(result["pairs"]) - ROWS),
         without=_without(result),
     )
+
+
+def _sides(result: Mapping[str, Any]) -> tuple[str, ...]:
+    return SIDES[2 if _things(result) == "pairs" else 1]
+
+
+def _things(result: Mapping[str, Any]) -> str:
+    """What the run was trained on, in words; replays of earlier versions are of pairs."""
+    return str(result.get("things", "pairs"))
 
 
 def _sentences(result: Mapping[str, Any]) -> list[str]:
@@ -94,7 +113,7 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
     pairs = sum(pair["usable"] for pair in result["pairs"])
     if result["measured"] < pairs:
         said.append(
-            f"The gradients of {result['measured']} of {pairs} pairs were measured, those that pull most; shares are among these."
+            f"The gradients of {result['measured']} of {pairs} {_things(result)} were measured, those that pull most; shares are among these."
         )
     return said
 
@@ -135,16 +154,16 @@ def _outcome(result: Mapping[str, Any]) -> list[str]:
     for curve in result["curves"]:
         figures = curve["updates"][-1] if curve["updates"] else {}
         numbers = [f"{title.lower()} {shown(name, figures[name])}" for name, title in CURVES if figures.get(name) is not None]  # fmt: skip
-        held = curve["heldout"]
+        held, of = curve["heldout"], " pairs" if _things(result) == "pairs" else ""  # of images either may be held out
         if held:
             low, high = held["heldout_interval"]
             accuracy = shown("heldout_accuracy", held["heldout_accuracy"])
-            numbers.append(f"held-out accuracy {accuracy} ({low:.2f} to {high:.2f} of {held['heldout_pairs']} pairs)")
+            numbers.append(f"held-out accuracy {accuracy} ({low:.2f} to {high:.2f} of {held['heldout_pairs']}{of})")
         numbers += [curve["ended"]] if curve["ended"] else []
         after = [f"update {figures['step']}"] if figures else []
         said.append(f"{curve['name']}: {', '.join([*after, *numbers])}.")
     if not any(curve["heldout"] for curve in result["curves"]):
-        said.append("The run measures no held-out pairs, so there is no held-out accuracy.")
+        said.append(f"The run measures no held-out {_things(result)}, so there is no held-out accuracy.")
     return said
 
 

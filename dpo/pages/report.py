@@ -27,7 +27,7 @@ from dpo.pages.charts import LIGHT, charts
 from dpo.pages.figures import REPORT, shown
 from dpo.pages.folder import REPORT_FILE, RunFolder, read_run
 from dpo.pages.plots import DARK, as_svg
-from dpo.pages.single import guessing, held_things, things
+from dpo.pages.single import guessing, held_things, is_single, things
 from dpo.pages.spikes import command, spikes
 from dpo.pages.verdict import faithfulness_loss, held_out, verdict, warnings, win_rate
 from dpo.settings.config import specs
@@ -97,6 +97,9 @@ def render(run: RunFolder) -> str:
         subtitle=_subtitle(run),
         run=run,
         verdict=verdict(run),
+        single=is_single(run),
+        things=things(run),
+        held_things=held_things(run),
         warnings=warnings(run),
         tiles=_tiles(run),
         cells=cells,
@@ -239,6 +242,11 @@ def _spikes(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
+def _counts(run: RunFolder) -> list[tuple[str, Any]]:
+    """What was read and held out, by name."""
+    return [(name.replace("pairs", things(run)), value) for name, value in (run.summary.get("data") or {}).items()]
+
+
 def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """What ran, by topic; topics and rows without content are left out."""
     summary = run.summary
@@ -246,7 +254,7 @@ def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     batch = f"{run.effective_batch():,} {things(run)}" if run.setting("batch_size") else None
     topics: list[tuple[str, list[tuple[str, Any]]]] = [
         ("Model", [("model", run.model_name), ("trained", what), *(summary.get("model") or {}).items()]),
-        ("Data", [("data", run.setting("data") or "the embedded world"), *(summary.get("data") or {}).items()]),
+        ("Data", [("data", run.setting("data") or "the embedded world"), *_counts(run)]),
         (
             "Method",
             [

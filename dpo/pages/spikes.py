@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.pages.folder import RunFolder
-from dpo.pages.single import is_single
 
 FIGURES = ("loss", "grad_norm")
 BEFORE = 50  # logged updates that an update is compared with
@@ -63,7 +62,5 @@ def _before(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def command(run: RunFolder, spike: Spike) -> str:
-    """What to type to see why; nothing where there is no such command."""
-    if is_single(run):
-        return ""
+    """What to type to see why."""
     return f"python -m dpo.replay {shlex.quote(str(run.folder))} --update {spike.update}"

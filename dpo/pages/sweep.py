@@ -18,6 +18,7 @@ from dpo.pages import kept
 from dpo.pages.figures import FIGURES, SWEEP
 from dpo.pages.folder import FAILED_FILE, METRICS_FILE, read_run
 from dpo.pages.plots import STYLE
+from dpo.pages.single import guessing, trained_guessing
 
 PAGES = TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.csv", "sweep.md", "sweep.png"
 
@@ -114,10 +115,12 @@ def _plot(out: Path, runs: Sequence[dict[str, str]]) -> None:
                 bars.plot(late, i, "s", color=colour)
         for axes, title in ((curves, "implicit accuracy"), (held, "held-out accuracy"), (bars, "at the end")):
             axes.set_title(title)
-        for axes in (curves, held):
+        for axes, level in ((curves, trained_guessing), (held, guessing)):
             axes.set_xlabel("updates")
-            axes.axhline(0.5, color="0.6", lw=0.8)
-        bars.axvline(0.5, color="0.6", lw=0.8)
+            for value in {level(run) for run in read}:
+                axes.axhline(value, color="0.6", lw=0.8)
+        for value in {(guessing if kept.validation(run) else trained_guessing)(run) for run in read}:
+            bars.axvline(value, color="0.6", lw=0.8)
         bars.set_yticks(range(len(read)), [run.folder.name.replace("_", " ") for run in read])
         bars.invert_yaxis()
         figure.tight_layout()

@@ -166,7 +166,7 @@ def _findings(run: RunFolder) -> list[str]:
     if learned is not None:
         found.append(
             f"On {learned.cases:,} {single.held_things(run)} that it never trained on{_shared(run)}, the model {single.held_side(run)} "
-            f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}); {single.told_guessing(run)}."
+            f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}){single.balanced(run)}; {single.told_guessing(run)}."
         )
         if run.validations[-1].get("weights") == "averaged":
             found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")

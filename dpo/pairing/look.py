@@ -15,7 +15,7 @@ from dpo.common.pictures import pixel_hash
 from dpo.common.words import first_line
 from dpo.data.images import decode
 from dpo.data.order import epoch_order
-from dpo.data.pairs import BadImage, ImageRef, Source, image_ref, of_two
+from dpo.data.pairs import BadImage, ImageRef, Source, image_ref, things
 from dpo.data.parquet import read_in_order
 
 READERS, AT_ONCE = 2, 32  # threads that decode, and pairs that are in memory at once
@@ -40,14 +40,25 @@ class Broken(NamedTuple):
 
 
 class Looked(NamedTuple):
-    """A pair and what is in its images."""
+    """A pair and what is in its images, or an image without a partner."""
 
     place: int  # in its set
     key: int
     caption: str
-    names: tuple[str, str]  # uids of the chosen and of the rejected image
+    names: tuple[str, ...]  # uids of the chosen and of the rejected image, or of the one image
     win: Seen | Broken
-    lose: Seen | Broken
+    lose: Seen | Broken | None  # None: without a partner
+    liked: bool = True  # the label of one without a partner
+
+    @property
+    def seen(self) -> tuple[Seen | Broken, ...]:
+        """What is in each of its images."""
+        return (self.win,) if self.lose is None else (self.win, self.lose)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of them can be read."""
+        return all(isinstance(one, Seen) for one in self.seen)
 
 
 @dataclass
@@ -110,14 +121,15 @@ def look(source: Source, indices: np.ndarray, looker: Looker) -> list[Looked]:
     """The pairs at `indices` [m] int64 of a set with what is in their images; a few pairs' files are in memory at once."""
     source, found = read_in_order(source), list[Looked]()
     with ThreadPoolExecutor(READERS) as pool, Progress(
-        len(indices), lambda _: ["looked at"], 0, max(1, len(indices) // LINES), unit="pair"
+        len(indices), lambda _: ["looked at"], 0, max(1, len(indices) // LINES), unit=things(source)[:-1]
     ) as bar:  # fmt: skip
         for part in (indices[i : i + AT_ONCE].tolist() for i in range(0, len(indices), AT_ONCE)):
             pairs = [source[place] for place in part]
-            images = [image for pair in pairs for image in of_two(pair)]
-            seen = list(pool.map(looker.see, images))
-            for place, pair, win, lose in zip(part, pairs, seen[::2], seen[1::2], strict=True):
-                first, second = (image.uid for image in of_two(pair))
-                found.append(Looked(place, pair.key, pair.caption, (first, second), win, lose))
+            images = [image for pair in pairs for image in pair.images]
+            seen = pool.map(looker.see, images)
+            for place, pair in zip(part, pairs, strict=True):
+                win, lose = next(seen), None if pair.lose is None else next(seen)
+                names = tuple(image.uid for image in pair.images)
+                found.append(Looked(place, pair.key, pair.caption, names, win, lose, pair.prob > 0.5))
             bar.update(len(found), {})
     return found

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
+from typing import TypeAlias
 
 import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, excerpt_of_path
 from dpo.data.labels import BLANK
-from dpo.data.pairs import Labelled, Source
+from dpo.data.pairs import Labelled, Source, things
 from dpo.data.parquet import ParquetSource
 from dpo.data.sources import LAYOUTS, open_source
 from dpo.pairing.look import Broken, Looked, Seen, apart
@@ -27,6 +28,7 @@ RARE = 0.02  # share of images above which a fault of some of them is one of the
 MANY = 20  # pairs of one image
 TOKENS = 75  # of a caption between its two marks, in the 77 that CLIP reads
 SURE, MOST = 20, 0.9  # pairs from which a direction can be seen, and the share that shows one
+MORE = {"pairs": "rank", "images": "label"}  # what a person does to have more of them
 
 # CLIP begins a new token at least here: words, single digits, runs of other marks. Long words take more than one.
 PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
@@ -34,7 +36,7 @@ PIECES = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_+")
 
 @dataclass(frozen=True)
 class Set:
-    """A set of pairs, and those of them that were looked at."""
+    """A set of pairs or of images without partners, and those of them that were looked at."""
 
     source: Source
     data: Data
@@ -45,26 +47,26 @@ class Set:
     @property
     def images(self) -> dict[str, tuple[str, Seen]]:
         """Name and content of every sound image that was looked at, by a hash of its pixels."""
-        sides = ((one.names[place], (one.win, one.lose)[place]) for one in self.looked for place in (0, 1))
+        sides = (side for one in self.looked for side in zip(one.names, one.seen, strict=True))
         return {seen.pixels: (name, seen) for name, seen in sides if isinstance(seen, Seen)}
 
 
-def warnings(found: Set) -> list[str]:
-    """One line for each thing that is wrong or unusual, the gravest first."""
-    return [line for check in CHECKS for line in check(found)]
+def warnings(found: Set, checks: Sequence[Check] | None = None) -> list[str]:
+    """One line for each thing that is wrong or unusual, the gravest first; checks: None for those of pairs."""
+    return [line for check in checks or CHECKS for line in check(found)]
 
 
-def _broken(found: Set) -> Iterator[str]:
-    broken: dict[str, str] = {}
+def broken(found: Set) -> Iterator[str]:
+    wrong: dict[str, str] = {}
     for one in found.looked:
-        for name, seen in zip(one.names, (one.win, one.lose), strict=True):
+        for name, seen in zip(one.names, one.seen, strict=True):
             if isinstance(seen, Broken):
-                broken.setdefault(name, seen.why)
-    if broken:
-        name, why = next(iter(broken.items()))
+                wrong.setdefault(name, seen.why)
+    if wrong:
+        name, why = next(iter(wrong.items()))
         yield (
-            f"{len(broken)} images cannot be read, the first: {excerpt_of_path(name) or '(none)'} ({why}): mend them, or train "
-            "with --on-bad-image skip, which leaves their pairs out"
+            f"{len(wrong)} images cannot be read, the first: {excerpt_of_path(name) or '(none)'} ({why}): mend them, or train "
+            f"with --on-bad-image skip, which leaves {'their pairs' if found.source.sides == 2 else 'them'} out"
         )
 
 
@@ -126,23 +128,24 @@ def _circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def _few(found: Set) -> Iterator[str]:
+def few(found: Set) -> Iterator[str]:
     if len(found.source) < FEW:
+        what = things(found.source)
         yield (
-            f"{len(found.source)} pairs are few, and what a run shows on them hangs on chance: rank more images, a few hundred "
-            "pairs are usual"
+            f"{len(found.source)} {what} are few, and what a run shows on them hangs on chance: {MORE[what]} more images, a few "
+            f"hundred {what} are usual"
         )
 
 
-def _captions(found: Set) -> Iterator[str]:
-    pairs = len(found.source)
-    if found.captions == 1 and pairs > 1:
+def captions(found: Set) -> Iterator[str]:
+    count, what = len(found.source), things(found.source)
+    if found.captions == 1 and count > 1:
         yield (
-            f"all {pairs} pairs have one caption: the model learns this one alone, and pairs that are held out have it too; rank "
-            "images of more prompts"
+            f"all {count} {what} have one caption: the model learns this one alone, and {what} that are held out have it too; "
+            f"{MORE[what]} images of more prompts"
         )
     if blank := found.source.summary.get(BLANK, 0):
-        yield f"{blank} of {pairs} pairs have no caption, and train the empty prompt: give their images one"
+        yield f"{blank} of {count} {what} have no caption, and train the empty prompt: give {'their images' if what == 'pairs' else 'them'} one"
     long = [one.caption for one in found.looked if len(PIECES.findall(one.caption)) > TOKENS]
     if long:
         yield (
@@ -151,7 +154,7 @@ def _captions(found: Set) -> Iterator[str]:
         )
 
 
-def _shapes(found: Set) -> Iterator[str]:
+def shapes(found: Set) -> Iterator[str]:
     images = found.images
     lost = [1 - min(seen[:2]) / max(seen[:2]) for _, seen in images.values()]
     much = [share for share in lost if share > LOST]
@@ -192,6 +195,7 @@ def is_alike(one: Looked) -> bool:
     return isinstance(one.win, Seen) and isinstance(one.lose, Seen) and apart(one.win, one.lose) < ALIKE
 
 
-CHECKS: tuple[Callable[[Set], Iterator[str]], ...] = (
-    _broken, _direction, _circles, _few, _captions, _shapes, _alike,
+Check: TypeAlias = Callable[[Set], Iterator[str]]
+CHECKS: tuple[Check, ...] = (
+    broken, _direction, _circles, few, captions, shapes, _alike,
 )  # fmt: skip

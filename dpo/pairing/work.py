@@ -14,13 +14,13 @@ from dpo.common.errors import UserError
 from dpo.common.files import make_folder
 from dpo.common.words import command_line, digest
 from dpo.data.listing import is_of_files
-from dpo.data.pairs import ImageRef, Source, check_pairs
+from dpo.data.pairs import ImageRef, Source, things
 from dpo.data.sources import describe, open_source
 from dpo.data.store.store import of_store
 from dpo.pages.pairs import PAGE
 from dpo.pages.report import Tile
 from dpo.pairing import folder as place
-from dpo.pairing import rankings, shown, written
+from dpo.pairing import rankings, shown, singles, written
 from dpo.pairing.asked import Asked, Looking
 from dpo.pairing.choose import Preferred, how_many, preferred
 from dpo.pairing.look import Broken, Looker, Seen, chosen, look
@@ -147,33 +147,38 @@ def _looked(data: Data, looking: Looking, looker: Looker) -> Set:
     source = open_source(data)
     if of_store(source) is not None:
         raise UserError(f"{data.data} is a prepared store, which keeps no images: name the pairs it was made from")
-    check_pairs(source, str(data.data), "this command looks at pairs; python -m dpo.train says what it finds in them")
     looked = look(source, chosen(source, looking.most), looker)
     if len(looked) < len(source):
         log.info(
-            "%s: images of %d of %d pairs were opened, chosen by a hash (--look)", data.data, len(looked), len(source)
-        )
+            "%s: images of %d of %d %s were opened, chosen by a hash (--look)" if source.sides == 2 else
+            "%s: %d of %d %s were opened, chosen by a hash (--look)",
+            data.data, len(looked), len(source), things(source),
+        )  # fmt: skip
     return Set(source, data, looked, len(np.unique(source.caption_keys())), looking.resolution)
 
 
 def _finish(folder: Path, found: Set, told: place.Told | None, sentences: Sequence[str], looking: Looking) -> None:
     if told is None or any(one.key not in told.numbers for one in found.looked):
         told = place.Told(CALLED, "", {})  # another set, beside one of ours
-    lines = warnings(found)
+    source: Source = found.source
+    what, single = things(source), source.sides == 1
+    lines = warnings(found, singles.CHECKS if single else None)
     for line in lines:
         log.warning("%s", line)
-    source: Source = found.source
+    liked = int(np.sum(source.prob > 0.5))
     figures = {
-        "pairs": len(source),
+        what: len(source),
         "captions": found.captions,
-        "pairs_looked_at": len(found.looked),
-        "images_looked_at": len(found.images),
+        f"{what}_looked_at": len(found.looked),
+        **({"liked": liked} if single else {"images_looked_at": len(found.images)}),
         "source": {name: count for name, count in source.summary.items() if not is_of_files(name)},
     }
     tiles = [
-        Tile("Pairs", f"{len(source):,}", f"{len(found.looked):,} of them looked at"),
+        Tile(what.capitalize(), f"{len(source):,}", f"{len(found.looked):,} of them looked at"),
         Tile("Captions", f"{found.captions:,}", "different ones"),
-        Tile("Images", f"{len(found.images):,}", "different ones, of the pairs looked at"),
+        Tile("Liked", f"{liked:,}", f"the other {len(source) - liked:,} are not")
+        if single
+        else Tile("Images", f"{len(found.images):,}", "different ones, of the pairs looked at"),
         Tile("Warnings", f"{len(lines)}", "below" if lines else "nothing unusual was found"),
     ]
     shown.write(folder, source, found.looked, told, sentences, lines, tiles, looking.show)

@@ -121,7 +121,7 @@ def dry_step(
     twin = denoisers.copy_for_reference(config, model.denoiser, _start(config))
     layers = denoisers.make_policy(config, model.denoiser, None)
     step, tables = denoisers.pair_step(config, model, plan, _nothing, None, CPU)
-    table = CorrectionTable.zeros(tables.precision, config.method.rho, step.path.timesteps, config.optim.pairs)
+    table = CorrectionTable.zeros(tables.precision, config.method.rho, step.timesteps, config.optim.pairs)
 
     # Modules cannot be moved once their tensors are fake.
     policy = model.denoise(settle(config.runtime, model.denoiser, META))

@@ -68,10 +68,12 @@ def holed(batch: PairBatch, keys: Collection[int]) -> PairBatch:
     gone = torch.tensor([key in keys for key in batch.keys.tolist()])
     if not gone.any():
         return batch
-    both = gone.repeat(2)
 
     def blank(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.masked_fill(both.view(-1, *[1] * (values.dim() - 1)), 0)
+        if values is None:
+            return None
+        rows = gone.repeat(len(values) // len(gone))  # both halves, or images without partners
+        return values.masked_fill(rows.view(-1, *[1] * (values.dim() - 1)), 0)
 
     return replace(
         batch,

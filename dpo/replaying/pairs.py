@@ -1,4 +1,4 @@
-"""The pairs of an update, and the share of its gradient that each of them has."""
+"""The pairs of an update, or its images without partners, and the share of its gradient that each of them has."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from dpo.objective import PairTerms
 from dpo.training.run import Run
 
 SHARE = (
-    "a pair's share: the norm of its own gradient over the sum of those of all measured pairs; "
+    "the share of {a} {one}: the norm of its own gradient over the sum of those of all measured {one}s; "
     "cosine: with the gradient of the update, below 0 it pulled against it"
 )
 
 
 @dataclass
 class OnePair:
-    """A pair of an update. Figures that are not finite are nan; those of a pair that was not measured are None."""
+    """A pair of an update. Figures that are not finite are nan; those of a pair that was not measured are None.
+
+    Of an image without a partner `prob` is that it is liked, and `difference` the policy's error less the reference's.
+    """
 
     key: int
     caption: str  # as it was trained; empty where it was dropped
@@ -43,7 +46,7 @@ class OnePair:
     gradient_norm: float | None = None  # of its own part in the update's gradient
     cosine: float | None = None
     share: float | None = None
-    images: dict[str, str] = field(default_factory=dict)  # where win and lose lie, in words
+    images: dict[str, str] = field(default_factory=dict)  # where win and lose, or the image, lie, in words
 
     def row(self) -> dict[str, Any]:
         """As JSON: numbers that are not finite are None, and the key is text, which no reader rounds."""
@@ -60,8 +63,10 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
 
     One pass over the update gives the figures of all pairs and the update's gradient. A second one gives each pair's own
     gradient, from a forward and a backward of that pair alone: about the cost of the update again. With `top` only so
-    many pairs have theirs, those that pull most. A pair whose loss or gradient is not finite comes first.
+    many pairs have theirs, those that pull most. A pair whose loss or gradient is not finite comes first. Where KTO's
+    centre is that of the micro-batch, a pair's gradient is taken inside it.
     """
+    together = run.step.kto is not None and run.step.kto.center == "batch"
     parameters = run.updater.parameters
     scale = 1.0 if run.updater.scaler is None else float(run.updater.scaler.get_scale())  # fp16 gradients would vanish
     correction = run.correction()
@@ -74,7 +79,7 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
         for sum_, grad in zip(total, grads, strict=True):
             if grad is not None:
                 sum_ += grad
-        found += _figures(run, place, batch, terms)
+        found += _figures(run, place, batch, inputs, terms)
     usable = [pair for pair in found if pair.usable]
     chosen = sorted(usable, key=lambda pair: -_rank(pair.pull))[:top]
     wanted = {id(pair) for pair in chosen}
@@ -88,8 +93,11 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
         for i, pair in enumerate(mine):
             if id(pair) not in wanted:
                 continue
-            recorded = None if batch.recorded is None else batch.recorded[:, i : i + 1]
-            loss = run.step(alone(inputs, i), correction, recorded=recorded).loss.sum()
+            recorded = batch.recorded
+            if not together and recorded is not None:
+                recorded = recorded[:, i : i + 1]
+            given = inputs if together else alone(inputs, i)
+            loss = run.step(given, correction, recorded=recorded).loss[i if together else 0]
             grads = torch.autograd.grad(loss * (scale / len(usable)), parameters, allow_unused=True)
             norm = _norm(grads)
             pair.gradient_norm = norm / scale
@@ -103,7 +111,7 @@ def measured(run: Run, top: int | None = None) -> list[OnePair]:
 
 def alone(x: Inputs, i: int) -> Inputs:
     """Pair `i` of a micro-batch as a micro-batch of its own."""
-    both = torch.tensor([i, x.keys.numel() + i], device=x.latent_mean.device)
+    both = torch.arange(i, len(x.latent_mean), x.keys.numel(), device=x.latent_mean.device)  # without a partner one
     one = slice(i, i + 1)
     return Inputs(
         keys=x.keys[one],
@@ -132,9 +140,11 @@ def _batches(run: Run) -> Iterator[tuple[Place, PairBatch]]:
         yield from zip(run_order(run.source, order), batches, strict=False)  # the batches have no end
 
 
-def _figures(run: Run, place: Place, batch: PairBatch, terms: PairTerms) -> list[OnePair]:
+def _figures(run: Run, place: Place, batch: PairBatch, inputs: Inputs, terms: PairTerms) -> list[OnePair]:
+    own = run.step.levels(inputs)
+    weight = run.step.weight if own is None else own.weight
     without = run.step.supervised or run.step.odds is not None
-    pull = terms.loss.detach() if without else terms.pull * run.step.weight[terms.timesteps]
+    pull = terms.loss.detach() if without else terms.pull * weight[terms.timesteps]
     names = (terms.timesteps, terms.difference, terms.logit, terms.loss, pull)
     rows = torch.stack([value.detach().double() for value in names], dim=1).tolist()
     return [

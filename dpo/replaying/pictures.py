@@ -11,15 +11,18 @@ from dpo.data import loader
 from dpo.data.batch import Decoding
 from dpo.data.loader import Reading
 from dpo.data.order import Place
-from dpo.data.pairs import ImageRef, of_two
+from dpo.data.pairs import ImageRef
 from dpo.data.store import reader
 from dpo.data.store.store import of_store
+from dpo.pages.replay import SIDES
 from dpo.replaying.pairs import OnePair
 from dpo.training.run import Run
 
 
 def pictures(run: Run, pair: OnePair) -> list[Image.Image]:
-    """Win and lose of a pair of the run's source, cropped and mirrored as in that update. Black where one is unusable.
+    """Win and lose of a pair of the run's source, or the image alone, cropped and mirrored as in that update.
+
+    Black where one is unusable.
 
     Those of a prepared store are what the VAE makes of the latents it holds.
     """
@@ -40,8 +43,9 @@ def pictures(run: Run, pair: OnePair) -> list[Image.Image]:
 
 
 def places(run: Run, pair: OnePair) -> dict[str, str]:
-    """Where win and lose lie, in words: a file, or a name in what holds it."""
-    return dict(zip(("win", "lose"), map(_where, of_two(run.source[pair.index])), strict=True))
+    """Where win and lose, or the image alone, lie, in words: a file, or a name in what holds it."""
+    images = run.source[pair.index].images
+    return dict(zip(SIDES[len(images)], map(_where, images), strict=True))
 
 
 def _where(image: ImageRef) -> str:

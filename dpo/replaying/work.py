@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from PIL import Image
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress, duration
 from dpo.common.errors import UserError
-from dpo.data.pairs import check_pairs
 from dpo.pages import replay as page
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import RunFolder
@@ -78,7 +77,7 @@ def _replayed(
     otherwise: Config,
     train_step: again.TrainStep,
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """The content of replay.json, and win and lose of each pair whose images are shown."""
+    """The content of replay.json, and the images of each pair whose images are shown."""
     first = max(1, asked.update - asked.around) if asked.otherwise else asked.update
     saved = history.state_before(folder, first)
     try:
@@ -87,7 +86,6 @@ def _replayed(
         if not (moved := history.gone(config)):
             raise
         raise UserError(f"{error}; where it is elsewhere now, say where with {' and '.join(moved)}") from error
-    check_pairs(run.source, str(run.config.data.data), "a replay is of the pairs of an update")
     before, total = run.done, run.total
     last = min(asked.update + asked.around, total) if asked.otherwise else asked.update
     _check_pairs(run, folder, asked.update)
@@ -95,12 +93,12 @@ def _replayed(
         raise UserError(f"{asked.run} makes {total} updates: give --update a number from 1 to {total}")
     if unknown := sorted(set(asked.without) - (pairs.keys_between(run, first, last) if asked.without else set())):
         raise UserError(
-            f"--without {unknown[0]}: no pair of updates {first} to {last} has this key; "
+            f"--without {unknown[0]}: no {run.things[:-1]} of updates {first} to {last} has this key; "
             f"python -m dpo.replay {asked.run} --update {asked.update} lists those of one update"
         )
     _tell(asked, folder, saved, before, last)
     curve = _Curve("as it was")
-    with Progress(last, progress_fields, before) as progress:
+    with Progress(last, _shown(run), before) as progress:
         curve.make(run, first - 1, train_step, progress)
         state = again.kept(run) if asked.otherwise and not curve.ended else None
         curve.make(run, asked.update - 1, train_step, progress)
@@ -110,7 +108,7 @@ def _replayed(
         images = _pictures(run, found[:SHOWN])
         curve.make(run, last, train_step, progress)
     curve.held_out = again.held_out(run) if asked.otherwise else None
-    device = summary.device_name(run.device)
+    device, things = summary.device_name(run.device), run.things
     del run
     curves = [curve]
     if state is not None:
@@ -131,7 +129,8 @@ def _replayed(
         "compared": history.compared(folder, curve.figures),
         "figures": curve.figures.get(asked.update),
         "ended": curve.ended,
-        "share": pairs.SHARE,
+        "things": things,
+        "share": pairs.SHARE.format(a="a" if things == "pairs" else "an", one=things[:-1]),
         "measured": sum(pair.gradient_norm is not None for pair in found),
         "pairs": [pair.row() for pair in found],
         "window": [first, last],
@@ -179,10 +178,15 @@ def _second(asked: Asked, config: Config, state: Any, last: int, train_step: aga
     """The same updates once more from the kept state, with what is changed."""
     curve = _Curve("changed")
     run = again.built(config, state, held_out=True)
-    with Progress(last, progress_fields, run.done) as progress:
+    with Progress(last, _shown(run), run.done) as progress:
         curve.make(run, last, train_step, progress, asked.without)
     curve.held_out = again.held_out(run)
     return curve
+
+
+def _shown(run: Run) -> Callable[[Mapping[str, Any]], list[str]]:
+    what = run.things
+    return lambda figures: progress_fields(figures, what)
 
 
 def _free() -> None:
@@ -208,7 +212,7 @@ def _check_pairs(run: Run, folder: RunFolder, update: int) -> None:
     known = history.pairs_of_run(folder, update)
     if known is not None and known != run.fingerprints["data"]:
         raise UserError(
-            f"{run.config.data.data} does not hold the pairs that the run was trained on: name them with --data"
+            f"{run.config.data.data} does not hold the {run.things} that the run was trained on: name them with --data"
         )
 
 
@@ -238,7 +242,7 @@ def _tell(asked: Asked, folder: RunFolder, saved: Any, before: int, last: int) -
 
 
 def _pictures(run: Run, shown: list[pairs.OnePair]) -> list[Image.Image]:
-    """Win and lose of each pair, one after another. Also says of the pairs where they lie."""
+    """The images of each pair, one after another. Also says of the pairs where they lie."""
     found = []
     for pair in shown:
         pair.images = pictures.places(run, pair)

@@ -16,8 +16,11 @@ MANY_EPOCHS = 30  # of the published runs none comes to ten
 USUAL_EPOCHS = 10
 
 
-def headline(config: Config, processes: int = 1) -> str:
-    """The line that a run starts with: what is trained, effective batch, learning rate, beta."""
+def headline(config: Config, processes: int = 1, things: str = "pairs") -> str:
+    """The line that a run starts with: what is trained, effective batch, learning rate, beta.
+
+    things: what it is trained on, pairs or images, here and below.
+    """
     optim, method = config.optim, config.method
     what = f"LoRA of rank {config.lora.rank}" if config.lora.lora else "all weights"
     split = f"{optim.batch_size} x {optim.accumulation}" + (f" x {processes} processes" if processes > 1 else "")
@@ -26,24 +29,24 @@ def headline(config: Config, processes: int = 1) -> str:
     )
     warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
     beta = f", beta {brief(method.beta)}" if "beta" in METHODS[method.method].settings else ""
-    return f"{method.method}, {what}: {optim.pairs} pairs an update ({split}), {rate}{warm}{beta}"
+    return f"{method.method}, {what}: {optim.pairs} {things} an update ({split}), {rate}{warm}{beta}"
 
 
-def length(config: Config, pairs: int) -> list[str]:
+def length(config: Config, pairs: int, things: str = "pairs") -> list[str]:
     """A line for the log on the length of a run over `pairs` training pairs, where it was given in epochs."""
     if config.optim.epochs is None:
         return []
-    return [f"{brief(config.optim.epochs)} epochs of {pairs:,} pairs = {total_steps(config, pairs):,} updates"]
+    return [f"{brief(config.optim.epochs)} epochs of {pairs:,} {things} = {total_steps(config, pairs):,} updates"]
 
 
-def too_long(config: Config, pairs: int) -> list[str]:
+def too_long(config: Config, pairs: int, things: str = "pairs") -> list[str]:
     """Messages on a length that does not suit the `pairs` that are trained on, which the settings alone do not tell."""
     found, optim, steps = [], config.optim, total_steps(config, pairs)
     epochs = steps * optim.pairs / pairs
     if optim.epochs is None and epochs > MANY_EPOCHS:
         fewer = total_steps(change(config, steps=None, epochs=USUAL_EPOCHS), pairs)
         found.append(
-            f"{steps} updates of {optim.pairs} pairs are {epochs:.0f} epochs of these {pairs:,} pairs, which may be learned by "
+            f"{steps} updates of {optim.pairs} {things} are {epochs:.0f} epochs of these {pairs:,} {things}, which may be learned by "
             f"heart: --epochs {USUAL_EPOCHS} makes {fewer} updates"
         )
     if optim.epochs is not None and optim.warmup >= steps:
@@ -55,7 +58,7 @@ def _long_warmup(warmup: int, steps: int) -> str:
     return f"the warm-up of {warmup} updates does not end within {steps}: the rate stays below its peak"
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config, things: str = "pairs") -> list[str]:
     """Messages on settings that are allowed but probably not meant."""
     found = []
     rate, batch = learning_rate(config), config.optim.pairs
@@ -97,7 +100,7 @@ def warnings(config: Config) -> list[str]:
         )
     if config.model.model and not config.lora.lora and batch < FEWEST_PAIRS:
         more = "with --gradient-release only a larger --batch-size has more" if release else "raise --accumulation"
-        found.append(f"{batch} pairs an update is few for full fine-tuning (published: 2048); {more}")
+        found.append(f"{batch} {things} an update is few for full fine-tuning (published: 2048 pairs); {more}")
     if config.runtime.vae_precision == "fp16" and config.model.family == "sdxl" and not config.model.vae:
         found.append(
             "SDXL's own VAE overflows in fp16: give --vae madebyollin/sdxl-vae-fp16-fix, or leave --vae-precision at auto"
@@ -110,5 +113,7 @@ def warnings(config: Config) -> list[str]:
         and config.data.validation_fraction == 0
         and config.output.validate_every != 0
     ):
-        found.append("no held-out pairs, so no held-out accuracy: give --validation-data or --validation-fraction 0.1")
+        found.append(
+            f"no held-out {things}, so no held-out accuracy: give --validation-data or --validation-fraction 0.1"
+        )
     return found

@@ -104,8 +104,10 @@ def allowed(spec: Spec) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name in `names` most like `name`, None when none is like it."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    """The name in `names` most like `name`, None when none is like it: first one of which it is the first words."""
+    known = list(names)
+    longer = [one for one in known if one.startswith((f"{name}-", f"{name}_"))]
+    found = longer[:1] if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.6)
     return found[0] if found else None
 
 

@@ -59,16 +59,8 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
 
     Raises UserError for what this model or device cannot do.
     """
-    asked = config.model
-    if asked.family not in ("auto", model.family):
-        raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
-    dropped = config.data.dropped_caption
-    if dropped == "zeros" and model.family != "sdxl":
-        raise UserError(
-            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
-            f"of family {model.family}; leave it at auto"
-        )
-    _check_flow(config, model)
+    check_family(config, model)
+    asked, dropped = config.model, config.data.dropped_caption
     prediction_type = model.prediction_type if asked.prediction_type == "auto" else asked.prediction_type
     values = {"family": model.family, "prediction_type": prediction_type, "device": device.name}
     if dropped == "auto":
@@ -79,6 +71,19 @@ def resolve(config: Config, model: ModelFacts, device: DeviceFacts) -> tuple[Con
     values |= _of_length(config)
     decided = change(config, **values)
     return decided, [*_notes(config, decided, device), *_of_dropped(decided, model)]
+
+
+def check_family(config: Config, model: ModelFacts) -> None:
+    """Raises UserError for settings that do not go with a family; of `model` family, prediction type and turbo count."""
+    asked = config.model
+    if asked.family not in ("auto", model.family):
+        raise UserError(f"--family {asked.family}: the model is of family {model.family}; leave --family out")
+    if config.data.dropped_caption == "zeros" and model.family != "sdxl":
+        raise UserError(
+            f"--dropped-caption zeros: only SDXL is sampled with zeros in the place of an empty caption, and this model is "
+            f"of family {model.family}; leave it at auto"
+        )
+    _check_flow(config, model)
 
 
 def _check_flow(config: Config, model: ModelFacts) -> None:
@@ -97,15 +102,6 @@ def _check_flow(config: Config, model: ModelFacts) -> None:
         return
     if draw != "grid" and "turbo" in (asked.timesteps, "turbo" if asked.timesteps == "auto" and model.turbo else ""):
         raise UserError(f"--timestep-draw {draw}: the model has four timesteps, which are drawn alike; leave it out")
-    if config.data.buckets and model.shift_by_size and draw != "grid":
-        raise UserError(
-            f"--timestep-draw {draw} with --buckets: the noise levels of this model depend on the shape of an image; leave one out"
-        )
-    if config.data.buckets and model.shift_by_size and METHODS[config.method.method].correction:
-        raise UserError(
-            f"--method {config.method.method} with --buckets: its correction is a table by noise level, and those of this model "
-            "depend on the shape of an image; use --method dde-single or dpo, or leave --buckets out"
-        )
     if asked.zero_snr != "auto":
         raise UserError(f"--zero-snr {asked.zero_snr}: a flow's levels end in pure noise as they are; leave it at auto")
     if config.lora.lora_format == "kohya":

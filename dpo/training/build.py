@@ -33,7 +33,7 @@ from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import check_part, locate, on_hub
-from dpo.models.ready import cast, load_model, pick_device, settle
+from dpo.models.ready import cast, check_settings, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
@@ -83,6 +83,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
     _check_named(config.model)
+    check_settings(config)
     optimizer.check_installed(config.optim.optimizer)
 
     saved = _saved(config.output, output, processes)
@@ -95,28 +96,28 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device)
     config, begin, told = start.read(config, model)
-    _tell(config, [*notes, *decided, *told], processes.count)
+    _tell(config, [*notes, *decided, *told], processes.count, things(source))
     if saved is not None:
         check_resume(config, saved)
     stored.check(model, source, held_out_source)
     stored.check_resolution(held_out_source, config.data.resolution)
     fingerprints = _fingerprints(model, source)
-    cast(model, config.runtime.precision, config.runtime.vae_precision)
+    cast(model, config.runtime.precision, config.runtime.vae_precision, frozen=config.lora.lora)
 
     twin, weights = denoisers.make_reference(config, model, begin)
     fingerprints |= weights
     if begin.moved:
-        fingerprints |= denoisers.hashes("start", model.denoiser)
-    errors = _recorded(config, plan, source, weights)
+        fingerprints |= denoisers.hashes("start", model.denoiser, config.runtime.precision)
+    errors = _recorded(config, model, plan, source, weights)
     if errors is not None:
         source = errors.covered(source)
 
     buckets = find(config.data, model.geometry.side_factor, source)
 
     total = resolve.total_steps(config, len(source))
-    for line in advice.length(config, len(source)):
+    for line in advice.length(config, len(source), things(source)):
         log.info("%s", line)
-    for line in advice.too_long(config, len(source)):
+    for line in advice.too_long(config, len(source), things(source)):
         log.warning("%s", line)
     live, encoded = denoisers.live_reference(config), of_store(source) is not None
     counted = cost.count(config, model, live_reference=live, encoded=encoded, sides=source.sides)
@@ -159,9 +160,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         encoder=encoder,
         step=step,
         updater=updater,
-        table=CorrectionTable.zeros(
-            tables.precision.to(device), config.method.rho, step.path.timesteps, config.optim.pairs
-        ),
+        table=CorrectionTable.zeros(tables.precision.to(device), config.method.rho, step.timesteps, config.optim.pairs),
         held_out=_held_out(config, held_out_source, step, encoder, compared, processes),
         buckets=buckets,
         output=output,
@@ -176,7 +175,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None and config.method.timestep_draw == schedule.GRID:
-        step.path = replace(step.path, timesteps=errors.timesteps.to(device))  # the timesteps of the recorded draws
+        step.draw_from(errors.timesteps.to(device))  # the timesteps of the recorded draws
     if saved is not None:
         restore(run, saved)
     run.best = choice.begin(run, saved)
@@ -214,7 +213,7 @@ def _fingerprints(model: Model, source: Source) -> dict[str, str]:
         "vae": parts["vae"],
         "vae_checksum": checksum(model.vae),
         "text": digest(*parts["text_encoders"], *parts["tokenizers"]),
-        "text_checksum": checksum(*model.text_encoders),
+        "text_checksum": checksum(*model.text_encoders, dtype=torch.float32),
         "data": source.fingerprint,
         **stamps(source),
     }
@@ -302,13 +301,13 @@ def _left_open(config: Config, saved: checkpoint.Checkpoint | None) -> Config:
     return change(config, validation_fraction=0.0) if unmeasured else config
 
 
-def _tell(config: Config, lines: list[str], processes: int) -> None:
+def _tell(config: Config, lines: list[str], processes: int, what: str) -> None:
     """Logs `lines` (what was decided), the warnings on the settings, and the headline of the run."""
     for line in lines:
         log.info("%s", line)
-    for line in advice.warnings(config):
+    for line in advice.warnings(config, what):
         log.warning("%s", line)
-    log.info("%s", advice.headline(config, processes))
+    log.info("%s", advice.headline(config, processes, what))
 
 
 def _say_noise(run: Run) -> None:
@@ -331,16 +330,17 @@ def _tell_buckets(run: Run, buckets: Buckets) -> None:
     passes = len(places) * run.processes.count
     holes = 100 - 100 * LOOKED_AT * run.nominal / (passes * order.micro_batch)
     log.info(
-        "buckets: %.1f passes of %d pairs an update, %.0f %% of them holes%s; FLOPs are counted for the square",
+        "buckets: %.1f passes of %d %s an update, %.0f %% of them holes%s; FLOPs are counted for the square",
         passes / LOOKED_AT,
         order.micro_batch,
+        run.things,
         holes,
         " (fewer with a smaller --batch-size)" if holes > 0 and order.micro_batch > 1 else "",
     )
 
 
 def _recorded(
-    config: Config, plan: schedule.Plan, source: Source, weights: dict[str, str]
+    config: Config, model: Model, plan: schedule.Plan, source: Source, weights: dict[str, str]
 ) -> recorded.RecordedErrors | None:
     """The recorded reference errors that suit the run, None where it computes them.
 
@@ -350,7 +350,7 @@ def _recorded(
         return None
     beside = denoisers.beside(config)
     wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"], beside)
-    return recorded.find(source, wanted, denoisers.drawn(config, plan).unique(), weights["reference_checksum"])
+    return recorded.find(source, wanted, denoisers.every_drawn(config, model, plan), weights["reference_checksum"])
 
 
 def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held_out: Source | None) -> Config:

@@ -30,32 +30,43 @@ def begin(run: Run, saved: checkpoint.Checkpoint | None) -> Best | None:
         return None
     held = run.held_out
     labelled = 0 if held is None else int(held.labelled.sum())
+    single = held is not None and held.single
+    what = "images" if single else "pairs"
     if labelled < 2 * FEWEST or held is None:
         raise UserError(
-            f"--keep-best wants {2 * FEWEST} held-out pairs with a preferred side, half to choose by and half to report, and "
-            f"{labelled} can be used: hold out more (--validation-fraction), or leave --keep-best out"
+            f"--keep-best wants {2 * FEWEST} held-out {what} with a {'label' if single else 'preferred side'}, half to choose by "
+            f"and half to report, and {labelled} can be used: hold out more (--validation-fraction), or leave --keep-best out"
         )
     keys, captions = (numbers[held.labelled].numpy() for numbers in (held.keys, held.captions))
     chosen = choosing_half(keys, captions, run.config.data.validation_by)
     count = int(chosen.sum())
     if min(count, labelled - count) < FEWEST:
         raise UserError(
-            f"--keep-best: whole captions give halves of {count} and {labelled - count} held-out pairs, and each wants {FEWEST}: "
+            f"--keep-best: whole captions give halves of {count} and {labelled - count} held-out {what}, and each wants {FEWEST}: "
             "use --validation-by pair, or leave --keep-best out"
+        )
+    liked = validation.labels(held)
+    if liked is not None and any(part.all() or not part.any() for part in (liked[chosen], liked[~chosen])):
+        raise UserError(
+            "--keep-best: one half of the held-out images has labels of one kind, and its accuracy needs both: hold out more "
+            "(--validation-fraction), use --validation-by pair, or leave --keep-best out"
         )
     whole = not set(captions[chosen]) & set(captions[~chosen])
     log.info(
-        "keep-best: %d held-out pairs choose the update, the other %d are reported (%s)",
-        count, labelled - count, "no caption is in both" if whole else "by pair: a caption may be in both",
+        "keep-best: %d held-out %s choose the update, the other %d are reported (%s)",
+        count, what, labelled - count, "no caption is in both" if whole else f"by {what[:-1]}: a caption may be in both",
     )  # fmt: skip
-    measured = digest(str(held.draws), str(run.config.runtime.seed), *map(str, sorted(keys)), *map(str, keys[chosen]))
+    how = [str(held.draws), str(run.config.runtime.seed), *(["balanced"] if single else [])]
+    measured = digest(*how, *map(str, sorted(keys)), *map(str, keys[chosen]))
     best = Best(torch.from_numpy(chosen), measured, run.config.output.patience)
     before = saved.state.get("best") if saved is not None else None
     if saved is None or not before or before["step"] is None:
         return best
     if before["measured"] != measured:
         log.warning(
-            "keep-best: other pairs are held out than before: the best so far, of update %d, is let go", before["step"]
+            "keep-best: other %s are held out than before, or measured otherwise: the best so far, of update %d, is let go",
+            what,
+            before["step"],
         )
         return best
     own = {name: value for name, value in saved.state["checksums"].items() if name in WEIGHTS}
@@ -98,10 +109,14 @@ def measure(run: Run, pairs: validation.HeldOut) -> tuple[Figures, bool]:
     run.measured = run.done
     said = {"weights": "averaged"} if run.updater.ema else {}
     best = run.best
+    liked = validation.labels(pairs)
     if best is None:
-        return {**validation.figures(differences), **said}, False
-    chosen = validation.figures(differences[best.choosing])
-    figures = {**validation.figures(differences[~best.choosing]), **said}
+        return {**validation.figures(differences, liked), **said}, False
+    chosen, rest = (
+        validation.figures(differences[half], None if liked is None else liked[half])
+        for half in (best.choosing, ~best.choosing)
+    )
+    figures = {**rest, **said}
     figures |= {f"choosing_{name}": chosen[f"heldout_{name}"] for name in ("accuracy", "difference", "pairs")}
     better = run.processes.objects(best.is_beaten_by(figures))[0]
     if better:
@@ -139,9 +154,9 @@ def keep(run: Run) -> None:
         _take(run, found.tensors)
         run.shown = best.step
     log.info(
-        "keep-best: update %d of %d is the result: held-out accuracy %.3f of the %d pairs that chose it, %.3f of the other %d",
+        "keep-best: update %d of %d is the result: held-out accuracy %.3f of the %d %s that chose it, %.3f of the other %d",
         best.step, run.done, best.figures["choosing_accuracy"], best.figures["choosing_pairs"],
-        best.figures["heldout_accuracy"], best.figures["heldout_pairs"],
+        "images" if run.held_out is not None and run.held_out.single else "pairs", best.figures["heldout_accuracy"], best.figures["heldout_pairs"],
     )  # fmt: skip
 
 

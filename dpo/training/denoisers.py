@@ -19,7 +19,7 @@ from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.ready import HALF, WEIGHTS, plan_of
 from dpo.objective import Kto, Odds
 from dpo.settings.config import Config
-from dpo.step import PairStep
+from dpo.step import Levels, PairStep
 from dpo.training import optimizer
 from dpo.training.release import Release
 from dpo.training.start import Start
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("dpo")
 
 
-def hashes(name: str, denoiser: Denoiser) -> dict[str, str]:
-    """The two hashes of a denoiser's weights, by name."""
-    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser)}
+def hashes(name: str, denoiser: Denoiser, precision: str = "fp32") -> dict[str, str]:
+    """The two hashes of a denoiser's weights, by name; precision: of the run, whose weights they are cast to."""
+    dtype = WEIGHTS.get(precision, torch.float32)  # frozen ones may be narrower so far
+    return {name: fingerprint(denoiser), f"{name}_checksum": checksum(denoiser, dtype=dtype)}
 
 
 def live_reference(config: Config) -> bool:
@@ -54,7 +55,7 @@ def make_reference(config: Config, model: Model, begin: Start) -> tuple[Denoiser
     if not apart:
         begin.put(model)
     twin = copy_for_reference(config, model.denoiser, begin)
-    weights = hashes("reference", model.denoiser)
+    weights = hashes("reference", model.denoiser, config.runtime.precision)
     if apart:
         begin.put(model)
     return twin, weights
@@ -128,6 +129,12 @@ def drawn(config: Config, plan: schedule.Plan) -> Tensor:
     return schedule.to_draw(plan, method.window_low, method.window_high, draw)
 
 
+def every_drawn(config: Config, model: Model, plan: schedule.Plan) -> Tensor:
+    """The timesteps that are ever drawn, in the square or any bucket, ascending [K] int64. Raises UserError."""
+    plans = plan, *_plans(config, model).values()
+    return torch.cat([drawn(config, one) for one in plans]).unique()
+
+
 def beside(config: Config) -> dict[str, Any]:
     """What recorded errors depend on with a decided config of flow matching alone; nothing with the others.
 
@@ -184,20 +191,26 @@ def pair_step(
     return step, tables
 
 
-def _shaped(
-    config: Config, model: Model, real: torch.dtype, device: torch.device
-) -> dict[tuple[int, int], tuple[schedule.NoisePath, Tensor]]:
-    """Path and weight [T] of each shape of latents (h, w), where buckets have noise levels of their own; empty otherwise."""
+def _plans(config: Config, model: Model) -> dict[tuple[int, int], schedule.Plan]:
+    """The noise levels of each shape of latents (h, w), where buckets have levels of their own; empty otherwise."""
     flow, side, shape = model.family.flow, config.data.resolution, model.geometry
     if flow is None or not config.data.buckets or not model.scheduler_config["use_dynamic_shifting"]:
         return {}
     assert side is not None, "decided when the model was loaded"
+    sizes = shapes(side, step_of(side, shape.side_factor))
+    return {
+        (high // shape.vae_scale, wide // shape.vae_scale): plan_of(config, model, (high, wide))[0]
+        for high, wide in sizes
+    }
+
+
+def _shaped(config: Config, model: Model, real: torch.dtype, device: torch.device) -> dict[tuple[int, int], Levels]:
+    """What follows from the noise levels of each shape of latents (h, w), where buckets have levels of their own."""
     found = {}
-    for high, wide in shapes(side, step_of(side, shape.side_factor)):
-        plan, _ = plan_of(config, model, (high, wide))
+    for row, (size, plan) in enumerate(_plans(config, model).items(), start=1):
         path = schedule.noise_path(plan, drawn(config, plan), real, device)
-        latents = high // shape.vae_scale, wide // shape.vae_scale
-        found[latents] = path, _tables(config, plan).weight.to(device, real)
+        tables = _tables(config, plan)
+        found[size] = Levels(path, tables.weight.to(device, real), tables.precision.to(device), row)
     return found
 
 

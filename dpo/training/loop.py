@@ -342,7 +342,7 @@ def _all_updates(run: Run, trackers: Trackers, train_step: TrainStep, batches: I
     used, first = 0, run.done
     waiting = Waiting(batches, warns=run.device.type == "cuda")
     every = out.validate_every or run.total  # decided when the run was built
-    shown = Progress(run.total, progress_fields, run.done, out.log_every)
+    shown = Progress(run.total, lambda figures: progress_fields(figures, run.things), run.done, out.log_every)
     with shown if run.processes.first else nullcontext() as progress:
         if run.held_out is not None and run.measured < run.done and (run.done % every == 0 or run.done == run.total):
             held_out, better = choice.measure(run, run.held_out)  # the last start was stopped inside it

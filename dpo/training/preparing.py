@@ -34,7 +34,7 @@ from dpo.schedule import Plan
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import start, stored
-from dpo.training.denoisers import beside, drawn, pair_step
+from dpo.training.denoisers import beside, pair_step
 from dpo.training.embedded import embedded
 from dpo.training.start import Start
 
@@ -261,7 +261,7 @@ def record_reference(
     for line in told:
         log.info("%s", line)
     weights, step = _reference_step(config, model, plan, device, begin)
-    timesteps = drawn(config, plan).unique()
+    timesteps = step.timesteps.cpu()
     zeros = config.data.dropped_caption == "zeros"
     encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(
@@ -277,12 +277,12 @@ def record_reference(
         shard=shard,
         block=block or recording.BLOCK_PAIRS,
         sizes=buckets.sizes if (buckets := find(config.data, model.geometry.side_factor, source)) else (),
-        progress=progress_line("recorded", "draws of pairs"),
+        progress=progress_line("recorded", f"draws of {things(source)}"),
     )
     with locks.held(folder, "--store", "-{}-of-{}".format(*shard) if shard[1] > 1 else ""):
         place, complete = _record_smaller(recording.record, task, halve_it=batch_size is None)
     said = (
-        f"{draws} draws of each of {len(source):,} pairs"
+        f"{draws} draws of each of {len(source):,} {things(source)}"
         if complete
         else "this process is done, others are still at work"
     )

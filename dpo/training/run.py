@@ -21,7 +21,7 @@ from dpo.data.buckets import Buckets
 from dpo.data.kept import Kept
 from dpo.data.loader import Reading, look_after
 from dpo.data.order import Order
-from dpo.data.pairs import Source
+from dpo.data.pairs import Source, things
 from dpo.data.store import recorded
 from dpo.encode import Encoder
 from dpo.methods import METHODS
@@ -118,6 +118,11 @@ class Run:
         return self.config.optim.pairs
 
     @property
+    def things(self) -> str:
+        """What it is trained on, in words."""
+        return things(self.source)
+
+    @property
     def ended(self) -> bool:
         """Whether no update follows, though not all were made: held-out accuracy has not risen for long."""
         return self.best is not None and self.best.ended
@@ -139,13 +144,24 @@ class Run:
         )
 
     def correction(self) -> Tensor:
-        """DDE's correction C [T] at the start of an update, in the dtype of the weight; 0 for the other methods."""
-        return self.table.correction().to(self.step.weight.dtype)
+        """DDE's correction C at the start of an update, in the dtype of the weight; 0 for the other methods.
+
+        [T], or [1 + shapes, T] where shapes have noise levels of their own, as PairStep takes it.
+        """
+        others = (levels.precision for levels in self.step.shaped.values())
+        return self.table.correction(*others).to(self.step.weight.dtype)
 
     def tables(self, correction: Tensor) -> dict[str, Tensor]:
-        """DDE's table M and C [T] for the figures; empty for a method without the stepwise correction."""
+        """DDE's table M and C [T] for the figures; empty for a method without the stepwise correction.
+
+        C is that of the square where each shape has one.
+        """
         stepwise = METHODS[self.config.method.method].correction
-        return {"table": self.table.table, "correction": correction} if stepwise else {}
+        return (
+            {"table": self.table.table, "correction": correction.view(-1, self.table.table.numel())[0]}
+            if stepwise
+            else {}
+        )
 
     def count(self) -> None:
         """Counts the update that was made."""

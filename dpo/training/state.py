@@ -179,11 +179,14 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
             raise UserError(f"{saved.path} was trained from {about}")
     if before["data"] != now["data"]:
         log.warning(
-            "the training pairs differ from the checkpoint's: their order starts from position %d of the new set",
+            "the training %s differ from the checkpoint's: their order starts from position %d of the new set",
+            run.things,
             saved.state["position"],
         )
     elif before.get("images", now.get("images")) != now.get("images"):
-        log.warning("image files of the training pairs were changed since the checkpoint: it goes on with the new ones")
+        log.warning(
+            "image files of the training %s were changed since the checkpoint: it goes on with the new ones", run.things
+        )
     elif before.get("image_times", now.get("image_times")) != now.get("image_times"):
         log.info(
             "the image files have other times than at the checkpoint; their sizes and the contents looked at do not"
@@ -221,7 +224,7 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.done, run.position, run.resumed = state["step"], state["position"], saved.path
     run.measured = state.get("measured", run.done)  # a checkpoint of an earlier version does not say
     _say_rate(run, from_mapping(of_before(state["config"])))
-    log.info("resumed %s: %d updates done, %d pairs seen", saved.path, run.done, run.position)
+    log.info("resumed %s: %d updates done, %d %s seen", saved.path, run.done, run.position, run.things)
 
 
 def _say_rate(run: Run, before: Config) -> None:

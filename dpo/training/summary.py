@@ -77,7 +77,10 @@ def report(run: Run, status: str, reason: str = "") -> None:
             "effective_batch": run.nominal,
         },
         "evaluation": {},
-        "warnings": [*advice.warnings(run.config), *advice.too_long(run.config, len(run.source))],
+        "warnings": [
+            *advice.warnings(run.config, run.things),
+            *advice.too_long(run.config, len(run.source), run.things),
+        ],
     }
     tables = {
         "weight": run.step.weight,

@@ -3,13 +3,14 @@
 For each pair, d is averaged over S keyed (timestep, noise) draws. The pair counts 1 when the mean is negative, one half
 when it is 0. The reference errors do not change during a run: they are computed once, at its start.
 
-Of images without a partner it is the share whose gain R - L over the mean of all has the sign of the label. Their d is
+Of images without a partner it is the share whose gain R - L over the mean of all has the sign of the label: the mean of
+that share of the liked ones and that of the others, so that whoever gives all the same answer gets one half. Their d is
 L - R plus that mean (at least 0) where the image is liked, and the negative of that where it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo.common.console import part
-from dpo.common.stats import share_interval
+from dpo.common.stats import balanced_interval
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import caption_key
 from dpo.encode import Encoder, Inputs
 from dpo.models.family import Denoise
 from dpo.objective import implicit_accuracy
-from dpo.step import PairStep
+from dpo.schedule import NoisePath
+from dpo.step import Levels, PairStep
 from dpo.training.parallel import Processes
 
 
@@ -41,9 +43,11 @@ class HeldOut:
     liked: Tensor  # [N] bool: all of pairs; the label of images without a partner
     single: bool  # whether they are images without a partner; a run on such images may hold out pairs
     sizes: list[int]  # pairs of each batch of all processes, in the order of their turn; they add up to N
+    shapes: list[tuple[int, int]]  # (h, w) of the latents of each of these batches
     reference_errors: Tensor
     draws: int
-    timesteps: Tensor  # [K] int64, the timesteps to draw from
+    path: NoisePath  # with the timesteps to draw from, as is that of each of `shaped`
+    shaped: Mapping[tuple[int, int], Levels]
     processes: Processes
 
 
@@ -92,7 +96,8 @@ def encode_held_out(
             encoded.append(x := inputs.to("cpu"))
             captions = torch.tensor([caption_key(caption) for caption in batch.captions], dtype=torch.int64)
             labelled, liked = x.usable.bool() & (x.prob != 0.5), x.prob > 0.5
-            own.append((batch.position, x.keys, captions, labelled, liked, bool(x.usable.any())))
+            shape = tuple(x.latent_mean.shape[2:])
+            own.append((batch.position, x.keys, captions, labelled, liked, shape, bool(x.usable.any())))
             told(sum(len(keys) for _, keys, *_ in own))
     by_round = zip(*processes.objects(own), strict=True)
     there = {place: pairs for each in by_round for place, *pairs in each}  # one that came again is in its place
@@ -101,7 +106,7 @@ def encode_held_out(
     if reference is not None:
         step = replace(step, policy=reference)
     keys, captions, labelled, liked = (torch.cat([pairs[part] for pairs in there.values()]) for part in range(4))
-    sizes = [len(pairs[0]) for pairs in there.values()]
+    sizes, shapes = [len(pairs[0]) for pairs in there.values()], [pairs[4] for pairs in there.values()]
     errors = _errors("held-out reference errors", step, encoded, draws, sizes, processes)
     return HeldOut(
         encoded,
@@ -111,9 +116,11 @@ def encode_held_out(
         liked,
         encoded[0].single,
         sizes,
+        shapes,
         errors,
         draws,
-        step.path.timesteps,
+        step.path,
+        step.shaped,
         processes,
     )
 
@@ -123,7 +130,7 @@ def differences(step: PairStep, held_out: HeldOut) -> Tensor:
 
     Of images without a partner it is below 0 too where the policy sides with the label.
     """
-    there = replace(step, path=replace(step.path, timesteps=held_out.timesteps))
+    there = replace(step, path=held_out.path, shaped=held_out.shaped)
     errors = _errors("held-out accuracy", there, held_out.batches, held_out.draws, held_out.sizes, held_out.processes)
     errors = errors - held_out.reference_errors
     if not held_out.single:
@@ -135,25 +142,38 @@ def differences(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
     """The timestep [S, N] int64 of each draw of those pairs, on the CPU."""
-    there = replace(step.path, timesteps=held_out.timesteps)
-    keys = held_out.keys[held_out.labelled].to(step.weight.device)
-    rows = [there.draw(keys, torch.full_like(keys, draw), step.seed).cpu() for draw in range(held_out.draws)]
-    return torch.stack(rows)
+    found = []
+    for keys, shape in zip(held_out.keys.to(step.weight.device).split(held_out.sizes), held_out.shapes, strict=True):
+        path = held_out.shaped[shape].path if shape in held_out.shaped else held_out.path
+        rows = [path.draw(keys, torch.full_like(keys, draw), step.seed) for draw in range(held_out.draws)]
+        found.append(torch.stack(rows).cpu())
+    return torch.cat(found, dim=1)[:, held_out.labelled]
 
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    return figures(differences(step, held_out).mean(0))
+    return figures(differences(step, held_out).mean(0), labels(held_out))
 
 
-def figures(d: Tensor) -> dict[str, float | list[float]]:
-    """The same of pairs whose mean differences are `d` [N]."""
+def labels(held_out: HeldOut) -> Tensor | None:
+    """Which of the labelled images without a partner are liked, [N] bool; None of pairs."""
+    return held_out.liked[held_out.labelled] if held_out.single else None
+
+
+def figures(d: Tensor, liked: Tensor | None = None) -> dict[str, float | list[float]]:
+    """The same of pairs whose mean differences are `d` [N]; liked [N] bool: of images without a partner.
+
+    Where these have both labels their accuracy is balanced, which "heldout_balanced" says.
+    """
     right = implicit_accuracy(d)
+    both = liked is not None and bool(liked.any()) and not bool(liked.all())
+    parts = [right[liked], right[~liked]] if both and liked is not None else [right]
     count = len(d)
-    low, high = share_interval(float(right.sum()), count)
+    low, high = balanced_interval([(float(part.sum()), len(part)) for part in parts])
     return {
-        "heldout_accuracy": float(right.mean()) if count else 0.5,
+        "heldout_accuracy": sum(float(part.mean()) for part in parts) / len(parts) if count else 0.5,
         "heldout_interval": [low, high],
         "heldout_difference": float(d.mean()) if count else 0.0,
         "heldout_pairs": count,
+        **({"heldout_balanced": True} if both else {}),
     }

@@ -1,14 +1,17 @@
 """dpo.schedule: figures of the published schedules, few-step chains, and lambda from the Gaussians it is derived from."""
 
+import hashlib
 import itertools
+import operator
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal
 
+from csrc_triton.noising import noise_pairs
 from dpo.common.errors import UserError
-from dpo.credit import discounted_weight, single_shot_weight, step_precision
+from dpo.credit import discounted_weight, single_shot_weight, step_precision, tables
 from dpo.schedule import (
     FLOW_CLASS,
     TURBO_TIMESTEPS,
@@ -353,6 +356,29 @@ def test_drawing_is_keyed_and_stays_among_the_timesteps():
     order = torch.randperm(600)
     assert torch.equal(path.draw(keys[order], draws, seed), t[order])
     assert not torch.equal(path.draw(keys, draws + 1, seed), t)
+
+
+AS_BEFORE = {"epsilon": "3700ecc3dbe5982a6158007c74dbe79e", "v_prediction": "f00f47a3449b0f2fee5ba43407f6bcca"}
+
+
+@pytest.mark.parametrize("kind", AS_BEFORE)
+def test_diffusion_is_to_the_bit_what_it_was_before_there_were_flows(kind):
+    """Tables, weight and lambda of DDE, drawn timesteps and x_t: hashes of what the code gave before it knew a second path.
+
+    The betas are made of plain numbers here, so that no library's rounding is in it.
+    """
+    betas = ((0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * k / 999) ** 2 for k in range(1000))
+    abar = list(itertools.accumulate((1 - beta for beta in betas), operator.mul))
+    schedule = Schedule(torch.tensor(abar, dtype=torch.float64), kind)
+    path = noise_path(schedule, schedule.timesteps(), torch.float32)
+    keys, draws, seed = torch.arange(1, 9) * 7_919_393_777, torch.arange(8), torch.tensor(3)
+    t = path.draw(keys, draws, seed)
+    latents = torch.arange(16 * 4 * 6 * 5).view(16, 4, 6, 5) / 256 - 3
+    x_t = noise_pairs(latents, t, path.signal, path.spread, keys, draws, seed)
+    credit = tables("dde", schedule)
+    numbers = path.signal, path.spread, path.of_noise, path.of_data, credit.weight, credit.precision, t, x_t
+    content = b"".join(x.contiguous().numpy().tobytes() for x in numbers)
+    assert hashlib.sha256(content).hexdigest()[:32] == AS_BEFORE[kind]
 
 
 # --- rectified flow ---------------------------------------------------------------------------------------------------

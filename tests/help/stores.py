@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dpo.common.words import digest
-from dpo.data.pairs import ImageRef, Pair, pair_key
+from dpo.data.pairs import ImageRef, Pair, caption_key, pair_key
 from dpo.data.store import fill
 from dpo.data.store.files import Parts
 from dpo.settings.config import Data
@@ -53,6 +53,10 @@ class Synthetic:
 
     def __len__(self) -> int:
         return self.n
+
+    def caption_keys(self) -> np.ndarray:
+        texts = (f"caption {(index + self.start) % self.captions} ä" for index in range(self.n))
+        return np.array([caption_key(text) for text in texts], dtype=np.int64)
 
     def __getitem__(self, index: int) -> Pair:
         i = index + self.start

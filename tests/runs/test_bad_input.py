@@ -49,6 +49,7 @@ COMMAND_LINE = {
     "stray word": (lambda at: ["stray"], ["'stray'", "every value follows a flag"]),
     "bad number": (lambda at: ["--steps", "0"], ["steps = 0", "at least 1"]),
     "not a number": (lambda at: ["--beta", "much"], ["beta = much", "a number"]),
+    "first word of a flag": (lambda at: ["--batch", "4"], ["unknown flag --batch", "did you mean --batch-size?"]),
     "bad word": (lambda at: ["--method", "dp"], ["method = dp", "did you mean dpo?"]),
     "bad combination": (lambda at: ["--window-low", "900", "--window-high", "100"], ["window_low", "below", "window_high"]),
     "two starting points": (lambda at: ["--preset", "sd15", "--config", "c.toml"], ["--preset", "--config", "give one"]),

@@ -1,5 +1,6 @@
 """KTO on images without partners, each with a label of its own: what is computed, and what else holds of every run."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from csrc_triton.philox import Stream, integers, normal
-from dpo import evaluate, label, pairs, prepare, replay
+from dpo import evaluate, label, prepare, replay
 from dpo.common.errors import UserError
+from dpo.data.store.store import open_store
+from dpo.replaying.pairs import measured
+from dpo.settings.config import Data
 from dpo.settings.flags import parse
 from dpo.training import preparing, validation
 from dpo.training.state import snapshot
+from tests.help.commands import SMALL, command
 from tests.help.labelling import GREY
 from tests.help.processes import together
 from tests.help.running import advance, everything, leave, make_run, weights
-from tests.help.worlds import make_labelled
+from tests.help.worlds import make_labelled, make_table
 from tests.runs.test_parity import RATE, SEED, UPDATES, Plain
 
 IMAGES, BETA, WEIGHTS = 4, 500.0, (1.5, 0.5)
@@ -49,14 +54,27 @@ def stored(world, images, tmp_path_factory):
     return place
 
 
-def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys):
-    """Their keys are the same: the old label would be trained on."""
-    table = make_labelled(tmp_path / "images", 6)
+@pytest.mark.parametrize("what", ["images", "pairs"])
+def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys, what):
+    """Their keys are the same: the old label would be trained on. Pairs of other captions are not read for it."""
+    table = make_labelled(tmp_path / "images", 6) if what == "images" else make_table(tmp_path / "pairs", 6)
+    old, new = ("true", "false") if what == "images" else ('"p": 0.9', '"p": 0.8')
+    rows = table.read_text("utf-8").splitlines()
+    if what == "pairs":
+        rows = [json.dumps({**json.loads(row), "p": 0.9}) for row in rows]
+    table.write_text("\n".join(rows), "utf-8")
     flags = ["--model", world("sd15"), "--data", str(table), "--store", str(tmp_path / "store"), "--workers", "0"]
     assert prepare.main(flags) == 0
-    table.write_text(table.read_text("utf-8").replace("true", "false", 1), "utf-8")
+    changed = "\n".join([rows[0].replace(old, new), *rows[1:]])
+    assert changed != "\n".join(rows)
+    table.write_text(changed, "utf-8")
+    capsys.readouterr()
     assert prepare.main(flags) == 2
-    assert "holds 1 of the images of" in (said := capsys.readouterr().err) and "with another label" in said
+    assert f"holds 1 of the {what} of" in (said := capsys.readouterr().err) and "with another label" in said
+    more = (make_labelled if what == "images" else make_table)(tmp_path / "more", 9, seed=7)
+    table.write_text("\n".join(rows), "utf-8")
+    assert prepare.main([*flags[:3], str(more), *flags[4:]]) == 0, "others are added"
+    assert open_store(tmp_path / "store", Data()).summary["pairs"] == 15
 
 
 def plain_errors(plain: Plain, batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,13 +232,17 @@ def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(wor
     for center in ("update", "batch"):
         run = make_run(world("sd15"), images, tmp_path, *EXACT, *HELD_OUT, "--kto-center", center)
         held = run.held_out
-        assert "so the commoner label alone is right in" in caplog.text
+        assert "one answer for all gives one half" in caplog.text
         assert validation.accuracy(run.step, held)["heldout_accuracy"] == 0.5
         advance(run, 3)
         liked, d = held.liked[held.labelled], validation.differences(run.step, held)
         assert d.shape == (2, int(held.labelled.sum())) and liked.any() and not liked.all()
         raw, zero = torch.where(liked, -d, d), torch.zeros(1000)  # the gain over the mean
-        assert validation.accuracy(run.step, held)["heldout_accuracy"] == ((raw.mean(0) > 0) == liked).double().mean()
+        right = ((raw.mean(0) > 0) == liked).double()
+        found = validation.accuracy(run.step, held)
+        assert (
+            found["heldout_balanced"] and found["heldout_accuracy"] == (right[liked].mean() + right[~liked].mean()) / 2
+        )
         gains = torch.stack(
             [
                 torch.cat(
@@ -262,11 +284,10 @@ def test_pairs_may_be_held_out_of_a_run_on_images(world, images, tmp_path):
 @pytest.mark.parametrize(
     ("main", "words", "said"),
     [
-        (pairs.main, ["--check", "IMAGES"], "and this command looks at pairs"),
         (label.main, ["--data", "IMAGES", *GREY], "and labels are of pairs"),
         (evaluate.main, ["base=MODEL", "other=MODEL", "--pairs", "IMAGES"], "and this accuracy is of pairs"),
     ],
-    ids=["pairs", "label", "evaluate"],
+    ids=["label", "evaluate"],
 )
 def test_commands_on_pairs_refuse_them_in_a_line(world, images, tmp_path, capsys, main, words, said):
     names = {"IMAGES": images, "MODEL": world("sd15")}
@@ -288,11 +309,57 @@ def test_commands_on_pairs_refuse_them_in_a_line(world, images, tmp_path, capsys
     )
 
 
-def test_a_replay_refuses_them_in_a_line(world, images, tmp_path, capsys):
-    run = make_run(world("sd15"), images, tmp_path / "run", *EXACT)
-    leave(run, 1, 1)
-    assert replay.main([str(tmp_path / "run"), "--update", "1", "--output", str(tmp_path / "replay")]) == 2
-    assert "has images without partners (docs/data.md), and a replay is of the pairs" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--kto-center", "batch"), ("--lora", "--flip", "--caption-dropout", "0.5")],
+    ids=["own", "batch", "lora"],
+)
+def test_the_gradients_of_the_images_add_up_to_that_of_the_update(world, images, tmp_path, flags):
+    """With KTO's centre above 0, which every image's part depends on. Measuring changes nothing."""
+    run, other = (make_run(world("sd15"), images, tmp_path / name, *EXACT, *flags) for name in "ab")
+    for one in (run, other):
+        advance(one, 2)
+    found = measured(run)
+    after = advance(run, 1)[0]
+    assert after == advance(other, 1)[0] and len(found) == IMAGES
+    assert sum(one.gradient_norm * one.cosine for one in found) == pytest.approx(after["grad_norm"], rel=1e-8)
+    assert sum(one.share for one in found) == pytest.approx(1) and {one.prob for one in found} <= {0.0, 1.0}
+    assert sum(one.loss for one in found) / IMAGES == pytest.approx(after["loss"], rel=1e-12)
+
+
+def test_an_update_is_replayed_and_told_of_images(world, images, stored, tmp_path, capsys):
+    for name, data in (("files", images), ("store", stored)):
+        out, found = tmp_path / name, tmp_path / f"{name}-replay"
+        leave(make_run(world("sd15"), data, out, *EXACT), 4, 2)
+        assert replay.main([str(out), "--update", "4", "--output", str(found)]) == 0
+        said = capsys.readouterr().out
+        assert "All figures of 2 logged updates equal the run's bit for bit" in said and "pair" not in said
+        result = json.loads((found / "replay.json").read_text("utf-8"))
+        assert result["things"] == "images" and len(result["pairs"]) == IMAGES
+        assert sorted(path.name for path in (found / "images").iterdir()) == [f"0{i}-image.png" for i in range(1, 5)]
+        page = re.sub(r"<style.*?</style>", "", (found / "replay.html").read_text("utf-8"), flags=re.DOTALL)
+        assert "The images that weigh most" in page
+        assert page.count("<img ") == IMAGES and not re.search(r"\bpairs?\b(?!\")", page)
+    key = result["pairs"][0]["key"]
+    words = [str(out), "--update", "4", "--around", "0", "--output", str(tmp_path / "changed"), "--without", key]
+    assert replay.main(words) == 0
+    first, second = json.loads((tmp_path / "changed" / "replay.json").read_text("utf-8"))["curves"]
+    assert (first["updates"][-1]["pairs"], second["updates"][-1]["pairs"]) == (IMAGES, IMAGES - 1)
+
+
+def test_log_report_and_card_speak_of_images(world, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", world("sd15"), "--data", images, "--output", out, *KTO, *SMALL, "--no-judge"]
+    more = ["--steps", "2", "--batch-size", "2", "--validation-fraction", "0.3", "--validation-draws", "1"]
+    said = command(capsys, *words, *more, "--validate-every", "1")
+    assert said.code == 0 and "images/s" in said.log[-1] + "".join(said.log)
+    aside = re.compile(r"published: 2048 pairs|preference pairs|stable-diffusion pairs")
+    assert [line for line in said.log if "pair" in aside.sub("", line)] == []
+    page = re.sub(r"<(style|svg|code).*?</\1>|<[^>]*>", " ", (out / "report.html").read_text("utf-8"), flags=re.DOTALL)
+    settings = re.compile(r"validation.pairs|max.pairs|published: 2048 pairs|pairs.per.s")
+    assert [line.strip() for line in page.splitlines() if "pair" in settings.sub("", line)] == []
+    card = (out / "README.md").read_text("utf-8")
+    assert "| data: images |" in card and "implicit accuracy, training images" in card
 
 
 def test_labels_of_one_kind_are_said(world, tmp_path, caplog):

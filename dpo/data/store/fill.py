@@ -29,12 +29,14 @@ from dpo.data.buckets import Cut, of_pair, shapes
 from dpo.data.contents import state
 from dpo.data.images import STOPPED, Micro, Size, check_bad, fitted, unreadable
 from dpo.data.labels import SAME
-from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice
+from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice, things
+from dpo.data.parquet import read_in_order
 from dpo.data.store.files import (
     NOT_ALWAYS,
     NOWHERE,
     TWICE,
     UNNAMED,
+    check_shard,
     open_shard,
     read_index,
     sweep_away,
@@ -175,18 +177,28 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
 
 
 def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
-    """Raises UserError where the store holds images of the source with other labels: their keys are the same."""
-    if task.source.sides != 1 or not shards:
+    """Raises UserError where the store holds pairs or images of the source with other labels: their keys are the same.
+
+    Of the source only what has a caption of the store is read.
+    """
+    if not shards:
         return
-    held: dict[int, float] = {}
+    source, end = read_in_order(task.source), _last(task)
+    held: dict[int, list[float]] = {}  # one may be there several times
+    captions: list[int] = []
     for entry in shards:
+        check_shard(task.folder / entry["file"], entry)
         shard = open_shard(task.folder / entry["file"])
-        held |= dict(zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True))
-    labelled = ((int(task.source[i].key), float(task.source.prob[i])) for i in range(task.first, _last(task)))
-    other = sum(key in held and abs(held[key] - prob) > ROUNDING for key, prob in labelled)
+        captions += shard["caption_key"].tolist() if entry["captions"] else []
+        for key, prob in zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True):
+            held.setdefault(key, []).append(prob)
+    shared = task.first + np.flatnonzero(np.isin(source.caption_keys()[task.first : end], captions))
+    labelled = ((int(source[i].key), float(source.prob[i])) for i in shared.tolist())
+    other = sum(key in held and min(abs(one - prob) for one in held[key]) > ROUNDING for key, prob in labelled)
     if other:
         raise UserError(
-            f"{task.folder} holds {other} of the images of {task.name} with another label: prepare them into another --store"
+            f"{task.folder} holds {other} of the {things(source)} of {task.name} with another label: prepare them into another "
+            "--store"
         )
 
 

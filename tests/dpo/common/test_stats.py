@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from dpo.common.stats import at_most, bradley_terry, exact_interval, share_interval
+from dpo.common.stats import at_most, balanced_interval, bradley_terry, exact_interval, share_interval
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,21 @@ def test_the_ends_are_z_deviations_from_the_share(z):
     """Wilson's definition: an end p is where |share - p| = z sqrt(p (1 - p) / n)."""
     for end in share_interval(37.5, 120, z):
         assert abs(37.5 / 120 - end) == pytest.approx(z * math.sqrt(end * (1 - end) / 120))
+
+
+@pytest.mark.parametrize(("p", "n"), [((0.7, 0.5), (60, 20)), ((0.9, 0.3), (100, 12)), ((0.5, 0.5), (30, 30))])
+def test_the_balanced_interval_holds_the_mean_of_two_shares_as_often_as_it_says(p, n):
+    """Its coverage, summed over all outcomes of both binomials."""
+    covered = 0.0
+    for hits in np.ndindex(n[0] + 1, n[1] + 1):
+        low, high = balanced_interval(list(zip(hits, n, strict=True)))
+        covered += (low <= sum(p) / 2 <= high) * math.prod(binom.pmf(k, m, q) for k, m, q in zip(hits, n, p))
+    assert 0.935 < covered < 0.985
+
+
+def test_the_balanced_interval_of_one_share_is_wilsons_and_of_equal_ones_that_of_their_sum():
+    assert balanced_interval([(7, 20)]) == share_interval(7, 20)
+    assert balanced_interval([(300, 500), (300, 500)]) == pytest.approx(share_interval(600, 1000), abs=1e-3)
 
 
 def test_the_embedded_worlds_printed_figures_do_not_depend_on_the_digits_of_z():

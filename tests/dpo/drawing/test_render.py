@@ -110,17 +110,19 @@ def test_nothing_is_censored_or_marked(world):
 @pytest.mark.parametrize(
     ("value", "fault"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (0.2, "flat")]
 )
-def test_a_broken_image_is_told(world, monkeypatch, value, fault):
-    pipe = pipeline_of(load(world("sd15")))
+@pytest.mark.parametrize("kind", ["sd15", "sd35", "qwen-image"])
+def test_a_broken_image_is_told(world, monkeypatch, kind, value, fault):
+    pipe = pipeline_of(load(world(kind)))
     decode = pipe.vae.decode
 
     def broken(latents, **options):
         (image,) = decode(latents, **options)
         return (torch.full_like(image, value),)
 
-    assert [one.fault for one in drawn(pipe, TASKS[:1])] == [""]
+    size = {} if kind == "sd15" else {"width": 64, "height": 64}
+    assert [one.fault for one in drawn(pipe, TASKS[:1], **size)] == [""]
     monkeypatch.setattr(pipe.vae, "decode", broken)
-    assert [one.fault for one in drawn(pipe, TASKS[:2])] == [fault] * 2
+    assert [one.fault for one in drawn(pipe, TASKS[:2], **size)] == [fault] * 2
 
 
 def test_the_vae_decodes_one_image_at_a_time_and_in_tiles(world, monkeypatch):

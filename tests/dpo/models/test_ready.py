@@ -1,6 +1,7 @@
 """dpo.models.ready: dtypes of every precision, the device, and what the loaded model decides."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dpo.common.errors import UserError
 from dpo.models import ready
 from dpo.models.load import load
 from dpo.settings.config import Config, Runtime, change
+from dpo.training.build import build
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,32 @@ def test_a_flag_against_what_the_model_says_is_said(world, caplog):
     caplog.clear()
     ready.load_model(change(Config(), model=world("sd2v"), prediction_type="v_prediction", zero_snr="off"), CPU)
     assert "is followed" not in caplog.text
+
+
+def test_a_distilled_flow_that_is_trained_at_all_levels_is_called_so(world, caplog):
+    with caplog.at_level(logging.WARNING, "dpo"):
+        ready.load_model(change(Config(), model=world("flux2-klein"), timesteps="all", text_tokens=64), CPU)
+    assert "--timesteps all is followed, though the model is distilled to a few steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("sd35", {"zero_snr": "on"}, "--zero-snr on: a flow's levels"),
+        ("sd35", {"family": "flux"}, "is of family sd3, not flux"),
+        ("qwen-image", {"train_guidance": 3.0}, "--train-guidance is for models that take"),
+        ("sd15", {"text_tokens": 64}, "--text-tokens is for flow-matching models"),
+        ("sd15", {"timestep_draw": "uniform"}, "--timestep-draw uniform draws noise levels of a flow"),
+        ("flux2-klein", {"timestep_draw": "uniform"}, "the model has four timesteps, which are drawn alike"),
+    ],
+)
+def test_settings_that_a_family_refuses_are_refused_before_pairs_are_read(world, tmp_path, kind, settings, said):
+    """A folder of pairs that is not there would be named otherwise."""
+    config = change(Config(), model=world(kind), data="nowhere", output=str(tmp_path / "run"), **settings)
+    with pytest.raises(UserError, match=said):
+        build(config, [])
+    with pytest.raises(UserError, match="nowhere"):
+        build(change(Config(), model=world(kind), data="nowhere", output=str(tmp_path / "run")), [])
 
 
 @pytest.mark.parametrize("wrong", [{"timestep_spacing": "foo"}, {"_class_name": None, "timestep_spacing": 3}])

@@ -1,9 +1,12 @@
 """dpo.pages.single: what pages say where a run was trained on images without partners."""
 
 import pytest
+from matplotlib.figure import Figure
 
 from dpo.pages.card import model_card
-from dpo.pages.single import HELD_LIKED, LIKED, guessing, is_single, things, told_guessing
+from dpo.pages.charts import charts
+from dpo.pages.figures import progress_fields
+from dpo.pages.single import HELD_LIKED, LIKED, guessing, is_single, things, told_guessing, trained_guessing
 from dpo.pages.verdict import held_out, verdict
 from tests.help.fake_run import run_of
 
@@ -13,9 +16,10 @@ def run():
     return run_of("good")
 
 
-def of_images(run, held_liked: int, held: int = 100):
-    data = run.summary.get("data", {}) | {LIKED: 700, "held out": held, HELD_LIKED: held_liked}
-    return run._replace(summary=run.summary | {"data": data})
+def of_images(run, held_liked: int, held: int = 100, *, balanced: bool = False):
+    data = run.summary.get("data", {}) | {"usable": 1000, LIKED: 700, "held out": held, HELD_LIKED: held_liked}
+    events = [event | ({"heldout_balanced": True} if balanced else {}) for event in run.events]
+    return run._replace(summary=run.summary | {"data": data}, events=events)
 
 
 def test_of_pairs_nothing_changes(run):
@@ -23,6 +27,28 @@ def test_of_pairs_nothing_changes(run):
     assert told_guessing(run) == "guessing gives 50%" and "pairs that it never trained on" in " ".join(
         verdict(run).sentences
     )
+
+
+def test_a_balanced_accuracy_is_compared_with_one_half_whatever_the_labels(run):
+    alone = of_images(run, 90, balanced=True)
+    assert guessing(alone) == 0.5 and told_guessing(alone) == "one label for all gives 50%"
+    assert any("as the mean of both labels; one label for all gives 50%" in one for one in verdict(alone).sentences)
+    assert trained_guessing(alone) == 0.7 and trained_guessing(run) == 0.5
+
+
+def test_charts_speak_of_images_and_draw_what_an_answer_without_looking_gives(run):
+    alone = of_images(run, 90, balanced=True)
+    drawn = {chart.key: chart for chart in charts(alone)}
+    assert not [key for key, chart in drawn.items() if "pair" in chart.meaning]
+    for chart, of, levels in ((drawn["accuracy"], alone, {0.5, 0.7}), (charts(run)[1], run, {0.5})):
+        axes = Figure().subplots()
+        chart.draw(axes, of)
+        lines = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "--"]
+        assert {float(y[0]) for y in lines if len(set(y)) == 1 and len(y) == 2} == levels
+
+
+def test_the_progress_line_counts_images():
+    assert progress_fields({"pairs_per_s": 12.34}, "images") == ["12.3 images/s"]
 
 
 @pytest.mark.parametrize(("liked", "told"), [(60, "60%"), (30, "70%"), (50, "50%")])

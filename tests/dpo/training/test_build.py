@@ -175,7 +175,7 @@ def test_wrong_data_is_said_before_a_model_is_fetched(world, tmp_path, monkeypat
 def test_a_smaller_batch_is_advised_only_where_it_leaves_fewer_holes(monkeypatch, caplog, size, passes, advised):
     monkeypatch.setattr(build_module, "run_order", lambda source, order: range(passes * build_module.LOOKED_AT))
     run = SimpleNamespace(
-        order=lambda first, last: Order(0, first, size, last), position=0, nominal=4, source=None,
+        order=lambda first, last: Order(0, first, size, last), position=0, nominal=4, source=None, things="pairs",
         processes=SimpleNamespace(count=1),
     )  # fmt: skip
     with caplog.at_level(logging.INFO, "dpo"):
