@@ -140,7 +140,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     else:
         unet.requires_grad_(True)
     twin = None if setting.recorded or setting.low_rank else reference.frozen(unet, half)
-    vae = SimpleNamespace(config={"scaling_factor": 0.18215})
+    vae = SimpleNamespace(config={"scaling_factor": 0.18215, "latent_channels": 4})
     parts = Model(families()[model.family], unet, vae, [], [], {}, model.name, None)
     used = [
         parts.denoise(settle(runtime_of(setting, device), module, device))
@@ -150,6 +150,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     compared = reference.from_copy(used[1]) if twin is not None else None
     if setting.low_rank and not setting.recorded:
         compared = reference.from_adapters(used[0], layers)
+    shift, scale = (torch.tensor(values, device=device) for values in parts.family.scaling(parts.vae))
     step = PairStep(
         model=parts,
         policy=used[0],
@@ -160,8 +161,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
         weight=torch.ones(1000, device=device),
         beta=torch.tensor(2000.0, device=device),
         seed=torch.tensor(0, device=device),
-        shape="sigmoid",
-        sft_weight=0.0,
+        scaling=(shift, scale),
         autocast=half,
         dtype=torch.float32,
     )
