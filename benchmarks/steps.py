@@ -233,19 +233,17 @@ def ours(model: Size, setting: Setting, device: torch.device, budget: float) -> 
     row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": setting.pairs}
     estimate = needed(model, setting)
     row["GiB, estimated"] = estimate / GIB
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if estimate > free:
-            yield row | {"failed": f"not tried: {free / GIB:.0f} GiB are free"}
-            return
-    elif setting.graph or setting.compiled:
-        yield row | {"failed": "not tried: needs a GPU"}
+    why = not_tried(estimate, device)
+    if device.type != "cuda" and (setting.graph or setting.compiled):
+        why = "not tried: needs a GPU"
+    if why is not None:
+        yield row | {"failed": why}
         return
     bandwidth(device)  # while there is room
-    _forget_peak(device)
+    forget_peak(device)
     made = step_of(model, setting, device)
     parameters: list[Tensor] = [p for p in made[0].model.denoiser.parameters() if p.requires_grad]
-    row |= _measured(our_step(made, setting), parameters, setting.optimizer, setting.pairs, device, budget)
+    row |= measured(our_step(made, setting), parameters, setting.optimizer, setting.pairs, device, budget)
     if not setting.graph and not setting.compiled:
         row[OUTSIDE] = 1 - median_seconds(unet_alone(made, setting), device, budget) * 1e3 / row["ms"]
     predicted = (
@@ -261,13 +259,21 @@ def peers(model: Size, low_rank: bool, device: torch.device, budget: float) -> I
     setting = Setting(f"peers: {'LoRA' if low_rank else 'all weights'}", low_rank=low_rank)
     row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": 1}
     bandwidth(device)
-    _forget_peak(device)
+    forget_peak(device)
     step, parameters = peers_step(model, device, low_rank)
     kind = "adamw" if low_rank else model.peer_optimizer
-    row |= _measured(step, parameters, kind, 1, device, budget)
+    row |= measured(step, parameters, kind, 1, device, budget)
     if model.peers is not None and not low_rank:
         row["predicted on H100"] = model.peers
     yield row | rates(model, setting, row["pairs/s"], device)
+
+
+def not_tried(estimate: int, device: torch.device) -> str | None:
+    """Why a row that takes so many bytes is not tried on this device; None where it fits."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return f"not tried: {free / GIB:.0f} GiB are free" if estimate > free else None
 
 
 def rates(model: Size, setting: Setting, pairs_per_s: float, device: torch.device) -> dict[str, Any]:
@@ -279,14 +285,18 @@ def rates(model: Size, setting: Setting, pairs_per_s: float, device: torch.devic
     forward = flops.unet_flops(model.unet, side, side, model.text[0])
     trained = "lora" if setting.low_rank else "full"
     work = flops.pair_flops(forward, trainable=trained, reference="recorded" if setting.recorded else "live")
-    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     passes = 3 if setting.recorded else 4
     moved = passes * 2 * model.parameters / setting.pairs + 2 * 2 * model.activations[setting.kernels] * GIB
+    return share_of_peak(work, pairs_per_s, device) | {"bound by bytes": bandwidth(device) / moved}
+
+
+def share_of_peak(work: float, pairs_per_s: float, device: torch.device) -> dict[str, float | None]:
+    """Useful TFLOP/s and MFU of a rate, and the rate that FLOPs alone would allow; work: FLOPs of a pair."""
+    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {
         "TFLOP/s": work * pairs_per_s / 1e12,
         "MFU": None if peak is None else work * pairs_per_s / 1e12 / peak,
         "bound by FLOPs": None if peak is None else peak * 1e12 / work,
-        "bound by bytes": bandwidth(device) / moved,
     }
 
 
@@ -329,9 +339,10 @@ def profile(model: Size, setting: Setting, device: torch.device) -> Iterator[dic
         }  # fmt: skip
 
 
-def _measured(
+def measured(
     step: Callable[[], Any], parameters: list[Tensor], kind: str, pairs: int, device: torch.device, budget: float
 ) -> dict[str, Any]:
+    """Time of a micro-step of so many pairs and of an update, the rate of both, and on a GPU the peak of memory."""
     seconds = median_seconds(step, device, budget)
     update = optimizer_seconds(kind, parameters, device)
     row = {"ms": seconds * 1e3, "ms an update": update * 1e3, "pairs/s": 1 / (seconds / pairs + update / EFFECTIVE)}
@@ -341,7 +352,7 @@ def _measured(
     return row
 
 
-def _forget_peak(device: torch.device) -> None:
+def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
