@@ -30,6 +30,7 @@ from dpo.schedule import Schedule, noise_path
 from dpo.settings.config import Runtime
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
+from dpo.training.deterministic import make_deterministic
 
 EFFECTIVE = 2048  # pairs an update, over which the optimizer's time is spread
 STATES = {"adamw": 8, "adamw8bit": 2.04, "adafactor": 0.1}  # bytes of the optimizer for each parameter
@@ -53,6 +54,7 @@ class Setting:
     recorded: bool = False
     low_rank: bool = False
     optimizer: str = "adamw8bit"
+    deterministic: bool = False  # for the whole process
 
 
 def ladder(model: Size) -> Iterator[Setting]:
@@ -70,6 +72,7 @@ def ladder(model: Size) -> Iterator[Setting]:
     yield replace(first, name="checkpointing", checkpointing=True)
     yield replace(first, name="NCHW, without kernels", channels_last=False, kernels=False)
     yield replace(first, name="fp32 states of AdamW", optimizer="adamw")
+    yield replace(first, name="deterministic", deterministic=True)
 
 
 def compiled_settings(model: Size) -> Iterator[Setting]:
@@ -119,7 +122,7 @@ def profile_checks(device: torch.device, smoke: bool, seconds: float) -> list[Ch
 
 def _check(model: Size, setting: Setting, device: torch.device, budget: float, limit: float = 45) -> Check:
     name = f"{model.name}: {setting.name}, {setting.pairs} pairs"
-    return Check(name, lambda: ours(model, setting, device, budget), limit)
+    return Check(name, lambda: ours(model, setting, device, budget), limit, alone=setting.deterministic)
 
 
 def _peers_check(model: Size, low_rank: bool, device: torch.device, budget: float, limit: float) -> Check:
@@ -239,6 +242,8 @@ def ours(model: Size, setting: Setting, device: torch.device, budget: float) -> 
     if why is not None:
         yield row | {"failed": why}
         return
+    if setting.deterministic:
+        make_deterministic()
     bandwidth(device)  # while there is room
     forget_peak(device)
     made = step_of(model, setting, device)
