@@ -149,10 +149,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.spared", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--rounds", type=int, default=41, help="turns of both ways, at least 2 (default: 41)")
     parser.add_argument("--size", choices=tuple(SIZES), nargs="+", default=list(SIZES), help="pipelines (default: all)")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=list(PRECISIONS), help="default: both")
     parser.add_argument("--train", choices=tuple(TRAINED), nargs="+", default=list(TRAINED), help="default: both")
-    parser.add_argument("--rounds", type=int, default=41, help="turns of both ways, at least 2 (default: 41)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/spared"), help="folder of the table (default: %(default)s)"
     )
