@@ -5,6 +5,7 @@ python -m benchmarks.children NAME   a section of it, in a process of its own
 python -m benchmarks.flops           FLOPs of training on one pair, counted
 python -m benchmarks.plan            how near a plan's memory and FLOPs are to the step's own, on the CPU
 python -m benchmarks.host            what a call of each operation costs the host, by its short way and by torch's dispatcher
+python -m benchmarks.spared          what a training step is spared of casts, products and ways around, on the CPU
 python -m benchmarks.prepare         what a prepared store and recorded reference errors save, on the CPU
 python -m benchmarks.step            the trainer's update against the peers', by where its pairs come from, on the CPU
 python -m benchmarks.sampling        memory and speed of drawing and scoring by the number of images, on the CPU

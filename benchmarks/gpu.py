@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --out DIR [--section probe step0 parity ...] [--minutes 9] [--wheels DIR] [--smoke]
 
 In the order of value: what the device can do; step 0 and CUDA graphs at full size; every kernel against float64; a training
-run that is killed and resumed; kernels, then whole training steps beside their bounds and the peers' step; compiled steps.
+run that is killed and resumed; kernels, then whole training steps beside their bounds and the peers' step; compiled steps;
+steps of rectified flow.
 `--section peers` gives the peers' step its full time. Each section runs in a process of its own (children.py): what raises,
 hangs or is killed is a row, and the rest goes on. Results are written after each row: results.json, one CSV a section,
 tables.md, and all of it as results.tar.gz; two plots at the end. `--smoke` runs tiny shapes, on a CPU too.

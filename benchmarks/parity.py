@@ -22,14 +22,15 @@ from csrc_triton import philox
 from csrc_triton.geglu import geglu
 from csrc_triton.group_norm_silu import group_norm_silu
 from csrc_triton.layer_norm import add_layer_norm, layer_norm
-from csrc_triton.noising import noise_pairs
+from csrc_triton.noising import noise_pairs, sample_posterior
 from csrc_triton.pair_errors import pair_errors
+from csrc_triton.timesteps import draw_timesteps
 from dpo.objective import pair_loss
 
 
 def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
     """Rows: what is compared, dtype, largest error of the kernel and of plain torch against float64, and whether it passes."""
-    found = [Check("philox normals", lambda: [random_numbers(device)])]
+    found = [Check("what is keyed", lambda: [random_numbers(device), timesteps(device), *posteriors(device)])]
     for dtype in DTYPES:
         for name in ("geglu", "group_norm_silu", "layer_norm", "add_layer_norm"):
             found.append(Check(f"{name} {str(dtype)[6:]}", lambda n=name, d=dtype: layer(device, n, d, smoke)))
@@ -55,6 +56,37 @@ def random_numbers(device: torch.device) -> dict[str, Any]:
     found = noise_pairs(latents, *on)[:5].cpu()
     error = (found - expected).abs().max().item()
     return {"check": "philox normals", "dtype": "fp32", "kernel": error, "plain": 0.0, "ok": error <= 1e-6}
+
+
+def timesteps(device: torch.device) -> dict[str, Any]:
+    """Drawn timesteps on the device equal those of the CPU."""
+    values, keys, draws = torch.arange(0, 1000, 3), torch.arange(300) * 7919 - 3, torch.arange(300) % 4
+    found = draw_timesteps(*(x.to(device) for x in (values, keys, draws, torch.tensor(1)))).cpu()
+    error = (found - draw_timesteps(values, keys, draws, torch.tensor(1))).abs().max().item()
+    return {"check": "draw_timesteps", "dtype": "int64", "kernel": float(error), "plain": 0.0, "ok": error == 0}
+
+
+def posteriors(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Samples of a posterior whose 16 channels have a shift and scale each, in both memory formats, against float64."""
+    torch.manual_seed(8)
+    keys, draws, scale, shift = torch.arange(3) + 5, torch.arange(3), torch.rand(16) + 0.5, torch.randn(16)
+    for dtype in DTYPES:
+        for form in (torch.contiguous_format, torch.channels_last):
+            mean, std = torch.randn(2, 6, 16, 9, 7).to(dtype)
+
+            def sampled(where: torch.device, wide: bool, mean=mean, std=std, form=form) -> Tensor:
+                given = [(x.double() if wide else x).to(where) for x in (mean, std, scale, shift)]
+                latents = [x.to(memory_format=form) for x in given[:2]]
+                found = sample_posterior(
+                    *latents, keys.to(where), draws.to(where), torch.tensor(1, device=where), *given[2:]
+                )
+                return found.double().cpu()
+
+            cpu = torch.device("cpu")
+            truth = sampled(cpu, True)
+            kernel, plain = ((sampled(where, False) - truth).abs().max().item() for where in (device, cpu))
+            name = "sample_posterior by channel" + (", channels_last" if form is torch.channels_last else "")
+            yield parity_pairs.row_of(name, dtype, kernel, plain, 4 * torch.finfo(dtype).eps)
 
 
 def _functions(

@@ -46,17 +46,18 @@ SECTIONS: dict[str, Section] = {
         ),
     ),
     "kernels": Section(
-        "Kernels", "ops.checks", 70,
+        "Kernels", "ops.checks", 60,
         (
             "op", "model", "shape", "direction", "fused_us", "eager_us", "compiled_us", "host_us", "GB/s", "of copy", "x eager",
             "x compiled", "failed",
         ),
     ),
-    "steps": Section("Training steps", "steps.checks", 130, STEPS),
+    "steps": Section("Training steps", "steps.checks", 115, STEPS),
     "profile": Section(
         "Where a step's time goes", "steps.profile_checks", 20, ("model", "kernel", "calls", "ms", "share", "failed")
     ),
-    "compiled": Section("Compiled steps", "steps.compiled_checks", 70, STEPS),
+    "compiled": Section("Compiled steps", "steps.compiled_checks", 60, STEPS),
+    "flows": Section("Steps of rectified flow", "flows.checks", 35, ("check", "value", "ok", *STEPS)),
     "peers": Section("The peers' step, full time", "steps.peers_checks", 540, STEPS, by_default=False),
     "planted": Section(
         "Planted faults", "planted.checks", 60, ("check", "value", "ok", "failed"), by_default=False

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.checks import Check
 from benchmarks.measuring import captured
 from benchmarks.steps import SD15, SDXL, Setting, Size, small_model, step_of
+from dpo.encode import Inputs
+from dpo.step import PairStep
 
 
 def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
@@ -42,15 +45,18 @@ def checks(device: torch.device, smoke: bool, seconds: float) -> list[Check]:
 
 
 def step_zero(model: Size, setting: Setting, device: torch.device) -> Iterator[dict[str, Any]]:
+    yield at_start(f"largest logit at step 0, {model.name}, {setting.name}", step_of(model, setting, device))
+
+
+def at_start(name: str, made: tuple[PairStep, Inputs, Tensor]) -> dict[str, Any]:
     """The largest logit of a step whose policy is its reference: 0, exactly. The gradient is finite and not 0."""
-    step, inputs, correction = step_of(model, setting, device)
+    step, inputs, correction = made
     terms = step(inputs, correction)
     worst = terms.logit.abs().max().item()
     terms.loss.sum().backward()
     grads = [p.grad for p in step.model.denoiser.parameters() if p.grad is not None]
     largest = torch.stack([grad.abs().max().float() for grad in grads]).max().item()
-    row = {"check": f"largest logit at step 0, {model.name}, {setting.name}", "value": worst}
-    yield row | {"ok": worst == 0.0 and 0.0 < largest < float("inf")}
+    return {"check": name, "value": worst, "ok": worst == 0.0 and 0.0 < largest < float("inf")}
 
 
 def replay(model: Size, setting: Setting, device: torch.device) -> Iterator[dict[str, Any]]:

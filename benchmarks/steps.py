@@ -30,6 +30,7 @@ from dpo.schedule import Schedule, noise_path
 from dpo.settings.config import Runtime
 from dpo.step import PairStep
 from dpo.training import flops, optimizer
+from dpo.training.deterministic import make_deterministic
 
 EFFECTIVE = 2048  # pairs an update, over which the optimizer's time is spread
 STATES = {"adamw": 8, "adamw8bit": 2.04, "adafactor": 0.1}  # bytes of the optimizer for each parameter
@@ -53,6 +54,7 @@ class Setting:
     recorded: bool = False
     low_rank: bool = False
     optimizer: str = "adamw8bit"
+    deterministic: bool = False  # for the whole process
 
 
 def ladder(model: Size) -> Iterator[Setting]:
@@ -70,6 +72,7 @@ def ladder(model: Size) -> Iterator[Setting]:
     yield replace(first, name="checkpointing", checkpointing=True)
     yield replace(first, name="NCHW, without kernels", channels_last=False, kernels=False)
     yield replace(first, name="fp32 states of AdamW", optimizer="adamw")
+    yield replace(first, name="deterministic", deterministic=True)
 
 
 def compiled_settings(model: Size) -> Iterator[Setting]:
@@ -119,7 +122,7 @@ def profile_checks(device: torch.device, smoke: bool, seconds: float) -> list[Ch
 
 def _check(model: Size, setting: Setting, device: torch.device, budget: float, limit: float = 45) -> Check:
     name = f"{model.name}: {setting.name}, {setting.pairs} pairs"
-    return Check(name, lambda: ours(model, setting, device, budget), limit)
+    return Check(name, lambda: ours(model, setting, device, budget), limit, alone=setting.deterministic)
 
 
 def _peers_check(model: Size, low_rank: bool, device: torch.device, budget: float, limit: float) -> Check:
@@ -140,7 +143,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     else:
         unet.requires_grad_(True)
     twin = None if setting.recorded or setting.low_rank else reference.frozen(unet, half)
-    vae = SimpleNamespace(config={"scaling_factor": 0.18215})
+    vae = SimpleNamespace(config={"scaling_factor": 0.18215, "latent_channels": 4})
     parts = Model(families()[model.family], unet, vae, [], [], {}, model.name, None)
     used = [
         parts.denoise(settle(runtime_of(setting, device), module, device))
@@ -150,6 +153,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
     compared = reference.from_copy(used[1]) if twin is not None else None
     if setting.low_rank and not setting.recorded:
         compared = reference.from_adapters(used[0], layers)
+    shift, scale = (torch.tensor(values, device=device) for values in parts.family.scaling(parts.vae))
     step = PairStep(
         model=parts,
         policy=used[0],
@@ -160,8 +164,7 @@ def step_of(model: Size, setting: Setting, device: torch.device) -> tuple[PairSt
         weight=torch.ones(1000, device=device),
         beta=torch.tensor(2000.0, device=device),
         seed=torch.tensor(0, device=device),
-        shape="sigmoid",
-        sft_weight=0.0,
+        scaling=(shift, scale),
         autocast=half,
         dtype=torch.float32,
     )
@@ -233,19 +236,19 @@ def ours(model: Size, setting: Setting, device: torch.device, budget: float) -> 
     row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": setting.pairs}
     estimate = needed(model, setting)
     row["GiB, estimated"] = estimate / GIB
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if estimate > free:
-            yield row | {"failed": f"not tried: {free / GIB:.0f} GiB are free"}
-            return
-    elif setting.graph or setting.compiled:
-        yield row | {"failed": "not tried: needs a GPU"}
+    why = not_tried(estimate, device)
+    if device.type != "cuda" and (setting.graph or setting.compiled):
+        why = "not tried: needs a GPU"
+    if why is not None:
+        yield row | {"failed": why}
         return
+    if setting.deterministic:
+        make_deterministic()
     bandwidth(device)  # while there is room
-    _forget_peak(device)
+    forget_peak(device)
     made = step_of(model, setting, device)
     parameters: list[Tensor] = [p for p in made[0].model.denoiser.parameters() if p.requires_grad]
-    row |= _measured(our_step(made, setting), parameters, setting.optimizer, setting.pairs, device, budget)
+    row |= measured(our_step(made, setting), parameters, setting.optimizer, setting.pairs, device, budget)
     if not setting.graph and not setting.compiled:
         row[OUTSIDE] = 1 - median_seconds(unet_alone(made, setting), device, budget) * 1e3 / row["ms"]
     predicted = (
@@ -261,13 +264,21 @@ def peers(model: Size, low_rank: bool, device: torch.device, budget: float) -> I
     setting = Setting(f"peers: {'LoRA' if low_rank else 'all weights'}", low_rank=low_rank)
     row: dict[str, Any] = {"model": model.name, "setting": setting.name, "pairs": 1}
     bandwidth(device)
-    _forget_peak(device)
+    forget_peak(device)
     step, parameters = peers_step(model, device, low_rank)
     kind = "adamw" if low_rank else model.peer_optimizer
-    row |= _measured(step, parameters, kind, 1, device, budget)
+    row |= measured(step, parameters, kind, 1, device, budget)
     if model.peers is not None and not low_rank:
         row["predicted on H100"] = model.peers
     yield row | rates(model, setting, row["pairs/s"], device)
+
+
+def not_tried(estimate: int, device: torch.device) -> str | None:
+    """Why a row that takes so many bytes is not tried on this device; None where it fits."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return f"not tried: {free / GIB:.0f} GiB are free" if estimate > free else None
 
 
 def rates(model: Size, setting: Setting, pairs_per_s: float, device: torch.device) -> dict[str, Any]:
@@ -279,14 +290,18 @@ def rates(model: Size, setting: Setting, pairs_per_s: float, device: torch.devic
     forward = flops.unet_flops(model.unet, side, side, model.text[0])
     trained = "lora" if setting.low_rank else "full"
     work = flops.pair_flops(forward, trainable=trained, reference="recorded" if setting.recorded else "live")
-    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     passes = 3 if setting.recorded else 4
     moved = passes * 2 * model.parameters / setting.pairs + 2 * 2 * model.activations[setting.kernels] * GIB
+    return share_of_peak(work, pairs_per_s, device) | {"bound by bytes": bandwidth(device) / moved}
+
+
+def share_of_peak(work: float, pairs_per_s: float, device: torch.device) -> dict[str, float | None]:
+    """Useful TFLOP/s and MFU of a rate, and the rate that FLOPs alone would allow; work: FLOPs of a pair."""
+    peak = flops.peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {
         "TFLOP/s": work * pairs_per_s / 1e12,
         "MFU": None if peak is None else work * pairs_per_s / 1e12 / peak,
         "bound by FLOPs": None if peak is None else peak * 1e12 / work,
-        "bound by bytes": bandwidth(device) / moved,
     }
 
 
@@ -329,9 +344,10 @@ def profile(model: Size, setting: Setting, device: torch.device) -> Iterator[dic
         }  # fmt: skip
 
 
-def _measured(
+def measured(
     step: Callable[[], Any], parameters: list[Tensor], kind: str, pairs: int, device: torch.device, budget: float
 ) -> dict[str, Any]:
+    """Time of a micro-step of so many pairs and of an update, the rate of both, and on a GPU the peak of memory."""
     seconds = median_seconds(step, device, budget)
     update = optimizer_seconds(kind, parameters, device)
     row = {"ms": seconds * 1e3, "ms an update": update * 1e3, "pairs/s": 1 / (seconds / pairs + update / EFFECTIVE)}
@@ -341,7 +357,7 @@ def _measured(
     return row
 
 
-def _forget_peak(device: torch.device) -> None:
+def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

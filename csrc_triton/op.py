@@ -27,18 +27,23 @@ class Op:
         self.registered.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:  # with ctx: without it every call binds its arguments to a signature
-            output = self.forward(*args)
+            output = self._undifferentiated(args)
             setup_context(ctx, args, output)
             return output
 
         body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.forward.__name__, (torch.autograd.Function,), body)
 
+    def _undifferentiated(self, args: Sequence[Any]) -> Any:
+        """The forward, whose own operations nobody differentiates: they go past autograd, as the registered one's do."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward(*args)
+
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or not _eager(args):
             return self.registered(*args)
         if not (torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)):
-            return self.forward(*args)
+            return self._undifferentiated(args)
         # Without a gradient of its own: the registered operation says so when one is asked for.
         return self.registered(*args) if self._function is None else self._function.apply(*args)
 

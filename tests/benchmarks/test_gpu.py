@@ -44,6 +44,7 @@ def test_smoke(tmp_path, capsys):
     assert {row["setting"] for row in found["peers"]} == {"peers: all weights", "peers: LoRA"}
     assert all(row["second: same bits"] and row["killed: same bits"] for row in found["training"])
     assert len(found["profile"]) == 15
+    assert [row.get("value") for row in found["flows"]] == [0.0, None] * 2 and found["flows"][-1]["pairs/s"] > 0
     assert len(list(csv.DictReader((tmp_path / "steps.csv").open()))) == len(found["steps"])
     with tarfile.open(tmp_path / gpu.ARCHIVE) as archive:
         assert {"results.json", "tables.md", "steps.png", "kernels.png", "parity.csv"} <= set(archive.getnames())

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import steps
-from benchmarks.sizes import SD15, SDXL
+from benchmarks import step_zero, steps
+from benchmarks.sizes import SD15, SDXL, small_model
 from benchmarks.steps import Setting
 
 
@@ -47,3 +47,14 @@ def test_the_headlines_come_first_and_are_predicted():
     assert "the peers' step" in found[2] and "the peers' step" in found[3]
     assert SD15.predicted[16] == (60.0, 0.29) and SDXL.predicted[4] == (9.2, 0.38)
     assert {setting.pairs for setting in steps.ladder(SDXL)} >= {2, 4}
+
+
+@pytest.mark.parametrize("low_rank", [False, True], ids=["full", "LoRA"])
+def test_a_step_starts_at_zero_and_is_measured(low_rank):
+    """The rows' own step, by the trainer's own parts: small enough for every run of the tests."""
+    device, model = torch.device("cpu"), small_model()
+    setting = Setting("x", 2, low_rank=low_rank)
+    (row,) = step_zero.step_zero(model, setting, device)
+    assert row["ok"] and row["value"] == 0.0
+    (row,) = steps.ours(model, setting, device, 0.0)
+    assert row["pairs/s"] > 0 and row["ms an update"] > 0 and "failed" not in row

@@ -92,3 +92,27 @@ def test_every_op_of_the_package_is_one():
     for module in (geglu, group_norm_silu, layer_norm, noising, pair_errors):
         assert [value for value in vars(module).values() if isinstance(value, Op)]
         assert not [value for value in vars(module).values() if isinstance(value, torch.library.CustomOpDef)]
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_what_a_forward_is_made_of_goes_past_autograd(differentiated):
+    """Its operations cost the host less so, and the result can be differentiated, changed and viewed as any other."""
+    seen, leaf = [], torch.ones(1, requires_grad=True)
+
+    def is_recorded() -> bool:
+        with torch.enable_grad():
+            return (leaf * 2.0).requires_grad
+
+    @op(f"test_inside_{differentiated}")
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        seen.append(is_recorded())
+        return x * 2.0
+
+    inside.register_autograd(lambda ctx, grad: grad * 2.0, setup_context=lambda ctx, inputs, output: None)
+    x = torch.ones(4, requires_grad=differentiated)
+    y = inside(x)
+    assert seen == [False] and is_recorded() and y.requires_grad == differentiated
+    z = y * 1.0 if differentiated else y
+    z.view(2, 2).add_(1.0)  # of a result without a gradient, in place
+    assert z.tolist() == [3.0] * 4 and (z.sum().backward() is None if differentiated else z._version == 1)
+    assert not differentiated or x.grad.tolist() == [2.0] * 4
