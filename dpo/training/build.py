@@ -348,7 +348,7 @@ def _recorded(
     """
     if config.runtime.reference != "recorded":
         return None
-    beside = denoisers.beside(config)
+    beside = denoisers.beside(config, model)
     wanted = recorded.identity(config.data, config.runtime, plan, weights["reference"], beside)
     return recorded.find(source, wanted, denoisers.every_drawn(config, model, plan), weights["reference_checksum"])
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo import credit, reference, schedule
+from dpo.common.words import digest
 from dpo.data.buckets import shapes, step_of
 from dpo.methods import METHODS
 from dpo.models import lora
@@ -135,13 +136,17 @@ def every_drawn(config: Config, model: Model, plan: schedule.Plan) -> Tensor:
     return torch.cat([drawn(config, one) for one in plans]).unique()
 
 
-def beside(config: Config) -> dict[str, Any]:
+def beside(config: Config, model: Model) -> dict[str, Any]:
     """What recorded errors depend on with a decided config of flow matching alone; nothing with the others.
 
-    Levels that are not drawn alike come from a list of the whole window, so the window is a part of it.
+    Levels that are not drawn alike come from a list of the whole window, so the window is a part of it; of buckets so
+    are the levels of every shape.
     """
     method, told = config.method, config.model.train_guidance
     found: dict[str, Any] = {} if told is None else {"train_guidance": told}
+    if shaped := _plans(config, model):
+        levels = (f"{size} {plan.content().numpy().tobytes().hex()}" for size, plan in sorted(shaped.items()))
+        found["shapes"] = digest(*levels)
     if method.timestep_draw != schedule.GRID:
         normal = f" {method.logit_mean!r} {method.logit_std!r}" if method.timestep_draw == schedule.LOGIT_NORMAL else ""
         found["timestep_draw"] = f"{method.timestep_draw}{normal} in [{method.window_low}, {method.window_high})"

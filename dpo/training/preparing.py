@@ -266,7 +266,7 @@ def record_reference(
     encoder = Encoder(model, device, config.runtime.vae_batch, zero_dropped=zeros)
     task = recording.Recording(
         contents=store.contents,
-        identity=recorded.identity(config.data, config.runtime, plan, weights[0], beside(config)),
+        identity=recorded.identity(config.data, config.runtime, plan, weights[0], beside(config, model)),
         checksum=weights[1],
         timesteps=tuple(timesteps.tolist()),
         made_with=_made_with(config.runtime, model, device),

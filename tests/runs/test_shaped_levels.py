@@ -10,8 +10,9 @@ import torch
 
 from dpo import prepare
 from dpo.data.batch import of_update
+from dpo.settings import config as settings
 from dpo.train import train_step
-from dpo.training import validation
+from dpo.training import denoisers, validation
 from dpo.training.state import snapshot
 from tests.dpo.models.test_checks import change
 from tests.help.running import advance, everything, make_run, weights
@@ -192,6 +193,16 @@ def test_recorded_errors_give_the_run_of_live_ones(model, pairs, tmp_path, draw)
     for one, other in zip(figures, live, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
     assert max(float((found[name] - theirs[name]).abs().max()) for name in found) < 1e-6
+
+
+def test_a_record_names_the_levels_of_every_shape(model, pairs, tmp_path):
+    run = make_run(model, pairs, tmp_path / "run", *SHAPED)
+    named = denoisers.beside(run.config, run.model)
+    assert "shapes" in named and denoisers.beside(run.config, run.model) == named
+    steeper = run.model.scheduler_config | {"max_shift": 2 * run.model.scheduler_config["max_shift"]}
+    assert denoisers.beside(run.config, dataclasses.replace(run.model, scheduler_config=steeper)) != named
+    square = settings.change(run.config, buckets=False)
+    assert "shapes" not in denoisers.beside(square, run.model)
 
 
 @pytest.mark.parametrize("kind", ["flux-dev", "flux2-klein-base", pytest.param("qwen-image", marks=pytest.mark.slow)])
