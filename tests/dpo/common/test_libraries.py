@@ -100,6 +100,9 @@ def test_a_hidden_package_is_not_found_unless_it_is_there_already(tmp_path, monk
 def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work():
     text = (
         "import sys, torch\n"
+        "from dpo import evaluate, train\n"
+        "from dpo.planning import recompute\n"
+        "from dpo.training import loop\n"
         "from dpo.models.load import load\n"
         "from dpo.tiny import paths\n"
         "load(str(paths.pipeline_path()))\n"
