@@ -114,6 +114,16 @@ def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work(
     assert ended.stdout.split() == ["False", "False", "True", "AdamW8bit"]
 
 
+@pytest.mark.parametrize("name", ["diffusers", "transformers"])
+def test_an_error_of_a_library_goes_to_what_stderr_is_by_then(capsys, name):
+    quiet()
+    capsys.readouterr()
+    library = importlib.import_module(f"{name}.utils.logging").get_logger(f"{name}.models")
+    library.error("a fault")
+    library.warning("advice")
+    assert capsys.readouterr().err == "a fault\n"
+
+
 def test_norms_in_fp32_are_no_news_to_a_user():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
