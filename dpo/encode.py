@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dpo.common.cores import Cores
 from dpo.common.device import moved
 from dpo.data.batch import PairBatch
 from dpo.models.family import Model, TextEncoding
@@ -69,6 +70,7 @@ class Encoder:
     offload: bool = False
     zero_dropped: bool = False  # a dropped caption is zeros, not the encoding of the empty one
     keep: Keep | None = None  # takes what was encoded, so that it need not be encoded again
+    cores: Cores | None = None  # which share the VAE's calls
     placed: list[nn.Module] = field(default_factory=list)  # on the device just now
 
     @contextmanager
@@ -98,15 +100,15 @@ class Encoder:
         round too, always the same way, by an eighth of a grey level on average.
         """
         vae = self.model.vae
-        means, stds = [], []
         with self._placed([vae]):
             dtype = self._dtype(vae)
             wide = torch.promote_types(dtype, torch.float32)
-            for part in pixels.split(self.vae_batch):
+
+            def of_part(part: Tensor) -> tuple[Tensor, Tensor]:
                 x = moved(part, self.device).to(wide) / 127.5 - 1
-                mean, std = self.model.family.posterior(vae, x.to(dtype))
-                means.append(mean)
-                stds.append(std)
+                return self.model.family.posterior(vae, x.to(dtype))
+
+            means, stds = zip(*(self.cores or map)(of_part, pixels.split(self.vae_batch)), strict=True)
         return torch.cat(means), torch.cat(stds)
 
     @torch.no_grad()

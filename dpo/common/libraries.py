@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
+from typing import Any
 
 from dpo.common.words import first_line
 
@@ -17,6 +19,20 @@ OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 
 # Of a pipeline of diffusers: the attribute with the arguments of a call that say how long captions are in training.
 CAPTIONS = "captions_as_trained"
+
+
+class Stderr(logging.StreamHandler):
+    """Writes to what stderr is when a line comes: what it was at the import of a library may be closed by then."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+
+STDERR = Stderr()  # one for all libraries, each of which has it once
 
 
 def quiet() -> None:
@@ -34,6 +50,8 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+        library.utils.logging.disable_default_handler()
+        library.utils.logging.add_handler(STDERR)
     # torch tells once that a norm in fp32 meets activations in bf16: norms stay in fp32 on purpose (models/denoiser.py).
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from PIL import Image
 
+from dpo.common.cores import SMALL
 from dpo.common.libraries import CAPTIONS
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 BATCH = 4  # images at a time
 TILE = 512  # pixels of a side that the VAE decodes at once where memory is short
-SMALL = 50_000_000  # weights of a UNet that one core draws with faster than all cores do in turn
 
 Group = TypeVar("Group")
 Made = TypeVar("Made")

@@ -12,16 +12,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpo.common.words import first_line
 from dpo.models.family import Denoiser
+
+if TYPE_CHECKING:  # the first import of diffusers is that of `libraries.quiet`, when a model is loaded
+    from diffusers.models.attention_processor import Attention
 
 log = logging.getLogger("dpo")
 
@@ -44,6 +46,8 @@ class Attending:
     """
 
     def __init__(self, backends: Mapping[int, str]) -> None:
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
         self.backends = dict(backends)
         self._other = AttnProcessor2_0()
 
@@ -80,6 +84,8 @@ def is_plain(attn: Attention) -> bool:
 
 def widths(denoiser: Denoiser) -> list[int]:
     """The head widths of a denoiser's attentions, ascending."""
+    from diffusers.models.attention_processor import Attention
+
     return sorted({int(m.inner_dim // m.heads) for m in denoiser.modules() if isinstance(m, Attention)})
 
 
@@ -88,6 +94,8 @@ def use_one_attention(denoiser: Denoiser, device: torch.device, dtype: torch.dty
 
     dtype: of queries, keys and values in a step. Attentions with another processor keep theirs.
     """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
     names = DETERMINISTIC if torch.are_deterministic_algorithms_enabled() else tuple(BACKENDS)
     own: Any = Attending(_chosen(device, dtype, tuple(widths(denoiser)), names) if device.type == "cuda" else {})
     processors: dict[str, Any] = dict(denoiser.attn_processors)

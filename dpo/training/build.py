@@ -29,6 +29,7 @@ from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models import lora_files
+from dpo.models.apart import Apart
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
@@ -132,13 +133,17 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     shards = denoisers.shards_of(config, model.denoiser, device, processes)
     updater = denoisers.make_updater(config, model.denoiser, shards)
     policy: Denoise = model.denoise(settled)
+    cores = denoisers.cores_of(config, model, device, processes)
     if shards is not None:
         policy = shards.denoise(policy)
     elif processes.count > 1:
         policy = Reduced(model.denoise, settled)
+    elif cores is not None:
+        policy = Apart(policy, cores, updater.parameters)
     compared = None
     if twin is not None:
         copy = model.denoise(settle(config.runtime, twin, place))
+        copy = copy if cores is None else Apart(copy, cores, ())
         cut = denoisers.shards_of(config, twin, device, processes)
         compared = reference.from_copy(copy if cut is None else cut.denoise(copy))
     elif live:
@@ -151,6 +156,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         config.runtime.vae_batch,
         offload=config.runtime.offload == "on",
         zero_dropped=config.data.dropped_caption == "zeros",
+        cores=cores,
     )
 
     run = Run(

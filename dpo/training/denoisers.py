@@ -14,6 +14,7 @@ from dpo.data.buckets import shapes, step_of
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.adapter import Adapter
+from dpo.models.apart import cores_for
 from dpo.models.denoiser import halve
 from dpo.models.family import Denoise, Denoiser, Model
 from dpo.models.fingerprint import checksum, fingerprint
@@ -29,6 +30,7 @@ from dpo.training.strength import Centre, Strength
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from dpo.common.cores import Cores
     from dpo.training.parallel import Processes
     from dpo.training.sharding import Shards
 
@@ -98,6 +100,17 @@ def make_policy(config: Config, denoiser: Denoiser, adapter: Adapter | None) -> 
     if config.runtime.precision in HALF:
         halve(denoiser, HALF[config.runtime.precision])
     return layers
+
+
+def cores_of(config: Config, model: Model, device: torch.device, processes: Processes) -> Cores | None:
+    """The cores of a CPU that share the samples of a batch; None where all work on each operation together.
+
+    Dropout has masks of the whole batch; compiled code, autocast and half-precision sums are left as they are, and what
+    releases gradients for want of memory has none for those of parts.
+    """
+    runtime = config.runtime
+    whole = runtime.compile or config.lora.lora_dropout or config.optim.gradient_release or processes.count > 1
+    return None if whole or runtime.precision not in ("fp32", "fp64") else cores_for(device, model.denoiser, model.vae)
 
 
 def is_sharded(config: Config, processes: Processes) -> bool:

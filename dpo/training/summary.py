@@ -129,13 +129,15 @@ def conclude(output: Path, evaluation: Figures, model_card: bool) -> None:
     summary = read_run(output).summary | {"status": "finished", "reason": ""}
     summary |= {"evaluation": evaluation} if evaluation else {}
     files.write_text(output / SUMMARY_FILE, json.dumps(summary, indent=1))
-    _write_pages(output, model_card)
+    _write_pages(output, model_card, plotted=True)
 
 
-def _write_pages(output: Path, model_card: bool) -> None:
+def _write_pages(output: Path, model_card: bool, plotted: bool = False) -> None:
+    """plotted: whether the plots are there, which show the updates alone."""
     from dpo.pages import card, plots, report
 
-    plots.write_plots(output)
+    if not plotted:
+        plots.write_plots(output)
     if model_card:
         card.write_model_card(output)
     log.info("report: %s", report.write_report(output))

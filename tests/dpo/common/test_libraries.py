@@ -100,6 +100,9 @@ def test_a_hidden_package_is_not_found_unless_it_is_there_already(tmp_path, monk
 def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work():
     text = (
         "import sys, torch\n"
+        "from dpo import evaluate, train\n"
+        "from dpo.planning import recompute\n"
+        "from dpo.training import loop\n"
         "from dpo.models.load import load\n"
         "from dpo.tiny import paths\n"
         "load(str(paths.pipeline_path()))\n"
@@ -109,6 +112,16 @@ def test_a_model_is_loaded_without_the_compiler_and_8_bit_optimizers_still_work(
     )
     ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["False", "False", "True", "AdamW8bit"]
+
+
+@pytest.mark.parametrize("name", ["diffusers", "transformers"])
+def test_an_error_of_a_library_goes_to_what_stderr_is_by_then(capsys, name):
+    quiet()
+    capsys.readouterr()
+    library = importlib.import_module(f"{name}.utils.logging").get_logger(f"{name}.models")
+    library.error("a fault")
+    library.warning("advice")
+    assert capsys.readouterr().err == "a fault\n"
 
 
 def test_norms_in_fp32_are_no_news_to_a_user():

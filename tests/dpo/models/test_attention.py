@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.models import attention, lora
@@ -73,7 +73,7 @@ def test_the_operation_and_its_statistics_do_not_depend_on_the_gradient(name):
 def test_masks_and_other_kinds_of_attention_keep_diffusers_way(unets):  # noqa: F811
     unet = copy.deepcopy(unets["sd15"])
     use_one_attention(unet, CPU, torch.float32)
-    attn = next(m for m in unet.modules() if isinstance(m, attention.Attention))
+    attn = next(m for m in unet.modules() if isinstance(m, Attention))
     own = attn.processor
     own.backends = {next(iter(widths(unet))): "cudnn"}  # which a CPU does not have
     x, mask = torch.randn(2, 9, attn.query_dim), torch.zeros(2, 1, 9)
