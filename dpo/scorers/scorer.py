@@ -76,7 +76,7 @@ LISTED: tuple[Listed, ...] = (
         "tiny-detail-a", "dpo.tiny.scorer:detail_a", IN_PACKAGE, "Apache-2.0", 0, "log of grey levels", resolution=1e-3,
         note="labelled the pairs of python -m dpo.tiny.build --detail: use tiny-detail-b to evaluate", labelled=("the embedded pairs of detail",),
     ),
-    Listed("tiny-detail-b", "dpo.tiny.scorer:detail_b", IN_PACKAGE, "Apache-2.0", 0, "log of grey levels", resolution=1e-3),
+    Listed("tiny-detail-b", "dpo.tiny.scorer:detail_b", IN_PACKAGE, "Apache-2.0", 0, "log of a ratio", resolution=1e-3),
     Listed(
         "pickscore", "dpo.scorers.pickscore:pickscore", "yuvalkirstain/PickScore_v1", "not stated", 3.9, "about 20 to 23",
         note="learned from Pick-a-Pic, as models trained on those pairs are", learned=("Pick-a-Pic",),

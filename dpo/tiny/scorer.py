@@ -57,7 +57,7 @@ class OfDetail:
     temperature: float | None  # of the noisy rater who labelled by it
 
     def score(self, *, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """[N] float32: log of the amount of detail."""
+        """[N] float32: a logarithm, higher with more detail."""
         return torch.tensor([self.taste(image) for image in images], dtype=torch.float32)
 
 
@@ -105,4 +105,4 @@ def detail_a(**unused: Any) -> OfDetail:
 
 def detail_b(**unused: Any) -> OfDetail:
     """Another measure of detail, which labelled nothing."""
-    return OfDetail("tiny-detail-b", f"tiny-detail-b percentile {detail.STEEPEST}", detail.taste_b, None)
+    return OfDetail("tiny-detail-b", f"tiny-detail-b percentile {detail.STEEPEST} over deviation", detail.taste_b, None)

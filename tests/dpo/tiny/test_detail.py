@@ -43,6 +43,15 @@ def test_a_rendition_changes_detail_alone():
             assert (np.diff([taste(picture) for picture in made]) > 0).all()
 
 
+def test_taste_b_does_not_see_contrast():
+    drawings = pictures(pq.read_table(paths.validation_pairs_path(), columns=["jpg_0"])["jpg_0"].to_pylist()[:20])
+    fainter = [Image.fromarray((np.asarray(one, np.float32) * 0.5 + 64).round().astype(np.uint8)) for one in drawings]
+    moved = {}
+    for taste in (detail.taste_a, detail.taste_b):
+        moved[taste] = np.mean([taste(faint) - taste(whole) for faint, whole in zip(fainter, drawings, strict=True)])
+    assert moved[detail.taste_a] == pytest.approx(np.log(0.5), abs=0.1) and abs(moved[detail.taste_b]) < 0.05
+
+
 def test_both_pictures_are_one_drawing_of_the_first_pairs(pairs):
     assert pairs.schema.equals(PICKAPIC)
     shipped = pq.read_table(paths.train_pairs_path(), columns=["caption", "jpg_0"])
