@@ -34,14 +34,19 @@ SECOND_NOTE = """\
 Both pictures of a pair are one drawing of the first taste's pairs, with its fine detail weakened or strengthened (`python -m
 dpo.tiny.build --detail DIR`); the hidden taste likes detail. The score is the logarithm of how steep the outlines are, so 0.1 is a tenth steeper."""
 WHERE_NOTE = """\
-d is what the margin of a pair is made of: how much more the policy lowered the error of the winner than that of the loser, at a timestep,
-in the last quarter of a run of `dpo` (mean over the seeds). The rise is that of the judge's mean score after a run of `dpo` on this tenth
-of the timesteps alone. The first taste is decided where d is small; the second where d is large, which tells that both the weight by
-timestep and the taste matter."""
+*Told apart*: how often the best observer of a noised picture says rightly which one of its pair it was (exact, of the pairs' latents; one
+half is guessing). The pictures of the first taste differ in what noise hides last, those of the second in what it hides first. *d*: the
+share of a tenth in what margins are made of, how much more the policy lowered the error of the winner than that of the loser, in the last
+quarter of a run of `dpo` (mean over the seeds). *Rises by*: the judge's mean score after a run of `dpo` on this tenth of the timesteps
+alone. The weights are shared by all timesteps, and where d is large the logit saturates: a run on small timesteps alone moves either score
+the least, though most of d is there."""
 COLUMNS = ["method", "seeds", "win rate", "over seeds", "95 % interval", "lowest bound of a seed", "score"]
 COLUMNS += ["captions obeyed before", "captions obeyed after"]
 COMPARED = ["seeds", "win rate", "by win rate", "score", "by score"]
-WHERE = ["d, first taste", "score rises by, first taste", "d, detail", "score rises by, detail"]
+WHERE = {  # end of the names of rows -> columns
+    taste: [f"{what}, {name}" for what in ("told apart", "d", "rises by")]
+    for taste, name in {"": "first", DETAIL: "detail"}.items()
+}
 TASTES = {  # end of the names of rows -> title, note, claims
     "": ("The first taste: style, backdrop, size", FIRST_NOTE, FIRST),
     DETAIL: ("The second taste: fine detail", SECOND_NOTE, SECOND),
@@ -59,8 +64,11 @@ def correction_tables(found: dict[int, Cell]) -> dict[str, np.ndarray]:
     return {name: np.mean([cell[name] for cell in found.values()], axis=0) for name in names if found}
 
 
-def write_report(path: Path, results: Cells, cells: Path) -> None:
-    """The tables as a page, and the figure beside it; `cells` is the file that `results` stand in."""
+def write_report(path: Path, results: Cells, cells: Path, apart: dict[str, list[float]]) -> None:
+    """The tables as a page, and the figure beside it; `cells` is the file that `results` stand in.
+
+    apart: `told_apart` of the pairs of each taste.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = table_of(results)
     tables = {row: found for row in TABLED if (found := correction_tables(results[row]))}
@@ -79,7 +87,8 @@ def write_report(path: Path, results: Cells, cells: Path) -> None:
             "",
             markdown([check(one, results) for one in claims], ["claim", *COMPARED]),
         ]
-    text += ["## Where each taste lives", "", WHERE_NOTE, "", markdown(where(results), ["tenth of t", *WHERE])]
+    found = markdown(where(results, apart), ["tenth of t", *WHERE[""], *WHERE[DETAIL]])
+    text += ["## Where each taste lives", "", WHERE_NOTE, "", found]
     if tables:
         text += ["## The correction table of stepwise estimation", "", *describe_tables(tables)]
     if any(results.values()):
@@ -88,12 +97,13 @@ def write_report(path: Path, results: Cells, cells: Path) -> None:
     path.write_text("\n".join(text), encoding="utf-8")
 
 
-def where(results: Cells) -> list[dict[str, Any]]:
-    """By tenth of the timesteps and for both tastes: its share of d in runs of dpo, and how much a run on it alone raises the score."""
+def where(results: Cells, apart: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """A line for each tenth of the timesteps, as WHERE_NOTE has it."""
     lines: list[dict[str, Any]] = [{"tenth of t": tenth_of(tenth)} for tenth in range(DECILES)]
-    for taste, (share, rise) in {"": WHERE[:2], DETAIL: WHERE[2:]}.items():
+    for taste, (told, share, rise) in WHERE.items():
         found = [cell["measured"] for cell in results[f"dpo{taste}"].values() if "measured" in cell]
         for tenth, line in enumerate(lines):
+            line[told] = f"{apart[taste][tenth]:.2f}"
             if found:
                 d = np.mean(found, axis=0)
                 line[share] = f"{d[tenth] / d.sum():.1%}"

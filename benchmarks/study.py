@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.apart import told_apart
 from benchmarks.claims import table_of
 from benchmarks.evidence import write_report
 from benchmarks.measuring import markdown
@@ -300,7 +301,9 @@ def main(argv: Iterable[str] | None = None) -> int:
             raise SystemExit("stopped; the same command goes on from here") from None
     print(markdown(table_of(cells), ["method", "seeds", "win rate", "95 % interval", "captions obeyed after"]))
     if given.report:
-        write_report(given.report, cells, path)
+        detail = detail_pairs(given.out / "detail.parquet")
+        apart = {"": told_apart(paths.train_pairs_path()), DETAIL: told_apart(detail)}
+        write_report(given.report, cells, path, apart)
     return 0
 
 

@@ -13,6 +13,8 @@ from benchmarks.study_rows import SEGMENTS
 from dpo.tiny import paths
 from tests.help.fake_run import write_run
 
+APART = {"": [1.0] * 10, study.DETAIL: list(np.linspace(1.0, 0.55, 10))}
+
 
 def cell(folder, row, win_rate, kind="good"):
     """What the study keeps of a finished run."""
@@ -186,9 +188,10 @@ def test_where_a_taste_lives(path):
     for found in results["dpo"].values():
         found["measured"] = list(np.arange(1.0, 11))
     results[SEGMENTS[3] + study.DETAIL] = results["sft"]
-    lines = evidence.where(results)
-    assert lines[9]["d, first taste"] == f"{10 / 55:.1%}" and "d, detail" not in lines[9]
-    assert lines[3]["score rises by, detail"] == "+0.233" and "score rises by, detail" not in lines[4]
+    lines = evidence.where(results, APART)
+    assert lines[9]["d, first"] == f"{10 / 55:.1%}" and "d, detail" not in lines[9]
+    assert lines[3]["rises by, detail"] == "+0.233" and "rises by, detail" not in lines[4]
+    assert lines[9]["told apart, first"] == "1.00" and lines[9]["told apart, detail"] == "0.55"
 
 
 def test_cells_that_lack_a_figure_are_run_again(path):
@@ -206,12 +209,13 @@ def test_every_claim_and_flag_names_something_that_exists():
         parse(["--preset", "tiny", *flags])
 
 
-def test_report_without_running_anything(path, tmp_path, capsys):
+def test_report_without_running_anything(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "told_apart", lambda pairs: APART[study.DETAIL if "detail" in str(pairs) else ""])
     page = tmp_path / "docs" / "evidence.md"
     assert study.main(["--out", str(tmp_path), "--cells", str(path), "--seeds", "0", "--report", str(page)]) == 0
     text = page.read_text()
     assert "| dpo | 3 | 0.75 |" in text and "| discounted | not yet run |" in text and "(evidence.png)" in text
-    assert "| 90 to 100 % |" in text and "`dde`: |C| " in text
+    assert "| 90 to 100 % | 1.00 |" in text and "`dde`: |C| " in text
     assert page.with_suffix(".png").stat().st_size > 10_000
     assert "| dpo | 3 |" in capsys.readouterr().out
 
