@@ -48,7 +48,12 @@ METHODS = [
 DETAIL = ", for detail"  # the end of a row's name that trains and is judged on the second taste
 JUDGED = ["--evaluate", "tiny-detail-b", "tiny-b", "tiny-b-faithful"]
 ROWS |= {f"{name}{DETAIL}": [*ROWS[name], *JUDGED] for name in [*METHODS, "dpo, t in [700, 1000)", *SEGMENTS]}
-ROWS |= {f"dpo, beta {beta}{DETAIL}": ["--method", "dpo", "--beta", beta, *JUDGED] for beta in ("500", "8000")}
+OTHER_BETAS = {"dpo": ("100", "500", "8000"), "dde-single": ("50", "800")}  # the study's are of the first taste
+ROWS |= {
+    f"{name}, beta {beta}{DETAIL}": ["--method", name, "--beta", beta, *JUDGED]
+    for name, betas in OTHER_BETAS.items()
+    for beta in betas
+}
 MEASURED = ("dpo", f"dpo{DETAIL}")  # of whose runs d by tenth of the timesteps is kept
 TABLED = ("dde-step", "dde", "dde-step, six times as long")  # those with a correction table
 QUARTERS = 4  # of a run: how often its table is looked at
