@@ -32,7 +32,9 @@ The pairs are the shipped ones, which the base model drew; the hidden taste like
 score is the second judge's, from 0 to 3."""
 SECOND_NOTE = """\
 Both pictures of a pair are one drawing of the first taste's pairs, with its fine detail weakened or strengthened (`python -m
-dpo.tiny.build --detail DIR`); the hidden taste likes detail. The score is the logarithm of how steep the outlines are, so 0.1 is a tenth steeper."""
+dpo.tiny.build --detail DIR`); the hidden taste likes detail. The score is the logarithm of how steep the outlines are beside the picture's
+contrast, so 0.1 is a tenth steeper; captions obeyed are the second judge's. Beta is that of the first taste; the rows of other betas tell
+how much of a difference it makes here."""
 WHERE_NOTE = """\
 *Told apart*: how often the best observer of a noised picture says rightly which one of its pair it was (exact, of the pairs' latents; one
 half is guessing). The pictures of the first taste differ in what noise hides last, those of the second in what it hides first. *d*: the
