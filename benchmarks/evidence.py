@@ -22,9 +22,10 @@ a judge that labelled nothing compares them. Settings were chosen on other promp
 the other rows take theirs from these or have their method's defaults, so a row that is behind may be behind for want of tuning. A win
 rate means little without the share of captions that are still obeyed beside it; and since a prompt is won by however little, it tells
 direction rather than size: the size is how much the judge's mean score rose. Two updates at learning rate 1e-12 are judged 0.500. The
-interval of a row is that of the prompts around the mean over seeds (all seeds share the prompts). A difference has its 95 % interval
-over the seeds (Student's t, each seed of one row less the same seed of the other); *undecided* means that nothing is within it. With
-this many comparisons, one in twenty decided ones may be luck. The figures of every run are in `{cells}`;
+interval of a row is that of the prompts around the mean over seeds (all seeds share the prompts); what else stands behind ± in a row
+is the deviation over the seeds. A difference has its 95 % interval over the seeds (Student's t, each seed of one row less the same seed
+of the other), which tells of other seeds and not of other prompts; *undecided* means that nothing is within it. Of comparisons between
+equals one in twenty comes out as decided, by luck, and here are many. The figures of every run are in `{cells}`;
 `python -m benchmarks.study --cells {cells} --report {report}` runs what is missing there and writes this page.
 """
 FIRST_NOTE = """\

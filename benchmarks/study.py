@@ -4,10 +4,10 @@ setting.
     python -m benchmarks.study --out runs/study [--seeds 5] [--rows dpo "dpo, LoRA" ...] [--processes 2]
                                [--cells benchmarks/results/study.json] [--report docs/evidence.md]
 
-All cells train from one prepared store. A finished cell is written to the file of --cells and never run again while its
-flags stay the same, so the study can be stopped, continued, and continued elsewhere; with `--seeds 0` it only writes
-the report. The table says of every row how many seeds it stands on; a row without any is marked so. Names of rows have
-blanks: quote them.
+Cells of the same pairs train from one prepared store. A finished cell is written to the file of --cells and never run
+again while its flags and its judge stay the same, so the study can be stopped, continued, and continued elsewhere; where
+another judges by now, a run that is still there is judged again. With `--seeds 0` it only writes the report. The table
+says of every row how many seeds it stands on; a row without any is marked so. Names of rows have blanks: quote them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ from benchmarks.apart import told_apart
 from benchmarks.claims import table_of
 from benchmarks.evidence import write_report
 from benchmarks.measuring import markdown
-from benchmarks.study_rows import DETAIL, MEASURED, QUARTERS, ROWS, TABLED, Cell, Cells
+from benchmarks.study_rows import DETAIL, JUDGED, MEASURED, QUARTERS, ROWS, TABLED, Cell, Cells
 from dpo.common import files
 from dpo.common.machine import usable_cores
 from dpo.pages.figures import DECILES
-from dpo.pages.folder import read_run
-from dpo.tiny import judge, paths
+from dpo.pages.folder import EVALUATION, read_run
+from dpo.tiny import judge, outcome, paths
 from dpo.tiny.world import SLOPE
 
 _stop: Any = None  # in a process of the pool: the event that tells it to start nothing more
@@ -154,7 +155,10 @@ def folder_of(out: Path, row: str, seed: int) -> Path:
 
 
 def finished_cell(folder: Path, row: str) -> Cell | None:
-    """What the second judge said of a finished run, the flags that made it, and how its correction table came to be."""
+    """What the judge said of a finished run, the flags that made it, and how its correction table came to be.
+
+    `judged_by`: the fingerprint of that judge.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -162,7 +166,59 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
     if summary.get("status") != "finished" or not summary.get("evaluation"):
         return None
     history = table_history(folder) if row in TABLED else measured(folder) if row in MEASURED else {}
-    return summary["evaluation"] | {"flags": ROWS[row]} | history
+    return summary["evaluation"] | _comparison(folder) | {"flags": ROWS[row]} | history
+
+
+def _comparison(folder: Path) -> Cell:
+    """What the comparison in a run's folder tells, which may be later than the summary's; empty where there is none."""
+    try:
+        told = json.loads(comparison_of(folder).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return outcome.figures(told["results"]) | {"judged_by": told["scorers"][0]["fingerprint"]}
+
+
+def comparison_of(folder: Path) -> Path:
+    return folder / EVALUATION / "evaluation.json"
+
+
+def scorers_of(row: str) -> list[str]:
+    """Those that judge a row, the one that counts first."""
+    return JUDGED[1:] if row.endswith(DETAIL) else [outcome.JUDGE, outcome.FAITHFUL]
+
+
+@cache
+def fingerprint_of(scorer: str) -> str:
+    import torch
+
+    from dpo.scorers.scorer import opened
+
+    return opened(scorer, device=torch.device("cpu")).fingerprint
+
+
+def is_current(row: str, cell: Cell) -> bool:
+    """Whether a cell was made by the flags of its row, and judged by what judges it now."""
+    known = fingerprint_of(scorers_of(row)[0])
+    unsaid = None if row.endswith(DETAIL) else known  # those of the first taste are from before it was said
+    return cell["flags"] == ROWS[row] and cell.get("judged_by", unsaid) == known
+
+
+def judge_again(folder: Path, row: str) -> int:
+    """Has a finished run's images judged anew, in its folder; the exit code of dpo.evaluate."""
+    from dpo import evaluate
+
+    sides = [f"start=start:{folder}", f"aligned={folder}"]
+    words = [
+        *sides,
+        *outcome.DRAWN,
+        "--prompts",
+        outcome.PROMPTS,
+        "--device",
+        "cpu",
+        "--output",
+        str(folder / EVALUATION),
+    ]
+    return evaluate.main([*words, "--scorers", *scorers_of(row)])
 
 
 def table_history(folder: Path) -> dict[str, Any]:
@@ -192,9 +248,9 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def read_cells(path: Path) -> Cells:
-    """The finished cells of the file, but for those whose row has other flags by now."""
+    """The finished cells of the file, but for those whose row has other flags or another judge by now."""
     known: dict[str, dict[str, Cell]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return {row: {int(n): cell for n, cell in known.get(row, {}).items() if cell["flags"] == ROWS[row]} for row in ROWS}
+    return {row: {int(n): cell for n, cell in known.get(row, {}).items() if is_current(row, cell)} for row in ROWS}
 
 
 def missing(cells: Cells, row: str, seed: int) -> bool:
@@ -234,7 +290,12 @@ def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
     code = train.main([str(flag) for flag in flags])
     if code:
         return None, f"{row}, seed {seed}: ended with {code}, see {out / f'process-{os.getpid()}.log'}"
-    return finished_cell(folder, row), f"{row}, seed {seed}: done"
+    cell = finished_cell(folder, row)
+    if cell is not None and not is_current(row, cell):
+        if judge_again(folder, row):
+            return None, f"{row}, seed {seed}: not judged again, see {out / f'process-{os.getpid()}.log'}"
+        cell = finished_cell(folder, row)
+    return cell, f"{row}, seed {seed}: done"
 
 
 def begin_process(out: Path, stop: Any) -> None:

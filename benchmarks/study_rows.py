@@ -36,15 +36,7 @@ OBJECTIVES = {  # the kindred ones, with their own defaults; those that share dp
     **{f"dpo, {shape}": [*DPO, "--loss", shape] for shape in ("dmpo", "robust", "apo-zero", "poly")},
 }
 ROWS |= OBJECTIVES
-METHODS = [
-    "sft",
-    "dpo",
-    "discounted",
-    "dde-single",
-    "dde-step",
-    "dde",
-    *OBJECTIVES,
-]  # those with five seeds on both tastes
+METHODS = ["sft", "dpo", "discounted", "dde-single", "dde-step", "dde", *OBJECTIVES]  # compared on both tastes
 DETAIL = ", for detail"  # the end of a row's name that trains and is judged on the second taste
 JUDGED = ["--evaluate", "tiny-detail-b", "tiny-b", "tiny-b-faithful"]
 ROWS |= {f"{name}{DETAIL}": [*ROWS[name], *JUDGED] for name in [*METHODS, "dpo, t in [700, 1000)", *SEGMENTS]}

@@ -69,6 +69,7 @@ TESTED_BY = {
     "dpo/tiny/judge.py": "tests/dpo/tiny/test_assets.py",
     "dpo/tiny/paths.py": "tests/dpo/tiny/test_assets.py",
     "dpo/tiny/prompts.py": "tests/dpo/tiny/test_assets.py",
+    "dpo/tiny/making/detail.py": "tests/dpo/tiny/test_detail.py",
     "dpo/tiny/making/judges.py": "tests/dpo/tiny/test_build.py",
     "dpo/tiny/making/pipeline.py": "tests/dpo/tiny/test_build.py",
     "dpo/tiny/making/text.py": "tests/dpo/tiny/test_build.py",

@@ -1,8 +1,8 @@
-"""A second taste for the embedded world, which lives in fine detail: outline and texture.
+"""A second taste for the embedded world, of fine detail: outline and texture.
 
 The first taste (world.py) likes what the noisy end of the clock decides: style, backdrop, size. Both pictures of a pair
 of the second one are one drawing, its detail weakened or strengthened by two amounts (making/detail.py), so that
-nothing that the noisy end decides tells them apart. Taste a likes detail, and the pairs are labelled by it. Taste b
+style, backdrop and size do not tell them apart. Taste a likes detail, and the pairs are labelled by it. Taste b
 measures it in another way, beside the picture's contrast; it labelled nothing and is kept for figures.
 """
 
@@ -12,9 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 RADIUS = 2  # pixels: what a Gaussian blur of this deviation takes away is detail; half a latent of the pipeline
-SLOPE = (
-    8.0  # of the Bradley-Terry draw that labels pairs by taste a: 86 % of labels agree with it, as in the first taste
-)
+SLOPE = 8.0  # of the Bradley-Terry draw that labels pairs by taste a: 86 % of labels agree with it, as with the first
 STEEPEST = 95  # percentile of the steps between neighbours, where outlines are
 LEAST = 1e-3  # grey levels that a picture without any detail has
 
@@ -38,4 +36,5 @@ def taste_b(picture: Image.Image) -> float:
     """
     grey = np.asarray(picture.convert("L"), np.float32)
     steps = np.hypot(np.diff(grey, axis=0)[:, :-1], np.diff(grey, axis=1)[:-1])
-    return float(np.log(np.percentile(steps, STEEPEST) + LEAST) - np.log(grey.std() + LEAST))
+    steepest = np.percentile(steps, STEEPEST) if steps.size else 0.0  # a row or column of pixels has none
+    return float(np.log(steepest + LEAST) - np.log(grey.std() + LEAST))

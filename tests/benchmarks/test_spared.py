@@ -34,6 +34,9 @@ def test_what_is_put_back_changes_no_bit_and_is_taken_out_again(run):
 
 def test_the_table_has_a_row_for_each(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with pytest.raises(SystemExit):
+        spared.main(["--rounds", "1", "--out", str(tmp_path)])
+    assert "--rounds 1: at least 2" in capsys.readouterr().err
     words = ["--size", "tiny", "--precision", "fp32", "--rounds", "2", "--out", str(tmp_path)]
     assert spared.main(words) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["spared"]

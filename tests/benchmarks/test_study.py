@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 
 from benchmarks import claims, evidence, study
 from benchmarks.study_rows import SEGMENTS
@@ -142,6 +143,43 @@ def test_a_cell_is_continued_under_the_same_flags_only(trained, tmp_path, monkey
     assert study.run_cell(tmp_path, "dpo", 1) == (None, "dpo, seed 1: not started") and len(asked) == 3
 
 
+def test_cells_of_another_judge_do_not_count_and_are_judged_again(path, tmp_path, monkeypatch):
+    """What measured detail before is no figure of what measures it now, though the flags are the same."""
+    row, old = f"dpo{study.DETAIL}", "tiny-detail-b percentile 95"
+    cells = json.loads(path.read_text()) | {
+        row: {
+            str(seed): {"flags": study.ROWS[row], "win_rate": 0.9, **by}
+            for seed, by in enumerate(({}, {"judged_by": old}, {"judged_by": study.fingerprint_of("tiny-detail-b")}))
+        }
+    }
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    assert sorted(study.read_cells(tmp_path / "cells.json")[row]) == [2]
+
+    def judged(folder, by):
+        paired = {"win_rate": 0.6, "win_interval": [0.5, 0.7], "prompts": 160, "mean_a": 0.0, "mean_b": 0.1}
+        told = {"scorers": [{"fingerprint": by}], "results": [{"scorer": "tiny-detail-b", "paired": paired}]}
+        study.comparison_of(folder).parent.mkdir(exist_ok=True)
+        study.comparison_of(folder).write_text(json.dumps(told))
+
+    def evaluate(words):
+        assert words[words.index("--scorers") + 1 :] == ["tiny-detail-b", "tiny-b", "tiny-b-faithful"]
+        judged(Path(words[words.index("--output") + 1]).parent, study.fingerprint_of("tiny-detail-b"))
+        asked.append(words)
+        return 0
+
+    asked = []
+    monkeypatch.setattr("dpo.evaluate.main", evaluate)
+    folder = study.folder_of(tmp_path, row, 0)
+    monkeypatch.setattr("dpo.train.main", lambda flags: cell(folder, row, 0.8) and judged(folder, old))
+    found, line = study.run_cell(tmp_path, row, 0)
+    assert found["win_rate"] == 0.6 and found["score_after"] == 0.1 and line.endswith("done") and len(asked) == 1
+    assert study.is_current(row, found) and found["flags"] == study.ROWS[row] and len(found["measured"]) == 10
+    monkeypatch.setattr("dpo.evaluate.main", lambda words: 2)
+    folder = study.folder_of(tmp_path, row, 1)
+    found, line = study.run_cell(tmp_path, row, 1)
+    assert found is None and "not judged again" in line
+
+
 def test_a_row_stands_on_its_finished_seeds(path):
     lines = {line["method"]: line for line in claims.table_of(study.read_cells(path))}
     assert list(lines) == list(study.ROWS)
@@ -178,9 +216,21 @@ def test_the_quantiles_are_student_s():
     """Each tells what it should of many samples drawn here: 95 % of them have the mean within."""
     rng = np.random.default_rng(0)
     for count, quantile in claims.T95.items():
+        assert claims.t95(count) == quantile
         drawn = rng.normal(size=(200_000, count))
         within = np.abs(drawn.mean(1)) <= quantile * drawn.std(1, ddof=1) / count**0.5
         assert within.mean() == pytest.approx(0.95, abs=0.002)
+    for count in (11, 12, 20, 100):
+        assert claims.t95(count) == pytest.approx(scipy.stats.t.ppf(0.975, count - 1), abs=1e-3)
+
+
+def test_more_seeds_than_the_table_has_are_compared_too(path):
+    results = study.read_cells(path)
+    for row, rate in (("dpo", 0.8), ("sft", 0.7)):
+        results[row] = {
+            seed: results["dpo"][0] | {"win_rate": rate + 0.001 * seed * (row == "dpo")} for seed in range(12)
+        }
+    assert claims.check(claims.Claim("", ["dpo"], ["sft"]), results)["by win rate"] == "holds"
 
 
 def test_where_a_taste_lives(path):

@@ -109,8 +109,8 @@ def test_the_tastes_are_scorers(pairs):
         assert found[name].tolist() == pytest.approx([taste(image) for image in images])
     assert not torch.allclose(*found.values())
     assert opened("tiny-detail-a", device=CPU).temperature == detail.SLOPE
-    flat = [Image.new("RGB", (64, 64), "red")]
-    assert all(torch.isfinite(opened(name, device=CPU).score(images=flat, captions=[""])).all() for name in found)
+    flat = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (1, 40), "red"), Image.new("RGB", (40, 1), "red")]
+    assert all(torch.isfinite(opened(name, device=CPU).score(images=flat, captions=[""] * 3)).all() for name in found)
 
 
 def test_the_command_writes_the_same_again(folder, tmp_path, capsys):
