@@ -92,6 +92,10 @@ class Pair:
         """Both images, the preferred one first; the one of an image without a partner."""
         return (self.win,) if self.lose is None else (self.win, self.lose)
 
+    def turned_key(self) -> int | None:
+        """The key of the pair with the other image preferred; None without a partner, whose key has no label in it."""
+        return None if self.lose is None else pair_key(self.lose.uid, self.win.uid, self.caption)
+
 
 class Source(Protocol):
     """n pairs with random access; or n images without a partner, each a pair with one side.

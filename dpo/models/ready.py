@@ -13,6 +13,7 @@ from torch import nn
 from csrc_triton.language import HAS_TRITON
 from dpo import schedule
 from dpo.common.errors import UserError
+from dpo.common.libraries import quiet
 from dpo.common.words import first_line
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing, widen_others
 from dpo.models.family import Denoiser, Model, Vae
@@ -89,6 +90,7 @@ def check_settings(config: Config) -> None:
 
     `decide` asks again, of every model.
     """
+    quiet()  # before anything else imports diffusers
     import diffusers
 
     named = config.model
@@ -123,13 +125,15 @@ def _against(config: Config, model: Model) -> list[str]:
     return lines
 
 
-def load_model(config: Config, device: torch.device) -> tuple[Config, Model, schedule.Plan, list[str]]:
+def load_model(
+    config: Config, device: torch.device, *, narrow: bool = False
+) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
-    The model is in fp32, but for what `_narrow` says; `cast` makes the rest of it. The log lines say what was decided.
+    The model is in fp32; narrow: but for what `_narrow` says, where `cast` follows. The log lines say what was decided.
     Raises UserError for what cannot be loaded, or what this model or device cannot do.
     """
-    model = load_named(config, _narrow(config, device))
+    model = load_named(config, _narrow(config, device) if narrow else ())
     for line in model.notes:
         log.info("%s", line)
     has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)

@@ -12,6 +12,7 @@ from dpo.pairing.look import Looked, Seen
 from dpo.pairing.warn import ALIKE, MOST, SURE, Check, Set
 
 LABELS = ("liked", "not liked")
+BLOCK = 256  # images that are compared with all before them at once
 
 
 def label(one: Looked) -> str:
@@ -79,11 +80,15 @@ def twins(looked: Sequence[Looked]) -> list[tuple[Looked, Looked]]:
 
 def _alike(group: Sequence[tuple[Looked, Seen]]) -> Iterator[tuple[Looked, Looked]]:
     """Those of one caption, by their small copies: root mean square below ALIKE levels."""
-    small = np.stack([seen.small.astype(np.float32).reshape(-1) for _, seen in group])
-    for i, row in enumerate(small):
-        near = np.flatnonzero(np.square(small[:i] - row).mean(1) < ALIKE**2)
-        if near.size:
-            yield group[near[0]][0], group[i][0]
+    small = np.stack([seen.small.astype(np.float64).reshape(-1) for _, seen in group])
+    sizes = np.square(small).sum(1)
+    for begin in range(0, len(small), BLOCK):
+        rows, upto = small[begin : begin + BLOCK], min(begin + BLOCK, len(small))
+        products = rows @ small[:upto].T  # of whole numbers, and so exact
+        near = sizes[begin:upto, None] + sizes[:upto] - 2 * products < ALIKE**2 * small.shape[1]
+        for i in range(begin, upto):
+            if (first := int(near[i - begin, : i + 1].argmax())) < i:  # each is near to itself
+                yield group[first][0], group[i][0]
 
 
 CHECKS: tuple[Check, ...] = (

@@ -95,7 +95,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
 
-    config, model, plan, decided = load_model(stored.adopt(config, source), device)
+    config, model, plan, decided = load_model(stored.adopt(config, source), device, narrow=True)
     config, begin, told = start.read(config, model)
     _tell(config, [*notes, *decided, *told], processes.count, things(source))
     if saved is not None:

@@ -159,7 +159,7 @@ def beside(config: Config, model: Model) -> dict[str, Any]:
     found: dict[str, Any] = {} if told is None else {"train_guidance": told}
     if shaped := _plans(config, model):
         levels = (f"{size} {plan.content().numpy().tobytes().hex()}" for size, plan in sorted(shaped.items()))
-        found["shapes"] = digest(*levels)
+        found["schedule_of_shapes"] = digest(*levels)
     if method.timestep_draw != schedule.GRID:
         normal = f" {method.logit_mean!r} {method.logit_std!r}" if method.timestep_draw == schedule.LOGIT_NORMAL else ""
         found["timestep_draw"] = f"{method.timestep_draw}{normal} in [{method.window_low}, {method.window_high})"

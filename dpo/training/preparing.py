@@ -84,7 +84,7 @@ def encode_pairs(
         )
     source = open_source(config.data)
     log.info("%s: %s", things(source), describe(source))
-    config, model, _, _ = load_model(config, device)
+    config, model, _, _ = load_model(config, device, narrow=True)
     settings = (
         identity(model)
         | encoders(model)
@@ -253,7 +253,7 @@ def record_reference(
         embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
     )
     source = open_source(config.data)
-    config, model, plan, _ = load_model(stored.adopt(config, source), device)
+    config, model, plan, _ = load_model(stored.adopt(config, source), device, narrow=True)
     stored.check(model, source)
     store = of_store(source)
     assert store is not None, "opened as one"

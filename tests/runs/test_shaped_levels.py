@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dpo import prepare
+from dpo.common.errors import UserError
 from dpo.data.batch import of_update
 from dpo.settings import config as settings
 from dpo.train import train_step
-from dpo.training import denoisers, validation
+from dpo.training import denoisers, preparing, validation
 from dpo.training.state import snapshot
 from tests.dpo.models.test_checks import change
 from tests.help.running import advance, everything, make_run, weights
@@ -195,14 +196,30 @@ def test_recorded_errors_give_the_run_of_live_ones(model, pairs, tmp_path, draw)
     assert max(float((found[name] - theirs[name]).abs().max()) for name in found) < 1e-6
 
 
+@pytest.mark.parametrize(("named", "serves"), [({}, True), ({"schedule_of_shapes": "another"}, False)])
+def test_records_of_earlier_versions_name_no_levels_of_shapes_and_serve(
+    model, pairs, tmp_path, monkeypatch, named, serves
+):
+    monkeypatch.setattr(preparing, "beside", lambda config, model: named)
+    words = ["--store", str(tmp_path / "store"), "--model", model, "--data", pairs, "--resolution", "32", "--buckets"]
+    more = ["--dtype", "fp32", "--workers", "0", "--reference", "--draws", "1", "--precision", "fp64"]
+    assert prepare.main([*words, *more]) == 0
+    asked = (model, str(tmp_path / "store"), tmp_path / "run", *SHAPED, "--reference", "recorded")
+    if serves:
+        assert make_run(*asked).step.reference is None
+        return
+    with pytest.raises(UserError, match="it was recorded with another schedule of shapes"):
+        make_run(*asked)
+
+
 def test_a_record_names_the_levels_of_every_shape(model, pairs, tmp_path):
     run = make_run(model, pairs, tmp_path / "run", *SHAPED)
     named = denoisers.beside(run.config, run.model)
-    assert "shapes" in named and denoisers.beside(run.config, run.model) == named
+    assert "schedule_of_shapes" in named and denoisers.beside(run.config, run.model) == named
     steeper = run.model.scheduler_config | {"max_shift": 2 * run.model.scheduler_config["max_shift"]}
     assert denoisers.beside(run.config, dataclasses.replace(run.model, scheduler_config=steeper)) != named
     square = settings.change(run.config, buckets=False)
-    assert "shapes" not in denoisers.beside(square, run.model)
+    assert "schedule_of_shapes" not in denoisers.beside(square, run.model)
 
 
 @pytest.mark.parametrize("kind", ["flux-dev", "flux2-klein-base", pytest.param("qwen-image", marks=pytest.mark.slow)])

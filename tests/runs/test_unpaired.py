@@ -77,6 +77,20 @@ def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys, wh
     assert open_store(tmp_path / "store", Data()).summary["pairs"] == 15
 
 
+def test_pairs_that_a_store_holds_the_other_way_round_are_said(world, tmp_path, capsys):
+    """They are pairs of their own, as in a set that was judged twice; where a label was mended the old one stays beside it."""
+    table = make_table(tmp_path / "pairs", 4)
+    flags = ["--model", world("sd15"), "--data", str(table), "--store", str(tmp_path / "store"), "--workers", "0"]
+    assert prepare.main(flags) == 0
+    first, *rows = map(json.loads, table.read_text("utf-8").splitlines())
+    first |= {"chosen": first["rejected"], "rejected": first["chosen"]}
+    table.write_text("\n".join(map(json.dumps, [first, *rows])), "utf-8")
+    capsys.readouterr()
+    assert prepare.main(flags) == 0
+    assert "store holds 1 of the pairs of" in (said := capsys.readouterr().err) and "the other way round" in said
+    assert open_store(tmp_path / "store", Data()).summary["pairs"] == 5
+
+
 def plain_errors(plain: Plain, batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The policy's and the reference's error of an image, from the model's own modules."""
     key, draw = batch.keys[i : i + 1], batch.draws[i : i + 1]

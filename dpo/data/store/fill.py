@@ -179,7 +179,8 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
 def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
     """Raises UserError where the store holds pairs or images of the source with other labels: their keys are the same.
 
-    Of the source only what has a caption of the store is read.
+    Pairs that it holds the other way round have other keys, and may be another person's answer: that is said. Of the source
+    only what has a caption of the store is read.
     """
     if not shards:
         return
@@ -193,13 +194,22 @@ def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
         for key, prob in zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True):
             held.setdefault(key, []).append(prob)
     shared = task.first + np.flatnonzero(np.isin(source.caption_keys()[task.first : end], captions))
-    labelled = ((int(source[i].key), float(source.prob[i])) for i in shared.tolist())
-    other = sum(key in held and min(abs(one - prob) for one in held[key]) > ROUNDING for key, prob in labelled)
+    other = turned = 0
+    for i in shared.tolist():
+        pair, prob = source[i], float(source.prob[i])
+        other += pair.key in held and min(abs(one - prob) for one in held[pair.key]) > ROUNDING
+        turned += pair.key not in held and pair.turned_key() in held
     if other:
         raise UserError(
             f"{task.folder} holds {other} of the {things(source)} of {task.name} with another label: prepare them into another "
             "--store"
         )
+    if turned:
+        log.warning(
+            "%s holds %d of the pairs of %s the other way round, and keeps both: where labels were mended, prepare them into another "
+            "--store",
+            task.folder, turned, task.name,
+        )  # fmt: skip
 
 
 def _mended(

@@ -46,6 +46,7 @@ FLAGS = {
     "train_guidance": "--train-guidance",
 }
 UNNAMED = {"dropped_caption": "empty", "timestep_draw": "grid"}  # what an identity without this name means
+OF_SHAPES = "schedule_of_shapes"  # the levels of buckets, which earlier versions did not name: their "schedule" decides
 
 
 def identity(
@@ -161,8 +162,8 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor, checksum:
         if about is None:
             continue
         was, run = UNNAMED | about["identity"], UNNAMED | dict(wanted)
-        names = dict.fromkeys([*run, "train_guidance"])  # which only models that are told one name
-        differs = list(filter(None, (_differs(name, was.get(name), run.get(name)) for name in names)))
+        names = {*run, "train_guidance"} - {OF_SHAPES} | ({OF_SHAPES} & was.keys())  # the two are not of all models
+        differs = list(filter(None, (_differs(name, was.get(name), run.get(name)) for name in sorted(names))))
         if not differs and not same_weights(about, checksum):
             differs = ["it was recorded with another reference"]
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))

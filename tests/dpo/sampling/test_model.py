@@ -10,10 +10,11 @@ from dpo.common.errors import UserError
 from dpo.drawing import draw
 from dpo.models.ready import load_named
 from dpo.pages.folder import ADAPTER_FILE
-from dpo.sampling.model import opened
+from dpo.sampling.model import opened, read
 from dpo.settings.config import Config, change, to_toml
 from dpo.tiny.paths import pipeline_path
 from tests.help.commands import SMALL
+from tests.runs.test_narrow import rewritten
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,15 @@ def test_the_embedded_model_and_defaults():
 def test_turbo_draws_in_few_steps_without_guidance(world):
     found = find(world("sdxl-turbo"))
     assert found.steps == 4 and found.guidance == 0
+
+
+def test_files_in_half_precision_are_read_in_fp32_whatever_the_device(tmp_path, world):
+    """A GPU's run holds frozen weights narrow; here they are compared with what a run began with, merged and fingerprinted."""
+    model = rewritten(world("sd15"), tmp_path / "model", torch.bfloat16)
+    for device in (CPU, torch.device("cuda")):
+        _, found = read(model, device=device, lora_base=None, cache_dir=None)
+        for part in (found.denoiser, found.vae, *found.text_encoders):
+            assert {p.dtype for p in part.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

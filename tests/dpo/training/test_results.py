@@ -43,10 +43,13 @@ def test_averaged_weights_are_the_result(world, tmp_path):
     assert same(load(str(tmp_path)).denoiser, written)
 
 
-def test_frozen_parts_are_written_as_they_were_loaded(world, tmp_path):
-    """The run's own VAE and text encoder are rounded to bf16; an override of what is predicted stays."""
-    run = start(world, tmp_path, "--precision", "bf16", "--prediction-type", "v_prediction")
-    assert run.model.vae.dtype == torch.bfloat16
+@pytest.mark.parametrize("vae", ["bf16", "fp32"])
+def test_frozen_parts_are_written_as_they_were_loaded(world, tmp_path, vae):
+    """The run's own VAE and text encoder, or that alone, are rounded to bf16; an override of what is predicted stays."""
+    flags = ["--precision", "bf16", "--vae-precision", vae, "--prediction-type", "v_prediction"]
+    run = start(world, tmp_path, *flags)
+    assert run.model.vae.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[vae]
+    assert run.model.text_encoders[0].dtype == torch.bfloat16
     results.write(run)
     again, source = load(str(tmp_path)), load(world("sd15"))
     assert same(again.vae, source.vae) and same(again.text_encoders[0], source.text_encoders[0])
