@@ -80,9 +80,8 @@ def _later(output: Path, out: Output) -> str:
 def _untouched(run: Run) -> Model:
     """The model with its components in fp32: in half precision the run's text encoders and VAE are rounded."""
     own = run.model
-    if all(
-        part.dtype == torch.float32 for part in (own.vae, *own.text_encoders)
-    ):  # the VAE may have a precision of its own
+    parts = own.vae, *own.text_encoders  # the VAE may have a precision of its own
+    if all(part.dtype == torch.float32 for part in parts):
         return own
     # its denoiser stands here for the one that was just read, which is not kept
     return replace(load_named(run.config), denoiser=own.denoiser, scheduler_config=own.scheduler_config)
