@@ -6,8 +6,8 @@ setting.
 
 Cells of the same pairs train from one prepared store. A finished cell is written to the file of --cells and never run
 again while its flags and its judge stay the same, so the study can be stopped, continued, and continued elsewhere; where
-another judges by now, a run that is still there is judged again. With `--seeds 0` it only writes the report. The table
-says of every row how many seeds it stands on; a row without any is marked so. Names of rows have blanks: quote them.
+another judges by now, a run that is still there ends again, which compares its images anew. With `--seeds 0` it only writes the report. The
+table says of every row how many seeds it stands on; a row without any is marked so. Names of rows have blanks: quote them.
 """
 
 from __future__ import annotations
@@ -166,25 +166,16 @@ def finished_cell(folder: Path, row: str) -> Cell | None:
     if summary.get("status") != "finished" or not summary.get("evaluation"):
         return None
     history = table_history(folder) if row in TABLED else measured(folder) if row in MEASURED else {}
-    return summary["evaluation"] | _comparison(folder) | {"flags": ROWS[row]} | history
+    return summary["evaluation"] | judged_by(folder) | {"flags": ROWS[row]} | history
 
 
-def _comparison(folder: Path) -> Cell:
-    """What the comparison in a run's folder tells, which may be later than the summary's; empty where there is none."""
+def judged_by(folder: Path) -> Cell:
+    """`judged_by`: the fingerprint of the scorer that counts, as a run's comparison says; empty where there is none."""
     try:
-        told = json.loads(comparison_of(folder).read_text("utf-8"))
+        told = json.loads((folder / EVALUATION / "evaluation.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return outcome.figures(told["results"]) | {"judged_by": told["scorers"][0]["fingerprint"]}
-
-
-def comparison_of(folder: Path) -> Path:
-    return folder / EVALUATION / "evaluation.json"
-
-
-def scorers_of(row: str) -> list[str]:
-    """Those that judge a row, the one that counts first."""
-    return JUDGED[1:] if row.endswith(DETAIL) else [outcome.JUDGE, outcome.FAITHFUL]
+    return {"judged_by": told["scorers"][0]["fingerprint"]}
 
 
 @cache
@@ -198,27 +189,9 @@ def fingerprint_of(scorer: str) -> str:
 
 def is_current(row: str, cell: Cell) -> bool:
     """Whether a cell was made by the flags of its row, and judged by what judges it now."""
-    known = fingerprint_of(scorers_of(row)[0])
+    known = fingerprint_of(JUDGED[1] if row.endswith(DETAIL) else outcome.JUDGE)
     unsaid = None if row.endswith(DETAIL) else known  # those of the first taste are from before it was said
     return cell["flags"] == ROWS[row] and cell.get("judged_by", unsaid) == known
-
-
-def judge_again(folder: Path, row: str) -> int:
-    """Has a finished run's images judged anew, in its folder; the exit code of dpo.evaluate."""
-    from dpo import evaluate
-
-    sides = [f"start=start:{folder}", f"aligned={folder}"]
-    words = [
-        *sides,
-        *outcome.DRAWN,
-        "--prompts",
-        outcome.PROMPTS,
-        "--device",
-        "cpu",
-        "--output",
-        str(folder / EVALUATION),
-    ]
-    return evaluate.main([*words, "--scorers", *scorers_of(row)])
 
 
 def table_history(folder: Path) -> dict[str, Any]:
@@ -290,12 +263,7 @@ def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
     code = train.main([str(flag) for flag in flags])
     if code:
         return None, f"{row}, seed {seed}: ended with {code}, see {out / f'process-{os.getpid()}.log'}"
-    cell = finished_cell(folder, row)
-    if cell is not None and not is_current(row, cell):
-        if judge_again(folder, row):
-            return None, f"{row}, seed {seed}: not judged again, see {out / f'process-{os.getpid()}.log'}"
-        cell = finished_cell(folder, row)
-    return cell, f"{row}, seed {seed}: done"
+    return finished_cell(folder, row), f"{row}, seed {seed}: done"
 
 
 def begin_process(out: Path, stop: Any) -> None:

@@ -143,7 +143,7 @@ def test_a_cell_is_continued_under_the_same_flags_only(trained, tmp_path, monkey
     assert study.run_cell(tmp_path, "dpo", 1) == (None, "dpo, seed 1: not started") and len(asked) == 3
 
 
-def test_cells_of_another_judge_do_not_count_and_are_judged_again(path, tmp_path, monkeypatch):
+def test_cells_of_another_judge_do_not_count(path, tmp_path, monkeypatch):
     """What measured detail before is no figure of what measures it now, though the flags are the same."""
     row, old = f"dpo{study.DETAIL}", "tiny-detail-b percentile 95"
     cells = json.loads(path.read_text()) | {
@@ -155,29 +155,22 @@ def test_cells_of_another_judge_do_not_count_and_are_judged_again(path, tmp_path
     (tmp_path / "cells.json").write_text(json.dumps(cells))
     assert sorted(study.read_cells(tmp_path / "cells.json")[row]) == [2]
 
-    def judged(folder, by):
-        paired = {"win_rate": 0.6, "win_interval": [0.5, 0.7], "prompts": 160, "mean_a": 0.0, "mean_b": 0.1}
-        told = {"scorers": [{"fingerprint": by}], "results": [{"scorer": "tiny-detail-b", "paired": paired}]}
-        study.comparison_of(folder).parent.mkdir(exist_ok=True)
-        study.comparison_of(folder).write_text(json.dumps(told))
+    def main(flags):
+        folder = Path(flags[flags.index("--output") + 1])
+        cell(folder, row, 0.8)
+        told = {"scorers": [{"fingerprint": made.pop(0)}]}
+        (folder / "evaluation").mkdir(exist_ok=True)
+        (folder / "evaluation" / "evaluation.json").write_text(json.dumps(told))
+        (folder / "checkpoints" / "step-8").mkdir(parents=True, exist_ok=True)
+        asked.append(flags)
 
-    def evaluate(words):
-        assert words[words.index("--scorers") + 1 :] == ["tiny-detail-b", "tiny-b", "tiny-b-faithful"]
-        judged(Path(words[words.index("--output") + 1]).parent, study.fingerprint_of("tiny-detail-b"))
-        asked.append(words)
-        return 0
-
-    asked = []
-    monkeypatch.setattr("dpo.evaluate.main", evaluate)
-    folder = study.folder_of(tmp_path, row, 0)
-    monkeypatch.setattr("dpo.train.main", lambda flags: cell(folder, row, 0.8) and judged(folder, old))
-    found, line = study.run_cell(tmp_path, row, 0)
-    assert found["win_rate"] == 0.6 and found["score_after"] == 0.1 and line.endswith("done") and len(asked) == 1
-    assert study.is_current(row, found) and found["flags"] == study.ROWS[row] and len(found["measured"]) == 10
-    monkeypatch.setattr("dpo.evaluate.main", lambda words: 2)
-    folder = study.folder_of(tmp_path, row, 1)
-    found, line = study.run_cell(tmp_path, row, 1)
-    assert found is None and "not judged again" in line
+    made, asked = [old, study.fingerprint_of("tiny-detail-b")], []
+    monkeypatch.setattr("dpo.train.main", main)
+    found = [study.run_cell(tmp_path, row, 0)[0] for _ in range(2)]
+    assert [study.is_current(row, one) for one in found] == [False, True] and found[1][
+        "judged_by"
+    ] == study.fingerprint_of("tiny-detail-b")
+    assert "--resume" in asked[1] and len(found[1]["measured"]) == 10
 
 
 def test_a_row_stands_on_its_finished_seeds(path):
