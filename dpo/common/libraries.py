@@ -21,11 +21,15 @@ OWN = ("__main__", "dpo", "csrc_triton", "benchmarks")
 CAPTIONS = "captions_as_trained"
 
 
+TOLD = "An error occurred while trying to fetch"  # diffusers logs this and raises; what is raised is told in one line
+
+
 class Stderr(logging.StreamHandler):
     """Writes to what stderr is when a line comes: what it was at the import of a library may be closed by then."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.addFilter(lambda record: not record.getMessage().startswith(TOLD))
 
     @property
     def stream(self) -> Any:  # type: ignore[override]

@@ -123,6 +123,7 @@ def test_an_error_of_a_library_goes_to_what_stderr_is_by_then(capsys, name):
     capsys.readouterr()
     library = importlib.import_module(f"{name}.utils.logging").get_logger(f"{name}.models")
     library.error("a fault")
+    library.error("An error occurred while trying to fetch m: no file")  # which it raises too
     library.warning("advice")
     assert capsys.readouterr().err == "a fault\n"
 

@@ -136,7 +136,7 @@ def test_a_first_update_that_is_out_of_memory_ends_with_what_would_fit(words, pl
 def test_memory_that_is_full_before_the_first_update_is_no_other_thing(words, planted, capsys, monkeypatch, pageless):
     planted(1, Memory(cuda.GIB // 8, cuda.GIB // 4))
 
-    def loading(*given):
+    def loading(*given, **named):
         raise FULL
 
     monkeypatch.setattr(build, "load_model", loading)
