@@ -137,6 +137,12 @@ class Tab:
         """Goes to an address."""
         self.call("Page.navigate", url=address)
 
+    def back(self) -> None:
+        """Goes back a page, as the button does; a script that did would be gone before it could answer."""
+        history = self.call("Page.getNavigationHistory")
+        before = history["entries"][history["currentIndex"] - 1]
+        self.call("Page.navigateToHistoryEntry", entryId=before["id"])
+
     def __call__(self, script: str) -> Any:
         """The value of a script in the page."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

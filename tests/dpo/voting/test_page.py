@@ -174,7 +174,7 @@ def test_reload_undo_back_double_click_and_two_tabs(browser, folder):
         third = tab("document.getElementById('image0').src")
         tab.open("about:blank")  # away, and back again
         tab.wait("location.href === 'about:blank'")
-        tab("history.back()")
+        tab.back()
         tab.wait(f"location.href === {web.address!r} && {SEEN} && document.getElementById('image0').src === {third!r}")
         press(tab, "2")
         assert len(read(folder)) == 4
