@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("benchmarks/results/host"), help="folder of the table (default: %(default)s)"
     )
     own = parser.parse_args(argv)
+    if own.rounds < 2:
+        parser.error(f"--rounds {own.rounds}: at least 2, which quartiles need")
     torch.set_num_threads(1)
     results = Results(own.out, about(torch.device("cpu")))
     for case in cases():

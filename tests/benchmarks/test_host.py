@@ -44,3 +44,9 @@ def test_the_table_has_a_row_for_each(tmp_path, capsys, monkeypatch):
     assert len(rows) == 12 and {row["op"] for row in rows} == {case.name for case in host.cases()}
     assert all(row["short us"] > 0 and row["dispatcher / short"] > 0 for row in rows)
     assert "| geglu | forward and backward |" in capsys.readouterr().out and (tmp_path / "host.md").is_file()
+
+
+def test_one_round_has_no_quartiles(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        host.main(["--rounds", "1", "--out", str(tmp_path)])
+    assert "--rounds 1: at least 2" in capsys.readouterr().err
