@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from benchmarks.checks import Check, Row, said
 from benchmarks.sections import begin
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first check")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0, help="time that all checks have together")
+    parser.add_argument("--known", type=Path, help="results.json of the call so far")
     given = parser.parse_args(argv)
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -84,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         messages.write(json.dumps(message) + "\n")
         messages.flush()
 
-    checks, about = begin(given.section, given.smoke, given.seconds)
+    known = json.loads(given.known.read_text("utf-8")) if given.known and given.known.exists() else {}
+    checks, about = begin(given.section, given.smoke, given.seconds, known)
     tell({"about": about})
     work_off(checks, given.first, tell)
     return 0
@@ -147,8 +150,10 @@ def _started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator
         child.end()
 
 
-def command_of(section: str, smoke: bool) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.children", section, *(["--smoke"] if smoke else [])]
+def command_of(section: str, smoke: bool, known: Path) -> list[str]:
+    """The command of a section's child. known: the file of the results so far, which need not be there yet."""
+    words = [sys.executable, "-m", "benchmarks.children", section, "--known", str(known)]
+    return [*words, *(["--smoke"] if smoke else [])]
 
 
 def rows_of(

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.checks import said
 from benchmarks.children import command_of, rows_of
-from benchmarks.measuring import Results, markdown
+from benchmarks.measuring import RESULTS, Results, markdown
 from benchmarks.sections import SECTIONS
 from dpo.common.files import write_whole
 
@@ -45,7 +45,8 @@ def run(out: Path, chosen: list[str], minutes: float, smoke: bool, wheels: Path 
         for index, name in enumerate(chosen):
             left = end - time.monotonic()
             share = SECTIONS[name].share / sum(SECTIONS[other].share for other in chosen[index:])
-            for row in rows_of(command_of(name, smoke), left * share, environment, results.header.update):
+            command = command_of(name, smoke, out / RESULTS)
+            for row in rows_of(command, left * share, environment, results.header.update):
                 add(results, name, row)
     try:
         plot(results)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpo.common.files import write_text
 
+RESULTS = "results.json"
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "bitsandbytes", "peft")
 
 
@@ -119,7 +120,7 @@ class Results:
         writer.writeheader()
         writer.writerows(self.rows[section])
         self.write(f"{section}.csv", text.getvalue())
-        self.write("results.json", json.dumps({"about": self.header, **self.rows}, indent=1))
+        self.write(RESULTS, json.dumps({"about": self.header, **self.rows}, indent=1))
 
     def write(self, name: str, text: str) -> None:
         write_text(self.folder / name, text)

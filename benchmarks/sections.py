@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 
-from benchmarks.checks import Check
+from benchmarks.checks import Check, Row
 
 
 @dataclass(frozen=True)
 class Section:
-    """checks: FILE.FUNCTION of (device, smoke, seconds) -> list[Check], loaded in the child alone. share: seconds of 540."""
+    """checks: FILE.FUNCTION of (device, smoke, seconds) -> list[Check], loaded in the child alone. share: seconds of 540.
+
+    behind: a section before it whose rows the function takes as a fourth argument; none of them where that was not made.
+    """
 
     title: str
     checks: str
     share: float
     columns: tuple[str, ...]
     by_default: bool = True
+    behind: str | None = None
 
 
 PASSED = ("check", "dtype", "kernel", "plain", "ok", "failed")
@@ -54,7 +58,8 @@ SECTIONS: dict[str, Section] = {
     ),
     "steps": Section("Training steps", "steps.checks", 115, STEPS),
     "profile": Section(
-        "Where a step's time goes", "steps.profile_checks", 20, ("model", "kernel", "calls", "ms", "share", "failed")
+        "Where a step's time goes", "steps.profile_checks", 20,
+        ("model", "setting", "pairs", "kernel", "calls", "ms", "share", "failed"), behind="steps",
     ),
     "compiled": Section("Compiled steps", "steps.compiled_checks", 60, STEPS),
     "flows": Section("Steps of rectified flow", "flows.checks", 35, ("check", "value", "ok", *STEPS)),
@@ -65,11 +70,16 @@ SECTIONS: dict[str, Section] = {
 }  # fmt: skip
 
 
-def begin(name: str, smoke: bool, seconds: float) -> tuple[list[Check], dict[str, Any]]:
-    """(the checks of a section on this machine's device, what is known of the device), in a child."""
+def begin(name: str, smoke: bool, seconds: float, known: Mapping[str, list[Row]]) -> tuple[list[Check], dict[str, Any]]:
+    """(the checks of a section on this machine's device, what is known of the device), in a child.
+
+    known: the rows of the call so far, by section.
+    """
     from benchmarks.measuring import about
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    file, _, function = SECTIONS[name].checks.partition(".")
-    make: Callable[[torch.device, bool, float], list[Check]] = getattr(import_module(f"benchmarks.{file}"), function)
-    return make(device, smoke, seconds), about(device)
+    section = SECTIONS[name]
+    file, _, function = section.checks.partition(".")
+    make: Callable[..., list[Check]] = getattr(import_module(f"benchmarks.{file}"), function)
+    rows = [known.get(section.behind, [])] if section.behind else []
+    return make(device, smoke, seconds, *rows), about(device)

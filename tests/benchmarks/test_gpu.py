@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import gpu, parity, parity_pairs
 from benchmarks.checks import Check
-from benchmarks.children import rows_of, work_off
-from benchmarks.measuring import Results
+from benchmarks.children import command_of, rows_of, work_off
+from benchmarks.measuring import RESULTS, Results
 from benchmarks.sections import SECTIONS
 
 
@@ -43,11 +43,25 @@ def test_smoke(tmp_path, capsys):
     assert len(rates) > 5 and min(rates) > 0 and "x peers" in (tmp_path / "tables.md").read_text()
     assert {row["setting"] for row in found["peers"]} == {"peers: all weights", "peers: LoRA"}
     assert all(row["second: same bits"] and row["killed: same bits"] for row in found["training"])
+    best = max((row for row in found["steps"] if is_ours(row)), key=lambda row: row["pairs/s"])
     assert len(found["profile"]) == 15
+    assert {(row["setting"], row["pairs"]) for row in found["profile"]} == {(best["setting"], best["pairs"])}
     assert [row.get("value") for row in found["flows"]] == [0.0, None] * 2 and found["flows"][-1]["pairs/s"] > 0
     assert len(list(csv.DictReader((tmp_path / "steps.csv").open()))) == len(found["steps"])
     with tarfile.open(tmp_path / gpu.ARCHIVE) as archive:
         assert {"results.json", "tables.md", "steps.png", "kernels.png", "parity.csv"} <= set(archive.getnames())
+
+
+def is_ours(row):
+    return row.get("pairs/s") and row["setting"] != "LoRA" and not row["setting"].startswith("peers")
+
+
+def test_a_section_is_told_the_rows_of_the_one_before_it(tmp_path, capsys):
+    """Through the call itself, its file of results and a child: the profile is of the row that was fastest."""
+    held = Results(tmp_path, {})
+    held.add("steps", {"model": "small", "setting": "NCHW, without kernels", "pairs": 2, "pairs/s": 9e9})
+    rows = list(rows_of(command_of("profile", True, tmp_path / RESULTS), 60.0, os.environ, lambda about: None))
+    assert len(rows) == 15 and {row["setting"] for row in rows} == {"NCHW, without kernels"}
 
 
 def test_planted_faults(tmp_path, capsys):

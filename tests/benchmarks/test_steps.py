@@ -49,6 +49,20 @@ def test_the_headlines_come_first_and_are_predicted():
     assert {setting.pairs for setting in steps.ladder(SDXL)} >= {2, 4}
 
 
+def test_the_profile_is_of_the_fastest_row_of_all_weights():
+    every = list(steps.ladder(SD15))
+    rows = [{"model": SD15.name, "setting": s.name, "pairs": s.pairs, "pairs/s": 10.0 + i} for i, s in enumerate(every)]
+    rows += [{"model": SD15.name, "setting": "peers: all weights", "pairs": 1, "pairs/s": 99.0}]
+    rows += [{"model": SD15.name, "setting": every[-1].name, "pairs": every[-1].pairs, "failed": "out of memory"}]
+    assert steps.fastest(SD15, rows) == every[-1] and every[-1].name != "LoRA"
+    assert steps.fastest(SD15, [row for row in rows if row["setting"] in ("LoRA", "CUDA graph")]).graph
+    assert steps.fastest(SDXL, rows) == next(steps.ladder(SDXL))  # nothing is known of it
+    assert steps.fastest(SD15, [row for row in rows if row["setting"] == "LoRA"]) == every[0]
+    device = torch.device("cpu")
+    first, second = steps.profile_checks(device, False, 20.0, rows)
+    assert every[-1].name in first.name and first.alone and "prepared, recorded reference" in second.name
+
+
 @pytest.mark.parametrize("low_rank", [False, True], ids=["full", "LoRA"])
 def test_a_step_starts_at_zero_and_is_measured(low_rank):
     """The rows' own step, by the trainer's own parts: small enough for every run of the tests."""
