@@ -12,6 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     author="The diffusion-dpo developers",
     license="Apache-2.0",
+    project_urls={  # no address of its own until it has a public one
+        "Diffusion-DPO, the paper": "https://arxiv.org/abs/2311.12908",
+        "DDE, the paper": "https://arxiv.org/abs/2411.14871",
+    },
     keywords="diffusion-dpo, dpo, preference alignment, text-to-image, stable diffusion, sdxl, lora, triton",
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -4,8 +4,8 @@
     python -m dpo.extract runs/sdxl --base BASE --energy 0.95 --max-rank 128      each layer with the rank that it needs
     python -m dpo.extract merge.safetensors --base base.safetensors --rank 32 --lora-format kohya --fp16
 
-ALIGNED and BASE are run folders, diffusers folders, hub ids or single files. Nothing is clamped. What a LoRA cannot hold
-(biases, norms, the first and last layer) is listed with its share; a table by layer lies beside the LoRA (docs/use.md).
+ALIGNED and BASE are run folders, diffusers folders, hub ids or single files. Nothing is clamped. What is left out
+(biases and norms, and layers outside the blocks) is listed with its share; a table by layer lies beside the LoRA (docs/use.md).
 """
 
 from __future__ import annotations

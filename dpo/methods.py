@@ -21,10 +21,7 @@ class Paper(NamedTuple):
 
 DIFFUSION_DPO = Paper("Diffusion Model Alignment Using Direct Preference Optimization", "2311.12908")
 DENSE_REWARD = Paper("A Dense Reward View on Aligning Text-to-Image Diffusion with Preference", "2402.08265")
-DDE = Paper(
-    "Prioritize Denoising Steps on Diffusion Model Preference Alignment via Explicit Denoised Distribution Estimation",
-    "2411.14871",
-)
+DDE = Paper("Preference Alignment for Diffusion Model via Explicit Denoised Distribution Estimation", "2411.14871")
 IPO = Paper("A General Theoretical Paradigm to Understand Learning from Human Preferences", "2310.12036")
 ROBUST = Paper("Provably Robust DPO: Aligning Language Models with Noisy Feedback", "2403.00409")
 APO = Paper(

@@ -37,8 +37,13 @@ def test_the_citation_is_of_this_version_and_of_the_papers():
     assert re.findall(r"^## (\d\S*)", changes, re.MULTILINE)[0] == cited["version"]
     assert cited["license"] == setup_arguments()["license"]
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
-    numbers = {one["url"].removeprefix("https://arxiv.org/abs/") for one in cited["references"]}
-    assert numbers == {paper.arxiv for name in ("dpo", "dde") for paper in METHODS[name].papers}
+    papers = {
+        (paper.title, f"https://arxiv.org/abs/{paper.arxiv}")
+        for name in ("dpo", "dde")
+        for paper in METHODS[name].papers
+    }
+    assert {(one["title"], one["url"]) for one in cited["references"]} == papers
+    assert set(setup_arguments()["project_urls"].values()) == {address for _, address in papers}
 
 
 def test_issue_forms_have_what_a_form_needs():

@@ -66,7 +66,7 @@ class Extraction(NamedTuple):
 
     path: Path
     rows: list[Row]
-    left: dict[str, float]  # what a LoRA cannot hold -> squared change
+    left: dict[str, float]  # what is left out -> squared change
     total: float  # squared change of the whole denoiser
 
     @property
@@ -105,7 +105,7 @@ def extract(asked: Asked) -> Extraction:
                 left[_kind(name, change.dim())] += squared
             bar.update(count, {})
     if not rows:
-        what = f"only in what a LoRA cannot hold ({', '.join(left)})" if left else "in nothing"
+        what = f"only in what the LoRA leaves out ({', '.join(left)})" if left else "in nothing"
         raise UserError(f"{asked.aligned} and --base {asked.base} differ {what}: there is nothing to extract")
     _write(asked, adapter, aligned, base)
     return Extraction(asked.output, rows, dict(sorted(left.items(), key=lambda item: -item[1])), total)
@@ -134,7 +134,7 @@ def _factors(found: Change, row: Row) -> Factors:
 
 
 def _kind(name: str, dimensions: int) -> str:
-    """What a weight that a LoRA cannot hold is called."""
+    """What a weight that is left out is called."""
     if name.endswith(".bias"):
         return "biases"
     return "norms" if dimensions < 2 else name.removesuffix(".weight")

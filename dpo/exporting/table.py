@@ -20,7 +20,7 @@ def block(layer: str) -> str:
 
 
 def lines(found: Extraction, energy: float | None) -> list[str]:
-    """The terminal's lines: blocks, what is held of the whole, what a LoRA cannot hold, and how far rounding goes."""
+    """The terminal's lines: blocks, what is held of the whole, what is left out, and how far rounding goes."""
     head = ["block", "layers", "change", *[f"rank {share:.0%}" for share in SHARES], "rank", "kept", "rounding"]
     shown = [head, *[_summary(name, list(rows)) for name, rows in groupby(found.rows, lambda row: block(row.layer))]]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
@@ -29,7 +29,7 @@ def lines(found: Extraction, energy: float | None) -> list[str]:
         f"The LoRA holds {found.kept:.2%} of the squared change of the denoiser; its error is {_error(found):.1%} of the change's size."
     ]
     for what, squared in found.left.items():
-        told.append(f"A LoRA cannot hold {what}: {squared / found.total:.2%} of the squared change.")
+        told.append(f"The LoRA leaves out {what}: {squared / found.total:.2%} of the squared change.")
     if fewer := [row for row in found.rows if energy is not None and row.kept < energy - SUMMED]:
         told.append(f"{len(fewer)} layers keep less than {energy:.0%}: --max-rank cut them off.")
     if rough := noisy(found.rows, NOISE if energy is None else energy):

@@ -22,6 +22,9 @@ def test_the_rows_are_named_as_the_documents_name_them():
     for document in ("README.md", "docs/method.md"):
         text = (ROOT / document).read_text("utf-8")
         assert [name for name in METHODS if f"`{name}`" not in text] == []
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert [shape for shape in SHAPES if f"`{shape}`" not in text] == []
+    assert f"| {len(METHODS)}, with {len(SHAPES)} pairwise shapes" in text
 
 
 def test_settings_of_a_row_are_settings():

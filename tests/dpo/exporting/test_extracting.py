@@ -105,7 +105,7 @@ def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(wor
         one, other = plain.denoiser.state_dict()[f"{row.layer}.weight"], wanted[f"{row.layer}.weight"]
         assert (one - other).abs().max() <= 2 * torch.finfo(torch.float32).eps * other.abs().max()
     said = table.lines(found, None)
-    assert "A LoRA cannot hold conv_in" in "\n".join(said) and said[0].split()[0] == "block"
+    assert "The LoRA leaves out conv_in" in "\n".join(said) and said[0].split()[0] == "block"
     assert len(table.table(found).splitlines()) == 1 + len(found.rows)
 
 
@@ -154,7 +154,7 @@ def test_a_half_of_the_same_vae_and_text_encoder_is_no_change(world, tmp_path):
     ("change", "words"),
     [
         ({}, "differ in nothing: there is nothing to extract"),
-        ({"unet__conv_in__bias": noise(1)}, r"differ only in what a LoRA cannot hold \(biases\)"),
+        ({"unet__conv_in__bias": noise(1)}, r"differ only in what the LoRA leaves out \(biases\)"),
         ({"vae__decoder__conv_in__bias": noise(1e-3)}, "has another VAE than --base .* cannot hold that"),
         ({"text_encoder__final_layer_norm__bias": noise(1e-3)}, "has another text encoder than --base"),
         ({"unet__conv_out__bias": lambda value: value * float("nan")}, "conv_out.bias has NaN or infinity"),
