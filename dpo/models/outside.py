@@ -14,7 +14,6 @@ from typing import Any
 from dpo.common.errors import UserError
 from dpo.common.words import excerpt, first_line
 
-ATTENTION = "sdpa"  # of the text encoders, whatever their config says; transformers' default for them
 OWN_ATTENTION = (None, "sdpa", "eager")  # what a config may say where it cannot be overruled
 
 FOLLOWED = {  # keys of a config.json, and what the libraries would do with them
@@ -33,6 +32,11 @@ def check_config(place: str, config: Mapping[str, Any]) -> None:
                 f"{place}/config.json has {key} {excerpt(config[key])}: {meaning}, which this trainer does not follow; "
                 "name the plain model in fp32, bf16 or fp16"
             )
+
+
+def attention_of(encoder: type) -> str:
+    """The attention of a text encoder's class, whatever its config says: transformers' default for it."""
+    return "sdpa" if getattr(encoder, "_supports_sdpa", True) else "eager"  # eager: T5 of transformers 4
 
 
 def check_part(place: Path, overruled: bool = True) -> None:

@@ -13,7 +13,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.words import brief, first_line
 from dpo.models.checks import check_stored, filled, finite, stored_dtypes
-from dpo.models.outside import ATTENTION, check_part
+from dpo.models.outside import attention_of, check_part
 from dpo.models.text import KEY_MAPPING
 from dpo.models.weights import VAE, load_file_into
 
@@ -175,7 +175,7 @@ def component(
         options["subfolder"] = subfolder
     dtype = _stored_in(Path(place), variant) if narrow else torch.float32
     if cls.__module__.startswith("transformers"):
-        options |= {"dtype": dtype, "attn_implementation": ATTENTION}
+        options |= {"dtype": dtype, "attn_implementation": attention_of(cls)}
         if cls.__name__.startswith("CLIP"):
             options["key_mapping"] = KEY_MAPPING
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,4 +108,16 @@ def run_encoder(
     tokenizer: CLIPTokenizer, encoder: TextEncoder, captions: list[str], length: int | None = None, **options: Any
 ) -> Any:
     """The output of a transformers text encoder for B captions of `length` tokens; `options` go to its forward."""
-    return encoder(token_ids(tokenizer, encoder, captions, length), **options)
+    with _default(torch.float64) if encoder.dtype == torch.float64 else nullcontext():
+        return encoder(token_ids(tokenizer, encoder, captions, length), **options)
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype inside the block: transformers 4 fills CLIP's mask in it with the least float64 that there is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -17,7 +17,7 @@ from dpo.models import checks
 from dpo.models.family import Model
 from dpo.models.hub import locate
 from dpo.models.load import family_of, read_index, read_scheduler
-from dpo.models.outside import ATTENTION
+from dpo.models.outside import attention_of
 from dpo.models.parts import absent_parts, configs_of, guidance_of, is_few_steps, pipeline_settings, tokens_of
 from dpo.settings.config import Model as Named
 
@@ -89,7 +89,7 @@ def sketch(named: Named) -> Model:
         for name, kind in [entry for entry in family.text_encoders if entry[0] not in lacking]:
             cls = getattr(transformers, kind)
             config = cls.config_class.from_dict(dict(parts[name]))
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = attention_of(cls)
             encoders.append(cls(config))
     for module in (denoiser, autoencoder, *encoders):
         module.requires_grad_(False).eval()

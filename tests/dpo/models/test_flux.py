@@ -320,7 +320,7 @@ def test_a_lora_has_the_layers_of_the_public_trainers_and_draws_in_the_pipeline(
     save_lora(model, model.denoiser, tmp_path, layout="diffusers")
     pipe = pipeline_of(world(kind))
     before = predicted(model, pipe.transformer)
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     trained = predicted(model, model.denoiser)
     torch.testing.assert_close(predicted(model, pipe.transformer), trained, rtol=1e-5, atol=1e-5)
     assert (trained - before).abs().max() > 0.1

@@ -168,7 +168,7 @@ def test_a_saved_adapter_loads_in_the_pipeline_and_gives_the_trained_prediction(
             return qwen.predict(module, x_t, torch.tensor([500.0]), text, None)
 
     before = predict(pipe.transformer)
-    pipe.load_lora_weights(tmp_path / "out")
+    pipe.load_lora_weights(tmp_path / "out", weight_name="pytorch_lora_weights.safetensors")
     pipe.transformer.eval()
     assert (predict(pipe.transformer) - before).abs().max() > 1e-2
     torch.testing.assert_close(predict(pipe.transformer), predict(model.denoiser), rtol=1e-4, atol=1e-5)
