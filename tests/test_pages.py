@@ -198,7 +198,6 @@ def test_the_notebook_imports_what_is_there_and_holds_no_output():
     assert '"outputs": []' in (text := NOTEBOOK.read_text("utf-8")) and '"output_type"' not in text
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """In a kernel of its own, as in Jupyter."""
     import nbformat

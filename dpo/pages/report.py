@@ -92,8 +92,10 @@ def template(name: str) -> Template:
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     cells, hidden, whole, step = _pictures(run)
+    name = run.setting("run_name") or run.model_name
     return template("report.html").render(
-        title=f"{run.setting('run_name') or run.model_name}: alignment report",
+        title=f"{name}: alignment report",
+        name=name,
         subtitle=_subtitle(run),
         run=run,
         verdict=verdict(run),
@@ -121,7 +123,8 @@ def _variables(colours: dict[str, str]) -> str:
 
 def _subtitle(run: RunFolder) -> str:
     kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
-    parts = [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
+    parts = [run.model_name] if run.setting("run_name") else []  # else it is the heading
+    parts += [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
     seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
     parts += [duration(seconds) + (" since the last start" if _resumed(run) else "")] if seconds else []
     parts += [str(device)] if device else []

@@ -1,8 +1,11 @@
 """A diffusers pipeline's weights under the key names of the original (CompVis, Stability) single-file checkpoints."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 
 RESNET = {
@@ -70,6 +73,21 @@ def original_unet(state: dict[str, torch.Tensor], levels: int, layers: int) -> d
             place = place.replace("UP", "2" if attended else "1")
         result[f"model.diffusion_model.{place}.{rest}"] = value
     return result
+
+
+def led_back(names: Sequence[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Layers of an original UNet by name -> what each is called in diffusers, by diffusers' own reader of checkpoints."""
+    numbers = {
+        f"model.diffusion_model.{name}.{kind}": torch.tensor(number)
+        for number, name in enumerate(names)
+        for kind in ("weight", "bias")
+    }
+    for name in ("time_embed.0", "time_embed.2", "out.0", "out.2", "input_blocks.0.0"):  # which it asks for
+        for kind in ("weight", "bias"):
+            numbers.setdefault(f"model.diffusion_model.{name}.{kind}", torch.tensor(-1))
+    back = convert_ldm_unet_checkpoint(numbers, dict(config))
+    weights = {name.removesuffix(".weight"): int(value) for name, value in back.items() if name.endswith(".weight")}
+    return {names[number]: name for name, number in weights.items() if number >= 0}
 
 
 def original_vae(state: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:

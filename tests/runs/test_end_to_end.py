@@ -1,13 +1,14 @@
 """Whole runs on tiny pipelines with a learnable preference: winners are bright and red, losers dark and blue."""
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dpo.common import locks
+from dpo.common import console, locks
 from dpo.data.images import decode
 from dpo.pages.folder import ADAPTER_FILE, ENTRIES
 from dpo.settings.flags import parse
@@ -47,7 +48,8 @@ SLOW = ("sd15, all weights", "sd2v, all weights", "sdxl, LoRA")
     ("kind", "flags"),
     [pytest.param(*run, marks=[pytest.mark.slow] * (name in SLOW), id=name) for name, run in RUNS.items()],
 )
-def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, capsys, kind, flags):
+def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, capsys, monkeypatch, kind, flags):
+    monkeypatch.setattr(console, "SILENCE", 0.0)
     words = [
         "--model",
         world(kind),
@@ -76,6 +78,10 @@ def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, cap
     assert said.code == 0 and said.errors == []
     assert any("76 rows: 69 pairs; left out: 4 ties, 3 unlabelled" in line for line in said.log)
     assert len(said.warnings("pair left out")) == 3, "unreadable images"
+    assert stages(said.log) == [
+        "held-out pairs encoded", "held-out reference errors", "sample images", "step", "held-out accuracy", "step",
+        "held-out accuracy", "step", "sample images",
+    ]  # fmt: skip
 
     out = tmp_path / "out"
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -88,6 +94,13 @@ def test_a_preference_is_learnt_and_the_result_draws(world, messy, tmp_path, cap
     assert checks[-1]["heldout_accuracy"] >= 0.75 and checks[-1]["heldout_interval"][0] > 0.5
     check_files(out)
     check_result(kind, Path(world(kind)), out, lora="--lora" in flags)
+
+
+def stages(log):
+    """Which parts of a run said how far they were, in their order; "step": its updates."""
+    parts = ("held-out pairs encoded", "held-out reference errors", "held-out accuracy", "sample images", "step")
+    said = [part for line in log for part in parts if line.split(" INFO ")[-1].startswith(f"{part} ")]
+    return [part for part, _ in groupby(said)]
 
 
 def check_files(out):

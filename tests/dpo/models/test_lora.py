@@ -7,7 +7,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,6 +20,7 @@ from dpo.models.save import save_lora
 from dpo.models.sdxl import kohya_name
 from dpo.pages.folder import ADAPTER_FILE
 from tests.dpo.models.test_denoiser import arguments, run
+from tests.help.ldm import led_back
 from tests.help.operations import Operations
 from tests.help.worlds import make_pipeline
 
@@ -200,15 +200,9 @@ def test_kohya_names_of_every_layer_of_sdxl_are_the_original_ones(full_sdxl):
     """diffusers' map from original checkpoints takes each of them back to the layer."""
     linear = (torch.nn.Linear, torch.nn.Conv2d)
     layers = [name for name, module in full_sdxl.named_modules() if isinstance(module, linear)]
-    original = {
-        f"model.diffusion_model.{kohya_name(name, full_sdxl)}.weight": torch.tensor(i) for i, name in enumerate(layers)
-    }
-    assert len(original) == len(layers) == 794
-    original |= {name.replace(".weight", ".bias"): value for name, value in original.items()}
-    for name in ("time_embed.0", "time_embed.2", "out.0", "out.2", "input_blocks.0.0"):
-        original.setdefault(f"model.diffusion_model.{name}.weight", torch.tensor(-1))
-    back = convert_ldm_unet_checkpoint(original, dict(full_sdxl.config))
-    assert [int(back[f"{name}.weight"]) for name in layers] == list(range(len(layers)))
+    original = [kohya_name(name, full_sdxl) for name in layers]
+    assert len(set(original)) == len(layers) == 794
+    assert led_back(original, full_sdxl.config) == dict(zip(original, layers, strict=True))
     known = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
     }

@@ -78,6 +78,13 @@ def started(run, **named):
     return model_card(run._replace(settings={**run.settings, "model": {**run.settings["model"], **named}}))
 
 
+def test_a_run_that_has_a_name_is_titled_by_it(runs):
+    run = runs["lora-gpu"]
+    named = run._replace(settings={**run.settings, "output": {**run.settings["output"], "run_name": "red foxes"}})
+    assert "\n---\n\n# red foxes\n" in model_card(named)
+    assert "# stable-diffusion-xl-base-1.0 aligned by Diffusion-DPO\n" in model_card(run)
+
+
 def test_what_the_training_began_with(runs):
     """What has to be loaded for the trained model is said, and what must not be loaded twice."""
     plain = model_card(runs["lora-gpu"])

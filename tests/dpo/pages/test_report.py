@@ -65,6 +65,14 @@ def test_warnings_stand_before_the_pictures(blank_charts):
     assert text.index("at a price") < text.index("Both errors rise") < text.index("Pictures")
 
 
+def test_a_run_that_has_a_name_goes_by_it(blank_charts):
+    run = run_of("lora-gpu")
+    output = {**run.settings["output"], "run_name": "red foxes"}
+    text = render(run._replace(settings={**run.settings, "output": output}))
+    assert "<title>red foxes: alignment report</title>" in text and "<h1>red foxes</h1>" in text
+    assert f"red foxes {run.model_name} · " in Page(text).text and f"<h1>{run.model_name}</h1>" in render(run)
+
+
 def test_changed_settings_are_marked(dde):
     assert re.search(r"<td[^>]*>method</td><td><strong>dde</strong>", dde)
     assert re.search(r'<tr class="quiet"><td[^>]*>gamma</td><td>0\.99475<', dde)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -69,6 +70,10 @@ def test_a_run_is_judged_and_says_that_nothing_was_left_to_train(again, few_prom
     assert train.main(["--output", str(again), "--resume", "latest", "--judge"]) == 0
     said = capsys.readouterr().err
     assert "update 1 of 1 was made before: nothing is trained; raise --steps to go on" in said
+    assert re.search(r"INFO image 4/4  \S+ images/s  ETA ", said), "drawing says how far it is"
+    assert all(f"INFO image 8/8  {judge}, aligned  ETA " in said for judge in ("tiny-b", "tiny-b-faithful")), (
+        "so does judging"
+    )
     found = summary(again)
     figures = found["evaluation"]
     assert found["status"] == "finished" and not found["reason"]
