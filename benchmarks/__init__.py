@@ -9,6 +9,7 @@ python -m benchmarks.spared          what a training step is spared of casts, pr
 python -m benchmarks.prepare         what a prepared store and recorded reference errors save, on the CPU
 python -m benchmarks.step            the trainer's update against the peers', by where its pairs come from, on the CPU
 python -m benchmarks.sampling        memory and speed of drawing and scoring by the number of images, on the CPU
+python -m benchmarks.saving          memory of writing a result, drawing samples and exporting, by commit, on the CPU
 python -m benchmarks.study           do the methods do what the papers say: study_rows.py the runs, evidence.py the page
 python -m benchmarks.aot             registers, spills and vector accesses of every kernel: machine_code.py, no GPU needed
 python -m benchmarks.losses A B      do two commits train alike, bit for bit
