@@ -56,10 +56,6 @@ def evaluate(asked: Asked, folder: Path) -> Path:
     """Draws, scores and compares into `folder`; the path of its evaluation.json. Raises UserError."""
     began = time.monotonic()
     device = pick_device(asked.draw.device)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output"))
         for name in (result.FILE, pages.PAGE, pages.TABLE):

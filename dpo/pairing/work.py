@@ -11,7 +11,6 @@ import numpy as np
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
 from dpo.common.words import command_line, digest
 from dpo.data.listing import is_of_files
 from dpo.data.pairs import ImageRef, Source, things
@@ -36,7 +35,6 @@ CALLED = "chosen is the image that this set prefers"  # where nobody knows by wh
 
 def make(asked: Asked, folder: Path) -> None:
     """The pairs of a ranking, and a look at them, into `folder`. Raises UserError."""
-    make_folder(folder, "--output")
     with locks.held(folder, "--output"):
         place.check_free(folder)
         ranking = rankings.read(asked)
@@ -89,7 +87,6 @@ def check(data: Data, folder: Path, looking: Looking, *, overwrite: bool = False
         raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
     if root.resolve().is_relative_to(folder.resolve()):  # what --overwrite deletes there may be these pairs
         raise UserError(f"--output {folder} is the folder of the pairs, {root}: name a folder apart from it")
-    make_folder(folder, "--output")
     with locks.held(folder, "--output"):
         place.check_free(folder)
         found = _looked(data, looking, Looker())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
@@ -120,7 +119,6 @@ def encode_pairs(
         max_mib=config.data.max_image_mib,
         progress=progress_line("prepared", things(source)),
     )
-    make_folder(place, "--store")
     with locks.held(place, "--store"):
         fresh = fill.fill(task)
     if task.cut.images:
