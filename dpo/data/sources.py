@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +23,7 @@ from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, SOFT, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, NoSplit, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
-from dpo.data.pairs import InMemory, Source, Subset, read_into_memory, things
+from dpo.data.pairs import InMemory, Source, Subset, caption_key, read_into_memory, things
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
 from dpo.data.tables import open_table
@@ -38,6 +39,8 @@ MAKERS = {  # by a folder that presets take their pairs from: the command that m
     "labels": "label makes sets of labels (docs/label.md)",
     "stores": "prepare makes prepared stores (docs/prepare.md)",
 }
+
+log = logging.getLogger("dpo")
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
@@ -119,6 +122,16 @@ def describe(source: Source) -> str:
         text += f"; {read} {CAPTION_FILES}"
     others = [f"{count} {name.removeprefix(NOT_READ)}" for name, count in files.items()]
     return text + (f"; {NOT_READ}{', '.join(others)}" if others else "")
+
+
+def tell(source: Source) -> None:
+    """Logs what was opened, and warns where nothing in it has a caption: then only the empty prompt is trained."""
+    what = things(source)
+    log.info("%s: %s", what, describe(source))
+    if source.summary.get(BLANK, 0) >= len(source) and (source.caption_keys() == caption_key("")).all():
+        log.warning(
+            "none of the %d %s has a caption: only the empty prompt is trained; give them captions", len(source), what
+        )
 
 
 def _rest(source: Source, rest: int) -> dict[str, int]:

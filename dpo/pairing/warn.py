@@ -139,12 +139,13 @@ def few(found: Set) -> Iterator[str]:
 
 def captions(found: Set) -> Iterator[str]:
     count, what = len(found.source), things(found.source)
-    if found.captions == 1 and count > 1:
+    blank = found.source.summary.get(BLANK, 0)
+    if found.captions == 1 and count > 1 and not blank:  # else the one is the empty one
         yield (
             f"all {count} {what} have one caption: the model learns this one alone, and {what} that are held out have it too; "
             f"{MORE[what]} images of more prompts"
         )
-    if blank := found.source.summary.get(BLANK, 0):
+    if blank:
         yield f"{blank} of {count} {what} have no caption, and train the empty prompt: give {'their images' if what == 'pairs' else 'them'} one"
     long = [one.caption for one in found.looked if len(PIECES.findall(one.caption)) > TOKENS]
     if long:

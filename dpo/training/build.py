@@ -23,7 +23,7 @@ from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.order import run_order
 from dpo.data.pairs import Source, things
-from dpo.data.sources import describe, open_sources
+from dpo.data.sources import open_sources, tell
 from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
@@ -91,7 +91,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     config = _left_open(config, saved)
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
-    log.info("%s: %s", things(source), describe(source))
+    tell(source)
     stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
 

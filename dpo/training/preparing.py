@@ -20,7 +20,7 @@ from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
 from dpo.data.pairs import Source, things
-from dpo.data.sources import describe, open_source
+from dpo.data.sources import open_source, tell
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
@@ -82,7 +82,7 @@ def encode_pairs(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
     source = open_source(config.data)
-    log.info("%s: %s", things(source), describe(source))
+    tell(source)
     config, model, _, _ = load_model(config, device, narrow=True)
     settings = (
         identity(model)

@@ -16,7 +16,8 @@ from dpo.data import sources
 from dpo.data.hub import split_of
 from dpo.data.listing import is_of_files
 from dpo.data.order import Order
-from dpo.data.sources import describe, open_source, open_sources
+from dpo.data.pairs import Subset
+from dpo.data.sources import describe, open_source, open_sources, tell
 from tests.help import worlds
 from tests.help.reading import stream
 
@@ -93,6 +94,16 @@ def test_a_format_asked_for_is_the_one_read(tmp_path, settings):
         open_source(settings(tmp_path, data_format="chosen-rejected"))
     with pytest.raises(UserError, match="needs pairs of format folders, found data"):
         open_source(settings(tmp_path, data_format="folders"))
+
+
+def test_pairs_that_all_have_no_caption_are_warned_of(tmp_path, settings, caplog):
+    for name, captions_in in (("none", "none"), ("some", "captions")):
+        worlds.make_folders(tmp_path / name, 3, captions_in=captions_in)
+    (tmp_path / "some/captions.txt").write_text("00000.jpg\ta fox\n")
+    tell(Subset(open_source(settings(tmp_path / "none")), np.arange(2)))
+    tell(Subset(open_source(settings(tmp_path / "some")), np.arange(2)))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["none of the 2 pairs has a caption: only the empty prompt is trained; give them captions"]
 
 
 # --- held-out pairs -------------------------------------------------------------------------------------------------

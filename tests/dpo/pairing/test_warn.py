@@ -87,6 +87,8 @@ def test_each_fault_has_its_own_line_alone(fault):
 def test_captions_that_are_missing():
     (line,) = warnings(a_set(clean(), blank=7))
     assert line.startswith("7 of 100 pairs have no caption")
+    (line,) = warnings(a_set([pair("") for _ in range(FEW)], blank=FEW))
+    assert line.startswith("100 of 100 pairs have no caption"), "not that all have one caption"
 
 
 def test_a_few_odd_shapes_among_many_are_not_a_fault_of_the_set():
