@@ -84,7 +84,7 @@ def test_captions_of_an_imagefolder(place, tmp_path, settings):
     (tmp_path / place).write_text("\n".join(rows), encoding="utf-8")
     source = open_source(settings(tmp_path))
     assert captions_of(source) == CAPTIONS
-    assert describe(source) == "3 rows: 3 pairs; 1 caption files"
+    assert describe(source) == "3 rows: 3 pairs; 1 caption file"
 
 
 @pytest.mark.parametrize("suffix", [".caption", ".CAPTION", ".TXT"])
@@ -117,7 +117,7 @@ def test_twins_and_thumbnails_are_no_pairs(tmp_path, settings):
         (tmp_path / side / "Thumbs.db").write_bytes(b"x")
     source = open_source(settings(tmp_path))
     assert source.fingerprint == before.fingerprint
-    assert describe(source) == "3 rows: 3 pairs; 1 caption files; files not read: 10 hidden"
+    assert describe(source) == "3 rows: 3 pairs; 1 caption file; files not read: 10 hidden"
 
 
 def test_linked_folders_are_read_and_loops_end(tmp_path, settings):

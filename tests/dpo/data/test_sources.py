@@ -68,6 +68,7 @@ def test_files_without_a_split_in_their_name_are_train(tmp_path, settings):
     ("data", "message"),
     [
         ("nonesuch", "no such file or folder"),
+        ("my\\pairs.csv", "it is written with .*, as on Windows: write / here"),
         ("non/such/place", "no such file or folder"),
         ("*.parquet", "matches no file"),
         (".", "needs parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/, found nothing"),
@@ -81,9 +82,20 @@ def test_no_such_data(data, message, tmp_path, settings, monkeypatch):
 
 def test_files_of_no_known_kind(tmp_path, settings):
     (tmp_path / "pairs.txt").write_text("x")
-    with pytest.raises(UserError, match=r"cannot read pairs.txt as auto pairs; known are parquet"):
+    with pytest.raises(UserError, match=r"cannot read pairs.txt as pairs; known are parquet"):
         open_source(settings(tmp_path / "pairs.txt"))
+    with pytest.raises(UserError, match=r"cannot read pairs.txt as csv pairs; known are parquet"):
+        open_source(settings(tmp_path / "pairs.txt", data_format="csv"))
     with pytest.raises(UserError, match=r"found pairs.txt"):
+        open_source(settings(tmp_path))
+
+
+def test_of_several_tables_one_is_named(tmp_path, settings):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(
+        UserError, match=r"several tables \(a.csv, b.csv\); name one of them itself, such as /.*a\.csv$"
+    ):
         open_source(settings(tmp_path))
 
 
