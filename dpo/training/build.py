@@ -185,10 +185,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         restore(run, saved)
     run.best = choice.begin(run, saved)
     if saved is not None and (run.done >= run.total or run.ended):
-        made = f"update {run.done} of {run.total} was made before"
+        said = f"update {run.done} of {run.total} was made before"
         if run.done > run.total:
-            made = f"{run.done} updates were made before, and {run.total} asked for now"
-        log.warning("%s: nothing is trained; raise %s to go on", made, "--patience" if run.ended else "--steps")
+            said = f"{run.done} updates were made before, and {run.total} asked for now"
+        log.warning("%s: nothing is trained; raise %s to go on", said, "--patience" if run.ended else "--steps")
         keep_trained(run, saved)
     elif saved is not None:
         for line in changed:
