@@ -121,9 +121,8 @@ def _asked(given: argparse.Namespace, words: str) -> Asked:
     if len(base.seeds) > 1:
         raise UserError(f"{given.sides[0]}: the base is one model; several training seeds are compared with it")
     sides = [one.name for method in (base, *others) for one in method.seeds]
-    check_scorers(
-        scorers, [table(text)[0] for text in given.scores], cache_dir=given.cache_dir
-    )  # before anything is drawn
+    # Before anything is drawn; the hub is asked for weights once the sides are known to be there.
+    check_scorers(scorers, [table(text)[0] for text in given.scores], hub=False)
     if given.reproduce is not None:
         reproduce.check(published, sides, [*scorers, *(table(text)[0] for text in given.scores)])
     if twice := sorted({name for name in sides if sides.count(name) > 1}):

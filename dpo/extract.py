@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> int:
     from dpo.common import console
-    from dpo.common.files import make_folder, write_text
+    from dpo.common.files import made, write_text
 
     given = make_parser().parse_args(list(argv))
     console.setup()
@@ -41,23 +41,23 @@ def _command(argv: Sequence[str]) -> int:
     from dpo.exporting import extracting, table
 
     wanted = {"max_rank": given.max_rank} if given.max_rank is not None else {}
-    make_folder(output.parent, "--output")
-    found = extracting.extract(
-        extracting.Asked(
-            aligned=given.aligned,
-            base=given.base,
-            output=output,
-            rank=given.rank,
-            energy=given.energy,
-            kohya=given.lora_format == "kohya",
-            fp16=given.fp16,
-            device=given.device,
-            cache_dir=given.cache_dir,
-            **wanted,
+    with made(output.parent, "--output"):
+        found = extracting.extract(
+            extracting.Asked(
+                aligned=given.aligned,
+                base=given.base,
+                output=output,
+                rank=given.rank,
+                energy=given.energy,
+                kohya=given.lora_format == "kohya",
+                fp16=given.fp16,
+                device=given.device,
+                cache_dir=given.cache_dir,
+                **wanted,
+            )
         )
-    )
-    layers = output.with_suffix(".csv")
-    write_text(layers, table.table(found), "start the same command again")
+        layers = output.with_suffix(".csv")
+        write_text(layers, table.table(found), "start the same command again")
     sys.stdout.write(printable("\n".join([*table.lines(found, given.energy), str(layers), str(output)])) + "\n")
     return 0
 

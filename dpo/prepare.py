@@ -44,7 +44,6 @@ def _command(argv: Sequence[str]) -> int:
 def run(own: argparse.Namespace, rest: list[str]) -> int:
     """Verifies, merges, encodes or records as `own` asks; `rest` are flags of dpo.train. Returns the exit code."""
     from dpo.common import locks
-    from dpo.common.files import make_folder
     from dpo.data.store import store
     from dpo.training import preparing
     from dpo.training.folder import check_apart, check_own
@@ -54,7 +53,6 @@ def run(own: argparse.Namespace, rest: list[str]) -> int:
         return _verify(folder)
     if own.merge is not None:
         parts = [Path(part).expanduser() for part in own.merge] or preparing.parts_in(folder)
-        make_folder(folder, "--store")
         with locks.held(folder, "--store"):
             store.merge(folder, parts)
         log.info("%s: %d parts, %s pairs", folder, len(parts), f"{len(store.read_contents(folder).order):,}")

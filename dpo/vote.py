@@ -115,12 +115,10 @@ def _serve(given: argparse.Namespace) -> int:
         with locks.held(folder, "the study", wait=WAIT):
             server.serve(folder, place, given.raters)
         return 0
-    from dpo.common.files import make_folder
     from dpo.voting import declare, raters
 
     wanted = _wanted(given)
-    make_folder(folder, "--output")
-    with locks.held(folder, "the study", wait=WAIT):
+    with locks.held(folder, "--output", wait=WAIT):
         if study.is_study(folder):
             declare.check_same(folder, wanted)
         else:

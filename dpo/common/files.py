@@ -66,6 +66,23 @@ def make_folder(folder: Path, flag: str) -> None:
         raise UserError(f"{flag} {folder}: cannot be made ({error.strerror}); name another folder") from error
 
 
+@contextmanager
+def made(folder: Path, flag: str) -> Iterator[list[Path]]:
+    """Inside the block `folder` is there, made as `make_folder` does it; the folders that this made, the deepest first.
+
+    Those that are empty at the end are taken away again: a command that is refused leaves none, and nothing that was there
+    before is removed. Raises UserError.
+    """
+    new = [path for path in (folder, *folder.absolute().parents) if not os.path.lexists(path)]
+    make_folder(folder, flag)
+    try:
+        yield new
+    finally:
+        for one in new:
+            with suppress(OSError):  # something was put there
+                one.rmdir()
+
+
 def write_text(path: Path, text: str, remedy: str = RESUME) -> None:
     """Replace `path` by `text` (UTF-8) in one step. Raises the error that `disk_error` makes of an OSError."""
     with writing(path, remedy):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -75,6 +76,16 @@ def brief(value: object, limit: int = 3 * SHOWN) -> str:
 def excerpt_of_path(path: str) -> str:
     """A path as a message shows it: whole where it can be one, else its last characters (a cell need hold no path)."""
     return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]
+
+
+def counted(count: int, one: str, many: str) -> str:
+    """A number and what it counts: "1 image is", "2 images are"."""
+    return f"{count} {one if count == 1 else many}"
+
+
+def as_on_windows(path: str) -> str:
+    """The end of a message on a path that is not there: a hint where it has backslashes, and this system cuts by slashes."""
+    return "; it is written with \\, as on Windows: write / here" if "\\" in path and os.sep == "/" else ""
 
 
 def listed(names: Iterable[str]) -> str:

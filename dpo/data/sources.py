@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 
 from dpo.common.errors import UserError, reading
 from dpo.common.hub import is_hub_id
-from dpo.common.words import listed
+from dpo.common.words import as_on_windows, counted, listed
 from dpo.data import held_out, labelled
 from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
@@ -22,7 +23,7 @@ from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, SOFT, UNREADABLE
 from dpo.data.listing import CAPTION_FILES, JUNK, NOT_READ, Listing, NoSplit, is_of_files, list_files, not_read
 from dpo.data.order import epoch_order
-from dpo.data.pairs import InMemory, Source, Subset, read_into_memory, things
+from dpo.data.pairs import InMemory, Source, Subset, caption_key, read_into_memory, things
 from dpo.data.parquet import Files, open_parquet
 from dpo.data.store.store import is_store, of_store, open_store
 from dpo.data.tables import open_table
@@ -38,6 +39,8 @@ MAKERS = {  # by a folder that presets take their pairs from: the command that m
     "labels": "label makes sets of labels (docs/label.md)",
     "stores": "prepare makes prepared stores (docs/prepare.md)",
 }
+
+log = logging.getLogger("dpo")
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
@@ -108,7 +111,8 @@ def describe(source: Source) -> str:
     if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
         counts |= _rest(source, rest)
     notes = [f"{count} {name}" for name, count in counts.items() if count]
-    text = f"{rows} rows: {pairs} {things(source)}"
+    what = things(source)
+    text = f"{counted(rows, 'row', 'rows')}: {counted(pairs, what[:-1], what)}"
     text += f", {int(np.sum(source.prob > 0.5))} of them liked" if source.sides == 1 else ""
     text += f", {kept_ties} of them ties" if kept_ties else ""
     text += f", {without_caption} {BLANK}" if without_caption else ""
@@ -116,9 +120,19 @@ def describe(source: Source) -> str:
     text += f"; left out: {', '.join(notes)}" if notes else ""
     files = {name: count for name, count in source.summary.items() if is_of_files(name) and count}
     if read := files.pop(CAPTION_FILES, 0):
-        text += f"; {read} {CAPTION_FILES}"
+        text += f"; {counted(read, CAPTION_FILES[:-1], CAPTION_FILES)}"
     others = [f"{count} {name.removeprefix(NOT_READ)}" for name, count in files.items()]
     return text + (f"; {NOT_READ}{', '.join(others)}" if others else "")
+
+
+def tell(source: Source) -> None:
+    """Logs what was opened, and warns where nothing in it has a caption: then only the empty prompt is trained."""
+    what = things(source)
+    log.info("%s: %s", what, describe(source))
+    if source.summary.get(BLANK, 0) >= len(source) and (source.caption_keys() == caption_key("")).all():
+        log.warning(
+            "none of the %d %s has a caption: only the empty prompt is trained; give them captions", len(source), what
+        )
 
 
 def _rest(source: Source, rest: int) -> dict[str, int]:
@@ -148,7 +162,9 @@ def _find(data: Data, split: str) -> Source:
     if is_hub_id(name) and kind in LAYOUTS:
         return open_parquet(hub_files(name, data, split), data, kind)
     made = [f"; python -m dpo.{maker}" for folder, maker in MAKERS.items() if folder in path.parts]
-    raise UserError(f"{name}: no such file or folder, and not the id of a hub data set (owner/name){''.join(made)}")
+    raise UserError(
+        f"{name}: no such file or folder, and not the id of a hub data set (owner/name){''.join(made) or as_on_windows(name)}"
+    )
 
 
 def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
@@ -165,9 +181,10 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
         return open_table(paths[0], data, layout)
     found = listed(sorted(path.name for path in paths)[:5])
     if len(kinds) == 1 and kinds <= set(TABLES):
-        raise UserError(f"{root}: several tables ({found}); name one of them with --data")
+        raise UserError(f"{root}: several tables ({found}); name one of them itself, such as {paths[0]}")
+    kind = "" if data.data_format == "auto" else f"{data.data_format} "
     raise UserError(
-        f"{root}: cannot read {found} as {data.data_format} pairs; known are parquet, uncompressed tar, JSONL, JSON and CSV files"
+        f"{root}: cannot read {found} as {kind}pairs; known are parquet, uncompressed tar, JSONL, JSON and CSV files"
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
-from dpo.common.words import digest, excerpt, excerpt_of_path, first_line
+from dpo.common.words import as_on_windows, digest, excerpt, excerpt_of_path, first_line
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of, verdict_of
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
@@ -256,7 +256,7 @@ def _probe(path: Path, table: dict[str, pa.ChunkedArray], keep: np.ndarray, colu
     if paths and not any(os.path.isfile(path.parent / name) for name in paths):
         raise UserError(
             f"{path}: no such image file: {excerpt_of_path(str(path.parent / paths[0]))} "
-            "(image paths are relative to the table's folder)"
+            f"(image paths are relative to the table's folder){as_on_windows(paths[0])}"
         )
 
 
@@ -297,9 +297,10 @@ def leave_out_same(
     rows = np.concatenate(chosen)
     if gone:
         logger.warning(
-            "%s: %d of %d %s an image that is not there, and are left out of every update: %s%s",
+            "%s: %d of %d %s an image that is not there, and are left out of every update: %s%s%s",
             root, len(gone), len(rows), "pairs have" if len(images) == 2 else "rows have",
             ", ".join(excerpt_of_path(name) for name in gone[:3]), ", ..." * (len(gone) > 3),
+            as_on_windows(gone[0]),
         )  # fmt: skip
     return rows, same
 

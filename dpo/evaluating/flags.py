@@ -45,22 +45,30 @@ def table(text: str) -> tuple[str, Path]:
 
 
 def check_scorers(
-    names: Sequence[str], tables: Sequence[str] = (), *, flag: str = "--scorers", cache_dir: str | None = None
+    names: Sequence[str],
+    tables: Sequence[str] = (),
+    *,
+    flag: str = "--scorers",
+    cache_dir: str | None = None,
+    hub: bool = True,
 ) -> None:
     """Raises UserError for scorers that there are not or cannot be had, and for two whose scores would have one name.
 
-    tables: names of scores that come from tables; flag: by which the scorers were named.
+    tables: names of scores that come from tables; flag: by which the scorers were named; hub: whether weights are fetched
+    from there too.
     """
     if not names:
         return
     import torch
 
-    from dpo.scorers.scorer import check
+    from dpo.scorers.scorer import check, fetch
 
     seen = dict.fromkeys(tables, "--scores")
     for name in names:
         try:
-            called = check(name, torch.device("cpu"), cache_dir)
+            called = check(name, torch.device("cpu"))
+            if hub:
+                fetch(name, cache_dir)
         except UserError as error:
             said = str(error)
             raise UserError(flag + said.removeprefix("--scorers") if said.startswith("--scorers") else said) from error

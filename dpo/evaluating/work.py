@@ -35,7 +35,7 @@ from dpo.pages import evaluation as pages
 from dpo.sampling import model
 from dpo.sampling import work as sampling
 from dpo.scorers.cache import ScoreCache
-from dpo.scorers.scorer import Scorer, listed, opened
+from dpo.scorers.scorer import Scorer, fetch, listed, opened
 from dpo.scorers.sets import SetScorer
 from dpo.settings.config import Config
 from dpo.tiny import unchanged
@@ -56,15 +56,13 @@ def evaluate(asked: Asked, folder: Path) -> Path:
     """Draws, scores and compares into `folder`; the path of its evaluation.json. Raises UserError."""
     began = time.monotonic()
     device = pick_device(asked.draw.device)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be made ({error.strerror}); name another folder") from error
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output"))
         for name in (result.FILE, pages.PAGE, pages.TABLE):
             sweep(folder, name)
         config = checked(asked)
+        for name in asked.scorers:
+            fetch(name, asked.draw.cache_dir)
         scored = bool(asked.scorers or asked.tables)
         base, *rest = _sides(asked, folder) if scored else _undrawn(asked)
         groups, variants = rest[: len(asked.others)], rest[len(asked.others) :]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
+from dpo.common.files import made
 from dpo.exporting import adapters, pieces, spec, whole
 from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, SUFFIX, Asked, file_at
 from dpo.models import lora_files
@@ -31,19 +31,23 @@ def export(asked: Asked) -> Path:
         raise UserError(f"--merge folds a LoRA into its base, and {asked.run} is no LoRA: leave it out")
     if lora is None and asked.lora_base is not None:
         raise UserError(f"--lora-base {asked.lora_base}: {asked.run} is a whole model, no LoRA; leave it out")
-    if lora is not None and not asked.merge:
-        if asked.to == SINGLE:
-            raise UserError(f"{asked.run} is a LoRA, no whole model: add --merge, or --to comfyui for the LoRA's file")
-        return _adapter(asked, lora)
-    if asked.to == DIFFUSERS:
-        return _folder(asked)
-    return _single(asked, lora)
+    adapter = lora is not None and not asked.merge
+    if adapter and asked.to == SINGLE:
+        raise UserError(f"{asked.run} is a LoRA, no whole model: add --merge, or --to comfyui for the LoRA's file")
+    path = _target(asked, SUFFIX if adapter or asked.to != DIFFUSERS else "")
+    with made(path.parent, "--output"):
+        if lora is not None and adapter:
+            _adapter(asked, lora, path)
+        elif asked.to == DIFFUSERS:
+            _folder(asked, path)
+        else:
+            _single(asked, lora, path)
+    return path
 
 
-def _adapter(asked: Asked, lora: Path) -> Path:
+def _adapter(asked: Asked, lora: Path, path: Path) -> None:
     said = named.config_of_lora(asked.run, lora, asked.lora_base) | {"cache_dir": asked.cache_dir}
     wanted = settings.from_mapping(said).model
-    path = _target(asked, SUFFIX)
     model = adapters.network_of(wanted)
     with named.plainly():
         adapter = lora_files.read(lora, model.denoiser, model.family)
@@ -74,7 +78,6 @@ def _adapter(asked: Asked, lora: Path) -> Path:
     header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya) | told
     pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
     _say_where(asked, known, lora=True)
-    return path
 
 
 def _resampled(run: Path) -> dict[str, object]:
@@ -82,22 +85,18 @@ def _resampled(run: Path) -> dict[str, object]:
     return read_json(run / SUMMARY_FILE).get("scheduler") or {}
 
 
-def _folder(asked: Asked) -> Path:
+def _folder(asked: Asked, path: Path) -> None:
     """A diffusers folder of a merged LoRA, or of a model in fp16."""
     if not (asked.merge or asked.fp16) and (Path(asked.run).expanduser() / "model_index.json").is_file():
         raise UserError(f"{asked.run} is a diffusers folder already: copy it, or add --fp16")
-    path = _target(asked, "")
     _, model = named.read(asked.run, device=CPU, lora_base=asked.lora_base, cache_dir=asked.cache_dir)
-    make_folder(path.parent, "--output")
     if asked.fp16:
         whole.save_half(model, path)
     else:
         save_pipeline(model, model.denoiser, path)
-    return path
 
 
-def _single(asked: Asked, lora: Path | None) -> Path:
-    path = _target(asked, SUFFIX)
+def _single(asked: Asked, lora: Path | None, path: Path) -> None:
     place = None
     if lora is None and not asked.run.startswith(START):
         place = locate(named.settings_of(asked.run)["model"], cache_dir=asked.cache_dir)
@@ -113,7 +112,6 @@ def _single(asked: Asked, lora: Path | None) -> Path:
     header = spec.metadata(model.known, _name(asked), run, lora=False, original=True)
     pieces.write(path, found, header, fp16=asked.fp16)
     _say_where(asked, model.known, lora=False)
-    return path
 
 
 def _name(asked: Asked) -> str:
@@ -141,7 +139,6 @@ def _target(asked: Asked, suffix: str) -> Path:
         return path
     if path.exists():
         raise UserError(f"{path} is there already: remove it, or name another place with --output")
-    make_folder(path.parent, "--output")
     return path
 
 

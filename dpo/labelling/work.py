@@ -11,7 +11,6 @@ import numpy as np
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
 from dpo.data import labelled
 from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
@@ -40,7 +39,6 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     of such parts, made without a common disk, whose scores are taken first. The same command goes on after a kill, and ends
     in the same bytes. Raises UserError.
     """
-    make_folder(folder, "--output")
     _check_apart(asked, folder)
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     with ExitStack() as stack:

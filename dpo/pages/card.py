@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.common.files import write_text
-from dpo.common.words import well_formed
+from dpo.common.words import is_unicode, well_formed
 from dpo.methods import own_settings
 from dpo.pages import kept
 from dpo.pages.figures import CARD_OF_PAIRS, FIGURES, shown
@@ -140,7 +140,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({json.dumps(place)})\nimage = {_call(run)}"
+            f"pipe = DiffusionPipeline.from_pretrained({_literal(place)})\nimage = {_call(run)}"
         )
     unet = run.setting("unet_init")
     begun = (
@@ -155,9 +155,14 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
         + ("from dpo.tiny.paths import pipeline_path\n" if within else "")
         + f"\npipe = {kind}.{loaded}\n"
         f"{begun}{_scheduler(run)}"
-        f'pipe.load_lora_weights({json.dumps(place)}, weight_name="{ADAPTER_FILE}")\n'
+        f'pipe.load_lora_weights({_literal(place)}, weight_name="{ADAPTER_FILE}")\n'
         f"image = {_call(run)}"
     )
+
+
+def _literal(text: str) -> str:
+    """A text as Python writes it, in letters of any language where it is Unicode."""
+    return json.dumps(text, ensure_ascii=not is_unicode(text))
 
 
 def _call(run: RunFolder) -> str:
@@ -179,8 +184,8 @@ def _loaded(run: RunFolder, here: bool) -> tuple[str, str]:
         return "DiffusionPipeline", "from_pretrained(pipeline_path())"
     if name.endswith(".safetensors"):  # the class that finds out the kind by itself does not read one file
         family = (run.summary.get("model") or {}).get("family")
-        return PIPELINES.get(str(family), PIPELINES["sd"]), f"from_single_file({json.dumps(name)})"
-    return "DiffusionPipeline", f"from_pretrained({json.dumps(name)})"
+        return PIPELINES.get(str(family), PIPELINES["sd"]), f"from_single_file({_literal(name)})"
+    return "DiffusionPipeline", f"from_pretrained({_literal(name)})"
 
 
 def _scheduler(run: RunFolder) -> str:

@@ -111,7 +111,7 @@ def _wrong(
     what = next(one for one in wanted if found[one] is None)
     left = [name for name in spelled if spelled[name] not in found.values()]
     like = next((spelled[name] for name in left if nearest(name, USUAL[what]) is not None), None)
-    usual = "a number (rank, score, stars or another)" if what == "number" else f"the {what} ({USUAL[what][0]})"
+    usual = "a number (rank, score, stars or another)" if what == "number" else f"the {what} ({listed(USUAL[what])})"
     hint = f"{excerpt(like)} looks like it: rename it, or " if like is not None else ""
     return UserError(
         f"{where}: no column of {usual}, found {listed(names) or 'none'}: {hint}name it with --{FLAGS[what]}-column"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, excerpt_of_path
+from dpo.common.words import as_on_windows, counted, excerpt, excerpt_of_path
 from dpo.data.folders import BESIDE
 from dpo.data.tables import in_utf8
 
@@ -78,10 +78,11 @@ def gathered(named: str, higher_is_better: bool, rows: Iterable[Row], counts: Co
             group = row.prompt if row.group is None else row.group
             kept.setdefault((group, os.path.normpath(row.image)), []).append(row)
     if gone:
-        first = f"{gone[0].where}: no such image file: {excerpt_of_path(str(gone[0].image))}"
+        first = f"{gone[0].where}: no such image file: {excerpt_of_path(str(gone[0].image))}{as_on_windows(str(gone[0].image))}"
         if not kept:
             raise UserError(f"{first} (paths are relative to the table's folder; --images FOLDER names another)")
-        log.warning("%s; %d images that are not there are left out", first, len(gone))
+        left = counted(len(gone), "image that is not there is", "images that are not there are")
+        log.warning("%s; %s left out", first, left)
     counts[AGAIN] = sum(len(same) > 1 for same in kept.values())
     names = list(dict.fromkeys(group for group, _ in kept))
     number = {name: place for place, name in enumerate(names)}

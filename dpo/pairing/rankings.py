@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, listed
+from dpo.common.words import as_on_windows, excerpt, listed
 from dpo.data.folders import is_image
 from dpo.data.labels import plain
 from dpo.data.listing import is_junk, list_files
@@ -38,6 +38,7 @@ def read(asked: Asked) -> Ranking:
     if not path.is_file():
         raise UserError(
             f"{path}: no such file or folder: name a table of images with ranks or scores, or folders by stars"
+            f"{as_on_windows(str(path))}"
         )
     if suffix in CSV:
         delimiter = _delimiter(path)
@@ -169,8 +170,8 @@ def _stars(folder: Path, asked: Asked) -> Ranking:
     below = [one for one in sorted(folder.iterdir()) if one.is_dir() and not is_junk(one.name)]
     stars = {one: float(found[1]) for one in below if (found := STARS.fullmatch(one.name))}
     if not stars:
-        names = {one.name for one in below}
-        if {"w", "l"} <= names or (folder / "data").is_dir():
+        names = [one.name for one in below]
+        if {"w", "l"} <= {*names} or (folder / "data").is_dir():
             raise UserError(
                 f"{folder}: looks like pairs already: train with --data {folder}; --check {folder} looks at them"
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dpo.common.words import excerpt_of_path
+from dpo.common.words import counted, excerpt_of_path
 from dpo.pairing import warn
 from dpo.pairing.look import Looked, Seen
 from dpo.pairing.warn import ALIKE, MOST, SURE, Check, Set
@@ -49,8 +49,8 @@ def _contradictions(found: Set) -> Iterator[str]:
                 against.append((first, one))
     if against:
         yield (
-            f"{len(against)} pictures are there as liked and as not liked under the same caption, the first: {_names(against[0])}: "
-            "the labels contradict each other there, leave one of each out"
+            f"{counted(len(against), 'picture is', 'pictures are')} there as liked and as not liked under the same caption, "
+            f"the first: {_names(against[0])}: the labels contradict each other there, leave one of each out"
         )
 
 

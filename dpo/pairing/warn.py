@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, excerpt_of_path
+from dpo.common.words import counted, excerpt, excerpt_of_path
 from dpo.data.labels import BLANK
 from dpo.data.pairs import Labelled, Source, things
 from dpo.data.parquet import ParquetSource
@@ -65,7 +65,7 @@ def broken(found: Set) -> Iterator[str]:
     if wrong:
         name, why = next(iter(wrong.items()))
         yield (
-            f"{len(wrong)} images cannot be read, the first: {excerpt_of_path(name) or '(none)'} ({why}): mend them, or train "
+            f"{counted(len(wrong), 'image', 'images')} cannot be read, the first: {excerpt_of_path(name) or '(none)'} ({why}): mend them, or train "
             f"with --on-bad-image skip, which leaves {'their pairs' if found.source.sides == 2 else 'them'} out"
         )
 
@@ -114,8 +114,8 @@ def _circles(found: Set) -> Iterator[str]:
     if circles:
         first = ", ".join(excerpt_of_path(names[image]) for image in circles[0][:4])
         yield (
-            f"{len(circles)} captions have images that beat each other in a circle, such as {first}: the labels contradict each "
-            "other there, leave some of these pairs out"
+            f"{counted(len(circles), 'caption has', 'captions have')} images that beat each other in a circle, such as {first}: "
+            "the labels contradict each other there, leave some of these pairs out"
         )
 
 
@@ -139,12 +139,13 @@ def few(found: Set) -> Iterator[str]:
 
 def captions(found: Set) -> Iterator[str]:
     count, what = len(found.source), things(found.source)
-    if found.captions == 1 and count > 1:
+    blank = found.source.summary.get(BLANK, 0)
+    if found.captions == 1 and count > 1 and not blank:  # else the one is the empty one
         yield (
             f"all {count} {what} have one caption: the model learns this one alone, and {what} that are held out have it too; "
             f"{MORE[what]} images of more prompts"
         )
-    if blank := found.source.summary.get(BLANK, 0):
+    if blank:
         yield f"{blank} of {count} {what} have no caption, and train the empty prompt: give {'their images' if what == 'pairs' else 'them'} one"
     long = [one.caption for one in found.looked if len(PIECES.findall(one.caption)) > TOKENS]
     if long:
@@ -185,8 +186,9 @@ def _alike(found: Set) -> Iterator[str]:
         pixels, most = times.most_common(1)[0]
         crowded = sum(count > MANY for count in times.values())
         yield (
-            f"{crowded} images are in more than {MANY} pairs each, the most in {most}: {excerpt_of_path(found.images[pixels][0])}; few "
-            f"images then decide much, --max-per-image {MANY} of python -m dpo.pairs spreads the pairs"
+            f"{counted(crowded, 'image is', 'images are')} in more than {MANY} pairs each, the most in {most}: "
+            f"{excerpt_of_path(found.images[pixels][0])}; few images then decide much, "
+            f"--max-per-image {MANY} of python -m dpo.pairs spreads the pairs"
         )
 
 

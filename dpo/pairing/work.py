@@ -11,8 +11,7 @@ import numpy as np
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
-from dpo.common.words import command_line, digest
+from dpo.common.words import command_line, counted, digest
 from dpo.data.listing import is_of_files
 from dpo.data.pairs import ImageRef, Source, things
 from dpo.data.sources import describe, open_source
@@ -36,7 +35,6 @@ CALLED = "chosen is the image that this set prefers"  # where nobody knows by wh
 
 def make(asked: Asked, folder: Path) -> None:
     """The pairs of a ranking, and a look at them, into `folder`. Raises UserError."""
-    make_folder(folder, "--output")
     with locks.held(folder, "--output"):
         place.check_free(folder)
         ranking = rankings.read(asked)
@@ -74,9 +72,9 @@ def make(asked: Asked, folder: Path) -> None:
         found = _looked(Data(data=str(folder)), asked.looking, looker)
         _finish(folder, found, place.told(folder), sentences, asked.looking)
     log.info(
-        "%s: %d pairs; look at %s, then train with %s",
+        "%s: %s; look at %s, then train with %s",
         folder,
-        len(made.pairs),
+        counted(len(made.pairs), "pair", "pairs"),
         folder / PAGE,
         command_line(["dpo.train", "--data", str(folder)]),
     )
@@ -89,7 +87,6 @@ def check(data: Data, folder: Path, looking: Looking, *, overwrite: bool = False
         raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
     if root.resolve().is_relative_to(folder.resolve()):  # what --overwrite deletes there may be these pairs
         raise UserError(f"--output {folder} is the folder of the pairs, {root}: name a folder apart from it")
-    make_folder(folder, "--output")
     with locks.held(folder, "--output"):
         place.check_free(folder)
         found = _looked(data, looking, Looker())
@@ -112,7 +109,8 @@ def _check_size(ranking: Ranking, asked: Asked) -> None:
 
 def _sentences(ranking: Ranking, made: Preferred, alone: int, broken: Mapping[Path, str]) -> list[str]:
     counts = ", ".join(f"{count} {name}" for name, count in ranking.counts.items() if count)
-    found = [f"{counts or 'nothing'}: {len(ranking.images)} images in {len(ranking.groups)} groups"]
+    images, groups = len(ranking.images), len(ranking.groups)
+    found = [f"{counts or 'nothing'}: {counted(images, 'image', 'images')} in {counted(groups, 'group', 'groups')}"]
     left = {
         "ties": made.ties,
         "closer than --min-margin": made.narrow,
@@ -120,12 +118,13 @@ def _sentences(ranking: Ranking, made: Preferred, alone: int, broken: Mapping[Pa
         "beyond --max-per-image": made.crowded,
     }
     said = ", ".join(f"{count} {name}" for name, count in left.items() if count)
-    found.append(f"{len(made.pairs)} pairs" + (f"; left out: {said}" if said else ""))
+    found.append(counted(len(made.pairs), "pair", "pairs") + (f"; left out: {said}" if said else ""))
     if alone:
-        found.append(f"{alone} images are alone in their group, and in no pair")
+        found.append(f"{counted(alone, 'image is alone in its', 'images are alone in their')} group, and in no pair")
     if broken:
         path, why = next(iter(broken.items()))
-        found.append(f"{len(broken)} images cannot be read and are left out, the first: {path} ({why})")
+        cannot = counted(len(broken), "image cannot be read and is", "images cannot be read and are")
+        found.append(f"{cannot} left out, the first: {path} ({why})")
     return found
 
 

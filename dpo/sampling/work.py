@@ -18,7 +18,7 @@ from dpo.common import locks
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
-from dpo.common.files import AGAIN, make_folder, sweep, writing
+from dpo.common.files import AGAIN, sweep, writing
 from dpo.common.pictures import pixel_hash
 from dpo.common.words import digest, listed
 from dpo.drawing import images, layouts, memory, prompts, sheet
@@ -102,7 +102,6 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
     with ExitStack() as stack:
-        make_folder(folder, "--output")
         stack.enter_context(locks.held(folder, "--output", part))
         for name, place in sets:
             _draw_one(asked, name, place, chosen, init, device, shard)
@@ -139,7 +138,6 @@ def merge(folder: Path, parts: Sequence[Path], asked: Asked) -> list[Drawn]:
     protocol or were drawn from other prompts, or images are missing.
     """
     chosen = prompts_of(asked, ()) if asked.layout is not None else None
-    make_folder(folder, "--output")
     with_base = any((part / BASE).is_dir() for part in parts)
     with locks.held(folder, "--output"):
         count = images.merge(folder, parts)

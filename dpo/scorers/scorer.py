@@ -206,10 +206,10 @@ def temperature_of(scorer: Scorer) -> float | None:
     return float(value)
 
 
-def check(name: str, device: torch.device, cache_dir: str | Path | None = None) -> str:
-    """The name that a scorer gives its scores, once it is known that it can be had.
+def check(name: str, device: torch.device) -> str:
+    """The name that a scorer gives its scores, once it is known that it can be had; the hub is not asked, `fetch` does it.
 
-    The hub's weights are fetched, but not loaded; a user's own scorer is asked for two images. Raises UserError.
+    A user's own scorer is asked for two images. Raises UserError.
     """
     known, place = listed(name), name.partition(":")[2]
     if known is None:
@@ -221,9 +221,14 @@ def check(name: str, device: torch.device, cache_dir: str | Path | None = None) 
         opened(name, device=device)
     if known.source == IN_PACKAGE and place:
         opened(name, device=device)
-    if is_hub_id(known.source):
-        folder_of(known.name, place or known.source, cache_dir, FILES)
     return known.name
+
+
+def fetch(name: str, cache_dir: str | Path | None = None) -> None:
+    """Fetches the weights of a scorer whose weights are on the hub; nothing is loaded. Raises UserError."""
+    known, place = listed(name), name.partition(":")[2]
+    if known is not None and is_hub_id(known.source):
+        folder_of(known.name, place or known.source, cache_dir, FILES)
 
 
 def _attribute(path: str) -> Any:

@@ -111,7 +111,9 @@ def _settled(
     if with_pairs and config.model.model and not config.data.data:
         raise UserError("no pairs to train on: give --data (hub id, folder, glob or file)")
     if config.data.data and not config.model.model:
-        raise UserError("no model to align: give --model (diffusers folder, hub id or .safetensors file)")
+        raise UserError(
+            "no model to align: give --model (diffusers folder, hub id, .safetensors file, or embedded: the small one in the package)"
+        )
     notes += [] if start["compat"] else _of_rank(config.lora.lora, changes)
     return config, notes + without_effect(flatten(config), changes, specs())
 

@@ -23,7 +23,7 @@ from dpo.data.kept import keeping
 from dpo.data.loader import Reading
 from dpo.data.order import run_order
 from dpo.data.pairs import Source, things
-from dpo.data.sources import describe, open_sources
+from dpo.data.sources import open_sources, tell
 from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
@@ -91,15 +91,14 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     config = _left_open(config, saved)
     source, held_out_source, data = open_sources(config.data)
     config = replace(config, data=data)
-    log.info("%s: %s", things(source), describe(source))
+    tell(source)
     stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
 
     config, model, plan, decided = load_model(stored.adopt(config, source), device, narrow=True)
     config, begin, told = start.read(config, model)
     _tell(config, [*notes, *decided, *told], processes.count, things(source))
-    if saved is not None:
-        check_resume(config, saved)
+    changed = check_resume(config, saved) if saved is not None else []
     stored.check(model, source, held_out_source)
     stored.check_resolution(held_out_source, config.data.resolution)
     fingerprints = _fingerprints(model, source)
@@ -186,12 +185,15 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         restore(run, saved)
     run.best = choice.begin(run, saved)
     if saved is not None and (run.done >= run.total or run.ended):
-        log.warning(
-            "update %d of %d was made before: nothing is trained; raise %s to go on",
-            run.done, run.total, "--patience" if run.ended else "--steps",
-        )  # fmt: skip
+        said = f"update {run.done} of {run.total} was made before"
+        if run.done > run.total:
+            said = f"{run.done} updates were made before, and {run.total} asked for now"
+        log.warning("%s: nothing is trained; raise %s to go on", said, "--patience" if run.ended else "--steps")
         keep_trained(run, saved)
-    elif saved is None and begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
+    elif saved is not None:
+        for line in changed:
+            log.warning("changed on resume: %s", line)
+    elif begin.adapter is None and not (begin.moved and config.model.reference_model == "base"):
         _say_noise(run)
     run.kept = keeping(
         config.data, config.runtime, source, config.optim.batch_size, run.total * run.nominal - run.position

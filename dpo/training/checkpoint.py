@@ -201,9 +201,13 @@ def named(root: Path, which: str) -> list[Path]:
         return listing(root)[::-1]
     folder = Path(which).expanduser()
     if not folder.is_dir():
-        raise UserError(
-            f"no such checkpoint: {which}; use --resume latest or name a folder such as {shlex.quote(str(folder_of(root, 500)))}"
+        there = listing(root)
+        others = (
+            f"use --resume latest or name a folder such as {shlex.quote(str(there[-1]))}"
+            if there
+            else (f"{root} has none: --resume latest begins the run")
         )
+        raise UserError(f"no such checkpoint: {which}; {others}")
     inside = listing(folder) or listing(folder / CHECKPOINTS)  # the folder of a run, or of its checkpoints
     return inside[::-1] or [folder, *(path for path in listing(folder.parent)[::-1] if path.name < folder.name)]
 

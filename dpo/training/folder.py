@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from dpo.common.errors import UserError, reading
-from dpo.common.files import remove, sweep
+from dpo.common.files import made, remove, sweep
 from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, ENTRIES, Entry, holds_run, not_of_a_run
 from dpo.settings.config import Config, Output
 
@@ -58,19 +57,12 @@ def _try(output: Path) -> None:
 
     Permissions do not tell: the superuser has them all, and a file system may refuse whatever they say.
     """
-    missing = [path for path in (output, *output.absolute().parents) if not path.exists()]
-    done = "cannot be made"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        done = "takes no file"
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"--output {output}: it {done} ({error.strerror}); choose another folder") from error
-    finally:
-        for folder in missing:
-            with suppress(OSError):  # not made, or another process put something there
-                folder.rmdir()
+    with made(output, "--output"):
+        try:
+            with tempfile.TemporaryFile(dir=output):
+                pass
+        except OSError as error:
+            raise UserError(f"--output {output}: it takes no file ({error.strerror}); choose another folder") from error
 
 
 def check_apart(flag: str, folder: Path, config: Config, *, known: bool = False) -> None:

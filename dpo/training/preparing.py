@@ -15,13 +15,12 @@ from torch import Tensor
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.files import make_folder
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
 from dpo.data.loader import worker_count
 from dpo.data.pairs import Source, things
-from dpo.data.sources import describe, open_source
+from dpo.data.sources import open_source, tell
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
@@ -83,7 +82,7 @@ def encode_pairs(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
     source = open_source(config.data)
-    log.info("%s: %s", things(source), describe(source))
+    tell(source)
     config, model, _, _ = load_model(config, device, narrow=True)
     settings = (
         identity(model)
@@ -120,7 +119,6 @@ def encode_pairs(
         max_mib=config.data.max_image_mib,
         progress=progress_line("prepared", things(source)),
     )
-    make_folder(place, "--store")
     with locks.held(place, "--store"):
         fresh = fill.fill(task)
     if task.cut.images:

@@ -144,16 +144,15 @@ def checkpointing_before(output: Output, folder: Path) -> str | None:
     return before if isinstance(before, str) and before != "auto" else None
 
 
-def check_resume(config: Config, saved: checkpoint.Checkpoint) -> None:
-    """Logs which settings changed since the checkpoint. Raises UserError for changes that would make it another run."""
+def check_resume(config: Config, saved: checkpoint.Checkpoint) -> list[str]:
+    """Which settings changed since the checkpoint. Raises UserError for changes that would make it another run."""
     before = from_mapping(of_before(saved.state["config"]))
     allowed, refused = rules.resume_changes(flatten(before), flatten(config), specs())
     if refused:
         raise UserError(
             f"cannot resume {saved.path} with other settings: {', '.join(refused)}; set them back or start anew"
         )
-    for line in allowed:
-        log.warning("changed on resume: %s", line)
+    return allowed
 
 
 # What a run is made from, by the name of its fingerprint, as a refusal words it.

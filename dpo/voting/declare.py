@@ -89,7 +89,7 @@ def declare(folder: Path, wanted: Wanted) -> Study:
     if preset is not None:
         notes.append(_published(wanted, len({pair.prompt for pair in pairs})))
     questions = wanted.questions or (preset.questions if preset is not None else THREE)
-    key, hashes = study.secret(folder), _hashes([path for pair in pairs for path in pair.paths])
+    hashes = _hashes([path for pair in pairs for path in pair.paths])
     sound = [pair for pair in pairs if all(path in hashes for path in pair.paths)]
     if len(sound) < len(pairs):
         notes.append(f"{len(pairs) - len(sound)} of {len(pairs)} pairs are left out: an image cannot be read")
@@ -97,6 +97,7 @@ def declare(folder: Path, wanted: Wanted) -> Study:
         raise UserError("no pair of images can be shown: none can be read on both sides")
     if alike := sum(hashes[pair.paths[0]] == hashes[pair.paths[1]] for pair in sound):
         notes.append(f"{alike} of {len(sound)} pairs are twice the same image")
+    key = study.secret(folder)
     items = [item(key, "vote", (pair.prompt, *pair.sides, pair.number), pair, hashes) for pair in sound]
     if wanted.checks:
         count = round(len(items) * len(questions) * wanted.checks / 2)

@@ -268,6 +268,7 @@ def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness)
         (["a", "b", "--reproduce", "dde"], "no such table"),
         (["SD1.5=embedded", "b=embedded", "--reproduce", "lpo", "--scorers", "tiny-b"], "has no numbers by tiny-b"),
         (["embedded", "out/nothing", "--scorers", "tiny-b"], "there is no folder out/nothing here"),
+        (["embedded", "out/nothing", "--scorers", "pickscore"], "there is no folder out/nothing here"),
         (["embedded", "b=start:nothing", "--scorers", "tiny-b"], "nothing holds no run"),
         (["embedded", "b=embedded", "--pairs", "nowhere"], "nowhere: no such file or folder"),
         (["embedded", "b=embedded", "--scorers", "tiny-b", "tiny-b"], "its scores are called tiny-b"),

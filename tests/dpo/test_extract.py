@@ -52,3 +52,8 @@ def test_a_lora_its_table_and_what_is_said_of_them(world, said, tmp_path):
 )
 def test_mistakes_cost_one_line(said, words, error):
     assert said("a", "--base", "b", *words) == (2, [], f"dpo.extract: {error}")
+
+
+def test_a_refusal_leaves_no_folder(said, tmp_path):
+    code, _, error = said(tmp_path / "none", "--base", tmp_path / "base", "--rank", "4", "--output", tmp_path / "a/b")
+    assert code == 2 and "none" in error and list(tmp_path.iterdir()) == []

@@ -156,7 +156,9 @@ def test_rankings_without_a_pair_say_why(tmp_path, capsys):
         path.write_text("image,rank,prompt\n" + text)
         code, said = paired(capsys, path, *LOW, output=tmp_path / "out")
         assert code == 2 and words in said.splitlines()[-1], said
-        assert not (tmp_path / "out/summary.json").exists()
+        assert not (tmp_path / "out").exists(), "a refusal leaves no folder"
+    assert paired(capsys, "--check", tmp_path / "none", output=tmp_path / "deep/look")[0] == 2
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_look_at_any_set(tmp_path, capsys, monkeypatch):

@@ -214,6 +214,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         ([*sides, *out, "--budget", 3], "--budget is of --plan"),
         ([tmp_path / "study", "--export", tmp_path / "v.csv"], "name a .parquet file, or a folder"),
         ([tmp_path / "nosuch"], "nosuch: no such folder"),
+        (["none", sides[0], *out], "none: no folder is there"),
         ([*sides, "--report"], "--report takes the folder of one study"),
         ([*sides, "--export", "x"], "--export takes the folder of one study"),
         ([*sides, "--plan"], "--plan takes no more than the folder of a pilot"),
@@ -225,6 +226,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         assert code == 2 and out_ == "", words
         said = [one for one in lines if one.startswith("dpo.vote: ")]
         assert len(said) == 1 and re.search(line, said[0]), (words, lines)
+    assert not (tmp_path / "other").exists(), "a refusal leaves no folder"
 
 
 def test_a_port_in_use_is_one_line(tmp_path, sides, command):

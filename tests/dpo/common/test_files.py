@@ -289,3 +289,17 @@ def test_permissions_are_those_of_a_new_file(tmp_path, umask):
 )
 def test_a_word_that_can_be_no_path_is_not_there(text, there):
     assert files.is_there(text) == there
+
+
+def test_folders_that_were_made_go_while_they_are_empty(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine", tmp_path / "mine/deep/out"):
+        with pytest.raises(UserError, match="refused"), files.made(folder, "--output"):
+            assert folder.is_dir()
+            raise UserError("refused")
+    assert names(tmp_path) == ["mine"] and names(tmp_path / "mine") == []
+    with files.made(tmp_path / "a/b", "--output"):
+        (tmp_path / "a/kept.txt").write_text("x")
+    assert names(tmp_path / "a") == ["kept.txt"]
+    with pytest.raises(UserError, match="--output .*: a file is there; name a folder"):
+        files.made(tmp_path / "a/kept.txt", "--output").__enter__()

@@ -67,3 +67,19 @@ def test_a_folder_that_another_process_takes_away_is_made_again(tmp_path, monkey
     with locks.held(place, "--output"):
         assert (place / locks.NAME).exists() and len(calls) == 2
     assert "cannot be locked" not in caplog.text
+
+
+def test_a_folder_that_it_made_goes_while_nothing_is_in_it(tmp_path):
+    place = tmp_path / "deep" / "out"
+    with pytest.raises(UserError, match="refused"), locks.held(place, "--output"):
+        assert (place / locks.NAME).exists()
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with locks.held(place, "--output"):
+        with locks.held(place, "--output", "-1-of-2"):  # another process is in it
+            pass
+        (place / "kept.txt").write_text("x")
+    assert sorted(path.name for path in place.iterdir()) == [".lock", ".lock-1-of-2", "kept.txt"]
+    with pytest.raises(UserError, match="refused"), locks.held(place, "--output"):
+        raise UserError("refused")
+    assert (place / "kept.txt").exists() and (place / locks.NAME).exists()

@@ -1,6 +1,16 @@
 """dpo.common.words: words for messages."""
 
-from dpo.common.words import LISTED, SHOWN, excerpt, excerpt_of_path, first_line, listed, printable
+from dpo.common.words import (
+    LISTED,
+    SHOWN,
+    as_on_windows,
+    counted,
+    excerpt,
+    excerpt_of_path,
+    first_line,
+    listed,
+    printable,
+)
 
 
 def test_the_first_line_of_an_error():
@@ -29,3 +39,18 @@ def test_text_of_a_data_set_does_not_drive_a_terminal():
     assert printable("\u202egpj.exe\ud800\x7f") == "\\u202egpj.exe\\ud800\\x7f"
     plain = "größe 漢字 🦊\tone\ntwo — ‘x’"
     assert printable(plain) == plain
+
+
+def test_a_number_and_what_it_counts():
+    assert [counted(n, "image is", "images are") for n in (0, 1, 2)] == [
+        "0 images are",
+        "1 image is",
+        "2 images are",
+    ]
+
+
+def test_a_path_of_windows_has_a_hint_elsewhere(monkeypatch):
+    assert as_on_windows("a/b") == ""
+    assert as_on_windows("a\\b") == "; it is written with \\, as on Windows: write / here"
+    monkeypatch.setattr("os.sep", "\\")
+    assert as_on_windows("a\\b") == ""

@@ -84,7 +84,7 @@ def test_captions_of_an_imagefolder(place, tmp_path, settings):
     (tmp_path / place).write_text("\n".join(rows), encoding="utf-8")
     source = open_source(settings(tmp_path))
     assert captions_of(source) == CAPTIONS
-    assert describe(source) == "3 rows: 3 pairs; 1 caption files"
+    assert describe(source) == "3 rows: 3 pairs; 1 caption file"
 
 
 @pytest.mark.parametrize("suffix", [".caption", ".CAPTION", ".TXT"])
@@ -117,7 +117,7 @@ def test_twins_and_thumbnails_are_no_pairs(tmp_path, settings):
         (tmp_path / side / "Thumbs.db").write_bytes(b"x")
     source = open_source(settings(tmp_path))
     assert source.fingerprint == before.fingerprint
-    assert describe(source) == "3 rows: 3 pairs; 1 caption files; files not read: 10 hidden"
+    assert describe(source) == "3 rows: 3 pairs; 1 caption file; files not read: 10 hidden"
 
 
 def test_linked_folders_are_read_and_loops_end(tmp_path, settings):
@@ -147,3 +147,31 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path, settings):
     (tmp_path / "w" / "00001.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"00001\.txt: not UTF-8 text"):
         open_source(settings(tmp_path))
+
+
+def test_a_line_of_captions_without_a_tab_is_named(tmp_path, settings):
+    """Blanks in the place of the tab once lost every caption in silence."""
+    worlds.make_folders(tmp_path, 2, captions_in="none")
+    (tmp_path / "captions.txt").write_text("00000.jpg\ta fox\n\n00001.jpg    two  foxes\n")
+    with pytest.raises(
+        UserError, match=r"captions.txt, line 3: has no tab: .* a tab .*, found '00001.jpg    two  foxes'"
+    ):
+        open_source(settings(tmp_path))
+    (tmp_path / "captions.txt").write_bytes("00000.jpg\ta fox\u2028and more\r\n  \r\n00001.jpg\tb\r\n".encode())
+    assert captions_of(open_source(settings(tmp_path))) == ["a fox\u2028and more", "b"]
+
+
+@pytest.mark.parametrize("table", ["captions.txt", "l/captions.txt", "metadata.csv"])
+def test_names_that_are_no_images_are_counted(table, tmp_path, settings, caplog):
+    worlds.make_folders(tmp_path, 3, captions_in="none")
+    (tmp_path / "l/00001.jpg").rename(tmp_path / "l/00001.png")
+    (tmp_path / "l/00002.jpg").rename(tmp_path / "l/alone.jpg")
+    form, head = ("{},{}\n", "file_name,caption\n") if table.endswith("csv") else ("{}\t{}\n", "")
+    rows = [("00000.jpg", "a"), ("00001.png", "b"), ("alone", "no pair's"), ("1.jpg", "lost"), ("2.jpg", "lost")]
+    (tmp_path / table).write_text(head + "".join(form.format(*row) for row in rows))
+    assert captions_of(open_source(settings(tmp_path))) == ["a", "b"]
+    (line,) = caplog.messages
+    strange = "'l/1.jpg'" if table.startswith("l/") else "'1.jpg'"
+    assert line == (
+        f"{tmp_path / table}: 2 of 5 names are no image's, the first: {strange}; they are those of the files in w/ and l/"
+    )

@@ -328,7 +328,7 @@ def test_uids_and_flags_in_views(tmp_path, settings):
         table = table.set_column(table.schema.get_field_index(name), name, values)
     pq.write_table(table, file)
     source = open_source(settings(tmp_path))
-    assert describe(source) == "3 rows: 1 pairs; left out: 1 unlabelled, 1 one image twice"
+    assert describe(source) == "3 rows: 1 pair; left out: 1 unlabelled, 1 one image twice"
     assert {source[0].win.uid, source[0].lose.uid} == {"c", "y"}
 
 

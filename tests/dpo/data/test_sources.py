@@ -16,7 +16,8 @@ from dpo.data import sources
 from dpo.data.hub import split_of
 from dpo.data.listing import is_of_files
 from dpo.data.order import Order
-from dpo.data.sources import describe, open_source, open_sources
+from dpo.data.pairs import Subset
+from dpo.data.sources import describe, open_source, open_sources, tell
 from tests.help import worlds
 from tests.help.reading import stream
 
@@ -67,6 +68,7 @@ def test_files_without_a_split_in_their_name_are_train(tmp_path, settings):
     ("data", "message"),
     [
         ("nonesuch", "no such file or folder"),
+        ("my\\pairs.csv", "it is written with .*, as on Windows: write / here"),
         ("non/such/place", "no such file or folder"),
         ("*.parquet", "matches no file"),
         (".", "needs parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/, found nothing"),
@@ -80,9 +82,20 @@ def test_no_such_data(data, message, tmp_path, settings, monkeypatch):
 
 def test_files_of_no_known_kind(tmp_path, settings):
     (tmp_path / "pairs.txt").write_text("x")
-    with pytest.raises(UserError, match=r"cannot read pairs.txt as auto pairs; known are parquet"):
+    with pytest.raises(UserError, match=r"cannot read pairs.txt as pairs; known are parquet"):
         open_source(settings(tmp_path / "pairs.txt"))
+    with pytest.raises(UserError, match=r"cannot read pairs.txt as csv pairs; known are parquet"):
+        open_source(settings(tmp_path / "pairs.txt", data_format="csv"))
     with pytest.raises(UserError, match=r"found pairs.txt"):
+        open_source(settings(tmp_path))
+
+
+def test_of_several_tables_one_is_named(tmp_path, settings):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(
+        UserError, match=r"several tables \(a.csv, b.csv\); name one of them itself, such as /.*a\.csv$"
+    ):
         open_source(settings(tmp_path))
 
 
@@ -93,6 +106,16 @@ def test_a_format_asked_for_is_the_one_read(tmp_path, settings):
         open_source(settings(tmp_path, data_format="chosen-rejected"))
     with pytest.raises(UserError, match="needs pairs of format folders, found data"):
         open_source(settings(tmp_path, data_format="folders"))
+
+
+def test_pairs_that_all_have_no_caption_are_warned_of(tmp_path, settings, caplog):
+    for name, captions_in in (("none", "none"), ("some", "captions")):
+        worlds.make_folders(tmp_path / name, 3, captions_in=captions_in)
+    (tmp_path / "some/captions.txt").write_text("00000.jpg\ta fox\n")
+    tell(Subset(open_source(settings(tmp_path / "none")), np.arange(2)))
+    tell(Subset(open_source(settings(tmp_path / "some")), np.arange(2)))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["none of the 2 pairs has a caption: only the empty prompt is trained; give them captions"]
 
 
 # --- held-out pairs -------------------------------------------------------------------------------------------------

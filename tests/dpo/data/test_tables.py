@@ -205,7 +205,7 @@ def test_words_of_flags(tmp_path, settings):
     lines = ["caption,image_0,image_1,label_0,has_label"]
     lines += [f"x,{row['chosen']},{row['rejected']},1,{word}" for row, word in zip(rows, ("No", "yes"), strict=True)]
     (tmp_path / "a.csv").write_text("\n".join(lines))
-    assert describe(open_source(settings(tmp_path / "a.csv"))) == "2 rows: 1 pairs; left out: 1 unlabelled"
+    assert describe(open_source(settings(tmp_path / "a.csv"))) == "2 rows: 1 pair; left out: 1 unlabelled"
     (tmp_path / "a.csv").write_text("\n".join(lines).replace("yes", "perhaps"))
     with pytest.raises(UserError, match="a.csv, line 3: has_label says 'perhaps', neither yes nor no"):
         open_source(settings(tmp_path / "a.csv"))

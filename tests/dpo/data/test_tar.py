@@ -66,7 +66,7 @@ def test_names_of_members_are_columns(tmp_path, settings):
     path = worlds.make_tar(tmp_path / "x.tar", 0, more=members)
     source = open_source(settings(path, chosen_column="yes", rejected_column="no"))
     assert source[0].caption == "by name" and is_bright(source[0].win.load())
-    assert describe(source) == "2 rows: 1 pairs; left out: 1 without a partner; 2 caption files"
+    assert describe(source) == "2 rows: 1 pair; left out: 1 without a partner; 2 caption files"
     source = open_source(settings(path, chosen_column="no", rejected_column="yes", caption_column="words"))
     assert source[0].caption == "other words" and is_bright(source[0].lose.load())
     with pytest.raises(UserError, match=r"x.tar: needs the columns .*found yes, no, caption, words, w; name others"):

@@ -42,6 +42,7 @@ def test_scorers_are_looked_for_before_anything_is_done():
     check_scorers(["tiny-a", "tiny-b"])
     with pytest.raises(UserError, match="pickscore: cannot get .* from the hub"):
         check_scorers(["tiny-a", "pickscore"])
+    check_scorers(["tiny-a", "pickscore"], hub=False)
     with pytest.raises(UserError, match="^--evaluate tiny-c: there is no such scorer; did you mean tiny-"):
         check_scorers(["tiny-c"], flag="--evaluate")
     with pytest.raises(UserError, match="did you mean tiny-"):

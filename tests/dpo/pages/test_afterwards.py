@@ -58,3 +58,10 @@ def test_a_model_on_this_machine_is_named_by_its_whole_path(copied, monkeypatch,
     (tmp_path / "base").mkdir()
     _, lines = steps(copied("lora-gpu"), monkeypatch, model="base")
     assert f'    pipe = DiffusionPipeline.from_pretrained("{tmp_path / "base"}")' in lines
+
+
+def test_letters_of_any_language_stay_as_they_are(copied, monkeypatch, tmp_path):
+    base = tmp_path / "L\u00e4ufe"
+    base.mkdir()
+    _, lines = steps(copied("lora-gpu"), monkeypatch, model=base.name)
+    assert f'    pipe = DiffusionPipeline.from_pretrained("{base}")' in lines

@@ -21,7 +21,8 @@ def test_names_are_found_in_any_spelling():
     [
         (
             ["pictur", "rank"],
-            "no column of the image (image), found pictur, rank: 'pictur' looks like it: rename it, or",
+            "no column of the image (image, file, file_name, filename, path, image_path, picture, img), found pictur, rank: "
+            "'pictur' looks like it: rename it, or",
         ),
         (["image", "scor"], "'scor' looks like it: rename it, or name it with --value-column"),
         (

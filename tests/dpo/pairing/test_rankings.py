@@ -76,9 +76,11 @@ def test_an_image_rated_again_has_the_mean_and_one_that_is_gone_is_left_out(imag
     found = ranked(images, "image,score,prompt\na.png,1,x\n./a.png,4,x\nz.png,2,x\nb.png,2,x\n")
     assert told(found) == {"a": (2.5, "x", "x"), "b": (2, "x", "x")}
     assert (found.counts["rated again"], found.counts["without their file"]) == (1, 1)
-    assert "line 4: no such image file" in caplog.text and "1 images that are not there" in caplog.text
+    assert "line 4: no such image file" in caplog.text and "1 image that is not there is left out" in caplog.text
     with pytest.raises(UserError, match=r"t\.csv, line 2: no such image file.*--images FOLDER"):
         ranked(images, "image,score,prompt\nz.png,1,x\n")
+    with pytest.raises(UserError, match=r"it is written with \\, as on Windows: write / here"):
+        ranked(images, "image,score,prompt\nred\\z.png,1,x\n")
     (images / "below").mkdir()
     assert "a" in told(ranked(images / "below", "image,score,prompt\na.png,1,x\n", images=images))
 
@@ -134,7 +136,10 @@ def test_folders_by_stars(tmp_path, caplog):
     ("places", "words"),
     [
         (["w", "l"], "looks like pairs already"),
-        (["good", "bad"], "needs folders named by their stars"),
+        (
+            [f"g{n:02}" for n in range(12, 0, -1)],
+            f"found {', '.join(f'g{n:02}' for n in range(1, 13))}; or name a table",
+        ),
         (["5", "4"], "no images in 4, 5"),
         ([], "no such file or folder"),
     ],

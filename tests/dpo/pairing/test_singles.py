@@ -50,7 +50,7 @@ FAULTS = {
     "rarely liked": ([*clean(5, 3), *clean(95, 0)], "only 5 of 100 images are liked, and have little say: add more of them, or "
                      "--kto-liked-weight 19"),
     "both labels": ([*clean(), one("y", True, image(pixels="same")), one("y", False, image(pixels="same"))],
-                    "1 pictures are there as liked and as not liked under the same caption, the first: y.png and y.png"),
+                    "1 picture is there as liked and as not liked under the same caption, the first: y.png and y.png"),
     "twins": ([*clean(), *near()], "2 of 103 images are almost the same as another of their caption, the first: twin.png"),
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_a_set_is_looked_at_and_its_page_shows_both_labels(tmp_path, capsys):
         file.write(json.dumps({**rows[0], "image": "images/again.jpg"}) + "\n")
     (table.parent / rows[-1]["image"]).write_bytes(b"no image")
     code, said = paired(capsys, "--check", table, "--resolution", 32, output=tmp_path / "look")
-    assert code == 0 and "2 of 31 images are almost the same" in said and "1 images cannot be read" in said
+    assert code == 0 and "2 of 31 images are almost the same" in said and "1 image cannot be read" in said
     found = json.loads((tmp_path / "look/summary.json").read_text(encoding="utf-8"))
     assert (found["images"], found["liked"], found["images_looked_at"], found["finished"]) == (31, 21, 31, True)
     page = Page((tmp_path / "look/pairs.html").read_text(encoding="utf-8"))

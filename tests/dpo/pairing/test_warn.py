@@ -65,12 +65,12 @@ FAULTS = {
                   "10 of 220 images are far from square and lose 33% of their area"),
     "small": ([*clean(), *(pair(f"s{i}", image((63, 64))) for i in range(10))],
               "10 of 220 images have a side below 64 pixels (the shortest 63) and would be enlarged"),
-    "broken": ([*clean(), pair("x", Broken("not an image"))], "1 images cannot be read, the first: w"),
+    "broken": ([*clean(), pair("x", Broken("not an image"))], "1 image cannot be read, the first: w"),
     "long": ([*clean(), pair("fox " * 76)], "1 of 101 captions are longer than the 77 tokens"),
     "digits": ([*clean(), pair("1" * 76)], "1 of 101 captions are longer"),
-    "circle": ([*clean(), *circle()], "1 captions have images that beat each other in a circle, such as"),
-    "both ways": ([*clean(), *circle()[:1], pair("round", image(pixels="b"), image(pixels="a"))], "1 captions have images"),
-    "crowd": ([*clean(), *crowd()], "1 images are in more than 20 pairs each, the most in 21: w"),
+    "circle": ([*clean(), *circle()], "1 caption has images that beat each other in a circle, such as"),
+    "both ways": ([*clean(), *circle()[:1], pair("round", image(pixels="b"), image(pixels="a"))], "1 caption has images"),
+    "crowd": ([*clean(), *crowd()], "1 image is in more than 20 pairs each, the most in 21: w"),
     "alike": ([*clean(), twin()], "1 of 101 pairs have two images that are almost the same, the first: w"),
     "smaller": ([pair(f"c{i}", image((64, 64)), image((70, 70))) for i in range(FEW)],
                 "the chosen image is the smaller one in 100 of 100 pairs"),
@@ -87,6 +87,8 @@ def test_each_fault_has_its_own_line_alone(fault):
 def test_captions_that_are_missing():
     (line,) = warnings(a_set(clean(), blank=7))
     assert line.startswith("7 of 100 pairs have no caption")
+    (line,) = warnings(a_set([pair("") for _ in range(FEW)], blank=FEW))
+    assert line.startswith("100 of 100 pairs have no caption"), "not that all have one caption"
 
 
 def test_a_few_odd_shapes_among_many_are_not_a_fault_of_the_set():

@@ -486,3 +486,10 @@ def test_a_tracker_that_no_one_named_is_left_out_where_it_is_not_installed(monke
     config, notes = parse(line)
     assert config.output.tensorboard is asked
     assert ["tensorboard" in note and "diffusion-dpo[tracking]" in note for note in notes].count(True) == (not asked)
+
+
+def test_a_model_that_is_missing_names_the_one_in_the_package():
+    with pytest.raises(
+        UserError, match="^no model to align: give --model .*, or embedded: the small one in the package"
+    ):
+        parse(OWN_PAIRS)

@@ -184,6 +184,12 @@ def test_nothing_there_is_a_user_error(tmp_path):
             find(root, "latest")
     with pytest.raises(UserError, match=r"no such checkpoint: .*nowhere"):
         find(tmp_path, str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"has none: --resume latest begins the run"):
+        find(tmp_path, "nowhere")
+    for step in (1, 20):
+        write(tmp_path, step)
+    with pytest.raises(UserError, match=r"such as \S*step-00000020$"):
+        find(tmp_path, "nowhere")
 
 
 def test_a_named_checkpoint_falls_back_only_to_older_ones(tmp_path, caplog):

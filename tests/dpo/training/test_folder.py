@@ -310,7 +310,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_anything_is_loaded(tmp_pat
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(UserError, match=r"out: .*cannot be made \(Read-only file system\); choose another folder"):
+    with pytest.raises(UserError, match=r"out: .*cannot be made \(Read-only file system\); name another folder"):
         check_output(into(tmp_path / "deep" / "out"))
 
 
