@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import MADE_FROM, read_made_from
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, read_settings
+from dpo.pages.standing import apart
 from dpo.sampling.flags import START
 from dpo.settings import config as settings
 from dpo.settings.flags import load_config
@@ -183,13 +184,24 @@ def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path |
 
 
 def check_result(name: str) -> None:
-    """Raises UserError for the folder of a run that has no result yet."""
+    """Raises UserError for the folder of a run that has no result yet. Warns of a result that the run has gone on from since."""
     path = Path(name).expanduser()
-    if any((path / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)) or not read_settings(path):
+    run = path.parent if path.name == ADAPTER_FILE else path
+    if not read_settings(run):
+        return
+    if path != run or any((path / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)):
+        if (line := apart(run)) is not None:
+            _warn(line)
         return
     begun = any((path / CHECKPOINTS).glob("step-*/state.json"))
     then = "start it again with --resume latest" if begun else "it has no checkpoint, so start it again"
     raise UserError(f"{name} holds a run that is not finished, and so no result: {then}")
+
+
+@cache
+def _warn(line: str) -> None:
+    """Logs a warning, once in a process: a command looks at what it is given, and again when it loads it."""
+    log.warning("%s", line)
 
 
 def _names_lora(path: Path) -> bool:
