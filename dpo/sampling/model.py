@@ -22,7 +22,7 @@ from dpo.models.hub import locate
 from dpo.models.load import family_of, load_weights_into, read_index
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
-from dpo.pages.began import MADE_FROM, read_made_from
+from dpo.pages.began import EMBEDDED, MADE_FROM, read_made_from, start_of
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, read_settings
 from dpo.pages.standing import apart
 from dpo.sampling.flags import START
@@ -33,7 +33,6 @@ from dpo.tiny import paths
 if TYPE_CHECKING:
     from dpo.drawing.draw import Pipeline
 
-EMBEDDED = "embedded"  # the pipeline inside the package
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXAMPLES = (
     "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
@@ -78,6 +77,8 @@ def read(
     if lora is None and config.model.lora_init is not None:
         lora = lora_files.locate(config.model.lora_init, cache_dir)
     if lora is not None:
+        if lora_base is not None:
+            _warn_of_base(name, lora.parent, lora_base, model)
         with plainly():
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
         log.info("%s: a LoRA on %s", name, model.source)
@@ -165,6 +166,16 @@ def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: 
             raise UserError(
                 f"{name}: {MADE_FROM[part]} has other weights now than the run in {run} began with; put those files back"
             )
+
+
+def _warn_of_base(name: str, run: Path, lora_base: str, model: Model) -> None:
+    """Warns where the run that left a LoRA trained it on other weights than those of the model that is named for it."""
+    start = start_of(run, lora=True)
+    if start is not None and start.is_model(lora_base, checksum(model.denoiser)) is False:
+        log.warning(
+            "%s was trained on %s, and the weights of --lora-base %s are others: together they are no model that was trained",
+            name, start.said, lora_base,
+        )  # fmt: skip
 
 
 def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
