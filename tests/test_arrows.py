@@ -40,7 +40,7 @@ MAY_CALL = {
     "commands": "training sampling evaluating labelling pairing voting planning replaying exporting scorers tiny models data drawing pages settings "
     "step objective",
     "training": "tiny step encode objective credit correction reference schedule models data drawing pages settings csrc_triton",
-    "sampling": "tiny models drawing pages.began pages.folder settings",
+    "sampling": "tiny models drawing pages.began pages.folder pages.standing settings",
     "evaluating": "sampling scorers training encode objective models data drawing pages settings tiny",
     "labelling": "sampling scorers evaluating pairing.choose data drawing models pages settings tiny",
     "pairing": "data drawing pages settings",

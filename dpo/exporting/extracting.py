@@ -18,7 +18,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.exporting import adapters, pieces, spec
 from dpo.exporting.difference import Change, decompose, rounding
-from dpo.exporting.sources import Side, check_alike, coarser, opened
+from dpo.exporting.sources import Side, check_alike, check_start, coarser, opened
 from dpo.models.adapter import Adapter, Factors
 from dpo.models.original import attended, resnets_of, unet_layer
 from dpo.models.ready import pick_device
@@ -82,6 +82,7 @@ def extract(asked: Asked) -> Extraction:
     if base.flow is not None and asked.kohya:
         raise UserError(f"--lora-format kohya: sd-scripts has no such names for family {base.family}; use diffusers")
     exact = check_alike(aligned, base)  # the base is what was trained from, to the bit: its own rounding is no change
+    check_start(aligned, base)
     rows: list[Row] = []
     adapter: Adapter = {}
     left: defaultdict[str, float] = defaultdict(float)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,13 @@ from dpo.exporting.pieces import Piece, Pieces, of_file
 from dpo.exporting.spec import Known
 from dpo.models import original
 from dpo.models.family import Family
+from dpo.models.fingerprint import checksum_of
 from dpo.models.hub import LORA_FILES, locate
 from dpo.models.weights import UNET, VAE
+from dpo.pages.began import start_of
 from dpo.sampling.model import check_result, settings_of
+
+log = logging.getLogger("dpo")
 
 TEXT = ("cond_stage_model.", "conditioner.")
 DOWN = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
@@ -116,6 +121,31 @@ def _in_diffusers(unet: Pieces, said: str) -> Pieces:
     if back.keys() != given.keys() or any(named[id(found[back[name]])] != name for name in given):
         raise UserError(f"{said}: its UNet is of an architecture that this trainer does not know")
     return {name: unet[named[id(found[name])]] for name in shapes}
+
+
+def check_start(aligned: Side, base: Side) -> None:
+    """Warns where the aligned model is a run's that began with other weights than the base's. Raises UserError where the two are swapped.
+
+    By what the folders of runs say of it; of other models it is not known.
+    """
+    other = start_of(Path(base.said).expanduser())
+    if other is not None and other.is_model(aligned.said, _checksum(aligned)):
+        raise UserError(
+            f"{aligned.said} is what --base {base.said} began with: the two are swapped, so name the aligned model first, and "
+            f"--base {aligned.said}"
+        )
+    start = start_of(Path(aligned.said).expanduser())
+    if start is not None and start.is_model(base.said, _checksum(base)) is False:
+        began = start.said if start.said != base.said else f"what {base.said} was then"
+        log.warning(
+            "%s began with %s, not with --base %s: the LoRA also holds what these two differ in",
+            aligned.said, began, base.said,
+        )  # fmt: skip
+
+
+def _checksum(side: Side) -> str:
+    """That of its denoiser as the trainer loads it, tensor by tensor."""
+    return checksum_of({name: piece.make for name, piece in side.denoiser.items()}, dtype=torch.float32)
 
 
 def check_alike(aligned: Side, base: Side) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,22 +38,21 @@ def checksum(*modules: nn.Module, dtype: torch.dtype | None = None) -> str:
     dtype: as if all numbers were in it, one tensor after another. Where `fingerprint` sees a fine-tuned copy, this sees one
     altered number. Takes a second or less for a gigabyte.
     """
-    tensors = [
-        (f"{i}.{name}", value)
-        for i, one in enumerate(modules)
-        for name, value in sorted(bare_names(one.state_dict()).items())
-    ]
+    states = (bare_names(one.state_dict()) for one in modules)
+    return checksum_of(*({name: value.detach for name, value in state.items()} for state in states), dtype=dtype)
 
-    def content(value: Tensor) -> str:
-        return _content(value if dtype is None or not value.is_floating_point() else value.to(dtype))
 
+def checksum_of(*states: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype | None = None) -> str:
+    """The `checksum` of modules with these states, each tensor made only when it is hashed."""
+
+    def line(named: tuple[str, Callable[[], Tensor]]) -> str:
+        name, value = named[0], named[1]()
+        value = value if dtype is None or not value.is_floating_point() else value.to(dtype)
+        return f"{name} {tuple(value.shape)} {value.dtype} {_content(value)}"
+
+    tensors = [(f"{i}.{name}", make) for i, one in enumerate(states) for name, make in sorted(one.items())]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter's lock
-        sums = list(pool.map(content, (value for _, value in tensors)))
-    about = (
-        f"{name} {tuple(value.shape)} {dtype if dtype is not None and value.is_floating_point() else value.dtype}"
-        for name, value in tensors
-    )
-    return digest(*(f"{text} {found}" for text, found in zip(about, sums, strict=True)))
+        return digest(*pool.map(line, tensors))
 
 
 def _content(value: Tensor) -> str:

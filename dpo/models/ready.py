@@ -122,7 +122,16 @@ def _against(config: Config, model: Model) -> list[str]:
     if model.turbo and named.timesteps == "all":
         why = "the model is distilled to a few steps" if model.family.flow else "the model's scheduler is Turbo's"
         lines.append(f"--timesteps all is followed, though {why}")
-    return lines
+    return lines + _far_from(config.data.resolution, model.geometry.native)
+
+
+def _far_from(side: int | None, native: int) -> list[str]:
+    """A line for the log on a resolution of twice the model's own side or more, or of half of it or less."""
+    if side is None or native / 2 < side < native * 2:
+        return []
+    more = f"a step takes {(side / native) ** 2:.0f} times as much, or more"
+    why = more if side > native else "it was not made for images so small"
+    return [f"--resolution {side}: the model's own is {native} pixels, and {why}"]
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """What a person reads afterwards, made from a folder alone.
 
 folder.py the files of a run, and reading them back; kinds.py what stands in them; began.py what a run began with
+standing.py of which update its result is, beside where the run stands
 origin.py what of that may be published, and its licence
 figures.py every figure: name, words, format; kept.py which of them are of the result; single.py words of images alone
 verdict.py what the figures mean | aligned.py what came of a run, in a few values

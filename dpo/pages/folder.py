@@ -13,6 +13,7 @@
         evaluation    win_rate, win_rate_interval [low, high], prompts, score_before, score_after, judge, and of further
                       scorers faithfulness_before, faithfulness_after, win_rate_by_<scorer>
         kept          of --keep-best: step, the update whose weights are the result; choosing_accuracy, heldout_accuracy, ...
+        result        of which update the result in the folder is, whatever became of the run since (dpo.pages.standing)
         notes, warnings   lists of lines
     tables.json       weight, precision, table, correction: [T] each (methods dde*); weight for the others too
     samples/*.png     grids of dpo.drawing.grid, in the order of their names

@@ -64,6 +64,7 @@ SUMMARY = {
     "data": TABLE,
     "evaluation": TABLE,
     "kept": TABLE,
+    "result": TABLE,
     "notes": TEXTS,
     "warnings": TEXTS,
 }

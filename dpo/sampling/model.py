@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,8 +22,9 @@ from dpo.models.hub import locate
 from dpo.models.load import family_of, load_weights_into, read_index
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
-from dpo.pages.began import MADE_FROM, read_made_from
+from dpo.pages.began import EMBEDDED, MADE_FROM, read_made_from, start_of
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, read_settings
+from dpo.pages.standing import apart
 from dpo.sampling.flags import START
 from dpo.settings import config as settings
 from dpo.settings.flags import load_config
@@ -32,7 +33,6 @@ from dpo.tiny import paths
 if TYPE_CHECKING:
     from dpo.drawing.draw import Pipeline
 
-EMBEDDED = "embedded"  # the pipeline inside the package
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXAMPLES = (
     "the folder of a run (runs/sd15), a diffusers folder, a hub id (stable-diffusion-v1-5/stable-diffusion-v1-5), "
@@ -77,6 +77,8 @@ def read(
     if lora is None and config.model.lora_init is not None:
         lora = lora_files.locate(config.model.lora_init, cache_dir)
     if lora is not None:
+        if lora_base is not None:
+            _warn_of_base(name, lora.parent, lora_base, model)
         with plainly():
             merge_into(model.denoiser, lora_files.read(lora, model.denoiser, model.family))
         log.info("%s: a LoRA on %s", name, model.source)
@@ -166,6 +168,16 @@ def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: 
             )
 
 
+def _warn_of_base(name: str, run: Path, lora_base: str, model: Model) -> None:
+    """Warns where the run that left a LoRA trained it on other weights than those of the model that is named for it."""
+    start = start_of(run, lora=True)
+    if start is not None and start.is_model(lora_base, checksum(model.denoiser)) is False:
+        log.warning(
+            "%s was trained on %s, and the weights of --lora-base %s are others: together they are no model that was trained",
+            name, start.said, lora_base,
+        )  # fmt: skip
+
+
 def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path | None:
     """The file of a LoRA, where `name` is one: a folder without a pipeline, a file with a LoRA's names, or so asked."""
     path = Path(name).expanduser()
@@ -183,13 +195,24 @@ def lora_file(name: str, lora_base: str | None, cache_dir: str | None) -> Path |
 
 
 def check_result(name: str) -> None:
-    """Raises UserError for the folder of a run that has no result yet."""
+    """Raises UserError for the folder of a run that has no result yet. Warns of a result that the run has gone on from since."""
     path = Path(name).expanduser()
-    if any((path / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)) or not read_settings(path):
+    run = path.parent if path.name == ADAPTER_FILE else path
+    if not read_settings(run):
+        return
+    if path != run or any((path / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)):
+        if (line := apart(run)) is not None:
+            _warn(line)
         return
     begun = any((path / CHECKPOINTS).glob("step-*/state.json"))
     then = "start it again with --resume latest" if begun else "it has no checkpoint, so start it again"
     raise UserError(f"{name} holds a run that is not finished, and so no result: {then}")
+
+
+@cache
+def _warn(line: str) -> None:
+    """Logs a warning, once in a process: a command looks at what it is given, and again when it loads it."""
+    log.warning("%s", line)
 
 
 def _names_lora(path: Path) -> bool:

@@ -174,12 +174,14 @@ def _base(
 ) -> dict[str, Any]:
     """The settings that the flags change: a script's defaults, over them a preset's, over them those of a file.
 
-    Without any start, model or data: those of the resumed run, or the tiny preset.
+    Without any start: those of the run that --resume continues, unless both model and data are named, which is a whole
+    command line. Without a run, a model and data: the tiny preset.
     """
     peer, preset = start["compat"], start["preset"]
-    if not (peer or preset or start["config"] or changes.get("model") or changes.get("data")):
+    named = bool(changes.get("model")) + bool(changes.get("data"))
+    if not (peer or preset or start["config"] or named == 2):
         file = _of_resumed_run(changes, notes)
-        preset = None if file else "tiny"
+        preset = None if file or named else "tiny"
     file = recipe.flags_beat(file, changes, notes)
     said = {**file, **changes}
     of_preset = flat_settings(load_preset(preset)) if preset else {}

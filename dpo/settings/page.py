@@ -19,6 +19,7 @@ used. `dpo.prepare`, `dpo.sweep` and `dpo.plan` take them too.
 
 *On resume*: free: it may change; said: it may change, and the log says so; refused: the result would belong to neither setting. A few depend
 on values: `fp32`, `bf16` and `fp16` runs may go on in each other, and with a linear or cosine schedule a change of `steps` is said.
+What is not named on resume is the run's own, but for a whole command line ([running.md](running.md#go-on-with-a-run)).
 
 This page is written by `python -m dpo.settings.page > docs/settings.md`.
 """

@@ -244,6 +244,7 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
         if compared:
             judging.prepare(run)
         written = results.write(run)
+        summary.note_result(run)
         trackers.picture(run.done, samples.write(run))
         summary.report(run, *(("interrupted", NOT_COMPARED) if compared else ("finished", "")))
     return Ending(run.output, run.config.output, run.done, written, compared)

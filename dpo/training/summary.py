@@ -17,8 +17,9 @@ from dpo.common import files
 from dpo.data.pairs import Source
 from dpo.models.ready import WEIGHTS
 from dpo.pages.began import MADE_FROM
-from dpo.pages.folder import SHARED, SUMMARY_FILE, TABLES_FILE, read_run
+from dpo.pages.folder import SHARED, SUMMARY_FILE, TABLES_FILE, read_json, read_run
 from dpo.pages.single import HELD_LIKED, LIKED
+from dpo.pages.standing import RESULT, result_of
 from dpo.settings import advice, resolve
 from dpo.training import choice
 from dpo.training.run import Figures, Run
@@ -57,6 +58,7 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "reason": reason,
         "steps": run.done if run.ended else run.total,
         "kept": choice.told(run),
+        RESULT: result_of(read_json(run.output / SUMMARY_FILE)) or None,
         "seconds": time.time() - run.started,
         "processes": run.processes.count,
         "device": device_name(run.device),
@@ -94,6 +96,13 @@ def report(run: Run, status: str, reason: str = "") -> None:
     if not (run.complete and (run.output / TABLES_FILE).is_file()):
         files.write_text(run.output / TABLES_FILE, json.dumps({name: value.tolist() for name, value in tables.items()}))
     _write_pages(run.output, run.config.output.model_card and status == "finished")
+
+
+def note_result(run: Run) -> None:
+    """Puts into the summary of which update the result that was just written is: it is so though the process end before `report`."""
+    said = {"step": run.done if run.shown is None else run.shown, "of": run.done}
+    summary = read_json(run.output / SUMMARY_FILE) | {RESULT: said}
+    files.write_text(run.output / SUMMARY_FILE, json.dumps(summary, indent=1))
 
 
 def _held_out(run: Run) -> dict[str, int]:

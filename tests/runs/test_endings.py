@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import multiprocessing
 import os
 import pty
@@ -192,6 +193,33 @@ def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys,
     assert said.code == 1 and said.warnings("all 4 updates are made") and said.warnings("--resume latest")
     assert command(capsys, *start, *WORDS, "--resume", "latest").code == 0
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_a_result_that_a_stopped_resume_has_left_is_told_where_it_is_used(start, tmp_path, capsys, monkeypatch):
+    from dpo.sampling.model import check
+
+    out, step = tmp_path / "out", dpo.train.train_step
+    assert command(capsys, *start, *WORDS, "--steps", "1").code == 0
+    check(str(out))
+    before = (out / "summary.json").read_bytes()
+
+    def stopped(run, batches):
+        if run.done == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, batches)
+
+    monkeypatch.setattr(dpo.train, "train_step", stopped)
+    assert command(capsys, *start, *WORDS, "--steps", "40", "--resume", "latest").code == 130
+    monkeypatch.undo()
+    said = []
+    monkeypatch.setattr(logging.getLogger("dpo"), "warning", lambda text, *words: said.append(text % words))
+    check(str(out)), check(str(out))
+    (out / "summary.json").write_bytes(before)  # as after kill -9
+    check(str(out))
+    assert [line.partition(":")[0] for line in said] == [
+        f"{out} stands at update 2 of 40, interrupted; its result is that of update 1",
+        f"{out} stands at update 2 of 40; its result is that of update 1",
+    ]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """dpo.exporting.extracting: a LoRA from two models is what was merged, the best of its rank, and what diffusers loads."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from dpo.exporting.sources import coarser, opened
 from dpo.exporting.work import export
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
+from dpo.models.fingerprint import checksum
 from dpo.models.load import load
+from dpo.settings import config as settings
 from tests.help.handed import lora_run
 
 
@@ -188,6 +191,32 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
     )
     with pytest.raises(UserError, match="of an architecture that this trainer does not know"):
         opened(str(tmp_path / "odd.safetensors"), None)
+
+
+def as_run(folder, model, made_from):
+    """Makes a pipeline's folder that of a run which began with `model`."""
+    config = settings.change(settings.Config(), model=str(model), data="pairs", output=str(folder))
+    (Path(folder) / "config.toml").write_text(settings.to_toml(config), "utf-8")
+    (Path(folder) / "summary.json").write_text(json.dumps({"made_from": made_from}), "utf-8")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by content", "by place"])
+def test_a_base_that_the_run_did_not_begin_with_is_warned_of_and_one_that_began_with_it_is_refused(
+    world, tmp_path, caplog, known
+):
+    base = world("sd15")
+    other = changed(base, tmp_path / "other", unet__to_k__weight=noise(1e-2))
+    run = changed(base, tmp_path / "run", unet__to_q__weight=noise(1e-3))
+    as_run(run, base, {"model": checksum(load(base).denoiser)} if known else {})
+    copy = shutil.copytree(base, tmp_path / "copy")  # another place with the same weights
+    asked = functools.partial(Asked, rank=1, device="cpu")
+    extract(asked(run, str(copy) if known else base, tmp_path / "1.safetensors"))
+    assert caplog.text == ""
+    extract(asked(run, other, tmp_path / "2.safetensors"))
+    said = f"{run} began with {base}, not with --base {other}: the LoRA also holds what these two differ in"
+    assert [record.message for record in caplog.records] == [said]
+    with pytest.raises(UserError, match=f"{base} is what --base {run} began with: the two are swapped"):
+        extract(asked(base, run, tmp_path / "3.safetensors"))
 
 
 @pytest.mark.slow

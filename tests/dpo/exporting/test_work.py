@@ -17,8 +17,10 @@ from dpo.exporting.work import export
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
 from dpo.models.family import families
+from dpo.models.fingerprint import checksum
 from dpo.models.load import load, read_scheduler
 from dpo.models.parts import is_turbo
+from dpo.models.save import save_pipeline
 from dpo.planning.sketch import CONFIGS, SHIPPED
 from dpo.settings.config import Model
 from tests.help.handed import header, lora_run
@@ -144,6 +146,22 @@ def test_a_merged_lora_is_its_base_with_the_product_added(runs, world, tmp_path)
     assert all(torch.allclose(value, weights[name], atol=1e-7) for name, value in found.denoiser.state_dict().items())
     folder = export(Asked(str(run), "diffusers", tmp_path / "folder", merge=True))
     assert same(load(str(folder)), found)
+
+
+def test_a_lora_that_is_merged_into_other_weights_than_it_was_trained_on_is_warned_of(runs, world, tmp_path, caplog):
+    run, base, other = tmp_path / "run", world("sd15"), tmp_path / "other"
+    shutil.copytree(runs["sd15"][0], run)
+    made_from = {"model": checksum(load(base).denoiser)}
+    (run / "summary.json").write_text(json.dumps({"made_from": made_from}), encoding="utf-8")
+    model = load(base)
+    with torch.no_grad():
+        next(model.denoiser.parameters()).view(-1)[3] += 1.0
+    save_pipeline(model, model.denoiser, other)
+    trained = f"{run} was trained on {base}, and the weights of --lora-base {other} are others"
+    for lora_base, said in ((base, 0), (other, 1)):
+        caplog.clear()
+        export(Asked(str(run), "diffusers", tmp_path / f"{said}", merge=True, lora_base=str(lora_base)))
+        assert [record.message.startswith(trained) for record in caplog.records if record.levelno > 20] == [True] * said
 
 
 @pytest.mark.slow

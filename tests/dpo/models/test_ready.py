@@ -108,6 +108,22 @@ def test_a_flag_against_what_the_model_says_is_said(world, caplog):
     assert "is followed" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (8, "--resolution 256: the model's own is 32 pixels, and a step takes 64 times as much, or more"),
+        (2, "--resolution 64: the model's own is 32 pixels, and a step takes 4 times as much, or more"),
+        (0.5, "--resolution 16: the model's own is 32 pixels, and it was not made for images so small"),
+        (1.5, ""),
+        (1, ""),
+    ],
+)
+def test_a_resolution_far_from_the_models_own_is_said(world, caplog, share, said):
+    ready.load_model(change(Config(), model=world("sd15"), resolution=int(32 * share)), CPU)
+    found = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert found == ([said] if said else [])
+
+
 def test_a_distilled_flow_that_is_trained_at_all_levels_is_called_so(world, caplog):
     with caplog.at_level(logging.WARNING, "dpo"):
         ready.load_model(change(Config(), model=world("flux2-klein"), timesteps="all", text_tokens=64), CPU)

@@ -138,6 +138,20 @@ def test_a_resumed_run_brings_its_settings(tmp_path):
     assert parse([*BASE, "--output", str(tmp_path / "new"), "--resume", "latest"])[0].output.resume == "latest"
 
 
+@pytest.mark.parametrize("moved", ["data", "model"])
+def test_a_resumed_run_whose_pairs_or_model_have_moved_keeps_its_other_settings(tmp_path, moved):
+    saved = from_mapping({**PAIRED, "beta": 7.0, "learning_rate": 3e-6, "output": str(tmp_path), "steps": 10})
+    (tmp_path / "config.toml").write_text(to_toml(saved))
+    cfg, notes = parse(["--output", str(tmp_path), "--resume", "latest", f"--{moved}", "elsewhere"])
+    assert cfg == change(saved, resume="latest", effective_batch=4, **{moved: "elsewhere"})
+    assert len(notes) == 1 and "config.toml" in notes[0]
+    with pytest.raises(UserError, match="new holds no run; correct the folder"):
+        parse(["--output", str(tmp_path / "new"), "--resume", "latest", f"--{moved}", "elsewhere"])
+    for start in (["--preset", "sd15"], ["--config", str(tmp_path / "config.toml")]):
+        notes = parse([*start, "--output", str(tmp_path), "--resume", "latest", f"--{moved}", "elsewhere"])[1]
+        assert not any("is continued" in note for note in notes), "what is named is the start"
+
+
 def test_the_families_are_those_of_the_registry():
     from dpo.models.family import families
 

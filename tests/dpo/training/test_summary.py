@@ -60,6 +60,22 @@ def test_a_comparison_is_put_in_afterwards_and_stays(run):
     assert json.loads((run.output / "summary.json").read_text()) == found
 
 
+def test_of_which_update_the_result_is_stays_known(run):
+    """Of the best weights the update is another than the last; a start that ends otherwise writes none."""
+    for done, shown, status in (
+        (3, None, "finished"),
+        (3, 2, "finished"),
+        (1, None, "interrupted"),
+        (2, None, "failed"),
+    ):
+        run.done, run.shown = done, shown
+        if status == "finished":
+            summary.note_result(run)
+            wanted = {"step": shown or done, "of": done}
+        summary.report(run, status)
+        assert json.loads((run.output / "summary.json").read_text())["result"] == wanted
+
+
 def test_a_broken_off_run_has_a_reason_and_no_model_card(run):
     summary.report(run, "failed", "the loss is not finite")
     found = json.loads((run.output / "summary.json").read_text())
