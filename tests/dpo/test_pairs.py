@@ -169,7 +169,7 @@ def test_a_look_at_any_set(tmp_path, capsys, monkeypatch):
     found = summary(tmp_path / "look")
     assert (found["pairs"], found["captions"], found["images_looked_at"]) == (7, 7, 13) and found["source"]["ties"] == 2
     assert [line.split(" ", 1)[1].split(",")[0][:22] for line in found["warnings"]] == [
-        "images cannot be read", "pairs are few", "of 13 images have a si",
+        "image cannot be read", "pairs are few", "of 13 images have a si",
     ]  # fmt: skip
     text = (tmp_path / "look/pairs.html").read_text(encoding="utf-8")
     shown = Page(text)
