@@ -259,7 +259,7 @@ def run_cell(out: Path, row: str, seed: int) -> tuple[Cell | None, str]:
         "--seed",
         seed,
     ]
-    flags += ["--output", folder, "--threads", 1, "--validate-every", 0, *going_on]
+    flags += ["--output", folder, "--threads", 1, "--validate-every", 0, "--no-samples", *going_on]
     code = train.main([str(flag) for flag in flags])
     if code:
         return None, f"{row}, seed {seed}: ended with {code}, see {out / f'process-{os.getpid()}.log'}"

@@ -193,6 +193,11 @@ def test_another_architecture_and_a_lora_are_refused(world, merged, tmp_path):
         opened(str(tmp_path / "odd.safetensors"), None)
 
 
+def warned(caplog):
+    """The warnings: the rest says how far a slow machine is."""
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
 def as_run(folder, model, made_from):
     """Makes a pipeline's folder that of a run which began with `model`."""
     config = settings.change(settings.Config(), model=str(model), data="pairs", output=str(folder))
@@ -211,10 +216,10 @@ def test_a_base_that_the_run_did_not_begin_with_is_warned_of_and_one_that_began_
     copy = shutil.copytree(base, tmp_path / "copy")  # another place with the same weights
     asked = functools.partial(Asked, rank=1, device="cpu")
     extract(asked(run, str(copy) if known else base, tmp_path / "1.safetensors"))
-    assert caplog.text == ""
+    assert warned(caplog) == []
     extract(asked(run, other, tmp_path / "2.safetensors"))
     said = f"{run} began with {base}, not with --base {other}: the LoRA also holds what these two differ in"
-    assert [record.message for record in caplog.records] == [said]
+    assert warned(caplog) == [said]
     with pytest.raises(UserError, match=f"{base} is what --base {run} began with: the two are swapped"):
         extract(asked(base, run, tmp_path / "3.safetensors"))
 
