@@ -161,7 +161,8 @@ def _positive(text: str) -> int:
 def _config(folder: Path, rest: list[str]) -> Config:
     """The settings from dpo.train's flags.
 
-    Without --data, the pairs are those of the store in `folder`, if it is one; without a model too, the embedded ones.
+    Without --data, and where a preset or a file names none, the pairs are those of the store in `folder`, if it is one;
+    without a model too, the embedded ones.
     """
     from dpo.data.store.store import is_store
     from dpo.settings.flags import parse
@@ -178,7 +179,11 @@ def _config(folder: Path, rest: list[str]) -> Config:
         raise UserError(f"{folder} is no prepared store: correct --store, or give the --data to prepare there")
     elif not named:
         log.warning("no --model and no --data: %s is a store of the small world inside the package", folder)
-    config, notes = parse(rest, also=[flag for action in make_parser()._actions for flag in action.option_strings])
+    also = [flag for action in make_parser()._actions for flag in action.option_strings]
+    if named and is_store(folder):
+        found, _ = parse(rest, also=also, with_pairs=False)
+        rest += ["--data", str(folder)] if found.model.model and not found.data.data else []
+    config, notes = parse(rest, also=also)
     for note in notes:
         log.info("%s", note)
     return config

@@ -329,7 +329,8 @@ def test_a_store_is_not_put_into_a_model_or_a_run(world, tmp_path, capsys):
 
 def test_nothing_asked_of_a_store_is_said(world, tmp_path, capsys):
     store = prepared(world, "sd15", tmp_path / "store")
-    for flags in (["--model", world("sd15")], ["--model", world("sd15"), "--data", str(store)]):
+    model = ["--model", world("sd15")]
+    for flags in (model, [*model, "--data", str(store)], [*model, "--preset", "tiny"]):  # that preset names no pairs
         capsys.readouterr()
         assert command(store, *flags) == 2
         said = capsys.readouterr().err
