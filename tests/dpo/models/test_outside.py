@@ -12,6 +12,7 @@ from transformers.integrations import hub_kernels
 
 from dpo.common.errors import UserError
 from dpo.models.load import load
+from dpo.models.outside import attention_of
 from dpo.models.parts import component
 from tests.help.ldm import write_single_file
 from tests.help.loading import refused
@@ -117,3 +118,8 @@ def test_the_configs_of_a_single_file_name_no_attention(pipelines, model, tmp_pa
 def test_a_config_that_is_no_object_is_one_line(model, text):
     (model / "vae" / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert "vae/config.json cannot be read" in refused(str(model))
+
+
+@pytest.mark.parametrize(("supported", "attention"), [(True, "sdpa"), (False, "eager")])
+def test_an_encoder_has_the_attention_that_its_class_can_have(supported, attention):
+    assert attention_of(type("Encoder", (), {"_supports_sdpa": supported})) == attention

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from dpo.models.fingerprint import checksum, fingerprint
 from dpo.models.load import load
 from dpo.models.save import save_pipeline
-from dpo.models.text import read_tokenizer, same_tokens, token_ids
+from dpo.models.text import read_tokenizer, run_encoder, same_tokens, token_ids
 from tests.help.ldm import write_single_file
 
 KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # CLIP's vocabulary begins with the bytes in this order
@@ -104,3 +104,14 @@ def test_tokens_are_copied_to_a_gpu_without_waiting_for_it(device):
         assert found is locked.to.return_value and locked.to.call_args.kwargs == {"non_blocking": True}
     else:
         assert found is ids.to.return_value and not ids.pin_memory.called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_an_encoder_makes_inside_is_as_wide_as_itself(world, dtype):
+    """transformers 4 makes CLIP's mask in torch's default dtype, which afterwards is what it was."""
+    model, seen = load(world("sd15")), []
+    encoder = model.text_encoders[0].to(dtype)
+    handle = encoder.register_forward_pre_hook(lambda *_: seen.append(torch.get_default_dtype()))
+    assert run_encoder(model.tokenizers[0], encoder, ["a fox"])[0].dtype == dtype
+    handle.remove()
+    assert seen == [dtype] and torch.get_default_dtype() == torch.float32
