@@ -194,7 +194,7 @@ def translate(given: Mapping[str, Any], peer: str | None) -> tuple[dict[str, Any
     notes: list[str] = []
     given = _one_data_set(given, peer, notes)
     changes = _foreign(given, notes) | _own(given)
-    _words(changes)
+    _words(given, changes)
     _beta(given, changes, peer, notes)
     _validation(given, changes)
     _clipping(given, changes, peer, notes)
@@ -248,7 +248,7 @@ def _agree(name: str, asked: Mapping[str, Any]) -> None:
     """Raises UserError for flags that set one setting to different values. asked: value by flag, in snake case."""
     if len(asked) < 2:
         return
-    values = [coerce(specs()[name], _word(name, value)) for value in asked.values()]
+    values = [coerce(specs()[name], _word(name, flag, value)) for flag, value in asked.items()]
     if any(value != values[0] for value in values):
         said = " and ".join(_spelled(flag, value) for flag, value in asked.items())
         raise UserError(f"{said} set one setting, {name}, to different values: give one")
@@ -286,15 +286,17 @@ def _report_to(tracker: str) -> dict[str, Any]:
     return REPORT_TO[tracker.lower()]
 
 
-def _words(changes: dict[str, Any]) -> None:
+def _words(given: Mapping[str, Any], changes: dict[str, Any]) -> None:
     """Puts our word for a value in the place of a peer's. Raises UserError for a value that is not offered."""
     for name in changes:
-        changes[name] = _word(name, changes[name])
+        flag = next((one for one in (name, *specs()[name].meta["aliases"]) if one in given), name)
+        changes[name] = _word(name, flag, changes[name])
 
 
-def _word(name: str, value: Any) -> Any:
+def _word(name: str, flag: str, value: Any) -> Any:
+    """The value of a setting in our words; `flag` is the one that gave it."""
     if name == "scheduler" and value in NOT_OFFERED:
-        raise UserError(f"scheduler = {value}: not offered, {NOT_OFFERED[value]}")
+        raise UserError(f"{_spelled(flag, value)}: not offered, {NOT_OFFERED[value]}")
     words = WORDS.get(name, {})
     return words[value] if isinstance(value, str) and value in words else value
 

@@ -14,6 +14,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import is_plain
 
 LONGEST = 200  # characters of a value in a message
+ALIKE = 0.72  # of two names, by difflib's ratio: less is a guess that leads astray (snr-gamma is not gamma)
 NOTHING = ("none", "")  # values of a flag that unset a setting that may be None
 
 
@@ -104,11 +105,15 @@ def allowed(spec: Spec) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name in `names` most like `name`, None when none is like it: first one of which it is the first words."""
-    known = list(names)
+    """The name in `names` most like `name`, None when none is like it: first one of which it is the first words.
+
+    What names begin with in common, such as --, makes them no more alike.
+    """
+    known = {one.lstrip("-"): one for one in names}
+    name = name.lstrip("-")
     longer = [one for one in known if one.startswith((f"{name}-", f"{name}_"))]
-    found = longer[:1] if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=0.6)
-    return found[0] if found else None
+    found = longer[:1] if len(longer) == 1 else difflib.get_close_matches(name, longer or known, n=1, cutoff=ALIKE)
+    return known[found[0]] if found else None
 
 
 def _coerce_many(spec: Spec, value: Any) -> tuple:

@@ -28,17 +28,14 @@ from dpo.data.store import recorded
 from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
-from dpo.models import lora_files
 from dpo.models.apart import Apart
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
-from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.ready import cast, check_settings, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
-from dpo.settings.config import Model as NamedModel
 from dpo.step import PairStep
 from dpo.training import (
     agreement,
@@ -83,7 +80,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     processes.join(device)
     output = check_output(config) if processes.first else folder_of(config)
     config = embedded(config)
-    _check_named(config.model)
+    start.check_named(config.model)
     check_settings(config)
     optimizer.check_installed(config.optim.optimizer)
 
@@ -188,7 +185,10 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         said = f"update {run.done} of {run.total} was made before"
         if run.done > run.total:
             said = f"{run.done} updates were made before, and {run.total} asked for now"
-        log.warning("%s: nothing is trained; raise %s to go on", said, "--patience" if run.ended else "--steps")
+        raised = "--patience" if run.ended else "--steps"
+        log.warning(
+            "%s: nothing is trained; raise %s to go on (what is said above of new settings has no effect)", said, raised
+        )
         keep_trained(run, saved)
     elif saved is not None:
         for line in changed:
@@ -243,20 +243,6 @@ def _start(runtime: Runtime, processes: Processes) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = runtime.tf32
     if runtime.deterministic:
         make_deterministic()
-
-
-def _check_named(named: NamedModel) -> None:
-    """Raises UserError for a named model or part of a model that does not exist here and is not like a hub id.
-
-    What is on the hub is fetched later: a mistake in --data must not wait for gigabytes.
-    """
-    assert named.model is not None, "the embedded one where none is named"
-    if not on_hub(named.model):
-        locate(named.model)
-    check_part("--vae", named.vae)
-    check_part("--unet-init", named.unet_init)
-    if named.lora_init is not None and not on_hub(named.lora_init):
-        lora_files.locate(named.lora_init)
 
 
 def _saved(output: Output, folder: Path, processes: Processes) -> checkpoint.Checkpoint | None:

@@ -13,9 +13,12 @@ from pathlib import Path
 from dpo.models import lora, lora_files
 from dpo.models.adapter import Adapter, endings, even, merge_into
 from dpo.models.family import Model
+from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.load import load_weights_into
 from dpo.models.single_file import against
+from dpo.pages.standing import left_by_run
 from dpo.settings.config import Config, change
+from dpo.settings.config import Model as NamedModel
 from dpo.settings.rules import lora_goes_on
 
 log = logging.getLogger("dpo")
@@ -42,6 +45,23 @@ class Start:
         if self.merged is not None:
             merge_into(model.denoiser, self.merged)
             model.merged = self.merged
+
+
+def check_named(named: NamedModel) -> None:
+    """Raises UserError for a named model or part of a model that does not exist here and is not like a hub id.
+
+    Warns of the result of a run that has gone on from it since. What is on the hub is fetched later: a mistake in --data must not wait for gigabytes.
+    """
+    assert named.model is not None, "the embedded one where none is named"
+    if not on_hub(named.model):
+        locate(named.model)
+    check_part("--vae", named.vae)
+    check_part("--unet-init", named.unet_init)
+    if named.lora_init is not None and not on_hub(named.lora_init):
+        lora_files.locate(named.lora_init)
+    for flag, name in (("--model", named.model), ("--unet-init", named.unet_init), ("--lora-init", named.lora_init)):
+        if name is not None and (line := left_by_run(name)) is not None:
+            log.warning("%s %s: %s", flag, name, line)
 
 
 def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:

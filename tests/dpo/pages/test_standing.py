@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo.pages.standing import apart, result_of
+from dpo.pages.standing import apart, left_by_run, result_of
 
 ENDED = {"status": "finished", "steps": 1}
 KEPT = {"kept": {"step": 4}, "steps": 8}
@@ -58,3 +58,15 @@ def test_a_result_that_the_run_has_left_is_told(tmp_path, summary, updates, tota
 def test_what_a_summary_says_in_another_way_is_not_known(tmp_path, odd):
     assert result_of(odd) == {}
     assert "its result is an earlier one" in apart(folder(tmp_path, odd, [3], [40]))
+
+
+def test_a_part_of_a_result_that_its_run_has_left_is_told(tmp_path, monkeypatch):
+    """By whichever of its names a later run may begin with it; a name that only looks like one in the folder is no part of it."""
+    folder(tmp_path, ENDED, [1, 2, 3], [1, 40])
+    (tmp_path / "config.toml").write_text('[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 1\n', "utf-8")
+    (tmp_path / "unet").mkdir()
+    for name in (tmp_path, tmp_path / "unet"):
+        assert left_by_run(str(name)) == apart(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert left_by_run("unet") is not None and left_by_run("embedded") is None
+    assert left_by_run(str(tmp_path / "checkpoints" / "step-00000001")) is None

@@ -213,8 +213,9 @@ def test_refused_flags_are_accepted_when_they_ask_for_nothing():
 
 def test_values_that_are_not_offered_say_what_to_use():
     for word in NOT_OFFERED:
-        with pytest.raises(UserError, match=r"use .*linear"):
-            parse([*BASE, "--lr_scheduler", word])
+        for flag in ("--lr_scheduler", "--scheduler"):
+            with pytest.raises(UserError, match=rf"^{flag} {word}: not offered, use .*linear"):
+                parse([*BASE, flag, word])
     for flags, words in (
         (["--report_to", "comet_ml"], "tensorboard, wandb"),
         (["--loss_type", "cpo"], "sigmoid, hinge, ipo"),

@@ -284,6 +284,7 @@ def test_help_has_every_setting_with_its_default(capsys):
         (["--lerning-rate", "1"], "did you mean --learning-rate?"),
         (["--lerning_rate=1"], "--lerning-rate: did you mean --learning-rate?"),
         (["--zzzz"], "--help lists them all"),
+        (["--snr-gamma", "5"], "unknown flag --snr-gamma: --help lists them all"),  # --gamma is another thing
         (["--gradient_checkpoint"], "--gradient-checkpointing"),
         (["hello"], "unexpected 'hello': every value follows a flag"),
         (

@@ -16,7 +16,9 @@ from dpo.models import lora
 from dpo.models.load import load
 from dpo.models.save import save_lora
 from dpo.pages.folder import ADAPTER_FILE
+from dpo.settings.config import Model
 from dpo.training import results
+from dpo.training import start as starting
 from dpo.training.state import snapshot
 from tests.dpo.models.test_denoiser import run as predict
 from tests.dpo.models.test_lora import train
@@ -207,3 +209,14 @@ def test_what_cannot_be_started_from_is_one_line(world, sft, tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             make_run(world("sd15"), world("pairs"), tmp_path / "run", "--lora", "--lora-init", str(place), *SHORT)
         assert "\n" not in str(caught.value) and "--lora-init" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "unet_init", "lora_init"])
+def test_a_result_that_its_run_has_left_is_warned_of(world, sft, monkeypatch, caplog, name):
+    """Once for each place that names it."""
+    names = {"model": world("sd15"), "unet_init": f"{world('sd15')}/unet", "lora_init": str(sft("sd15"))}
+    monkeypatch.setattr(starting, "left_by_run", lambda at: f"{at} was left" if at == names[name] else None)
+    starting.check_named(Model(**names))
+    assert [record.getMessage() for record in caplog.records if record.name == "dpo"] == [
+        f"--{name.replace('_', '-')} {names[name]}: {names[name]} was left"
+    ]
