@@ -56,6 +56,7 @@ def is_ours(row):
     return row.get("pairs/s") and row["setting"] != "LoRA" and not row["setting"].startswith("peers")
 
 
+@pytest.mark.slow
 def test_a_section_is_told_the_rows_of_the_one_before_it(tmp_path, capsys):
     """Through the call itself, its file of results and a child: the profile is of the row that was fastest."""
     held = Results(tmp_path, {})
