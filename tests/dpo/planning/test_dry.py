@@ -44,6 +44,7 @@ def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, monkeypatch
     check(world(kind), world("pairs"), tmp_path, *flags)
 
 
+@pytest.mark.slow
 def test_so_they_are_of_images_without_partners(world, tmp_path):
     taken = check(world("sd15"), str(make_labelled(tmp_path / "images", 8)), tmp_path, "--method", "kto")
     _, pairs = planned(world, "sd15", "--resolution", "64", "--device", "cpu", "--method", "kto")

@@ -143,6 +143,7 @@ def test_memory_that_is_full_before_the_first_update_is_no_other_thing(words, pl
     check_refused(command(capsys, *words), ["out of GPU memory", "the plan knows no change that fits 0.1 GiB"])
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_says_it(words, planted, tmp_path, pageless):
     planted(1, Memory(100 * GIB, 101 * GIB))
     children = commands(2, words, tmp_path)

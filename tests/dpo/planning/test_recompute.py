@@ -97,7 +97,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "lora" else pytest.mark.slow) for way in WAYS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_the_choice_follows_the_real_step_whatever_is_trained(small, way):
     """What is chosen fits by a plan of the step itself, and what would compute less again does not."""
     changes, processes = WAYS[way]
