@@ -101,6 +101,7 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
         configs.append((change(config, resume="latest", run_name=name), notes))
     check_scorers(configs[0][0].output.evaluate)
+    _check_records([config for config, _ in configs])
     _same_flags(out, rest)
     codes: list[int] = []
     for number, (cell, (config, notes)) in enumerate(zip(runs, configs, strict=True), 1):
@@ -112,6 +113,16 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
             return codes[-1]
     log.info("%s", "\n" + (out / "sweep.md").read_text(encoding="utf-8"))
     return 1 if any(codes) else 0
+
+
+def _check_records(configs: list[Config]) -> None:
+    """Raises UserError where runs that are not finished want recorded errors that the store lacks for them."""
+    if configs[0].runtime.reference != "recorded":  # of all runs alike
+        return
+    from dpo.training.stored import check_records
+
+    if left := [config for config in configs if not _finished(Path(config.output.output), config)]:
+        check_records(left)
 
 
 def _same_flags(out: Path, rest: list[str]) -> None:

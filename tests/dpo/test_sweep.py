@@ -1,4 +1,4 @@
-"""dpo.sweep: the grid, its table and plot, going on after an interruption."""
+"""dpo.sweep: the grid, its table and plot, what is refused before the first run, going on after an interruption."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ import pytest
 
 from dpo import prepare, sweep
 from dpo.common.errors import OutOfMemory, UserError
+from dpo.data.store.files import INDEX, write_sealed
 from dpo.pages import sweep as sweep_page
 from dpo.pages.folder import read_run
 from dpo.pages.sweep import name_of
@@ -195,6 +196,98 @@ def test_a_note_replaces_a_link_not_what_it_points_to(tmp_path, monkeypatch):
     assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 1
     assert (tmp_path / "key").read_text() == "mine"
     assert (tmp_path / "sweep" / "loss-ipo" / "failed.txt").read_text() == "it diverged\n"
+
+
+IDENTITY = {
+    "reference": "hash",
+    "prediction_type": "epsilon",
+    "schedule": "hash",
+    "flip": False,
+    "caption_dropout": 0.0,
+}
+
+
+def records(folder, *made):
+    """A folder that looks like a prepared store with a record for each (seed, precision)."""
+    (folder / "reference").mkdir(parents=True)
+    (folder / INDEX).touch()
+    for seed, precision in made:
+        about = {"identity": IDENTITY | {"seed": seed, "precision": precision}, "timesteps": [0], "pieces": []}
+        (folder / "reference" / f"{seed}-{precision}").mkdir()
+        write_sealed(folder / "reference" / f"{seed}-{precision}" / "record.json", about)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "flags", "said"),
+    [
+        ([(0, "fp32")], ["--seed", "0,1,2"], "runs with --seed 1, --seed 2 (it was recorded with --seed 0, the run has 1)"),
+        ([(0, "fp32")], ["--precision", "auto,bf16"], "--precision bf16 (it was recorded with --precision fp32, the run"),
+        ([(0, "bf16"), (1, "fp32")], ["--seed", "0,1"], "--seed 0 (it was recorded with --"),  # not from two records
+        ([(3, "fp32")], ["--beta", "1,2"], "runs with --seed 0 (it was recorded with --seed 3"),
+        ([], ["--beta", "1,2"], "runs with --seed 0 (there is none yet)"),
+        ([(0, "fp32"), (1, "fp32")], ["--seed", "0,1", "--unet-init", "other"], ""),  # only the weights can tell
+        ([(0, "fp32")], ["--seed", "0,1", "--reference", "auto"], ""),
+    ],
+)  # fmt: skip
+def test_records_that_are_missing_are_told_before_the_first_run(tmp_path, monkeypatch, capsys, made, flags, said):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
+    store = str(records(tmp_path / "store", *made))
+    command = [
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        "m",
+        "--data",
+        store,
+        "--reference",
+        "recorded",
+        "--device",
+        "cpu",
+    ]
+    assert sweep.main([*command, *flags]) == (2 if said else 0)
+    told = capsys.readouterr().err
+    if said:
+        assert said in told and told.count("\n") == 1
+        assert not begun and not (tmp_path / "out").exists()
+    else:
+        assert len(begun) == 2
+
+
+def test_the_command_for_a_missing_record_has_what_it_depends_on(tmp_path, monkeypatch, capsys):
+    store = str(records(tmp_path / "my store", (0, "fp32")))
+    flags = [
+        "--model",
+        "m",
+        "--unet-init",
+        "u",
+        "--flip",
+        "--caption-dropout",
+        "0.1",
+        "--lr",
+        "1e-5",
+        "--device",
+        "cpu",
+    ]
+    command = ["--out", str(tmp_path / "out"), "--data", store, "--reference", "recorded", *flags]
+    assert sweep.main([*command, "--beta", "1,2", "--seed", "1"]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"make it before, with python -m dpo.prepare --store '{store}' --reference --model m --unet-init u --flip "
+        "--caption-dropout 0.1 --seed 1\n"
+    )
+    assert sweep.main([*command[:2], "--data", str(tmp_path), *command[4:], "--beta", "1,2"]) == 2
+    assert "--reference recorded needs a prepared store" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_no_record_any_more(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config.runtime.seed) or 0)
+    place = write_run(tmp_path / "out" / "seed-0", updates=6)
+    store = str(records(tmp_path / "store", (1, "fp32")))
+    command = ["--model", "m", "--data", store, "--reference", "recorded", "--device", "cpu", "--steps", "6"]
+    assert sweep.main(["--out", str(place.parent), "--seed", "0,1", *command]) == 0
+    assert begun == [1]
 
 
 def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
