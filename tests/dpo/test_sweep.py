@@ -8,7 +8,6 @@ import pytest
 from dpo import prepare, sweep
 from dpo.common.errors import OutOfMemory, UserError
 from dpo.data.store.files import INDEX, write_sealed
-from dpo.pages import sweep as sweep_page
 from dpo.pages.folder import read_run
 from dpo.pages.sweep import name_of
 from dpo.planning import full, recompute
@@ -320,11 +319,3 @@ def test_more_epochs_or_another_patience_make_a_finished_run_an_unfinished_one(t
         json.dumps(run.summary | {"steps": run.done, "kept": {"early": True}}), encoding="utf-8"
     )
     assert sweep._finished(place, asked) and not sweep._finished(place, change(asked, patience=4))
-
-
-def test_the_seconds_of_a_row_are_those_of_every_start(tmp_path):
-    """summary.json knows the last start alone; each update has its own in metrics.jsonl, of which some are logged."""
-    lines = [{"step": step, "loss": 0.5, "pairs": 4, "seconds": 2.0} for step in (2, 4, 6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "seconds": 3.0, "steps": 6}))
-    assert sweep_page.row(tmp_path, {"beta": "1"})["seconds"] == 12.0
