@@ -53,6 +53,16 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return rows
 
 
+def folders_of(out: Path) -> list[str]:
+    """The names of the runs' folders in the sweep.csv of `out`; none where there is none, or no sweep wrote it."""
+    try:
+        found = list(csv.DictReader((out / TABLE_FILE).read_text(encoding="utf-8").splitlines()))
+    except (OSError, ValueError, csv.Error):
+        return []
+    names = [row[LAST] or "" for row in found if {*FIRST, LAST} <= row.keys()]
+    return [name for name in names if Path(name).parts == (name,) and name != ".."]  # a folder below, whoever wrote it
+
+
 def over_seeds(runs: Sequence[dict[str, str]], rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """A row for each combination of the axes but the seed: the figures of the finished runs, mean and deviation.
 

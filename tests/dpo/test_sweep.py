@@ -289,6 +289,78 @@ def test_a_finished_run_needs_no_record_any_more(tmp_path, monkeypatch):
     assert begun == [1]
 
 
+def failing(monkeypatch, *betas):
+    """Makes runs of these betas, and of all where none is named, end by a user's mistake."""
+
+    def train(config, *others):
+        if not betas or config.method.beta in betas:
+            raise UserError("no such file")
+        return 0
+
+    monkeypatch.setattr(loop, "train", train)
+
+
+def test_a_sweep_that_trained_nothing_gives_its_folder_to_other_flags(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "sweep"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    (out / "thoughts.txt").write_text("mine")
+    (out / "beta-2" / "thoughts.txt").write_text("mine")
+    (out / "beta-2" / "metrics.jsonl").write_text('{"event": "started"}\n{"step": 1, "pairs": 0}\n')  # none was usable
+    failing(monkeypatch, 3)
+    assert sweep.main(["--out", str(out), "--beta", "3,4", "--steps", "3"]) == 1
+    assert "other flags, which trained nothing and gives way: --steps 2" in capsys.readouterr().err
+    assert (out / "flags.txt").read_text() == "--steps 3\n"
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert files[:3] == ["beta-2/metrics.jsonl", "beta-2/thoughts.txt", "beta-3/failed.txt"]
+    assert files[3:] == ["flags.txt", "sweep.csv", "sweep.md", "thoughts.txt"]
+    assert not (out / "beta-1").exists()
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "summary", "updates", "run of an earlier grid", "no table"])
+def test_a_sweep_that_trained_something_keeps_its_folder(tmp_path, monkeypatch, capsys, left):
+    out = tmp_path / "sweep"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    if left == "checkpoint":
+        (out / "beta-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (out / "beta-1" / "checkpoints" / "step-00000001" / "state.json").write_text('{"format": 1}')
+    elif left == "summary":
+        (out / "beta-1" / "summary.json").write_text("{}")
+    elif left == "updates":
+        (out / "beta-1" / "metrics.jsonl").write_text('{"event": "started", "step": 0}\n{"step": 1, "loss": 0.5}\n')
+    elif left == "no table":
+        (out / "sweep.csv").unlink()
+    else:
+        write_run(out / "beta-0", updates=6)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "3"]) == 2
+    told = capsys.readouterr().err
+    name = {"run of an earlier grid": ", begun in beta-0", "no table": ""}.get(left, ", begun in beta-1")
+    assert (
+        f"a sweep with other flags (--steps 2){name}: give the same ones to go on with it, or name another --out"
+        in told
+    )
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_no_note_of_somebody_elses_is_deleted(tmp_path, monkeypatch):
+    """A table names folders outside, or one with a model of somebody's."""
+    out, mine = tmp_path / "sweep", tmp_path / "sweep" / "beta-1"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    (mine / "model_index.json").write_text("{}")
+    for folder in (tmp_path, out):
+        (folder / "failed.txt").write_text("mine")
+    table = (out / "sweep.csv").read_text()
+    row = table.splitlines()[-1].removesuffix("beta-2")
+    (out / "sweep.csv").write_text(f"{table}{row}..\n{row}\n{row}.\n{row}{mine.parent.parent}\n{row}../sweep\n1\n")
+    assert sweep.main(["--out", str(out), "--beta", "3,4", "--steps", "3"]) == 1
+    assert [(folder / "failed.txt").is_file() for folder in (tmp_path, out, mine)] == [True, True, True]
+    assert not (out / "beta-2").exists()
+
+
 def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
     begun = []
