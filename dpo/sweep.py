@@ -15,6 +15,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
         configs.append((change(config, resume="latest", run_name=name), notes))
     check_scorers(configs[0][0].output.evaluate)
+    _check_records([config for config, _ in configs])
     _same_flags(out, rest)
     codes: list[int] = []
     for number, (cell, (config, notes)) in enumerate(zip(runs, configs, strict=True), 1):
@@ -114,13 +116,25 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     return 1 if any(codes) else 0
 
 
-def _same_flags(out: Path, rest: list[str]) -> None:
-    """Writes the flags that hold for all runs to flags.txt.
+def _check_records(configs: list[Config]) -> None:
+    """Raises UserError where runs that are not finished want recorded errors that the store lacks for them."""
+    if configs[0].runtime.reference != "recorded":  # of all runs alike
+        return
+    from dpo.training.stored import check_records
 
-    Raises UserError when the folder has a sweep of other flags, or somebody's files under the names of a sweep's.
+    if left := [config for config in configs if not _finished(Path(config.output.output), config)]:
+        check_records(left)
+
+
+def _same_flags(out: Path, rest: list[str]) -> None:
+    """Writes the flags that hold for all runs to flags.txt; a sweep of other flags that trained nothing gives way.
+
+    Raises UserError when the folder has another sweep that did, or somebody's files under the names of a sweep's.
     """
     from dpo.common.files import write_text
+    from dpo.common.words import listed
     from dpo.pages.sweep import PAGES
+    from dpo.training.folder import has_trained
 
     note, flags = out / "flags.txt", " ".join(rest)
     if not note.is_file() and (others := [name for name in (note.name, *PAGES) if (out / name).exists()]):
@@ -128,9 +142,31 @@ def _same_flags(out: Path, rest: list[str]) -> None:
             f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
         )
     if note.is_file() and (before := note.read_text(encoding="utf-8").strip()) != flags:
-        raise UserError(f"{out} holds a sweep with other flags ({before}): give the same ones, or another --out")
+        trained = sorted(folder.name for folder in out.iterdir() if has_trained(folder))
+        if trained or not _give_way(out):
+            told = f", begun in {listed(trained)}" if trained else ""
+            raise UserError(
+                f"{out} holds a sweep with other flags ({before}){told}: give the same ones to go on with it, or name another --out"
+            )
+        log.warning("%s held a sweep with other flags, which trained nothing and gives way: %s", out, before)
     out.mkdir(parents=True, exist_ok=True)
     write_text(note, flags + "\n")
+
+
+def _give_way(out: Path) -> bool:
+    """Deletes the pages of the sweep in `out` and the notes on its failed runs; False where no table tells which they are."""
+    from dpo.pages.folder import FAILED_FILE, not_of_a_run
+    from dpo.pages.sweep import PAGES, folders_of
+
+    names = folders_of(out)
+    folders = [out / name for name in names if not not_of_a_run(out / name)]  # a note beside a model is somebody's
+    for note in (*(folder / FAILED_FILE for folder in folders), *(out / page for page in PAGES if names)):
+        if note.is_file():
+            note.unlink()
+    for folder in folders:
+        with suppress(OSError):  # it holds something else, or was not made
+            folder.rmdir()
+    return bool(names)
 
 
 def _run(folder: Path, config: Config, notes: list[str]) -> int:

@@ -63,7 +63,6 @@ TESTED_BY = {
     "dpo/models/sdxl.py": "tests/runs/test_parity.py",
     "dpo/pages/charts.py": "tests/dpo/pages/test_plots.py",
     "dpo/pages/vote_tables.py": "tests/dpo/pages/test_votes.py",
-    "dpo/pages/sweep.py": "tests/dpo/test_sweep.py",
     "dpo/scorers/sets.py": "tests/dpo/scorers/test_diversity.py",
     "dpo/settings/fields.py": "tests/dpo/settings/test_config.py",
     "dpo/tiny/judge.py": "tests/dpo/tiny/test_assets.py",

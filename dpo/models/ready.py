@@ -54,6 +54,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def facts_of(device: torch.device) -> DeviceFacts:
+    """What the decisions need to know of the device."""
+    return DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
+
+
 def load_named(config: Config, narrow: Collection[str] = ()) -> Model:
     """The model that the settings name, in fp32 on the CPU but for the parts that `load` keeps narrow. Raises UserError."""
     named = config.model
@@ -145,8 +150,7 @@ def load_model(
     model = load_named(config, _narrow(config, device) if narrow else ())
     for line in model.notes:
         log.info("%s", line)
-    has = DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
-    config, plan, decided = decide(config, model, has)
+    config, plan, decided = decide(config, model, facts_of(device))
     config = change(config, attention=available_attention(config.runtime.attention))  # warned once, not for each UNet
     return config, model, plan, decided
 

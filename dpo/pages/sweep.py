@@ -1,10 +1,10 @@
-"""The comparison of a sweep's runs: one table and one plot."""
+"""The comparison of a sweep's runs: a table of them, one over the seeds, and one plot."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from dpo.pages.plots import STYLE
 from dpo.pages.single import guessing, trained_guessing
 
 PAGES = TABLE_FILE, TEXT_FILE, PLOT_FILE = "sweep.csv", "sweep.md", "sweep.png"
+HELD_OUT = FIGURES["heldout_accuracy"].words
+
+# The columns of the table behind the settings: the figures stand between.
+FIRST = ("status", "updates")
+COLUMNS = (*(FIGURES[name].words for name in SWEEP), HELD_OUT, "held-out low", "held-out high", "win rate", "seconds")
+LAST = "folder"
+
+OVER_SEEDS = "Over the seeds: mean ± sample standard deviation of the n runs that are finished."
 
 
 def name_of(cell: dict[str, str]) -> str:
@@ -37,15 +45,59 @@ def compare(out: Path, runs: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     writer.writeheader()
     writer.writerows(rows)
     write_text(out / TABLE_FILE, table.getvalue())
-    lines = [columns, ["---"] * len(columns), *([_shown(row[name]) for name in columns] for row in rows)]
-    write_text(out / TEXT_FILE, "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    text = _table(columns, ([_shown(row[name]) for name in columns] for row in rows))
+    if seeds := over_seeds(runs, rows):
+        text += f"\n{OVER_SEEDS}\n\n{_table(list(seeds[0]), (list(row.values()) for row in seeds))}"
+    write_text(out / TEXT_FILE, text)
     _plot(out, runs)
     return rows
 
 
+def folders_of(out: Path) -> list[str]:
+    """The names of the runs' folders in the sweep.csv of `out`; none where there is none, or no sweep wrote it."""
+    try:
+        found = list(csv.DictReader((out / TABLE_FILE).read_text(encoding="utf-8").splitlines()))
+    except (OSError, ValueError, csv.Error):
+        return []
+    names = [row[LAST] or "" for row in found if {*FIRST, LAST} <= row.keys()]
+    return [name for name in names if Path(name).parts == (name,) and name != ".."]  # a folder below, whoever wrote it
+
+
+def over_seeds(runs: Sequence[dict[str, str]], rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for each combination of the axes but the seed: the figures of the finished runs, mean and deviation.
+
+    rows: of the table of the runs. Empty where the seed is no axis.
+    """
+    combined: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    for cell, one in zip(runs, rows, strict=True):
+        if "seed" in cell:
+            others = tuple((axis, value) for axis, value in cell.items() if axis != "seed")
+            combined.setdefault(others, []).append(one)
+    found = []
+    for others, alike in combined.items():
+        finished = [one for one in alike if one["status"] == "finished"]
+        figures = {name: _spread([one[name] for one in finished]) for name in COLUMNS}
+        found.append({**_columns(dict(others)), "n": str(len(finished)), **figures})
+    return found
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean and sample standard deviation, in words; some runs may lack the figure."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    deviation = f"{np.std(there, ddof=1):.2g}" if len(there) > 1 else "-"
+    few = f" (n = {len(there)})" if len(there) < len(values) else ""
+    return f"{_shown(float(np.mean(there)))} ± {deviation}{few}"
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
+
+
 def _columns(cell: dict[str, str]) -> dict[str, str]:
     """The run's settings by column: an axis that a figure is called after, as --loss, keeps a column of its own."""
-    taken = {figure.words for figure in FIGURES.values()} | {"status", "updates", "seconds", "folder"}
+    taken = {figure.words for figure in FIGURES.values()} | {*FIRST, *COLUMNS, LAST}
     return {f"--{axis}" if axis in taken else axis: value for axis, value in cell.items()}
 
 
@@ -56,16 +108,7 @@ def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
         "status": "failed" if (folder / FAILED_FILE).is_file() else "not started",
         "updates": 0,
     }
-    held_out = FIGURES["heldout_accuracy"].words
-    columns = [
-        *(FIGURES[name].words for name in SWEEP),
-        held_out,
-        "held-out low",
-        "held-out high",
-        "win rate",
-        "seconds",
-    ]
-    figures: dict[str, Any] = dict.fromkeys(columns)
+    figures: dict[str, Any] = dict.fromkeys(COLUMNS)
     if (folder / METRICS_FILE).is_file():
         run = read_run(folder)
         found |= {"status": run.status, "updates": run.done}
@@ -74,9 +117,9 @@ def row(folder: Path, cell: dict[str, str]) -> dict[str, Any]:
         figures["seconds"] = float(seconds.mean() * run.done) if len(seconds) else None
         figures["win rate"] = run.evaluation.get("win_rate")
         if (last := kept.validation(run)) is not None:
-            figures[held_out] = last["heldout_accuracy"]
+            figures[HELD_OUT] = last["heldout_accuracy"]
             figures["held-out low"], figures["held-out high"] = last["heldout_interval"]
-    return {**found, **figures, "folder": folder.name}
+    return {**found, **figures, LAST: folder.name}
 
 
 def _shown(value: Any) -> str:

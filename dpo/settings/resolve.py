@@ -161,12 +161,17 @@ def large_weight(method: str, prediction_type: str) -> bool:
     return METHODS[method].weight == "single-shot" and prediction_type == "epsilon"
 
 
+def precision_of(asked: str, device: DeviceFacts, *, flow: bool) -> str:
+    """The precision that the setting `asked` means on this device; flow: for a model of flow matching."""
+    half = "bf16" if device.bf16 else "fp32" if flow else "fp16"
+    if not device.gpu and asked in ("auto", "fp16"):
+        return "fp32"
+    return half if asked == "auto" else asked
+
+
 def _of_device(config: Config, model: ModelFacts, device: DeviceFacts) -> dict[str, Any]:
     runtime, gpu = config.runtime, device.gpu
-    half = "bf16" if device.bf16 else "fp32" if model.flow else "fp16"
-    precision = runtime.precision if runtime.precision != "auto" else half if gpu else "fp32"
-    if precision == "fp16" and not gpu:
-        precision = "fp32"
+    precision = precision_of(runtime.precision, device, flow=model.flow)
     if runtime.kernels == "triton" and not gpu:
         missing = "a GPU" if device.triton else "a GPU and the package triton, which is not installed"
         raise UserError(f"kernels = triton needs {missing}: use --kernels torch or auto")

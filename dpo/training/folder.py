@@ -9,7 +9,17 @@ from pathlib import Path
 
 from dpo.common.errors import UserError, reading
 from dpo.common.files import made, remove, sweep
-from dpo.pages.folder import CHECKPOINTS, CONFIG_FILE, ENTRIES, Entry, holds_run, not_of_a_run
+from dpo.pages.folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    ENTRIES,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    Entry,
+    holds_run,
+    not_of_a_run,
+    read_records,
+)
 from dpo.settings.config import Config, Output
 
 log = logging.getLogger("dpo")
@@ -123,6 +133,13 @@ def clear_output(output: Path, asked: Output) -> None:
     for entry in ENTRIES:
         sweep(output, entry.name)
     sweep(output, "result")
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether there is a run in `folder`, or what one leaves of updates that it made of any pair."""
+    records = read_records(folder / METRICS_FILE)
+    pairs = any(record.get("pairs", 1) for record in records if "event" not in record)
+    return holds_run(folder) or (folder / SUMMARY_FILE).is_file() or pairs
 
 
 def take_back(output: Path) -> None:

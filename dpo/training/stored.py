@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.words import listed
+from dpo.common.words import command_line, listed
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import Source
+from dpo.data.store import recorded
 from dpo.data.store.files import NOT_ALWAYS
-from dpo.data.store.store import of_store
+from dpo.data.store.store import is_store, of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models.family import Model
 from dpo.models.fingerprint import encoders, identity
-from dpo.settings.config import Config, change
+from dpo.models.ready import facts_of, pick_device
+from dpo.settings.config import Config, change, flatten, specs
+from dpo.settings.resolve import DeviceFacts, precision_of
 from dpo.step import PairStep
+from dpo.training.embedded import embedded
 
 log = logging.getLogger("dpo")
 
+# What a record depends on, besides the settings of the model.
+RECORDED_WITH = (*recorded.FLAGS, "window_low", "window_high", "logit_mean", "logit_std")
 NAMES = {
     "family": "model family",
     "vae": "VAE",
@@ -74,6 +82,50 @@ def check_resolution(source: Source | None, resolution: int | None) -> None:
             f"{store.contents.folder} holds images of {there} pixels, and the run trains at {resolution}: prepare the held-out pairs "
             f"with --resolution {resolution}"
         )
+
+
+def check_records(configs: Sequence[Config]) -> None:
+    """Raises UserError where some of these runs, all of one store and model, want recorded errors that the store lacks.
+
+    As far as that is known before the model is loaded; `recorded.find` asks for all of it.
+    """
+    given = embedded(configs[0])
+    folder = Path(str(given.data.data)).expanduser()
+    if not is_store(folder):
+        raise UserError(recorded.NO_STORE)
+    device = facts_of(pick_device(given.runtime.device))
+    settings = [flatten(config) for config in configs]
+    varied = [name for name in recorded.FLAGS if len({one[name] for one in settings}) > 1] or ["seed"]
+    lacks: dict[str, tuple[str, Config]] = {}
+    for config, asked in zip(configs, settings, strict=True):
+        if why := recorded.lacking(folder, _known(config, device)):
+            lacks.setdefault(" ".join(f"{recorded.FLAGS[name]} {asked[name]}" for name in varied), (why, config))
+    if lacks:
+        why, first = next(iter(lacks.values()))
+        make = "make one of each before, the first" if len(lacks) > 1 else "make it before,"
+        raise UserError(
+            f"no recorded reference in {folder} suits the runs with {listed(lacks)} ({why}): {make} with "
+            f"{_recording(folder, first)}"
+        )
+
+
+def _known(config: Config, device: DeviceFacts) -> dict[str, Any]:
+    """What of a run's `recorded.identity` is known before its model is loaded."""
+    found = recorded.asked(config.data, config.runtime)
+    found["precision"], other = (precision_of(found["precision"], device, flow=flow) for flow in (False, True))
+    if found["precision"] != other:  # the model decides
+        del found["precision"]
+    return found
+
+
+def _recording(folder: Path, config: Config) -> str:
+    """The command that records in the store in `folder` what a run of these settings wants."""
+    settings, words = flatten(config), ["dpo.prepare", "--store", str(folder), "--reference"]
+    for spec in specs().values():
+        value = settings[spec.name]
+        if (spec.group == "model" or spec.name in RECORDED_WITH) and (value != spec.default or spec.name == "seed"):
+            words += [spec.flag] if value is True else [spec.flag, str(value)]
+    return command_line(words)
 
 
 def check_sides(config: Config, source: Source, held_out: Source | None) -> None:

@@ -1,4 +1,4 @@
-"""dpo.sweep: the grid, its table and plot, going on after an interruption."""
+"""dpo.sweep: the grid, its table and plot, what is refused before the first run, going on after an interruption."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import pytest
 
 from dpo import prepare, sweep
 from dpo.common.errors import OutOfMemory, UserError
-from dpo.pages import sweep as sweep_page
+from dpo.data.store.files import INDEX, write_sealed
 from dpo.pages.folder import read_run
 from dpo.pages.sweep import name_of
 from dpo.planning import full, recompute
@@ -197,6 +197,170 @@ def test_a_note_replaces_a_link_not_what_it_points_to(tmp_path, monkeypatch):
     assert (tmp_path / "sweep" / "loss-ipo" / "failed.txt").read_text() == "it diverged\n"
 
 
+IDENTITY = {
+    "reference": "hash",
+    "prediction_type": "epsilon",
+    "schedule": "hash",
+    "flip": False,
+    "caption_dropout": 0.0,
+}
+
+
+def records(folder, *made):
+    """A folder that looks like a prepared store with a record for each (seed, precision)."""
+    (folder / "reference").mkdir(parents=True)
+    (folder / INDEX).touch()
+    for seed, precision in made:
+        about = {"identity": IDENTITY | {"seed": seed, "precision": precision}, "timesteps": [0], "pieces": []}
+        (folder / "reference" / f"{seed}-{precision}").mkdir()
+        write_sealed(folder / "reference" / f"{seed}-{precision}" / "record.json", about)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("made", "flags", "said"),
+    [
+        ([(0, "fp32")], ["--seed", "0,1,2"], "runs with --seed 1, --seed 2 (it was recorded with --seed 0, the run has 1)"),
+        ([(0, "fp32")], ["--precision", "auto,bf16"], "--precision bf16 (it was recorded with --precision fp32, the run"),
+        ([(0, "bf16"), (1, "fp32")], ["--seed", "0,1"], "--seed 0 (it was recorded with --"),  # not from two records
+        ([(3, "fp32")], ["--beta", "1,2"], "runs with --seed 0 (it was recorded with --seed 3"),
+        ([], ["--beta", "1,2"], "runs with --seed 0 (there is none yet)"),
+        ([(0, "fp32"), (1, "fp32")], ["--seed", "0,1", "--unet-init", "other"], ""),  # only the weights can tell
+        ([(0, "fp32")], ["--seed", "0,1", "--reference", "auto"], ""),
+    ],
+)  # fmt: skip
+def test_records_that_are_missing_are_told_before_the_first_run(tmp_path, monkeypatch, capsys, made, flags, said):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
+    store = str(records(tmp_path / "store", *made))
+    command = [
+        "--out",
+        str(tmp_path / "out"),
+        "--model",
+        "m",
+        "--data",
+        store,
+        "--reference",
+        "recorded",
+        "--device",
+        "cpu",
+    ]
+    assert sweep.main([*command, *flags]) == (2 if said else 0)
+    told = capsys.readouterr().err
+    if said:
+        assert said in told and told.count("\n") == 1
+        assert not begun and not (tmp_path / "out").exists()
+    else:
+        assert len(begun) == 2
+
+
+def test_the_command_for_a_missing_record_has_what_it_depends_on(tmp_path, monkeypatch, capsys):
+    store = str(records(tmp_path / "my store", (0, "fp32")))
+    flags = [
+        "--model",
+        "m",
+        "--unet-init",
+        "u",
+        "--flip",
+        "--caption-dropout",
+        "0.1",
+        "--lr",
+        "1e-5",
+        "--device",
+        "cpu",
+    ]
+    command = ["--out", str(tmp_path / "out"), "--data", store, "--reference", "recorded", *flags]
+    assert sweep.main([*command, "--beta", "1,2", "--seed", "1"]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"make it before, with python -m dpo.prepare --store '{store}' --reference --model m --unet-init u --flip "
+        "--caption-dropout 0.1 --seed 1\n"
+    )
+    assert sweep.main([*command[:2], "--data", str(tmp_path), *command[4:], "--beta", "1,2"]) == 2
+    assert "--reference recorded needs a prepared store" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_no_record_any_more(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config.runtime.seed) or 0)
+    place = write_run(tmp_path / "out" / "seed-0", updates=6)
+    store = str(records(tmp_path / "store", (1, "fp32")))
+    command = ["--model", "m", "--data", store, "--reference", "recorded", "--device", "cpu", "--steps", "6"]
+    assert sweep.main(["--out", str(place.parent), "--seed", "0,1", *command]) == 0
+    assert begun == [1]
+
+
+def failing(monkeypatch, *betas):
+    """Makes runs of these betas, and of all where none is named, end by a user's mistake."""
+
+    def train(config, *others):
+        if not betas or config.method.beta in betas:
+            raise UserError("no such file")
+        return 0
+
+    monkeypatch.setattr(loop, "train", train)
+
+
+def test_a_sweep_that_trained_nothing_gives_its_folder_to_other_flags(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "sweep"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    (out / "thoughts.txt").write_text("mine")
+    (out / "beta-2" / "thoughts.txt").write_text("mine")
+    (out / "beta-2" / "metrics.jsonl").write_text('{"event": "started"}\n{"step": 1, "pairs": 0}\n')  # none was usable
+    failing(monkeypatch, 3)
+    assert sweep.main(["--out", str(out), "--beta", "3,4", "--steps", "3"]) == 1
+    assert "other flags, which trained nothing and gives way: --steps 2" in capsys.readouterr().err
+    assert (out / "flags.txt").read_text() == "--steps 3\n"
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert files[:3] == ["beta-2/metrics.jsonl", "beta-2/thoughts.txt", "beta-3/failed.txt"]
+    assert files[3:] == ["flags.txt", "sweep.csv", "sweep.md", "thoughts.txt"]
+    assert not (out / "beta-1").exists()
+
+
+@pytest.mark.parametrize("left", ["checkpoint", "summary", "updates", "run of an earlier grid", "no table"])
+def test_a_sweep_that_trained_something_keeps_its_folder(tmp_path, monkeypatch, capsys, left):
+    out = tmp_path / "sweep"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    if left == "checkpoint":
+        (out / "beta-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (out / "beta-1" / "checkpoints" / "step-00000001" / "state.json").write_text('{"format": 1}')
+    elif left == "summary":
+        (out / "beta-1" / "summary.json").write_text("{}")
+    elif left == "updates":
+        (out / "beta-1" / "metrics.jsonl").write_text('{"event": "started", "step": 0}\n{"step": 1, "loss": 0.5}\n')
+    elif left == "no table":
+        (out / "sweep.csv").unlink()
+    else:
+        write_run(out / "beta-0", updates=6)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "3"]) == 2
+    told = capsys.readouterr().err
+    name = {"run of an earlier grid": ", begun in beta-0", "no table": ""}.get(left, ", begun in beta-1")
+    assert (
+        f"a sweep with other flags (--steps 2){name}: give the same ones to go on with it, or name another --out"
+        in told
+    )
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_no_note_of_somebody_elses_is_deleted(tmp_path, monkeypatch):
+    """A table names folders outside, or one with a model of somebody's."""
+    out, mine = tmp_path / "sweep", tmp_path / "sweep" / "beta-1"
+    failing(monkeypatch)
+    assert sweep.main(["--out", str(out), "--beta", "1,2", "--steps", "2"]) == 1
+    (mine / "model_index.json").write_text("{}")
+    for folder in (tmp_path, out):
+        (folder / "failed.txt").write_text("mine")
+    table = (out / "sweep.csv").read_text()
+    row = table.splitlines()[-1].removesuffix("beta-2")
+    (out / "sweep.csv").write_text(f"{table}{row}..\n{row}\n{row}.\n{row}{mine.parent.parent}\n{row}../sweep\n1\n")
+    assert sweep.main(["--out", str(out), "--beta", "3,4", "--steps", "3"]) == 1
+    assert [(folder / "failed.txt").is_file() for folder in (tmp_path, out, mine)] == [True, True, True]
+    assert not (out / "beta-2").exists()
+
+
 def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
     begun = []
@@ -227,11 +391,3 @@ def test_more_epochs_or_another_patience_make_a_finished_run_an_unfinished_one(t
         json.dumps(run.summary | {"steps": run.done, "kept": {"early": True}}), encoding="utf-8"
     )
     assert sweep._finished(place, asked) and not sweep._finished(place, change(asked, patience=4))
-
-
-def test_the_seconds_of_a_row_are_those_of_every_start(tmp_path):
-    """summary.json knows the last start alone; each update has its own in metrics.jsonl, of which some are logged."""
-    lines = [{"step": step, "loss": 0.5, "pairs": 4, "seconds": 2.0} for step in (2, 4, 6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "summary.json").write_text(json.dumps({"status": "finished", "seconds": 3.0, "steps": 6}))
-    assert sweep_page.row(tmp_path, {"beta": "1"})["seconds"] == 12.0

@@ -248,6 +248,16 @@ def test_dropped_captions_as_zeros_are_another_record(world, stores, tmp_path):
         recorded.find(run.source, wanted, run.step.path.timesteps)
 
 
+def test_what_the_model_decides_is_not_known_before_it_is_loaded():
+    """A GPU without bf16 trains a flow in fp32 and other models in fp16."""
+    from dpo.settings.config import Config
+    from dpo.settings.resolve import DeviceFacts
+
+    known = [stored._known(Config(), DeviceFacts(name, bf16=bf16)) for name, bf16 in (("cuda", False), ("cuda", True))]
+    assert [one.get("precision") for one in known] == [None, "bf16"]
+    assert known[0] == {"seed": 0, "flip": False, "caption_dropout": 0.0}
+
+
 def test_another_reference_is_refused_and_another_start_is_not(world, stores, tmp_path):
     other = make_pipeline(tmp_path / "other", "sd15", seed=1)
     with pytest.raises(UserError, match="another reference"):

@@ -14,7 +14,7 @@ left out.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -46,6 +46,8 @@ FLAGS = {
     "train_guidance": "--train-guidance",
 }
 UNNAMED = {"dropped_caption": "empty", "timestep_draw": "grid"}  # what an identity without this name means
+NONE_YET = "there is none yet"
+NO_STORE = "--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference"
 OF_SHAPES = "schedule_of_shapes"  # the levels of buckets, which earlier versions did not name: their "schedule" decides
 
 
@@ -56,17 +58,24 @@ def identity(
 
     beside: what they depend on of a model of flow matching alone.
     """
-    zeros = data.caption_dropout > 0 and data.dropped_caption == "zeros"
     return {
         "reference": reference,
         "prediction_type": plan.prediction_type,
         "schedule": digest(plan.content().numpy().tobytes().hex()),
+        **asked(data, runtime),
+        **beside,
+    }
+
+
+def asked(data: Data, runtime: Runtime) -> dict[str, Any]:
+    """The part of `identity` that needs no model; what the settings leave open is in it as they have it."""
+    zeros = data.caption_dropout > 0 and data.dropped_caption == "zeros"
+    return {
         "seed": runtime.seed,
         "precision": runtime.precision,
         "flip": data.flip,
         "caption_dropout": data.caption_dropout,
         **({"dropped_caption": "zeros"} if zeros else {}),
-        **beside,
     }
 
 
@@ -152,18 +161,13 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor, checksum:
     """
     store = of_store(source)
     if store is None:
-        raise UserError(
-            "--reference recorded needs a prepared store as --data, with a record: python -m dpo.prepare --reference"
-        )
+        raise UserError(NO_STORE)
     found: list[tuple[int, Path, dict[str, Any]]] = []
     reasons: list[tuple[int, int, str]] = []
-    for folder in sorted((store.contents.folder / FOLDER).glob("*")):
-        about = about_record(folder)
-        if about is None:
-            continue
-        was, run = UNNAMED | about["identity"], UNNAMED | dict(wanted)
-        names = {*run, "train_guidance"} - {OF_SHAPES} | ({OF_SHAPES} & was.keys())  # the two are not of all models
-        differs = list(filter(None, (_differs(name, was.get(name), run.get(name)) for name in sorted(names))))
+    run = UNNAMED | dict(wanted)
+    for folder, about in _records(store.contents.folder):
+        named = {OF_SHAPES} & about["identity"].keys()
+        differs = _unlike(about, run, {*run, "train_guidance"} - {OF_SHAPES} | named)  # the two are not of all models
         if not differs and not same_weights(about, checksum):
             differs = ["it was recorded with another reference"]
         missing = len(set(timesteps.tolist()) - set(about["timesteps"]))
@@ -173,16 +177,38 @@ def find(source: Source, wanted: Mapping[str, Any], timesteps: Tensor, checksum:
         else:
             found.append((len(about["timesteps"]), folder, about))
     if not found:
-        why = min(reasons)[2] if reasons else "there is none yet"
+        why = min(reasons)[2] if reasons else NONE_YET
         raise UserError(
             f"no recorded reference in {store.contents.folder} suits this run ({why}): make one with dpo.prepare --reference"
         )
     return _open(*min(found, key=lambda item: item[0])[1:], store.contents, timesteps)
 
 
+def lacking(folder: Path, known: Mapping[str, Any]) -> str:
+    """Why no record in the store in `folder` can suit a run, in words; empty where one may.
+
+    known: what is known of the run's `identity` before its model is loaded, which `find` asks for all of.
+    """
+    reasons = [_unlike(about, known, known.keys()) for _, about in _records(folder)]
+    return min((len(differs), "; ".join(differs)) for differs in reasons)[1] if reasons else NONE_YET
+
+
+def _records(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder and the content of each record of a store. Raises DamagedStore."""
+    for record in sorted((folder / FOLDER).glob("*")):
+        if (about := about_record(record)) is not None:
+            yield record, about
+
+
 def same_weights(about: Mapping[str, Any], checksum: str | None) -> bool:
     """Whether a record was made with the weights of this checksum, as far as both are known."""
     return checksum is None or about.get("reference_checksum") in (None, checksum)
+
+
+def _unlike(about: Mapping[str, Any], run: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """How a record differs from a run in what these names of an `identity` say, in words."""
+    was = UNNAMED | about["identity"]
+    return list(filter(None, (_differs(name, was.get(name), run.get(name)) for name in sorted(names))))
 
 
 def _differs(name: str, recorded: Any, wanted: Any) -> str:
