@@ -39,7 +39,7 @@ def by_side(
     """
     device = pick_device(config.runtime.device)
     source = open_source(config.data)
-    config, loaded, plan, _ = load_model(config, device, narrow=True)
+    config, loaded, plan, _ = load_model(config, device, narrow=True, without_denoiser=True)
     model = replace(loaded, denoiser=base().eval())
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     data = config.data

@@ -25,6 +25,7 @@ from dpo.models.parts import (
     config_of,
     configs_of,
     guidance_of,
+    hollow,
     is_few_steps,
     other_vae,
     pipeline_settings,
@@ -97,10 +98,12 @@ def load(
     text_tokens: int | None = None,
     guidance: float | None = None,
     narrow: Collection[str] = (),
+    without_denoiser: bool = False,
 ) -> Model:
     """Loads every component on the CPU in fp32, frozen, in eval mode.
 
-    narrow: the parts among "denoiser" and "text" that stay in half precision where a pipeline's files hold them so.
+    narrow: the parts among "denoiser" and "text" that stay in half precision where a pipeline's files hold them so;
+    without_denoiser: that of a pipeline gets its shapes alone, on the meta device.
 
     model: a diffusers folder, hub id or .safetensors file; vae: another VAE, a folder, hub id or .safetensors file;
     single_file_config: a diffusers folder that describes a single file; timesteps, text_tokens, guidance: as the user
@@ -131,7 +134,9 @@ def load(
     another = other_vae(kind, vae, configs["vae"], cache_dir) if vae else None
     return Model(
         family=kind,
-        denoiser=component(network, place, kind.denoiser, variant, narrow="denoiser" in narrow),
+        denoiser=hollow(network, configs[kind.denoiser])
+        if without_denoiser
+        else component(network, place, kind.denoiser, variant, narrow="denoiser" in narrow),
         vae=another if another is not None else component(autoencoder, place, "vae", variant),
         text_encoders=[component(cls, place, name, variant, narrow="text" in narrow) for name, cls in encoding.items()],
         tokenizers=tokenizers,

@@ -194,6 +194,12 @@ def component(
     return module.requires_grad_(False).eval()
 
 
+def hollow(cls: Any, config: Mapping[str, Any]) -> Any:
+    """A module of a diffusers class as its config says, without weights: on the meta device, frozen, in eval mode."""
+    with torch.device("meta"):
+        return cls.from_config(config).requires_grad_(False).eval()
+
+
 def config_of(cls: Any, folder: Path | str, name: str = "", cache_dir: str | None = None) -> dict[str, Any]:
     """The config of the part `name` of a pipeline, with its class's defaults. Raises UserError.
 

@@ -59,8 +59,8 @@ def facts_of(device: torch.device) -> DeviceFacts:
     return DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
 
 
-def load_named(config: Config, narrow: Collection[str] = ()) -> Model:
-    """The model that the settings name, in fp32 on the CPU but for the parts that `load` keeps narrow. Raises UserError."""
+def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser: bool = False) -> Model:
+    """The model that the settings name, in fp32 on the CPU but for what `load` keeps narrow or leaves out. Raises UserError."""
     named = config.model
     assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
@@ -75,18 +75,26 @@ def load_named(config: Config, narrow: Collection[str] = ()) -> Model:
         text_tokens=named.text_tokens,
         guidance=named.train_guidance,
         narrow=narrow,
+        without_denoiser=without_denoiser,
     )
 
 
-def _narrow(config: Config, device: torch.device) -> tuple[str, ...]:
-    """The parts that a run holds frozen in half precision, and that nothing changes before they are cast to it.
+def _narrow(config: Config, device: torch.device, frozen: bool) -> tuple[str, ...]:
+    """The parts that are held frozen in half precision, and that nothing changes before they are cast to it.
+
+    frozen: the denoiser's own weights are, as those of a LoRA run.
 
     To hold them as their files do until then gives the same bits: a half widens exactly. The VAE is small, and its
     statistics are read in fp32.
     """
     precision, named = config.runtime.precision, config.model
     half = precision in (*HALF, "bf16-pure") or (precision == "auto" and device.type == "cuda")
-    own = config.lora.lora and precision != "bf16-pure" and named.unet_init is None and named.lora_init is None
+    own = (
+        (config.lora.lora or frozen)
+        and precision != "bf16-pure"
+        and named.unet_init is None
+        and named.lora_init is None
+    )
     return (*(("text",) if half else ()), *(("denoiser",) if half and own else ()))
 
 
@@ -140,14 +148,20 @@ def _far_from(side: int | None, native: int) -> list[str]:
 
 
 def load_model(
-    config: Config, device: torch.device, *, narrow: bool = False
+    config: Config,
+    device: torch.device,
+    *,
+    narrow: bool = False,
+    frozen: bool = False,
+    without_denoiser: bool = False,
 ) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
-    The model is in fp32; narrow: but for what `_narrow` says, where `cast` follows. The log lines say what was decided.
-    Raises UserError for what cannot be loaded, or what this model or device cannot do.
+    The model is in fp32; narrow: but for what `_narrow` says, where `cast` follows; frozen: nothing of its denoiser is
+    trained; without_denoiser: nor is it run. The log lines say what was decided. Raises UserError for what cannot be
+    loaded, or what this model or device cannot do.
     """
-    model = load_named(config, _narrow(config, device) if narrow else ())
+    model = load_named(config, _narrow(config, device, frozen) if narrow else (), without_denoiser=without_denoiser)
     for line in model.notes:
         log.info("%s", line)
     config, plan, decided = decide(config, model, facts_of(device))
@@ -242,7 +256,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
 def cast(model: Model, precision: str, vae: str = "auto", *, frozen: bool = False) -> None:
     """Casts every module, in place, to its dtype for `precision`; vae: a precision of the VAE's own, or "auto".
 
-    frozen: the denoiser gets adapters, and `halve` follows: what that casts stays as it was loaded.
+    frozen: the denoiser's own weights are not trained, and `halve` follows: what that casts stays as it was loaded.
 
     Under autocast the denoiser keeps fp32 master weights, and the VAE and text encoders, which are not trained, are in
     half precision. A VAE that overflows in fp16 (SDXL's) stays in fp32 with fp16.

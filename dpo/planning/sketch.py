@@ -18,7 +18,7 @@ from dpo.models.family import Model
 from dpo.models.hub import locate
 from dpo.models.load import family_of, read_index, read_scheduler
 from dpo.models.outside import attention_of
-from dpo.models.parts import absent_parts, configs_of, guidance_of, is_few_steps, pipeline_settings, tokens_of
+from dpo.models.parts import absent_parts, configs_of, guidance_of, hollow, is_few_steps, pipeline_settings, tokens_of
 from dpo.settings.config import Model as Named
 
 CONFIGS = Path(__file__).parent / "configs"  # of published models, in diffusers' layout
@@ -82,21 +82,17 @@ def sketch(named: Named) -> Model:
     parts = configs_of(family, folder, vae, named.cache_dir, lacking)
     turbo = is_few_steps(family, named.model, index, parts[family.denoiser], scheduler_config, named.timesteps)
     checks.check(family.checks, parts, named.model)
+    encoders: list[Any] = []
     with torch.device("meta"):
-        denoiser = getattr(diffusers, family.denoiser_class).from_config(parts[family.denoiser])
-        autoencoder = getattr(diffusers, family.vae_class).from_config(parts["vae"])
-        encoders: list[Any] = []
         for name, kind in [entry for entry in family.text_encoders if entry[0] not in lacking]:
             cls = getattr(transformers, kind)
             config = cls.config_class.from_dict(dict(parts[name]))
             config._attn_implementation = attention_of(cls)
-            encoders.append(cls(config))
-    for module in (denoiser, autoencoder, *encoders):
-        module.requires_grad_(False).eval()
+            encoders.append(cls(config).requires_grad_(False).eval())
     return Model(
         family=family,
-        denoiser=denoiser,
-        vae=autoencoder,
+        denoiser=hollow(getattr(diffusers, family.denoiser_class), parts[family.denoiser]),
+        vae=hollow(getattr(diffusers, family.vae_class), parts["vae"]),
         text_encoders=encoders,
         tokenizers=[
             Lengths(_tokens(folder / name, encoder))  # type: ignore[misc]

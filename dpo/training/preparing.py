@@ -27,13 +27,13 @@ from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model, TextEncoding
-from dpo.models.fingerprint import checksum, encoders, fingerprint, identity
+from dpo.models.fingerprint import encoders, identity
 from dpo.models.ready import HALF, cast, load_model, pick_device, settle
 from dpo.schedule import Plan
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
 from dpo.training import start, stored
-from dpo.training.denoisers import beside, pair_step
+from dpo.training.denoisers import beside, hashes, pair_step
 from dpo.training.embedded import embedded
 from dpo.training.start import Start
 
@@ -83,7 +83,7 @@ def encode_pairs(
         )
     source = open_source(config.data)
     tell(source)
-    config, model, _, _ = load_model(config, device, narrow=True)
+    config, model, _, _ = load_model(config, device, narrow=True, without_denoiser=True)
     settings = (
         identity(model)
         | encoders(model)
@@ -251,7 +251,7 @@ def record_reference(
         embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
     )
     source = open_source(config.data)
-    config, model, plan, _ = load_model(stored.adopt(config, source), device, narrow=True)
+    config, model, plan, _ = load_model(stored.adopt(config, source), device, narrow=True, frozen=True)
     stored.check(model, source)
     store = of_store(source)
     assert store is not None, "opened as one"
@@ -293,15 +293,15 @@ def _reference_step(
 ) -> tuple[tuple[str, str], PairStep]:
     """The reference's fingerprint and checksum, and its forward in the precision and layout of training."""
     precision = config.runtime.precision
-    cast(model, precision)
+    cast(model, precision, frozen=True)
     if config.model.reference_model == "init":
         begin.put(model)
-    weights = fingerprint(model.denoiser), checksum(model.denoiser)
+    weights = hashes("reference", model.denoiser, precision)
     if precision in HALF:
         halve(model.denoiser, HALF[precision])
     reference = model.denoise(settle(replace(config.runtime, checkpointing="off"), model.denoiser, device))
     step, _ = pair_step(config, model, plan, reference, None, device)
-    return weights, step
+    return (weights["reference"], weights["reference_checksum"]), step
 
 
 def _errors_of(step: PairStep, encoder: Encoder) -> Callable[[PairBatch], Tensor]:

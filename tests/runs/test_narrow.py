@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from dpo.models import load as loading
 from dpo.models import ready
 from dpo.models.family import families
+from dpo.settings.flags import parse
+from dpo.training import preparing
 from tests.help.flow import SMALL
 from tests.help.running import advance, make_run, weights
 
@@ -69,7 +71,7 @@ def test_a_lora_run_of_files_in_half_precision(world, tmp_path, monkeypatch, loa
     flags = (*LORA, *(SMALL if kind not in ("sd15", "sdxl") else ()))
     runs = {}
     for name, parts in (("through fp32", ()), ("as stored", ("text", "denoiser"))):
-        monkeypatch.setattr(ready, "_narrow", lambda config, device, parts=parts: parts)
+        monkeypatch.setattr(ready, "_narrow", lambda *asked, parts=parts: parts)
         runs[name] = make_run(model, world("pairs"), tmp_path / name, *flags)
         family = families()[runs[name].model.family.name]
         own = {family.denoiser_class, *(cls for _, cls in family.text_encoders)}
@@ -90,6 +92,36 @@ def test_a_lora_run_of_files_in_half_precision(world, tmp_path, monkeypatch, loa
 
 
 @pytest.mark.parametrize(
+    "kind", [pytest.param(one, marks=[pytest.mark.slow] * (one not in ("sd15", "flux-dev"))) for one in KINDS]
+)
+def test_a_store_and_its_record_of_files_in_half_precision(world, tmp_path, monkeypatch, loaded, kind):
+    """Encoding never loads the denoiser, and recording holds it as stored; both write what they wrote with all of it in fp32."""
+    model, written = rewritten(world(kind), tmp_path / "model", torch.float16), []
+    flags = ["--model", model, "--data", world("pairs"), "--max-pairs", "6", "--precision", "bf16", "--batch-size", "2"]
+    config, _ = parse([*flags, *(SMALL if kind not in ("sd15", "sdxl") else ())])
+    for way in ("as stored", "through fp32"):
+        if way == "through fp32":
+            monkeypatch.setattr(
+                preparing, "load_model", lambda config, device, **given: ready.load_model(config, device)
+            )
+            monkeypatch.setattr(preparing, "cast", lambda *given, **how: ready.cast(*given))
+        loaded.clear()
+        preparing.encode_pairs(config, store := tmp_path / way, text_batch=4)
+        encoding = dict(loaded)
+        preparing.record_reference(config, store, 1)
+        denoiser = loading.family_of(loading.read_index(Path(model))).denoiser_class
+        assert (denoiser in encoding) == (way == "through fp32")
+        assert loaded[denoiser] == {torch.float16 if way == "as stored" else torch.float32}
+        written.append(contents(store))
+    assert len(written[0]) > 3 and written[0] == written[1]
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """The tensors of a store and its record by file, and what the indices say of the model."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
     ("flags", "parts"),
     [
         ((), ()),
@@ -103,12 +135,10 @@ def test_a_lora_run_of_files_in_half_precision(world, tmp_path, monkeypatch, loa
 )
 def test_what_is_trained_or_changed_first_is_in_fp32(flags, parts):
     config, _ = ready_config(flags)
-    assert ready._narrow(config, torch.device("cpu")) == parts
+    assert ready._narrow(config, torch.device("cpu"), frozen=False) == parts
 
 
 def ready_config(flags):
-    from dpo.settings.flags import parse
-
     return parse(["--model", "m", "--data", "d", *flags])
 
 
