@@ -19,7 +19,7 @@ from dpo.data.loader import Reading
 from dpo.data.sources import open_source
 from dpo.encode import Encoder
 from dpo.models.family import Denoiser
-from dpo.models.ready import cast, load_model, pick_device, settle
+from dpo.models.ready import cast, held_narrow, load_model, pick_device, settle
 from dpo.objective import implicit_accuracy
 from dpo.pages.figures import DECILES
 from dpo.settings.config import Config
@@ -39,7 +39,7 @@ def by_side(
     """
     device = pick_device(config.runtime.device)
     source = open_source(config.data)
-    config, loaded, plan, _ = load_model(config, device, narrow=True, without_denoiser=True)
+    config, loaded, plan, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
     model = replace(loaded, denoiser=base().eval())
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     data = config.data

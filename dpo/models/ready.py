@@ -79,7 +79,7 @@ def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser
     )
 
 
-def _narrow(config: Config, device: torch.device, frozen: bool) -> tuple[str, ...]:
+def held_narrow(config: Config, device: torch.device, *, frozen: bool = False) -> tuple[str, ...]:
     """The parts that are held frozen in half precision, and that nothing changes before they are cast to it.
 
     frozen: the denoiser's own weights are, as those of a LoRA run.
@@ -151,17 +151,16 @@ def load_model(
     config: Config,
     device: torch.device,
     *,
-    narrow: bool = False,
-    frozen: bool = False,
+    narrow: Collection[str] = (),
     without_denoiser: bool = False,
 ) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
-    The model is in fp32; narrow: but for what `_narrow` says, where `cast` follows; frozen: nothing of its denoiser is
-    trained; without_denoiser: nor is it run. The log lines say what was decided. Raises UserError for what cannot be
-    loaded, or what this model or device cannot do.
+    The model is in fp32; narrow: but for these parts (`load`), where a cast to half precision follows; without_denoiser:
+    its denoiser is not run. The log lines say what was decided. Raises UserError for what cannot be loaded, or what this
+    model or device cannot do.
     """
-    model = load_named(config, _narrow(config, device, frozen) if narrow else (), without_denoiser=without_denoiser)
+    model = load_named(config, narrow, without_denoiser=without_denoiser)
     for line in model.notes:
         log.info("%s", line)
     config, plan, decided = decide(config, model, facts_of(device))

@@ -56,11 +56,12 @@ class Opened(NamedTuple):
 
 
 def read(
-    name: str, *, device: torch.device, lora_base: str | None, cache_dir: str | None
+    name: str, *, device: torch.device, lora_base: str | None, cache_dir: str | None, narrow: bool = False
 ) -> tuple[settings.Config, Model]:
     """The model that `name` stands for, in fp32 on the CPU with its LoRA merged into it, and its settings, decided.
 
-    device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says. Raises UserError.
+    device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says; narrow: whether what
+    nothing is merged into, and no VAE, stays in half precision where its files hold it so. Raises UserError.
     """
     lora = lora_file(name, lora_base, cache_dir)
     wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
@@ -68,7 +69,9 @@ def read(
         wanted["cache_dir"] = cache_dir
     if "turbo" in Path(name).name.lower() and "timesteps" not in wanted and _is_flow(wanted, cache_dir):
         wanted["timesteps"] = "all"  # that a name alone says it matters in training; here --steps can say it
-    config, model, _, _ = load_model(settings.from_mapping(wanted), device)
+    changed = lora is not None or wanted.get("unet_init") is not None or wanted.get("lora_init") is not None
+    kept = ("text",) if changed else ("text", "denoiser")
+    config, model, _, _ = load_model(settings.from_mapping(wanted), device, narrow=kept if narrow else ())
     named_by = _run_of(name, lora, lora_base)
     same = partial(_check_same, name, named_by, read_made_from(named_by) if named_by else {})
     same(model=[model.denoiser], vae=[model.vae], text=model.text_encoders)
@@ -99,9 +102,10 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
     precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32; "auto": fp16, or bf16
     for a family of flow matching, whose text encoders overflow. Raises UserError.
     """
-    config, model = read(name, device=device, lora_base=lora_base, cache_dir=cache_dir)
+    half = precision == "auto" or precision in HALF
+    config, model = read(name, device=device, lora_base=lora_base, cache_dir=cache_dir, narrow=half)
     pipe = pipeline_of(model)
-    weights = checksum(model.denoiser, model.vae, *model.text_encoders)
+    weights = checksum(model.denoiser, model.vae, *model.text_encoders, dtype=torch.float32)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
     own = {key: value for key, value in settled.items() if key in ("force_zeros_for_empty_prompt", "clip_skip")}
     identities = [str(identity(model)), str(sorted(own.items()))]
@@ -111,11 +115,10 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         raise UserError(
             f"--precision fp16: the text encoders of family {model.family.name} overflow in it; use bf16 or fp32"
         )
-    half = HALF.get(precision)
-    wide = half is not None and model.family.vae_overflows_in_fp16
-    if half is not None:
+    wide = half and model.family.vae_overflows_in_fp16
+    if half:
         for module in (model.denoiser, *model.text_encoders, *([] if wide else [model.vae])):
-            module.to(half)
+            module.to(HALF[precision])
     out = config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
     return Opened(
@@ -162,7 +165,7 @@ def _run_of(name: str, lora: Path | None, lora_base: str | None) -> Path | None:
 def _check_same(name: str, run: Path | None, known: Mapping[str, Any], **parts: Sequence[torch.nn.Module]) -> None:
     """Raises UserError where weights, by a name of MADE_FROM, are others than those that the run began with."""
     for part, modules in parts.items():
-        if part in known and known[part] != checksum(*modules):
+        if part in known and known[part] != checksum(*modules, dtype=torch.float32):
             raise UserError(
                 f"{name}: {MADE_FROM[part]} has other weights now than the run in {run} began with; put those files back"
             )

@@ -32,7 +32,7 @@ from dpo.models.apart import Apart
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
-from dpo.models.ready import cast, check_settings, load_model, pick_device, settle
+from dpo.models.ready import cast, check_settings, held_narrow, load_model, pick_device, settle
 from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, INDEX_FILE
 from dpo.settings import advice, resolve
 from dpo.settings.config import Config, Output, Runtime, change
@@ -92,7 +92,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
 
-    config, model, plan, decided = load_model(stored.adopt(config, source), device, narrow=True)
+    config = stored.adopt(config, source)
+    config, model, plan, decided = load_model(config, device, narrow=held_narrow(config, device))
     config, begin, told = start.read(config, model)
     _tell(config, [*notes, *decided, *told], processes.count, things(source))
     changed = check_resume(config, saved) if saved is not None else []

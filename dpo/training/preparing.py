@@ -28,7 +28,7 @@ from dpo.encode import Encoder
 from dpo.models.denoiser import halve
 from dpo.models.family import Model, TextEncoding
 from dpo.models.fingerprint import encoders, identity
-from dpo.models.ready import HALF, cast, load_model, pick_device, settle
+from dpo.models.ready import HALF, cast, held_narrow, load_model, pick_device, settle
 from dpo.schedule import Plan
 from dpo.settings.config import Config, Data, Runtime, change
 from dpo.step import PairStep
@@ -83,7 +83,7 @@ def encode_pairs(
         )
     source = open_source(config.data)
     tell(source)
-    config, model, _, _ = load_model(config, device, narrow=True, without_denoiser=True)
+    config, model, _, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
     settings = (
         identity(model)
         | encoders(model)
@@ -251,7 +251,8 @@ def record_reference(
         embedded(config), data=str(folder), data_format="store", ties="keep", max_pairs=None, method="dpo", lora=False
     )
     source = open_source(config.data)
-    config, model, plan, _ = load_model(stored.adopt(config, source), device, narrow=True, frozen=True)
+    config = stored.adopt(config, source)
+    config, model, plan, _ = load_model(config, device, narrow=held_narrow(config, device, frozen=True))
     stored.check(model, source)
     store = of_store(source)
     assert store is not None, "opened as one"

@@ -14,7 +14,7 @@ from dpo.models import load as loading
 from dpo.models import ready
 from dpo.models.family import families
 from dpo.settings.flags import parse
-from dpo.training import preparing
+from dpo.training import build, preparing
 from tests.help.flow import SMALL
 from tests.help.running import advance, make_run, weights
 
@@ -71,7 +71,7 @@ def test_a_lora_run_of_files_in_half_precision(world, tmp_path, monkeypatch, loa
     flags = (*LORA, *(SMALL if kind not in ("sd15", "sdxl") else ()))
     runs = {}
     for name, parts in (("through fp32", ()), ("as stored", ("text", "denoiser"))):
-        monkeypatch.setattr(ready, "_narrow", lambda *asked, parts=parts: parts)
+        monkeypatch.setattr(build, "held_narrow", lambda *asked, parts=parts: parts)
         runs[name] = make_run(model, world("pairs"), tmp_path / name, *flags)
         family = families()[runs[name].model.family.name]
         own = {family.denoiser_class, *(cls for _, cls in family.text_encoders)}
@@ -135,7 +135,7 @@ def contents(store: Path) -> dict[str, bytes]:
 )
 def test_what_is_trained_or_changed_first_is_in_fp32(flags, parts):
     config, _ = ready_config(flags)
-    assert ready._narrow(config, torch.device("cpu"), frozen=False) == parts
+    assert ready.held_narrow(config, torch.device("cpu")) == parts
 
 
 def ready_config(flags):

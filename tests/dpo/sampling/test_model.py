@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
 from dpo.drawing import draw
+from dpo.models import ready
+from dpo.models.fingerprint import checksum
 from dpo.models.ready import load_named
 from dpo.pages.folder import ADAPTER_FILE
+from dpo.sampling import model as sampling
 from dpo.sampling.model import opened, read
 from dpo.settings.config import Config, change, to_toml
 from dpo.tiny.paths import pipeline_path
@@ -60,6 +63,27 @@ def test_files_in_half_precision_are_read_in_fp32_whatever_the_device(tmp_path, 
         _, found = read(model, device=device, lora_base=None, cache_dir=None)
         for part in (found.denoiser, found.vae, *found.text_encoders):
             assert {p.dtype for p in part.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"), [("sdxl", torch.float16), ("sd15", torch.bfloat16), ("sd35", torch.float16)]
+)
+def test_what_is_drawn_in_half_precision_is_held_as_stored_and_is_the_same(tmp_path, world, kind, stored, monkeypatch):
+    """The same model by its fingerprint, and the same weights, as by way of fp32."""
+    model = rewritten(world(kind), tmp_path / "model", stored)
+    loading, kept = ready.load, []
+    monkeypatch.setattr(
+        sampling, "checksum", lambda *parts, dtype: kept.append(parts[0].dtype) or checksum(*parts, dtype=dtype)
+    )
+    narrow = find(model, precision="bf16")
+    monkeypatch.setattr(ready, "load", lambda *named, narrow, **how: loading(*named, **how))
+    wide = find(model, precision="bf16")
+    assert kept == [stored, torch.float32]
+    assert narrow.fingerprint == wide.fingerprint == find(model).fingerprint
+    for one, other in zip(narrow.pipe.components.values(), wide.pipe.components.values(), strict=True):
+        if isinstance(one, torch.nn.Module):
+            values = other.state_dict()
+            assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
