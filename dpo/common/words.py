@@ -78,9 +78,14 @@ def excerpt_of_path(path: str) -> str:
     return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]
 
 
-def counted(count: int, one: str, many: str) -> str:
-    """A number and what it counts: "1 image is", "2 images are"."""
-    return f"{count} {one if count == 1 else many}"
+def counted(count: int, one: str, many: str, style: str = "") -> str:
+    """A number and what it counts: "1 image is", "2 images are"; style: how the number is written, "," with commas."""
+    return f"{count:{style}} {one if count == 1 else many}"
+
+
+def counted_of(count: int, total: int, many: str, is_one: str, are_many: str) -> str:
+    """Some of a number and what they do: "1 of 5 images is", "2 of 5 images are", "1 of 1 image is"; many: "images"."""
+    return f"{count} of {counted(total, many.removesuffix('s'), many)} {is_one if count == 1 else are_many}"
 
 
 def as_on_windows(path: str) -> str:
