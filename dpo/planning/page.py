@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpo.common.console import duration
-from dpo.common.words import counted
+from dpo.common.words import counted, number_of
 from dpo.planning.asked import Asked
 from dpo.planning.cuda import CARDS, GIB
 from dpo.planning.fitting import Fitted
@@ -22,9 +22,7 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
     one = plan.things.removesuffix("s")
-    update = (
-        f"{_count(optim.batch_size, plan.things)} x {counted(optim.accumulation, 'pass', 'passes', ',')}{processes}"
-    )
+    update = f"{number_of(optim.batch_size, plan.things, ',')} x {counted(optim.accumulation, 'pass', 'passes', ',')}{processes}"
     pixels = f"{config.data.resolution} pixels" + (
         " (counted for the square: buckets need no more)" if config.data.buckets else ""
     )
@@ -32,7 +30,7 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
         ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
-        ("", f"{update} = {_count(plan.nominal, plan.things)} an update"),
+        ("", f"{update} = {number_of(plan.nominal, plan.things, ',')} an update"),
         ("length", _length(plan)),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
         ("FLOPs", f"{_flops(plan.pair_flops)} a{'n' * (one == 'image')} {one}"),
@@ -68,11 +66,11 @@ def _length(plan: Plan) -> str:
     """How long the run is, in updates and epochs, as far as that is known."""
     if plan.steps is None:
         return f"{plan.config.optim.epochs:g} epochs; give --pairs for the number of updates"
-    updates = counted(plan.steps, "update", "updates", ",")
+    updates = number_of(plan.steps, "updates", ",")
     if plan.pairs is None or plan.epochs is None:
         return f"{updates}; give --pairs for the number of epochs"
     held = plan.pairs.all - plan.pairs.trained
-    text = f"{updates} = {_epochs(plan.epochs)} of {_count(plan.pairs.trained, plan.things)}"
+    text = f"{updates} = {_epochs(plan.epochs)} of {number_of(plan.pairs.trained, plan.things, ',')}"
     return text + (f", and {held:,} are held out" if held else "")
 
 
@@ -91,7 +89,7 @@ def largest_line(found: Plan | None, planned: Plan, card: float, *, auto: bool =
     optim = found.config.optim
     flags = f"--batch-size {optim.batch_size} --accumulation {optim.accumulation}"
     again = ", all blocks computed again" if auto else ""
-    update = f"the same {_count(found.nominal, found.things)} an update"
+    update = f"the same {number_of(found.nominal, found.things, ',')} an update"
     if found.nominal != planned.nominal:  # with --gradient-release, where each pass is an update
         update = f"another training: {found.nominal:,} {found.things} an update, not {planned.nominal:,}"
     return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB{again}; {update})")
@@ -107,10 +105,6 @@ def cheapest_lines(found: Fitted | None, card: float) -> list[str]:
 
 def _row(name: str, text: str) -> str:
     return f"{name:<{WIDTH}}{text}".rstrip()
-
-
-def _count(number: int, things: str) -> str:
-    return counted(number, things.removesuffix("s"), things, ",")
 
 
 def _flops(value: float) -> str:
@@ -136,7 +130,7 @@ def _time(plan: Plan, asked: Asked) -> str:
     encoded = f", {plan.encoded:,} of them encoded where memory keeps the set" if kept else ""
     hours = plan.total / 3600
     take = "updates ({}) take" if plan.steps > 1 else "update ({}) takes"
-    text += f"; {plan.steps:,} {take.format(_count(seen, plan.things) + encoded)} {_hours(hours)}"
+    text += f"; {plan.steps:,} {take.format(number_of(seen, plan.things, ',') + encoded)} {_hours(hours)}"
     if asked.price is None:
         return text
     return f"{text} and cost {hours * asked.price * asked.processes:,.2f} at {asked.price:g} an hour"

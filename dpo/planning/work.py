@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
-from dpo.common.words import counted
+from dpo.common.words import number_of
 from dpo.data import held_out
 from dpo.data.pairs import Source
 from dpo.data.sources import open_source
@@ -268,8 +268,8 @@ def measured(folder: Path) -> Speed:
 
 def disk(config: Config, taken: Taken, asked: Asked, pairs: int | None) -> dict[str, float]:
     """Bytes on disk, by what is written. Of the data set's own for each pair where their number is not known."""
-    one, many = ("pair", "pairs") if taken.sides == 2 else ("image", "images")
-    count, of = (1, f"each {one}") if pairs is None else (pairs, counted(pairs, one, many, ","))
+    things = "pairs" if taken.sides == 2 else "images"
+    count, of = (1, f"each {things[:-1]}") if pairs is None else (pairs, number_of(pairs, things, ","))
     checkpoint = taken.trained_bytes + taken.state_bytes + taken.averaged_bytes
     kept, best = config.output.checkpoints_limit, config.output.keep_best
     limited = f"checkpoints, {kept} kept" + (" and the best" if best else "")
