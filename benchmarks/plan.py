@@ -121,7 +121,7 @@ def row(size: str, flags: str, root: Path) -> dict[str, Any]:
     """A row: one plan, and three updates of the same run."""
     config, notes = parse([*named(size, root), *QUIET, "--output", str(root / "run"), "--overwrite", *flags.split()])
     began = time.monotonic()
-    _, taken = work.planner(train_step)(work.prepared(config)[0])
+    _, taken = work.planner(train_step)(work.prepared(config))
     seconds = time.monotonic() - began
     run = build(config, notes)
     batches = run.batches()

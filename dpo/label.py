@@ -5,7 +5,7 @@
     python -m dpo.label base=MODEL runs/sd15 --prompts prompts.txt --seeds 4 --pairing all --scorers pickscore=2 hpsv2.1:FILE=1
     python -m dpo.label images/base images/other --pairing random --pairs-per-prompt 3 --scorers tiny-a --labels soft
 
-Then `python -m dpo.train --data labels`. Killed at any moment, the same command goes on (docs/label.md).
+Then `python -m dpo.train --preset sd15-lora-8gb --data labels`. Killed at any moment, the same command goes on (docs/label.md).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python -m dpo.pairs matches.csv --pair neighbours --output pairs  columns winner, loser, prompt: a tournament
     python -m dpo.pairs --check PAIRS --output look              counts, warnings and a contact sheet of what dpo.train reads
 
-Then look at pairs/pairs.html, and `python -m dpo.train --data pairs` (docs/pairs.md).
+Then look at pairs/pairs.html, and `python -m dpo.train --preset sd15-lora-8gb --data pairs` (docs/pairs.md).
 """
 
 from __future__ import annotations

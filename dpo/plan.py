@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from dpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from dpo.settings.config import Config
+
+log = logging.getLogger("dpo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +74,8 @@ def run(own: argparse.Namespace, config: Config) -> int:
     if own.json is not None and not (parent := Path(own.json).expanduser().parent).is_dir():
         raise UserError(f"--json {own.json}: there is no folder {parent}; make it, or name another file")
     dry = work.planner(train_step, asked.processes)
-    config, pairs = work.prepared(config)
+    pairs = work.pairs_of(config) if asked.pairs is None else None
+    config = work.prepared(config)
     told, room = [], 0.0 if asked.memory is None else cuda.room(asked.memory)
     auto = config.runtime.checkpointing == "auto" and config.runtime.device != "cpu"
     if auto and asked.memory is not None:
@@ -81,12 +85,14 @@ def run(own: argparse.Namespace, config: Config) -> int:
         told = ["--checkpointing auto is planned as on: with --memory GB the plan says what a run would choose"]
     plan = work.plan(config, asked, dry, pairs)
     sys.stdout.write("\n".join(page.page(plan, asked, told)) + "\n")
+    sys.stdout.flush()
+    for line in plan.warnings:
+        log.warning("%s", line)
     found: dict[str, Any] = work.as_json(plan)
     if asked.memory is not None:
-        sys.stdout.flush()
         widest = change(plan.config, checkpointing="on") if auto else plan.config
         best = fitting.largest(widest, asked, dry, room, _tell)
-        sys.stdout.write(page.largest_line(best, asked.memory, auto=auto) + "\n")
+        sys.stdout.write(page.largest_line(best, plan, asked.memory, auto=auto) + "\n")
         found["largest_batch_size"] = best and best.config.optim.batch_size
         if not work.fits(plan, asked.memory):
             cheapest = fitting.cheapest(plan.config, asked, dry, room, _tell)
@@ -120,7 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--measured", metavar="RUN", help="take the pairs/s of this run's folder instead")
     parser.add_argument("--price", type=_above, metavar="X", help="of an hour of one GPU, for the cost")
-    parser.add_argument("--pairs", type=_whole, metavar="N", help="of the data set, for disk and epochs")
+    parser.add_argument(
+        "--pairs",
+        type=_whole,
+        metavar="N",
+        help="of the data set, for disk and epochs (default: those of --data, where it is here)",
+    )
     parser.add_argument(
         "--reference-draws",
         type=_whole,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from dpo.common import command, locks
 from dpo.common.errors import UserError, reading
 from dpo.common.files import is_there
-from dpo.common.words import excerpt, is_plain
+from dpo.common.words import excerpt, is_plain, number_of
 from dpo.evaluating.flags import named
 from dpo.sampling import flags
 from dpo.voting.presets import PRESETS
@@ -126,7 +126,8 @@ def _serve(given: argparse.Namespace) -> int:
         if given.declare:
             if given.raters:
                 raters.invited(folder, given.raters)
-                log.info("%d raters may vote; their links are said when the study is served", len(given.raters))
+                may = number_of(len(given.raters), "raters")
+                log.info("%s may vote; their links are said when the study is served", may)
             return 0
         server.serve(folder, place, given.raters)
     return 0

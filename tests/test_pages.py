@@ -163,7 +163,7 @@ def test_what_auto_chooses_on_the_hardware_page_is_what_a_run_chooses():
     ]
     assert sorted(named) == auto and len(auto) >= 4
     for name, (middle, less, most) in named.items():
-        config, _ = work.prepared(flags.parse(["--preset", name], with_pairs=False)[0])
+        config = work.prepared(flags.parse(["--preset", name], with_pairs=False)[0])
         plans = work.planner(train.train_step)
         choices = {card: recompute.chosen(config, plans, room(card))[0] for card in (24, 40, 48, 80, 141)}
         assert {choices[card].setting for card in (24, 40, 48)} == {"on"}

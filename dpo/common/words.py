@@ -78,9 +78,19 @@ def excerpt_of_path(path: str) -> str:
     return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]
 
 
-def counted(count: int, one: str, many: str) -> str:
-    """A number and what it counts: "1 image is", "2 images are"."""
-    return f"{count} {one if count == 1 else many}"
+def counted(count: int, one: str, many: str, style: str = "") -> str:
+    """A number and what it counts: "1 image is", "2 images are"; style: how the number is written, "," with commas."""
+    return f"{count:{style}} {one if count == 1 else many}"
+
+
+def number_of(count: int, many: str, style: str = "") -> str:
+    """The same of what has a usual plural: "1 pair", "2 pairs"; many: "pairs"."""
+    return counted(count, many.removesuffix("s"), many, style)
+
+
+def counted_of(count: int, total: int, many: str, is_one: str, are_many: str) -> str:
+    """Some of a number and what they do: "1 of 5 images is", "2 of 5 images are", "1 of 1 image is"; many: "images"."""
+    return f"{count} of {number_of(total, many)} {is_one if count == 1 else are_many}"
 
 
 def as_on_windows(path: str) -> str:

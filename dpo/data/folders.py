@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.common.words import as_on_windows, excerpt, listed
+from dpo.common.words import as_on_windows, counted_of, excerpt, listed
 from dpo.data.labels import BLANK, CAPTION, SAME
 from dpo.data.listing import CAPTION_FILES, Listing, list_files, not_read
 from dpo.data.tables import DELIMITERS, TableSource, csv_rows, fingerprint_of, in_utf8, json_rows, leave_out_same
@@ -129,10 +129,9 @@ class _Texts:
         for table, named in self.named.items():
             if strange := [name for name in named if name not in known]:
                 log.warning(
-                    "%s: %d of %d names are no image's, the first: %s; they are those of the files in w/ and l/%s",
+                    "%s: %s no image's, the first: %s; they are those of the files in w/ and l/%s",
                     self.root / table,
-                    len(strange),
-                    len(named),
+                    counted_of(len(strange), len(named), "names", "is", "are"),
                     excerpt(strange[0]),
                     as_on_windows(strange[0]),
                 )

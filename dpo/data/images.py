@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, excerpt_of_path, first_line
+from dpo.common.words import counted_of, excerpt, excerpt_of_path, first_line
 from dpo.data.pairs import MAX_MIB, BadImage, ImageRef
 
 STOPPED = "{}; leave such pairs out with --on-bad-image skip"  # with --on-bad-image stop
@@ -57,7 +57,9 @@ def check_bad(bad: int, pairs: int, limit: float, last: str) -> None:
     """
     allowed = max(limit * pairs, min(FEW_BAD, pairs // 2) if limit > 0 else 0)
     if bad > allowed:
-        raise UserError(f"{bad} of {pairs} pairs have an unreadable image, the last: {last}; see --bad-image-limit")
+        raise UserError(
+            f"{counted_of(bad, pairs, 'pairs', 'has', 'have')} an unreadable image, the last: {last}; see --bad-image-limit"
+        )
 
 
 def fitted(

@@ -24,7 +24,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
 from dpo.common.machine import start_method, usable_cores
-from dpo.common.words import first_line
+from dpo.common.words import counted, first_line
 from dpo.data.ahead import read_ahead
 from dpo.data.batch import Decoding, PairBatch, decode_batch
 from dpo.data.images import STOPPED, check_bad
@@ -259,6 +259,7 @@ def _fit_shared_memory(prefetch: int, workers: int, batch_bytes: int) -> int:
     room = int(0.8 * space.f_bavail * space.f_frsize / (workers * batch_bytes))
     if room < prefetch:
         logger.warning(
-            "/dev/shm has room for %d batches a worker: decoding fewer ahead (--prefetch, --workers)", max(room, 1)
+            "/dev/shm has room for %s a worker: decoding fewer ahead (--prefetch, --workers)",
+            counted(max(room, 1), "batch", "batches"),
         )
     return max(1, min(prefetch, room))

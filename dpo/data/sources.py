@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo.common.errors import UserError, reading
 from dpo.common.hub import is_hub_id
-from dpo.common.words import as_on_windows, counted, listed
+from dpo.common.words import as_on_windows, counted, listed, number_of
 from dpo.data import held_out, labelled
 from dpo.data.arrow import is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
@@ -34,6 +34,7 @@ TABLES = (".jsonl", ".json", ".csv", ".tsv")
 BESIDES = "summary.json"  # of our own commands, beside pairs; where nothing else is there, a table as any
 MADE = (BESIDES, "pairs.html", "sheet.png")  # of dpo.pairs, beside its pairs
 NOT_PAIRS = {*METADATA, "dataset_info.json", "dataset_infos.json", "state.json"}
+ONE = {"ties": "tie", "invalid labels": "invalid label"}  # of the counts whose names are plurals
 LAYOUTS = ("auto", "pickapic", "chosen-rejected")  # of columns
 MAKERS = {  # by a folder that presets take their pairs from: the command that makes what is not there
     "labels": "label makes sets of labels (docs/label.md)",
@@ -110,11 +111,11 @@ def describe(source: Source) -> str:
     holes = counts.get(UNREADABLE, 0) + counts.get(SAME_BYTES, 0)
     if (rest := rows - pairs - (sum(counts.values()) - holes)) > 0:
         counts |= _rest(source, rest)
-    notes = [f"{count} {name}" for name, count in counts.items() if count]
+    notes = [counted(count, ONE.get(name, name), name) for name, count in counts.items() if count]
     what = things(source)
-    text = f"{counted(rows, 'row', 'rows')}: {counted(pairs, what[:-1], what)}"
+    text = f"{number_of(rows, 'rows')}: {number_of(pairs, what)}"
     text += f", {int(np.sum(source.prob > 0.5))} of them liked" if source.sides == 1 else ""
-    text += f", {kept_ties} of them ties" if kept_ties else ""
+    text += f", {counted(kept_ties, 'of them a tie', 'of them ties')}" if kept_ties else ""
     text += f", {without_caption} {BLANK}" if without_caption else ""
     text += f", {soft} {SOFT}" if soft else ""
     text += f"; left out: {', '.join(notes)}" if notes else ""
@@ -131,7 +132,8 @@ def tell(source: Source) -> None:
     log.info("%s: %s", what, describe(source))
     if source.summary.get(BLANK, 0) >= len(source) and (source.caption_keys() == caption_key("")).all():
         log.warning(
-            "none of the %d %s has a caption: only the empty prompt is trained; give them captions", len(source), what
+            "none of the %s has a caption: only the empty prompt is trained; give them captions",
+            number_of(len(source), what),
         )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.common.errors import UserError
-from dpo.common.words import as_on_windows, digest, excerpt, excerpt_of_path, first_line
+from dpo.common.words import as_on_windows, counted_of, digest, excerpt, excerpt_of_path, first_line
 from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of, verdict_of
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
@@ -297,8 +297,12 @@ def leave_out_same(
     rows = np.concatenate(chosen)
     if gone:
         logger.warning(
-            "%s: %d of %d %s an image that is not there, and are left out of every update: %s%s%s",
-            root, len(gone), len(rows), "pairs have" if len(images) == 2 else "rows have",
+            "%s: %s left out of every update: %s%s%s",
+            root,
+            counted_of(
+                len(gone), len(rows), "pairs" if len(images) == 2 else "rows", "has an image that is not there, and is",
+                "have an image that is not there, and are",
+            ),
             ", ".join(excerpt_of_path(name) for name in gone[:3]), ", ..." * (len(gone) > 3),
             as_on_windows(gone[0]),
         )  # fmt: skip

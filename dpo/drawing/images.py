@@ -26,7 +26,7 @@ from PIL import Image, PngImagePlugin
 from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, make_folder, write_text, write_whole, writing
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import digest, first_line, is_unicode, listed
+from dpo.common.words import counted_of, digest, first_line, is_unicode, listed
 from dpo.drawing.draw import side_by_side
 from dpo.drawing.protocol import Protocol
 from dpo.drawing.render import Rendered, Task, ready, render
@@ -108,7 +108,7 @@ def draw_set(
     if not left:
         return pace
     if pace.done:
-        log.info("%s: %d of %d images are there", folder, pace.done, total)
+        log.info("%s: %s there", folder, counted_of(pace.done, total, "images", "is", "are"))
     with ready(pipe, device, protocol) as watch, side_by_side(pipe, device) as each:
         begun = time.monotonic()
         told(pace)
@@ -162,8 +162,8 @@ def read_set(folder: Path) -> list[Drawn]:
     if missing := count - sum(0 <= index < count for index in found):
         first = next(index for index in range(count) if index not in found)
         raise UserError(
-            f"{folder}: {missing} of {count} images are missing or broken, the first is {first}: the command that draws "
-            "them goes on from here"
+            f"{folder}: {counted_of(missing, count, 'images', 'is', 'are')} missing or broken, the first is {first}: the command "
+            "that draws them goes on from here"
         )
     return [found[index] for index in range(count)]
 
@@ -204,7 +204,10 @@ def merge(folder: Path, parts: Sequence[Path]) -> int:
 def faults(images: Sequence[Drawn]) -> list[str]:
     """Lines that name the images with a fault, one for each kind."""
     kinds = {one.fault: [each.path.name for each in images if each.fault == one.fault] for one in images if one.fault}
-    return [f"{len(names)} of {len(images)} images are {kind}: {listed(names)}" for kind, names in kinds.items()]
+    return [
+        f"{counted_of(len(names), len(images), 'images', 'is', 'are')} {kind}: {listed(names)}"
+        for kind, names in kinds.items()
+    ]
 
 
 def _begin(folder: Path, protocol: Protocol, count: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError, reading
 from dpo.common.hub import reason
-from dpo.common.words import digest, excerpt, listed
+from dpo.common.words import counted, counted_of, digest, excerpt, listed, number_of
 
 log = logging.getLogger("dpo")
 
@@ -60,7 +60,9 @@ class PromptSet:
         They keep their order. Raises UserError when there are not so many.
         """
         if not 0 < count <= len(self.prompts):
-            raise UserError(f"--subset {count}: {self.name} has {len(self.prompts)} prompts; choose 1 to that many")
+            raise UserError(
+                f"--subset {count}: {self.name} has {number_of(len(self.prompts), 'prompts')}; choose 1 to that many"
+            )
         keys = [digest(str(seed), str(prompt.seed), prompt.text) for prompt in self.prompts]
         chosen = sorted(sorted(range(len(keys)), key=lambda place: (keys[place], place))[:count])
         return replace(self, name=f"{self.name}, {count} by hash", prompts=tuple(self.prompts[i] for i in chosen))
@@ -195,9 +197,9 @@ def _checked(name: str, found: Iterable[tuple[str, Prompt]], also: Sequence[str]
             f"{name}: no prompt is there; give prompts, a file with one a line, or a name: {listed([*NAMES, *also])}"
         )
     if blank:
-        log.warning("%s: %d blank prompts are left out", name, blank)
+        log.warning("%s: %s left out", name, counted(blank, "blank prompt is", "blank prompts are"))
     if repeated := len(prompts) - len({prompt.text for prompt in prompts}):
-        log.info("%s: %d of %d prompts repeat another", name, repeated, len(prompts))
+        log.info("%s: %s another", name, counted_of(repeated, len(prompts), "prompts", "repeats", "repeat"))
     return PromptSet(name, tuple(prompts))
 
 

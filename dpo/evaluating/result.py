@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.common.words import listed
+from dpo.common.words import counted, listed
 from dpo.evaluating.scoring import Look
 from dpo.evaluating.sides import Matched, Side, matched
 from dpo.pages.better import standing
@@ -210,9 +210,11 @@ def cautions(results: Sequence[Mapping[str, Any]], sides: Sequence[Mapping[str, 
     for side in sides:
         if side["unusable"]:
             which = [f"{Path(path).name} ({why.removeprefix(f'{path}: ')})" for path, why in side["unusable"]]
-            lines.append(f"{len(which)} images of {side['name']} cannot be read and are left out: {listed(which)}")
+            one, many = (f"{what} of {side['name']} cannot be read and" for what in ("image", "images"))
+            lines.append(f"{counted(len(which), f'{one} is', f'{many} are')} left out: {listed(which)}")
         if side["flat"]:
-            lines.append(f"{len(side['flat'])} images of {side['name']} are of one colour: {side['flat'][0]}")
+            flat = counted(len(side["flat"]), f"image of {side['name']} is", f"images of {side['name']} are")
+            lines.append(f"{flat} of one colour: {side['flat'][0]}")
     for name in dict.fromkeys(entry["side"] for entry in results):
         mine = [entry for entry in results if entry["side"] == name]
         better, worse = ([e["scorer"] for e in mine if standing(e) == kind] for kind in ("better", "worse"))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import excerpt, excerpt_of_path
+from dpo.common.words import counted, excerpt, excerpt_of_path, number_of
 from dpo.data.images import decode
 from dpo.data.pairs import BadImage, ImageRef
 from dpo.evaluating import tables
@@ -200,10 +200,12 @@ def _each(
         line = f"{scorer.name} judges images of {size[0]} x {size[1]} pixels, not {misfits[0]}"
         if len(misfits) == len(side.images):
             raise UserError(f"{line} as those of {side.name} are: name another scorer")
-        log.warning("%s: %d of %d images of %s are left out", line, len(misfits), len(side.images), side.name)
+        left = counted(len(side.images), f"image of {side.name}", f"images of {side.name}")
+        log.warning("%s: %d of %s %s left out", line, len(misfits), left, "is" if len(misfits) == 1 else "are")
     if bad:
         what = "features" if isinstance(scorer, SetScorer) else "score"
-        log.warning("%s gave no finite %s to %d images of %s: they are left out", scorer.name, what, bad, side.name)
+        images = counted(bad, f"image of {side.name}: it is", f"images of {side.name}: they are")
+        log.warning("%s gave no finite %s to %s left out", scorer.name, what, images)
 
 
 def _images(
@@ -292,8 +294,13 @@ def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) ->
     finite = int(np.isfinite(found).sum())
     if not finite:
         raise UserError(f"{path} has no score for any image of {side.name} in {side.place}")
-    if finite < len(found):
+    if lost := len(found) - finite:
         log.warning(
-            "%d of %d images of %s have no score in %s: left out", len(found) - finite, len(found), side.name, path
+            "%d of %s of %s %s no score in %s: left out",
+            lost,
+            number_of(len(found), "images"),
+            side.name,
+            "has" if lost == 1 else "have",
+            path,
         )
     return found

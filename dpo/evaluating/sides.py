@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import excerpt, excerpt_of_path, is_unicode
+from dpo.common.words import counted_of, excerpt, excerpt_of_path, is_unicode
 from dpo.drawing import images
 from dpo.evaluating import tables
 from dpo.pages.folder import INDEX_FILE
@@ -120,12 +120,15 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
         raise UserError(f"{place} names none of the {len(files)} images in {folder}")
     if len(images) < len(files):
         log.warning(
-            "%s: %d of %d images have no row in %s: left out", folder, len(files) - len(images), len(files), place
+            "%s: %s no row in %s: left out",
+            folder,
+            counted_of(len(files) - len(images), len(files), "images", "has", "have"),
+            place,
         )
     if gone := [file for file in known if file not in names]:
         log.warning(
-            "%s: %d of %d rows name no image in %s: left out, the first is %s",
-            place, len(gone), len(known), folder, excerpt_of_path(gone[0]),
+            "%s: %s no image in %s: left out, the first is %s",
+            place, counted_of(len(gone), len(known), "rows", "names", "name"), folder, excerpt_of_path(gone[0]),
         )  # fmt: skip
     return Side(name, folder, images)
 

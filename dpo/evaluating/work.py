@@ -21,7 +21,7 @@ from dpo.common import locks
 from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
-from dpo.common.words import digest
+from dpo.common.words import counted, digest
 from dpo.drawing import images
 from dpo.drawing.draw import network
 from dpo.evaluating import provenance, reproduce, result, sets
@@ -168,7 +168,7 @@ def _await(folder: Path) -> None:
             count, since = now, time.monotonic()
         if time.monotonic() - since > sampling.FINISHING:
             raise UserError(
-                f"{folder}: {count} images are there, and the other processes draw no more: start them again"
+                f"{folder}: {counted(count, 'image is', 'images are')} there, and the other processes draw no more: start them again"
             )
         time.sleep(LOOK)
 

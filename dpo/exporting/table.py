@@ -7,6 +7,7 @@ import io
 from itertools import groupby
 from statistics import median
 
+from dpo.common.words import counted, number_of
 from dpo.exporting.extracting import SHARES, Extraction, Row, noisy
 
 NOISE = 0.95  # share of the squared change that is looked for where nobody says one
@@ -31,10 +32,13 @@ def lines(found: Extraction, energy: float | None) -> list[str]:
     for what, squared in found.left.items():
         told.append(f"The LoRA leaves out {what}: {squared / found.total:.2%} of the squared change.")
     if fewer := [row for row in found.rows if energy is not None and row.kept < energy - SUMMED]:
-        told.append(f"{len(fewer)} layers keep less than {energy:.0%}: --max-rank cut them off.")
+        told.append(
+            f"{counted(len(fewer), 'layer keeps', 'layers keep')} less than {energy:.0%}: --max-rank cut "
+            f"{'it' if len(fewer) == 1 else 'them'} off."
+        )
     if rough := noisy(found.rows, NOISE if energy is None else energy):
         told.append(
-            f"In {len(rough)} layers rounding to half precision or fp32 is as large as what may be left out: higher ranks "
+            f"In {number_of(len(rough), 'layers')} rounding to half precision or fp32 is as large as what may be left out: higher ranks "
             "there hold noise; extract from files in fp32."
         )
     return told

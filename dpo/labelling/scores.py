@@ -14,7 +14,7 @@ from PIL import Image
 
 from dpo.common.errors import UserError
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import excerpt_of_path
+from dpo.common.words import counted_of, excerpt_of_path
 from dpo.data.pairs import BadImage
 from dpo.evaluating import tables
 from dpo.evaluating.scoring import BATCH, READERS, Said, Table, read_table, to_score
@@ -49,8 +49,8 @@ class _Without:
     def say(self, name: str, total: int) -> None:
         if self.count:
             log.warning(
-                "%s: %d of %d images have no score, and their pairs are left out; the first: %s",
-                name, self.count, total, self.first,
+                "%s: %s pairs are left out; the first: %s", name,
+                counted_of(self.count, total, "images", "has no score, and its", "have no score, and their"), self.first,
             )  # fmt: skip
 
 

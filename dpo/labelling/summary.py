@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.common.files import AGAIN, sweep, write_text
-from dpo.common.words import well_formed
+from dpo.common.words import counted, number_of, well_formed
 from dpo.data.pairs import BadImage
 from dpo.data.writing import Layout
 from dpo.evaluating.scoring import to_score
@@ -117,14 +117,14 @@ def lines(made: Made) -> list[str]:
     found = made.figures()
     by = ", ".join(one["name"] for one in found["scorers"])
     said = [
-        f"{found['pairs']:,} pairs of {found['captions']:,} captions labelled by {by}: {found['ties']:,} ties, "
-        f"{found['without_a_score']:,} rows left out without a score"
+        f"{number_of(found['pairs'], 'pairs', ',')} of {number_of(found['captions'], 'captions', ',')} labelled by {by}: "
+        f"{number_of(found['ties'], 'ties', ',')}, {number_of(found['without_a_score'], 'rows', ',')} left out without a score"
     ]
     if agreed := found["agreement_with_old_labels"]:
         low, high = agreed["interval"]
         said.append(
-            f"Agreement with the old labels: {agreed['share']:.3f} ({low:.3f} to {high:.3f}) of {agreed['pairs']:,} pairs that are "
-            "no tie in either"
+            f"Agreement with the old labels: {agreed['share']:.3f} ({low:.3f} to {high:.3f}) of "
+            f"{counted(agreed['pairs'], 'pair that is', 'pairs that are', ',')} no tie in either"
         )
     if found["labels"] == "soft":
         said.append(

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo.common import locks
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.data import labelled
 from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
@@ -48,7 +49,7 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
         cache = stack.enter_context(ScoreCache(folder / CACHE))
         for other in merge:
             count = cache.take(other / CACHE)
-            log.info("%s: %d scores of %s", folder, count, other)
+            log.info("%s: %s of %s", folder, number_of(count, "scores"), other)
         items = _items(asked, folder, shard)
         with locks.held(folder, "--output", "-begin", FINISHING):
             there = place.check_source(asked, folder, items) and there

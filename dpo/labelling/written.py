@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dpo.common.console import Progress
 from dpo.common.errors import UserError
 from dpo.common.files import make_folder, sweep
-from dpo.common.words import digest
+from dpo.common.words import digest, number_of
 from dpo.data import labelled
 from dpo.data.pairs import BadImage, caption_key
 from dpo.data.writing import Judged, Layout, write_pairs
@@ -60,7 +60,7 @@ def write(asked: Asked, folder: Path, items: Items, votes: Votes, fit: OfPairs |
     label_0 = scale.labels(apart, margin)
     kept = np.flatnonzero(np.isfinite(label_0))
     if not len(kept):
-        raise UserError(f"none of {len(apart)} pairs can be labelled: no two images of one have a score")
+        raise UserError(f"none of {number_of(len(apart), 'pairs')} can be labelled: no two images of one have a score")
     p = label_0 if temperature is None else scale.probabilities(apart, temperature)
     protocol = {
         **asked.said(),
@@ -113,7 +113,8 @@ def write(asked: Asked, folder: Path, items: Items, votes: Votes, fit: OfPairs |
     labelled.write(folder, {**(labelled.read(folder) or {}), **content, "finished": True})
     for line in summary.lines(told):
         log.info("%s", line)
-    log.info("%s: %d pairs in %d files; train with --data %s", folder, len(kept), len(names), folder)
+    written = f"{number_of(len(kept), 'pairs')} in {number_of(len(names), 'files')}"
+    log.info("%s: %s; train with --data %s", folder, written, folder)
 
 
 def _asked_as(asked: Asked) -> list[str]:

@@ -18,6 +18,8 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo import callback
 
+from dpo.common.words import number_of
+
 log = logging.getLogger("dpo")
 
 P = ParamSpec("P")
@@ -87,7 +89,7 @@ def told(step: Callable[P, T]) -> Callable[P, T]:
             return step(*args, **options)
         with watched() as found:
             result = step(*args, **options)
-        log.info("--compile: %d graphs in the first update, %.0f s", found.graphs, found.seconds)
+        log.info("--compile: %s in the first update, %.0f s", number_of(found.graphs, "graphs"), found.seconds)
         return result
 
     return call

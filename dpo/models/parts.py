@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.words import brief, first_line
+from dpo.common.words import brief, first_line, number_of
 from dpo.models.checks import check_stored, filled, finite, stored_dtypes
 from dpo.models.outside import attention_of, check_part
 from dpo.models.text import KEY_MAPPING
@@ -187,8 +187,9 @@ def component(
     except Exception as error:  # missing, truncated, pickled-only or mismatched weights come as many kinds
         raise UserError(f"cannot load {place}: {first_line(error).rstrip('.')}{_advice(Path(place))}") from error
     if absent := sorted(report["missing_keys"]):  # the libraries would fill them with random numbers
+        names = absent[0] + ", ..." * (len(absent) > 1)
         raise UserError(
-            f"{place} lacks {len(absent)} weights ({absent[0]}, ...): the file is incomplete; fetch the model again"
+            f"{place} lacks {number_of(len(absent), 'weights')} ({names}): the file is incomplete; fetch the model again"
         )
     finite(module, place)
     return module.requires_grad_(False).eval()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dpo.common.words import command_line
 from dpo.pages import kept
 from dpo.pages.card import usage
 from dpo.pages.folder import EVALUATION, REPORT_FILE, RunFolder
 
 
-def next_steps(run: RunFolder) -> list[str]:
-    """The lines. All paths are absolute, and quoted where a shell wants that."""
+def next_steps(run: RunFolder, judged: Sequence[str]) -> list[str]:
+    """The lines. All paths are absolute, and quoted where a shell wants that.
+
+    judged: flags of python -m dpo.evaluate with which the embedded model is judged.
+    """
     here = run.folder.resolve()
     look = [here / REPORT_FILE, *kept.grids(run)[-1:]]
     if run.evaluation:
@@ -21,8 +26,9 @@ def next_steps(run: RunFolder) -> list[str]:
     lines.append(f"draw more: {command_line(draw)}")
     if not run.evaluation:
         sides = [f"start=start:{here}", f"aligned={here}"]
-        compare = ["dpo.evaluate", *sides, "--prompts", "prompts.txt", "--scorers", "pickscore"]
-        lines.append(f"is it better, on your prompts: {command_line(compare)}")
+        whose = "by its own judge" if run.embedded else "on your prompts"
+        scored = judged if run.embedded else ["--prompts", "prompts.txt", "--scorers", "pickscore"]
+        lines.append(f"is it better, {whose}: {command_line(['dpo.evaluate', *sides, *scored])}")
     if not run.embedded and run.setting("prediction_type") != "flow_prediction":  # those files are as they are
         lines.append(f"for ComfyUI: {command_line(['dpo.export', str(here), '--to', 'comfyui'])}")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dpo.common.words import number_of
 from dpo.pages.verdict import Verdict
 
 Entry = Mapping[str, Any]  # of evaluation.json: the whole, or one of its results
@@ -84,5 +85,5 @@ def _sentence(entry: Entry, base: str) -> str:
     ties = f", {paired['ties']:.0%} of the pairs are ties" if paired["ties"] else ""
     return (
         f"By {entry['scorer']} its win rate over {base} is {paired['win_rate']:.0%} (95 % interval {low:.0%} to {high:.0%}) on "
-        f"{paired['prompts']:,} prompts{ties}; p {entry['p']:.2g}."
+        f"{number_of(paired['prompts'], 'prompts', ',')}{ties}; p {entry['p']:.2g}."
     )

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from dpo.common.files import AGAIN, remove, write_text, write_whole, writing
-from dpo.common.words import well_formed
+from dpo.common.words import number_of, well_formed
 from dpo.pages.charts import LIGHT
 from dpo.pages.figures import shown
 from dpo.pages.plots import svg
@@ -106,7 +106,7 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
     """How the replay was made, whether it is the run, and which pairs were measured."""
     start, count = result["from"], result["from"]["updates"]
     where = f"from {start['checkpoint']}" if start["checkpoint"] else "from the start of the run"
-    said = [f"Update {result['update']} of {result['run']}: {count} updates made again {where}."]
+    said = [f"Update {result['update']} of {result['run']}: {number_of(count, 'updates')} made again {where}."]
     said.append(_equality(result))
     if result["ended"]:
         said.append(f"As it was, {result['ended']}.")
@@ -123,7 +123,7 @@ def _equality(result: Mapping[str, Any]) -> str:
     if not found["updates"]:
         return "The run's metrics have none of these updates: there is nothing to compare with."
     if first is None:
-        return f"All figures of {found['updates']} logged updates equal the run's bit for bit."
+        return f"All figures of {number_of(found['updates'], 'logged updates')} equal the run's bit for bit."
     where = _machines(result)
     return (
         f"It differs from the run first at update {first['update']}: {first['figure']} {first['run']} there, "

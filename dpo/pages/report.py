@@ -20,7 +20,7 @@ from PIL import Image
 
 from dpo.common.console import duration
 from dpo.common.files import write_text
-from dpo.common.words import well_formed
+from dpo.common.words import number_of, well_formed
 from dpo.drawing.grid import read_grid, read_picture
 from dpo.pages import kept
 from dpo.pages.charts import LIGHT, charts
@@ -124,7 +124,7 @@ def _variables(colours: dict[str, str]) -> str:
 def _subtitle(run: RunFolder) -> str:
     kind = f"LoRA of rank {run.setting('rank')}" if run.lora else "full fine-tuning"
     parts = [run.model_name] if run.setting("run_name") else []  # else it is the heading
-    parts += [run.method_name, kind, f"{run.done:,} of {run.wanted:,} updates", run.status]
+    parts += [run.method_name, kind, f"{run.done:,} of {number_of(run.wanted, 'updates', ',')}", run.status]
     seconds, started, device = (run.summary.get(key) for key in ("seconds", "started", "device"))
     parts += [duration(seconds) + (" since the last start" if _resumed(run) else "")] if seconds else []
     parts += [str(device)] if device else []
@@ -192,7 +192,7 @@ def _pictures(run: RunFolder) -> tuple[list[dict[str, Any]], int, str | None, st
     if last is None or picture is None:
         return [], 0, None, "after it"
     digits = re.search(r"\d+$", last.stem)
-    step = f"after {int(digits.group()):,} updates" if digits else "after it"
+    step = f"after {number_of(int(digits.group()), 'updates', ',')}" if digits else "after it"
     cells = read_grid(last)
     if not cells:
         return [], 0, data_uri(picture), step

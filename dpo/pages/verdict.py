@@ -154,7 +154,7 @@ def _progress(run: RunFolder) -> list[str]:
     pairs = run.pairs_seen()
     seen = f" on {pairs:,} {single.things(run)}" if pairs else ""
     if run.status == "finished":
-        return [f"All {run.done:,} updates were made{seen}."]
+        return [f"{f'All {run.done:,} updates were' if run.done > 1 else 'Its one update was'} made{seen}."]
     if run.done == 0:
         return ["No update was recorded."]
     return [f"The run ended after {run.done:,} of {run.wanted:,} updates{seen}; `--resume latest` goes on from there."]

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo.common.words import command_line
 from dpo.pairing.choose import Rule
 from dpo.pairing.columns import Named
+
+# Presets for some hundred pairs of one's own, each with the pixels from which a set is its (docs/quickstart.md).
+PRESETS = {1024: "sdxl-lora-12gb", 0: "sd15-lora-8gb"}
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,11 @@ class Looking:
     resolution: int = 512  # pixels: side of the squares that a run would cut
     most: int = 2000  # pairs whose images are opened; of a larger set so many, by key
     show: int = 48  # pairs on the page
+
+    def training(self, pairs: str) -> str:
+        """The command that trains on `pairs` at this resolution."""
+        preset = next(name for pixels, name in PRESETS.items() if self.resolution >= pixels)
+        return command_line(["dpo.train", "--preset", preset, "--data", pairs])
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ def _wrong(
         return UserError(f"{where}: has images with a number and matches too: leave the columns of one of them out")
     if any(pair <= spelled.keys() for pair in PAIRS):
         return UserError(
-            f"{where}: holds pairs already: train with {command_line(['dpo.train', '--data', where])}; "
-            f"{command_line(['dpo.pairs', '--check', where])} looks at them"
+            f"{where}: holds pairs already: train with --data {where}; {command_line(['dpo.pairs', '--check', where])} looks at "
+            "them"
         )
     wanted = ("winner", "loser") if found["winner"] or found["loser"] else ("image", "number")
     what = next(one for one in wanted if found[one] is None)

@@ -179,7 +179,8 @@ def _stars(folder: Path, asked: Asked) -> Ranking:
             f"{folder}: needs folders named by their stars (5, 4, ...), found {listed(names) or 'none'}; or name a table"
         )
     if others := [one.name for one in below if one not in stars]:
-        log.warning("%s: %s is no number of stars and is left out", folder, listed(others))
+        said = "is no number of stars and is" if len(others) == 1 else "are no numbers of stars and are"
+        log.warning("%s: %s %s left out", folder, listed(others), said)
     counts, rows = Counter[str](), []
     for place, value in sorted(stars.items(), key=lambda item: -item[1]):
         for name in list_files(place).files:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dpo.common.words import counted, excerpt_of_path
+from dpo.common.words import counted, counted_of, excerpt_of_path
 from dpo.pairing import warn
 from dpo.pairing.look import Looked, Seen
 from dpo.pairing.warn import ALIKE, MOST, SURE, Check, Set
@@ -26,15 +26,15 @@ def _labels(found: Set) -> Iterator[str]:
     rare = min(liked, count - liked)
     if not rare:
         yield (
-            f"{'all' if liked else 'none'} of the {count} images are liked: labels of one kind say nothing about what to prefer; add "
-            f"images that are {LABELS[liked > 0]}, or look at the column of labels"
+            f"{'all' if liked else 'none'} of the {counted(count, 'image is', 'images are')} liked: labels of one kind say nothing "
+            f"about what to prefer; add images that are {LABELS[liked > 0]}, or look at the column of labels"
         )
     elif count >= SURE and count - rare > MOST * count:
         which = LABELS[2 * liked > count]
         flag = "--kto-disliked-weight" if 2 * liked > count else "--kto-liked-weight"
         yield (
-            f"only {rare} of {count} images are {which}, and have little say: add more of them, or {flag} {(count - rare) / rare:.3g}, "
-            "with which both labels weigh the same"
+            f"only {counted_of(rare, count, 'images', f'is {which}, and has', f'are {which}, and have')} little say: add more of "
+            f"them, or {flag} {(count - rare) / rare:.3g}, with which both labels weigh the same"
         )
 
 

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.words import counted, excerpt, excerpt_of_path
+from dpo.common.words import counted, counted_of, excerpt, excerpt_of_path
 from dpo.data.labels import BLANK
 from dpo.data.pairs import Labelled, Source, things
 from dpo.data.parquet import ParquetSource
@@ -131,9 +131,9 @@ def _circle(graph: dict[str, set[str]]) -> list[str]:
 def few(found: Set) -> Iterator[str]:
     if len(found.source) < FEW:
         what = things(found.source)
+        there = counted(len(found.source), f"{what[:-1]} is", f"{what} are")
         yield (
-            f"{len(found.source)} {what} are few, and what a run shows on them hangs on chance: {MORE[what]} more images, a few "
-            f"hundred {what} are usual"
+            f"{there} few, and what a run shows on so few hangs on chance: {MORE[what]} more images, a few hundred {what} are usual"
         )
 
 
@@ -146,12 +146,13 @@ def captions(found: Set) -> Iterator[str]:
             f"{MORE[what]} images of more prompts"
         )
     if blank:
-        yield f"{blank} of {count} {what} have no caption, and train the empty prompt: give {'their images' if what == 'pairs' else 'them'} one"
+        without = counted_of(blank, count, what, "has no caption, and trains", "have no caption, and train")
+        yield f"{without} the empty prompt: give {'the images' if what == 'pairs' else 'each'} one"
     long = [one.caption for one in found.looked if len(PIECES.findall(one.caption)) > TOKENS]
     if long:
         yield (
-            f"{len(long)} of {len(found.looked)} captions are longer than the 77 tokens that CLIP reads (words, digits and marks "
-            f"counted, which is the least): their ends are cut, the first: {excerpt(long[0], 40)}; shorten them"
+            f"{counted_of(len(long), len(found.looked), 'captions', 'is', 'are')} longer than the 77 tokens that CLIP reads (words, "
+            f"digits and marks counted, which is the least): the rest is cut off, the first: {excerpt(long[0], 40)}; shorten what is longer"
         )
 
 
@@ -160,26 +161,35 @@ def shapes(found: Set) -> Iterator[str]:
     lost = [1 - min(seen[:2]) / max(seen[:2]) for _, seen in images.values()]
     much = [share for share in lost if share > LOST]
     if len(much) > RARE * len(images):
+        wide = counted_of(
+            len(much), len(images), "images", "is far from square and loses", "are far from square and lose"
+        )
+        its = _its(much)
         yield (
-            f"{len(much)} of {len(images)} images are far from square and lose {np.mean(much):.0%} of their area on average, at "
-            f"both ends, when they are cut to a square: --buckets keeps their shape"
+            f"{wide} {np.mean(much):.0%} of {its} area on average, at both ends, when cut to a square: --buckets keeps {its} shape"
         )
     small = [seen for _, seen in images.values() if min(seen[:2]) < found.resolution]
     if len(small) > RARE * len(images):
         large = all(seen.width * seen.height >= ENOUGH * found.resolution**2 for seen in small)
-        cure = "--buckets keeps their area" if large else "give larger ones, or train with a lower --resolution"
+        cure = (
+            f"--buckets keeps {_its(small)} area" if large else "give larger ones, or train with a lower --resolution"
+        )
         yield (
-            f"{len(small)} of {len(images)} images have a side below {found.resolution} pixels (the shortest "
+            f"{counted_of(len(small), len(images), 'images', 'has', 'have')} a side below {found.resolution} pixels (the shortest "
             f"{min(min(seen[:2]) for seen in small)}) and would be enlarged to the square: {cure}"
         )
+
+
+def _its(images: Sequence[object]) -> str:
+    return "its" if len(images) == 1 else "their"
 
 
 def _alike(found: Set) -> Iterator[str]:
     alike = [one for one in found.looked if is_alike(one)]
     if alike:
         yield (
-            f"{len(alike)} of {len(found.looked)} pairs have two images that are almost the same, the first: "
-            f"{excerpt_of_path(alike[0].names[0])} and {excerpt_of_path(alike[0].names[1])}: there is little to learn from them"
+            f"{counted_of(len(alike), len(found.looked), 'pairs', 'has', 'have')} two images that are almost the same, the first: "
+            f"{excerpt_of_path(alike[0].names[0])} and {excerpt_of_path(alike[0].names[1])}: there is little to learn from that"
         )
     times = Counter(seen.pixels for one in found.looked for seen in (one.win, one.lose) if isinstance(seen, Seen))
     if times and times.most_common(1)[0][1] > MANY:

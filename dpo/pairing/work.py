@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo.common import locks
 from dpo.common.errors import UserError
-from dpo.common.words import command_line, counted, digest
+from dpo.common.words import counted, digest
 from dpo.data.listing import is_of_files
 from dpo.data.pairs import ImageRef, Source, things
 from dpo.data.sources import describe, open_source
@@ -23,13 +23,14 @@ from dpo.pairing import rankings, shown, singles, written
 from dpo.pairing.asked import Asked, Looking
 from dpo.pairing.choose import Preferred, how_many, preferred
 from dpo.pairing.look import Broken, Looker, Seen, chosen, look
-from dpo.pairing.ranked import Ranking
+from dpo.pairing.ranked import MATCHES, ROWS, Ranking
 from dpo.pairing.warn import Set, warnings
 from dpo.settings.config import Data
 
 log = logging.getLogger("dpo")
 
 AT_MOST = 1_000_000  # pairs
+ONE = {ROWS: "row", MATCHES: "match", "ties": "tie"}  # of the counts whose names are plurals
 CALLED = "chosen is the image that this set prefers"  # where nobody knows by what
 
 
@@ -76,7 +77,7 @@ def make(asked: Asked, folder: Path) -> None:
         folder,
         counted(len(made.pairs), "pair", "pairs"),
         folder / PAGE,
-        command_line(["dpo.train", "--data", str(folder)]),
+        asked.looking.training(str(folder)),
     )
 
 
@@ -108,7 +109,7 @@ def _check_size(ranking: Ranking, asked: Asked) -> None:
 
 
 def _sentences(ranking: Ranking, made: Preferred, alone: int, broken: Mapping[Path, str]) -> list[str]:
-    counts = ", ".join(f"{count} {name}" for name, count in ranking.counts.items() if count)
+    counts = ", ".join(counted(count, ONE.get(name, name), name) for name, count in ranking.counts.items() if count)
     images, groups = len(ranking.images), len(ranking.groups)
     found = [f"{counts or 'nothing'}: {counted(images, 'image', 'images')} in {counted(groups, 'group', 'groups')}"]
     left = {
@@ -117,7 +118,7 @@ def _sentences(ranking: Ranking, made: Preferred, alone: int, broken: Mapping[Pa
         "of one picture twice": made.same,
         "beyond --max-per-image": made.crowded,
     }
-    said = ", ".join(f"{count} {name}" for name, count in left.items() if count)
+    said = ", ".join(counted(count, ONE.get(name, name), name) for name, count in left.items() if count)
     found.append(counted(len(made.pairs), "pair", "pairs") + (f"; left out: {said}" if said else ""))
     if alone:
         found.append(f"{counted(alone, 'image is alone in its', 'images are alone in their')} group, and in no pair")
@@ -134,10 +135,11 @@ def _none(asked: Asked, ranking: Ranking, sentences: Sequence[str]) -> UserError
             f"{asked.ranking}: no row is left ({sentences[0]}): every image needs a prompt, in the table, in a .txt file beside it, or "
             "one for all with --prompt"
         )
-    if len(ranking.images) == len(ranking.groups):
+    if (count := len(ranking.images)) == len(ranking.groups):
+        each = "the only image has" if count == 1 else f"each of {count} images has"
         return UserError(
-            f"{asked.ranking}: each of {len(ranking.images)} images has a prompt of its own, and both images of a pair have one: "
-            "rank several images of a prompt, or give all of them one with --prompt"
+            f"{asked.ranking}: {each} a prompt of its own, and both images of a pair have one: rank several images of a prompt, or give "
+            "all of them one with --prompt"
         )
     return UserError(f"{asked.ranking}: no pair can be made ({'; '.join(sentences[1:])})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,9 @@ class Change:
 
 def _smallest(config: Config) -> dict[str, Any]:
     size, passes = config.optim.batch_size, config.optim.accumulation
-    if size == 1 or (config.method.method == "kto" and config.method.kto_center == "batch"):
+    if size == 1 or config.optim.gradient_release or _centred(config):
         return {}
-    return {
-        "batch_size": 1,
-        "accumulation": 1 if config.optim.gradient_release else size * passes,
-        "effective_batch": None,
-    }
+    return {"batch_size": 1, "accumulation": size * passes, "effective_batch": None}
 
 
 def _unless(now: bool, **values: Any) -> dict[str, Any]:
@@ -55,6 +52,11 @@ RELEASE = Change(
         accumulation=1,
         effective_batch=None,
     ),
+)
+FEWER = Change(
+    "--batch-size 1",
+    "an update of one pair, with --gradient-release: another training (docs/scaling.md)",
+    lambda c: _unless(not c.optim.gradient_release or c.optim.batch_size == 1, batch_size=1, effective_batch=None),
 )
 CHANGES = (  # the cheapest first
     Change("--offload on", "the same result, a little slower", lambda c: _unless(_encoders_away(c), offload="on")),
@@ -90,6 +92,7 @@ CHANGES = (  # the cheapest first
         lambda c: _unless(c.runtime.activation_offload or c.runtime.compile or _whole_pass(c), activation_offload=True),
     ),
     RELEASE,
+    FEWER,
     Change(
         "--lora",
         "adapters in the place of all weights",
@@ -105,41 +108,60 @@ CHANGES = (  # the cheapest first
 
 
 def largest(config: Config, asked: Asked, dry: Dry, room: float, tell: Callable[[str], None]) -> Plan | None:
-    """The plan with the largest micro-batch that fits `room` bytes, the update kept; None where no pair fits.
+    """The plan with the largest micro-batch that fits `room` bytes and divides the update; None where the smallest does not fit.
 
     The memory of a pair follows from two sizes; the answer is a plan of its own that fits. Where the peak does not grow
     in proportion, a little more might fit too. tell: hears of each plan that is tried.
     """
-    before = best = _sized(config, asked, dry, 1, tell)
+    sizes = _sizes(config)
+    before = best = _sized(config, asked, dry, sizes[0], tell)
     if best.peak > room:
         return None
-    size = min(FIRST, _most(config))
+    size = _at_most(FIRST, sizes)
     for _ in range(TRIES):
+        if size == before.config.optim.batch_size:
+            break
         found = _sized(config, asked, dry, size, tell)
         if found.peak <= room and size > best.config.optim.batch_size:
             best = found
         grown, pairs = found.peak - before.peak, size - before.config.optim.batch_size
-        if not pairs or grown / pairs <= 0:
+        if grown / pairs <= 0:
             break
         then = int(size + (room - found.peak) / (grown / pairs))
-        before, size = found, max(1, min(then, _most(config)))
-        if size == found.config.optim.batch_size:
-            break
+        before, size = found, _at_most(then, sizes)
     return best
 
 
 def _sized(config: Config, asked: Asked, dry: Dry, size: int, tell: Callable[[str], None]) -> Plan:
-    """The plan with a micro-batch of `size` pairs, and as many passes as make the update at least as large."""
-    passes = 1 if config.optim.gradient_release else -(-_most(config) // size)
+    """The plan with a micro-batch of `size` pairs, one of `_sizes`, and as many passes as make the same update."""
+    passes = 1 if config.optim.gradient_release else config.optim.batch_size * config.optim.accumulation // size
     found = plan(change(config, batch_size=size, accumulation=passes, effective_batch=None), asked, dry)
     tell(f"tried --batch-size {size}: {found.peak / GIB:.1f} GiB")
     return found
 
 
-def _most(config: Config) -> int:
-    """Pairs of the largest micro-batch: those of an update of one process; as many as fit where each pass is an update."""
+def _sizes(config: Config) -> Sequence[int]:
+    """Pairs that a micro-batch of the decided `config` may have, ascending.
+
+    They divide what one process has of an update, so that it stays as it is. Where each pass is an update, any number.
+    """
     optim = config.optim
-    return UNBOUNDED if optim.gradient_release else optim.batch_size * optim.accumulation
+    if optim.gradient_release:
+        return range(1, UNBOUNDED + 1)
+    if _centred(config):
+        return [optim.batch_size]
+    pairs = optim.batch_size * optim.accumulation
+    return [size for size in range(1, pairs + 1) if pairs % size == 0]
+
+
+def _at_most(size: int, sizes: Sequence[int]) -> int:
+    """The largest of `sizes` that is at most `size`; the smallest where none is."""
+    return sizes[max(0, bisect_right(sizes, size) - 1)]
+
+
+def _centred(config: Config) -> bool:
+    """Whether the loss depends on which pairs a micro-batch has."""
+    return config.method.method == "kto" and config.method.kto_center == "batch"
 
 
 def _encoders_away(config: Config) -> bool:

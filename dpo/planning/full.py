@@ -51,7 +51,7 @@ def what_fits(config: Config, dry: Dry, memory: Memory, processes: int = 1) -> s
     """
     asked = Asked(processes=processes)
     try:
-        planned = work.plan(work.prepared(config)[0], asked, dry)
+        planned = work.plan(work.prepared(config), asked, dry)
         if planned.peak <= memory.room:
             return (
                 f"the plan says that {planned.peak / GIB:.1f} GiB are enough, and {memory.room / GIB:.1f} GiB were there: it "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpo.common.console import duration
+from dpo.common.words import counted, number_of
 from dpo.planning.asked import Asked
 from dpo.planning.cuda import CARDS, GIB
 from dpo.planning.fitting import Fitted
@@ -20,8 +21,8 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     processes = f" x {asked.processes} processes" if asked.processes > 1 else ""
     optim = config.optim
     trained = "LoRA" if config.lora.lora else "all weights"
-    one = "pair" if taken.sides == 2 else "image"
-    update = f"{_count(optim.batch_size, one)} x {_count(optim.accumulation, 'pass', 'passes')}{processes}"
+    one = plan.things.removesuffix("s")
+    update = f"{number_of(optim.batch_size, plan.things, ',')} x {counted(optim.accumulation, 'pass', 'passes', ',')}{processes}"
     pixels = f"{config.data.resolution} pixels" + (
         " (counted for the square: buckets need no more)" if config.data.buckets else ""
     )
@@ -29,7 +30,8 @@ def page(plan: Plan, asked: Asked, told: Sequence[str] = ()) -> list[str]:
     rows = [
         ("run", f"{config.model.model}, method {config.method.method}"),
         ("", f"{trained}, {config.runtime.precision}, {optim.optimizer}, {pixels}"),
-        ("", f"{update} = {_count(plan.nominal, one)} an update"),
+        ("", f"{update} = {number_of(plan.nominal, plan.things, ',')} an update"),
+        ("length", _length(plan)),
         ("parameters", f"{taken.total:,} in the denoiser, {taken.trained:,} trained"),
         ("FLOPs", f"{_flops(plan.pair_flops)} a{'n' * (one == 'image')} {one}"),
         *(("", f"  {name:<38}{_flops(value):>12}") for name, value in plan.flops.items()),
@@ -60,14 +62,37 @@ def _of_memory(config: Config, processes: int) -> list[str]:
     return [text for holds, text in said if holds]
 
 
-def largest_line(found: Plan | None, card: float, *, auto: bool = False) -> str:
-    """The line on the largest micro-batch for a card of so many GB; auto: with all blocks computed again, if need be."""
+def _length(plan: Plan) -> str:
+    """How long the run is, in updates and epochs, as far as that is known."""
+    if plan.steps is None:
+        return f"{plan.config.optim.epochs:g} epochs; give --pairs for the number of updates"
+    updates = number_of(plan.steps, "updates", ",")
+    if plan.pairs is None or plan.epochs is None:
+        return f"{updates}; give --pairs for the number of epochs"
+    held = plan.pairs.all - plan.pairs.trained
+    text = f"{updates} = {_epochs(plan.epochs)} of {number_of(plan.pairs.trained, plan.things, ',')}"
+    return text + (f", and {held:,} are held out" if held else "")
+
+
+def _epochs(value: float) -> str:
+    shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{shown} {'epoch' if shown == '1' else 'epochs'}"
+
+
+def largest_line(found: Plan | None, planned: Plan, card: float, *, auto: bool = False) -> str:
+    """The line on the largest micro-batch for a card of so many GB; auto: with all blocks computed again, if need be.
+
+    planned: the run as it was asked for.
+    """
     if found is None:
-        return _row("largest", f"not one pair fits {card:g} GB")
+        return _row("largest", f"no micro-batch of this update fits {card:g} GB")
     optim = found.config.optim
     flags = f"--batch-size {optim.batch_size} --accumulation {optim.accumulation}"
     again = ", all blocks computed again" if auto else ""
-    return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB{again})")
+    update = f"the same {number_of(found.nominal, found.things, ',')} an update"
+    if found.nominal != planned.nominal:  # with --gradient-release, where each pass is an update
+        update = f"another training: {found.nominal:,} {found.things} an update, not {planned.nominal:,}"
+    return _row("largest", f"micro-batch for {card:g} GB: {flags} ({found.peak / GIB:.2f} GiB{again}; {update})")
 
 
 def cheapest_lines(found: Fitted | None, card: float) -> list[str]:
@@ -80,10 +105,6 @@ def cheapest_lines(found: Fitted | None, card: float) -> list[str]:
 
 def _row(name: str, text: str) -> str:
     return f"{name:<{WIDTH}}{text}".rstrip()
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _flops(value: float) -> str:
@@ -108,7 +129,8 @@ def _time(plan: Plan, asked: Asked) -> str:
     kept = plan.encoded is not None and plan.encoded < seen
     encoded = f", {plan.encoded:,} of them encoded where memory keeps the set" if kept else ""
     hours = plan.total / 3600
-    text += f"; {plan.steps:,} updates ({seen:,} pairs{encoded}) take {_hours(hours)}"
+    take = "updates ({}) take" if plan.steps > 1 else "update ({}) takes"
+    text += f"; {plan.steps:,} {take.format(number_of(seen, plan.things, ',') + encoded)} {_hours(hours)}"
     if asked.price is None:
         return text
     return f"{text} and cost {hours * asked.price * asked.processes:,.2f} at {asked.price:g} an hour"

@@ -82,7 +82,7 @@ def at_start(config: Config, dry: Dry, room: int | None) -> tuple[Choice, str]:
     if room is None:
         return Choice("off", None), "checkpointing: off, on a CPU"
     try:
-        choice, said = chosen(work.prepared(config)[0], dry, room)
+        choice, said = chosen(work.prepared(config), dry, room)
     except UserError as error:
         return Choice("on", None), f"checkpointing: on, since no plan can be made ({error})"
     return choice, f"checkpointing: {said}"

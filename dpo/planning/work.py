@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
+from dpo.data import held_out
+from dpo.data.pairs import Source
 from dpo.data.sources import open_source
 from dpo.data.store.store import is_store, read_contents
 from dpo.methods import METHODS
@@ -21,10 +24,11 @@ from dpo.planning import cuda
 from dpo.planning.asked import Asked, peak_of
 from dpo.planning.dry import Taken, TrainStep, dry_step
 from dpo.planning.sketch import sketch
+from dpo.settings import advice
 from dpo.settings.config import Config, Data, change
 from dpo.settings.resolve import DeviceFacts, dealt, total_steps
 from dpo.training import cost
-from dpo.training.embedded import embedded
+from dpo.training.embedded import NAME, embedded
 
 log = logging.getLogger("dpo")
 
@@ -52,6 +56,13 @@ class Speed:
     kept_pairs_per_s: float  # of pairs whose encodings are kept
 
 
+class Pairs(NamedTuple):
+    """Of a data set: how many there are, and how many of them a run trains on."""
+
+    all: int
+    trained: int
+
+
 @dataclass(frozen=True)
 class Plan:
     config: Config  # decided
@@ -59,6 +70,7 @@ class Plan:
     memory: dict[str, int]  # bytes at the peak of an update, by part
     flops: dict[str, float]  # of a pair, by part
     nominal: int  # pairs of an update, over all processes
+    pairs: Pairs | None  # None where not known
     steps: int | None  # updates; None where they follow from a number of pairs that is not known
     encoded: int | None  # pairs of the run that are encoded; None where its length or its pairs are not known
     speed: Speed | None
@@ -72,6 +84,20 @@ class Plan:
     def peak(self) -> int:
         """Bytes."""
         return sum(self.memory.values())
+
+    @property
+    def things(self) -> str:
+        """What is trained on, in words."""
+        return "pairs" if self.taken.sides == 2 else "images"
+
+    @property
+    def epochs(self) -> float | None:
+        return None if self.steps is None or self.pairs is None else self.steps * self.nominal / self.pairs.trained
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a run says of its length, where that can be told."""
+        return [] if self.pairs is None else advice.too_long(self.config, self.pairs.trained, self.things)
 
     @property
     def pair_flops(self) -> float:
@@ -92,8 +118,8 @@ class Plan:
         return encoded / self.speed.pairs_per_s + (seen - encoded) / self.speed.kept_pairs_per_s
 
 
-def prepared(config: Config) -> tuple[Config, int | None]:
-    """`config` with the embedded world, or its store, taken in; and the number of pairs where a store says it.
+def prepared(config: Config) -> Config:
+    """`config` with the embedded world, or its store, taken in.
 
     A recorded reference comes with a store, which need not be made yet.
     """
@@ -102,10 +128,23 @@ def prepared(config: Config) -> tuple[Config, int | None]:
         config = change(config, data_format="store")
     folder = Path(config.data.data or "").expanduser()
     if not is_store(folder):
-        return config, None
-    contents = read_contents(folder)
-    resolution = config.data.resolution or contents.settings["resolution"]
-    return change(config, data_format="store", resolution=resolution), len(contents.order)
+        return config
+    resolution = config.data.resolution or read_contents(folder).settings["resolution"]
+    return change(config, data_format="store", resolution=resolution)
+
+
+def pairs_of(config: Config) -> Pairs | None:
+    """The pairs of a run, counted as the run counts them; None where their set is not named or not on this machine.
+
+    Raises UserError.
+    """
+    if config.data.data is None and config.model.model not in (None, NAME):
+        return None
+    data = embedded(config).data
+    if (source := _opened(data)) is None:
+        return None
+    trained, _ = held_out.split(held_out.decide(data, source), source)
+    return Pairs(len(source), len(trained))
 
 
 def planner(train_step: TrainStep, processes: int = 1) -> Dry:
@@ -142,20 +181,27 @@ def quietly() -> Iterator[None]:
 
 def _sides(data: Data) -> int:
     """Images of a pair: those of a set that is here, which is opened; of one that is not made yet two, the larger plan."""
+    source = _opened(data)
+    return 2 if source is None else source.sides
+
+
+def _opened(data: Data) -> Source | None:
+    """The set that `data` names; None where it is not on this machine."""
     place = Path(data.data or "").expanduser()
-    there = is_store(place) if data.data_format == "store" else place.exists()
-    if data.data and not there and data.data_format == "store" and place.exists():
-        return open_source(replace(data, data_format="auto")).sides  # what a store is to be made of
-    return open_source(data).sides if data.data and there else 2
+    if not (data.data and place.exists()):
+        return None
+    if data.data_format == "store" and not is_store(place):
+        data = replace(data, data_format="auto")  # what a store is to be made of
+    return open_source(data)
 
 
-def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Plan:
-    """The plan of a run; pairs: of the data set, where it is known. Raises UserError."""
+def plan(config: Config, asked: Asked, dry: Dry, pairs: Pairs | None = None) -> Plan:
+    """The plan of a run; pairs: of the data set, where they are known and none were asked about. Raises UserError."""
     decided, taken = dry(config)
-    pairs = asked.pairs or pairs
+    pairs = Pairs(asked.pairs, asked.pairs) if asked.pairs else pairs
     flops = {told: taken.flops[name] for name, told in FLOPS.items() if taken.flops.get(name)}
     open_ended = decided.optim.steps is None and pairs is None
-    steps = None if open_ended else total_steps(decided, pairs or 0)
+    steps = None if open_ended else total_steps(decided, pairs.trained if pairs else 0)
     seen = None if steps is None else steps * decided.optim.pairs
     return Plan(
         config=decided,
@@ -163,12 +209,13 @@ def plan(config: Config, asked: Asked, dry: Dry, pairs: int | None = None) -> Pl
         memory=memory(decided, taken),
         flops=flops,
         nominal=decided.optim.pairs,
+        pairs=pairs,
         steps=steps,
         encoded=None
         if seen is None or pairs is None
-        else cost.encoded_anew(decided, seen, pairs, asked.processes, taken.sides),
+        else cost.encoded_anew(decided, seen, pairs.trained, asked.processes, taken.sides),
         speed=speed(asked, flops),
-        disk=disk(decided, taken, asked, pairs),
+        disk=disk(decided, taken, asked, None if pairs is None else pairs.all),
     )
 
 
@@ -221,7 +268,8 @@ def measured(folder: Path) -> Speed:
 
 def disk(config: Config, taken: Taken, asked: Asked, pairs: int | None) -> dict[str, float]:
     """Bytes on disk, by what is written. Of the data set's own for each pair where their number is not known."""
-    count, of = (pairs, f"{pairs:,} pairs") if pairs is not None else (1, "each pair")
+    things = "pairs" if taken.sides == 2 else "images"
+    count, of = (1, f"each {things[:-1]}") if pairs is None else (pairs, number_of(pairs, things, ","))
     checkpoint = taken.trained_bytes + taken.state_bytes + taken.averaged_bytes
     kept, best = config.output.checkpoints_limit, config.output.keep_best
     limited = f"checkpoints, {kept} kept" + (" and the best" if best else "")
@@ -243,11 +291,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "peak": plan.peak,
         "flops_per_pair": plan.flops,
         "pairs_per_update": plan.nominal,
+        "training_pairs": plan.pairs and plan.pairs.trained,
         "updates": plan.steps,
+        "epochs": plan.epochs,
         "pairs_per_s": plan.speed and plan.speed.pairs_per_s,
         "pairs_encoded": plan.encoded,
         "seconds_per_update": plan.seconds,
         "seconds": plan.total,
         "disk": plan.disk,
+        "warnings": plan.warnings,
         "fits": {str(card): fits(plan, card) for card in cuda.CARDS} if plan.gpu else {},
     }

@@ -15,6 +15,7 @@ from PIL import Image
 from dpo.common.command import of_launcher
 from dpo.common.console import Progress, duration
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.pages import replay as page
 from dpo.pages.figures import progress_fields
 from dpo.pages.folder import RunFolder
@@ -234,8 +235,8 @@ def _tell(asked: Asked, folder: RunFolder, saved: Any, before: int, last: int) -
     taken = history.cost(folder, before + 1, last)
     start = f"checkpoint {saved.path.name}" if saved else "the start: no checkpoint before it is kept"
     log.info(
-        "replaying updates %d to %d from %s: %d updates%s%s",
-        before + 1, last, start, last - before,
+        "replaying updates %d to %d from %s: %s%s%s",
+        before + 1, last, start, number_of(last - before, "updates"),
         "" if taken is None else f", which took the run {duration(taken)}",
         ", the changed ones twice" if asked.otherwise else "",
     )  # fmt: skip

@@ -20,7 +20,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
 from dpo.common.files import AGAIN, sweep, writing
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import digest, listed
+from dpo.common.words import digest, listed, number_of
 from dpo.drawing import images, layouts, memory, prompts, sheet
 from dpo.drawing.images import Drawn, Pace
 from dpo.drawing.prompts import Prompt, PromptSet
@@ -143,7 +143,7 @@ def merge(folder: Path, parts: Sequence[Path], asked: Asked) -> list[Drawn]:
         count = images.merge(folder, parts)
         if with_base:
             count += images.merge(folder / BASE, [part / BASE for part in parts])
-        log.info("%s: %d images of %d parts", folder, count, len(parts))
+        log.info("%s: %s of %s", folder, number_of(count, "images"), number_of(len(parts), "parts"))
         if chosen is not None and asked.layout is not None and (known := images.read_protocol(folder)) is not None:
             protocol, total = known
             if dict(protocol.prompts) != chosen.about:
@@ -242,9 +242,9 @@ def _draw_one(
         init_images=tuple(map(pixel_hash, pixels)),
     )
     log.info(
-        "%s: %s, %d steps, guidance %g, %d x %d, %s, %d together, on %s; %d prompts of %s",
-        name, protocol.sampler, steps, protocol.guidance, width, height, protocol.precision, protocol.group, protocol.device,
-        len(chosen.prompts), chosen.name,
+        "%s: %s, %s, guidance %g, %d x %d, %s, %d together, on %s; %s of %s",
+        name, protocol.sampler, number_of(steps, "steps"), protocol.guidance, width, height, protocol.precision, protocol.group, protocol.device,
+        number_of(len(chosen.prompts), "prompts"), chosen.name,
     )  # fmt: skip
     tasks = tasks_of(asked, chosen, init)
     if asked.shipped and shard == (0, 1) and unchanged.laid_out(opened.pipe, tasks, protocol, folder, device):
@@ -261,11 +261,11 @@ def _draw_one(
             opened.pipe, tasks, protocol, folder, device=device, layouts=pixels, shard=shard, told=told
         )
     if not pace.drawn:
-        log.info("%s: all %d images were there", folder, pace.total)
+        log.info("%s: %s there", folder, "the image was" if pace.total == 1 else f"all {pace.total} images were")
     else:
         log.info(
-            "%s: %d images drawn, %.3g images/s, %.0f %% of the time outside the denoiser",
-            folder, pace.drawn, pace.rate, 100 * pace.outside,
+            "%s: %s drawn, %.3g images/s, %.0f %% of the time outside the denoiser",
+            folder, number_of(pace.drawn, "images"), pace.rate, 100 * pace.outside,
         )  # fmt: skip
 
 

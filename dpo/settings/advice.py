@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dpo.common.words import counted, number_of
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change
 from dpo.settings.fields import brief
@@ -27,16 +28,21 @@ def headline(config: Config, processes: int = 1, things: str = "pairs") -> str:
     rate = f"learning rate {learning_rate(config):.4g}" + (
         f" ({optim.learning_rate:g} x batch)" if optim.scale_lr else ""
     )
-    warm = f", {optim.scheduler} after {optim.warmup} updates of warm-up" if optim.warmup else f", {optim.scheduler}"
+    warm = (
+        f", {optim.scheduler} after {number_of(optim.warmup, 'updates')} of warm-up"
+        if optim.warmup
+        else f", {optim.scheduler}"
+    )
     beta = f", beta {brief(method.beta)}" if "beta" in METHODS[method.method].settings else ""
-    return f"{method.method}, {what}: {optim.pairs} {things} an update ({split}), {rate}{warm}{beta}"
+    return f"{method.method}, {what}: {number_of(optim.pairs, things)} an update ({split}), {rate}{warm}{beta}"
 
 
 def length(config: Config, pairs: int, things: str = "pairs") -> list[str]:
     """A line for the log on the length of a run over `pairs` training pairs, where it was given in epochs."""
     if config.optim.epochs is None:
         return []
-    return [f"{brief(config.optim.epochs)} epochs of {pairs:,} {things} = {total_steps(config, pairs):,} updates"]
+    epochs = f"{brief(config.optim.epochs)} {'epoch' if config.optim.epochs == 1 else 'epochs'}"
+    return [f"{epochs} of {number_of(pairs, things, ',')} = {number_of(total_steps(config, pairs), 'updates', ',')}"]
 
 
 def too_long(config: Config, pairs: int, things: str = "pairs") -> list[str]:
@@ -46,8 +52,9 @@ def too_long(config: Config, pairs: int, things: str = "pairs") -> list[str]:
     if optim.epochs is None and epochs > MANY_EPOCHS:
         fewer = total_steps(change(config, steps=None, epochs=USUAL_EPOCHS), pairs)
         found.append(
-            f"{steps} updates of {optim.pairs} {things} are {epochs:.0f} epochs of these {pairs:,} {things}, which may be learned by "
-            f"heart: --epochs {USUAL_EPOCHS} makes {fewer} updates"
+            f"{counted(steps, 'update', 'updates')} of {number_of(optim.pairs, things)} are {epochs:.0f} epochs of "
+            f"{f'these {pairs:,} {things}' if pairs > 1 else f'one {things[:-1]}'}, which may be learned by heart: --epochs "
+            f"{USUAL_EPOCHS} makes {number_of(fewer, 'updates')}"
         )
     if optim.epochs is not None and optim.warmup >= steps:
         found.append(_long_warmup(optim.warmup, steps))
@@ -55,7 +62,7 @@ def too_long(config: Config, pairs: int, things: str = "pairs") -> list[str]:
 
 
 def _long_warmup(warmup: int, steps: int) -> str:
-    return f"the warm-up of {warmup} updates does not end within {steps}: the rate stays below its peak"
+    return f"the warm-up of {number_of(warmup, 'updates')} does not end within {steps}: the rate stays below its peak"
 
 
 def warnings(config: Config, things: str = "pairs") -> list[str]:
@@ -100,7 +107,9 @@ def warnings(config: Config, things: str = "pairs") -> list[str]:
         )
     if config.model.model and not config.lora.lora and batch < FEWEST_PAIRS:
         more = "with --gradient-release only a larger --batch-size has more" if release else "raise --accumulation"
-        found.append(f"{batch} {things} an update is few for full fine-tuning (published: 2048 pairs); {more}")
+        found.append(
+            f"{number_of(batch, things)} an update is few for full fine-tuning (published: 2048 pairs); {more}"
+        )
     if config.runtime.vae_precision == "fp16" and config.model.family == "sdxl" and not config.model.vae:
         found.append(
             "SDXL's own VAE overflows in fp16: give --vae madebyollin/sdxl-vae-fp16-fix, or leave --vae-precision at auto"

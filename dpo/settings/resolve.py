@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten
 from dpo.settings.fields import brief
@@ -243,7 +244,7 @@ def dealt(config: Config, processes: int) -> Config:
     whole = pairs // at_once
     ways += [f"--effective-batch {_few([n * at_once for n in (whole, whole + 1) if n], pairs)}"]
     raise UserError(
-        f"an update of {pairs} pairs (--effective-batch) does not divide into {processes} x {optim.batch_size} (processes x "
+        f"an update of {number_of(pairs, 'pairs')} (--effective-batch) does not divide into {processes} x {optim.batch_size} (processes x "
         f"--batch-size): what fits is {', '.join(ways[:-1])}, or {ways[-1]}"
     )
 

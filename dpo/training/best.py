@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.data.order import keyed_numbers
 from dpo.data.pairs import Source
 from dpo.settings.config import Config
@@ -82,7 +83,7 @@ def check(config: Config, held_out: Source | None, steps: int) -> None:
     count = math.ceil(steps / out.validate_every)
     if count < 2:
         raise UserError(
-            f"--keep-best chooses between held-out accuracies, and this run of {steps} updates has one: lower --validate-every "
+            f"--keep-best chooses between held-out accuracies, and this run of {number_of(steps, 'updates')} has one: lower --validate-every "
             f"{out.validate_every}"
         )
     if out.patience is not None and out.patience + 1 >= count:

@@ -14,7 +14,7 @@ import torch
 from dpo import reference, schedule
 from dpo.common.command import of_launcher
 from dpo.common.errors import UserError
-from dpo.common.words import digest
+from dpo.common.words import digest, number_of
 from dpo.correction import CorrectionTable
 from dpo.data.batches import held_out_batches
 from dpo.data.buckets import Buckets, find
@@ -368,8 +368,9 @@ def _rhythm(config: Config, counted: cost.Cost, trained: float, steps: int, held
         else "; a larger --validate-every or fewer --validation-draws cost less"
     )
     log.info(
-        "held-out accuracy: %d %s, %d draws each, every %d updates: %.2g %% of the run's FLOPs%s",
-        len(held_out), things(held_out), data.validation_draws, every, 100 * share, hint,
+        "held-out accuracy: %s, %s each, %s: %.2g %% of the run's FLOPs%s",
+        number_of(len(held_out), things(held_out)), number_of(data.validation_draws, "draws"),
+        "every update" if every == 1 else f"every {every} updates", 100 * share, hint,
     )  # fmt: skip
     return change(config, validate_every=every)
 

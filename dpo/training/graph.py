@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line
+from dpo.common.words import first_line, number_of
 from dpo.data.loader import of_dead_worker
 from dpo.encode import Inputs
 from dpo.objective import PairTerms
@@ -82,7 +82,7 @@ class Graphs:
             raise UserError(
                 f"--cuda-graph: a micro-step cannot be captured here ({first_line(error)}); leave --cuda-graph out"
             ) from error
-        log.info("CUDA graph: captured a micro-step of %d pairs", len(held[0].keys))
+        log.info("CUDA graph: captured a micro-step of %s", number_of(len(held[0].keys), "pairs"))
         return _Captured(graph, _tensors(held), terms)
 
     def _micro_step(self, given: tuple[Inputs, Tensor, Tensor | None]) -> PairTerms:

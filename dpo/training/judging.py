@@ -20,6 +20,8 @@ log = logging.getLogger("dpo")
 
 CAPTIONS = 200  # of the held-out pairs, where no prompts are named
 PROMPTS_FILE = "prompts.jsonl"
+# Flags of python -m dpo.evaluate that compare on the embedded world, whose drawings no published scorer knows.
+EMBEDDED = (*outcome.DRAWN, "--prompts", outcome.PROMPTS, "--scorers", outcome.JUDGE)
 
 Evaluate = Callable[[Sequence[str]], Path]  # the words of python -m dpo.evaluate -> its evaluation.json
 

@@ -268,7 +268,7 @@ def _conclude(ending: Ending, trackers: Trackers, evaluate: Evaluate) -> None:
     if ending.asked.push_to_hub:
         results.upload(ending.output, ending.asked, ending.written)
     log.info("done: %s", ending.output)
-    for line in afterwards.next_steps(read_run(ending.output)):
+    for line in afterwards.next_steps(read_run(ending.output), judging.EMBEDDED):
         log.info("%s", line)
 
 
@@ -279,7 +279,7 @@ def _told_how_to_finish(output: Path, done: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, Stopped | KeyboardInterrupt):  # of those it is said elsewhere
-            log.warning("all %d updates are made and kept; finish with: %s", done, goes_on(output))
+            log.warning("update %d, the last, is made and kept; finish with: %s", done, goes_on(output))
         raise
 
 

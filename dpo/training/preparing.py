@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo.common import locks
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import find, step_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
@@ -341,11 +342,12 @@ def _record_smaller(
         except torch.OutOfMemoryError as error:
             if not halve_it or task.batch_size == 1:
                 raise UserError(
-                    f"out of GPU memory with {task.batch_size} pairs a batch: give a smaller --record-batch"
+                    f"out of GPU memory with {number_of(task.batch_size, 'pairs')} a batch"
+                    + (": give a smaller --record-batch" if task.batch_size > 1 else ": use a GPU with more memory")
                 ) from error
         torch.cuda.empty_cache()
         task = replace(task, batch_size=task.batch_size // 2)
-        log.info("out of GPU memory: recording %d pairs at a time", task.batch_size)
+        log.info("out of GPU memory: recording %s at a time", number_of(task.batch_size, "pairs"))
 
 
 def progress_line(verb: str, unit: str = "pairs", every: float = 10.0) -> Callable[[int, int], None]:

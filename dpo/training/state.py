@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.methods import METHODS
 from dpo.pages.folder import CHECKPOINTS
 from dpo.settings import resolve, rules
@@ -223,7 +224,9 @@ def restore(run: Run, saved: checkpoint.Checkpoint) -> None:
     run.done, run.position, run.resumed = state["step"], state["position"], saved.path
     run.measured = state.get("measured", run.done)  # a checkpoint of an earlier version does not say
     _say_rate(run, from_mapping(of_before(state["config"])))
-    log.info("resumed %s: %d updates done, %d %s seen", saved.path, run.done, run.position, run.things)
+    log.info(
+        "resumed %s: %s done, %s seen", saved.path, number_of(run.done, "updates"), number_of(run.position, run.things)
+    )
 
 
 def _say_rate(run: Run, before: Config) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dpo.common.errors import UserError
-from dpo.common.words import command_line, listed
+from dpo.common.words import command_line, counted, listed, number_of
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import Source
 from dpo.data.store import recorded
@@ -148,7 +148,8 @@ def check_sides(config: Config, source: Source, held_out: Source | None) -> None
             "give pairs"
         )
     liked = int(np.sum(source.prob > 0.5))
-    log.info("labels: %d images are liked, %d are not", liked, len(source) - liked)
+    are = counted(liked, "image is", "images are"), counted(len(source) - liked, "is", "are")
+    log.info("labels: %s liked, %s not", *are)
     if held_out is not None and held_out.sides == 1:
         out = int(np.sum(held_out.prob > 0.5))
         log.info(
@@ -182,7 +183,7 @@ def step_zero(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, Non
     """
     z = _logits(step, encoder, stream, graded=True)
     largest = float(z.abs().max()) if z.numel() else 0.0
-    text = f"step 0: {z.numel()} pairs, largest |logit| {largest:.2g}"
+    text = f"step 0: {number_of(z.numel(), 'pairs')}, largest |logit| {largest:.2g}"
     if not largest:
         return text
     return (

@@ -13,7 +13,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
 from dpo.common.files import remove
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import digest, excerpt, excerpt_of_path, listed
+from dpo.common.words import counted, counted_of, digest, excerpt, excerpt_of_path, listed, number_of
 from dpo.data.pairs import BadImage
 from dpo.evaluating.flags import Named
 from dpo.evaluating.result import FILE as EVALUATION
@@ -92,11 +92,12 @@ def declare(folder: Path, wanted: Wanted) -> Study:
     hashes = _hashes([path for pair in pairs for path in pair.paths])
     sound = [pair for pair in pairs if all(path in hashes for path in pair.paths)]
     if len(sound) < len(pairs):
-        notes.append(f"{len(pairs) - len(sound)} of {len(pairs)} pairs are left out: an image cannot be read")
+        left = counted_of(len(pairs) - len(sound), len(pairs), "pairs", "is", "are")
+        notes.append(f"{left} left out: an image cannot be read")
     if not sound:
         raise UserError("no pair of images can be shown: none can be read on both sides")
     if alike := sum(hashes[pair.paths[0]] == hashes[pair.paths[1]] for pair in sound):
-        notes.append(f"{alike} of {len(sound)} pairs are twice the same image")
+        notes.append(f"{counted_of(alike, len(sound), 'pairs', 'is', 'are')} twice the same image")
     key = study.secret(folder)
     items = [item(key, "vote", (pair.prompt, *pair.sides, pair.number), pair, hashes) for pair in sound]
     if wanted.checks:
@@ -203,15 +204,17 @@ def _pairs(sides: Sequence[Side], wanted: Wanted) -> tuple[list[Pair], list[str]
             f"the sides {listed(side.name for side in sides)} have no prompt in common: draw all from one --prompts"
         )
     if lost := len(set.union(*prompts)) - len(common):
-        notes.append(f"{lost} prompts that not all sides have are left out")
+        gone = counted(lost, "prompt that not all sides have is", "prompts that not all sides have are")
+        notes.append(f"{gone} left out")
     chosen, said = _subset({pair.prompt: pair.category for pair in found if pair.prompt in common}, wanted)
     kept = [pair for pair in found if pair.prompt in chosen and pair.number < wanted.per_prompt]
     if more := sum(pair.prompt in chosen for pair in found) - len(kept):
-        notes.append(f"{more} further pairs of the same prompts are left out (--per-prompt {wanted.per_prompt})")
+        further = counted(more, "further pair of the same prompts is", "further pairs of the same prompts are")
+        notes.append(f"{further} left out (--per-prompt {wanted.per_prompt})")
     if len(sides) > 2:
         which = "pairs with the base alone" if wanted.against_base else "all pairs of sides"
         notes.append(f"{which}: {len(combinations)} a prompt")
-    return kept, [f"{len(chosen)} prompts, {len(kept)} pairs of images", *said, *notes]
+    return kept, [f"{number_of(len(chosen), 'prompts')}, {number_of(len(kept), 'pairs')} of images", *said, *notes]
 
 
 def _matched(sides: Sequence[Side], first: int, second: int) -> Iterator[Pair]:
@@ -237,14 +240,18 @@ def _subset(categories: dict[str, str], wanted: Wanted) -> tuple[set[str], list[
         for kind, group in zip(kinds, groups, strict=True):
             if len(group) < wanted.each:
                 raise UserError(
-                    f"--each {wanted.each}: {kind or 'no category'} has {len(group)} prompts; choose at most that many"
+                    f"--each {wanted.each}: {kind or 'no category'} has {number_of(len(group), 'prompts')}; choose at most that many"
                 )
         ranked = [prompt for group in groups for prompt in group[: wanted.each]]
-        said.append(f"{wanted.each} prompts of each category, keyed with seed {wanted.seed}: {listed(kinds)}")
+        said.append(
+            f"{number_of(wanted.each, 'prompts')} of each category, keyed with seed {wanted.seed}: {listed(kinds)}"
+        )
     if wanted.subset is not None:
         if wanted.subset > len(ranked):
-            raise UserError(f"--subset {wanted.subset}: there are {len(ranked)} prompts; choose at most that many")
-        said.append(f"{wanted.subset} of {len(ranked)} prompts, keyed with seed {wanted.seed}")
+            raise UserError(
+                f"--subset {wanted.subset}: of {number_of(len(ranked), 'prompts')} choose at most that many"
+            )
+        said.append(f"{wanted.subset} of {number_of(len(ranked), 'prompts')}, keyed with seed {wanted.seed}")
         ranked = sorted(ranked, key=lambda prompt: digest(str(wanted.seed), prompt))[: wanted.subset]
     return set(ranked), said
 

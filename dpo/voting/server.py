@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo.common.errors import UserError
-from dpo.common.words import first_line, is_unicode
+from dpo.common.words import counted_of, first_line, is_unicode
 
 try:
     import uvicorn
@@ -310,7 +310,7 @@ def _check_images(folder: Path, declared: study.Study) -> None:
     gone = [path for path in paths if not path.is_file()]
     if gone:
         raise UserError(
-            f"{len(gone)} of {len(paths)} images are gone, the first is {gone[0]}: put them back as they were"
+            f"{counted_of(len(gone), len(paths), 'images', 'is', 'are')} gone, the first is {gone[0]}: put them back as they were"
         )
 
 

@@ -1,6 +1,7 @@
 """dpo.pairs as a command: a ranking becomes a set that trains, a set is looked at, and a folder is never overwritten in silence."""
 
 import json
+import shlex
 import shutil
 from collections import Counter
 
@@ -10,8 +11,10 @@ from PIL import Image
 
 from dpo.data.images import decode
 from dpo.data.sources import describe, open_source
+from dpo.pairing.asked import Looking
 from dpo.pairing.look import Looker
 from dpo.settings.config import Data
+from dpo.settings.flags import parse
 from tests.help import worlds
 from tests.help.commands import tree
 from tests.help.pages import Page
@@ -38,10 +41,18 @@ def brightness(ref):
     return np.asarray(decode(ref.load()), dtype=float)[..., 0].mean()
 
 
+@pytest.mark.parametrize(("resolution", "preset"), [(512, "sd15-lora-8gb"), (1024, "sdxl-lora-12gb")])
+def test_the_command_that_trains_on_the_pairs_is_not_refused(resolution, preset):
+    words = shlex.split(Looking(resolution).training("my pairs"))
+    assert words == ["python", "-m", "dpo.train", "--preset", preset, "--data", "my pairs"]
+    config, notes = parse(words[3:])  # refuses what a run would refuse before it looks for the model
+    assert config.data.data == "my pairs" and config.model.model and config.lora.lora and notes == []
+
+
 def test_a_ranking_becomes_a_folder_that_trains(ranking, tmp_path, capsys, world):
     output = tmp_path / "my pairs"
     code, said = paired(capsys, ranking, *LOW, output=output)
-    assert code == 0 and f"python -m dpo.train --data '{output}'" in said, said
+    assert code == 0 and f"then train with {Looking(32).training(str(output))}\n" in said, said
     assert "chosen is the one with the lower rank" in said and "20 pairs; left out: 4 ties" in said
     found = rows(output)
     assert len(found) == 20 and [(row["rank_chosen"], row["rank_rejected"]) for row in found[:5]] == [
@@ -150,8 +161,8 @@ def test_rankings_without_a_pair_say_why(tmp_path, capsys):
     path = make_ranking(tmp_path, prompts=1)
     for text, words in [
         ("images/0-0.jpg,1,a\nimages/0-1.jpg,2,b\n", "each of 2 images has a prompt of its own"),
-        ("images/0-0.jpg,1,\n", "no row is left (1 rows, 1 without a prompt"),
-        ("images/0-0.jpg,1,a\nimages/0-1.jpg,1,a\n", "no pair can be made (0 pairs; left out: 1 ties)"),
+        ("images/0-0.jpg,1,\n", "no row is left (1 row, 1 without a prompt"),
+        ("images/0-0.jpg,1,a\nimages/0-1.jpg,1,a\n", "no pair can be made (0 pairs; left out: 1 tie)"),
     ]:
         path.write_text("image,rank,prompt\n" + text)
         code, said = paired(capsys, path, *LOW, output=tmp_path / "out")

@@ -16,7 +16,7 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
     flags = ["--gpu", "RTX 4090", "--mfu", "0.2", "--pairs", "500", "--lora", "--batch-size", "2", "--json", str(file)]
     assert plan.main(flags) == 0
     told = capsys.readouterr()
-    for words in ("LoRA", "at 20% of the peak of RTX 4090", "500 pairs", "24 GB yes", "pairs/s"):
+    for words in ("LoRA", "at 20% of the peak of RTX 4090", "500 pairs", "24 GB yes", "pairs/s", "= 0.4 epochs of"):
         assert words in told.out
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["trained"] < found["parameters"] == 3_827_092 + found["trained"]
@@ -31,16 +31,18 @@ def test_what_checkpointing_auto_chooses_is_said(tmp_path, capsys):
     """By the function that a run asks too; the largest micro-batch is that with all blocks computed again."""
     file = tmp_path / "plan.json"
     words = ["--lora", "--batch-size", "2", "--checkpointing", "auto", "--json", str(file)]
-    assert plan.main(words) == 0
-    assert "--checkpointing auto is planned as on: with --memory GB the plan says" in capsys.readouterr().out
+    assert plan.main([*words, "--pairs", "4"]) == 0
+    told = capsys.readouterr()
+    assert "--checkpointing auto is planned as on: with --memory GB the plan says" in told.out
+    assert "WARNING 100 updates of 2 pairs are 50 epochs of these 4 pairs" in told.err
     assert json.loads(file.read_text())["checkpointing"] == "on"
     assert plan.main([*words, "--memory", "24"]) == 0
     told = capsys.readouterr().out
-    config, _ = work.prepared(parse(words[:-2])[0])
+    config = work.prepared(parse(words[:-2])[0])
     choice, line = recompute.chosen(config, work.planner(train_step), room(24))
     assert choice.setting == json.loads(file.read_text())["checkpointing"] == "off"
     assert f"--checkpointing auto chooses {line}" in told and "policy, recomputed" not in told
-    assert "GiB, all blocks computed again)" in told
+    assert "GiB, all blocks computed again; the same 2 pairs an update)" in told
     assert plan.main([*words, "--device", "cpu"]) == 0
     assert "--checkpointing auto" not in capsys.readouterr().out
 

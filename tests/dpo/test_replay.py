@@ -137,7 +137,7 @@ def test_pairs_that_have_moved_are_named(made, said, tmp_path):
     assert code == 2 and len(errors) == 1 and "pairs: no such file or folder" in errors[0], errors
     assert errors[0].endswith("where it is elsewhere now, say where with --data")
     code, out, _ = said(root / "run", "--update", "1", "--data", root / "moved")
-    assert code == 0 and "1 updates made again from the start of the run" in out and "bit for bit" in out
+    assert code == 0 and "1 update made again from the start of the run" in out and "bit for bit" in out
     assert (root / "run-replay-1" / "replay.html").is_file(), "beside the run, where no folder is named"
 
 

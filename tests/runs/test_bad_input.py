@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_falls_back_and_others_are_refused(world, stopped, 
     said = command(capsys, *again)
     assert said.code == 0
     assert [line for line in said.warnings("truncated or altered") if "trying the one before" in line].__len__() == 2
-    assert any(f"resumed {out / STEP.format(1)}: 1 updates done" in line for line in said.log)
+    assert any(f"resumed {out / STEP.format(1)}: 1 update done" in line for line in said.log)
     assert checkpoint.load(out / STEP.format(3)).state["step"] == 3
 
 

@@ -179,7 +179,7 @@ def test_a_hostile_picture_of_a_drawn_set_is_drawn_again_or_named(world, tmp_pat
     code, lines = call(evaluate.main, out, out.parent / "out" / ".", "--scorers", JUDGE, "--output", tmp_path / "e")
     assert code == 2 and "two sides are called" in lines[-1]
     code, lines = call(evaluate.main, out, f"b={out}", "--scorers", JUDGE, "--output", tmp_path / "e")
-    assert code == 2 and "1 of 2 images are missing or broken, the first is 1" in lines[-1]
+    assert code == 2 and "1 of 2 images is missing or broken, the first is 1" in lines[-1]
     assert call(sample.main, *words, "--output", out)[0] == 0 and path.read_bytes() == before
 
 
@@ -242,10 +242,10 @@ def test_scores_by_file_and_by_hash_mixed(tmp_path, call):
 @pytest.mark.parametrize(
     ("row", "code", "told"),
     [
-        ("b/00.png,nan", 0, "1 of 17 images of b have no score in"),
-        ("b/00.png,1e999", 0, "1 of 17 images of b have no score in"),
+        ("b/00.png,nan", 0, "1 of 17 images of b has no score in"),
+        ("b/00.png,1e999", 0, "1 of 17 images of b has no score in"),
         ("b/00.png,much", 2, "'much' is not a number"),
-        ("b/00.png," + "9" * 500, 0, "1 of 17 images of b have no score in"),
+        ("b/00.png," + "9" * 500, 0, "1 of 17 images of b has no score in"),
         ("b/00.png,1\nb/00.png,1", 0, ""),
         ("b/00.png,1\nb/00.png,2", 2, "rows 34 and 35 give b/00.png different scores, 1 and 2"),
         ("b/00.png,1\nnowhere.png,2", 0, ""),

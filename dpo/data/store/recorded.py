@@ -26,7 +26,7 @@ from torch import Tensor
 
 from csrc_triton.philox import Stream, integers
 from dpo.common.errors import UserError
-from dpo.common.words import digest
+from dpo.common.words import digest, number_of
 from dpo.data.pairs import Source, Subset
 from dpo.data.store.files import DamagedStore, check_shard, open_shard, read_sealed
 from dpo.data.store.store import Contents, of_store
@@ -243,7 +243,9 @@ def _open(folder: Path, about: Mapping[str, Any], contents: Contents, timesteps:
     draws = bands([piece for piece, _ in pieces])
     if not draws or max(end for _, end in draws) < len(contents.key):
         missing = len(contents.key) - max((end for _, end in draws), default=0)
-        raise UserError(f"{folder} lacks {missing} pairs of the store: run python -m dpo.prepare --reference again")
+        raise UserError(
+            f"{folder} lacks {number_of(missing, 'pairs')} of the store: run python -m dpo.prepare --reference again"
+        )
     recorded = torch.tensor(about["timesteps"], dtype=torch.int64)
     inside = torch.isin(recorded, timesteps)
     distinct, seed = min(draws.values()), about["identity"]["seed"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.words import digest
+from dpo.common.words import digest, number_of
 from dpo.data.batch import Decoding, PairBatch
 from dpo.data.buckets import Buckets
 from dpo.data.images import Size
@@ -125,7 +125,8 @@ def _piece(task: Recording, folder: Path, piece: Piece) -> dict[str, Any] | None
         errors[block["draw"][wanted] - piece.first, block["pair"][wanted]] = block["errors"].T[wanted]
     if not errors.isfinite().all():
         raise UserError(
-            f"the reference's error of {int((~errors.isfinite()).any(2).sum())} draws is not finite: try another --precision"
+            f"the reference's error is not finite in {number_of(int((~errors.isfinite()).any(2).sum()), 'draws')}: try another "
+            "--precision"
         )
     entry = write_shard(folder / f"{piece.name}.safetensors", {"errors": errors})
     number = int(np.searchsorted(contents.pairs.starts, piece.end))

@@ -5,6 +5,7 @@ from dpo.common.words import (
     SHOWN,
     as_on_windows,
     counted,
+    counted_of,
     excerpt,
     excerpt_of_path,
     first_line,
@@ -46,6 +47,15 @@ def test_a_number_and_what_it_counts():
         "0 images are",
         "1 image is",
         "2 images are",
+    ]
+    assert [counted(n, "pair", "pairs", ",") for n in (1, 2000)] == ["1 pair", "2,000 pairs"]
+
+
+def test_some_of_a_number_and_what_they_do():
+    assert [counted_of(some, of, "images", "is", "are") for some, of in ((1, 1), (1, 5), (2, 5))] == [
+        "1 of 1 image is",
+        "1 of 5 images is",
+        "2 of 5 images are",
     ]
 
 

@@ -199,8 +199,9 @@ def test_limit_of_bad_images(good, bad, limit, stops, tmp_path, settings):
     cfg = settings(tmp_path, bad_image_limit=limit)
     source = open_source(cfg)
     if stops:
+        have = "has" if bad == 1 else "have"
         with pytest.raises(
-            UserError, match=f"of {good + bad} pairs have an unreadable image, the last: image .*--bad-image-limit"
+            UserError, match=f"of {good + bad} pairs {have} an unreadable image, the last: image .*--bad-image-limit"
         ):
             take(source, cfg, 2 * len(source), micro_batch=1)
     else:

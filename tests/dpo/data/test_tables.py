@@ -49,7 +49,7 @@ def test_tables_may_hold_labels(tmp_path, settings):
     source = open_source(settings(tmp_path / "pairs.jsonl"))
     assert [source[i].prob for i in range(2)] == pytest.approx([1.0, 0.7])
     assert all(is_bright(source[i].win.load()) for i in range(2))
-    assert describe(source) == "4 rows: 2 pairs; left out: 1 ties, 1 unlabelled"
+    assert describe(source) == "4 rows: 2 pairs; left out: 1 tie, 1 unlabelled"
 
 
 def test_other_columns_can_be_named(tmp_path, settings):
@@ -97,7 +97,7 @@ def test_a_path_given_twice_and_a_copied_file_are_no_pairs(tmp_path, settings, c
     with caplog.at_level("WARNING", "dpo"):
         source = open_source(settings(path))
     gone = rows[3]["chosen"]
-    assert f"1 of 4 pairs have an image that is not there, and are left out of every update: {gone}" in caplog.text
+    assert f"1 of 4 pairs has an image that is not there, and is left out of every update: {gone}" in caplog.text
     assert [source[i].caption[-1] for i in range(4)] == ["0", "3", "4", "5"]
     assert describe(source) == "6 rows: 4 pairs; left out: 2 one image twice"
     few = open_source(settings(path, max_pairs=2))
@@ -298,7 +298,7 @@ def test_an_image_without_partner_that_is_not_there_is_said_and_left_out(tmp_pat
     path = worlds.make_labelled(tmp_path, 3)
     next((tmp_path / "images").iterdir()).unlink()
     assert len(open_source(settings(path))) == 3
-    assert "1 of 3 rows have an image that is not there, and are left out of every update: images/" in caplog.text
+    assert "1 of 3 rows has an image that is not there, and is left out of every update: images/" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [[1, 0, None], [1.0, 0.0, None], ["yes", "no", None], [True, False, None]])

@@ -80,7 +80,7 @@ def test_labels_of_the_json(tmp_path, settings):
         more |= {f"{key}.jpg_0": bad, f"{key}.jpg_1": good, f"{key}.json": json.dumps({"label_0": label}).encode()}
     source = open_source(settings(worlds.make_tar(tmp_path / "x.tar", 0, more=more)))
     assert is_bright(source[0].win.load()) and not is_bright(source[1].win.load())
-    assert describe(source) == "3 rows: 2 pairs, 2 without a caption; left out: 1 ties; 3 caption files"
+    assert describe(source) == "3 rows: 2 pairs, 2 without a caption; left out: 1 tie; 3 caption files"
 
 
 def test_max_pairs(tmp_path, settings):

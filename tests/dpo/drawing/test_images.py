@@ -59,7 +59,7 @@ def test_what_a_set_holds(tmp_path, drawer):
         (task.prompt, task.seed, task.index, "c") for task in TASKS
     ]
     assert found[0].hash == pixel_hash(picture(TASKS[0]))
-    assert images.faults(found) == [f"1 of 7 images are flat: {found[3].path.name}"]
+    assert images.faults(found) == [f"1 of 7 images is flat: {found[3].path.name}"]
     assert read_protocol(tmp_path) == (protocol(), 7)
     chunk = said(found[2].path)
     assert chunk["prompt"] == "prompt 1" and chunk["protocol"] == protocol().hash and chunk["seed"] == 1002
@@ -140,7 +140,7 @@ def test_a_broken_image_makes_its_group_drawn_again(tmp_path, drawer, spoil):
     path = place(tmp_path, TASKS[5], protocol())
     spoil(path)
     assert files(tmp_path) != whole
-    with pytest.raises(UserError, match="1 of 7 images are missing or broken, the first is 5"):
+    with pytest.raises(UserError, match="1 of 7 images is missing or broken, the first is 5"):
         read_set(tmp_path)
     assert draw(tmp_path).drawn == 2 and drawer == [[4, 5]]
     assert files(tmp_path) == whole

@@ -236,7 +236,7 @@ def test_pictures_of_another_size_are_left_out_where_a_scorer_knows_one_alone(si
     with ScoreCache(tmp_path / "c") as cache:
         found = scores(side, sized, cache, Look(), read_image)
         assert np.flatnonzero(np.isnan(found)).tolist() == [4] and sum(sized.seen) == 36
-        assert "red judges images of 16 x 16 pixels, not 16 x 12: 1 of 37 images of b are left out" in caplog.text
+        assert "red judges images of 16 x 16 pixels, not 16 x 12: 1 of 37 images of b is left out" in caplog.text
         sized.size, sized.fingerprint = (64, 64), "red 64"
         with pytest.raises(UserError, match="judges images of 64 x 64 pixels, not 16 x 16 as those of b are"):
             scores(side, sized, cache, Look(), read_image)

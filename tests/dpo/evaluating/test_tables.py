@@ -57,7 +57,7 @@ def test_a_folder_of_somebody_elses_images(folder, tmp_path, caplog):
         ("a.png", "a fox", 7, ""),
         ("c.webp", "a cat", None, "pets"),
     ]
-    assert side.protocol is None and side.prompts == 2 and "1 of 3 images have no row" in caplog.text
+    assert side.protocol is None and side.prompts == 2 and "1 of 3 images has no row" in caplog.text
     (tmp_path / "own.csv").write_text("image,text\nb.JPG,a dog\n")
     assert [image.prompt for image in of_table("mj", folder, tmp_path / "own.csv").images] == ["a dog"]
 

@@ -116,7 +116,7 @@ def test_a_sum_that_is_rounded_is_not_called_cut_off():
     row = Row("mid_block.x", (2, 2), 0.1, (1, 1, 2), 2, 1 - 2**-53, 1.0, 0.0)
     for energy, kept, cut in ((1.0, row.kept, False), (1.0, 1 - 1e-6, True)):
         said = table.lines(Extraction(Path("x"), [row._replace(kept=kept)], {}, 1.0), energy)
-        assert any("--max-rank cut them off" in line for line in said) == cut
+        assert any("--max-rank cut it off" in line for line in said) == cut
 
 
 @pytest.mark.slow

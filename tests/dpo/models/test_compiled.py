@@ -98,6 +98,6 @@ def test_the_first_update_says_what_was_compiled(caplog):
     step = compiled.told(lambda x: block(x))
     for x in itertools.repeat(torch.ones(2), 2):
         assert torch.equal(step(x), x.sin())
-    assert [line for line in caplog.messages if line.startswith("--compile: 1 graphs in the first update, ")] == [
+    assert [line for line in caplog.messages if line.startswith("--compile: 1 graph in the first update, ")] == [
         caplog.messages[0]
     ]

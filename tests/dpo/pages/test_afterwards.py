@@ -6,6 +6,7 @@ import pytest
 
 from dpo import evaluate, export, sample
 from dpo.pages.afterwards import next_steps
+from dpo.training.judging import EMBEDDED
 from tests.help.fake_run import run_of
 
 PARSERS = {"dpo.sample": sample.make_parser, "dpo.evaluate": evaluate.make_parser, "dpo.export": export.make_parser}
@@ -18,7 +19,7 @@ def steps(run, monkeypatch, **settings):
     grids = [path.relative_to(run.folder) for path in run.grids]
     named = run._replace(folder=type(folder)("red foxes"), grids=[type(folder)("red foxes") / path for path in grids])
     named = named._replace(settings={**run.settings, "model": {**run.settings["model"], **settings}})
-    return folder.resolve(), next_steps(named)
+    return folder.resolve(), next_steps(named, EMBEDDED)
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_commands_are_whole_and_files_are_there(copied, monkeypatch, kind):
     code = "\n".join(line[4:] for line in lines if line.startswith("    "))
     compile(code, "lines", "exec")
     assert f'"{folder}"' in code and ("load_lora_weights" in code) == (kind == "lora-gpu")
+
+
+@pytest.mark.parametrize(
+    ("model", "judge", "prompts"), [(None, "tiny-b", "embedded:judged"), ("owner/model", "pickscore", "prompts.txt")]
+)
+def test_the_embedded_model_is_judged_by_its_own_judge(copied, monkeypatch, model, judge, prompts):
+    run = copied("good")
+    _, lines = steps(run._replace(summary={**run.summary, "evaluation": {}}), monkeypatch, model=model)
+    (line,) = [line for line in lines if line.startswith("is it better")]
+    given = evaluate.make_parser().parse_args(shlex.split(line.split(": ", 1)[1])[3:])
+    assert given.scorers == [judge] and given.prompts == [prompts]
 
 
 def test_no_export_is_advised_that_would_be_refused(copied, monkeypatch):

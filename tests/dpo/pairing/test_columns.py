@@ -32,7 +32,10 @@ def test_names_are_found_in_any_spelling():
         (["winner", "looser"], "'looser' looks like it: rename it, or name it with --rejected-column"),
         (["image", "rank", "score"], "has score, rank: say with --value-column"),
         (["image", "Image", "score"], "two columns are called 'image'"),
-        (["prompt", "chosen", "rejected"], "holds pairs already: train with python -m dpo.train --data t.csv"),
+        (
+            ["prompt", "chosen", "rejected"],
+            "holds pairs already: train with --data t.csv; python -m dpo.pairs --check t.csv looks at",
+        ),
         (["caption", "jpg_0", "jpg_1", "label_0"], "holds pairs already"),
         (["image", "score", "winner", "loser"], "matches too"),
     ],

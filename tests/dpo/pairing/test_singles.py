@@ -38,7 +38,7 @@ def near():
 
 
 FAULTS = {
-    "few": (clean(FEW - 1), "99 images are few, and what a run shows on them hangs on chance: label more images"),
+    "few": (clean(FEW - 1), "99 images are few, and what a run shows on so few hangs on chance: label more images"),
     "broken": ([*clean(), one("x", True, Broken("not an image"))], "skip, which leaves them out"),
     "one caption": ([one("a fox", i % 2 > 0) for i in range(FEW)], "all 100 images have one caption"),
     "all liked": (clean(liked=3), "all of the 100 images are liked: labels of one kind say nothing about what to prefer; "
@@ -47,6 +47,8 @@ FAULTS = {
                    "prefer; add images that are liked"),
     "rarely disliked": ([*clean(95, 3), *clean(5, 0)], "only 5 of 100 images are not liked, and have little say: add more of "
                         "them, or --kto-disliked-weight 19"),
+    "one disliked": ([*clean(99, 3), *clean(1, 0)], "only 1 of 100 images is not liked, and has little say: add more of "
+                     "them, or --kto-disliked-weight 99"),
     "rarely liked": ([*clean(5, 3), *clean(95, 0)], "only 5 of 100 images are liked, and have little say: add more of them, or "
                      "--kto-liked-weight 19"),
     "both labels": ([*clean(), one("y", True, image(pixels="same")), one("y", False, image(pixels="same"))],

@@ -60,18 +60,19 @@ def twin():
 
 FAULTS = {
     "few": (clean(FEW - 1), "99 pairs are few"),
+    "one": (clean(1), "1 pair is few"),
     "one caption": ([pair("a fox") for _ in range(FEW)], "all 100 pairs have one caption"),
     "portraits": ([*clean(), *(pair(f"p{i}", image((64, 96))) for i in range(10))],
                   "10 of 220 images are far from square and lose 33% of their area"),
     "small": ([*clean(), *(pair(f"s{i}", image((63, 64))) for i in range(10))],
               "10 of 220 images have a side below 64 pixels (the shortest 63) and would be enlarged"),
     "broken": ([*clean(), pair("x", Broken("not an image"))], "1 image cannot be read, the first: w"),
-    "long": ([*clean(), pair("fox " * 76)], "1 of 101 captions are longer than the 77 tokens"),
-    "digits": ([*clean(), pair("1" * 76)], "1 of 101 captions are longer"),
+    "long": ([*clean(), pair("fox " * 76)], "1 of 101 captions is longer than the 77 tokens"),
+    "digits": ([*clean(), pair("1" * 76)], "1 of 101 captions is longer"),
     "circle": ([*clean(), *circle()], "1 caption has images that beat each other in a circle, such as"),
     "both ways": ([*clean(), *circle()[:1], pair("round", image(pixels="b"), image(pixels="a"))], "1 caption has images"),
     "crowd": ([*clean(), *crowd()], "1 image is in more than 20 pairs each, the most in 21: w"),
-    "alike": ([*clean(), twin()], "1 of 101 pairs have two images that are almost the same, the first: w"),
+    "alike": ([*clean(), twin()], "1 of 101 pairs has two images that are almost the same, the first: w"),
     "smaller": ([pair(f"c{i}", image((64, 64)), image((70, 70))) for i in range(FEW)],
                 "the chosen image is the smaller one in 100 of 100 pairs"),
 }  # fmt: skip
@@ -87,8 +88,17 @@ def test_each_fault_has_its_own_line_alone(fault):
 def test_captions_that_are_missing():
     (line,) = warnings(a_set(clean(), blank=7))
     assert line.startswith("7 of 100 pairs have no caption")
+    (line,) = warnings(a_set(clean(), blank=1))
+    assert line.startswith("1 of 100 pairs has no caption, and trains the empty prompt: give")
     (line,) = warnings(a_set([pair("") for _ in range(FEW)], blank=FEW))
     assert line.startswith("100 of 100 pairs have no caption"), "not that all have one caption"
+
+
+def test_one_image_is_one_image():
+    found = a_set([*clean(3), pair("p", image((32, 96)), image((40, 40)))])
+    _, wide, small = warnings(found)
+    assert wide.startswith("1 of 8 images is far from square and loses 67% of its area") and wide.endswith("its shape")
+    assert small.startswith("2 of 8 images have a side below 64 pixels")
 
 
 def test_a_few_odd_shapes_among_many_are_not_a_fault_of_the_set():

@@ -129,7 +129,7 @@ def test_plain_torch_saves_more_for_backward_than_the_kernels(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adamw", "adamw8bit"])
 def test_every_optimizer_has_its_states(optimizer):
-    _, taken = dry(work.prepared(parse(["--batch-size", "2", "--optimizer", optimizer, "--ema", "0.9"])[0])[0])
+    _, taken = dry(work.prepared(parse(["--batch-size", "2", "--optimizer", optimizer, "--ema", "0.9"])[0]))
     each = {"lion8bit": 1, "adamw": 8}.get(optimizer, 2)
     assert taken.state_bytes == pytest.approx(each * taken.trained, rel=0.1)  # small tensors keep fp32 moments
     assert taken.averaged_bytes == 4 * taken.trained

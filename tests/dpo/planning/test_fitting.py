@@ -23,22 +23,39 @@ def dry(config):
     return dealt(config, 1), TAKEN.__class__(**{**vars(TAKEN), "peak": peak, "parts": {}})
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("card", [24, 40, 80])
-def test_the_largest_micro_batch_fits_and_one_more_does_not(card):
+@pytest.mark.parametrize("update", [2048, 64, 60, 34])  # pairs of one process
+def test_the_largest_micro_batch_divides_the_update_and_the_next_does_not_fit(card, update, processes):
+    def of_processes(config):
+        return dealt(config, processes), dry(config)[1]
+
     lines: list[str] = []
-    found = fitting.largest(CONFIG, Asked(), dry, room(card), lines.append)
+    decided, _ = of_processes(change(CONFIG, batch_size=2, effective_batch=update * processes))
+    found = fitting.largest(decided, Asked(processes=processes), of_processes, room(card), lines.append)
     assert lines[0].startswith("tried --batch-size 1: ") and 2 <= len(lines) <= 1 + fitting.TRIES
     size = found.config.optim.batch_size
-    assert found.peak <= room(card) and size * found.config.optim.accumulation >= 64
-    one_more = work.plan(change(CONFIG, batch_size=size + 1), Asked(), dry)
-    assert size == 64 or not work.fits(one_more, card)
+    assert found.peak <= room(card) and size * found.config.optim.accumulation == update
+    assert found.nominal == update * processes
+    larger = next((n for n in range(size + 1, update + 1) if update % n == 0), None)
+    assert larger is None or not work.fits(work.plan(change(CONFIG, batch_size=larger), Asked(), dry), card)
 
 
 def test_an_update_inside_backward_stays_one_pass():
     config = change(CONFIG, batch_size=2, accumulation=1, gradient_release=True)
     optim = fitting.largest(config, Asked(), dry, room(40), print).config.optim
     assert optim.accumulation == 1 and optim.batch_size > 2
-    assert fitting._with(config, fitting.CHANGES[:2], Asked(), dry).plan.nominal == 1
+    assert fitting._with(config, fitting.CHANGES[:2], Asked(), dry).plan.nominal == 2, "the same result"
+    [fewer] = fitting._with(config, [fitting.FEWER], Asked(), dry).changes
+    assert "another training" in fewer.cost
+
+
+def test_a_loss_that_depends_on_the_micro_batch_keeps_it():
+    config = change(Config(), method="kto", kto_center="batch", batch_size=12, device="cuda", reference="copy")
+    lines: list[str] = []
+    optim = fitting.largest(config, Asked(), dry, room(40), lines.append).config.optim
+    assert (optim.batch_size, optim.accumulation) == (12, 1) and len(lines) == 1
+    assert fitting.largest(config, Asked(), dry, room(24), print) is None
 
 
 def test_no_pair_fits_a_card_that_is_too_small():
@@ -72,7 +89,7 @@ def test_what_cannot_fit_is_said():
 def test_every_change_goes_with_the_settings_it_is_made_on():
     config = change(Config(), model="m", data="d", batch_size=2, device="cuda", reference="copy", optimizer="adamw")
     made = fitting._with(config, fitting.CHANGES, Asked(), dry)
-    assert {one.flags for one in made.changes} == {one.flags for one in fitting.CHANGES}
+    assert {*made.changes} == {*fitting.CHANGES} - {fitting.FEWER}
     assert fitting._with(made.plan.config, fitting.CHANGES, Asked(), dry).changes == ()
 
 

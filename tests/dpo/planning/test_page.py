@@ -5,6 +5,7 @@ import pytest
 from dpo.planning import fitting, page
 from dpo.planning.asked import Asked
 from dpo.planning.cuda import room
+from dpo.planning.work import Pairs
 from dpo.settings.config import change
 from tests.dpo.planning.test_fitting import dry
 from tests.dpo.planning.test_work import CONFIG, plan
@@ -39,8 +40,24 @@ def test_what_the_memory_leaves_out_is_said(changes, processes, said):
     assert len(told) == (said is not None) and all(line.startswith(said) for line in told)
 
 
+@pytest.mark.parametrize(
+    ("changes", "pairs", "said"),
+    [
+        ({}, None, "10 updates; give --pairs for the number of epochs"),
+        ({"steps": None, "epochs": 2.0}, None, "2 epochs; give --pairs for the number of updates"),
+        ({}, Pairs(90, 80), "10 updates = 4 epochs of 80 pairs, and 10 are held out"),
+        ({"steps": 1000}, Pairs(150, 150), "1,000 updates = 213 epochs of 150 pairs"),
+        ({"steps": 1}, Pairs(32, 32), "1 update = 1 epoch of 32 pairs"),
+        ({"steps": 1}, Pairs(2000, 2000), "1 update = 0.016 epochs of 2,000 pairs"),
+    ],
+)
+def test_the_length_is_said_in_updates_and_epochs(changes, pairs, said):
+    found = plan(change(CONFIG, **changes), pairs)
+    assert f"length       {said}" in page.page(found, Asked())
+
+
 def test_hours_say_how_many_pairs_are_encoded():
-    found = plan(change(CONFIG, keep_encoded="on"), 100, gpu="H100")
+    found = plan(change(CONFIG, keep_encoded="on"), Pairs(100, 100), gpu="H100")
     assert "(320 pairs, 100 of them encoded where memory keeps the set) take" in "\n".join(
         page.page(found, Asked(gpu="H100"))
     )
@@ -63,10 +80,14 @@ def test_costs_count_every_gpu():
 
 
 def test_what_fits_is_said_in_flags():
+    planned = plan()
     best = fitting.largest(CONFIG, Asked(), dry, room(40), print)
-    assert f"--batch-size {best.config.optim.batch_size} " in page.largest_line(best, 40)
-    assert page.largest_line(best, 40, auto=True).endswith("GiB, all blocks computed again)")
-    assert page.largest_line(None, 12).endswith("not one pair fits 12 GB")
+    line = page.largest_line(best, planned, 40)
+    assert "--batch-size 16 --accumulation 2 (" in line and line.endswith("GiB; the same 32 pairs an update)")
+    assert "GiB, all blocks computed again; the" in page.largest_line(best, planned, 40, auto=True)
+    other = fitting.largest(change(CONFIG, batch_size=3), Asked(), dry, room(40), print)
+    assert page.largest_line(other, planned, 40).endswith("; another training: 24 pairs an update, not 32)")
+    assert page.largest_line(None, planned, 12).endswith("no micro-batch of this update fits 12 GB")
     found = fitting.cheapest(change(CONFIG, reference="copy", batch_size=32), Asked(), dry, room(24), lambda line: None)
     assert any(one.flags in "\n".join(page.cheapest_lines(found, 24)) for one in found.changes)
     assert "no change" in page.cheapest_lines(None, 4)[0]

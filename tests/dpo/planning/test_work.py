@@ -6,11 +6,15 @@ import json
 import pytest
 
 from dpo.common.errors import UserError
+from dpo.data.sources import open_sources
 from dpo.planning import work
 from dpo.planning.asked import Asked, peak_of
 from dpo.planning.dry import Taken
+from dpo.planning.work import Pairs
+from dpo.settings.advice import too_long
 from dpo.settings.config import Config, change
 from dpo.settings.resolve import dealt
+from dpo.tiny.paths import train_pairs_path
 from tests.help.worlds import make_pickapic
 
 GIB = 2**30
@@ -79,7 +83,7 @@ def test_parts_add_up_to_the_peak_and_what_no_tensor_shows():
 
 
 def test_disk_is_that_of_the_set_where_its_size_is_known():
-    each, every = plan().disk, plan(pairs=1000, draws=3).disk
+    each, every = plan().disk, plan(pairs=Pairs(1000, 900), draws=3).disk
     assert [*each.values()][:2] == [500, 32] and [*every.values()][:2] == [500_000, 24_000]
     assert each["checkpoints, 2 kept"] == 2 * 5400 and each["result"] == 8000
     assert plan(change(CONFIG, checkpoints_limit=0)).disk["each checkpoint (all are kept)"] == 5400
@@ -89,13 +93,37 @@ def test_disk_is_that_of_the_set_where_its_size_is_known():
 
 def test_updates_of_epochs_want_the_number_of_pairs():
     epochs = change(CONFIG, steps=None, epochs=2.0)
-    assert plan(epochs).steps is None and plan(epochs, pairs=160).steps == 10 and plan().steps == 10
+    assert plan(epochs).steps is None and plan(epochs, pairs=Pairs(180, 160)).steps == 10 and plan().steps == 10
+
+
+def test_a_long_run_is_warned_of_in_the_trainers_words():
+    long = plan(pairs=Pairs(12, 10))
+    assert long.epochs == 32.0 and long.warnings == too_long(long.config, 10) and "heart" in long.warnings[0]
+    assert (found := work.as_json(long))["warnings"] == long.warnings
+    assert (found["epochs"], found["training_pairs"]) == (32.0, 10)
+    assert plan(pairs=Pairs(99, 11)).warnings == plan().warnings == []
+    assert work.as_json(plan())["epochs"] is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"validation_fraction": 0.3}, {"max_pairs": 100}, {"ties": "keep"}])
+def test_pairs_are_counted_as_a_run_counts_them(changes):
+    data = change(Config(), model="m", data=str(train_pairs_path()), **changes)
+    trained = len(open_sources(data.data).train)
+    found = work.pairs_of(data)
+    assert found.trained == trained <= found.all and (trained == found.all) == ("max_pairs" in changes)
+
+
+def test_pairs_that_are_not_here_are_not_counted():
+    assert work.pairs_of(change(Config(), model="m", data="owner/set")) is None
+    assert work.pairs_of(change(Config(), model="m")) is None, "a preset that leaves its pairs to the user"
+    own = work.pairs_of(Config())
+    assert own == work.pairs_of(change(Config(), model="embedded")) and own.all == own.trained > 100
 
 
 def test_a_recorded_reference_comes_with_a_store(world):
     config = change(Config(), model=world("sd15"), data=world("pairs"), reference="recorded")
-    assert work.prepared(config)[0].data.data_format == "store"
-    assert work.prepared(change(config, reference="auto"))[1] is None
+    assert work.prepared(config).data.data_format == "store"
+    assert work.pairs_of(config) == work.pairs_of(change(config, reference="auto"))
 
 
 def test_a_store_says_its_pairs_and_its_resolution(world, tmp_path):
@@ -104,8 +132,10 @@ def test_a_store_says_its_pairs_and_its_resolution(world, tmp_path):
     pairs, store = make_pickapic(tmp_path / "pairs", 8, 0), str(tmp_path / "store")
     flags = ["--model", world("sd15"), "--data", str(pairs), "--resolution", "16", "--workers", "0", "--flip"]
     assert prepare.main(["--store", store, *flags]) == 0
-    config, count = work.prepared(change(Config(), model=world("sd15"), data=store))
-    assert (config.data.data_format, config.data.resolution) == ("store", 16) and 0 < count <= 8
+    config = change(Config(), model=world("sd15"), data=store)
+    found = work.prepared(config)
+    assert (found.data.data_format, found.data.resolution) == ("store", 16)
+    assert 0 < work.pairs_of(config).trained == work.pairs_of(found).all <= 8
 
 
 def test_gpus_are_known_by_a_part_of_their_name():

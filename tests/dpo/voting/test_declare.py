@@ -84,7 +84,10 @@ def test_subsets_are_keyed_and_said(tmp_path, sides):
     assert Counter(item.category for item in votes(found)) == {"even": 3, "odd": 3}
     assert "3 prompts of each category, keyed with seed 0: even, odd" in found.note
     assert "5 of 12 prompts, keyed with seed 0" in made(tmp_path, sides[:2], subset=5).note
-    for wanted, line in (({"each": 7}, "--each 7: even has 6 prompts"), ({"subset": 13}, "--subset 13: there are 12")):
+    for wanted, line in (
+        ({"each": 7}, "--each 7: even has 6 prompts"),
+        ({"subset": 13}, "--subset 13: of 12 prompts choose"),
+    ):
         with pytest.raises(UserError, match=line):
             prompts(**wanted)
     for side in sides:
@@ -128,7 +131,7 @@ def test_images_that_cannot_be_read_take_their_pair_along(tmp_path, sides, caplo
     (tmp_path / "new" / "3.png").write_bytes(b"no image")
     with caplog.at_level(logging.WARNING, "dpo"):
         found = made(tmp_path, sides[:2])
-    assert len(votes(found)) == 11 and "1 of 12 pairs are left out: an image cannot be read" in found.note
+    assert len(votes(found)) == 11 and "1 of 12 pairs is left out: an image cannot be read" in found.note
     assert "1 of 24 images cannot be read, the first is" in caplog.text
     for number in range(12):
         (tmp_path / "new" / f"{number}.png").write_bytes(b"no image")
@@ -138,7 +141,7 @@ def test_images_that_cannot_be_read_take_their_pair_along(tmp_path, sides, caplo
 
 def test_pairs_of_one_image_are_said(tmp_path, sides):
     shutil.copy(tmp_path / "base" / "3.png", tmp_path / "new" / "3.png")
-    assert "1 of 12 pairs are twice the same image" in made(tmp_path, sides[:2]).note
+    assert "1 of 12 pairs is twice the same image" in made(tmp_path, sides[:2]).note
 
 
 def test_the_output_of_an_evaluation(tmp_path, sides):

@@ -365,7 +365,7 @@ def test_images_that_are_gone_are_said_before_the_page_is_there(tmp_path, monkey
     monkeypatch.setattr(server, "web", None)  # it comes to no page
     make_study(tmp_path / "study", 3)
     (tmp_path / "newmodel" / "1.png").unlink()
-    with pytest.raises(UserError, match=r"1 of \d+ images are gone, the first is .*1\.png: put them back"):
+    with pytest.raises(UserError, match=r"1 of \d+ images is gone, the first is .*1\.png: put them back"):
         server.serve(tmp_path / "study", Place(port=0))
 
 

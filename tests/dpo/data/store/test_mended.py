@@ -282,7 +282,7 @@ def test_a_record_lacks_the_mended_pairs_until_they_are_recorded(tmp_path):
     record()
     find()
     made(tmp_path, Synthetic(20))
-    with pytest.raises(UserError, match="lacks 1 pairs of the store: run python -m dpo.prepare --reference again"):
+    with pytest.raises(UserError, match="lacks 1 pair of the store: run python -m dpo.prepare --reference again"):
         find()
     record()
     source, found = find()

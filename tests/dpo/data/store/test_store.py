@@ -482,7 +482,7 @@ def test_an_unfinished_store_is_not_a_damaged_one(tmp_path):
         (30, 10, {"bad_image_limit": 0.2}, None),
         (20, 11, {}, "11 of 20 pairs have an unreadable image, the last: image lose 10 of "),
         (10, 6, {}, "6 of 10 pairs have an unreadable image, the last: image lose 5 of "),
-        (9, 1, {"bad_image_limit": 0.0}, "1 of 9 pairs have an unreadable image, the last: image lose 0 of "),
+        (9, 1, {"bad_image_limit": 0.0}, "1 of 9 pairs has an unreadable image, the last: image lose 0 of "),
         (9, 1, {"stop_at_bad": True}, "image lose 0 of .*; leave such pairs out with --on-bad-image skip"),
     ],
 )
