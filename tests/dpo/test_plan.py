@@ -27,7 +27,26 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
     )
 
 
-def test_what_checkpointing_auto_chooses_is_said(tmp_path, capsys):
+@pytest.fixture
+def once(monkeypatch):
+    """Each step is planned once: that takes seconds."""
+    planner, known = work.planner, {}
+
+    def remembering(*given):
+        dry = planner(*given)
+
+        def remembered(config):
+            if repr(config) not in known:
+                known[repr(config)] = dry(config)
+            return known[repr(config)]
+
+        return remembered
+
+    monkeypatch.setattr(work, "planner", remembering)
+    return known
+
+
+def test_what_checkpointing_auto_chooses_is_said(tmp_path, capsys, once):
     """By the function that a run asks too; the largest micro-batch is that with all blocks computed again."""
     file = tmp_path / "plan.json"
     words = ["--lora", "--batch-size", "2", "--checkpointing", "auto", "--json", str(file)]
