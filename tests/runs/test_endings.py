@@ -190,7 +190,7 @@ def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys,
     with monkeypatch.context() as patch:
         at_call(patch, where, what, FAULT, 1)
         said = command(capsys, *start, *WORDS)
-    assert said.code == 1 and said.warnings("all 4 updates are made") and said.warnings("--resume latest")
+    assert said.code == 1 and said.warnings("update 4, the last, is made and kept") and said.warnings("--resume latest")
     assert command(capsys, *start, *WORDS, "--resume", "latest").code == 0
     assert (tmp_path / "out" / "model_index.json").is_file()
 

@@ -544,7 +544,7 @@ def test_out_of_memory_halves_the_batch():
 def test_an_error_that_is_not_finite_is_refused(small, monkeypatch):
     _, make = small
     monkeypatch.setattr(recording, "_block", lambda task, pairs, positions, *_: _poisoned(positions))
-    with pytest.raises(UserError, match="not finite: try another --precision"):
+    with pytest.raises(UserError, match="not finite in 10 draws: try another --precision"):
         make(1)
 
 
