@@ -53,7 +53,13 @@ def micro_step(run, recorded=None):
         run.metrics.add(terms, inputs.prob, inputs.usable)
 
 
-SLOW = ("dpo", "sft", "checkpointing", "bf16 autocast")  # to test each time; dde does all that dpo does
+SLOW = (
+    "dpo",
+    "sft",
+    "checkpointing",
+    "bf16 autocast",
+    "lora with dropout",
+)  # to test each time; dde does all that dpo does
 
 
 @pytest.mark.parametrize(

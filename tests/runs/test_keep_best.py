@@ -192,7 +192,8 @@ def test_two_processes_choose_as_one(world, tmp_path, capsys, trained_as, file):
 BEST_OF_FOUR = [0.25, 1.0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("starts", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("starts", [1, 2])
 def test_the_best_of_shards_is_the_result(world, tmp_path, monkeypatch, starts):
     """Update 2 of 4 by a script; the result are its averaged weights, whole, and a resume that trains nothing writes them again."""
 
@@ -232,6 +233,7 @@ def test_the_best_of_shards_is_the_result(world, tmp_path, monkeypatch, starts):
         assert far[0] < 1e-6 < 1e-4 < far[1], far  # rounded to fp32
 
 
+@pytest.mark.slow
 def test_an_accuracy_that_a_stop_cut_short_is_measured_by_the_next_start(trained, monkeypatch):
     """The checkpoint of an update whose held-out accuracy was not finished says so."""
     straight = trained("straight", "--keep-best", "--no-samples")

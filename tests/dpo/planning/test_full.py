@@ -133,6 +133,7 @@ def test_a_first_update_that_is_out_of_memory_ends_with_what_would_fit(words, pl
     assert "by the plan" not in said.errors[0] and "the plan" not in said.errors[0], "one update has fitted"
 
 
+@pytest.mark.slow
 def test_memory_that_is_full_before_the_first_update_is_no_other_thing(words, planted, capsys, monkeypatch, pageless):
     planted(1, Memory(cuda.GIB // 8, cuda.GIB // 4))
 

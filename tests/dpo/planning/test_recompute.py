@@ -157,7 +157,8 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way == "lora" else pytest.mark.slow) for way in FLAGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FLAGS)
 def test_from_the_command_to_a_resume_with_the_same_flags(world, tmp_path, monkeypatch, capsys, pageless, way):
     """What was decided trains, stands in the run's settings, and is not decided anew where memory has changed."""
     out = tmp_path / "out"
