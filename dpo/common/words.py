@@ -74,7 +74,11 @@ def brief(value: object, limit: int = 3 * SHOWN) -> str:
 
 
 def excerpt_of_path(path: str) -> str:
-    """A path as a message shows it: whole where it can be one, else its last characters (a cell need hold no path)."""
+    """A path as a message shows it: whole where it can be one, else its last characters (a cell need hold no path).
+
+    Half characters, which no log file takes, are written out.
+    """
+    path = path.encode("utf-8", "backslashreplace").decode()
     return path if len(path) <= 3 * SHOWN else "..." + path[-SHOWN:]
 
 

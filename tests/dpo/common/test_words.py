@@ -27,6 +27,7 @@ def test_no_message_repeats_a_long_cell():
         assert len(excerpt(value)) < SHOWN + 30 and "\n" not in excerpt(value)
     assert excerpt("a\nb") == "'a\\nb'" and excerpt(None) == "None" and excerpt(3) == "3"
     assert len(excerpt_of_path("x" * 10_000)) == SHOWN + 3 and excerpt_of_path("a/b.jpg") == "a/b.jpg"
+    assert excerpt_of_path("a/\ud800\udcff.jpg") == r"a/\ud800\udcff.jpg"
 
 
 def test_names_are_listed_within_limits():
