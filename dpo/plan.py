@@ -147,22 +147,29 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (kind is int)}number") from None
+
+
 def _above(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = _number(float, text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def _whole(text: str) -> int:
-    value = int(text)
+    value = _number(int, text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value

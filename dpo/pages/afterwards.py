@@ -28,7 +28,8 @@ def next_steps(run: RunFolder, judged: Sequence[str]) -> list[str]:
         sides = [f"start=start:{here}", f"aligned={here}"]
         whose = "by its own judge" if run.embedded else "on your prompts"
         scored = judged if run.embedded else ["--prompts", "prompts.txt", "--scorers", "pickscore"]
-        lines.append(f"is it better, {whose}: {command_line(['dpo.evaluate', *sides, *scored])}")
+        compare = ["dpo.evaluate", *sides, *scored, "--output", str(here.with_name(f"{here.name}-evaluation"))]
+        lines.append(f"is it better, {whose}: {command_line(compare)}")
     if not run.embedded and run.setting("prediction_type") != "flow_prediction":  # those files are as they are
         lines.append(f"for ComfyUI: {command_line(['dpo.export', str(here), '--to', 'comfyui'])}")
     return lines

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.pages.folder import CHECKPOINTS, METRICS_FILE, SUMMARY_FILE, read_json, read_records, read_settings
+from dpo.pages.folder import (
+    ADAPTER_FILE,
+    CHECKPOINTS,
+    INDEX_FILE,
+    METRICS_FILE,
+    SUMMARY_FILE,
+    read_json,
+    read_records,
+    read_settings,
+)
 
 RESULT = "result"  # of SUMMARY_FILE: "step", the update whose weights the result has, and "of", the last that was made for it
 
@@ -45,4 +54,4 @@ def left_by_run(name: str) -> str | None:
     """What `apart` says of the run whose folder `name` is, or in whose folder it lies: unet, or the file of an adapter."""
     path = Path(name).expanduser()
     runs = [folder for folder in (path, path.parent) if path.exists() and read_settings(folder)]
-    return apart(runs[0]) if runs else None
+    return apart(runs[0]) if runs and any((runs[0] / file).is_file() for file in (INDEX_FILE, ADAPTER_FILE)) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
 from typing import NamedTuple
@@ -68,13 +68,18 @@ class Preferred(NamedTuple):
 
 
 def preferred(
-    prompts: Sequence[str], prompt: np.ndarray, scores: np.ndarray, uid: Callable[[int], str], rule: Rule
+    prompts: Sequence[str],
+    prompt: np.ndarray,
+    scores: np.ndarray,
+    uid: Callable[[int], str],
+    rule: Rule,
+    even: Collection[tuple[int, int]] = (),
 ) -> Preferred:
     """The pairs of M images by their scores, higher is better, prompt by prompt and in the images' order; no ties.
 
     prompts, prompt, scores, uid: as for `paired`. neighbours: every image of a score with every one of the next lower
     score; best-worst: the first of the best with the last of the worst. Of an image with more than `rule.most` pairs a
-    hash chooses those that stay.
+    hash chooses those that stay. even: images a < b that are a tie whatever their scores, which may come from others.
     """
     found: list[tuple[int, int]] = []
     lost: Counter[str] = Counter()
@@ -86,7 +91,9 @@ def preferred(
             better, worse = pair if scores[pair[0]] > scores[pair[1]] else pair[::-1]
             if _is_tie(scores, better, worse):
                 continue
-            if _apart(scores, better, worse) < rule.min_margin:
+            if (min(pair), max(pair)) in even:
+                lost["ties"] += 1
+            elif _apart(scores, better, worse) < rule.min_margin:
                 lost["narrow"] += 1
             elif uid(better) == uid(worse):
                 lost["same"] += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from os.path import normpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,8 +48,27 @@ def ranking(played: Sequence[Match], counts: Counter[str]) -> Ranking:
             groups.setdefault(name, []).append(match)
         else:
             counts[NO_PROMPT] += 1
-    rows = [row for name, found in groups.items() for row in _rated(name, found)]
-    return gathered("strength", True, rows, counts)
+    rated = {name: _rated(name, found) for name, found in groups.items()}
+    ranked = gathered("strength", True, [row for rows in rated.values() for row in rows], counts)
+    images = zip(ranked.group.tolist(), map(normpath, ranked.images), strict=True)
+    place = {(ranked.groups[group], image): i for i, (group, image) in enumerate(images)}
+    even = set()
+    for name, found in groups.items():
+        part = {row.image: str(row.group) for row in rated[name]}
+        for pair in _even(found):
+            there = sorted(place[part[one], normpath(one)] for one in pair if (part[one], normpath(one)) in place)
+            if len(there) == 2:  # both files are
+                even.add((there[0], there[1]))
+    return replace(ranked, even=frozenset(even))
+
+
+def _even(found: Sequence[Match]) -> list[tuple[Path, Path]]:
+    """The images that met and of which neither won more often."""
+    balance: Counter[tuple[Path, Path]] = Counter()
+    for match in found:
+        one, other = sorted((match.winner, match.loser))
+        balance[one, other] += 0 if match.tie else 1 if match.winner == one else -1
+    return [pair for pair, won in balance.items() if won == 0]
 
 
 def _rated(name: str, found: Sequence[Match]) -> list[Row]:

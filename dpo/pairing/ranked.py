@@ -46,6 +46,7 @@ class Ranking:
     group: np.ndarray  # [M] int64
     prompts: list[str]  # [G]
     counts: dict[str, int] = field(default_factory=dict)
+    even: frozenset[tuple[int, int]] = frozenset()  # images a < b that were compared, and neither was better
 
     @property
     def scores(self) -> np.ndarray:

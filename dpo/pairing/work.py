@@ -50,7 +50,7 @@ def make(asked: Asked, folder: Path) -> None:
         seen = dict(zip(some.tolist(), looker.all([refs[i] for i in some]), strict=True))
         pixels = {i: one.pixels for i, one in seen.items() if isinstance(one, Seen)}
         scores = np.where([i in pixels for i in range(len(refs))], ranking.scores, np.nan)
-        made = preferred(ranking.groups, ranking.group, scores, pixels.__getitem__, asked.rule)
+        made = preferred(ranking.groups, ranking.group, scores, pixels.__getitem__, asked.rule, ranking.even)
         broken = {ranking.images[i]: one.why for i, one in seen.items() if isinstance(one, Broken)}
         sentences = _sentences(ranking, made, int(np.sum(~together)), broken)
         if not made.pairs:

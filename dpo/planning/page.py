@@ -68,7 +68,8 @@ def _length(plan: Plan) -> str:
         return f"{plan.config.optim.epochs:g} epochs; give --pairs for the number of updates"
     updates = number_of(plan.steps, "updates", ",")
     if plan.pairs is None or plan.epochs is None:
-        return f"{updates}; give --pairs for the number of epochs"
+        here = "" if plan.config.data.data is None else f"{plan.config.data.data} is not on this machine: "
+        return f"{updates}; {here}give --pairs for the number of epochs"
     held = plan.pairs.all - plan.pairs.trained
     text = f"{updates} = {_epochs(plan.epochs)} of {number_of(plan.pairs.trained, plan.things, ',')}"
     return text + (f", and {held:,} are held out" if held else "")

@@ -10,12 +10,15 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dpo.common.errors import UserError
 from dpo.models import lora, lora_files
 from dpo.models.adapter import Adapter, endings, even, merge_into
 from dpo.models.family import Model
 from dpo.models.hub import check_part, locate, on_hub
 from dpo.models.load import load_weights_into
 from dpo.models.single_file import against
+from dpo.models.weights import DENOISERS
+from dpo.pages.folder import ADAPTER_FILE, read_settings
 from dpo.pages.standing import left_by_run
 from dpo.settings.config import Config, change
 from dpo.settings.config import Model as NamedModel
@@ -56,12 +59,24 @@ def check_named(named: NamedModel) -> None:
     if not on_hub(named.model):
         locate(named.model)
     check_part("--vae", named.vae)
+    _check_unet(named.unet_init)
     check_part("--unet-init", named.unet_init)
     if named.lora_init is not None and not on_hub(named.lora_init):
         lora_files.locate(named.lora_init)
     for flag, name in (("--model", named.model), ("--unet-init", named.unet_init), ("--lora-init", named.lora_init)):
         if name is not None and (line := left_by_run(name)) is not None:
             log.warning("%s %s: %s", flag, name, line)
+
+
+def _check_unet(name: str | None) -> None:
+    """Raises UserError where --unet-init names a run, or what would be its denoiser, that has none."""
+    path = Path(name or "").expanduser()
+    run = path.parent if path.name in DENOISERS else path
+    if name is None or not read_settings(run) or any((run / part).is_dir() for part in DENOISERS):
+        return
+    if (run / ADAPTER_FILE).is_file():
+        raise UserError(f"--unet-init {name}: that run trained a LoRA, so name it with --lora-init")
+    raise UserError(f"--unet-init {name}: that run has no result yet: finish it with --resume latest")
 
 
 def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:

@@ -65,6 +65,8 @@ def test_a_part_of_a_result_that_its_run_has_left_is_told(tmp_path, monkeypatch)
     folder(tmp_path, ENDED, [1, 2, 3], [1, 40])
     (tmp_path / "config.toml").write_text('[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 1\n', "utf-8")
     (tmp_path / "unet").mkdir()
+    assert left_by_run(str(tmp_path)) is None, "there is no result"
+    (tmp_path / "model_index.json").touch()
     for name in (tmp_path, tmp_path / "unet"):
         assert left_by_run(str(name)) == apart(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo.common.errors import UserError
+from dpo.pairing.choose import Rule, preferred
 from dpo.pairing.matches import Match, ranking, strengths
 
 
@@ -38,6 +39,25 @@ def test_a_tournament_orders_its_images(tmp_path):
     assert found.direction == "chosen is the one with the higher strength" and found.groups == ["x"]
     values, _ = rated(tmp_path, ("a", "b", True), ("a", "c", False), ("b", "c", False))
     assert values["a"] == values["b"] > values["c"], "equal results are a tie, to the bit"
+
+
+def test_images_that_met_and_drew_are_a_tie_whatever_others_say_of_them(tmp_path):
+    """Of c and d the strengths differ by their other matches alone; a and b won one each, b and c were not compared."""
+    _, found = rated(
+        tmp_path,
+        ("a", "b", False),
+        ("b", "a", False),
+        ("a", "c", False),
+        ("c", "d", True),
+        ("e", "f", True),
+        ("f", "e", False),
+    )
+    names = [image.name for image in found.images]
+    assert [{names[a], names[b]} for a, b in sorted(found.even)] == [{"a", "b"}, {"c", "d"}]
+    made = preferred(found.groups, found.group, found.scores, str, Rule(), found.even)
+    pairs = [{names[a], names[b]} for a, b in made.pairs]
+    assert {"c", "d"} not in pairs and {"a", "b"} not in pairs and {"a", "c"} in pairs and {"e", "f"} in pairs
+    assert made.ties == 2 and len(pairs) == 5
 
 
 def test_images_that_nobody_compared_are_in_different_groups(tmp_path):

@@ -44,6 +44,7 @@ def test_what_the_memory_leaves_out_is_said(changes, processes, said):
     ("changes", "pairs", "said"),
     [
         ({}, None, "10 updates; give --pairs for the number of epochs"),
+        ({"data": "a/typo"}, None, "10 updates; a/typo is not on this machine: give --pairs for the number of epochs"),
         ({"steps": None, "epochs": 2.0}, None, "2 epochs; give --pairs for the number of updates"),
         ({}, Pairs(90, 80), "10 updates = 4 epochs of 80 pairs, and 10 are held out"),
         ({"steps": 1000}, Pairs(150, 150), "1,000 updates = 213 epochs of 150 pairs"),

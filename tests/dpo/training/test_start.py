@@ -220,3 +220,16 @@ def test_a_result_that_its_run_has_left_is_warned_of(world, sft, monkeypatch, ca
     assert [record.getMessage() for record in caplog.records if record.name == "dpo"] == [
         f"--{name.replace('_', '-')} {names[name]}: {names[name]} was left"
     ]
+
+
+def test_a_run_that_has_no_unet_is_no_start(world, tmp_path):
+    """Told before pairs are read: one that is not finished, and one that trained a LoRA."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text('[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 1\n', "utf-8")
+    for name in (run, run / "unet"):
+        with pytest.raises(UserError, match="that run has no result yet: finish it with --resume latest"):
+            starting.check_named(Model(model=world("sd15"), unet_init=str(name)))
+    (run / ADAPTER_FILE).touch()
+    with pytest.raises(UserError, match="that run trained a LoRA, so name it with --lora-init"):
+        starting.check_named(Model(model=world("sd15"), unet_init=str(run)))
