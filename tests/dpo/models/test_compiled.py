@@ -79,7 +79,10 @@ def test_a_compiled_run_is_the_run(world, tmp_path, caplog, kind, flags):
     (expected, _), (found, _) = advance(plain, 2), advance(run, 2)
     assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-12)
     before, after = everything(plain), everything(run)
-    assert before.keys() == after.keys()
+    # What a block's last layers say of the text, nobody reads: its gradient is none, and 0 in traced code.
+    unread = {name: value for name, value in after.items() if name not in before}
+    assert before.keys() <= after.keys() and all(name.startswith("optimizer.") for name in unread)
+    assert not any(value.any() for name, value in unread.items() if not name.endswith(".step"))
     for name, value in before.items():  # traced code takes sums of a backward pass in another order
         torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
 
