@@ -79,12 +79,13 @@ def test_a_compiled_run_is_the_run(world, tmp_path, caplog, kind, flags):
     (expected, _), (found, _) = advance(plain, 2), advance(run, 2)
     assert found["loss"] == expected["loss"] and found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-12)
     before, after = everything(plain), everything(run)
-    # What a block's last layers say of the text, nobody reads: its gradient is none, and 0 in traced code.
+    # What the last layers say of the text nobody reads: their gradient is none, in traced code 0, so that they decay there.
     unread = {name: value for name, value in after.items() if name not in before}
     assert before.keys() <= after.keys() and all(name.startswith("optimizer.") for name in unread)
     assert not any(value.any() for name, value in unread.items() if not name.endswith(".step"))
+    decay = run.config.optim.learning_rate * run.config.optim.weight_decay * run.done if unread else 0.0
     for name, value in before.items():  # traced code takes sums of a backward pass in another order
-        torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(after[name], value, rtol=1e-9 + decay, atol=1e-9)
 
 
 def test_more_variants_than_allowed_end_the_run_instead_of_running_uncompiled(world, monkeypatch):
