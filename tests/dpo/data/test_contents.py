@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import weakref
 
 import pytest
 
+from dpo.data import contents
 from dpo.data.contents import stamps
 from dpo.data.folders import open_folders
 from dpo.settings.config import Data
+from tests.help.stores import Synthetic
 from tests.help.worlds import make_folders
 
 
@@ -61,3 +64,24 @@ def test_a_pipe_is_not_waited_for(pairs):
     image.unlink()
     os.mkfifo(image)
     assert stamps(source).keys() == {"images", "image_times"}
+
+
+def test_of_a_large_set_few_images_are_in_memory_at_once(monkeypatch):
+    class Watched(Synthetic):
+        made = gone = most = 0
+
+        def __getitem__(self, index):
+            pair = super().__getitem__(index)
+            for image in pair.images:
+                self.made += 1
+                weakref.finalize(image, self.count)
+            self.most = max(self.most, self.made - self.gone)
+            return pair
+
+        def count(self):
+            self.gone += 1
+
+    whole = stamps(Watched(500))
+    monkeypatch.setattr(contents, "AT_ONCE", 16)
+    source = Watched(500)
+    assert stamps(source) == whole and source.made >= 1000 and source.most < 150
