@@ -28,6 +28,8 @@ from dpo.settings.fields import coerce
 GROUPS = ("method", "optim", "lora")
 AXES = ("seed", "precision", "caption_dropout", "label_smoothing")
 
+FLAGS_FILE = "flags.txt"  # the flags that hold for all runs
+
 log = logging.getLogger("dpo")
 
 
@@ -70,6 +72,10 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
             distinct: dict[Any, str] = {}
             for one in values:
                 distinct.setdefault(coerce(spec, one), one)  # 1e3 is 1000
+            if len(distinct) == 1:
+                raise UserError(
+                    f"{name} {value}: the values between the commas are the same; give others, or one alone"
+                )
             grid[spec.name] = list(distinct.values())
         else:
             rest.append(word)
@@ -90,20 +96,35 @@ def cells(grid: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     """Makes the runs that are not finished, one after another, and writes the comparison after each; the exit code."""
+    from dpo.common import locks
+    from dpo.common.files import write_text
     from dpo.evaluating.flags import check_scorers
-    from dpo.pages.sweep import compare, name_of
+    from dpo.pages.sweep import name_of
     from dpo.settings.flags import parse
 
     runs = cells(grid)
     configs = []
     for cell in runs:  # every mistake is found before the first run starts
-        flags = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
-        config, notes = parse([*rest, *flags, "--output", str(out / name_of(cell))])
+        own = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
+        config, notes = parse([*rest, *own, "--output", str(out / name_of(cell))])
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
-        configs.append((change(config, resume="latest", run_name=name), notes))
+        configs.append((change(config, run_name=name), notes))
     check_scorers(configs[0][0].output.evaluate)
     _check_records([config for config, _ in configs])
-    _same_flags(out, rest)
+    flags = " ".join(rest)
+    _check_folder(out, flags)  # before a lock is left in somebody's folder
+    with locks.held(out, "--out"):
+        if (before := _check_folder(out, flags)) is not None:
+            _give_way(out)
+            log.warning("%s held a sweep with other flags, which trained nothing and gives way: %s", out, before)
+        write_text(out / FLAGS_FILE, flags + "\n")
+        return _all(out, runs, configs)
+
+
+def _all(out: Path, runs: list[dict[str, str]], configs: list[tuple[Config, list[str]]]) -> int:
+    """Makes the runs, those that are finished left as they are; the exit code."""
+    from dpo.pages.sweep import compare, name_of
+
     codes: list[int] = []
     for number, (cell, (config, notes)) in enumerate(zip(runs, configs, strict=True), 1):
         log.info("run %d of %d: %s", number, len(runs), name_of(cell))
@@ -126,47 +147,46 @@ def _check_records(configs: list[Config]) -> None:
         check_records(left)
 
 
-def _same_flags(out: Path, rest: list[str]) -> None:
-    """Writes the flags that hold for all runs to flags.txt; a sweep of other flags that trained nothing gives way.
+def _check_folder(out: Path, flags: str) -> str | None:
+    """The flags of the sweep in `out` where they are others than `flags` and it trained nothing, so that it gives way.
 
     Raises UserError when the folder has another sweep that did, or somebody's files under the names of a sweep's.
     """
-    from dpo.common.files import write_text
     from dpo.common.words import listed
-    from dpo.pages.sweep import PAGES
+    from dpo.pages.sweep import PAGES, folders_of
     from dpo.training.folder import has_trained
 
-    note, flags = out / "flags.txt", " ".join(rest)
-    if not note.is_file() and (others := [name for name in (note.name, *PAGES) if (out / name).exists()]):
-        raise UserError(
-            f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
-        )
-    if note.is_file() and (before := note.read_text(encoding="utf-8").strip()) != flags:
-        trained = sorted(folder.name for folder in out.iterdir() if has_trained(folder))
-        if trained or not _give_way(out):
-            told = f", begun in {listed(trained)}" if trained else ""
+    note = out / FLAGS_FILE
+    if not note.is_file():
+        if others := [name for name in (FLAGS_FILE, *PAGES) if (out / name).exists()]:
             raise UserError(
-                f"{out} holds a sweep with other flags ({before}){told}: give the same ones to go on with it, or name another --out"
+                f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
             )
-        log.warning("%s held a sweep with other flags, which trained nothing and gives way: %s", out, before)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(note, flags + "\n")
+        return None
+    before = note.read_text(encoding="utf-8").strip()
+    if before == flags:
+        return None
+    trained = sorted(folder.name for folder in out.iterdir() if has_trained(folder))
+    if trained or not folders_of(out):  # no table tells which folders are a sweep's
+        told = f", begun in {listed(trained)}" if trained else ""
+        raise UserError(
+            f"{out} holds a sweep with other flags ({before}){told}: give the same ones to go on with it, or name another --out"
+        )
+    return before
 
 
-def _give_way(out: Path) -> bool:
-    """Deletes the pages of the sweep in `out` and the notes on its failed runs; False where no table tells which they are."""
+def _give_way(out: Path) -> None:
+    """Deletes the pages of the sweep in `out` and the notes on its failed runs."""
     from dpo.pages.folder import FAILED_FILE, not_of_a_run
     from dpo.pages.sweep import PAGES, folders_of
 
-    names = folders_of(out)
-    folders = [out / name for name in names if not not_of_a_run(out / name)]  # a note beside a model is somebody's
-    for note in (*(folder / FAILED_FILE for folder in folders), *(out / page for page in PAGES if names)):
+    folders = [out / name for name in folders_of(out) if not not_of_a_run(out / name)]  # else the note is somebody's
+    for note in (*(folder / FAILED_FILE for folder in folders), *(out / page for page in PAGES)):
         if note.is_file():
             note.unlink()
     for folder in folders:
         with suppress(OSError):  # it holds something else, or was not made
             folder.rmdir()
-    return bool(names)
 
 
 def _run(folder: Path, config: Config, notes: list[str]) -> int:
@@ -181,6 +201,7 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     if _finished(folder, config):
         log.info("finished before: %s", folder)
         return 0
+    config = change(config, resume="latest" if folder.is_dir() else None)
     try:
         check_output(config)
     except UserError as error:  # into a folder of somebody else's no note is written

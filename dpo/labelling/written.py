@@ -60,7 +60,7 @@ def write(asked: Asked, folder: Path, items: Items, votes: Votes, fit: OfPairs |
     label_0 = scale.labels(apart, margin)
     kept = np.flatnonzero(np.isfinite(label_0))
     if not len(kept):
-        raise UserError(f"none of {number_of(len(apart), 'pairs')} can be labelled: no two images of one have a score")
+        raise UserError("no pair can be labelled: none has a score for both of its images")
     p = label_0 if temperature is None else scale.probabilities(apart, temperature)
     protocol = {
         **asked.said(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.common.words import command_line, counted, listed, number_of
@@ -181,9 +182,9 @@ def step_zero(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, Non
 
     Where it is not 0 the line says which switch leaves out what rounds otherwise with a gradient than without.
     """
-    z = _logits(step, encoder, stream, graded=True)
+    z, pairs = _logits(step, encoder, stream, graded=True)
     largest = float(z.abs().max()) if z.numel() else 0.0
-    text = f"step 0: {number_of(z.numel(), 'pairs')}, largest |logit| {largest:.2g}"
+    text = f"step 0: {number_of(pairs, 'pairs')}, largest |logit| {largest:.2g}"
     if not largest:
         return text
     return (
@@ -194,17 +195,21 @@ def step_zero(step: PairStep, encoder: Encoder, stream: Generator[PairBatch, Non
 
 def _logits(
     step: PairStep, encoder: Encoder, stream: Generator[PairBatch, None, None], *, graded: bool
-) -> torch.Tensor:
-    """Logits of the usable pairs of the first micro-batches, in float64, without a correction; closes the stream."""
+) -> tuple[Tensor, int]:
+    """Logits of the usable pairs of the first micro-batches, in float64, without a correction; closes the stream.
+
+    With them the number of pairs, of which a small set has several epochs there.
+    """
     zero = torch.zeros_like(step.weight)
-    logits = []
+    logits, pairs = [], set[int]()
     for batch in islice(stream, MEASURED):
         with torch.set_grad_enabled(graded):
             found, _ = step.errors(encoder.inputs(batch), zero, recorded=batch.recorded)
         logits.append(found.logit.detach()[batch.usable.to(zero.device) > 0])
+        pairs |= set(batch.keys[batch.usable > 0].tolist())
         del found  # and with it what was kept for a backward pass
     stream.close()
-    return torch.cat(logits).double()
+    return torch.cat(logits).double(), len(pairs)
 
 
 def noise(
@@ -214,8 +219,10 @@ def noise(
 
     cause: what may move it, in words. graded: the policy runs as in training, with what a backward pass needs.
     """
-    z = _logits(step, encoder, stream, graded=graded)
+    z, count = _logits(step, encoder, stream, graded=graded)
+    first = "first pair" if count == 1 else f"first {count} pairs"
     if not z.numel() or not bool(z.any()):
-        return f"the logit of the first {z.numel()} pairs is exactly 0"
-    text = f"noise on the logit of the first {z.numel()} pairs: sd {float(z.square().mean().sqrt()):.2g}, largest {float(z.abs().max()):.2g}"
+        return f"the logit of the {first} is exactly 0"
+    sd, largest = float(z.square().mean().sqrt()), float(z.abs().max())
+    text = f"noise on the logit of the {first}: sd {sd:.2g}, largest {largest:.2g}"
     return f"{text} ({cause})"

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 
 import pytest
 
 from dpo import prepare, sweep
+from dpo.common import locks
 from dpo.common.errors import OutOfMemory, UserError
 from dpo.data.store.files import INDEX, write_sealed
 from dpo.pages.folder import read_run
@@ -65,6 +67,8 @@ def test_flags_with_several_values_are_axes():
         (["--out", "x", "--data", "d", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--bta", "1,2", "--model", "m", "--data", "d"], "unknown flag --bta: did you mean --beta?"),
         (["--out", "x", "--beta", "1,,2"], "a value between the commas is empty"),
+        (["--out", "x", "--seed", "0,0"], "--seed 0,0: the values between the commas are the same"),
+        (["--out", "x", "--beta", "1e3,1000"], "--beta 1e3,1000: the values between the commas are the same"),
         (["--out", "x", "--beta", "1,-2", "--model", "m", "--data", "d"], "beta = -2"),
     ],
 )
@@ -95,7 +99,7 @@ def flags(world, tmp_path_factory):
     ]
 
 
-def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch, pageless):
+def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch, pageless, capsys):
     out = tmp_path / "sweep"
     command = ["--out", str(out), "--method", "dpo,dde", *flags]
     real, started = loop.train, []
@@ -106,6 +110,7 @@ def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch, p
 
     monkeypatch.setattr(loop, "train", interrupted)
     assert sweep.main(command) == 130
+    assert "starting anew" not in capsys.readouterr().err  # nobody asked to go on with anything
     assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["finished", "not started"]
     monkeypatch.setattr(
         loop, "train", lambda config, notes, *own: started.append(config.method.method) or real(config, notes, *own)
@@ -136,6 +141,18 @@ def test_a_failed_run_is_noted_and_the_rest_goes_on(flags, tmp_path, monkeypatch
     assert sweep.main(["--out", str(out), "--beta", "1,2", *flags]) == 1
     assert [row["status"] for row in csv.DictReader((out / "sweep.csv").open())] == ["failed", "not started"]
     assert (out / "beta-1" / "failed.txt").read_text() == "it diverged\n"
+
+
+def test_a_second_sweep_in_the_folder_trains_nothing(flags, tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: started.append(config) or 0)
+    monkeypatch.setattr(locks, "WAIT", 0.1)
+    command = ["--out", str(tmp_path), "--beta", "1,2", *flags]
+    with locks.held(tmp_path, "--out"):
+        assert sweep.main(command) == 2
+    assert f"--out {tmp_path} is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert not started and not (tmp_path / "flags.txt").exists()
+    assert sweep.main(command) == 0 and len(started) == 2
 
 
 def test_a_run_of_a_sweep_begins_and_ends_as_the_train_command_has_it(flags, tmp_path, monkeypatch):
@@ -311,7 +328,9 @@ def test_a_sweep_that_trained_nothing_gives_its_folder_to_other_flags(tmp_path, 
     assert sweep.main(["--out", str(out), "--beta", "3,4", "--steps", "3"]) == 1
     assert "other flags, which trained nothing and gives way: --steps 2" in capsys.readouterr().err
     assert (out / "flags.txt").read_text() == "--steps 3\n"
-    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != ".lock"
+    )
     assert files[:3] == ["beta-2/metrics.jsonl", "beta-2/thoughts.txt", "beta-3/failed.txt"]
     assert files[3:] == ["flags.txt", "sweep.csv", "sweep.md", "thoughts.txt"]
     assert not (out / "beta-1").exists()
@@ -365,9 +384,10 @@ def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     """Without model and data; the axis `loss` keeps its column beside the figure of that name."""
     begun = []
     monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
+    (tmp_path / "sweep" / "loss-ipo").mkdir(parents=True)  # of a run that was begun
     assert sweep.main(["--out", str(tmp_path / "sweep"), "--loss", "sigmoid,ipo", "--steps", "2"]) == 0
     assert [(c.method.loss, c.optim.steps, c.output.resume, c.output.overwrite) for c in begun] == [
-        ("sigmoid", 2, "latest", False), ("ipo", 2, "latest", False),
+        ("sigmoid", 2, None, False), ("ipo", 2, "latest", False),
     ]  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["--loss"], row["loss"]) for row in rows] == [("sigmoid", ""), ("ipo", "")]
