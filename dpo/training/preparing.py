@@ -117,6 +117,7 @@ def encode_pairs(
         stop_at_bad=config.data.on_bad_image == "stop",
         first=first,
         last=last,
+        beside=[other for i in range(shard[1]) if (other := folder / PART.format(i, shard[1])) != place],
         max_mib=config.data.max_image_mib,
         progress=progress_line("prepared", things(source)),
     )

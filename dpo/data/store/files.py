@@ -170,6 +170,7 @@ HIDDEN, POOLED = TEXT = ("caption_hidden", "caption_pooled")
 SPAN = "caption_span"  # [N] int64: where the hidden states of each caption end, which lie one after another without padding
 NOWHERE = -1  # the row of an image that cannot be used
 TWICE = -2  # the row of both images of a pair that are one
+ROUNDING = 1e-6  # of a label
 
 
 def each(parts: Parts, function: Callable[[Tensor], Tensor]) -> Parts:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,6 +34,7 @@ from dpo.data.parquet import read_in_order
 from dpo.data.store.files import (
     NOT_ALWAYS,
     NOWHERE,
+    ROUNDING,
     TWICE,
     UNNAMED,
     check_shard,
@@ -48,7 +49,6 @@ from dpo.data.store.known import AlreadyStored, Known, image_key, known
 from dpo.data.store.mended import holes, in_order, same_files, stamp
 from dpo.data.store.shard import Encode, PairRow, Shard
 
-ROUNDING = 1e-6  # of a label in the store
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
 
@@ -69,6 +69,7 @@ class Filling:
     stop_at_bad: bool = False  # whether the first unreadable image ends it
     first: int = 0  # this process encodes the pairs first..last-1 of the source
     last: int | None = None  # None: to the source's end
+    beside: Sequence[Path] = ()  # the other parts of the store, which other processes fill
     progress: Callable[[int, int], None] = lambda done, total: None
     cut: Cut = field(default_factory=Cut)  # counts the images of pairs with buckets
 
@@ -182,14 +183,23 @@ def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
     Pairs that it holds the other way round have other keys, and may be another person's answer: that is said. Of the source
     only what has a caption of the store is read.
     """
-    if not shards:
+    entries = [(task.folder / entry["file"], entry) for entry in shards]
+    for part in task.beside:
+        index = read_index(part) or {"shards": []}
+        mine = f"{task.source.fingerprint}:"
+        entries += [
+            (part / entry["file"], entry)
+            for entry in index["shards"]
+            if not index["sources"][entry["source"]]["fingerprint"].startswith(mine)
+        ]
+    if not entries:
         return
     source, end = read_in_order(task.source), _last(task)
     held: dict[int, list[float]] = {}  # one may be there several times
     captions: list[int] = []
-    for entry in shards:
-        check_shard(task.folder / entry["file"], entry)
-        shard = open_shard(task.folder / entry["file"])
+    for path, entry in entries:
+        check_shard(path, entry)
+        shard = open_shard(path)
         captions += shard["caption_key"].tolist() if entry["captions"] else []
         for key, prob in zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True):
             held.setdefault(key, []).append(prob)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dpo.common.errors import UserError
+from dpo.common.words import number_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
-from dpo.data.store.files import INDEX, NOWHERE, TWICE, read_index
+from dpo.data.store.files import INDEX, NOWHERE, ROUNDING, TWICE, read_index
+
+log = logging.getLogger("dpo")
 
 
 def of_order(
@@ -32,6 +37,42 @@ def counted(parts: Sequence[tuple[Path, Mapping[str, Any]]], win: np.ndarray, lo
         total |= {name: total.get(name, 0) + count for name, count in summary.items()}
     holes = {UNREADABLE: np.sum((win == NOWHERE) | (lose == NOWHERE)), SAME_BYTES: np.sum(win == TWICE)}
     return total | {name: int(count) for name, count in holes.items() if count}
+
+
+def check_labels(
+    folder: Path, parts: Sequence[tuple[Path, Mapping[str, Any]]], order: np.ndarray, key: np.ndarray, prob: np.ndarray
+) -> None:
+    """Raises UserError where parts hold a pair, or an image without a partner, of two sources with different labels.
+
+    order [m] int64: rows of key [n] int64 and prob [n] fp32. Of those with the same label the log says how many there are: one
+    store would leave them out, and in parts each counts.
+    """
+    names: dict[str, str] = {}  # by fingerprint, in the order of the parts
+    places = list[int]()
+    for _, part in parts:
+        for entry in part["shards"]:
+            source = part["sources"][entry["source"]]
+            own = source["fingerprint"].split(":")[0]
+            names.setdefault(own, source["name"])
+            places += [list(names).index(own)] * entry["pairs"]
+    source_n = np.array(places, dtype=np.int64)[order]
+    key, prob = key[order], prob[order]
+    each, counts = np.unique(np.unique(np.stack([key, source_n]), axis=1)[0], return_counts=True)
+    rows = np.flatnonzero(np.isin(key, each[counts > 1]))
+    held: dict[int, list[tuple[int, float]]] = {}
+    again = 0
+    for row in rows[np.argsort(source_n[rows], kind="stable")].tolist():
+        own, label, earlier = int(source_n[row]), float(prob[row]), held.setdefault(int(key[row]), [])
+        before = [one for place, one in earlier if place < own]
+        if before and min(abs(one - label) for one in before) > ROUNDING:
+            first, second = (list(names.values())[place] for place in (earlier[0][0], own))
+            raise UserError(
+                f"{folder}: {second} has pairs of {first} with another label: prepare one of them into another --store"
+            )
+        again += bool(before)
+        earlier.append((own, label))
+    if again:
+        log.warning("%s: %s of one set are in another one too, and count twice", folder, number_of(again, "pairs"))
 
 
 def has_buckets(folder: Path) -> bool:

@@ -41,7 +41,7 @@ from dpo.data.store.files import (
     write_index,
 )
 from dpo.data.store.mended import in_order
-from dpo.data.store.parts import counted, of_order
+from dpo.data.store.parts import check_labels, counted, of_order
 from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
@@ -372,7 +372,8 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
         entries.append({"path": path.as_posix(), "sha256": checksum(part / INDEX)})
     write_index(folder, {"parts": entries, "finished": True})
     try:
-        read_contents(folder)
+        found = read_contents(folder)
+        check_labels(folder, [(part, _finished(part)) for part in parts], found.order, found.key, found.prob)
     except UserError:
         (folder / INDEX).unlink()
         raise
