@@ -32,7 +32,6 @@ TESTED_BY = {
     "dpo/data/store/files.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/fill.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/known.py": "tests/dpo/data/store/test_store.py",
-    "dpo/data/store/parts.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/recorded.py": "tests/runs/test_recorded.py",
     "dpo/data/store/recording.py": "tests/runs/test_recorded.py",
     "dpo/common/pictures.py": "tests/dpo/drawing/test_images.py",
