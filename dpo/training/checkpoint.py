@@ -313,8 +313,14 @@ def unpack(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Puts a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights."""
+    """Puts a packed state back exactly: `load_state_dict` alone would round fp32 state to the dtype of bf16 weights.
+
+    Rates, decay and the like stay those that `optimizer` was built with: they may change on resume.
+    """
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(unpack(tensors, rest))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
     if "format" in rest:
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

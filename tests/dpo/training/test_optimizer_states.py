@@ -27,11 +27,36 @@ def train(net: torch.nn.Module, made: torch.optim.Optimizer, first: int, last: i
         made.zero_grad()
 
 
-def build(kind: str, net: torch.nn.Module) -> torch.optim.Optimizer:
-    return optimizer.build(kind, list(net.parameters()), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+def build(kind: str, net: torch.nn.Module, **others) -> torch.optim.Optimizer:
+    settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2} | others
+    return optimizer.build(kind, list(net.parameters()), **settings)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw8bit", "bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"])
+KINDS = ["adamw", "adamw8bit", "bnb-adamw8bit", "paged-adamw8bit", "lion8bit", "adafactor"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_changed_on_resume_holds(kind):
+    """All that the settings say may change: the next update is that of the new values, and the next checkpoint has them."""
+    changed = {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.5}
+    net = model()
+    made = build(kind, net)
+    train(net, made, 0, 3)
+    tensors, rest = pack(made.state_dict())
+    ends = []
+    for settings in ({}, changed):
+        again = model()
+        copy_into(dict(again.named_parameters()), {name: value.detach() for name, value in net.named_parameters()}, "")
+        resumed = build(kind, again, **settings)
+        built = [{**group, "params": None} for group in resumed.param_groups]
+        load_optimizer(resumed, tensors, json.loads(json.dumps(rest)))
+        assert [{**group, "params": None} for group in resumed.param_groups] == built
+        train(again, resumed, 3, 4)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in again.parameters()]))
+    assert not torch.equal(*ends)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_k_steps_save_load_k_steps_equal_2k_steps(tmp_path, kind):
     whole = model()
     made = build(kind, whole)
