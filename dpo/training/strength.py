@@ -49,12 +49,13 @@ class Strength:
 
     def as_json(self) -> dict[str, float | int]:
         """What a checkpoint holds."""
-        return {"beta": self.now, "average": self.average, "updates": self.updates}
+        return {"beta": self.now, "average": self.average, "updates": self.updates, "start": self.start}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Goes on from a checkpoint, within the bounds of the settings that hold now."""
+        """Goes on from a checkpoint, as far from the setting as it had come: a changed --beta moves it along."""
         self.average, self.updates = float(saved["average"]), int(saved["updates"])
-        self._put(min(max(float(saved["beta"]), self.start / SPAN), self.start * SPAN))
+        moved = float(saved["beta"]) * (self.start / float(saved.get("start", self.start)))  # earlier versions lack it
+        self._put(min(max(moved, self.start / SPAN), self.start * SPAN))
 
     def _put(self, beta: float) -> None:
         self.now = beta

@@ -23,6 +23,7 @@ from tests.help.worlds import make_folders
 from tests.runs.test_processes import close
 
 LORA = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
+BEST = ["--keep-best", "--patience", "1", "--validate-every", "3", "--validation-fraction", "0.3"]
 MORE = ["--optimizer", "adamw8bit", "--ema", "0.9", "--scheduler", "cosine"]
 
 
@@ -34,12 +35,17 @@ def replayed(run, update, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "update"),
     [
-        (["--method", "dde", "--accumulation", "2"], 4),
+        (["--method", "dde", "--accumulation", "2", *BEST], 4),
         (LORA, 2),
         pytest.param(MORE, 4, marks=pytest.mark.slow),
         pytest.param(["--precision", "bf16"], 4, marks=pytest.mark.slow),
     ],
-    ids=["dde, from a checkpoint", "lora with dropout, from the start", "8-bit, averaged, cosine", "bf16"],
+    ids=[
+        "dde, from a checkpoint, the best kept",
+        "lora with dropout, from the start",
+        "8-bit, averaged, cosine",
+        "bf16",
+    ],
 )
 def test_figures_are_those_of_the_run(world, tmp_path, flags, update):
     flags = ["--batch-size", "2", "--steps", "6", "--learning-rate", "1e-4", *flags]

@@ -39,6 +39,25 @@ def test_it_stays_within_a_quarter_and_four_times_the_start(factor, end):
     assert strength.now == end == strength.beta.item()
 
 
+def test_a_changed_beta_moves_it_along():
+    """Also the one of a checkpoint of an earlier version, which does not say what it had started from: within the bounds."""
+    before = made()
+    for _ in range(150):
+        before.after({"gradient_factor": 0.5})
+    assert before.now > 2000
+    saved = before.as_json()
+    for start in (2000.0, 5000.0):
+        after = Strength(torch.tensor(start), start, 0.2, start)
+        after.restore(saved)
+        assert after.now == pytest.approx(before.now * start / 2000, rel=1e-12) and after.beta.item() == pytest.approx(
+            after.now
+        )
+        assert (after.average, after.updates) == (before.average, before.updates)
+    del saved["start"]
+    after.restore(saved)
+    assert after.now == before.now
+
+
 def test_the_factor_comes_to_its_target_where_the_margin_grows_with_beta():
     strength, advantage = made(), 1.0 / 2000  # z = beta times this: sigmoid(-1) = 0.27 at the start
     for _ in range(6000):
