@@ -93,6 +93,8 @@ def _settled(
     changes, notes = compat.translate(named, start["compat"])
     notes += repeated
     file = flat_settings(load_config(start["config"])) if start["config"] else {}
+    if file and (Path(start["config"]).parent / "metrics.jsonl").is_file():  # of a run, and said how that began
+        file |= {"overwrite": False, "resume": None}
     if changes.get("run_name", "none") not in NOTHING and "output" not in changes | file:
         changes["output"] = f"runs/{changes['run_name']}"
     base = _base(start, changes, file, notes)
@@ -200,9 +202,9 @@ def _of_resumed_run(changes: Mapping[str, Any], notes: list[str]) -> dict[str, A
     if resume in NOTHING:
         return {}
     output = str(changes.get("output") or load_preset("tiny")["output"]["output"])
-    named = Path(resume)
+    named = Path(resume).expanduser()
     above = 3 if named.parent.name.startswith("abandoned-") else 2  # in checkpoints/abandoned-N/, else in checkpoints/
-    folders = [Path(output)] if resume == "latest" else [named, *named.parents[:above]]
+    folders = [Path(output).expanduser()] if resume == "latest" else [named, *named.parents[:above]]
     for file in (folder / "config.toml" for folder in folders):
         if file.is_file():
             notes.append(f"settings of the run that is continued: {file}")

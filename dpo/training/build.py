@@ -6,6 +6,7 @@ Checks come in the order of their cost: output folder, local model, checkpoint, 
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,6 +279,13 @@ def _found(output: Output, folder: Path) -> checkpoint.Checkpoint | None:
             raise UserError(
                 f"{folder} has a result and no checkpoint to go on from, so training anew would replace {results[0]}: "
                 "name another --output, or replace it (--overwrite instead of --resume)"
+            )
+        if left := checkpoint.set_aside(
+            root
+        ):  # a kill came while a run began to go on from one of them or from elsewhere
+            raise UserError(
+                f"{folder} has no checkpoint, but {number_of(len(left), 'checkpoints')} of branches that were gone back from: "
+                f"name one, such as --resume {shlex.quote(str(left[-1]))}, or start anew with --overwrite"
             )
         log.warning("no checkpoint under %s yet: starting anew", root)
         return None

@@ -15,7 +15,9 @@ import logging
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from dpo.common.files import (
     write_text,
 )
 from dpo.common.words import excerpt
-from dpo.pages.folder import CHECKPOINTS
+from dpo.pages.folder import CHECKPOINTS, METRICS_FILE
 
 log = logging.getLogger("dpo")
 
@@ -185,10 +187,8 @@ def find(root: Path, which: str, check: Callable[[Checkpoint], object] = lambda 
     others = [path for path in listing(root) if path not in candidates][::-1]
     if others:
         raise UserError(f"{reasons[0]}; others are there: --resume latest, or --resume {shlex.quote(str(others[0]))}")
-    if set_aside := sorted(path for path in root.glob(ABANDONED.format("*/step-*")) if path not in candidates):
-        raise UserError(
-            f"{reasons[0]}; a branch that was gone back from has --resume {shlex.quote(str(set_aside[-1]))}"
-        )
+    if left := [path for path in set_aside(root) if path not in candidates]:
+        raise UserError(f"{reasons[0]}; a branch that was gone back from has --resume {shlex.quote(str(left[-1]))}")
     raise UserError(f"no checkpoint can be read ({reasons[0]}); start again without --resume and with --overwrite")
 
 
@@ -239,18 +239,62 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def set_aside(root: Path, resumed: Path, step: int) -> None:
-    """Moves the checkpoints of `root` that are not in the history of `resumed`, which made `step` updates, and says so.
+def go_on_from(resumed: Path, root: Path, step: int) -> None:
+    """Makes `resumed`, which made `step` updates, the newest checkpoint of `root`: `latest` goes on from there after a kill too.
 
-    Those are the later ones, and all where `resumed` lies elsewhere. They go to a folder abandoned-N in `root`, which
-    `listing` does not look into. Raises OSError.
+    What is not in its history is set aside. Of one that had been set aside itself the lines of metrics.jsonl come back with
+    it. Raises OSError.
     """
-    elsewhere = resumed.resolve().parent != root.resolve()
-    moved = [path for path in listing(root) if elsewhere or path.name > folder_of(root, step).name]
+    if resumed.resolve().parent == root.resolve():
+        _set_aside(root, resumed, [path for path in listing(root) if path.name > folder_of(root, step).name])
+        return
+    place = folder_of(root, step)
+    with _copy_of(resumed, place) as part:
+        _set_aside(root, resumed, listing(root))
+        part.replace(place)
+    sync_folder(root)
+    lines = resumed.parent / METRICS_FILE
+    if lines.is_file() and resumed.resolve().parent.parent == root.resolve():
+        write_text(root.parent / METRICS_FILE, lines.read_text(encoding="utf-8"))
+
+
+def copy_to(found: Path, place: Path) -> None:
+    """Puts a checkpoint at `place` too, whole or not at all. Raises OSError."""
+    with _copy_of(found, place) as part:
+        part.replace(place)
+    sync_folder(place.parent)
+
+
+@contextmanager
+def _copy_of(found: Path, place: Path) -> Iterator[Path]:
+    """A copy of a checkpoint beside `place`, to be renamed in the block. Its files are linked where that can be: none is ever changed."""
+    part = beside(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(found, part, copy_function=_link_or_copy)
+        yield part
+    finally:
+        remove(part)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def _set_aside(root: Path, resumed: Path, moved: list[Path]) -> None:
+    """Moves checkpoints of `root` to a folder abandoned-N there, into which `listing` does not look, and says so.
+
+    The run's lines of metrics.jsonl are kept beside them.
+    """
     if not moved:
         return
     place = next(place for i in itertools.count(1) if not (place := root / ABANDONED.format(i)).exists())
     place.mkdir()
+    with suppress(FileNotFoundError):
+        shutil.copyfile(root.parent / METRICS_FILE, place / METRICS_FILE)
     for path in reversed(moved):  # a kill between two leaves the older ones, which are no later than what is moved
         os.replace(path, place / path.name)
     sync_folder(root)
@@ -258,6 +302,15 @@ def set_aside(root: Path, resumed: Path, step: int) -> None:
         "going on from %s: %s %s moved to %s", resumed, ", ".join(path.name for path in moved),
         "was" if len(moved) == 1 else "were", place,
     )  # fmt: skip
+
+
+def set_aside(root: Path) -> list[Path]:
+    """The checkpoints that were set aside under `root`, the newest branch and its newest last."""
+    number = re.compile(ABANDONED.format(r"(\d+)"))
+    branches = (
+        (int(found[1]), path) for path in root.glob(ABANDONED.format("*")) if (found := number.fullmatch(path.name))
+    )
+    return [path for _, branch in sorted(branches) for path in listing(branch)]
 
 
 def prune(root: Path, limit: int | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dpo.common.errors import UserError
-from dpo.common.files import beside, remove, sync_folder
 from dpo.common.words import digest
 from dpo.settings import resolve
 from dpo.training import checkpoint, validation
@@ -86,14 +84,8 @@ def bring(run: Run) -> None:
     place = checkpoint.folder_of(run.checkpoints, run.best.step)
     if weights_of(place) == run.best.checksums:
         return
-    found, part = find(run.best, run.resumed.parent), beside(place)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(found, part)
-        part.replace(place)
-        sync_folder(place.parent)
-    finally:
-        remove(part)
+    found = find(run.best, run.resumed.parent)
+    checkpoint.copy_to(found, place)
     log.info("keep-best: %s was copied to %s", found, place)
 
 

@@ -54,12 +54,22 @@ def check_output(config: Config) -> Path:
         raise UserError(
             f"{output} holds another run: go on with it (--resume latest), replace it (--overwrite) or name another --output"
         )
+    if occupied and out.resume and not _goes_on_with(output, out.resume):
+        raise UserError(
+            f"{output} holds another run than --resume {out.resume}: go on with it (--resume latest), or name another --output"
+        )
     if (others := not_of_a_run(output)) and not out.overwrite:
         raise UserError(
             f"{output} is no run and has {', '.join(others)}, which would be replaced: name another --output, or add --overwrite"
         )
     _try(output)
     return output
+
+
+def _goes_on_with(output: Path, resume: str) -> bool:
+    """Whether --resume names what lies in `output`: its latest checkpoint, itself, or one that it has or has set aside."""
+    named = Path(resume).expanduser().resolve()
+    return resume == "latest" or named == output.resolve() or named.is_relative_to((output / CHECKPOINTS).resolve())
 
 
 def _try(output: Path) -> None:

@@ -178,7 +178,7 @@ def _train(config: Config, notes: list[str], train_step: TrainStep, evaluate: Ev
         clear_output(output, config.output)
         remember(BEGUN)
         if run.resumed is not None:
-            checkpoint.set_aside(run.checkpoints, run.resumed, run.done)
+            checkpoint.go_on_from(run.resumed, run.checkpoints, run.done)
             choice.bring(run)
         with _tracking(run.output, run.config, run.done) as trackers:
             ending = _make(run, trackers, train_step)
@@ -235,7 +235,8 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
     with whole(run, _draws_before(run)):
         run.processes.once(_begin, run, trackers)
     if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
-        files.write_text(run.output / CONFIG_FILE, to_toml(run.config))
+        again = change(run.config, overwrite=False, resume=None)  # it is a --config of other runs too
+        files.write_text(run.output / CONFIG_FILE, to_toml(again))
     with stop_on_signals() as stop:
         updates(run, trackers, train_step, stop)
     with whole(run), _told_how_to_finish(run.output, run.done):

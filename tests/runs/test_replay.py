@@ -23,7 +23,7 @@ from tests.help.worlds import make_folders
 from tests.runs.test_processes import close
 
 LORA = ["--lora", "--lora-dropout", "0.3", "--caption-dropout", "0.5"]
-BEST = ["--keep-best", "--patience", "1", "--validate-every", "3", "--validation-fraction", "0.3"]
+BEST = ["--keep-best", "--patience", "1", "--validate-every", "2", "--validation-fraction", "0.4"]
 MORE = ["--optimizer", "adamw8bit", "--ema", "0.9", "--scheduler", "cosine"]
 
 

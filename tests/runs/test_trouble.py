@@ -274,6 +274,9 @@ def test_overwriting_removes_the_earlier_result_before_it_trains(stopped, tmp_pa
     assert command(capsys, *stopped, "--overwrite").code == 130
     assert not (tmp_path / "out" / "model_index.json").exists(), "an old result must not pass for the new one"
     assert not (tmp_path / "out" / "checkpoints").exists()
+    assert "overwrite = true" not in (tmp_path / "out" / "config.toml").read_text(), (
+        "it is a --config of other runs too"
+    )
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
@@ -310,7 +313,8 @@ def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stoppe
         at_update(patch, 3, lambda run: signal.raise_signal(signal.SIGTERM))
         said = command(capsys, *back)
     assert said.code == 130 and said.warnings("step-00000002, step-00000003 were moved to")
-    assert sorted(path.name for path in (root / "abandoned-1").iterdir()) == ["step-00000002", "step-00000003"]
+    left = ["metrics.jsonl", "step-00000002", "step-00000003"]
+    assert sorted(path.name for path in (root / "abandoned-1").iterdir()) == left
     assert checkpoint.find(root, "latest").state["config"]["learning_rate"] == 2e-5
     assert command(capsys, *back[:-4], "--learning-rate", "2e-5", "--resume", "latest").code == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -329,6 +333,18 @@ def test_an_abandoned_checkpoint_is_resumed_by_its_place(stopped, tmp_path, caps
         path.write_bytes(b"spoilt")
     said = command(capsys, "--output", out, "--resume", "latest", "--steps", "5")
     assert said.code == 2 and "abandoned-" in said.errors[0] and "--overwrite" not in said.errors[0]
+
+
+def test_a_run_that_lost_its_place_between_branches_is_not_begun_anew(stopped, tmp_path, capsys):
+    """As a kill leaves it while checkpoints are set aside."""
+    root = tmp_path / "out" / "checkpoints"
+    (root / "abandoned-1").mkdir()
+    for path in checkpoint.listing(root):
+        path.rename(root / "abandoned-1" / path.name)
+    for result in ("model_index.json", "metrics.jsonl"):
+        (tmp_path / "out" / result).unlink()
+    said = command(capsys, *stopped, "--resume", "latest")
+    assert said.code == 2 and "name one, such as --resume" in said.errors[0] and "step-00000003" in said.errors[0]
 
 
 def test_a_result_without_its_checkpoints_is_not_trained_over(stopped, tmp_path, capsys):

@@ -105,6 +105,21 @@ def test_a_preset_or_file_replaces_what_is_in_its_own_folder_only(tmp_path):
     assert not parse(["--config", str(tmp_path / "config.toml"), "--output", "elsewhere"])[0].output.overwrite
 
 
+def test_a_config_of_a_run_says_not_how_that_began(tmp_path):
+    """As earlier versions wrote it: it would delete the run that it is of, or go on from where that had."""
+    file = tmp_path / "config.toml"
+    for words in (["--overwrite"], ["--resume", "elsewhere/step-00000001"]):
+        file.write_text(to_toml(parse([*BASE, "--output", str(tmp_path), *words])[0]))
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        begun = parse(["--config", str(file)])[0].output
+        assert begun.overwrite or begun.resume
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+        again = parse(["--config", str(file)])[0].output
+        assert not again.overwrite and again.resume is None
+        assert parse(["--config", str(file), "--overwrite"])[0].output.overwrite
+        assert parse(["--config", str(file), "--resume", "latest"])[0].output.resume == "latest"
+
+
 def test_a_run_with_a_name_has_its_folder_under_runs(tmp_path):
     folder = lambda *argv: parse([*argv, "--run-name", "red foxes"])[0].output.output  # noqa: E731
     assert folder(*BASE) == folder("--preset", "sd15") == "runs/red foxes"

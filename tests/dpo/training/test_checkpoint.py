@@ -400,26 +400,60 @@ def test_copy_into_refuses_what_does_not_fit(saved, message):
 def test_going_back_moves_later_checkpoints_aside(tmp_path, caplog):
     for step in (2, 4, 6, 8):
         write(tmp_path, step)
-    checkpoint.set_aside(tmp_path, folder_of(tmp_path, 4), 4)
+    checkpoint.go_on_from(folder_of(tmp_path, 4), tmp_path, 4)
     assert [path.name for path in listing(tmp_path)] == ["step-00000002", "step-00000004"]
     assert "step-00000006, step-00000008 were moved to" in caplog.text and "abandoned-1" in caplog.text
     assert find(tmp_path, "latest").state["step"] == 4
     assert find(tmp_path, str(tmp_path / "abandoned-1")).state["step"] == 8
     write(tmp_path, 6)
-    checkpoint.set_aside(tmp_path, folder_of(tmp_path, 2), 2)
+    checkpoint.go_on_from(folder_of(tmp_path, 2), tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "abandoned-2").iterdir()) == ["step-00000004", "step-00000006"]
 
 
-def test_going_on_from_another_run_moves_all_aside(tmp_path):
-    other = write(tmp_path / "other", 4)
-    write(tmp_path / "own", 2)
-    checkpoint.set_aside(tmp_path / "own", other, 4)
-    assert listing(tmp_path / "own") == [] and listing(tmp_path / "other") == [other]
+@pytest.mark.parametrize("links", [True, False])
+def test_going_on_from_another_run_moves_all_aside_and_has_its_checkpoint(tmp_path, monkeypatch, links):
+    """A kill before the first own checkpoint costs nothing: `latest` is the one that was gone on from."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    other, own = write(tmp_path / "other", 4), tmp_path / "own"
+    write(own, 2), write(own, 4), write(own, 8)
+    before = (other / "state.json").read_bytes()
+    checkpoint.go_on_from(other, own, 4)
+    assert listing(own) == [folder_of(own, 4)] and listing(tmp_path / "other") == [other]
+    assert len(listing(own / "abandoned-1")) == 3 and len(list(own.iterdir())) == 2
+    assert find(own, "latest").state == find(tmp_path / "other", "latest").state
+    assert (folder_of(own, 4) / "state.json").read_bytes() == before
+
+
+def test_a_branch_comes_back_with_its_lines(tmp_path):
+    """metrics.jsonl is of the branch whose weights go on, whichever was the last."""
+    lines, root = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+    for step in (2, 4, 6):
+        write(root, step)
+    lines.write_text("the first branch")
+    checkpoint.go_on_from(folder_of(root, 2), root, 2)
+    write(root, 4)
+    lines.write_text("the second branch")
+    checkpoint.go_on_from(folder_of(root / "abandoned-1", 4), root, 4)
+    assert lines.read_text() == "the first branch" and listing(root) == [folder_of(root, 4)]
+    assert (root / "abandoned-2" / "metrics.jsonl").read_text() == "the second branch"
+    assert len(listing(root / "abandoned-2")) == 2
+    assert checkpoint.set_aside(root)[-1] == folder_of(root / "abandoned-2", 4)
+
+
+def test_of_many_branches_the_newest_is_the_last(tmp_path):
+    for number in (2, 10, 9):
+        write(tmp_path / f"abandoned-{number}", number)
+    assert [path.parent.name for path in checkpoint.set_aside(tmp_path)] == [
+        "abandoned-2",
+        "abandoned-9",
+        "abandoned-10",
+    ]
 
 
 def test_going_on_from_the_newest_moves_nothing(tmp_path):
     write(tmp_path, 2)
-    checkpoint.set_aside(tmp_path, write(tmp_path, 4), 4)
+    checkpoint.go_on_from(write(tmp_path, 4), tmp_path, 4)
     assert len(listing(tmp_path)) == len(list(tmp_path.iterdir())) == 2
 
 

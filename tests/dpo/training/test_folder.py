@@ -53,6 +53,27 @@ def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tmp_path, kind):
     assert check_output(into(tmp_path, resume="latest")) == check_output(into(tmp_path, overwrite=True)) == tmp_path
 
 
+def test_a_run_is_not_gone_on_with_into_the_folder_of_another(tmp_path):
+    """Its result would be replaced, and one file of metrics would have the lines of both."""
+    own, other = tmp_path / "own", tmp_path / "other"
+    for place in (own, other):
+        place.mkdir()
+        mark(place, "checkpoints")
+    for named in (other, other / "checkpoints", other / "checkpoints" / "step-00000002"):
+        with pytest.raises(
+            UserError, match=f"holds another run than --resume {named}: go on with it .--resume latest., or"
+        ):
+            check_output(into(own, resume=str(named)))
+        assert check_output(into(tmp_path / "new", resume=str(named))) == tmp_path / "new"
+    aside = own / "checkpoints" / "abandoned-1" / "step-00000001"
+    for named in (own, own / "checkpoints", own / "checkpoints" / "step-00000002", aside):
+        assert check_output(into(own, resume=str(named))) == own
+    (own / "checkpoints").rename(tmp_path / "disk")
+    (own / "checkpoints").symlink_to(tmp_path / "disk")
+    for named in (own / "checkpoints" / "step-00000002", tmp_path / "disk" / "step-00000002"):
+        assert check_output(into(own, resume=str(named))) == own
+
+
 @pytest.mark.parametrize("resume", [None, "latest"])
 @pytest.mark.parametrize("name", [entry.name for entry in ENTRIES if entry.name != "failed.txt"])
 def test_nothing_of_somebody_elses_is_written_over(tmp_path, name, resume):
