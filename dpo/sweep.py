@@ -5,7 +5,8 @@
 A flag with values between commas is an axis of the grid; every other flag is dpo.train's and holds for all runs. Axes can be
 the settings of the method, the optimizer and LoRA, the seed, the precision and the labels; a prepared store with
 recorded reference errors serves all of them but other seeds and precisions. Each run has a folder of its own below SWEEP.
-The same command again skips finished runs and goes on with the one that was interrupted.
+The same command again skips finished runs and goes on with the one that was interrupted, with --overwrite too: that
+replaces what lies in a run's folder and is no run.
 """
 
 from __future__ import annotations
@@ -56,16 +57,17 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
+        follows = not equals and bool(words) and not words[0].startswith("--")  # else the next word is a flag of its own
+        value = words[0] if follows else value
         key = name.removeprefix("--").replace("-", "_")
         if key in ("out", "output", "output_dir") and name.startswith("--"):
-            out = value if equals else words.pop(0) if words else None
+            out = value or None
+            del words[:follows]
             continue
         spec = spellings.get(key) if name.startswith("--") else None
-        value = value if equals else words[0] if words else ""
         axis = spec is not None and not spec.many and (spec.group in GROUPS or spec.name in AXES)
         if spec is not None and axis and "," in value:
-            if not equals:
-                words.pop(0)
+            del words[:follows]
             values = [part.strip() for part in value.split(",")]
             if "" in values:
                 raise UserError(f"{name} {value}: a value between the commas is empty")
@@ -105,7 +107,7 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     runs = cells(grid)
     configs = []
     for cell in runs:  # every mistake is found before the first run starts
-        own = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
+        own = [f"{specs()[axis].flag}={value}" for axis, value in cell.items()]  # one word: of a switch, or below 0
         config, notes = parse([*rest, *own, "--output", str(out / name_of(cell))])
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
         configs.append((change(config, run_name=name), notes))
@@ -194,14 +196,15 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     import torch
 
     from dpo.common.files import write_text
-    from dpo.pages.folder import FAILED_FILE
+    from dpo.pages.folder import FAILED_FILE, holds_run
     from dpo.train import to_its_end
     from dpo.training.folder import check_output
 
     if _finished(folder, config):
         log.info("finished before: %s", folder)
         return 0
-    config = change(config, resume="latest" if folder.is_dir() else None)
+    replaced = config.output.overwrite and not holds_run(folder)
+    config = change(config, resume="latest" if folder.is_dir() and not replaced else None, overwrite=replaced)
     try:
         check_output(config)
     except UserError as error:  # into a folder of somebody else's no note is written

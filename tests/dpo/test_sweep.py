@@ -60,9 +60,33 @@ def test_flags_with_several_values_are_axes():
 
 
 @pytest.mark.parametrize(
+    ("argv", "grid", "rest"),
+    [
+        (["--lora", "--beta=1,2", "--out=o"], {"beta": ["1", "2"]}, ["--lora"]),  # a switch takes no flag for its value
+        (["--deterministic", "--out", "o", "--lr", "1,2"], {"learning_rate": ["1", "2"]}, ["--deterministic"]),
+        (["--lora", "true,false", "--out", "o"], {"lora": ["true", "false"]}, []),
+        (["--logit-mean", "-1e-3,0", "--lora", "--out", "o"], {"logit_mean": ["-1e-3", "0"]}, ["--lora"]),
+    ],
+)
+def test_a_flag_is_no_value_of_the_one_before(argv, grid, rest):
+    out, *others = sweep.read(argv)
+    assert (str(out), others) == ("o", [grid, rest])
+
+
+def test_an_axis_may_be_a_switch_or_below_zero(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
+    command = ["--lora", "true,false", "--logit-mean", "-1e-3,0", "--steps", "2"]
+    assert sweep.main(["--out", str(tmp_path / "sweep"), *command]) == 0
+    told = [(config.lora.lora, config.method.logit_mean) for config in begun]
+    assert told == [(True, -1e-3), (True, 0.0), (False, -1e-3), (False, 0.0)]
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--beta", "1,2"], "--out"),
+        (["--out", "--beta=1,2"], "--out FOLDER"),
         (["--out", "x", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--data", "d", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--bta", "1,2", "--model", "m", "--data", "d"], "unknown flag --bta: did you mean --beta?"),
@@ -391,6 +415,17 @@ def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     ]  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["--loss"], row["loss"]) for row in rows] == [("sigmoid", ""), ("ipo", "")]
+
+
+def test_overwrite_replaces_no_run(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config.output) or 0)
+    out = tmp_path / "sweep"
+    write_run(out / "loss-sigmoid", "failed", updates=6)
+    (out / "loss-ipo").mkdir()
+    (out / "loss-ipo" / "model_index.json").write_text("somebody's")
+    assert sweep.main(["--out", str(out), "--overwrite", "--loss", "sigmoid,ipo,hinge", "--steps", "6"]) == 0
+    assert [(one.resume, one.overwrite) for one in begun] == [("latest", False), (None, True), (None, True)]
 
 
 def test_a_value_spelt_twice_is_one_run():
