@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from dpo.common import command
 from dpo.common.errors import UserError
-from dpo.settings.config import Config, change, specs
+from dpo.settings.config import Config, change, flatten, specs
 from dpo.settings.fields import coerce
 
 # What may be an axis: the settings of these groups, and these single settings.
@@ -30,6 +31,7 @@ GROUPS = ("method", "optim", "lora")
 AXES = ("seed", "precision", "caption_dropout", "label_smoothing")
 
 FLAGS_FILE = "flags.txt"  # the flags that hold for all runs
+ASKED_FILE = "settings.json"  # each run's settings as they were asked for: a run's own file has those decided later
 
 log = logging.getLogger("dpo")
 
@@ -57,7 +59,7 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        follows = not equals and bool(words) and not words[0].startswith("--")  # else the next word is a flag of its own
+        follows = not equals and bool(words) and not words[0].startswith("--")  # no flag is the value of another
         value = words[0] if follows else value
         key = name.removeprefix("--").replace("-", "_")
         if key in ("out", "output", "output_dir") and name.startswith("--"):
@@ -111,6 +113,7 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         config, notes = parse([*rest, *own, "--output", str(out / name_of(cell))])
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
         configs.append((change(config, run_name=name), notes))
+    asked = {Path(config.output.output).name: _as_asked(config) for config, _ in configs}
     check_scorers(configs[0][0].output.evaluate)
     _check_records([config for config, _ in configs])
     flags = " ".join(rest)
@@ -119,7 +122,9 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         if (before := _check_folder(out, flags)) is not None:
             _give_way(out)
             log.warning("%s held a sweep with other flags, which trained nothing and gives way: %s", out, before)
+        asked = _with_finished(out, asked, [config for config, _ in configs])
         write_text(out / FLAGS_FILE, flags + "\n")
+        write_text(out / ASKED_FILE, json.dumps(asked))
         return _all(out, runs, configs)
 
 
@@ -137,6 +142,39 @@ def _all(out: Path, runs: list[dict[str, str]], configs: list[tuple[Config, list
             return codes[-1]
     log.info("%s", "\n" + (out / "sweep.md").read_text(encoding="utf-8"))
     return 1 if any(codes) else 0
+
+
+def _as_asked(config: Config) -> dict[str, Any]:
+    """The settings of a run of one process as JSON has them. Raises UserError for pairs that do not divide."""
+    from dpo.settings.resolve import dealt
+
+    settings: dict[str, Any] = json.loads(json.dumps(flatten(dealt(config, 1))))
+    return settings
+
+
+def _with_finished(out: Path, asked: dict[str, dict[str, Any]], configs: list[Config]) -> dict[str, dict[str, Any]]:
+    """`asked`, settings by run, with those of finished runs as they were made: a preset or --config may say others now.
+
+    Raises UserError where they do, by the rules of a resume. Of runs of earlier versions nothing is known, nor of a
+    setting that was none yet.
+    """
+    from dpo.pages.folder import read_json
+    from dpo.settings.rules import resume_changes
+
+    noted, made = read_json(out / ASKED_FILE), {}
+    for config in configs:
+        folder = Path(config.output.output)
+        if not _finished(folder, config):
+            continue
+        now, before = asked[folder.name], noted.get(folder.name, {})
+        said, refused = resume_changes(now | before, now, specs())
+        if said or refused:
+            raise UserError(
+                f"{folder} is finished, with other settings than this command has now ({', '.join([*said, *refused])}): "
+                "set them back where --config or --preset has them, or name another --out"
+            )
+        made[folder.name] = before
+    return noted | asked | made
 
 
 def _check_records(configs: list[Config]) -> None:
@@ -160,7 +198,7 @@ def _check_folder(out: Path, flags: str) -> str | None:
 
     note = out / FLAGS_FILE
     if not note.is_file():
-        if others := [name for name in (FLAGS_FILE, *PAGES) if (out / name).exists()]:
+        if others := [name for name in (FLAGS_FILE, ASKED_FILE, *PAGES) if (out / name).exists()]:
             raise UserError(
                 f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
             )

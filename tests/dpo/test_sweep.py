@@ -196,7 +196,7 @@ def test_a_run_of_a_sweep_begins_and_ends_as_the_train_command_has_it(flags, tmp
     assert noted == ["out of GPU memory; by the plan this would fit: X\n", "out of GPU memory\n"]
 
 
-@pytest.mark.parametrize("name", ["flags.txt", "sweep.csv", "sweep.md", "sweep.png"])
+@pytest.mark.parametrize("name", ["flags.txt", "settings.json", "sweep.csv", "sweep.md", "sweep.png"])
 def test_no_table_of_somebody_elses_is_written_over(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(loop, "train", lambda config, notes, step: 0)
     out = tmp_path / "sweep"
@@ -356,7 +356,7 @@ def test_a_sweep_that_trained_nothing_gives_its_folder_to_other_flags(tmp_path, 
         path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != ".lock"
     )
     assert files[:3] == ["beta-2/metrics.jsonl", "beta-2/thoughts.txt", "beta-3/failed.txt"]
-    assert files[3:] == ["flags.txt", "sweep.csv", "sweep.md", "thoughts.txt"]
+    assert files[3:] == ["flags.txt", "settings.json", "sweep.csv", "sweep.md", "thoughts.txt"]
     assert not (out / "beta-1").exists()
 
 
@@ -421,11 +421,64 @@ def test_overwrite_replaces_no_run(tmp_path, monkeypatch):
     begun = []
     monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config.output) or 0)
     out = tmp_path / "sweep"
-    write_run(out / "loss-sigmoid", "failed", updates=6)
-    (out / "loss-ipo").mkdir()
-    (out / "loss-ipo" / "model_index.json").write_text("somebody's")
+    for name, file, text in (
+        ("loss-sigmoid", "config.toml", '[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 500\n'),
+        ("loss-ipo", "model_index.json", "somebody's"),
+    ):
+        (out / name).mkdir(parents=True)
+        (out / name / file).write_text(text)
     assert sweep.main(["--out", str(out), "--overwrite", "--loss", "sigmoid,ipo,hinge", "--steps", "6"]) == 0
     assert [(one.resume, one.overwrite) for one in begun] == [("latest", False), (None, True), (None, True)]
+
+
+def finished(folder):
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"status": "finished", "steps": 6}')
+    (folder / "metrics.jsonl").write_text('{"step": 6, "loss": 0.5}\n')
+
+
+BASE = {"steps": 6, "lora": True, "lora_init": "it.safetensors", "batch_size": 4, "precision": "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({}, None),
+        ({"threads": 2, "steps": 5}, None),  # free to change; more updates than are asked for are made
+        ({"learning_rate": 2e-5}, "learning_rate 1e-05 -> 2e-05"),
+        ({"batch_size": 8, "method": "sdpo"}, "batch_size 4 -> 8, effective_batch 4 -> 8, method dpo -> sdpo"),
+        ({"accumulation": 2}, "accumulation 1 -> 2, effective_batch 4 -> 8"),
+        ({"unet_init": "u"}, "unet_init None -> u"),
+        ({"lora_init": "none"}, "lora_init it.safetensors -> None"),
+    ],
+)
+def test_a_finished_run_has_the_settings_of_now_or_is_refused(tmp_path, monkeypatch, capsys, now, said):
+    """Whatever the run decided: fp16 is fp32 on a CPU, the rank is that of --lora-init."""
+    out, file, begun = tmp_path / "sweep", tmp_path / "base.toml", []
+
+    def made(settings):
+        file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+        return sweep.main(["--out", str(out), "--config", str(file), "--beta", "1,2", "--device", "cpu"])
+
+    monkeypatch.setattr(sweep, "_all", lambda *given: begun.append(given) or 0)
+    assert made(BASE | {"learning_rate": 3e-5}) == made(BASE) == 0  # nothing is finished yet
+    finished(out / "beta-1")
+    assert made(BASE | now) == (2 if said else 0) and len(begun) == (2 if said else 3)
+    told = capsys.readouterr().err
+    if said:
+        assert (
+            f"dpo.sweep: {out / 'beta-1'} is finished, with other settings than this command has now ({said})" in told
+        )
+        assert told.count("\n") == 1 and made(BASE) == 0
+
+
+def test_of_a_finished_run_what_no_version_noted_is_no_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_all", lambda *given: 0)
+    for name in ("beta-1", "beta-2"):
+        finished(tmp_path / name)
+    (tmp_path / "flags.txt").write_text("--steps 6 --lr 1e-5\n")
+    (tmp_path / "settings.json").write_text('{"beta-1": {"learning_rate": 1e-5, "of_later": 1}}')
+    assert sweep.main(["--out", str(tmp_path), "--beta", "1,2", "--steps", "6", "--lr", "1e-5"]) == 0
 
 
 def test_a_value_spelt_twice_is_one_run():
