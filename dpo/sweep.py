@@ -5,13 +5,15 @@
 A flag with values between commas is an axis of the grid; every other flag is dpo.train's and holds for all runs. Axes can be
 the settings of the method, the optimizer and LoRA, the seed, the precision and the labels; a prepared store with
 recorded reference errors serves all of them but other seeds and precisions. Each run has a folder of its own below SWEEP.
-The same command again skips finished runs and goes on with the one that was interrupted.
+The same command again skips finished runs and goes on with the one that was interrupted, with --overwrite too: that
+replaces what lies in a run's folder and is no run.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from typing import Any
 
 from dpo.common import command
 from dpo.common.errors import UserError
-from dpo.settings.config import Config, change, specs
+from dpo.settings.config import Config, change, flatten, specs
 from dpo.settings.fields import coerce
 
 # What may be an axis: the settings of these groups, and these single settings.
@@ -29,6 +31,7 @@ GROUPS = ("method", "optim", "lora")
 AXES = ("seed", "precision", "caption_dropout", "label_smoothing")
 
 FLAGS_FILE = "flags.txt"  # the flags that hold for all runs
+ASKED_FILE = "settings.json"  # each run's settings as they were asked for: a run's own file has those decided later
 
 log = logging.getLogger("dpo")
 
@@ -56,16 +59,17 @@ def read(argv: Sequence[str]) -> tuple[Path, dict[str, list[str]], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
+        follows = not equals and bool(words) and not words[0].startswith("--")  # no flag is the value of another
+        value = words[0] if follows else value
         key = name.removeprefix("--").replace("-", "_")
         if key in ("out", "output", "output_dir") and name.startswith("--"):
-            out = value if equals else words.pop(0) if words else None
+            out = value or None
+            del words[:follows]
             continue
         spec = spellings.get(key) if name.startswith("--") else None
-        value = value if equals else words[0] if words else ""
         axis = spec is not None and not spec.many and (spec.group in GROUPS or spec.name in AXES)
         if spec is not None and axis and "," in value:
-            if not equals:
-                words.pop(0)
+            del words[:follows]
             values = [part.strip() for part in value.split(",")]
             if "" in values:
                 raise UserError(f"{name} {value}: a value between the commas is empty")
@@ -105,10 +109,11 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
     runs = cells(grid)
     configs = []
     for cell in runs:  # every mistake is found before the first run starts
-        own = [word for axis, value in cell.items() for word in (specs()[axis].flag, value)]
+        own = [f"{specs()[axis].flag}={value}" for axis, value in cell.items()]  # one word: of a switch, or below 0
         config, notes = parse([*rest, *own, "--output", str(out / name_of(cell))])
         name = config.output.run_name and f"{config.output.run_name} {name_of(cell)}"  # a curve each at the trackers
         configs.append((change(config, run_name=name), notes))
+    asked = {Path(config.output.output).name: _as_asked(config) for config, _ in configs}
     check_scorers(configs[0][0].output.evaluate)
     _check_records([config for config, _ in configs])
     flags = " ".join(rest)
@@ -117,7 +122,9 @@ def sweep(out: Path, grid: dict[str, list[str]], rest: list[str]) -> int:
         if (before := _check_folder(out, flags)) is not None:
             _give_way(out)
             log.warning("%s held a sweep with other flags, which trained nothing and gives way: %s", out, before)
+        asked = _with_finished(out, asked, [config for config, _ in configs])
         write_text(out / FLAGS_FILE, flags + "\n")
+        write_text(out / ASKED_FILE, json.dumps(asked))
         return _all(out, runs, configs)
 
 
@@ -135,6 +142,39 @@ def _all(out: Path, runs: list[dict[str, str]], configs: list[tuple[Config, list
             return codes[-1]
     log.info("%s", "\n" + (out / "sweep.md").read_text(encoding="utf-8"))
     return 1 if any(codes) else 0
+
+
+def _as_asked(config: Config) -> dict[str, Any]:
+    """The settings of a run of one process as JSON has them. Raises UserError for pairs that do not divide."""
+    from dpo.settings.resolve import dealt
+
+    settings: dict[str, Any] = json.loads(json.dumps(flatten(dealt(config, 1))))
+    return settings
+
+
+def _with_finished(out: Path, asked: dict[str, dict[str, Any]], configs: list[Config]) -> dict[str, dict[str, Any]]:
+    """`asked`, settings by run, with those of finished runs as they were made: a preset or --config may say others now.
+
+    Raises UserError where they do, by the rules of a resume. Of runs of earlier versions nothing is known, nor of a
+    setting that was none yet.
+    """
+    from dpo.pages.folder import read_json
+    from dpo.settings.rules import resume_changes
+
+    noted, made = read_json(out / ASKED_FILE), {}
+    for config in configs:
+        folder = Path(config.output.output)
+        if not _finished(folder, config):
+            continue
+        now, before = asked[folder.name], noted.get(folder.name, {})
+        said, refused = resume_changes(now | before, now, specs())
+        if said or refused:
+            raise UserError(
+                f"{folder} is finished, with other settings than this command has now ({', '.join([*said, *refused])}): "
+                "set them back where --config or --preset has them, or name another --out"
+            )
+        made[folder.name] = before
+    return noted | asked | made
 
 
 def _check_records(configs: list[Config]) -> None:
@@ -158,7 +198,7 @@ def _check_folder(out: Path, flags: str) -> str | None:
 
     note = out / FLAGS_FILE
     if not note.is_file():
-        if others := [name for name in (FLAGS_FILE, *PAGES) if (out / name).exists()]:
+        if others := [name for name in (FLAGS_FILE, ASKED_FILE, *PAGES) if (out / name).exists()]:
             raise UserError(
                 f"{out} holds no sweep and has {', '.join(others)}, which would be replaced: name another --out"
             )
@@ -194,14 +234,15 @@ def _run(folder: Path, config: Config, notes: list[str]) -> int:
     import torch
 
     from dpo.common.files import write_text
-    from dpo.pages.folder import FAILED_FILE
+    from dpo.pages.folder import FAILED_FILE, holds_run
     from dpo.train import to_its_end
     from dpo.training.folder import check_output
 
     if _finished(folder, config):
         log.info("finished before: %s", folder)
         return 0
-    config = change(config, resume="latest" if folder.is_dir() else None)
+    replaced = config.output.overwrite and not holds_run(folder)
+    config = change(config, resume="latest" if folder.is_dir() and not replaced else None, overwrite=replaced)
     try:
         check_output(config)
     except UserError as error:  # into a folder of somebody else's no note is written

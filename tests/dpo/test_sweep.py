@@ -60,9 +60,33 @@ def test_flags_with_several_values_are_axes():
 
 
 @pytest.mark.parametrize(
+    ("argv", "grid", "rest"),
+    [
+        (["--lora", "--beta=1,2", "--out=o"], {"beta": ["1", "2"]}, ["--lora"]),  # a switch takes no flag for its value
+        (["--deterministic", "--out", "o", "--lr", "1,2"], {"learning_rate": ["1", "2"]}, ["--deterministic"]),
+        (["--lora", "true,false", "--out", "o"], {"lora": ["true", "false"]}, []),
+        (["--logit-mean", "-1e-3,0", "--lora", "--out", "o"], {"logit_mean": ["-1e-3", "0"]}, ["--lora"]),
+    ],
+)
+def test_a_flag_is_no_value_of_the_one_before(argv, grid, rest):
+    out, *others = sweep.read(argv)
+    assert (str(out), others) == ("o", [grid, rest])
+
+
+def test_an_axis_may_be_a_switch_or_below_zero(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config) or 0)
+    command = ["--lora", "true,false", "--logit-mean", "-1e-3,0", "--steps", "2"]
+    assert sweep.main(["--out", str(tmp_path / "sweep"), *command]) == 0
+    told = [(config.lora.lora, config.method.logit_mean) for config in begun]
+    assert told == [(True, -1e-3), (True, 0.0), (False, -1e-3), (False, 0.0)]
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--beta", "1,2"], "--out"),
+        (["--out", "--beta=1,2"], "--out FOLDER"),
         (["--out", "x", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--data", "d", "--beta", "1"], "nothing to compare"),
         (["--out", "x", "--bta", "1,2", "--model", "m", "--data", "d"], "unknown flag --bta: did you mean --beta?"),
@@ -172,7 +196,7 @@ def test_a_run_of_a_sweep_begins_and_ends_as_the_train_command_has_it(flags, tmp
     assert noted == ["out of GPU memory; by the plan this would fit: X\n", "out of GPU memory\n"]
 
 
-@pytest.mark.parametrize("name", ["flags.txt", "sweep.csv", "sweep.md", "sweep.png"])
+@pytest.mark.parametrize("name", ["flags.txt", "settings.json", "sweep.csv", "sweep.md", "sweep.png"])
 def test_no_table_of_somebody_elses_is_written_over(tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(loop, "train", lambda config, notes, step: 0)
     out = tmp_path / "sweep"
@@ -332,7 +356,7 @@ def test_a_sweep_that_trained_nothing_gives_its_folder_to_other_flags(tmp_path, 
         path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != ".lock"
     )
     assert files[:3] == ["beta-2/metrics.jsonl", "beta-2/thoughts.txt", "beta-3/failed.txt"]
-    assert files[3:] == ["flags.txt", "sweep.csv", "sweep.md", "thoughts.txt"]
+    assert files[3:] == ["flags.txt", "settings.json", "sweep.csv", "sweep.md", "thoughts.txt"]
     assert not (out / "beta-1").exists()
 
 
@@ -391,6 +415,70 @@ def test_a_sweep_of_the_embedded_world_over_the_shapes(tmp_path, monkeypatch):
     ]  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
     assert [(row["--loss"], row["loss"]) for row in rows] == [("sigmoid", ""), ("ipo", "")]
+
+
+def test_overwrite_replaces_no_run(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(loop, "train", lambda config, *others: begun.append(config.output) or 0)
+    out = tmp_path / "sweep"
+    for name, file, text in (
+        ("loss-sigmoid", "config.toml", '[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 500\n'),
+        ("loss-ipo", "model_index.json", "somebody's"),
+    ):
+        (out / name).mkdir(parents=True)
+        (out / name / file).write_text(text)
+    assert sweep.main(["--out", str(out), "--overwrite", "--loss", "sigmoid,ipo,hinge", "--steps", "6"]) == 0
+    assert [(one.resume, one.overwrite) for one in begun] == [("latest", False), (None, True), (None, True)]
+
+
+def finished(folder):
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"status": "finished", "steps": 6}')
+    (folder / "metrics.jsonl").write_text('{"step": 6, "loss": 0.5}\n')
+
+
+BASE = {"steps": 6, "lora": True, "lora_init": "it.safetensors", "batch_size": 4, "precision": "fp16"}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({}, None),
+        ({"threads": 2, "steps": 5}, None),  # free to change; more updates than are asked for are made
+        ({"learning_rate": 2e-5}, "learning_rate 1e-05 -> 2e-05"),
+        ({"batch_size": 8, "method": "sdpo"}, "batch_size 4 -> 8, effective_batch 4 -> 8, method dpo -> sdpo"),
+        ({"accumulation": 2}, "accumulation 1 -> 2, effective_batch 4 -> 8"),
+        ({"unet_init": "u"}, "unet_init None -> u"),
+        ({"lora_init": "none"}, "lora_init it.safetensors -> None"),
+    ],
+)
+def test_a_finished_run_has_the_settings_of_now_or_is_refused(tmp_path, monkeypatch, capsys, now, said):
+    """Whatever the run decided: fp16 is fp32 on a CPU, the rank is that of --lora-init."""
+    out, file, begun = tmp_path / "sweep", tmp_path / "base.toml", []
+
+    def made(settings):
+        file.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
+        return sweep.main(["--out", str(out), "--config", str(file), "--beta", "1,2", "--device", "cpu"])
+
+    monkeypatch.setattr(sweep, "_all", lambda *given: begun.append(given) or 0)
+    assert made(BASE | {"learning_rate": 3e-5}) == made(BASE) == 0  # nothing is finished yet
+    finished(out / "beta-1")
+    assert made(BASE | now) == (2 if said else 0) and len(begun) == (2 if said else 3)
+    told = capsys.readouterr().err
+    if said:
+        assert (
+            f"dpo.sweep: {out / 'beta-1'} is finished, with other settings than this command has now ({said})" in told
+        )
+        assert told.count("\n") == 1 and made(BASE) == 0
+
+
+def test_of_a_finished_run_what_no_version_noted_is_no_difference(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_all", lambda *given: 0)
+    for name in ("beta-1", "beta-2"):
+        finished(tmp_path / name)
+    (tmp_path / "flags.txt").write_text("--steps 6 --lr 1e-5\n")
+    (tmp_path / "settings.json").write_text('{"beta-1": {"learning_rate": 1e-5, "of_later": 1}}')
+    assert sweep.main(["--out", str(tmp_path), "--beta", "1,2", "--steps", "6", "--lr", "1e-5"]) == 0
 
 
 def test_a_value_spelt_twice_is_one_run():
