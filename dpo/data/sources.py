@@ -87,9 +87,9 @@ def open_sources(data: Data) -> Sources:
     data = held_out.decide(data, train)
     if data.validation_data is not None:
         unsmoothed = replace(data, data=data.validation_data, ties="drop", label_smoothing=0.0, max_pairs=None)
-        out = _held_out(open_source(unsmoothed, data.validation_split, data.data), data)
-        held_out.check_apart(data, train, out)
-        return Sources(train, out, data)
+        held = _held_out(open_source(unsmoothed, data.validation_split, data.data), data)
+        held_out.check_apart(data, train, held)
+        return Sources(train, held, data)
     train, out = held_out.split(data, train)
     return Sources(train, None if out is None else _held_out(out, data), data)
 
