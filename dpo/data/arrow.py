@@ -98,7 +98,12 @@ def _images(table: pa.Table, columns: Columns, root: str, row: int) -> list[Imag
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
-    return all((folder / name).is_file() for name in (STATE, INFO)) or (folder / SPLITS).is_file()
+    return all((folder / name).is_file() for name in (STATE, INFO)) or has_splits(folder)
+
+
+def has_splits(folder: Path) -> bool:
+    """Whether a saved folder is one of several sets."""
+    return (folder / SPLITS).is_file()
 
 
 def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind: str = "auto") -> ArrowSource:
@@ -107,7 +112,7 @@ def open_arrow(folder: Path, data: Data, split: str, names: dict[str, str], kind
     kind: see `find_columns`. Raises UserError for a missing split, a damaged folder, missing columns, and captions,
     images or labels of a wrong type.
     """
-    if (folder / SPLITS).is_file():
+    if has_splits(folder):
         found = _splits(folder / SPLITS)
         chosen = next((name for name in (split, names.get(split)) if name in found), None)
         chosen = chosen or next((name for name in found if names.get(name, name) == names.get(split, split)), None)

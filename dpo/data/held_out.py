@@ -10,7 +10,8 @@ import numpy as np
 
 from dpo.common.errors import UserError
 from dpo.data.order import keyed_numbers, keyed_share, share_up_to
-from dpo.data.pairs import Source, Subset, caption_key, things
+from dpo.data.pairs import Source, Subset, caption_key, one_image, things
+from dpo.data.store.store import of_store
 from dpo.settings.config import Data
 
 SHARE = 0.1  # of one's own pairs, where nothing was said
@@ -94,6 +95,32 @@ def split(data: Data, train: Source) -> tuple[Source, Source | None]:
     raise UserError(
         f"{data.data}: --validation-fraction {share:g} of {len(out)} {things(train)} leaves none for {side}"
     )
+
+
+def check_apart(data: Data, train: Source, out: Source) -> None:
+    """Raises UserError where every pair of data.validation_data in `out` is a training pair too, unless it was asked for.
+
+    It was where data.validation_split is that of the training pairs. They are compared with the training pairs of their
+    captions, so of another set the first pair mostly ends it; a key alone does not tell, for it may be of names that
+    other files have too. Not looked through: sets too large to be kept in memory, and stores, which keep no images.
+    """
+    asked = data.validation_split == data.split != Data.validation_split
+    if asked or train.window is not None or of_store(train) is not None or train.sides != out.sides:
+        return
+    captions, known = train.caption_keys(), dict[int, dict[int, int]]()
+
+    def trained(place: int, caption: int) -> bool:
+        if caption not in known:
+            known[caption] = {train[int(i)].key: int(i) for i in np.flatnonzero(captions == caption)}
+        pair = out[place]
+        same = known[caption].get(pair.key)
+        return same is not None and all(map(one_image, train[same].images, pair.images))
+
+    if all(trained(place, caption) for place, caption in enumerate(out.caption_keys().tolist())):
+        raise UserError(
+            f"{data.validation_data}: all {len(out)} held-out {things(out)} are training {things(out)} too: name others with "
+            "--validation-data, or leave it out: then some of --data are held out"
+        )
 
 
 def _say_nearer(numbers: np.ndarray, share: float, held: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -136,6 +136,18 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
         f"{where}: needs the columns {layouts[kind]}, found {listed(names) or 'none'}; "
         "name others with --caption-column, --chosen-column, --rejected-column"
     )
+
+
+def with_more(columns: Columns, names: Iterable[str]) -> Columns:
+    """`columns` with those among `names` that decide about a row where their cell is not empty.
+
+    Rows may leave out what is empty, and a shard what is empty in all of its rows. Uids stay those of the first row, for
+    keys are made of them, and `label_1` too, which counts a row without it as unlabelled.
+    """
+    if columns.second is None:
+        return columns
+    may = {P} if columns.label_0 is None else {P, "has_label", "are_different"}
+    return replace(columns, **{name: name for name in may.intersection(names)})
 
 
 @dataclass(frozen=True)

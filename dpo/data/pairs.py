@@ -258,11 +258,12 @@ def caption_key(caption: str) -> int:
     return _key("caption", caption)
 
 
-def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
+def image_ref(value: object, uid: object, root: str | None) -> ImageRef:
     """The image in a cell: file bytes, the same as base64 text, {"bytes", "path"}, or a path relative to `root`.
 
-    Without a uid, embedded bytes are identified by a hash of them, paths by the text in the cell.
+    uid: text or a number. Without one, embedded bytes are identified by a hash of them, paths by the text in the cell.
     """
+    uid = "" if uid is None else str(uid)
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and is_base64(value):
@@ -272,7 +273,7 @@ def image_ref(value: object, uid: str | None, root: str | None) -> ImageRef:
         return ImageRef(uid or value, path=str(path))
     if isinstance(value, bytes) and value:
         return ImageRef(uid or hashlib.blake2b(value, digest_size=16).hexdigest(), data=value)
-    return ImageRef(uid or "")
+    return ImageRef(uid)
 
 
 def is_base64(text: str) -> bool:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from dpo.common.errors import OF_READING, UserError, reading
 from dpo.common.words import digest, first_line, listed
 from dpo.data.arrow import check_schema
-from dpo.data.labels import BLANK, SAME, Columns, P, RowLabels, find_columns, labels_of
+from dpo.data.labels import BLANK, SAME, Columns, RowLabels, find_columns, labels_of, with_more
 from dpo.data.listing import NOT_READ
 from dpo.data.pairs import Pair, Source, caption_key, image_ref, make_pair, one_image
 from dpo.settings.config import Data
@@ -63,8 +63,11 @@ def _scan(files: Files, name: str, columns: Columns, ties: str) -> _Scan:
         missing = [c for c in columns.read + columns.decided_by if c not in file.schema_arrow.names]
         if missing:
             raise UserError(f"{name}: column {missing[0]} is missing, found {listed(file.schema_arrow.names)}")
-        if columns.p is None and columns.second is not None and P in file.schema_arrow.names:
-            raise UserError(f"{name}: has a column {P}, which other files of the set lack: name the files of one kind")
+        wider = with_more(columns, file.schema_arrow.names).decided_by
+        if more := [c for c in wider if c not in columns.decided_by]:
+            raise UserError(
+                f"{name}: has a column {more[0]}, which other files of the set lack: name the files of one kind"
+            )
         check_schema(file.schema_arrow, columns, name)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         small = file.read(columns=columns.decided_by) if columns.decided_by else None

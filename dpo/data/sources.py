@@ -17,7 +17,7 @@ from dpo.common.errors import UserError, reading
 from dpo.common.hub import is_hub_id
 from dpo.common.words import as_on_windows, counted, listed, number_of
 from dpo.data import held_out, labelled
-from dpo.data.arrow import is_saved, open_arrow
+from dpo.data.arrow import has_splits, is_saved, open_arrow
 from dpo.data.folders import METADATA, is_image, open_folders
 from dpo.data.hub import SPLITS, files_of_split, hub_files
 from dpo.data.labels import BLANK, SAME_BYTES, SOFT, UNREADABLE
@@ -44,19 +44,21 @@ MAKERS = {  # by a folder that presets take their pairs from: the command that m
 log = logging.getLogger("dpo")
 
 
-def open_source(data: Data, split: str | None = None) -> Source:
+def open_source(data: Data, split: str | None = None, training: str | None = None) -> Source:
     """The pairs that data.data names, usable ones only.
 
-    split: that of held-out pairs; None for training pairs, which have data.split.
+    split: that of held-out pairs; None for training pairs, which have data.split. training: what names the training
+    pairs beside them.
 
     data.data is a parquet, tar, JSONL, JSON or CSV file, a folder of such files, a folder with `w/` and `l/`, one that
     `save_to_disk` wrote, a prepared store, a glob, or a hub id. A split chooses among the files of a folder or hub data
-    set; files named one by one or by a glob are all read. Raises UserError when there is no such set, it cannot be
-    read, columns are missing or no pair is usable.
+    set; files named one by one or by a glob are all read; of a folder without splits `_is_whole` tells. Raises
+    UserError when there is no such set, it cannot be read, columns are missing or no pair is usable.
     """
     with reading(str(data.data), "mend it, or leave out the file"):
         try:
-            source = _find(data, split or data.split)
+            wanted = split or data.split
+            source = _find(data, wanted, _is_whole(wanted, data.data, training))
         except NoSplit as error:
             flag = "--split" if split is None else "--validation-split"
             raise UserError(f"{error}; choose one with {flag}") from error
@@ -85,9 +87,21 @@ def open_sources(data: Data) -> Sources:
     data = held_out.decide(data, train)
     if data.validation_data is not None:
         unsmoothed = replace(data, data=data.validation_data, ties="drop", label_smoothing=0.0, max_pairs=None)
-        return Sources(train, _held_out(open_source(unsmoothed, data.validation_split), data), data)
+        held = _held_out(open_source(unsmoothed, data.validation_split, data.data), data)
+        held_out.check_apart(data, train, held)
+        return Sources(train, held, data)
     train, out = held_out.split(data, train)
     return Sources(train, None if out is None else _held_out(out, data), data)
+
+
+def _is_whole(split: str, place: str | None, training: str | None) -> bool:
+    """Whether a set without splits is read where this one is wanted, instead of being refused.
+
+    To train on, and as held-out pairs with the default split, unless these are the training pairs themselves.
+    """
+    if (meant := SPLITS.get(split, split)) != "validation" or training is None:
+        return meant in ("train", "validation")  # --compat trains on a split of the second name
+    return Path(str(place)).expanduser().resolve() != Path(training).expanduser().resolve()
 
 
 def _held_out(source: Source, data: Data) -> InMemory | Subset:
@@ -145,14 +159,17 @@ def _rest(source: Source, rest: int) -> dict[str, int]:
     return {"as held out": held, "by --max-pairs": rest - held}
 
 
-def _find(data: Data, split: str) -> Source:
-    """Opens what data.data names. Raises UserError when there is no such thing."""
+def _find(data: Data, split: str, whole: bool) -> Source:
+    """Opens what data.data names; whole: also a set without splits. Raises UserError when there is no such thing."""
     name, kind = str(data.data), data.data_format
     path = Path(name).expanduser()
     if path.is_file():
         return _of_files([path], path.parent, data)
+    if path.is_dir() and (kind == "store" or is_store(path)):
+        _check_whole(path, split, whole)
+        return open_store(path, data)
     if path.is_dir():
-        return open_store(path, data) if kind == "store" or is_store(path) else _of_folder(path, data, split)
+        return _of_folder(path, data, split, whole)
     if glob.has_magic(name):
         found = [
             p for p in glob.glob(str(path), recursive=True) if Path(p).name.lower() not in JUNK
@@ -190,15 +207,23 @@ def _of_files(paths: list[Path], root: Path, data: Data) -> Source:
     )
 
 
-def _of_folder(folder: Path, data: Data, split: str) -> Source:
+def _check_whole(folder: Path, split: str, whole: bool) -> None:
+    """Raises NoSplit for a folder that has no splits where one is wanted."""
+    if not whole:
+        raise NoSplit(f"{folder}: has no split {split!r}, found train")
+
+
+def _of_folder(folder: Path, data: Data, split: str, whole: bool) -> Source:
     """Opens a folder with `w/` and `l/`, a saved set, parquet files or tar shards at any depth, or one table."""
     kind = data.data_format
     if (made := labelled.place(folder)) is not None:  # images, scores and pages lie beside
-        return _of_folder(made, data, split)
+        return _of_folder(made, data, split, whole)
     for root in (folder / split, folder):
         if kind in ("auto", "folders") and (root / "w").is_dir() and (root / "l").is_dir():
+            _check_whole(folder, split, whole or root != folder)
             return open_folders(root, data)
     if kind in (*LAYOUTS, "arrow") and is_saved(folder):
+        _check_whole(folder, split, whole or has_splits(folder))
         return open_arrow(folder, data, split, SPLITS, kind if kind in LAYOUTS else "auto")
     listing = list_files(folder)
     for suffix, own in ((".parquet", ()), (".tar", ("webdataset",))):
@@ -210,7 +235,7 @@ def _of_folder(folder: Path, data: Data, split: str) -> Source:
     tables = [name for name in tables if name != BESIDES] or tables
     tables = tables or [name for name in beside if name.lower() in METADATA]  # an imagefolder of two images a row
     if tables and kind in ("auto", "jsonl", "csv"):
-        chosen = files_of_split(tables, split, str(folder)) if len(tables) > 1 else tables
+        chosen = files_of_split(tables, split, str(folder)) if len(tables) > 1 or not whole else tables
         return _of_listed(folder, replace(listing, files=beside), chosen, tables, data)
     found = listed(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
     wanted = "parquet, uncompressed tar, JSONL or CSV files, or folders w/ and l/"

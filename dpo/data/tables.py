@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from dpo.common.errors import UserError
 from dpo.common.words import as_on_windows, counted_of, digest, excerpt, excerpt_of_path, first_line
-from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of, verdict_of
+from dpo.data.labels import BLANK, SAME, Columns, find_columns, flag, labels_of, verdict_of, with_more
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, image_ref, is_base64, one_image
 from dpo.settings.config import Data
 
@@ -65,12 +65,15 @@ def open_table(path: Path, data: Data, kind: str = "auto") -> TableSource:
     """
     is_csv = path.suffix.lower() in DELIMITERS
     rows = csv_rows(path) if is_csv else json_rows(path)
-    start = list(islice(rows, 1))
+    start = list(islice(rows, 1 if is_csv else CHUNK))  # a row of JSON may leave out what is empty
     if not start:
         raise UserError(f"{path}: has no rows")
-    columns = find_columns(start[0][1], data, str(path), kind)
+    try:
+        columns = find_columns(start[0][1], data, str(path), kind)
+    except UserError:
+        columns = find_columns(dict.fromkeys(chain.from_iterable(row for _, row in start)), data, str(path), kind)
     rows = chain(start, rows)
-    table = _columns(path, _watched(path, rows, columns.caption) if is_csv else rows, columns)
+    columns, table = _columns(path, _watched(path, rows, columns.caption) if is_csv else rows, columns)
     numbers = {name: table[name].to_numpy(zero_copy_only=False) for name in columns.decided_by}
     labels = labels_of(numbers, columns, len(table[columns.caption]), data.ties, str(path))
     keep = np.flatnonzero(labels.keep)
@@ -184,19 +187,26 @@ def _watched(path: Path, rows: Iterable[tuple[int, Row]], caption: str) -> Itera
         )  # fmt: skip
 
 
-def _columns(path: Path, rows: Iterable[tuple[int, Row]], columns: Columns) -> dict[str, pa.ChunkedArray]:
-    """The needed columns of a table, as Arrow arrays, built CHUNK rows at a time to keep memory flat."""
-    names = dict.fromkeys(columns.read + columns.decided_by)
-    chunks: dict[str, list[pa.Array]] = {name: [] for name in names}
-    rows = iter(rows)
+def _columns(
+    path: Path, rows: Iterable[tuple[int, Row]], columns: Columns
+) -> tuple[Columns, dict[str, pa.ChunkedArray]]:
+    """The needed columns of a table, as Arrow arrays, built CHUNK rows at a time to keep memory flat.
+
+    Also `columns` with more that decide, where a later row names them: rows before have an empty cell there.
+    """
+    chunks: dict[str, list[pa.Array]] = {}
+    rows, done = iter(rows), 0
     while part := list(islice(rows, CHUNK)):
-        for name in names:
+        columns = with_more(columns, chain.from_iterable(row for _, row in part))
+        for name in dict.fromkeys(columns.read + columns.decided_by):
             values = [
                 (path_cell if name in columns.images else cell)(f"{path}, line {number}", row, name, columns)
                 for number, row in part
             ]
-            chunks[name].append(column_of(values, name, columns, str(path)))
-    return {name: pa.chunked_array(arrays) for name, arrays in chunks.items()}
+            before = [] if name in chunks else [column_of([None] * done, name, columns, str(path))]
+            chunks.setdefault(name, before).append(column_of(values, name, columns, str(path)))
+        done += len(part)
+    return columns, {name: pa.chunked_array(arrays) for name, arrays in chunks.items()}
 
 
 def column_of(values: Sequence[Any], name: str, columns: Columns, where: str) -> pa.Array:

@@ -23,7 +23,7 @@ import pyarrow as pa
 from dpo.common.errors import UserError
 from dpo.common.words import digest, excerpt, first_line
 from dpo.data.folders import extensions
-from dpo.data.labels import BLANK, CAPTION, CHOSEN, IMAGES, REJECTED, SAME, Columns, find_columns, labels_of
+from dpo.data.labels import BLANK, CAPTION, CHOSEN, IMAGES, REJECTED, SAME, Columns, find_columns, labels_of, with_more
 from dpo.data.listing import CAPTION_FILES, HIDDEN, NOT_READ, is_junk, not_read
 from dpo.data.pairs import ImageRef, Labelled, Pair, caption_key, one_image
 from dpo.data.tables import cell, column_of
@@ -92,7 +92,8 @@ def open_tar(paths: list[Path], data: Data, kind: str = "auto") -> TarSource:
     """Pairs of tar shards, in order of the shards and of the first member of each pair.
 
     A key ends at the first dot of a member's file name; what follows, without the ending of an image, names the column:
-    w and l, or any name of a column that tables may have, and caption for .txt. The fields of .json are columns too.
+    w and l, or any name of a column that tables may have, and caption for .txt. The fields of .json are columns too;
+    what first stands in a later shard (`with_more`) is empty in those before.
     kind: see `find_columns`. Raises UserError for damaged shards, missing columns and labels of a wrong type.
     """
     if len(paths) > 1:
@@ -107,6 +108,7 @@ def open_tar(paths: list[Path], data: Data, kind: str = "auto") -> TarSource:
         if columns is None and samples:
             columns = _columns(samples, data, str(path), kind)
         if columns is not None:
+            columns = with_more(columns, chain.from_iterable(sample.columns for sample in samples.values()))
             most = None if data.max_pairs is None else data.max_pairs - total
             part = parts[number] = _pairs(path, samples, columns, data.ties, most)
             counts.update(part.counts)

@@ -156,15 +156,16 @@ def unreadable(items: Items) -> np.ndarray:
 def of_table(items: Items, name: str, path: Path) -> np.ndarray:
     """The score [M] of each image from a table, nan where it has none, which is said.
 
-    Rows name an image by its uid, by its file (whole or its last parts), or by the hash of its pixels. Raises UserError.
+    Rows name an image by its uid, by its file (whole or its last parts), or by the hash of its pixels. Raises UserError,
+    also for a row that names several files.
     """
     table = read_table(path)
-    without = _Without()
+    without, named = _Without(), dict[int, str]()
 
     def value(place: int) -> float:
         item = items[place]
         try:
-            row = _row(table, item)
+            row = _of_name(table, item, named, path) or _of_hash(table, item)
         except BadImage as error:
             without.add(f"{_named(item)}: {error}")
             return math.nan
@@ -180,13 +181,27 @@ def of_table(items: Items, name: str, path: Path) -> np.ndarray:
     return found
 
 
-def _row(table: Table, item: Item) -> tuple[int, float] | None:
-    """The row of an image. Raises BadImage where a hash must tell and the image cannot be read."""
-    if (row := table.by_file.get(item.image.uid)) is None and item.image.path is not None:
-        row = tables.of_file(Path(item.image.path), table.by_file, None)
-    if row is None and table.by_hash:
-        row = table.by_hash.get(pixel_hash(to_score(item.image.load())))
+def _of_name(table: Table, item: Item, named: dict[int, str], path: Path) -> tuple[int, float] | None:
+    """The row of an image's uid or file; named: the files of rows before, by row, to which its own is added.
+
+    Of a drawn image the uid is the bare name of its file, which those of other models have too: its path is what tells.
+    """
+    uid, file = item.image.uid, item.image.path
+    if not item.model and (row := table.by_file.get(uid)) is not None:
+        return row
+    if file is None or (row := tables.of_file(Path(file), table.by_file, None)) is None:
+        return None
+    if (other := named.setdefault(row[0], file)) != file:
+        raise UserError(
+            f"{path}, row {row[0]}: names both {excerpt_of_path(other)} and {excerpt_of_path(file)}: "
+            "give paths with the folder"
+        )
     return row
+
+
+def _of_hash(table: Table, item: Item) -> tuple[int, float] | None:
+    """The row of an image's pixels. Raises BadImage where they must tell and cannot be read."""
+    return table.by_hash.get(pixel_hash(to_score(item.image.load()))) if table.by_hash else None
 
 
 def _named(item: Item) -> str:

@@ -36,6 +36,24 @@ def test_a_saved_set(images, tmp_path, settings):
         assert source.caption_keys().tolist() == other.caption_keys().tolist()
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_uids_may_be_numbers(kind, tmp_path, settings):
+    """Their keys are those of the same numbers as text."""
+    worlds.make_pickapic(tmp_path / "made", 3)
+    rows = pq.read_table(next((tmp_path / "made").rglob("*.parquet"))).to_pylist()
+    keys = []
+    for form in (int, str):
+        for i, row in enumerate(rows):
+            row |= {"image_0_uid": form(2 * i), "image_1_uid": form(2 * i + 1), "created_at": None}
+        if kind == "saved":
+            place = worlds.make_saved(tmp_path / form.__name__, rows)
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), place := tmp_path / f"{form.__name__}.parquet")
+        source = open_source(settings(place))
+        keys.append([source[i].key for i in range(3)])
+    assert keys[0] == keys[1] and sorted(image.uid for image in source[0].images) == ["0", "1"]
+
+
 def test_what_is_left_out_of_a_saved_set(tmp_path, settings):
     worlds.make_pickapic(tmp_path / "made", 5, ties=2, unlabelled=1)
     rows = pq.read_table(next((tmp_path / "made").rglob("*.parquet"))).to_pylist()

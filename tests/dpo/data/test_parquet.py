@@ -154,6 +154,17 @@ def test_a_later_file_with_other_columns_is_named(tmp_path, settings):
         open_source(settings(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["has_label", "are_different"])
+def test_a_later_file_with_more_labels_is_named(name, tmp_path, settings):
+    worlds.make_pickapic(tmp_path, 4, shards=2)
+    first = min(tmp_path.rglob("*.parquet"))
+    pq.write_table(pq.read_table(first).drop_columns([name]), first)
+    with pytest.raises(
+        UserError, match=f"00001-of-00002.parquet: has a column {name}, which other files of the set lack"
+    ):
+        open_source(settings(tmp_path))
+
+
 def test_no_usable_pairs(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 0, ties=3, unlabelled=2)
     with pytest.raises(UserError, match=r"no usable pairs \(5 rows: 0 pairs; left out: 3 ties, 2 unlabelled\)"):

@@ -152,6 +152,63 @@ def test_validation_data_of_their_own(tmp_path, settings):
     assert held[3].win.load()  # held in memory
 
 
+def plain_folders(folder):
+    return worlds.make_folders(folder, 4)
+
+
+def plain_table(folder):
+    return worlds.make_table(folder, 4).parent
+
+
+def plain_saved(folder):
+    file = worlds.make_chosen_rejected(folder / "made", 4, images="raw") / "train.parquet"
+    return worlds.make_saved(folder / "saved", pq.read_table(file).to_pylist())
+
+
+@pytest.mark.parametrize("make", [plain_folders, plain_table, plain_saved])
+def test_a_set_without_splits_has_no_other_one(make, tmp_path, settings):
+    """A wrong name would hold out the training pairs themselves."""
+    place, other = make(tmp_path / "a"), make(tmp_path / "b")
+    held = {"validation_data": str(place / ".." / place.name)}
+    for flags in (
+        held,
+        held | {"validation_split": "tset"},
+        {"validation_data": str(other), "validation_split": "tset"},
+    ):
+        split = flags.get("validation_split", "validation")
+        with pytest.raises(UserError, match=f"has no split '{split}', found train; choose one with --validation-split"):
+            open_sources(settings(place, **flags))
+    with pytest.raises(UserError, match="has no split 'test', found train; choose one with --split"):
+        open_source(settings(place, split="test"))
+    assert len(open_source(settings(place, split="validation"))) == 4  # --compat hf-sd15 asks for that unasked
+    asked = open_sources(settings(place, **held, validation_split="train"))
+    assert len(asked.train) == len(asked.held_out) == 4
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_held_out_pairs_that_are_all_training_pairs_are_refused(kind, copy, tmp_path, settings):
+    make = worlds.make_pickapic if kind == "parquet" else worlds.make_table
+    make(tmp_path / "a", 6)
+    if copy:
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    file, other = (next((tmp_path / name).rglob(f"*.{kind}")) for name in ("a", "b" if copy else "a"))
+    with pytest.raises(
+        UserError, match=r"all 6 held-out pairs are training pairs too: name others with --validation-data"
+    ):
+        open_sources(settings(file, validation_data=str(other)))
+    assert len(open_sources(settings(file, validation_data=str(other), max_pairs=5)).held_out) == 6
+    assert open_sources(settings(file, validation_data=str(other), validation_split="train")).held_out is not None
+
+
+def test_other_images_of_the_same_names_and_captions_are_held_out(tmp_path, settings):
+    """Two folders of numbered images without captions: their pairs have equal keys."""
+    for seed, name in enumerate(("a", "b")):
+        worlds.make_folders(tmp_path / name, 5, seed, captions_in="none")
+    train, held, _ = open_sources(settings(tmp_path / "a", validation_data=str(tmp_path / "b")))
+    assert [held[i].key for i in range(5)] == [train[i].key for i in range(5)]
+
+
 def test_none_held_out_of_a_few_pairs_unasked(tmp_path, settings):
     worlds.make_pickapic(tmp_path, 3)
     assert open_sources(settings(tmp_path)).held_out is None

@@ -52,6 +52,45 @@ def test_tables_may_hold_labels(tmp_path, settings):
     assert describe(source) == "4 rows: 2 pairs; left out: 1 tie, 1 unlabelled"
 
 
+OF_LABELS = [  # rows without what is empty; of each that is a pair which image won, and how surely
+    ([{"label_0": 1}, {"label_0": 1, "p": 0.6}, {"label_0": 0, "p": 0.3}], [(0, 1.0), (0, 0.6), (1, 0.7)]),
+    ([{"label_0": 1}, {"label_0": 1}, {"label_0": 0, "p": 0.3}], [(0, 1.0), (0, 1.0), (1, 0.7)]),
+    ([{"label_0": 1}, {"label_0": 0, "has_label": False}, {"label_0": 0}], [(0, 1.0), (1, 1.0)]),
+    ([{"label_0": 1}, {"label_0": 0, "are_different": False}, {"label_0": 0}], [(0, 1.0), (1, 1.0)]),
+    ([{}, {"label_0": 0}, {"label_0": 1}], [(1, 1.0), (0, 1.0)]),
+    ([{"label_0": 1}, {"label_0": 0, "label_1": 1}, {"label_0": 0}], [(0, 1.0), (1, 1.0), (1, 1.0)]),
+]
+
+
+@pytest.mark.parametrize(("labels", "wanted"), OF_LABELS)
+@pytest.mark.parametrize(("kind", "chunk"), [("jsonl", 8192), ("jsonl", 2), ("json", 2)])
+def test_rows_may_leave_out_what_is_empty(labels, wanted, kind, chunk, tmp_path, settings, monkeypatch):
+    """Wherever the first row stands that has it."""
+    monkeypatch.setattr(tables, "CHUNK", chunk)
+    rows = [json.loads(line) for line in worlds.make_table(tmp_path, 3).read_text().splitlines()]
+    rows = [
+        {"caption": str(i), "image_0": row["chosen"], "image_1": row["rejected"]} | label
+        for i, (row, label) in enumerate(zip(rows, labels, strict=True))
+    ]
+    path = tmp_path / f"pairs.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    source = open_source(settings(path))
+    found = [(0 if is_bright(pair.win.load()) else 1, pair.prob) for pair in (source[i] for i in range(len(source)))]
+    assert found == [(side, pytest.approx(prob)) for side, prob in wanted]
+
+
+def test_the_probability_and_the_caption_may_first_stand_in_a_later_row(tmp_path, settings):
+    path = worlds.make_table(tmp_path, 3)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[0]["prompt"]
+    rows[1]["p"] = 0.2
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(settings(path))
+    assert [source[i].prob for i in range(3)] == pytest.approx([1.0, 0.8, 1.0])
+    assert [is_bright(source[i].win.load()) for i in range(3)] == [True, False, True]
+    assert source[0].caption == "" and source[2].caption == rows[2]["prompt"]
+
+
 def test_other_columns_can_be_named(tmp_path, settings):
     path = worlds.make_table(tmp_path, 2)
     path.write_text(path.read_text().replace("chosen", "yes").replace("rejected", "no").replace("prompt", "words"))

@@ -83,6 +83,19 @@ def test_labels_of_the_json(tmp_path, settings):
     assert describe(source) == "3 rows: 2 pairs, 2 without a caption; left out: 1 tie; 3 caption files"
 
 
+def test_a_probability_may_first_stand_in_a_later_shard(tmp_path, settings):
+    fields = ({}, {"p": 0.2})
+    alone = []
+    for number, more in enumerate(fields):
+        members = {f"0000{i}.json": json.dumps({"prompt": f"{number} {i}"} | more).encode() for i in range(2)}
+        path = worlds.make_tar(tmp_path / f"train-{number}.tar", 2, seed=number, more=members)
+        alone += pairs_of(open_source(settings(path)))
+    both = pairs_of(open_source(settings(tmp_path)))
+    assert [pair.prob for pair in both] == pytest.approx([1.0, 1.0, 0.8, 0.8])
+    assert [is_bright(pair.win.load()) for pair in both] == [True, True, False, False]
+    assert both == alone
+
+
 def test_max_pairs(tmp_path, settings):
     source = open_source(settings(shards(tmp_path), max_pairs=2))
     assert len(source) == 2

@@ -10,11 +10,13 @@ from PIL import Image
 from dpo.common.errors import UserError
 from dpo.common.pictures import pixel_hash
 from dpo.data.pairs import ImageRef
+from dpo.evaluating import sides
 from dpo.evaluating.scoring import BATCH
-from dpo.labelling.items import Item
+from dpo.labelling.items import Item, OfSides
 from dpo.labelling.scores import of_table, scored
 from dpo.scorers.cache import ScoreCache
 from tests.help.judges import Together
+from tests.help.labelling import images_of
 
 
 def picture(shade):
@@ -134,3 +136,19 @@ def test_a_table_names_images_by_uid_file_or_hash(tmp_path, caplog):
     (tmp_path / "none.csv").write_text("file,score\nelse,1\n")
     with pytest.raises(UserError, match=r"none.csv has no score for any image; the first, image uid 0 is not in"):
         of_table(found, "mine", tmp_path / "none.csv")
+
+
+def test_a_row_that_names_files_of_two_models_is_refused(tmp_path):
+    """Each model's files are called 000.png, 001.png, ...: a bare name says nothing of the model."""
+    drawn = OfSides([sides.of_table(name, images_of(tmp_path / name, 2, 1), None) for name in ("base", "other")])
+    table = tmp_path / "t.csv"
+    table.write_text("file,score\n000.png,1\n001.png,2\n")
+    with pytest.raises(
+        UserError, match=r"t.csv, row 1: names both .*base/000.png and .*other/000.png: give paths with the folder"
+    ):
+        of_table(drawn, "mine", table)
+    table.write_text("file,score\nbase/000.png,1\nbase/001.png,2\nother/000.png,3\nother/001.png,4\n000.png,9\n")
+    assert of_table(drawn, "mine", table).tolist() == [1, 2, 3, 4]
+    alone = OfSides(drawn.sides[:1])
+    table.write_text("file,score\n000.png,1\n001.png,2\n")
+    assert of_table(alone, "mine", table).tolist() == [1, 2]
