@@ -122,9 +122,9 @@ def _asked(given: argparse.Namespace, words: str) -> Asked:
         raise UserError(f"{given.sides[0]}: the base is one model; several training seeds are compared with it")
     sides = [one.name for method in (base, *others) for one in method.seeds]
     # Before anything is drawn; the hub is asked for weights once the sides are known to be there.
-    check_scorers(scorers, [table(text)[0] for text in given.scores], hub=False)
+    called = check_scorers(scorers, [table(text)[0] for text in given.scores], hub=False)
     if given.reproduce is not None:
-        reproduce.check(published, sides, [*scorers, *(table(text)[0] for text in given.scores)])
+        reproduce.check(published, sides, called)
     if twice := sorted({name for name in sides if sides.count(name) > 1}):
         raise UserError(f"two sides are called {twice[0]}: call them apart, as NAME=MODEL")
     return Asked(

@@ -130,7 +130,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--pairs",
         type=_whole,
         metavar="N",
-        help="of the data set, for disk and epochs (default: those of --data, where it is here)",
+        help="of the data set, those that a run holds out among them, for disk and epochs (default: those of --data, where it "
+        "is here)",
     )
     parser.add_argument(
         "--reference-draws",

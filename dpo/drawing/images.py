@@ -171,7 +171,7 @@ def read_set(folder: Path) -> list[Drawn]:
 def complete(folder: Path) -> bool:
     """Whether every image of a set has its file: what another process writes is whole once it is there."""
     known = read_protocol(folder)
-    return known is not None and len({path.name[:6] for path in _files(folder)}) >= known[1]
+    return known is not None and len({path.name.partition("-")[0] for path in _files(folder)}) >= known[1]
 
 
 def merge(folder: Path, parts: Sequence[Path]) -> int:

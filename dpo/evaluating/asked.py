@@ -12,6 +12,7 @@ from dpo.data.sources import open_source
 from dpo.data.store.parts import has_buckets
 from dpo.drawing import images
 from dpo.evaluating.flags import Method, Named
+from dpo.evaluating.scoring import read_table
 from dpo.evaluating.sides import is_of_images, of_folder
 from dpo.sampling import model
 from dpo.sampling import work as sampling
@@ -54,14 +55,26 @@ OF_SCORING = (
 def checked(asked: Asked) -> Config | None:
     """The settings of the implicit accuracy, where it is asked for. Raises UserError for what must fail later.
 
-    Looks at every side, at the pairs, and for flags of a drawing that nothing is drawn by.
+    Looks at every side, at the pairs and tables, and for flags that do not go together or that nothing is drawn by.
     """
+    if asked.half and asked.reproduce is not None:
+        raise UserError(
+            f"--half gives the scores other names, and --reproduce {asked.reproduce} has numbers by scorers in full precision: "
+            "leave one of them out"
+        )
+    for _, path in asked.tables:
+        read_table(path)
     drawn = look_at(asked.models, asked.draw, asked.captions)
     plain = sampling.Asked(model="")
     given = [one.name for one in fields(plain) if getattr(asked.draw, one.name) != getattr(plain, one.name)]
     if not drawn and asked.reproduce is None and (idle := [name for name in given if name not in OF_SCORING]):
         raise UserError(
             f"--{idle[0].replace('_', '-')} is of the drawing, and all sides are folders of images, which are taken whole: leave it out"
+        )
+    if len(asked.guidance) > 1 and asked.base not in drawn:
+        raise UserError(
+            f"--guidance {','.join(f'{scale:g}' for scale in asked.guidance)} draws the base with each, and {asked.base.name} is a "
+            "folder of images: name one scale, or a model as the base"
         )
     if asked.pairs is None:
         return None

@@ -51,14 +51,15 @@ def check_scorers(
     flag: str = "--scorers",
     cache_dir: str | None = None,
     hub: bool = True,
-) -> None:
-    """Raises UserError for scorers that there are not or cannot be had, and for two whose scores would have one name.
+) -> list[str]:
+    """What all scores will be called, those of tables first.
 
+    Raises UserError for scorers that there are not or cannot be had, and for two whose scores would have one name.
     tables: names of scores that come from tables; flag: by which the scorers were named; hub: whether weights are fetched
     from there too.
     """
     if not names:
-        return
+        return list(tables)
     import torch
 
     from dpo.scorers.scorer import check, fetch
@@ -77,3 +78,4 @@ def check_scorers(
                 f"{flag} {name}: its scores are called {called}, as those of {seen[called]} are; name one of them"
             )
         seen[called] = name
+    return list(seen)

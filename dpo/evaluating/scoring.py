@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,18 +278,45 @@ def read_table(path: Path) -> Table:
     return Table(by_file, by_hash)
 
 
-def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) -> np.ndarray:
-    """The score [N] of each image of a side from a table (`read_table`), nan where it has none, which is said.
+def table_scores(sides: Sequence[Side], path: Path, look: Look, read: Read = read_image) -> dict[str, np.ndarray]:
+    """The score [N] of each image of a side, by the side's name, from a table (`read_table`); nan where it has none, which is said.
 
-    Files are compared by their path, or by its last parts; an image is read only where a hash must tell. Raises UserError.
+    Files are compared by their path, or by its last parts; an image is read only where a hash must tell. Raises UserError, also
+    for a row that names different images.
     """
-    by_file, by_hash = read_table(path)
-    rows = [tables.of_file(image.path, by_file, None) for image in side.images]
-    for place, image in enumerate(side.images):
-        if rows[place] is None and by_hash:
-            if image.path not in look.hashes and image.path not in look.unusable:
-                _seen(image.path, look, read)
-            rows[place] = by_hash.get(look.hashes.get(image.path, ""))
+    table = read_table(path)
+    named = {side.name: [tables.name_of(image.path, table.by_file) for image in side.images] for side in sides}
+    _check_names(sides, named, table, path, look, read)
+    return {side.name: _of_rows(side, named[side.name], table, path, look, read) for side in sides}
+
+
+def _check_names(
+    sides: Sequence[Side], named: Mapping[str, Sequence[str | None]], table: Table, path: Path, look: Look, read: Read
+) -> None:
+    """Raises UserError for a row that names files of different images: its number is that of one of them."""
+    first: dict[str, tuple[Side, Path]] = {}
+    for side in sides:
+        for image, name in zip(side.images, named[side.name], strict=True):
+            if name is None:
+                continue
+            other, there = first.setdefault(name, (side, image.path))
+            if there != image.path and (
+                not (found := _hash(image.path, look, read)) or found != _hash(there, look, read)
+            ):
+                raise UserError(
+                    f"row {table.by_file[name][0]} of {path} names {excerpt_of_path(name)}, which is an image of {other.name} "
+                    f"({there}) and of {side.name} ({image.path}): give more of its path, or its hash"
+                )
+
+
+def _of_rows(side: Side, named: Sequence[str | None], table: Table, path: Path, look: Look, read: Read) -> np.ndarray:
+    """The scores of one side, whose files the table calls by these names."""
+    rows: list[tuple[int, float] | None] = []
+    for image, name in zip(side.images, named, strict=True):
+        if name is not None:
+            rows.append(table.by_file[name])
+        else:
+            rows.append(table.by_hash.get(_hash(image.path, look, read)) if table.by_hash else None)
     found = np.array([math.nan if row is None else row[1] for row in rows])
     finite = int(np.isfinite(found).sum())
     if not finite:
@@ -304,3 +331,10 @@ def table_scores(side: Side, path: Path, look: Look, read: Read = read_image) ->
             path,
         )
     return found
+
+
+def _hash(path: Path, look: Look, read: Read) -> str:
+    """The hash of an image's pixels; nothing for one that cannot be read."""
+    if path not in look.hashes and path not in look.unusable:
+        _seen(path, look, read)
+    return look.hashes.get(path, "")

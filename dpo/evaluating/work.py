@@ -228,8 +228,8 @@ def _measured(
             torch.cuda.empty_cache()
     for name, path in asked.tables:
         found.measures.append(Measure(name, f"table {path.name}", scale="as the table has it", note=str(path)))
-        for side in (*compared, *variants):
-            found.scores[side.name, name] = table_scores(side, path, look)
+        of_sides = table_scores((*compared, *variants), path, look)
+        found.scores |= {(side, name): values for side, values in of_sides.items()}
     return found
 
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dpo.common.errors import UserError
 from dpo.common.words import number_of
 from dpo.data import held_out
-from dpo.data.pairs import Source
+from dpo.data.pairs import BadImage, Labelled, Pair, Source
 from dpo.data.sources import open_source
 from dpo.data.store.store import is_store, read_contents
 from dpo.methods import METHODS
@@ -54,6 +56,16 @@ class Speed:
     pairs_per_s: float
     told: str
     kept_pairs_per_s: float  # of pairs whose encodings are kept
+
+
+class Numbered(Labelled):
+    """Pairs of which the number alone is known."""
+
+    def __getitem__(self, index: int) -> Pair:
+        raise BadImage("pairs that are only counted have no images")
+
+    def caption_keys(self) -> np.ndarray:
+        return np.arange(len(self), dtype=np.int64)
 
 
 class Pairs(NamedTuple):
@@ -141,8 +153,21 @@ def pairs_of(config: Config) -> Pairs | None:
     if config.data.data is None and config.model.model not in (None, NAME):
         return None
     data = embedded(config).data
-    if (source := _opened(data)) is None:
-        return None
+    return None if (source := _opened(data)) is None else _counted(data, source)
+
+
+def pairs_of_number(count: int, data: Data, sides: int) -> Pairs:
+    """So many pairs, or images, which nobody has looked at: each counts as of a caption of its own. Raises UserError."""
+    if data.validation_fraction is not None:  # a run's own count is near it, and depends on the captions
+        return Pairs(count, max(1, count - round(data.validation_fraction * count)))
+    none_a_tie = np.ones(count, np.float32)
+    source = Numbered(
+        swap=np.zeros(count, bool), prob=none_a_tie, smoothing=0.0, summary={}, fingerprint="", sides=sides
+    )
+    return _counted(data, source)
+
+
+def _counted(data: Data, source: Source) -> Pairs:
     trained, _ = held_out.split(held_out.decide(data, source), source)
     return Pairs(len(source), len(trained))
 
@@ -198,7 +223,7 @@ def _opened(data: Data) -> Source | None:
 def plan(config: Config, asked: Asked, dry: Dry, pairs: Pairs | None = None) -> Plan:
     """The plan of a run; pairs: of the data set, where they are known and none were asked about. Raises UserError."""
     decided, taken = dry(config)
-    pairs = Pairs(asked.pairs, asked.pairs) if asked.pairs else pairs
+    pairs = pairs_of_number(asked.pairs, decided.data, taken.sides) if asked.pairs else pairs
     flops = {told: taken.flops[name] for name, told in FLOPS.items() if taken.flops.get(name)}
     open_ended = decided.optim.steps is None and pairs is None
     steps = None if open_ended else total_steps(decided, pairs.trained if pairs else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.scorers.clip import L14
 from dpo.scorers.imagereward import Head
-from dpo.scorers.published import converted, fill, read
-from dpo.scorers.towers import Towers, loaded
+from dpo.scorers.published import converted, fill, header, read
+from dpo.scorers.towers import Towers, fetched, loaded, words_of
 
 SOURCES = {
     "aesthetic-v1": "https://github.com/LAION-AI/aesthetic-predictor, sa_0_4_vit_l_14_linear.pth",
@@ -45,6 +46,24 @@ class Aesthetic:
         return self.head(self.towers.images(images)).flatten()
 
 
+def checked(name: str, place: str | None) -> Path:
+    """The converted file at `place`, whose header says that it holds the head of scorer `name`. Raises UserError."""
+    path, first = converted(name, SOURCES[name], place), FIRST[name]
+    if len(header(path).shapes.get(first, ())) != 2:
+        raise UserError(f"{path} does not hold the weights of {name} (no {first}); convert {SOURCES[name]}")
+    return path
+
+
+def beside(name: str, path: Path, cache_dir: str | Path | None) -> None:
+    """Fetches the CLIP model and its tokenizer unless they lie beside the converted file. Raises UserError."""
+    words_of(name, fetched(name, _clip(path), cache_dir), L14, cache_dir)
+
+
+def _clip(path: Path) -> str:
+    """Where the CLIP model is: beside the converted file, or on the hub."""
+    return str(path.parent) if (path.parent / "config.json").is_file() else L14
+
+
 def _opened(
     name: str,
     *,
@@ -53,16 +72,10 @@ def _opened(
     dtype: torch.dtype = torch.float32,
     cache_dir: str | None = None,
 ) -> Aesthetic:
-    path = converted(name, SOURCES[name], place)
-    state, first = read(path), FIRST[name]
-    if first not in state or state[first].ndim != 2:
-        raise UserError(f"{path} does not hold the weights of {name} (no {first}); convert {SOURCES[name]}")
-    width = state[first].shape[1]
-    own = (path.parent / "config.json").is_file()
-    towers = loaded(
-        name, L14, preprocessing="crop", place=str(path.parent) if own else None,
-        device=device, dtype=dtype, cache_dir=cache_dir,
-    )  # fmt: skip
+    path = checked(name, place)
+    state = read(path)
+    width = state[FIRST[name]].shape[1]
+    towers = loaded(name, L14, preprocessing="crop", place=_clip(path), device=device, dtype=dtype, cache_dir=cache_dir)
     if width != len(towers.model.visual_projection.weight):
         raise UserError(
             f"{path} is of vectors {width} wide, and {L14} has {len(towers.model.visual_projection.weight)}; convert {SOURCES[name]}"

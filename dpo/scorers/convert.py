@@ -12,6 +12,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum, write_whole
 from dpo.common.words import first_line
 from dpo.scorers import hpsv2
+from dpo.scorers.published import header
 
 NESTED = ("state_dict", "model")  # keys under which published checkpoints hold their weights
 
@@ -21,9 +22,15 @@ def convert(source: Path, target: Path | None = None) -> Path:
 
     Reads with weights_only: what is no tensor or plain value in the pickle is refused, and no code of it runs. The
     file's metadata holds the name of the pickle, which says HPSv2's version, and its SHA-256. A CLIP in open_clip's names
-    gets transformers'. Raises UserError.
+    gets transformers'. What was made of the same pickle before is left as it is. Raises UserError, also where another file is there.
     """
     target = source.with_suffix(".safetensors") if target is None else target
+    if target.is_file() and source.is_file():
+        if _source_of(target) == checksum(source):
+            return target
+        raise UserError(
+            f"{target} is there already, and not converted from this {source.name}: move one of them to another folder"
+        )
     try:
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler that meets bytes of any kind raises any kind
@@ -54,3 +61,11 @@ def convert(source: Path, target: Path | None = None) -> Path:
             f"cannot write {target} ({error.strerror}); move {source.name} to a folder with room that can be written"
         ) from error
     return target
+
+
+def _source_of(target: Path) -> str | None:
+    """The checksum of the pickle that a file was converted from; None for one that does not say."""
+    try:
+        return header(target).about.get("source_sha256")
+    except UserError:
+        return None

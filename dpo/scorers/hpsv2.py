@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.common.words import first_line
 from dpo.scorers.clip import H14
-from dpo.scorers.published import converted, fill, read, source_of
-from dpo.scorers.towers import Cosine, Towers, fingerprint_of, tokenizer_of
+from dpo.scorers.published import Header, converted, fill, header, read
+from dpo.scorers.towers import Cosine, Towers, fingerprint_of, tokenizer_of, words_of
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -50,6 +50,7 @@ KEYS = (  # open_clip's names, beginnings first
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
 VISION, TEXT = "vision_model.embeddings.", "text_model.embeddings."
+OURS = {"visual_projection.weight", "text_projection.weight"}  # of transformers' names
 TURNED = ("visual.proj", "text_projection")  # open_clip multiplies from the other side
 JOINED = re.compile(r"\.attn\.in_proj_(weight|bias)$")  # of query, key and value in one
 
@@ -66,7 +67,7 @@ PLAIN: Mapping[int, str | None] = {
 }  # as ftfy 6 has them
 
 
-def is_published(state: Mapping[str, Tensor]) -> bool:
+def is_published(state: Container[str]) -> bool:
     """Whether a state is in open_clip's names."""
     return "visual.conv1.weight" in state and "text_projection" in state
 
@@ -99,6 +100,32 @@ def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, value.t().contiguous() if key in TURNED else value
 
 
+def checked(name: str, place: str | None) -> Path:
+    """The converted file at `place`, whose header says that it holds the weights of scorer `name`. Raises UserError."""
+    source = _source(name)
+    path = converted(name, source, place)
+    said = header(path)
+    if (found := _version(path, said)) != _version_of(name):
+        version = f"is HPSv{found}" if found else "does not say which version it is in its name"
+        raise UserError(f"{name}: {path} {version}; convert {source}")
+    if not is_published(said.shapes) and not said.shapes.keys() >= OURS:
+        raise UserError(f"{path} does not hold HPSv2's weights; convert {source}")
+    return path
+
+
+def beside(name: str, path: Path, cache_dir: str | Path | None) -> None:
+    """Fetches the tokenizer unless it lies beside the converted file. Raises UserError."""
+    words_of(name, path.parent, H14, cache_dir)
+
+
+def _version_of(name: str) -> str:
+    return name.removeprefix("hpsv").removesuffix("-no-antialias")
+
+
+def _source(name: str) -> str:
+    return f"https://huggingface.co/xswu/HPSv2, {FILES[_version_of(name)]}"
+
+
 def hpsv2(
     name: str,
     *,
@@ -112,12 +139,7 @@ def hpsv2(
     place: the converted weights, a file or its folder, whose tokenizer is taken where it has one, else the hub's of
     ViT-H-14. Raises UserError for weights or a tokenizer that are not to be had, and for those of the other version.
     """
-    version = name.removeprefix("hpsv").removesuffix("-no-antialias")
-    source = f"https://huggingface.co/xswu/HPSv2, {FILES[version]}"
-    path = converted(name, source, place)
-    if (found := _version(path)) != version:
-        said = f"is HPSv{found}" if found else "does not say which version it is in its name"
-        raise UserError(f"{name}: {path} {said}; convert {source}")
+    path, source = checked(name, place), _source(name)
     state = read(path)
     try:
         state = from_published(state)
@@ -135,12 +157,13 @@ def hpsv2(
     return Cosine(name, Towers(model, tokenizer, preprocessing, FACTOR, fingerprint), FACTOR, cleaned, own)
 
 
-def _version(path: Path) -> str | None:
-    """The version by the name of the file that was published; None where it does not say.
+def _version(path: Path, said: Header) -> str | None:
+    """The version by the name of the file that was published, which is in the header where this package converted it; None
+    where it does not say.
 
     A mere "v2" says nothing: 2.1 is called so too. Only the published name without a number is 2.0's.
     """
-    found = re.search(r"v(2\.\d)(?!\d)|HPS_v2_compressed", source_of(path))
+    found = re.search(r"v(2\.\d)(?!\d)|HPS_v2_compressed", said.about.get("source", path.name))
     return (found[1] or "2.0") if found else None
 
 

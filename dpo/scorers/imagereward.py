@@ -8,10 +8,10 @@ tokens, the image never masked.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn as nn
@@ -22,8 +22,9 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.common.hub import reason
 from dpo.common.tokenizers import tokenizer_digest
+from dpo.common.words import first_line
 from dpo.scorers.pixels import CLIP_MEAN, CLIP_SPREAD, cropped, normalised
-from dpo.scorers.published import converted, fill, read
+from dpo.scorers.published import converted, fill, header, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +53,13 @@ VISION = (  # published names of the image tower, beginnings first
     (r"^vision\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
     (r"^vision\.norm\.", "vision.post_layernorm."),
 )
+NEEDED = {"vision.embeddings.patch_embedding.weight", "text.embeddings.word_embeddings.weight"}
 REST = ((r"^blip\.text_encoder\.", "text."), (r"^mlp\.", "head."))
 
+T = TypeVar("T")
 
-def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+
+def from_published(state: Mapping[str, T]) -> dict[str, T]:
     """The published state for a `Network`; one that is already in its keys stays as it is.
 
     What scoring does not read is left out: projections, matching heads and the table of positions.
@@ -172,6 +176,29 @@ class ImageReward:
         return cropped(image, shortest=side, side=side, filter=Image.Resampling.BICUBIC)
 
 
+def checked(name: str, place: str | None) -> Path:
+    """The converted file at `place`, whose header says that it holds ImageReward's weights. Raises UserError."""
+    path = converted(name, SOURCE, place)
+    if not from_published(header(path).shapes).keys() >= NEEDED:
+        raise UserError(f"{path} does not hold ImageReward's weights; convert {SOURCE}")
+    return path
+
+
+def beside(name: str, path: Path, cache_dir: str | Path | None) -> Path:
+    """BERT's vocabulary, which is fetched unless it lies beside the converted file. Raises UserError."""
+    from huggingface_hub import hf_hub_download
+
+    if (own := path.parent / "vocab.txt").is_file():
+        return own
+    try:
+        return Path(hf_hub_download(TOKENIZER, "vocab.txt", cache_dir=cache_dir))
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise UserError(
+            f"{name}: cannot get the words of {TOKENIZER} from the hub ({reason(error)}); check the network, or "
+            f"put its vocab.txt into {path.parent}"
+        ) from error
+
+
 def opened(
     *, place: str | None, device: torch.device | str, dtype: torch.dtype = torch.float32, cache_dir: str | None = None
 ) -> ImageReward:
@@ -180,37 +207,30 @@ def opened(
     The tokenizer is read beside the weights where they have one, else from the hub. Raises UserError for weights or a
     tokenizer that are not to be had.
     """
-    path = converted("imagereward", SOURCE, place)
+    path = checked("imagereward", place)
     state = from_published(read(path))
-    if not {"vision.embeddings.patch_embedding.weight", "text.embeddings.word_embeddings.weight"} <= state.keys():
-        raise UserError(f"{path} does not hold ImageReward's weights; convert {SOURCE}")
     with torch.device("meta"):
         network = Network(state)
     fill(network, state, path)
     positions = network.text.embeddings.position_embeddings.num_embeddings
     # In no file, so still without numbers.
     network.text.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
-    tokenizer = _tokenizer(path.parent, network.text.config.vocab_size, cache_dir)
+    tokenizer = _tokenizer(beside("imagereward", path, cache_dir), network.text.config.vocab_size)
     words = tokenizer_digest(tokenizer, TOKENS)
     fingerprint = f"imagereward {checksum(path)} words {words} crop-{network.side}-bicubic {dtype}"
     network.to(device, dtype).head.float()
     return ImageReward(network.eval(), tokenizer, fingerprint)
 
 
-def _tokenizer(folder: Path, words: int, cache_dir: str | None) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer, whose vocabulary lies in `folder` or on the hub, for a network of so many `words`."""
-    from huggingface_hub import hf_hub_download
+def _tokenizer(path: Path, words: int) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer of the vocabulary at `path`, for a network of so many `words`."""
     from transformers import BertTokenizer
 
-    path = folder / "vocab.txt"
     try:
-        if not path.is_file():
-            path = Path(hf_hub_download(TOKENIZER, "vocab.txt", cache_dir=cache_dir))
         tokenizer = BertTokenizer.from_pretrained(str(path.parent))
-    except Exception as error:  # the hub client raises a dozen kinds
+    except Exception as error:  # they fail in a dozen ways
         raise UserError(
-            f"imagereward: cannot get the words of {TOKENIZER} from the hub ({reason(error)}); check the network, or "
-            f"put its vocab.txt into {folder}"
+            f"imagereward: {path} cannot be read ({first_line(error)}); put the vocab.txt of {TOKENIZER} there"
         ) from error
     if not words - len(ADDED) <= len(tokenizer) <= words:  # transformers makes an empty one of a folder without words
         raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.scorers.compare import Interval
 from dpo.scorers.pixels import cropped, normalised, whole
-from dpo.scorers.published import converted, fill, read
+from dpo.scorers.published import converted, fill, header, read
 
 SPLITS, SIDE, BATCH = 10, 299, 32
 T95 = 2.262157  # Student's t with SPLITS - 1 degrees of freedom: 95 % lie on either side within
@@ -301,6 +302,17 @@ def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, Interval]:
     return value, (value - half, value + half)
 
 
+def checked(name: str, place: str | None) -> Path:
+    """The converted file at `place`, whose header has the classes of scorer `name`. Raises UserError."""
+    kind = TV if name == TV.name else TF
+    path = converted(name, kind.source, place)
+    if header(path).shapes.get("fc.weight", [])[:1] != [kind.classes]:
+        raise UserError(
+            f"{path} holds other weights than this scorer's (no {kind.classes} classes); convert {kind.source}"
+        )
+    return path
+
+
 def torchvision(
     *, place: str | None, device: torch.device | str, dtype: torch.dtype, cache_dir: str | None
 ) -> Inception:
@@ -316,7 +328,7 @@ def tensorflow(
 
 
 def _opened(kind: Kind, place: str | None, device: torch.device | str, dtype: torch.dtype) -> Inception:
-    path = converted(kind.name, kind.source, place)
+    path = checked(kind.name, place)
     with torch.device("meta"):
         network = InceptionV3(kind)
     fill(network, from_published(read(path)), path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,8 +26,21 @@ class Own:
     def __init__(self, asked: str, made: Any) -> None:
         self._asked, self._made = asked, made
         self.name, self.fingerprint = str(made.name), str(made.fingerprint)
-        self.size: tuple[int, int] | None = getattr(made, "size", None)
+        self.size = self._size_of(getattr(made, "size", None))
         self.temperature = getattr(made, "temperature", None)
+
+    def _size_of(self, value: Any) -> tuple[int, int] | None:
+        try:
+            size = None if value is None else tuple(index(side) for side in value)
+        except TypeError:
+            size = ()
+        if size is None:
+            return None
+        if len(size) != 2 or min(size) < 1:
+            raise UserError(
+                f"--scorers {self._asked}: its size is {excerpt(value)}; two whole numbers above 0 are needed, width and height"
+            )
+        return size[0], size[1]
 
     def _said(self, what: str, ask: Callable[[], T]) -> T:
         try:
@@ -70,8 +84,12 @@ class OwnOfSet(Own):
             raise UserError(f"--scorers {self._asked}: its score gives {excerpt(value)}, not one number for all images")
         if interval is None:
             return float(found), None
-        low, high = self._numbers("score", interval).tolist()
-        return float(found), (low, high)
+        ends = self._numbers("score", interval)
+        if ends.shape != (2,):
+            raise UserError(
+                f"--scorers {self._asked}: its score gives the interval {excerpt(interval)}, not its two ends"
+            )
+        return float(found), (float(ends[0]), float(ends[1]))
 
 
 class OwnOverPrompts(OwnOfSet):
@@ -79,7 +97,18 @@ class OwnOverPrompts(OwnOfSet):
 
     def by_prompt(self, features: Tensor, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The prompts that have a number, and their numbers."""
-        return self._said("by_prompt", lambda: self._made.by_prompt(features, prompts))
+        value = self._said("by_prompt", lambda: self._made.by_prompt(features, prompts))
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise UserError(
+                f"--scorers {self._asked}: its by_prompt gives {excerpt(value)}, not the prompts and the number of each"
+            )
+        of, numbers = (self._numbers("by_prompt", one).numpy() for one in value)
+        if of.shape != numbers.shape or of.ndim != 1 or not np.isin(of, prompts).all():
+            raise UserError(
+                f"--scorers {self._asked}: its by_prompt gives prompts of shape {of.shape} and numbers of shape {numbers.shape}; a "
+                "number for each of some of the prompts is needed"
+            )
+        return of.astype(np.int64), numbers
 
 
 def adopted(asked: str, found: Any) -> Own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -27,11 +28,18 @@ def converted(name: str, source: str, place: str | None) -> Path:
     return found[0]
 
 
-def source_of(path: Path) -> str:
-    """The name of the file that was converted, where this package converted it, else of the file itself. Raises UserError."""
+class Header(NamedTuple):
+    """What a safetensors file says of itself: no tensor is read for it."""
+
+    about: dict[str, str]  # its metadata
+    shapes: dict[str, list[int]]  # of its tensors
+
+
+def header(path: Path) -> Header:
+    """The header of a safetensors file. Raises UserError for a damaged one."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("source", path.name)
+            return Header(file.metadata() or {}, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); convert the published file again") from error
 

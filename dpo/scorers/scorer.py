@@ -55,7 +55,9 @@ class Listed(NamedTuple):
     resolution: float = 0.0  # differences up to this are ties
     note: str = ""
     of_set: bool = False  # a SetScorer
-    converted: bool = False  # its weights are a file that the user converted: NAME:FILE
+    # Of one whose weights are a file that the user converted, NAME:FILE, functions "module:function" that take its name and
+    checked: str = ""  # FILE or None: the file, once its header says that it is this scorer's
+    beside: str = ""  # the file, cache_dir: what else it needs is fetched, unless it lies beside the file
     labelled: tuple[str, ...] = ()  # pairs, by a name of dpo/evaluating/provenance.py, whose labels it gave
     learned: tuple[str, ...] = ()  # pairs from whose labels it was trained
 
@@ -89,34 +91,40 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "hpsv2.0", "dpo.scorers.hpsv2:hpsv20", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 24 to 29",
-        note="published as a pickle: --convert HPS_v2_compressed.pt, then hpsv2.0:FILE; not comparable with 2.1", converted=True,
+        note="published as a pickle: --convert HPS_v2_compressed.pt, then hpsv2.0:FILE; not comparable with 2.1",
+        checked="dpo.scorers.hpsv2:checked", beside="dpo.scorers.hpsv2:beside",
     ),
     Listed(
         "hpsv2.1", "dpo.scorers.hpsv2:hpsv21", "xswu/HPSv2, converted", "Apache-2.0", 3.9, "100 x cosine, about 20 to 34",
-        note="published as a pickle: --convert HPS_v2.1_compressed.pt, then hpsv2.1:FILE; not comparable with 2.0", converted=True,
+        note="published as a pickle: --convert HPS_v2.1_compressed.pt, then hpsv2.1:FILE; not comparable with 2.0",
+        checked="dpo.scorers.hpsv2:checked", beside="dpo.scorers.hpsv2:beside",
     ),
     Listed(
         "hpsv2.0-no-antialias", "dpo.scorers.hpsv2:hpsv20_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine, about 24 to 29", note="images resized as torchvision before 0.17 did; weights as hpsv2.0", converted=True,
+        "100 x cosine, about 24 to 29", note="images resized as torchvision before 0.17 did; weights as hpsv2.0",
+        checked="dpo.scorers.hpsv2:checked", beside="dpo.scorers.hpsv2:beside",
     ),
     Listed(
         "hpsv2.1-no-antialias", "dpo.scorers.hpsv2:hpsv21_no_antialias", "xswu/HPSv2, converted", "Apache-2.0", 3.9,
-        "100 x cosine, about 20 to 34", note="images resized as torchvision before 0.17 did; weights as hpsv2.1", converted=True,
+        "100 x cosine, about 20 to 34", note="images resized as torchvision before 0.17 did; weights as hpsv2.1",
+        checked="dpo.scorers.hpsv2:checked", beside="dpo.scorers.hpsv2:beside",
     ),
     Listed(
         "aesthetic-v1", "dpo.scorers.aesthetic:aesthetic_v1", "LAION-AI/aesthetic-predictor, converted", "MIT", 1.7,
         "about 1 to 10", note="does not see the caption; published as a pickle: --convert sa_0_4_vit_l_14_linear.pth, then aesthetic-v1:FILE",
-        converted=True,
+        checked="dpo.scorers.aesthetic:checked", beside="dpo.scorers.aesthetic:beside",
     ),
     Listed(
         "aesthetic-v2", "dpo.scorers.aesthetic:aesthetic_v2", "christophschuhmann/improved-aesthetic-predictor, converted",
         "Apache-2.0", 1.7, "about 1 to 10",
         note="does not see the caption; published as a pickle: --convert sac+logos+ava1-l14-linearMSE.pth, then "
-        "aesthetic-v2:FILE", converted=True,
+        "aesthetic-v2:FILE",
+        checked="dpo.scorers.aesthetic:checked", beside="dpo.scorers.aesthetic:beside",
     ),
     Listed(
         "imagereward", "dpo.scorers.imagereward:opened", "THUDM/ImageReward, converted", "Apache-2.0", 1.8, "about -2 to 2",
-        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE", converted=True,
+        note="published as a pickle: --convert ImageReward.pt, then imagereward:FILE",
+        checked="dpo.scorers.imagereward:checked", beside="dpo.scorers.imagereward:beside",
     ),
     Listed(
         "diversity", "dpo.scorers.diversity:opened", "openai/clip-vit-large-patch14", "MIT", 1.7, "0 to 2", of_set=True,
@@ -128,13 +136,13 @@ LISTED: tuple[Listed, ...] = (
     ),
     Listed(
         "inception-tv", "dpo.scorers.inception:torchvision", "torchvision, converted", "BSD-3-Clause", 0.1, "1 to 1000",
-        of_set=True, converted=True,
+        of_set=True, checked="dpo.scorers.inception:checked",
         note="Inception Score: --convert inception_v3_google-0cc3c7bd.pth, then inception-tv:FILE; --prompts imagenet-classes "
         "--seeds 50",
     ),
     Listed(
         "inception-tf", "dpo.scorers.inception:tensorflow", "TensorFlow, converted", "Apache-2.0", 0.1, "1 to 1008",
-        of_set=True, converted=True,
+        of_set=True, checked="dpo.scorers.inception:checked",
         note="the same by the network that defined it: --convert weights-inception-2015-12-05-6726825d.pth, then inception-tf:FILE",
     ),
 )  # fmt: skip
@@ -217,18 +225,23 @@ def check(name: str, device: torch.device) -> str:
         assert isinstance(found, own.Own), "all that are not listed"
         own.tried(found)
         return found.name
-    if known.converted and not (place and Path(place).expanduser().exists()):
-        opened(name, device=device)
+    if known.checked:
+        _attribute(known.checked)(known.name, place or None)
     if known.source == IN_PACKAGE and place:
         opened(name, device=device)
     return known.name
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> None:
-    """Fetches the weights of a scorer whose weights are on the hub; nothing is loaded. Raises UserError."""
+    """Fetches the weights of a scorer whose weights are on the hub, and what one that was converted needs from there.
+
+    Nothing is loaded. Raises UserError.
+    """
     known, place = listed(name), name.partition(":")[2]
     if known is not None and is_hub_id(known.source):
         folder_of(known.name, place or known.source, cache_dir, FILES)
+    if known is not None and known.beside:
+        _attribute(known.beside)(known.name, _attribute(known.checked)(known.name, place or None), cache_dir)
 
 
 def _attribute(path: str) -> Any:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 BATCH, TOKENS = 32, 77
 WORDS = ("tokenizer.json", "vocab.json")  # a folder with one of these has a tokenizer
 TOKENIZER = ("config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-FILES = (*TOKENIZER, "model*.safetensors")
+WEIGHTS = "model*.safetensors"
+FILES = (*TOKENIZER, WEIGHTS)
 
 
 def crop(image: Image.Image, side: int) -> Tensor:
@@ -157,12 +158,8 @@ def loaded(
     """
     from transformers import CLIPModel
 
-    folder = folder_of(name, place or source, cache_dir, FILES)
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        raise UserError(
-            f"{name}: {folder} has no config.json and model.safetensors; name a folder that has, {name}:FOLDER"
-        )
+    folder = fetched(name, place or source, cache_dir)
+    weights = sorted(folder.glob(WEIGHTS))
     try:
         read: Any = CLIPModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -180,6 +177,16 @@ def loaded(
     return Towers(model, tokenizer, preprocessing, scale, fingerprint)
 
 
+def fetched(name: str, place: str, cache_dir: str | Path | None) -> Path:
+    """The folder with a CLIP model: `place`, or what is fetched from the hub. Raises UserError."""
+    folder = folder_of(name, place, cache_dir, FILES)
+    if not any(folder.glob(WEIGHTS)) or not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name}: {folder} has no config.json and model.safetensors; name a folder that has, {name}:FOLDER"
+        )
+    return folder
+
+
 def fingerprint_of(
     weights: str, tokenizer: PreTrainedTokenizerBase, model: CLIPModel, preprocessing: str, dtype: torch.dtype
 ) -> str:
@@ -194,8 +201,7 @@ def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, cou
     `words` on the hub. Raises UserError for one that is not to be had and for one of another network."""
     from transformers import AutoTokenizer
 
-    own = any((folder / file).is_file() for file in WORDS)
-    place = folder if own else folder_of(name, words, cache_dir, TOKENIZER)
+    place = words_of(name, folder, words, cache_dir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         last = max(tokenizer.get_vocab().values())
@@ -208,6 +214,23 @@ def tokenizer_of(name: str, folder: Path, words: str, cache_dir: str | None, cou
             f"{name}: the tokenizer in {place} is not that of these weights; put the tokenizer files of {words} there"
         )
     return tokenizer
+
+
+def words_of(name: str, folder: Path, words: str, cache_dir: str | Path | None) -> Path:
+    """The folder with the tokenizer of scorer `name`: `folder`, or what is fetched of `words` from the hub. Raises UserError."""
+    place = folder if _has_words(folder) else folder_of(name, words, cache_dir, TOKENIZER)
+    if not _has_words(
+        place
+    ):  # the hub's cache may hold other files of it alone, which counts as there without a network
+        raise UserError(
+            f"{name}: the hub's cache holds {words} without its tokenizer; check the network, or put the tokenizer files of {words} "
+            f"into {folder}"
+        )
+    return place
+
+
+def _has_words(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in WORDS)
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -81,9 +81,9 @@ class Desk:
                 clean = raters.cleaned(name)
                 if clean is None:
                     raise Refused(400, f"a name has 1 to {raters.LONGEST} characters that can be printed")
-                known = self._names.setdefault(clean.casefold(), clean) if len(self._names) < MOST_RATERS else None
-                if known is None:
+                if clean.casefold() not in self._names and len(self._names) >= MOST_RATERS:
                     raise Refused(403, f"this study has {MOST_RATERS} raters and takes no more")
+                known = self._names.setdefault(clean.casefold(), clean)
             return {
                 "title": self.study.title,
                 "instructions": self.study.instructions,

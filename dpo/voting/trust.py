@@ -101,7 +101,7 @@ def _of_table(study: Study, folder: Path, name: str, table: Path) -> Judged:
     }
     side = Side("the study", folder, tuple(Shown(path, prompt) for path, (prompt, _) in files.items()))
     look = scoring.Look(hashes={path: hashed for path, (_, hashed) in files.items()})
-    numbers = dict(zip(files, scoring.table_scores(side, table, look).tolist(), strict=True))
+    numbers = dict(zip(files, scoring.table_scores((side,), table, look)[side.name].tolist(), strict=True))
     values = np.array([[numbers[folder / path] for path in item.images] for item in study.items])
     return _preferences(study, result.Measure(name, ""), values)
 

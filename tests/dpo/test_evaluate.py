@@ -6,11 +6,12 @@ import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dpo.evaluate import _method, main
+from dpo.evaluate import _asked, _method, main, make_parser
 from dpo.evaluating import work
 from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path
@@ -253,6 +254,15 @@ def test_scores_of_another_program_and_a_published_table(tmp_path, run, redness)
         ("SD1.5 Diffusion-DPO", 20.99),
     ]
     assert "unstated" in json.dumps(found["published"]["protocol"])
+
+
+def test_a_published_table_is_asked_for_the_names_of_scores(tmp_path):
+    """Not for the words that say where the weights are."""
+    weights = {"visual.conv1.weight": torch.zeros(1), "text_projection": torch.zeros(1)}
+    save_file(weights, tmp_path / "hps.safetensors", metadata={"source": "HPS_v2.1_compressed.pt"})
+    scorer = f"hpsv2.1:{tmp_path / 'hps.safetensors'}"
+    words = ["SD1.5=embedded", "b=embedded", "--reproduce", "lpo", "--scorers", scorer]
+    assert _asked(make_parser().parse_args(words), "").scorers == (scorer,)
 
 
 @pytest.mark.parametrize(

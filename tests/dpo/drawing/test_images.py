@@ -203,6 +203,13 @@ def test_no_set_and_no_more_than_a_part_of_one(tmp_path, drawer):
         read_set(tmp_path)
 
 
+def test_numbers_of_seven_digits_are_counted_whole(tmp_path, drawer):
+    draw(tmp_path)
+    for path in (tmp_path / "images").glob("*.png"):
+        path.rename(path.with_name(f"1{path.name}"))
+    assert images.complete(tmp_path)
+
+
 def test_shards_give_the_same_set_in_one_folder_or_merged(tmp_path, drawer):
     draw(tmp_path / "whole")
     for part in range(3):

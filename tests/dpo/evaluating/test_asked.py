@@ -60,3 +60,29 @@ def test_the_pairs_are_looked_at(world, pictures):
         checked(asked(world("sd15"), world("sd15"), pairs="nowhere"))
     with pytest.raises(UserError, match="--pairs needs models, and base is a folder of images"):
         checked(asked(pictures, world("sd15"), pairs=world("pairs")))
+
+
+def test_several_guidances_want_a_base_that_is_drawn(pictures):
+    """Else "the base at its best guidance" would be made of images of one."""
+    with pytest.raises(
+        UserError, match="^--guidance 5,7.5 draws the base with each, and base is a folder of images: name"
+    ):
+        checked(asked(pictures, "embedded", guidance=(5.0, 7.5), draw={"guidance": 5.0}))
+    assert checked(asked(pictures, "embedded", guidance=(5.0,), draw={"guidance": 5.0})) is None
+    assert checked(asked("embedded", pictures, guidance=(5.0, 7.5), draw={"guidance": 5.0})) is None
+
+
+def test_half_and_a_published_table_do_not_go_together(pictures):
+    """Scores in bf16 have another name, which the table has not: it would be missing in the end."""
+    with pytest.raises(UserError, match="^--half gives the scores other names, and --reproduce lpo has numbers by"):
+        checked(asked(pictures, pictures, half=True, reproduce="lpo"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(None, "scores.csv"), ("file,score\na.png,much\n", "'much' is not a number")]
+)
+def test_tables_are_read_before_anything_is_drawn(pictures, tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "scores.csv").write_text(text)
+    with pytest.raises(UserError, match=words):
+        checked(asked("embedded", pictures, tables=(("theirs", tmp_path / "scores.csv"),)))

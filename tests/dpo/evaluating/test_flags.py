@@ -38,8 +38,8 @@ def test_a_table():
 
 
 def test_scorers_are_looked_for_before_anything_is_done():
-    check_scorers([])
-    check_scorers(["tiny-a", "tiny-b"])
+    assert check_scorers([]) == [] and check_scorers([], ["theirs"]) == ["theirs"]
+    assert check_scorers(["tiny-a", "tests.help.judges:Grey"], ["theirs"]) == ["theirs", "tiny-a", "grey"]
     with pytest.raises(UserError, match="pickscore: cannot get .* from the hub"):
         check_scorers(["tiny-a", "pickscore"])
     check_scorers(["tiny-a", "pickscore"], hub=False)

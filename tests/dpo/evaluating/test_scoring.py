@@ -216,7 +216,7 @@ def test_scores_of_another_program(side, tmp_path):
         for i, image in enumerate(side.images[:30])
     ]
     table.write_text("\n".join(lines))
-    found = table_scores(side, table, Look())
+    found = table_scores([side], table, Look())["b"]
     assert found[:30].tolist() == [i % 2 for i in range(30)] and np.isnan(found[30:]).all()
     for text, words in (
         ("file,score\nother.png,1\n", "has no score for any image of b"),
@@ -225,8 +225,29 @@ def test_scores_of_another_program(side, tmp_path):
     ):
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(UserError, match=words):
-            table_scores(side, tmp_path / "x.csv", Look())
+            table_scores([side], tmp_path / "x.csv", Look())
     assert Path(table).exists()
+
+
+def test_a_row_that_names_images_of_two_sides_is_refused(tmp_path):
+    """The numbers of one model would be those of the other, and every comparison a tie."""
+    for folder, shades in (("a", (10, 20)), ("b", (10, 30))):
+        (tmp_path / folder).mkdir()
+        for i, shade in enumerate(shades):
+            Image.new("RGB", (4, 4), (shade,) * 3).save(tmp_path / folder / f"{i:03d}.png")
+    a, b = (
+        Side(folder, tmp_path / folder, tuple(Shown(tmp_path / folder / f"{i:03d}.png", "x") for i in range(2)))
+        for folder in "ab"
+    )
+    table = tmp_path / "scores.csv"
+    table.write_text("file,score\n000.png,1\n001.png,2\n")
+    said = r"row 2 of .*scores.csv names 001.png, which is an image of a \(.*\) and of b \(.*\): give more of its path, or its hash"
+    with pytest.raises(UserError, match=said):
+        table_scores([a, b], table, Look())
+    assert table_scores([a], table, Look())["a"].tolist() == [1, 2]
+    table.write_text("file,score\n000.png,1\na/001.png,2\nb/001.png,3\n")
+    found = table_scores([a, b], table, Look())
+    assert found["a"].tolist() == [1, 2] and found["b"].tolist() == [1, 3], "000.png is one picture of both"
 
 
 def test_pictures_of_another_size_are_left_out_where_a_scorer_knows_one_alone(side, tmp_path, caplog):

@@ -113,6 +113,24 @@ def test_pairs_are_counted_as_a_run_counts_them(changes):
     assert found.trained == trained <= found.all and (trained == found.all) == ("max_pairs" in changes)
 
 
+@pytest.mark.parametrize(
+    ("count", "changes", "trained"),
+    [
+        (200, {}, 150),
+        (100_000, {}, 99_744),
+        (149, {}, 149),
+        (200, {"validation_by": "pair"}, 150),
+        (200, {"validation_data": "owner/set"}, 200),
+        (200, {"validation_fraction": 0.3}, 140),
+        (1, {"validation_fraction": 0.5}, 1),
+    ],
+)
+def test_of_a_number_of_pairs_as_many_are_held_out_as_a_run_holds_out(count, changes, trained):
+    config = change(CONFIG, steps=None, epochs=2.0, **changes)
+    found = work.plan(config, Asked(pairs=count), lambda config: (dealt(config, 1), TAKEN))
+    assert found.pairs == Pairs(count, trained) and found.steps == -(-2 * trained // 32)
+
+
 def test_pairs_that_are_not_here_are_not_counted():
     assert work.pairs_of(change(Config(), model="m", data="owner/set")) is None
     assert work.pairs_of(change(Config(), model="m")) is None, "a preset that leaves its pairs to the user"

@@ -34,6 +34,19 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
         convert(tmp_path / "x.pt")
 
 
+def test_a_file_that_is_there_is_not_replaced(tmp_path):
+    torch.save({"a": torch.eye(2)}, source := tmp_path / "x.pt")
+    made = convert(source)
+    before = made.read_bytes(), made.stat().st_mtime_ns
+    assert convert(source) == made and (made.read_bytes(), made.stat().st_mtime_ns) == before, "it is there already"
+    torch.save({"a": torch.zeros(2)}, source)
+    for content in (before[0], b"of somebody else"):
+        made.write_bytes(content)
+        with pytest.raises(UserError, match=r"x.safetensors is there already, and not converted from this x.pt: move"):
+            convert(source)
+        assert made.read_bytes() == content
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch was_run",)

@@ -79,3 +79,51 @@ def test_a_scorer_of_ones_own_size_is_tried_with_that():
     scorer = made(lambda *, images, captions: [seen.append(image.size) or 1 for image in images], size=(12, 20))
     tried(scorer)
     assert seen == [(12, 20), (12, 20)]
+
+
+@pytest.mark.parametrize("size", [[64, 48], np.array([64, 48]), (np.int64(64), 48), torch.tensor([64, 48])])
+def test_a_size_is_a_pair_whatever_holds_it(size):
+    """Else images of just that size are refused once they are drawn."""
+    assert made(lambda *, images, captions: [1, 2], size=size).size == (64, 48) == Image.new("RGB", (64, 48)).size
+
+
+@pytest.mark.parametrize("size", [64, (64,), (64, 64, 3), (64, 0), (64.0, 64.0), "64", (), [None, 1]])
+def test_a_size_that_is_none_is_one_line(size):
+    with pytest.raises(
+        UserError, match="^--scorers mine:made: its size is .*; two whole numbers above 0 are needed, width"
+    ):
+        made(lambda *, images, captions: [1, 2], size=size)
+
+
+def of_prompts(answer, score=lambda features, prompts: 1.0):
+    return made(score, features=lambda self, *, images: [[1.0]] * len(images), by_prompt=lambda self, f, p: answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [([0, 2], [1.0, 2.5]), (torch.tensor([0, 2]), torch.tensor([1, 2.5])), [np.array([0, 2]), (1, 2.5)]],
+)
+def test_numbers_by_prompt_may_be_anything_that_holds_numbers(answer):
+    found = of_prompts(answer).by_prompt(torch.ones(3, 1), np.array([0, 1, 2]))
+    assert all(isinstance(one, np.ndarray) for one in found) and found[0].dtype == np.int64
+    assert [one.tolist() for one in found] == [[0, 2], [1.0, 2.5]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([1.0], "its by_prompt gives a list of 1, not the prompts and the number of each"),
+        (None, "its by_prompt gives None, not the prompts"),
+        ((["a"], [1.0]), "its by_prompt gives .*a.*, not numbers"),
+        (([0, 1], [1.0]), r"prompts of shape \(2,\) and numbers of shape \(1,\); a number for each"),
+        (([3], [1.0]), "a number for each of some of the prompts is needed"),
+    ],
+)
+def test_numbers_by_prompt_that_are_none_are_one_line(answer, words):
+    with pytest.raises(UserError, match=f"^--scorers mine:made: .*{words}"):
+        of_prompts(answer).by_prompt(torch.ones(3, 1), np.array([0, 1, 2]))
+
+
+def test_an_interval_has_two_ends():
+    with pytest.raises(UserError, match="its score gives the interval a list of 3, not its two ends"):
+        of_prompts(None, lambda features, prompts: (1.0, [1, 2, 3])).score(torch.ones(2, 1), np.array([0, 1]))

@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dpo.common.errors import UserError
-from dpo.scorers.scorer import LISTED, listed, listing, opened, temperature_of
+from dpo.scorers.scorer import LISTED, check, fetch, listed, listing, opened, temperature_of
 from dpo.scorers.sets import OverPrompts, SetScorer
 from dpo.tiny.world import SLOPE
 from tests.help.towers import save_tiny_clip
@@ -98,3 +99,70 @@ def test_a_temperature_that_is_none_is_one_line(own, value):
     scorer.temperature = value
     with pytest.raises(UserError, match="brightness: its temperature is .*a number above 0 is needed"):
         temperature_of(scorer)
+
+
+FIRST = {  # what the header of a converted file must have
+    "hpsv2.0": ["visual_projection.weight", "text_projection.weight"],
+    "hpsv2.1-no-antialias": ["visual.conv1.weight", "text_projection"],
+    "aesthetic-v1": ["weight"],
+    "aesthetic-v2": ["layers.0.weight"],
+    "imagereward": [
+        "blip.visual_encoder.patch_embed.proj.weight",
+        "blip.text_encoder.embeddings.word_embeddings.weight",
+    ],
+    "inception-tv": ["fc.weight"],
+    "inception-tf": ["fc.weight"],
+}
+ROWS = {"inception-tv": 1000, "inception-tf": 1008}
+
+
+def as_converted(name, path):
+    """A file with the header of the weights of a scorer, and little more."""
+    source = {
+        "source": {"hpsv2.0": "HPS_v2_compressed.pt", "hpsv2.1-no-antialias": "HPS_v2.1_compressed.pt"}.get(name, "")
+    }
+    save_file({key: torch.zeros(ROWS.get(name, 2), 1) for key in FIRST[name]}, path, metadata=source)
+    return f"{name}:{path}"
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_converted_file_is_looked_at_before_anything_is_drawn(tmp_path, name):
+    path = tmp_path / "w.safetensors"
+    assert check(as_converted(name, path), CPU) == name
+    other = {"hpsv2.0": "hpsv2.1-no-antialias", "inception-tv": "inception-tf"}.get(name, "hpsv2.0")
+    as_converted(other, path)
+    with pytest.raises(UserError, match=r"w.safetensors (is HPSv2.[01]|does not|holds other weights).*; convert https"):
+        check(f"{name}:{path}", CPU)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"w.safetensors cannot be read \(.*\); convert the published file again"):
+        check(f"{name}:{path}", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "said"),
+    [
+        ("hpsv2.0", ["vocab.json"], "cannot get laion/CLIP-ViT-H-14-laion2B-s32B-b79K from the hub"),
+        ("aesthetic-v1", ["config.json", "model.safetensors"], "cannot get openai/clip-vit-large-patch14 from the hub"),
+        ("imagereward", ["vocab.txt"], "cannot get the words of google-bert/bert-base-uncased from the hub"),
+        ("inception-tv", [], None),
+    ],
+)
+def test_what_a_converted_scorer_needs_from_the_hub_is_fetched_before_anything_is_drawn(tmp_path, name, beside, said):
+    (tmp_path / "w").mkdir()
+    asked = as_converted(name, tmp_path / "w" / "w.safetensors")
+    if said is not None:
+        with pytest.raises(UserError, match=f"^{name}: {said}"):
+            fetch(asked, tmp_path / "cache")
+    for file in (*beside, "tokenizer.json"):
+        (tmp_path / "w" / file).touch()
+    fetch(asked, tmp_path / "cache")
+
+
+def test_a_cache_that_lacks_the_tokenizer_alone_is_told_before_anything_is_drawn(tmp_path, monkeypatch):
+    """Offline the hub's client gives the folder of a repository of which other files were fetched once."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda place, **options: str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(
+        UserError, match="hpsv2.0: the hub's cache holds laion/.* without its tokenizer; .* put the token"
+    ):
+        fetch(as_converted("hpsv2.0", tmp_path / "w.safetensors"))

@@ -41,6 +41,16 @@ def come(desk, name, link=""):
     return reply["rater"], reply["key"]
 
 
+def test_a_study_that_is_full_still_takes_those_it_knows(opened, monkeypatch):
+    """Who types the name again, on another device, goes on."""
+    monkeypatch.setattr("dpo.voting.desk.MOST_RATERS", 1)
+    desk = opened(imagined(8))
+    anna = come(desk, "Anna")
+    assert come(desk, "anna") == anna
+    with pytest.raises(Refused, match="this study has 1 raters and takes no more"):
+        come(desk, "Ben")
+
+
 def test_an_answer_counts_once_however_often_it_is_sent(opened, tmp_path):
     desk = opened(imagined(8, repeats=0.0))
     me = come(desk, "Anna")

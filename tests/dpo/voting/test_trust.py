@@ -117,6 +117,15 @@ def test_a_table_by_file_name(folder):
     assert found.scorer == "mine" and found.later[:-1].tolist() == [1.0] * 5 and np.isnan(found.later[-1])
 
 
+def test_a_table_of_bare_names_that_both_sides_have_is_refused(folder):
+    table = folder.parent / "scores.csv"
+    table.write_text("file,score\n" + "".join(f"{number}.png,{number}\n" for number in range(6)))
+    with pytest.raises(
+        UserError, match=r"row 1 of .* names 0.png, which is an image of .*basemodel.* and of .*newmodel"
+    ):
+        trust.judged(study.read(folder), folder, [f"mine={table}"])
+
+
 def test_a_preference_is_for_a_model_whichever_image_comes_first(tmp_path):
     declared = simulated.study(4)
     table = tmp_path / "scores.csv"
