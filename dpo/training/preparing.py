@@ -24,6 +24,7 @@ from dpo.data.pairs import Source, things
 from dpo.data.sources import open_source, tell
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
+from dpo.data.store.parts import check_place
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
@@ -82,6 +83,8 @@ def encode_pairs(
         raise UserError(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
+    if shard[1] > 1:
+        check_place(folder)  # the last process merges
     source = open_source(config.data)
     tell(source)
     config, model, _, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
