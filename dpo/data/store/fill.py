@@ -274,10 +274,11 @@ def _shards(
     """Makes the missing shards, one after another, and yields their entries for the index."""
     source_number = len(index["sources"]) - 1
     bad = sum(map(len, holes(task.folder, index["shards"]).values()))
-    read, last_bad = len(in_order([index["shards"]])), "see the log"
+    read, last_bad = len(in_order([index["shards"]])), "see the log of an earlier call"
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
     first, last = mine[-1]["upto"] if mine else task.first, _last(task)
     begin = first
+    check_bad(bad, read + last - begin, task.bad_image_limit, last_bad)  # a shard that was too many is in the index
     skip = AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
         skip.pass_over(int(task.source[i].key) for i in range(task.first, first))
