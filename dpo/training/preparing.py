@@ -86,6 +86,11 @@ def encode_pairs(
     if shard[1] > 1:
         check_place(folder)  # the last process merges
     source = open_source(config.data)
+    if of_store(source) is not None:
+        raise UserError(
+            f"--data {config.data.data} is a prepared store, which keeps no images: name the pairs it was made from, or make one "
+            "store of several with --merge"
+        )
     tell(source)
     config, model, _, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
     settings = (

@@ -211,10 +211,22 @@ def test_parts_are_not_made_below_an_ordinary_store(tmp_path, capsys):
     """It is said before anything is loaded: the last process would merge them."""
     fill(task(tmp_path / "store", Synthetic(5)))
     before = sums(tmp_path / "store")
-    assert command(tmp_path / "store", "--model", "none", "--data", "none", "--shard", "0/2") == 2
+    assert command(tmp_path / "store", "--model", "m", "--data", "d", "--shard", "0/2") == 2
     error = capsys.readouterr().err
     assert "store is a prepared store of its own" in error and error.count("\n") == 1
     assert sums(tmp_path / "store") == before
+
+
+def test_a_store_is_not_prepared_from_a_store(tmp_path, capsys):
+    for i, name in enumerate(("one", "two")):
+        fill(task(tmp_path / name, Synthetic(5, start=50 * i)))
+    before = sums(tmp_path)
+    for store in ("two", "new"):
+        assert command(tmp_path / store, "--model", "m", "--data", str(tmp_path / "one")) == 2
+        error = capsys.readouterr().err
+        assert f"--data {tmp_path / 'one'} is a prepared store, which keeps no images: name the pairs it was" in error
+        assert error.count("\n") == 1 and "--merge" in error
+    assert sums(tmp_path) == before and not (tmp_path / "new").exists()
 
 
 def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
