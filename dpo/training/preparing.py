@@ -24,6 +24,7 @@ from dpo.data.pairs import Source, things
 from dpo.data.sources import open_source, tell
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
+from dpo.data.store.filling import Filling
 from dpo.data.store.parts import check_place
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
@@ -113,7 +114,7 @@ def encode_pairs(
     log.info("%s", _size_told(model, config, source, slice(first, last), DTYPES[dtype].itemsize))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     images = config.runtime.vae_batch
-    task = fill.Filling(
+    task = Filling(
         folder=place,
         name=str(config.data.data),
         source=source,

@@ -8,12 +8,13 @@ import pytest
 
 from dpo.common.errors import UserError
 from dpo.data.store import fill
+from dpo.data.store.filling import Filling
 from dpo.data.store.store import merge, read_contents
 from tests.help.stores import SETTINGS, Encoders, Synthetic
 
 
 def part(folder, source, name="set", settings=SETTINGS, **others):
-    return fill.Filling(
+    return Filling(
         folder=folder, name=name, source=source, settings=settings, encode=Encoders(), pairs_per_shard=4, **others
     )
 
