@@ -28,7 +28,7 @@ from dpo.data.contents import state
 from dpo.data.images import STOPPED, Micro, Size, check_bad, fitted, unreadable
 from dpo.data.labels import SAME
 from dpo.data.pairs import BadImage, ImageRef, Pair, caption_key, embedded_twice
-from dpo.data.store.appended import check_appended
+from dpo.data.store.appended import check_appended, other_files
 from dpo.data.store.files import (
     NOT_ALWAYS,
     NOWHERE,
@@ -64,10 +64,7 @@ def fill(task: Filling) -> bool:
     own, fingerprints = task.fingerprint, [source["fingerprint"] for source in sources]
     new = own not in fingerprints
     if not new and not same_files(sources[fingerprints.index(own)], task.source, task.first, task.end, shards):
-        raise UserError(
-            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
-            "prepare them into another --store"
-        )
+        raise other_files(task)
     if index["finished"] and not new and (not any(shard["bad"] for shard in shards) or _inside(task)):
         return False
     if sources and not index["finished"] and fingerprints[-1] != own:

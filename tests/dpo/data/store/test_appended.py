@@ -68,3 +68,68 @@ def test_a_folder_that_grew_is_appended_with_its_shapes_and_holes(tmp_path, roun
     assert add(tmp_path / "store", one, **changes) == 2
     contents = read_contents(tmp_path / "store")
     assert len(contents.order) == 7 and contents.summary[UNREADABLE] == 1
+
+
+def take(source, folder, *numbers):
+    """Copies pairs of one folder into another, without their captions."""
+    for number in numbers:
+        for side in "wl":
+            shutil.copy(source / side / f"{number:05d}.jpg", folder / side)
+
+
+def redraw(folder, number):
+    (folder / "w" / f"{number:05d}.jpg").write_bytes(png(7))
+
+
+@pytest.fixture
+def growing(tmp_path):
+    """Ten pairs to take from, and a folder of the first four that has the captions of all."""
+    pool, folder = make_folders(tmp_path / "pool", 10), make_folders(tmp_path / "set", 4)
+    shutil.copy(pool / "metadata.jsonl", folder)
+    return pool, folder
+
+
+@pytest.mark.parametrize("redrawn", [1, 5])
+def test_a_folder_that_grew_and_was_redrawn_is_refused(tmp_path, growing, redrawn, caplog):
+    """Whether the image is of the first source or of the second, whose first four pairs are the first's."""
+    (pool, folder), store = growing, tmp_path / "store"
+    (folder / "l" / "00002.jpg").write_bytes(b"broken")
+    add(store, folder)
+    for more in ((4, 5), (6, 7)):  # it may grow
+        take(pool, folder, *more)
+        assert add(store, folder) == 4
+    take(pool, folder, 2)  # and be mended
+    assert add(store, folder) == 1
+    take(pool, folder, 8)
+    redraw(folder, redrawn)
+    with pytest.raises(UserError, match="store was prepared from other image files than set has now under the same"):
+        add(store, folder)
+    take(pool, folder, redrawn)
+    assert add(store, folder) == 2
+    assert not [record for record in caplog.records if "cannot be told" in record.message]
+
+
+def test_pairs_that_cannot_be_compared_are_said(tmp_path, growing, caplog):
+    (pool, folder), store = growing, tmp_path / "store"
+    add(store, folder)
+    take(pool, folder, 4)
+    (folder / "w" / "00000.jpg").unlink()
+    redraw(folder, 1)
+    assert add(store, folder) == 2
+    assert "store: 3 pairs of set count as stored, and whether their image files changed cannot be told" in caplog.text
+
+
+def test_parts_compare_what_is_in_their_share_again(tmp_path, growing, caplog):
+    """Of four pairs in two parts, then six: the first part's are all in its share again, and one of the second's two."""
+    (pool, folder), parts = growing, [tmp_path / "part-0", tmp_path / "part-1"]
+    for i, part in enumerate(parts):
+        add(part, folder, first=2 * i, last=2 * i + 2)
+    take(pool, folder, 4, 5)
+    redraw(folder, 1)
+    with pytest.raises(UserError, match="part-0 was prepared from other image files"):
+        add(parts[0], folder, first=0, last=3)
+    take(pool, folder, 1)
+    add(parts[0], folder, first=0, last=3)
+    assert "cannot be told" not in caplog.text
+    add(parts[1], folder, first=3, last=6)
+    assert "part-1: 1 pair of set count as stored" in caplog.text
