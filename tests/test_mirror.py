@@ -31,6 +31,7 @@ TESTED_BY = {
     "dpo/data/pairs.py": "tests/dpo/data/test_sources.py",
     "dpo/data/store/files.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/fill.py": "tests/dpo/data/store/test_store.py",
+    "dpo/data/store/filling.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/known.py": "tests/dpo/data/store/test_store.py",
     "dpo/data/store/recorded.py": "tests/runs/test_recorded.py",
     "dpo/data/store/recording.py": "tests/runs/test_recorded.py",

@@ -24,6 +24,8 @@ from dpo.data.pairs import Source, things
 from dpo.data.sources import open_source, tell
 from dpo.data.store import fill, recorded, recording
 from dpo.data.store.files import read_index
+from dpo.data.store.filling import Filling
+from dpo.data.store.parts import check_place
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
 from dpo.models.denoiser import halve
@@ -82,7 +84,14 @@ def encode_pairs(
         raise UserError(
             "a store holds one crop of each image: --crop random needs the images themselves in every epoch"
         )
+    if shard[1] > 1:
+        check_place(folder)  # the last process merges
     source = open_source(config.data)
+    if of_store(source) is not None:
+        raise UserError(
+            f"--data {config.data.data} is a prepared store, which keeps no images: name the pairs it was made from, or make one "
+            "store of several with --merge"
+        )
     tell(source)
     config, model, _, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
     settings = (
@@ -105,7 +114,7 @@ def encode_pairs(
     log.info("%s", _size_told(model, config, source, slice(first, last), DTYPES[dtype].itemsize))
     place = folder / PART.format(*shard) if shard[1] > 1 else folder
     images = config.runtime.vae_batch
-    task = fill.Filling(
+    task = Filling(
         folder=place,
         name=str(config.data.data),
         source=source,

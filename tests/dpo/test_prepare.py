@@ -15,6 +15,7 @@ from dpo import prepare
 from dpo.common.errors import UserError
 from dpo.common.files import checksum
 from dpo.data.store.files import HIDDEN, LATENTS, SPAN, TEXT, write_index
+from dpo.data.store.fill import fill
 from dpo.data.store.store import read_contents, verify
 from dpo.models.ready import load_named
 from dpo.planning.sketch import sketch
@@ -27,6 +28,7 @@ from tests.help.children import in_child, kill_until_done
 from tests.help.fake_run import write_run
 from tests.help.flow import TRAINED
 from tests.help.running import QUIET, advance, everything, make_run
+from tests.help.stores import Synthetic, task
 from tests.help.worlds import make_pickapic, make_pipeline
 
 EXACT = [
@@ -203,6 +205,28 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         assert command(store, *wrong) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_parts_are_not_made_below_an_ordinary_store(tmp_path, capsys):
+    """It is said before anything is loaded: the last process would merge them."""
+    fill(task(tmp_path / "store", Synthetic(5)))
+    before = sums(tmp_path / "store")
+    assert command(tmp_path / "store", "--model", "m", "--data", "d", "--shard", "0/2") == 2
+    error = capsys.readouterr().err
+    assert "store is a prepared store of its own" in error and error.count("\n") == 1
+    assert sums(tmp_path / "store") == before
+
+
+def test_a_store_is_not_prepared_from_a_store(tmp_path, capsys):
+    for i, name in enumerate(("one", "two")):
+        fill(task(tmp_path / name, Synthetic(5, start=50 * i)))
+    before = sums(tmp_path)
+    for store in ("two", "new"):
+        assert command(tmp_path / store, "--model", "m", "--data", str(tmp_path / "one")) == 2
+        error = capsys.readouterr().err
+        assert f"--data {tmp_path / 'one'} is a prepared store, which keeps no images: name the pairs it was" in error
+        assert error.count("\n") == 1 and "--merge" in error
+    assert sums(tmp_path) == before and not (tmp_path / "new").exists()
 
 
 def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dpo.common.words import digest
-from dpo.data.pairs import ImageRef, Pair, caption_key, pair_key
-from dpo.data.store import fill
+from dpo.data.pairs import ImageRef, Pair, Source, caption_key, pair_key
 from dpo.data.store.files import Parts
+from dpo.data.store.filling import Filling
 from dpo.settings.config import Data
 
 SETTINGS = {"resolution": 8, "flip": False, "dtype": "fp16", "family": "sd", "text_tokens": 3}
@@ -96,6 +96,6 @@ class Encoders:
         return hidden * mask[..., None], pooled, mask
 
 
-def task(folder: Path, source: Synthetic, encode: Encoders | None = None, **changes) -> fill.Filling:
-    made = fill.Filling(folder, "synthetic", source, SETTINGS, encode or Encoders(), pairs_per_shard=8)
+def task(folder: Path, source: Source, encode: Encoders | None = None, **changes) -> Filling:
+    made = Filling(folder, "synthetic", source, SETTINGS, encode or Encoders(), pairs_per_shard=8)
     return replace(made, **changes)

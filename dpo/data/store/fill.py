@@ -7,12 +7,10 @@ bytes each. Pairs that were left out for an unreadable image are tried again: se
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,63 +23,30 @@ from dpo.common.errors import UserError
 from dpo.common.words import excerpt
 from dpo.data import labelled
 from dpo.data.ahead import read_ahead
-from dpo.data.buckets import Cut, of_pair, shapes
+from dpo.data.buckets import of_pair
 from dpo.data.contents import state
 from dpo.data.images import STOPPED, Micro, Size, check_bad, fitted, unreadable
 from dpo.data.labels import SAME
-from dpo.data.pairs import MAX_MIB, BadImage, ImageRef, Pair, Source, caption_key, embedded_twice, things
-from dpo.data.parquet import read_in_order
+from dpo.data.pairs import BadImage, ImageRef, Pair, caption_key, embedded_twice
+from dpo.data.store.appended import check_appended, other_files
 from dpo.data.store.files import (
     NOT_ALWAYS,
     NOWHERE,
-    ROUNDING,
     TWICE,
     UNNAMED,
-    check_shard,
-    open_shard,
     read_index,
     sweep_away,
     tables_crc,
     write_index,
     write_shard,
 )
+from dpo.data.store.filling import Filling
 from dpo.data.store.known import AlreadyStored, Known, image_key, known
 from dpo.data.store.mended import holes, in_order, same_files, stamp
-from dpo.data.store.shard import Encode, PairRow, Shard
+from dpo.data.store.shard import PairRow, Shard
 
 READ_AHEAD = 64  # pairs read before their turn
 log = logging.getLogger("dpo")
-
-
-@dataclass(frozen=True)
-class Filling:
-    """What to fill a store with, and how."""
-
-    folder: Path
-    name: str  # of the data, as the user gave it
-    source: Source
-    settings: Mapping[str, Any]  # what every shard of a store must share; "resolution" and "flip" are used here
-    encode: Encode
-    pairs_per_shard: int
-    workers: int = 0
-    bad_image_limit: float = 0.01  # share of the pairs
-    max_mib: int = MAX_MIB  # of an image file
-    stop_at_bad: bool = False  # whether the first unreadable image ends it
-    first: int = 0  # this process encodes the pairs first..last-1 of the source
-    last: int | None = None  # None: to the source's end
-    beside: Sequence[Path] = ()  # the other parts of the store, which other processes fill
-    progress: Callable[[int, int], None] = lambda done, total: None
-    cut: Cut = field(default_factory=Cut)  # counts the images of pairs with buckets
-
-    @property
-    def buckets(self) -> bool:
-        return bool(self.settings.get("buckets"))
-
-    @functools.cached_property
-    def sizes(self) -> tuple[Size, ...]:
-        """The shapes that images are cut to."""
-        side = self.settings["resolution"]
-        return shapes(side, self.settings["buckets"]) if self.buckets else ((side, side),)
 
 
 def fill(task: Filling) -> bool:
@@ -96,23 +61,21 @@ def fill(task: Filling) -> bool:
     index = read_index(task.folder) or {"settings": dict(task.settings), "sources": [], "shards": [], "finished": False}
     _check(task, index)
     sources, shards = index["sources"], index["shards"]
-    own, fingerprints = _fingerprint(task), [source["fingerprint"] for source in sources]
+    own, fingerprints = task.fingerprint, [source["fingerprint"] for source in sources]
     new = own not in fingerprints
-    if not new and not same_files(sources[fingerprints.index(own)], task.source, task.first, _last(task), shards):
-        raise UserError(
-            f"{task.folder} was prepared from other image files than {task.name} has now under the same names: "
-            "prepare them into another --store"
-        )
+    if not new and not same_files(sources[fingerprints.index(own)], task.source, task.first, task.end, shards):
+        raise other_files(task)
     if index["finished"] and not new and (not any(shard["bad"] for shard in shards) or _inside(task)):
         return False
     if sources and not index["finished"] and fingerprints[-1] != own:
         raise UserError(f"{task.folder} is not finished: go on with {sources[-1]['name']} before adding {task.name}")
     if new:
-        _check_labels(task, shards)
         sources.append(_about(task, shards))
     number = len(sources) - 1 if new else fingerprints.index(own)
     index["finished"] = index["finished"] and not new
     held, before = known(task.folder, index), len(shards)
+    if new:
+        check_appended(task, index, held[0])
     if not index["finished"]:
         write_index(task.folder, index)
     begun = any(shard["source"] == number and "instead" not in shard for shard in shards)
@@ -133,31 +96,23 @@ def fill(task: Filling) -> bool:
     return True
 
 
-def _last(task: Filling) -> int:
-    return len(task.source) if task.last is None else task.last
-
-
-def _fingerprint(task: Filling) -> str:
-    return f"{task.source.fingerprint}:{task.first}:{_last(task)}"
-
-
 def _inside(task: Filling) -> bool:
     """Whether the images lie inside of the set's own files: with others it would be another set."""
     if task.source.groups is None:
         return False
-    pairs = [task.source[i] for i in range(task.first, min(task.first + 1, _last(task)))]
+    pairs = [task.source[i] for i in range(task.first, min(task.first + 1, task.end))]
     return all(image.path is None for pair in pairs for image in pair.images)
 
 
 def _about(task: Filling, shards: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": task.name,
-        "fingerprint": _fingerprint(task),
+        "fingerprint": task.fingerprint,
         "window": task.source.window,
         "groups": task.source.groups is not None,
         "summary": dict(task.source.summary),
         **({"labelled_by": judges} if (judges := labelled.judges(Path(task.name))) else {}),
-    } | stamp(task.source, task.first, _last(task), shards)
+    } | stamp(task.source, task.first, task.end, shards)
 
 
 def _check(task: Filling, index: Mapping[str, Any]) -> None:
@@ -177,51 +132,6 @@ def _check(task: Filling, index: Mapping[str, Any]) -> None:
             )
 
 
-def _check_labels(task: Filling, shards: list[dict[str, Any]]) -> None:
-    """Raises UserError where the store holds pairs or images of the source with other labels: their keys are the same.
-
-    Pairs that it holds the other way round have other keys, and may be another person's answer: that is said. Of the source
-    only what has a caption of the store is read.
-    """
-    entries = [(task.folder / entry["file"], entry) for entry in shards]
-    for part in task.beside:
-        index = read_index(part) or {"shards": []}
-        mine = f"{task.source.fingerprint}:"
-        entries += [
-            (part / entry["file"], entry)
-            for entry in index["shards"]
-            if not index["sources"][entry["source"]]["fingerprint"].startswith(mine)
-        ]
-    if not entries:
-        return
-    source, end = read_in_order(task.source), _last(task)
-    held: dict[int, list[float]] = {}  # one may be there several times
-    captions: list[int] = []
-    for path, entry in entries:
-        check_shard(path, entry)
-        shard = open_shard(path)
-        captions += shard["caption_key"].tolist() if entry["captions"] else []
-        for key, prob in zip(shard["pair_key"].tolist(), shard["pair_prob"].tolist(), strict=True):
-            held.setdefault(key, []).append(prob)
-    shared = task.first + np.flatnonzero(np.isin(source.caption_keys()[task.first : end], captions))
-    other = turned = 0
-    for i in shared.tolist():
-        pair, prob = source[i], float(source.prob[i])
-        other += pair.key in held and min(abs(one - prob) for one in held[pair.key]) > ROUNDING
-        turned += pair.key not in held and pair.turned_key() in held
-    if other:
-        raise UserError(
-            f"{task.folder} holds {other} of the {things(source)} of {task.name} with another label: prepare them into another "
-            "--store"
-        )
-    if turned:
-        log.warning(
-            "%s holds %d of the pairs of %s the other way round, and keeps both: where labels were mended, prepare them into another "
-            "--store",
-            task.folder, turned, task.name,
-        )  # fmt: skip
-
-
 def _mended(
     task: Filling, index: dict[str, Any], number: int, images: Known, captions: Known, next_image: int
 ) -> Iterator[dict[str, Any]]:
@@ -235,7 +145,7 @@ def _mended(
     images, taken = images.usable(), []  # the rows of a shard's holes
 
     def wanted() -> Iterator[tuple[int, Pair]]:
-        for i in range(task.first, _last(task)) if left else ():
+        for i in range(task.first, task.end) if left else ():
             if rows := left.get((pair := task.source[i]).key):
                 taken.append(rows.pop(0))
                 yield i, pair
@@ -274,10 +184,11 @@ def _shards(
     """Makes the missing shards, one after another, and yields their entries for the index."""
     source_number = len(index["sources"]) - 1
     bad = sum(map(len, holes(task.folder, index["shards"]).values()))
-    read, last_bad = len(in_order([index["shards"]])), "see the log"
+    read, last_bad = len(in_order([index["shards"]])), "see the log of an earlier call"
     mine = [shard for shard in index["shards"] if shard["source"] == source_number]
-    first, last = mine[-1]["upto"] if mine else task.first, _last(task)
+    first, last = mine[-1]["upto"] if mine else task.first, task.end
     begin = first
+    check_bad(bad, read + last - begin, task.bad_image_limit, last_bad)  # a shard that was too many is in the index
     skip = AlreadyStored(stored if source_number else np.empty(0, dtype=np.int64))
     if source_number:
         skip.pass_over(int(task.source[i].key) for i in range(task.first, first))

@@ -1,4 +1,4 @@
-"""What the parts of a store say together: how their pairs are read, and what was found and left out."""
+"""What the parts of a store say together: how their pairs are read, what was found and left out; where their index may be."""
 
 from __future__ import annotations
 
@@ -73,6 +73,14 @@ def check_labels(
         earlier.append((own, label))
     if again:
         log.warning("%s: %s of one set are in another one too, and count twice", folder, number_of(again, "pairs"))
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError where `folder` has pairs of its own, finished or not: an index over parts would replace theirs."""
+    if "parts" not in (read_index(folder) or {"parts": []}):
+        raise UserError(
+            f"{folder} is a prepared store of its own, whose index would be lost: name a new --store, and all stores after --merge"
+        )
 
 
 def has_buckets(folder: Path) -> bool:

@@ -41,7 +41,7 @@ from dpo.data.store.files import (
     write_index,
 )
 from dpo.data.store.mended import in_order
-from dpo.data.store.parts import check_labels, counted, of_order
+from dpo.data.store.parts import check_labels, check_place, counted, of_order
 from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
@@ -258,13 +258,13 @@ def _suit(contents: Contents, data: Data) -> None:
         )
 
 
-def read_contents(folder: Path) -> Contents:
-    """Reads the index and the tables of a finished store.
+def read_contents(folder: Path, index: Mapping[str, Any] | None = None) -> Contents:
+    """Reads the tables of a finished store, and its index where `index` is not one that it will have.
 
     Raises UserError when it is unfinished or its parts differ in settings, DamagedStore when a file is missing or
     altered.
     """
-    index = _finished(folder)
+    index = _finished(folder) if index is None else index
     parts = (
         [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
     )
@@ -363,6 +363,7 @@ def _parts(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
 
 def merge(folder: Path, parts: Sequence[Path]) -> None:
     """Makes `folder` an index over finished stores, whose files stay as they are. Raises UserError."""
+    check_place(folder)
     entries = []
     for part in parts:
         if "parts" in _finished(part):
@@ -370,13 +371,12 @@ def merge(folder: Path, parts: Sequence[Path]) -> None:
         inside = part.resolve().is_relative_to(folder.resolve())
         path = part.resolve().relative_to(folder.resolve()) if inside else part.resolve()
         entries.append({"path": path.as_posix(), "sha256": checksum(part / INDEX)})
-    write_index(folder, {"parts": entries, "finished": True})
-    try:
-        found = read_contents(folder)
-        check_labels(folder, [(part, _finished(part)) for part in parts], found.order, found.key, found.prob)
-    except UserError:
-        (folder / INDEX).unlink()
-        raise
+        if entries[-1] in entries[:-1]:
+            raise UserError(f"{part} is named twice after --merge: name each store once")
+    index = {"parts": entries, "finished": True}
+    found = read_contents(folder, index)
+    check_labels(folder, [(part, _finished(part)) for part in parts], found.order, found.key, found.prob)
+    write_index(folder, index)
 
 
 def verify(folder: Path) -> list[str]:

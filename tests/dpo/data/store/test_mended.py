@@ -153,6 +153,18 @@ def test_a_store_that_had_too_many_unreadable_images_goes_on_once_they_are_mende
     same_as_made_at_once(tmp_path / "store", Synthetic(12, broken=(3,)), tmp_path / "whole")
 
 
+@pytest.mark.parametrize("groups", [None, np.zeros(12, dtype=np.int32)], ids=["files", "parquet"])
+def test_too_many_unreadable_images_are_too_many_at_the_next_call_too(tmp_path, groups):
+    """All of the pairs are in the one shard: there is nothing left to encode."""
+    source = Synthetic(12, broken=tuple(range(7)), groups=groups)
+    for limit in (0.1, 0.1, 0.5):
+        with pytest.raises(UserError, match="^7 of 12 pairs have an unreadable image.*; see --bad-image-limit"):
+            made(tmp_path, source, bad_image_limit=limit, pairs_per_shard=12)
+        assert not read_index(tmp_path)["finished"]
+    assert made(tmp_path, source, bad_image_limit=0.6, pairs_per_shard=12)
+    assert not made(tmp_path, source, bad_image_limit=0.6, pairs_per_shard=12)
+
+
 def test_a_set_that_grew_brings_its_mended_images_along(tmp_path):
     store = tmp_path / "store"
     made(store, Synthetic(20, broken=(4, 5)))

@@ -1,5 +1,6 @@
-"""dpo.data.store.parts: pairs that several parts of a store hold, with one label and with different ones."""
+"""dpo.data.store.parts: pairs that several parts hold, with one label and with different ones; where their index may be."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 
 from dpo.common.errors import UserError
 from dpo.data.store import fill
+from dpo.data.store.filling import Filling
 from dpo.data.store.store import merge, read_contents
 from tests.help.stores import SETTINGS, Encoders, Synthetic
 
 
-def part(folder, source, name="set", **others):
-    return fill.Filling(
-        folder=folder, name=name, source=source, settings=SETTINGS, encode=Encoders(), pairs_per_shard=4, **others
+def part(folder, source, name="set", settings=SETTINGS, **others):
+    return Filling(
+        folder=folder, name=name, source=source, settings=settings, encode=Encoders(), pairs_per_shard=4, **others
     )
 
 
@@ -75,3 +77,46 @@ def test_labels_of_the_parts_beside_are_looked_at_before_anything_is_encoded(par
     assert fill.fill(alike)
     second = part(folders[1], alike.source, "new", first=10, last=20, beside=folders[:1])
     assert fill.fill(second)  # what the first part has of the same set is no other label
+
+
+# --- where an index over parts may be
+
+
+def index_of(folder):
+    return (folder / "store.json").read_bytes()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_ordinary_store_is_never_replaced_by_an_index_over_parts(tmp_path, finished):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    fill.fill(part(tmp_path / "b", Synthetic(5, start=50)))
+    ours = part(tmp_path / "a", Synthetic(10), **({} if finished else {"progress": stop}))
+    with nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        fill.fill(ours)
+    before = index_of(tmp_path / "a")
+    for named in (["b"], ["a", "b"]):
+        with pytest.raises(
+            UserError, match="a is a prepared store of its own.*: name a new --store, and all stores after"
+        ):
+            merge(tmp_path / "a", [tmp_path / name for name in named])
+        assert index_of(tmp_path / "a") == before
+
+
+def test_a_merged_store_keeps_its_index_where_the_next_merge_is_refused(tmp_path):
+    for name, source in (("a", Synthetic(5)), ("b", Synthetic(5, start=50))):
+        fill.fill(part(tmp_path / name, source))
+    fill.fill(part(tmp_path / "large", Synthetic(5, start=90), settings=SETTINGS | {"resolution": 16}))
+    merge(tmp_path / "all", [tmp_path / "a", tmp_path / "b"])
+    before = index_of(tmp_path / "all")
+    for named, said in [
+        (["a", "large"], "differ in resolution"),
+        (["a", "b", "a"], "a is named twice after --merge"),
+        (["a", "all"], "all is itself merged: name its parts"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            merge(tmp_path / "all", [tmp_path / name for name in named])
+        assert index_of(tmp_path / "all") == before
+    merge(tmp_path / "all", [tmp_path / "b", tmp_path / "a"])
+    assert len(read_contents(tmp_path / "all").order) == 10
