@@ -235,8 +235,7 @@ def _make(run: Run, trackers: Trackers, train_step: TrainStep) -> Ending:
     with whole(run, _draws_before(run)):
         run.processes.once(_begin, run, trackers)
     if not (run.complete and (run.output / CONFIG_FILE).is_file()):  # from here on the folder holds a run
-        again = change(run.config, overwrite=False, resume=None)  # it is a --config of other runs too
-        files.write_text(run.output / CONFIG_FILE, to_toml(again))
+        files.write_text(run.output / CONFIG_FILE, to_toml(change(run.config, overwrite=False, resume=None)))
     with stop_on_signals() as stop:
         updates(run, trackers, train_step, stop)
     with whole(run), _told_how_to_finish(run.output, run.done):
