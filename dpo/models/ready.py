@@ -15,6 +15,7 @@ from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.common.libraries import quiet
 from dpo.common.words import first_line
+from dpo.models.buffers import cast_weights
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing, widen_others
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import family_of, load, read_index, read_scheduler
@@ -265,15 +266,15 @@ def cast(model: Model, precision: str, vae: str = "auto", *, frozen: bool = Fals
     if frozen and precision in HALF:
         widen_others(model.denoiser)
     else:
-        model.denoiser.to(own)
+        cast_weights(model.denoiser, own)
     overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
     chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
     model.scaling = model.scaling or model.family.scaling(model.vae)  # before its statistics are rounded
-    model.vae.to(chosen)
+    cast_weights(model.vae, chosen)
     if vae != "auto":
         _decode_in(model.vae, chosen)
     for encoder in model.text_encoders:
-        encoder.to(read_only)
+        cast_weights(encoder, read_only)
 
 
 def _decode_in(vae: Vae, dtype: torch.dtype) -> None:

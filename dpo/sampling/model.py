@@ -16,6 +16,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
+from dpo.models.buffers import cast_weights, positions
 from dpo.models.family import Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import locate
@@ -115,10 +116,12 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         raise UserError(
             f"--precision fp16: the text encoders of family {model.family.name} overflow in it; use bf16 or fp32"
         )
+    if exact := positions(precision, *model.text_encoders):
+        identities.append(str(exact))
     wide = half and model.family.vae_overflows_in_fp16
     if half:
         for module in (model.denoiser, *model.text_encoders, *([] if wide else [model.vae])):
-            module.to(HALF[precision])
+            cast_weights(module, HALF[precision])
     out = config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
     return Opened(
