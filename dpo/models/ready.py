@@ -60,8 +60,13 @@ def facts_of(device: torch.device) -> DeviceFacts:
     return DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
 
 
-def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser: bool = False) -> Model:
-    """The model that the settings name, in fp32 on the CPU but for what `load` keeps narrow or leaves out. Raises UserError."""
+def load_named(
+    config: Config, narrow: Collection[str] = (), *, without_denoiser: bool = False, by_files: bool = False
+) -> Model:
+    """The model that the settings name, in fp32 on the CPU but for what `load` keeps narrow or leaves out. Raises UserError.
+
+    by_files: its files alone say whether it is distilled to a few steps. A name that says Turbo matters in training, which asks.
+    """
     named = config.model
     assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
@@ -72,7 +77,7 @@ def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser
         vae=named.vae,
         single_file_config=named.single_file_config,
         cache_dir=named.cache_dir,
-        timesteps=named.timesteps,
+        timesteps="all" if by_files and named.timesteps == "auto" else named.timesteps,
         text_tokens=named.text_tokens,
         guidance=named.train_guidance,
         narrow=narrow,
@@ -154,14 +159,15 @@ def load_model(
     *,
     narrow: Collection[str] = (),
     without_denoiser: bool = False,
+    by_files: bool = False,
 ) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
     The model is in fp32; narrow: but for these parts (`load`), where a cast to half precision follows; without_denoiser:
-    its denoiser is not run. The log lines say what was decided. Raises UserError for what cannot be loaded, or what this
-    model or device cannot do.
+    its denoiser is not run; by_files: as of `load_named`. The log lines say what was decided. Raises UserError for what
+    cannot be loaded, or what this model or device cannot do.
     """
-    model = load_named(config, narrow, without_denoiser=without_denoiser)
+    model = load_named(config, narrow, without_denoiser=without_denoiser, by_files=by_files)
     for line in model.notes:
         log.info("%s", line)
     config, plan, decided = decide(config, model, facts_of(device))
