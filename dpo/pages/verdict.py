@@ -16,8 +16,6 @@ USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
 
 
 FEW_UPDATES = 20
-
-
 FEW_PAIRS = 300
 FEW_HELD_OUT = 100
 ENOUGH_TO_SHARE = 150  # pairs, of which some are held out unasked: dpo.data.held_out.ENOUGH
@@ -163,13 +161,12 @@ def _progress(run: RunFolder) -> list[str]:
 def _findings(run: RunFolder) -> list[str]:
     found = []
     learned, judged, accuracy = held_out(run), win_rate(run), run.late("implicit_accuracy")
-    measured = kept.validation(run)
-    if learned is not None and measured is not None:
+    if learned is not None:
         found.append(
             f"On {learned.cases:,} {single.held_things(run)} that it never trained on{_shared(run)}, the model {single.held_side(run)} "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}){single.balanced(run)}; {single.told_guessing(run)}."
         )
-        if measured.get("weights") == "averaged":
+        if (kept.validation(run) or {}).get("weights") == "averaged":
             found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")
         found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
