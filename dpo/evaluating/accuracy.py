@@ -39,7 +39,8 @@ def by_side(
     """
     device = pick_device(config.runtime.device)
     source = open_source(config.data)
-    config, loaded, plan, _ = load_model(config, device, narrow=held_narrow(config, device), without_denoiser=True)
+    narrow = held_narrow(config, device)
+    config, loaded, plan, _ = load_model(config, device, narrow=narrow, without_denoiser=True, by_files=True)
     model = replace(loaded, denoiser=base().eval())
     cast(model, config.runtime.precision, config.runtime.vae_precision)
     data = config.data

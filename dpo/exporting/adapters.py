@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dpo.common.errors import UserError
 from dpo.exporting.pieces import of_file
-from dpo.exporting.spec import Known
+from dpo.exporting.spec import V2, Known, architecture
 from dpo.models import adapter as lora
 from dpo.models.adapter import Adapter, Factors
 from dpo.models.family import Model
+from dpo.models.single_file import said_by
 from dpo.planning.sketch import CONFIGS, sketch
 from dpo.settings.config import Model as Named
 
@@ -24,10 +25,21 @@ SHIPPED = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # width of the text -> conf
 CROSS = ".transformer_blocks.0.attn2.to_k.weight"
 
 
+def by_size(named: Named) -> bool:
+    """Whether the network of a model is known by the size of its one file alone, which no configs describe."""
+    return named.single_file_config is None and Path(named.model or "").expanduser().is_file()
+
+
 def network_of(named: Named) -> Model:
-    """The model that the settings name, on the meta device: no weights are read. Raises UserError."""
+    """The model that the settings name, on the meta device: no weights are read. Raises UserError.
+
+    Of one file its scheduler is what that says of itself; where it is known `by_size`, and says no target, none is told.
+    """
     path = Path(named.model or "").expanduser()
-    if path.is_file() and named.single_file_config is None:
+    if named.timesteps == "auto":  # a name that says Turbo matters in training
+        named = replace(named, timesteps="all")
+    guessed = by_size(named)
+    if guessed:
         widths = [piece.shape[1] for name, piece in of_file(path).items() if name.endswith(CROSS)]
         if not widths or widths[0] not in SHIPPED:
             raise UserError(
@@ -35,12 +47,22 @@ def network_of(named: Named) -> Model:
                 "with --lora-base"
             )
         named = replace(named, single_file_config=str(CONFIGS / SHIPPED[widths[0]]))
-    return sketch(named)
+    model = sketch(named)
+    if not path.is_file():
+        return model
+    without = {"prediction_type"} if guessed else set()
+    described = {key: value for key, value in model.scheduler_config.items() if key not in without}
+    return replace(model, scheduler_config=described | said_by(path, model.family).scheduler)
 
 
-def known_of(model: Model) -> Known:
-    """What the header of a file says of a model."""
-    return Known(model.denoiser.config, model.scheduler_config, model.turbo, model.geometry.native)
+def known_of(model: Model, run: Mapping[str, Any], guessed: bool) -> Known:
+    """What the header of a LoRA's file says of its model.
+
+    run: what its run says of the scheduler, which comes first; guessed: whether the model is known `by_size`: the configs
+    of SD 2 are then those of its model for v, whose images are larger than those of the others.
+    """
+    known = Known(model.denoiser.config, {**model.scheduler_config, **run}, model.turbo, model.geometry.native)
+    return known._replace(side=0) if guessed and architecture(known) == V2 else known
 
 
 def named(

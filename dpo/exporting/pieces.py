@@ -76,10 +76,17 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def of_files(paths: list[Path]) -> Pieces:
-    """The tensors of some files, a name in one of them alone. Raises UserError."""
+    """The tensors of some files. Raises UserError, also where two of them have a tensor of one name: these are two models."""
     found: Pieces = {}
+    holders: dict[str, Path] = {}
     for path in paths:
-        found |= of_file(path)
+        pieces = of_file(path)
+        if twice := next((name for name in pieces if name in holders), None):
+            raise UserError(
+                f"{path} and {holders[twice].name} both hold {twice}: keep one whole file, or the parts of one, and move the other away"
+            )
+        found |= pieces
+        holders |= dict.fromkeys(pieces, path)
     return found
 
 

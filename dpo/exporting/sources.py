@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from dpo.models import original
 from dpo.models.family import Family
 from dpo.models.fingerprint import checksum_of
 from dpo.models.hub import LORA_FILES, locate
+from dpo.models.single_file import family_by_keys, said_by
 from dpo.models.weights import UNET, VAE
 from dpo.pages.began import start_of
 from dpo.sampling.model import check_result, settings_of
@@ -98,7 +100,10 @@ def _of_file(path: Path, name: str) -> Side:
         kind = NO_LORA if any("lora" in key for key in pieces) else "is no whole model in the original layout"
         raise UserError(f"{name} {kind}")
     others = {key: piece for key, piece in pieces.items() if key.startswith((VAE.prefixes[0], *TEXT))}
-    return Side(name, _in_diffusers(unet, name), others, {}, 0)
+    said: dict[str, Any] = {}
+    with suppress(UserError):  # what is not trained here can be extracted from all the same
+        said = said_by(path, family_by_keys(set(pieces))).scheduler
+    return Side(name, _in_diffusers(unet, name), others, said, 0)
 
 
 def _in_diffusers(unet: Pieces, said: str) -> Pieces:

@@ -12,12 +12,12 @@ from dpo.pages.origin import licence, public
 
 ORIGINAL = "https://github.com/Stability-AI/generative-models"  # sd-scripts says so of every file in this layout
 DIFFUSERS = "diffusers"
+V2, V2_V = "stable-diffusion-v2-512", "stable-diffusion-v2-768-v"
 SIZES = {  # widths of the UNet's levels, width of the text -> architecture in ModelSpec's list
     ((320, 640, 1280, 1280), 768): "stable-diffusion-v1",
-    ((320, 640, 1280, 1280), 1024): "stable-diffusion-v2-512",
+    ((320, 640, 1280, 1280), 1024): V2,
     ((320, 640, 1280), 2048): "stable-diffusion-xl-v1-base",
 }
-V2_V = "stable-diffusion-v2-768-v"
 TURBO = "stable-diffusion-xl-turbo-v1"
 BASES = {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0"}  # A1111 and Forge hide a LoRA of another base by these
 
@@ -38,7 +38,7 @@ def architecture(known: Known) -> str | None:
     text = known.unet["cross_attention_dim"]
     width = text[0] if isinstance(text, (list, tuple)) else text
     found = SIZES.get((tuple(known.unet["block_out_channels"]), width))
-    if found == "stable-diffusion-v2-512" and velocity(known):
+    if found == V2 and velocity(known):
         return V2_V
     return TURBO if known.turbo and found == "stable-diffusion-xl-v1-base" else found
 

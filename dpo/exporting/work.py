@@ -71,10 +71,8 @@ def _adapter(asked: Asked, lora: Path, path: Path) -> None:
         return own(layer, model.denoiser)
 
     tensors, told = adapters.named(adapter, model.family.denoiser, name_of if kohya else None)
-    known = adapters.known_of(model)
-    # The run's word comes first: of a single file the network above is known by its size alone.
     predicted = {} if wanted.prediction_type == "auto" else {"prediction_type": wanted.prediction_type}
-    known = known._replace(scheduler={**known.scheduler, **predicted, **_resampled(lora.parent)})
+    known = adapters.known_of(model, {**predicted, **_resampled(lora.parent)}, adapters.by_size(wanted))
     header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya) | told
     pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
     _say_where(asked, known, lora=True)

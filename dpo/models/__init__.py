@@ -7,6 +7,7 @@ checks.py what a model must be, asked of its configs and file headers
 outside.py what its configs may not name: code, other files, other models
 weights.py the weights of one network in a file of any layout | original.py what weights are called in the original one
 ready.py a model loaded, its settings decided, cast and placed | denoiser.py choices made on a denoiser
+buffers.py what a cast to another dtype leaves alone
 offload.py activations that wait in host memory | compiled.py repeated blocks, compiled
 apart.py the samples of a batch on a core each
 attention.py one operation for policy and reference | kernels.py the fused kernels in a UNet

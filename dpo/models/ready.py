@@ -15,6 +15,7 @@ from dpo import schedule
 from dpo.common.errors import UserError
 from dpo.common.libraries import quiet
 from dpo.common.words import first_line
+from dpo.models.buffers import cast_weights
 from dpo.models.denoiser import available_attention, fix_projections, use_attention, use_checkpointing, widen_others
 from dpo.models.family import Denoiser, Model, Vae
 from dpo.models.load import family_of, load, read_index, read_scheduler
@@ -59,8 +60,13 @@ def facts_of(device: torch.device) -> DeviceFacts:
     return DeviceFacts(str(device), bf16=device.type != "cuda" or torch.cuda.is_bf16_supported(), triton=HAS_TRITON)
 
 
-def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser: bool = False) -> Model:
-    """The model that the settings name, in fp32 on the CPU but for what `load` keeps narrow or leaves out. Raises UserError."""
+def load_named(
+    config: Config, narrow: Collection[str] = (), *, without_denoiser: bool = False, by_files: bool = False
+) -> Model:
+    """The model that the settings name, in fp32 on the CPU but for what `load` keeps narrow or leaves out. Raises UserError.
+
+    by_files: its files alone say whether it is distilled to a few steps. A name that says Turbo matters in training, which asks.
+    """
     named = config.model
     assert named.model is not None, "a command names its model, or takes the embedded one"
     return load(
@@ -71,7 +77,7 @@ def load_named(config: Config, narrow: Collection[str] = (), *, without_denoiser
         vae=named.vae,
         single_file_config=named.single_file_config,
         cache_dir=named.cache_dir,
-        timesteps=named.timesteps,
+        timesteps="all" if by_files and named.timesteps == "auto" else named.timesteps,
         text_tokens=named.text_tokens,
         guidance=named.train_guidance,
         narrow=narrow,
@@ -153,14 +159,15 @@ def load_model(
     *,
     narrow: Collection[str] = (),
     without_denoiser: bool = False,
+    by_files: bool = False,
 ) -> tuple[Config, Model, schedule.Plan, list[str]]:
     """The config with everything decided, the model on the CPU, its noise schedule, and log lines.
 
     The model is in fp32; narrow: but for these parts (`load`), where a cast to half precision follows; without_denoiser:
-    its denoiser is not run. The log lines say what was decided. Raises UserError for what cannot be loaded, or what this
-    model or device cannot do.
+    its denoiser is not run; by_files: as of `load_named`. The log lines say what was decided. Raises UserError for what
+    cannot be loaded, or what this model or device cannot do.
     """
-    model = load_named(config, narrow, without_denoiser=without_denoiser)
+    model = load_named(config, narrow, without_denoiser=without_denoiser, by_files=by_files)
     for line in model.notes:
         log.info("%s", line)
     config, plan, decided = decide(config, model, facts_of(device))
@@ -265,15 +272,15 @@ def cast(model: Model, precision: str, vae: str = "auto", *, frozen: bool = Fals
     if frozen and precision in HALF:
         widen_others(model.denoiser)
     else:
-        model.denoiser.to(own)
+        cast_weights(model.denoiser, own)
     overflows = precision == "fp16" and model.family.vae_overflows_in_fp16
     chosen = {"auto": torch.float32 if overflows else read_only, "fp32": torch.float32, **HALF}[vae]
     model.scaling = model.scaling or model.family.scaling(model.vae)  # before its statistics are rounded
-    model.vae.to(chosen)
+    cast_weights(model.vae, chosen)
     if vae != "auto":
         _decode_in(model.vae, chosen)
     for encoder in model.text_encoders:
-        encoder.to(read_only)
+        cast_weights(encoder, read_only)
 
 
 def _decode_in(vae: Vae, dtype: torch.dtype) -> None:

@@ -104,13 +104,18 @@ def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], fam
     return Said(changes, lines)
 
 
+def said_by(path: Path, family: Family) -> Said:
+    """What the file at `path` says of its noise and target, by its header alone. Raises UserError, as `said_of_itself` does."""
+    shapes, metadata = _header(path)
+    return said_of_itself(path, set(shapes), metadata, family)
+
+
 def against(path: Path, model: Model) -> list[str]:
     """Lines on how the weights at `path`, by what they say of themselves, are not for the noise and target of `model`.
 
     Raises UserError for a file that cannot be read, or that says what this trainer does not know.
     """
-    shapes, metadata = _header(path)
-    said, trained = said_of_itself(path, set(shapes), metadata, model.family).scheduler, model.scheduler_config
+    said, trained = said_by(path, model.family).scheduler, model.scheduler_config
     return [
         f"{path} says {name} {brief(value)}, but the run trains {name} {trained.get(name, False)}"
         for name, value in said.items()

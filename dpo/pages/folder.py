@@ -4,7 +4,8 @@
     metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" has the held-out accuracy
     summary.json      how the run went; every key may be missing:
         status        "finished", "interrupted" or "failed"; reason: one line for the last two
-        steps         updates wanted;  seconds: duration of the last start;  started: ISO time
+        steps         updates wanted;  done: updates made;  taken: pairs of these, also those that could not be used
+        seconds: duration of the last start;  started: ISO time
         device, versions {name: version}
         made_from     checksums of the weights that the run began with (dpo.pages.began)
         model         {name: value}, shown as it is (family, prediction type, parameters, trainable parameters, ...)
@@ -286,8 +287,14 @@ class RunFolder(NamedTuple):
 
     @property
     def done(self) -> int:
-        """Updates made."""
-        return int(self.updates[-1]["step"]) if self.updates else 0
+        """Updates made, whether or not each has a line: --log-every leaves some out, and another folder may have them."""
+        said = self.summary.get("done", self.summary.get("steps") if self.status == "finished" else None)
+        return max(int(said or 0), int(self.updates[-1]["step"]) if self.updates else 0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every update that was made has a line."""
+        return len(self.updates) == self.done
 
     @property
     def wanted(self) -> int:
@@ -317,8 +324,15 @@ class RunFolder(NamedTuple):
         _, values = self.series(name)
         return float(values[-max(1, round(len(values) * LATE)) :].mean()) if len(values) else None
 
-    def pairs_seen(self) -> int:
-        return int(sum(update.get("pairs") or 0 for update in self.updates))
+    def total(self, name: str) -> int:
+        """The sum of a count over the updates with a line."""
+        return int(sum(update.get(name) or 0 for update in self.updates))
+
+    def pairs_seen(self) -> int | None:
+        """The pairs that were trained on; where lines are missing all that came up, and None where nothing says how many."""
+        if self.whole:
+            return self.total("pairs")
+        return self.summary.get("taken") if self.summary.get("done") == self.done else None
 
     def late_deciles(self, name: str) -> np.ndarray:
         """A `<name>_by_decile` figure [10] over the last fifth, weighted by the updates' pairs; nan without a value."""

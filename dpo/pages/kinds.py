@@ -54,6 +54,8 @@ SUMMARY = {
     "status": TEXT,
     "reason": TEXT,
     "steps": COUNT,
+    "done": COUNT,
+    "taken": COUNT,
     "seconds": NUMBER,
     "started": TEXT,
     "device": TEXT,

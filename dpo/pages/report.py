@@ -253,7 +253,7 @@ def _counts(run: RunFolder) -> list[tuple[str, Any]]:
 def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """What ran, by topic; topics and rows without content are left out."""
     summary = run.summary
-    what = f"LoRA of rank {run.setting('rank')}" if run.lora else "whole UNet"
+    what = f"LoRA of rank {run.setting('rank')}" if run.lora else "all weights"
     batch = f"{run.effective_batch():,} {things(run)}" if run.setting("batch_size") else None
     topics: list[tuple[str, list[tuple[str, Any]]]] = [
         ("Model", [("model", run.model_name), ("trained", what), *(summary.get("model") or {}).items()]),

@@ -16,8 +16,6 @@ USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
 
 
 FEW_UPDATES = 20
-
-
 FEW_PAIRS = 300
 FEW_HELD_OUT = 100
 ENOUGH_TO_SHARE = 150  # pairs, of which some are held out unasked: dpo.data.held_out.ENOUGH
@@ -153,10 +151,10 @@ def _without_held_out(run: RunFolder) -> str:
 def _progress(run: RunFolder) -> list[str]:
     pairs = run.pairs_seen()
     seen = f" on {pairs:,} {single.things(run)}" if pairs else ""
-    if run.status == "finished":
-        return [f"{f'All {run.done:,} updates were' if run.done > 1 else 'Its one update was'} made{seen}."]
     if run.done == 0:
         return ["No update was recorded."]
+    if run.status == "finished":
+        return [f"{f'All {run.done:,} updates were' if run.done > 1 else 'Its one update was'} made{seen}."]
     return [f"The run ended after {run.done:,} of {run.wanted:,} updates{seen}; `--resume latest` goes on from there."]
 
 
@@ -168,7 +166,7 @@ def _findings(run: RunFolder) -> list[str]:
             f"On {learned.cases:,} {single.held_things(run)} that it never trained on{_shared(run)}, the model {single.held_side(run)} "
             f"{learned.share:.0%} ({learned.low:.0%} to {learned.high:.0%}){single.balanced(run)}; {single.told_guessing(run)}."
         )
-        if run.validations[-1].get("weights") == "averaged":
+        if (kept.validation(run) or {}).get("weights") == "averaged":
             found.append("That is of the averaged weights, which are saved; loss and margins are of those in training.")
         found += kept.sentences(run)
     elif accuracy is not None and run.pairwise:
@@ -379,18 +377,19 @@ def _how_to_measure_more(run: RunFolder) -> str:
 
 
 def _holes(run: RunFolder) -> Caution | None:
-    holes = sum(update.get("unusable_pairs") or 0 for update in run.updates)
+    holes = run.total("unusable_pairs")
     if not holes:
         return None
+    share = f"{holes:,} of {holes + run.total('pairs'):,}" if run.whole else "Some"
     return Caution(
-        f"{holes:,} of {holes + run.pairs_seen():,} {single.things(run)} were left out while training",
+        f"{share} {single.things(run)} were left out while training",
         "An image of theirs could not be read, or is the same on both sides: the log's warnings name it (those of a store "
         "were given when it was prepared).",
     )
 
 
 def _ties(run: RunFolder) -> Caution | None:
-    tied, seen = sum(update.get("tied_pairs") or 0 for update in run.updates), run.pairs_seen()
+    tied, seen = run.total("tied_pairs"), run.total("pairs")
     if not seen or tied / seen < 0.3:
         return None
     return Caution(

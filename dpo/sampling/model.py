@@ -16,10 +16,11 @@ from dpo.common.errors import UserError
 from dpo.common.words import digest, first_line
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
+from dpo.models.buffers import cast_weights, positions
 from dpo.models.family import Model
 from dpo.models.fingerprint import checksum, identity
 from dpo.models.hub import locate
-from dpo.models.load import family_of, load_weights_into, read_index
+from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import EMBEDDED, MADE_FROM, read_made_from, start_of
@@ -67,11 +68,10 @@ def read(
     wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
     if cache_dir is not None:
         wanted["cache_dir"] = cache_dir
-    if "turbo" in Path(name).name.lower() and "timesteps" not in wanted and _is_flow(wanted, cache_dir):
-        wanted["timesteps"] = "all"  # that a name alone says it matters in training; here --steps can say it
     changed = lora is not None or wanted.get("unet_init") is not None or wanted.get("lora_init") is not None
     kept = ("text",) if changed else ("text", "denoiser")
-    config, model, _, _ = load_model(settings.from_mapping(wanted), device, narrow=kept if narrow else ())
+    held = kept if narrow else ()
+    config, model, _, _ = load_model(settings.from_mapping(wanted), device, narrow=held, by_files=True)
     named_by = _run_of(name, lora, lora_base)
     same = partial(_check_same, name, named_by, read_made_from(named_by) if named_by else {})
     same(model=[model.denoiser], vae=[model.vae], text=model.text_encoders)
@@ -88,12 +88,6 @@ def read(
     if name.startswith(START):
         same(start=[model.denoiser])
     return config, model
-
-
-def _is_flow(wanted: Mapping[str, Any], cache_dir: str | None) -> bool:
-    """Whether the settings name a folder, here or on the hub, of a family of flow matching."""
-    place = locate(wanted["model"], revision=wanted.get("revision"), cache_dir=cache_dir)
-    return place.is_dir() and family_of(read_index(place)).flow is not None
 
 
 def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
@@ -115,10 +109,12 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         raise UserError(
             f"--precision fp16: the text encoders of family {model.family.name} overflow in it; use bf16 or fp32"
         )
+    if exact := positions(precision, *model.text_encoders):
+        identities.append(str(exact))
     wide = half and model.family.vae_overflows_in_fp16
     if half:
         for module in (model.denoiser, *model.text_encoders, *([] if wide else [model.vae])):
-            module.to(HALF[precision])
+            cast_weights(module, HALF[precision])
     out = config.output
     assert out.sample_steps is not None and out.sample_guidance is not None, "decided when the model was loaded"
     return Opened(

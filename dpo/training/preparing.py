@@ -28,6 +28,7 @@ from dpo.data.store.filling import Filling
 from dpo.data.store.parts import check_place
 from dpo.data.store.store import StoreSource, merge, of_store, read_contents
 from dpo.encode import Encoder
+from dpo.models.buffers import positions
 from dpo.models.denoiser import halve
 from dpo.models.family import Model, TextEncoding
 from dpo.models.fingerprint import encoders, identity
@@ -103,6 +104,7 @@ def encode_pairs(
             "dtype": dtype,
             "precision": _encoded_in(config.runtime),
         }
+        | positions(config.runtime.precision, *model.text_encoders)
         | ({} if source.sides == 2 else {"sides": source.sides})
     )
     if config.data.buckets:

@@ -21,6 +21,7 @@ from dpo.data.store.files import NOT_ALWAYS
 from dpo.data.store.store import is_store, of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
+from dpo.models.buffers import EXACT, positions
 from dpo.models.family import Model
 from dpo.models.fingerprint import encoders, identity
 from dpo.models.ready import facts_of, pick_device
@@ -61,8 +62,14 @@ def check(model: Model, *sources: Source | None) -> None:
     stores = [store for source in sources if source is not None and (store := of_store(source)) is not None]
     own = identity(model) | encoders(model) if stores else {}
     for store in stores:
-        for name, value in own.items():
+        precision = str(store.contents.settings.get("precision", ""))
+        for name, value in (own | positions(precision, *model.text_encoders)).items():
             there = store.contents.settings.get(name)
+            if there is None and name in EXACT:
+                raise UserError(
+                    f"{store.contents.folder} was prepared in {precision} by an earlier version, which rounded the positions in the text "
+                    f"encoder of {model.source} as well: prepare another store"
+                )
             if there != value and name == "text_tokens":
                 raise UserError(
                     f"{store.contents.folder} was prepared with --text-tokens {there}, now it is {value}: leave it out, or prepare "

@@ -57,6 +57,8 @@ def report(run: Run, status: str, reason: str = "") -> None:
         "status": status,
         "reason": reason,
         "steps": run.done if run.ended else run.total,
+        "done": run.done,
+        "taken": run.position,
         "kept": choice.told(run),
         RESULT: result_of(read_json(run.output / SUMMARY_FILE)) or None,
         "seconds": time.time() - run.started,

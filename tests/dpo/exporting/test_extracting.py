@@ -21,6 +21,7 @@ from dpo.models.fingerprint import checksum
 from dpo.models.load import load
 from dpo.settings import config as settings
 from tests.help.handed import lora_run
+from tests.help.ldm import write_single_file
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,16 @@ def test_a_base_that_the_run_did_not_begin_with_is_warned_of_and_one_that_began_
     assert warned(caplog) == [said]
     with pytest.raises(UserError, match=f"{base} is what --base {run} began with: the two are swapped"):
         extract(asked(base, run, tmp_path / "3.safetensors"))
+
+
+def test_one_file_says_its_noise_and_target_itself(world, tmp_path):
+    path = write_single_file(Path(world("sd15")), tmp_path / "one.safetensors")
+    assert opened(str(path), None).scheduler == {}
+    state = load_file(path)
+    save_file(state | {name: torch.zeros(0) for name in ("v_pred", "ztsnr")}, path)
+    assert opened(str(path), None).scheduler == {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    save_file(state | {"edm_mean": torch.zeros(4)}, path)  # is not trained here, and has a difference all the same
+    assert opened(str(path), None).scheduler == {}
 
 
 @pytest.mark.slow

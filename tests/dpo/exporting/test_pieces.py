@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
-from dpo.exporting.pieces import HASH, of_file, of_tensors, write
+from dpo.exporting.pieces import HASH, of_file, of_files, of_tensors, write
 
 TENSORS = {
     "b.weight": torch.linspace(-1, 1, 15).view(3, 5).T,  # not contiguous
@@ -47,6 +47,21 @@ def test_tensors_of_a_file_are_read_one_by_one(tmp_path):
     (tmp_path / "z.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         of_file(tmp_path / "z.safetensors")
+
+
+def test_a_tensor_in_two_files_is_refused_by_their_names(tmp_path):
+    """A whole file and the shards of another save lie in one folder: which is the model?"""
+    names = (
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "b.safetensors",
+    )
+    paths = [tmp_path / name for name in names]
+    for path, name in zip(paths, ("a", "a", "b"), strict=True):
+        save_file({name: torch.zeros(2)}, path)
+    assert of_files([paths[0], paths[2]]).keys() == {"a", "b"}
+    with pytest.raises(UserError, match=rf"{names[1]} and {names[0]} both hold a: keep one"):
+        of_files(paths)
 
 
 @pytest.mark.parametrize(

@@ -271,3 +271,30 @@ def test_a_lora_on_one_file_needs_no_weights_of_it(tmp_path):
     save_file({cross: torch.zeros(320, 32)}, path)
     with pytest.raises(UserError, match="has the size of no published model: name a diffusers folder"):
         network_of(Model(model=str(path)))
+
+
+V1, V2, XL = (f"stable-diffusion-{name}" for name in ("v1", "v2", "xl-v1-base"))
+
+
+@pytest.mark.parametrize(
+    ("width", "marks", "words", "run", "kind", "predicts", "side"),
+    [
+        (768, (), {}, {}, V1, None, "512x512"),
+        (1024, (), {}, {}, f"{V2}-512", None, None),
+        (1024, (), {}, {"prediction_type": "epsilon"}, f"{V2}-512", "epsilon", None),
+        (1024, (), {"modelspec.prediction_type": "v"}, {}, f"{V2}-768-v", "v", "768x768"),
+        (2048, ("v_pred", "ztsnr"), {}, {}, XL, "v", "1024x1024"),
+        (2048, (), {}, {}, XL, None, "1024x1024"),
+    ],
+)
+def test_the_header_of_a_lora_on_one_file_says_what_that_file_says(
+    tmp_path, width, marks, words, run, kind, predicts, side
+):
+    path = tmp_path / "myMerge-Turbo.safetensors"
+    cross = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({cross: torch.zeros(320, width), **{name: torch.zeros(0) for name in marks}}, path, words)
+    named = Model(model=str(path))
+    known = adapters.known_of(network_of(named), run, adapters.by_size(named))
+    said = metadata(known, "t", None, lora=True, original=True)
+    assert said["modelspec.architecture"] == f"{kind}/lora"
+    assert (said.get("modelspec.prediction_type"), said.get("modelspec.resolution")) == (predicts, side)

@@ -15,7 +15,7 @@ from dpo.models import lora, lora_files
 from dpo.models.family import TextEncoding
 from dpo.models.flux2 import shift
 from dpo.models.load import load
-from dpo.models.ready import decide
+from dpo.models.ready import HALF, cast, decide
 from dpo.models.save import save_lora
 from dpo.settings.config import Config, change
 from dpo.settings.resolve import DeviceFacts
@@ -33,8 +33,8 @@ def copies(world, tmp_path):
     return lambda kind: Path(shutil.copytree(world(kind), tmp_path / kind))
 
 
-def pipeline_of(folder) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(folder)
+def pipeline_of(folder, dtype=torch.float32) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -56,9 +56,11 @@ def calls_of(module):
 
 
 @pytest.mark.parametrize("kind", ["flux-dev", "flux2-klein"])
-@pytest.mark.parametrize("tokens", [16, None])
-def test_captions_encode_as_the_pipeline_does(world, kind, tokens):
-    model, pipe = load(world(kind), text_tokens=tokens), pipeline_of(world(kind))
+@pytest.mark.parametrize(("tokens", "precision"), [(16, "fp32"), (None, "fp32"), (None, "bf16")])
+def test_captions_encode_as_the_pipeline_does(world, kind, tokens, precision):
+    model = load(world(kind), text_tokens=tokens)
+    cast(model, precision)
+    pipe = pipeline_of(world(kind), HALF.get(precision, torch.float32))
     with torch.no_grad():
         text, found = (
             model.family.encode(model, CAPTIONS),

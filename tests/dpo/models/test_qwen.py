@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from dpo.models import lora, lora_files, qwen
 from dpo.models.family import Model, TextEncoding
 from dpo.models.load import load
+from dpo.models.ready import cast
 from dpo.models.save import save_lora
 from dpo.pages.folder import ADAPTER_FILE
 from tests.dpo.models.test_checks import QUANTISED, change, without_weights
@@ -49,6 +50,15 @@ def test_captions_encode_as_diffusers_does_to_the_bit_and_in_any_company(model, 
         hidden, mask = pipe.encode_prompt(CAPTIONS, max_sequence_length=64)
     assert torch.equal(mask.bool(), together.mask[:, : mask.shape[1]])
     torch.testing.assert_close(hidden * mask[..., None], together.hidden[:, : mask.shape[1]], rtol=1e-4, atol=1e-5)
+
+
+def test_captions_encode_in_half_precision_as_diffusers_does_to_the_bit(world):
+    model = load(world("qwen-image"), text_tokens=64)
+    cast(model, "bf16")
+    pipe = diffusers.QwenImagePipeline.from_pretrained(world("qwen-image"), torch_dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden, _ = pipe.encode_prompt(CAPTIONS[3], max_sequence_length=64)
+    assert torch.equal(qwen.encode(model, [CAPTIONS[3]]).hidden, hidden)
 
 
 def test_what_is_dropped_is_what_the_pipeline_drops(pipe):

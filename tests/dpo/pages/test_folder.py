@@ -29,6 +29,19 @@ def test_a_whole_run(folder):
     assert steps.tolist() == list(range(1, 41)) and run.late("loss") == pytest.approx(loss[-8:].mean())
 
 
+def test_updates_without_a_line_are_counted_by_the_summary(folder):
+    """--log-every 10, and a run that goes on in another folder."""
+    run = read_run(folder)
+    for updates in (run.updates[9::10], run.updates[20:], []):
+        few = run._replace(updates=updates)
+        assert (few.done, few.pairs_seen()) == (40, None), "a summary of an earlier version"
+        few = few._replace(summary=run.summary | {"done": 40, "taken": 1290})
+        assert (few.done, few.pairs_seen()) == (40, 1290)
+    killed = run._replace(updates=run.updates[9::10], summary={"status": "interrupted", "done": 20, "taken": 640})
+    assert (killed.done, killed.pairs_seen()) == (40, None), "its summary is that of the start before"
+    assert run._replace(summary={"status": "interrupted", "done": 40, "taken": 1290}).pairs_seen() == 40 * 32
+
+
 def test_late_deciles_weigh_updates_by_their_pairs(folder):
     run = read_run(folder)._replace(
         updates=[

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.pages.report import _subtitle, render, write_report
+from dpo.pages.report import _facts, _subtitle, render, write_report
 from dpo.report import main
 from tests.help.fake_run import run_of
 from tests.help.pages import Page, look
@@ -58,6 +58,11 @@ def test_the_verdict_comes_first_and_everything_is_there(dde):
         "DDE (single-shot",
     ):
         assert part in text
+
+
+def test_what_was_trained_is_no_unet_where_there_is_a_transformer():
+    trained = [dict(_facts(run_of(kind))[0][1])["trained"] for kind in ("good", "lora-gpu")]
+    assert trained == ["all weights", "LoRA of rank 16"]
 
 
 def test_warnings_stand_before_the_pictures(blank_charts):

@@ -118,6 +118,24 @@ def test_pairs_with_an_unreadable_image(runs):
     (title,) = titles(run)
     assert title == f"{run.done} of {run.done + run.pairs_seen():,} pairs were left out while training"
     assert verdict(run).level == "good"
+    assert titles(run._replace(updates=run.updates[9::10])) == ["Some pairs were left out while training"]
+
+
+def test_a_run_that_was_taken_up_in_another_folder_when_it_was_finished(runs):
+    """It has no line of its own, and of --keep-best no accuracy but that of its summary."""
+    chosen = {"step": 40, "of": 60, "early": False, "heldout_accuracy": 0.7, "heldout_pairs": 256}
+    chosen |= {"choosing_accuracy": 0.75, "choosing_pairs": 64, "weights": "averaged"}
+    run = runs["good"]._replace(updates=[], events=[])
+    run = run._replace(summary=run.summary | {"done": 60, "taken": 1920})
+    assert verdict(run).sentences[0] == "All 60 updates were made on 1,920 pairs."
+    said = verdict(run._replace(summary=run.summary | {"kept": chosen})).sentences
+    assert "in 70%" in said[1] and "averaged weights" in said[2] and "update 40 of 60" in said[3]
+
+
+def test_ties_are_a_share_of_the_updates_that_are_known(runs):
+    run = with_late(runs["good"], tied_pairs=16)
+    assert "50% of the pairs were ties" in titles(run)
+    assert "50% of the pairs were ties" in titles(run._replace(updates=run.updates[9::10]))
 
 
 def test_predictions_that_have_grown(runs):
@@ -175,7 +193,7 @@ def test_warnings_of_the_run_itself_are_kept(runs):
 
 def test_remembering_takes_enough_updates_and_pairs(runs):
     run = with_held_out(with_late(runs["good"], implicit_accuracy=0.97), 0.6, 256)
-    assert titles(run._replace(updates=run.updates[:19])) == []
+    assert titles(run._replace(updates=run.updates[:19], summary=run.summary | {"steps": 19})) == []
     assert titles(with_late(run, pairs=8)) == [], "12 updates of 8 pairs"
     assert titles(with_late(run, pairs=9)) == ["It remembers rather than learns"]
 

@@ -56,6 +56,16 @@ def test_turbo_draws_in_few_steps_without_guidance(world):
     assert found.steps == 4 and found.guidance == 0
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("sd15", 50), ("sdxl-turbo", 4), ("sd35", 50)])
+def test_the_files_say_how_many_steps_and_not_a_name(world, tmp_path, kind, steps):
+    """--timesteps is a word of the training. The base of a run's LoRA is asked as well."""
+    (named := tmp_path / "myMerge-Turbo").symlink_to(world(kind))
+    assert find(named).steps == steps
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(change(Config(), model=str(named))), encoding="utf-8")
+    assert find(f"start:{tmp_path / 'run'}").steps == steps
+
+
 def test_files_in_half_precision_are_read_in_fp32_whatever_the_device(tmp_path, world):
     """A GPU's run holds frozen weights narrow; here they are compared with what a run began with, merged and fingerprinted."""
     model = rewritten(world("sd15"), tmp_path / "model", torch.bfloat16)

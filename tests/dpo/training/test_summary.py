@@ -25,6 +25,7 @@ def test_what_a_whole_run_leaves(run, world):
     summary.report(run, "finished")
     found = json.loads((run.output / "summary.json").read_text())
     assert (found["status"], found["reason"], found["steps"]) == ("finished", "", 3)
+    assert (found["done"], found["taken"]) == (run.done, run.position)
     assert found["model"]["source"] == world("sd15") and found["model"]["prediction type"] == "epsilon"
     assert found["model"]["parameters"] == found["model"]["trained parameters"] > 100_000
     assert found["data"]["usable"] == 48 and found["resolved"]["effective_batch"] == run.nominal
