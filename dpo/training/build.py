@@ -30,6 +30,7 @@ from dpo.data.store.store import of_store
 from dpo.encode import Encoder
 from dpo.methods import METHODS
 from dpo.models.apart import Apart
+from dpo.models.buffers import positions
 from dpo.models.dropout import masks_of
 from dpo.models.family import Denoise, Model
 from dpo.models.fingerprint import checksum, identity
@@ -100,7 +101,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     changed = check_resume(config, saved) if saved is not None else []
     stored.check(model, source, held_out_source)
     stored.check_resolution(held_out_source, config.data.resolution)
-    fingerprints = _fingerprints(model, source)
+    fingerprints = _fingerprints(model, source) | positions(config.runtime.precision, *model.text_encoders)
     cast(model, config.runtime.precision, config.runtime.vae_precision, frozen=config.lora.lora)
 
     twin, weights = denoisers.make_reference(config, model, begin)

@@ -177,6 +177,11 @@ def _check_same(run: Run, saved: checkpoint.Checkpoint) -> None:
         if any(key in before and key in now and before[key] != now[key] for key in hashes):
             about = reason.format(model=named.model, vae=f"--vae {named.vae}" if named.vae else named.model)
             raise UserError(f"{saved.path} was trained from {about}")
+    if "positions" in now and "positions" not in before:
+        log.warning(
+            "the checkpoint is of an earlier version, which rounded the positions in the text encoder to half precision: the run "
+            "goes on with exact ones"
+        )
     if before["data"] != now["data"]:
         log.warning(
             "the training %s differ from the checkpoint's: their order starts from position %d of the new set",

@@ -138,6 +138,21 @@ def test_a_checkpoint_without_these_fingerprints_goes_on(begun):
     assert begun().done == 1
 
 
+@pytest.mark.parametrize("name", ["flux2-klein-base", "qwen-image"])
+def test_positions_that_an_earlier_version_rounded_are_said(world, tmp_path, caplog, name):
+    flags = [world(name), world("pairs"), tmp_path / "run", "--precision", "bf16", "--lora", "--steps", "2"]
+    run = make_run(*flags)
+    assert run.fingerprints["positions"] == "fp32"
+    advance(run, 1)
+    snapshot(run)
+    make_run(*flags, "--resume", "latest")
+    assert "rounded the positions" not in caplog.text
+    del run.fingerprints["positions"]
+    snapshot(run)
+    assert make_run(*flags, "--resume", "latest").done == 1
+    assert "an earlier version, which rounded the positions in the text encoder to half precision" in caplog.text
+
+
 def words(world, output, *flags):
     """The command line of a small run, without the command."""
     base = [

@@ -12,7 +12,7 @@ import numpy as np
 from dpo.common.errors import UserError
 from dpo.common.words import number_of
 from dpo.data.labels import SAME_BYTES, UNREADABLE
-from dpo.data.store.files import INDEX, NOWHERE, ROUNDING, TWICE, read_index
+from dpo.data.store.files import INDEX, NOT_ALWAYS, NOWHERE, ROUNDING, TWICE, UNNAMED, read_index
 
 log = logging.getLogger("dpo")
 
@@ -37,6 +37,19 @@ def counted(parts: Sequence[tuple[Path, Mapping[str, Any]]], win: np.ndarray, lo
         total |= {name: total.get(name, 0) + count for name, count in summary.items()}
     holes = {UNREADABLE: np.sum((win == NOWHERE) | (lose == NOWHERE)), SAME_BYTES: np.sum(win == TWICE)}
     return total | {name: int(count) for name, count in holes.items() if count}
+
+
+def check_alike(parts: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    """Raises UserError where parts were not prepared alike. A setting that one of them lacks is another one."""
+    where_first, first = parts[0][0], UNNAMED | parts[0][1]["settings"]
+    for where, part in parts:
+        own = UNNAMED | part["settings"]
+        for name in first | own:
+            both = first.get(name), own.get(name)
+            if both[0] != both[1] and not (name in NOT_ALWAYS and None in both):
+                raise UserError(
+                    f"{where} and {where_first} differ in {name}: parts of one store must be prepared alike"
+                )
 
 
 def check_labels(

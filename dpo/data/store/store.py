@@ -25,7 +25,6 @@ from dpo.data.store.files import (
     HIDDEN,
     INDEX,
     LATENTS,
-    NOT_ALWAYS,
     POOLED,
     PREPARE_AGAIN,
     SPAN,
@@ -41,7 +40,7 @@ from dpo.data.store.files import (
     write_index,
 )
 from dpo.data.store.mended import in_order
-from dpo.data.store.parts import check_labels, check_place, counted, of_order
+from dpo.data.store.parts import check_alike, check_labels, check_place, counted, of_order
 from dpo.settings.config import Data
 
 OPEN_SHARDS = 4096  # memory maps kept open; they cost address space, not memory
@@ -268,13 +267,7 @@ def read_contents(folder: Path, index: Mapping[str, Any] | None = None) -> Conte
     parts = (
         [(folder, index)] if "parts" not in index else [(where, _finished(where)) for where in _parts(folder, index)]
     )
-    for where, part in parts:
-        for name, value in (UNNAMED | part["settings"]).items():
-            first = (UNNAMED | parts[0][1]["settings"]).get(name)
-            if first != value and not (first is None and name in NOT_ALWAYS):
-                raise UserError(
-                    f"{where} and {parts[0][0]} differ in {name}: parts of one store must be prepared alike"
-                )
+    check_alike(parts)
     entries = [(where / entry["file"], entry) for where, part in parts for entry in part["shards"]]
     bucketed = ("bucket",) if parts[0][1]["settings"].get("buckets") else ()
     columns: dict[str, list[np.ndarray]] = {

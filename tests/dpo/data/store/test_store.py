@@ -213,6 +213,10 @@ def test_parts_that_differ_are_not_merged(tmp_path):
     fill.fill(replace(plain, folder=tmp_path / "b", settings=plain.settings | {"resolution": 16}))
     with pytest.raises(UserError, match="differ in resolution"):
         merge(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    fill.fill(replace(plain, folder=tmp_path / "c", settings=plain.settings | {"positions": "fp32"}))
+    for one, other in (("a", "c"), ("c", "a")):  # whichever lacks it
+        with pytest.raises(UserError, match="differ in positions"):
+            merge(tmp_path, [tmp_path / one, tmp_path / other])
     assert not (tmp_path / "store.json").exists()
 
 
