@@ -40,6 +40,7 @@ def test_it_is_what_an_observer_reaches(tmp_path, monkeypatch):
     assert all(before > after for before, after in itertools.pairwise(found))
 
 
+@pytest.mark.slow
 def test_the_first_taste_outlives_noise_longer_than_detail(tmp_path):
     detail.write(tmp_path)
     first, second = apart.told_apart(paths.train_pairs_path()), apart.told_apart(tmp_path / "train.parquet")

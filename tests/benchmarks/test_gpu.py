@@ -65,6 +65,7 @@ def test_a_section_is_told_the_rows_of_the_one_before_it(tmp_path, capsys):
     assert len(rows) == 15 and {row["setting"] for row in rows} == {"NCHW, without kernels"}
 
 
+@pytest.mark.slow
 def test_planted_faults(tmp_path, capsys):
     """An error without a message, no memory, a hang, a signal and a sudden end are rows; what is behind them is reached."""
     assert gpu.main(["--out", str(tmp_path), "--smoke", "--section", "planted", "--minutes", "5"]) == 1

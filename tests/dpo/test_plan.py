@@ -46,6 +46,7 @@ def once(monkeypatch):
     return known
 
 
+@pytest.mark.slow
 def test_what_checkpointing_auto_chooses_is_said(tmp_path, capsys, once):
     """By the function that a run asks too; the largest micro-batch is that with all blocks computed again."""
     file = tmp_path / "plan.json"

@@ -65,7 +65,11 @@ def same(first, second) -> bool:
         pytest.param("sd15", ["--lora"], marks=pytest.mark.slow),
         ("sd15", ["--flip", "--caption-dropout", "0.3"]),
         pytest.param("sd2v", ["--method", "dde"], marks=pytest.mark.slow),
-        ("sdxl", ["--method", "dde-step", "--caption-dropout", "0.5", "--dropped-caption", "zeros"]),
+        pytest.param(
+            "sdxl",
+            ["--method", "dde-step", "--caption-dropout", "0.5", "--dropped-caption", "zeros"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("sdxl", ["--lora", "--method", "dde"], marks=pytest.mark.slow),
         pytest.param("sd2v", ["--lora", "--method", "discounted"], marks=pytest.mark.slow),
         pytest.param("sd15", ["--method", "dde-single"], marks=pytest.mark.slow),

@@ -81,6 +81,7 @@ def checked_page(folder, tmp_path):
     return page
 
 
+@pytest.mark.slow
 def test_hostile_prompts_pass_through_everything(world, tmp_path, call):
     table = tmp_path / "p.jsonl"
     table.write_text("".join(json.dumps({"prompt": text, "category": text[:400]}) + "\n" for text in EVIL))

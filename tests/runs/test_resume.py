@@ -138,7 +138,7 @@ def test_a_checkpoint_without_these_fingerprints_goes_on(begun):
     assert begun().done == 1
 
 
-@pytest.mark.parametrize("name", ["flux2-klein-base", "qwen-image"])
+@pytest.mark.parametrize("name", ["flux2-klein-base", pytest.param("qwen-image", marks=pytest.mark.slow)])
 def test_positions_that_an_earlier_version_rounded_are_said(world, tmp_path, caplog, name):
     flags = [world(name), world("pairs"), tmp_path / "run", "--precision", "bf16", "--lora", "--steps", "2"]
     run = make_run(*flags)

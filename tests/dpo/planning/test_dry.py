@@ -74,6 +74,7 @@ def planned(world, kind: str, *flags: str):
     return dry(config)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_each_saving_saves_what_it_should(world):
     """Decided as on a GPU: kernels, 8-bit states, bf16; then one change at a time, by kind of memory."""
     config, usual = planned(world, "sdxl")

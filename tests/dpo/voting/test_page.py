@@ -363,6 +363,7 @@ def test_prompts_are_text_and_the_next_pair_is_loaded_ahead(browser, folder):
         assert {tab("document.getElementById('image0').src"), tab("document.getElementById('image1').src")} < ahead
 
 
+@pytest.mark.slow
 def test_links_of_ones_own_and_a_closed_page(browser, folder):
     from dpo.voting import raters
 
