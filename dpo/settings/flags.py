@@ -93,7 +93,7 @@ def _settled(
     changes, notes = compat.translate(named, start["compat"])
     notes += repeated
     file = flat_settings(load_config(start["config"])) if start["config"] else {}
-    if file and (Path(start["config"]).parent / "metrics.jsonl").is_file():  # of a run, and said how that began
+    if start["config"] and (Path(start["config"]).parent / "metrics.jsonl").is_file():  # a run's: how that had begun
         file |= {"overwrite": False, "resume": None}
     if changes.get("run_name", "none") not in NOTHING and "output" not in changes | file:
         changes["output"] = f"runs/{changes['run_name']}"
