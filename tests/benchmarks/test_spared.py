@@ -32,6 +32,7 @@ def test_what_is_put_back_changes_no_bit_and_is_taken_out_again(run):
     assert divisions["adapters"] == divisions["now"] < divisions["all"]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     with pytest.raises(SystemExit):

@@ -59,6 +59,7 @@ SLOW = (
     "checkpointing",
     "bf16 autocast",
     "lora with dropout",
+    "gradient release",
 )  # to test each time; dde does all that dpo does
 
 

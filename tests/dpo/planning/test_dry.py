@@ -20,8 +20,9 @@ from dpo.training.memory import ATTENTION
 from tests.help.running import QUIET, advance, make_run
 from tests.help.worlds import make_labelled
 
-CASES = [("sd15", []), ("sd35", ["--lora"])]
+CASES = [("sd15", [])]
 REST = [
+    ("sd35", ["--lora"]),
     ("sdxl", ["--lora", "--accumulation", "2", "--checkpointing", "on"]),
     ("sd15", ["--optimizer", "adafactor", "--ema", "0.99", "--method", "dde", "--accumulation", "2"]),
     ("sd2v", ["--method", "dde-step"]),

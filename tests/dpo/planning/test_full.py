@@ -111,6 +111,7 @@ def words(world, tmp_path):
     return ["--model", world("sd15"), "--data", world("pairs"), "--output", str(tmp_path / "out"), *SMALL, *flags]
 
 
+@pytest.mark.slow
 def test_a_first_update_that_is_out_of_memory_ends_with_what_would_fit(words, planted, capsys, monkeypatch, pageless):
     """From the allocator's error through the loop and the command to one line."""
     monkeypatch.setattr(fitting, "CHANGES", fitting.CHANGES[:1])  # each one more is a plan more

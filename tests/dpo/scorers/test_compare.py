@@ -262,7 +262,7 @@ def test_intervals_of_the_win_rate_cover(prompts, rate, images):
     assert 0.92 <= covered(draw, rate, lambda p: p.win_interval, np.random.default_rng(prompts + 5), 40) <= 0.98
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_intervals_cover_new_training_seeds(seeds):
     """Of a difference and of a win rate, where both prompts and training seeds are drawn."""
     rng, prompts, hits = np.random.default_rng(seeds), 40, np.zeros(2)

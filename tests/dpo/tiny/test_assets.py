@@ -55,6 +55,7 @@ def test_the_pipeline_draws_in_plain_diffusers(pipeline):
     assert len(pipeline.tokenizer("a frog on a purple background").input_ids) == 8  # every word one token
 
 
+@pytest.mark.slow
 def test_drawings_obey_their_captions(pipeline):
     tuning = prompts.prompts("tuning")
     captions, seeds = tuning.captions[:12], tuning.seeds[:12]
