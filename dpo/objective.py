@@ -307,15 +307,11 @@ def pair_loss(
     live = usable > 0
     win = found.errors[0]
     assert kto is not None or not single, "the other losses compare two images"
-    if odds is not None:
-        nothing = torch.full_like(win, torch.nan)  # of what needs a reference
-        found = found._replace(
-            logit=nothing, difference=nothing, errors=torch.stack((*found.errors[:2], nothing, nothing))
-        )
-        loss = odds_loss(found.errors[0], found.errors[1], prob.to(win.dtype), odds)
-        pull = torch.full_like(win, torch.nan)
-    elif shape is None and kto is None:
-        loss, pull = win, torch.full_like(win, torch.nan)
+    if odds is not None or (shape is None and kto is None):
+        pull = torch.where(live, torch.nan, torch.zeros_like(win))  # as all that needs a reference, or is of two images
+        lose = found.errors[1]
+        loss = win if odds is None else odds_loss(win, lose, prob.to(win.dtype), odds)
+        found = found._replace(logit=pull, difference=pull, errors=torch.stack((win, lose, pull, pull)))
     else:
         p = prob.to(found.logit.dtype)
         found = found if safeguard is None else safeguarded(found, safeguard)

@@ -46,6 +46,7 @@ def train_step(run: Run, micro_batches: Iterable[PairBatch]) -> Figures:
     usable = 0
     for batch, inputs in run.encoder.encoded(micro_batches):
         usable += int(batch.usable.sum())  # on the host: no synchronisation
+        run.reduces(batch.last)
         if run.graphs is None:
             terms = run.step(inputs, correction, recorded=batch.recorded)
             run.whole = (

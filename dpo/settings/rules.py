@@ -49,9 +49,9 @@ def _combinations(v: SimpleNamespace) -> list[tuple[object, str]]:
         (
             v.method == "kto"
             and v.kto_center == "batch"
-            and (v.accumulation > 1 or (v.effective_batch or v.batch_size) != v.batch_size),
+            and (v.accumulation > 1 or (v.effective_batch or v.batch_size) != v.batch_size or v.buckets),
             "kto_center = batch depends on how an update is cut, so an update must be one pass: use --kto-center update, or "
-            "--accumulation 1 and no --effective-batch",
+            "--accumulation 1, no --effective-batch and no --buckets",
         ),
         (
             v.method == "kto" and not (v.kto_liked_weight or v.kto_disliked_weight),

@@ -274,12 +274,18 @@ class Run:
         )
 
     def _dealt(self, found: Generator[PairBatch, None, None]) -> Generator[PairBatch, None, None]:
-        """The micro-batches, of which the last one of each update has the gradients summed over the processes."""
-        policy = self.step.policy
+        """The micro-batches of one of several processes, which looks after the others and what nobody could read."""
         with closing(found):
             for batch in found:
                 self.processes.look()
                 self.unread |= {key: why for key, why in batch.bad if key not in self.bad}
-                if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
-                    policy.reduces(batch.last)
                 yield batch
+
+    def reduces(self, last: bool) -> None:
+        """Before a pass: whether it is the update's last, in whose backward the gradients are summed over the processes.
+
+        Not when its batch is read: an encoder that travels reads others ahead.
+        """
+        policy = self.step.policy
+        if isinstance(policy, Reduced):  # shards are summed in every pass: nobody has room for whole gradients
+            policy.reduces(last)

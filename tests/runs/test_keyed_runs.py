@@ -158,6 +158,8 @@ def test_sft_sees_the_winners_only(world, tmp_path):
     terms = run.step(inputs, run.correction())
     assert rows == [3]
     assert torch.equal(terms.loss, terms.errors[0]) and terms.loss.isfinite().all()
+    without = (terms.logit, terms.difference, terms.accuracy, *terms.errors[1:])
+    assert all(x.isnan().all() for x in without)  # which are of a reference or of both images: no figure shows them
     terms.loss.sum().backward()
     assert all(p.grad.isfinite().all() for p in run.updater.parameters)
     run.step.policy = unet

@@ -56,7 +56,7 @@ RECORDED = [*EXACT, "--method", "dde", "--reference", "recorded", "--batch-size"
 # By name: updates (the slow test makes 20 of each), and the flags of a run.
 SETTINGS = {
     "dpo": (2, [*EXACT, *HELD_OUT, "--flip", "--crop", "random", "--caption-dropout", "0.3", "--ema", "0.9"]),
-    "lora": (1, [*EXACT, "--lora", "--lora-dropout", "0.3", "--rank", "1", "--checkpointing", "on"]),
+    "lora": (1, [*EXACT, "--lora", "--lora-dropout", "0.3", "--rank", "1", "--checkpointing", "on", "--offload", "on"]),
     "recorded": (6, RECORDED),
     "sft": (1, [*EXACT, "--method", "sft"]),
     "single": (1, ["--precision", "fp32", "--optimizer", "adamw8bit"]),

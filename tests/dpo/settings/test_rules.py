@@ -27,6 +27,7 @@ from tests.dpo.settings.test_resolve import decide
         ({"target_gradient_factor": 0.2, "loss": "ipo"}, "this is ipo"),
         ({"target_gradient_factor": 0.2, "method": "sft"}, "this is sft"),
         ({"method": "kto", "kto_center": "batch", "accumulation": 2}, "an update must be one pass"),
+        ({"method": "kto", "kto_center": "batch", "buckets": True}, "no --buckets"),
         ({"method": "kto", "loss": "ipo"}, "with method kto"),
         ({"method": "kto", "kto_liked_weight": 0.0, "kto_disliked_weight": 0.0}, "both 0"),
         ({"liked_column": "a", "chosen_column": "b"}, "those of one kind"),
