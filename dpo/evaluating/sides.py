@@ -17,7 +17,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import counted_of, excerpt, excerpt_of_path, is_unicode
 from dpo.drawing import images
 from dpo.evaluating import tables
-from dpo.pages.folder import INDEX_FILE
+from dpo.pages.folder import INDEX_FILE, holds_run
 
 log = logging.getLogger("dpo")
 
@@ -81,8 +81,8 @@ def of_set(name: str, folder: Path) -> Side:
 
 
 def is_of_images(place: Path) -> bool:
-    """Whether a folder holds images that another program made, and no model."""
-    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
+    """Whether a folder holds images that another program made, and no model, nor a run without its result."""
+    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")) or holds_run(place):
         return False
     return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
