@@ -46,13 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     from dpo.common import console
 
-    if "help" in [after for flag, after in itertools.pairwise(argv) if flag == "--scorers"]:
+    words = command.in_words(argv, "--scorers", "--convert")
+    if ("--scorers", "help") in itertools.pairwise(words):
         from dpo.scorers.scorer import listing
 
         sys.stdout.write(listing() + "\n")
         return 0
-    if "--convert" in argv:
-        return _convert([word for word in argv if word != "--convert"])
+    if "--convert" in words:
+        return _convert([word for word in words if word != "--convert"])
     console.setup()
     evaluated(argv or _of_world())
     return 0
@@ -80,10 +81,11 @@ def _convert(words: Sequence[str]) -> int:
 
 def _of_world() -> list[str]:
     """The command line without arguments: the embedded world's start against the newest run under runs/ that has it."""
-    from dpo.pages.folder import INDEX_FILE, SUMMARY_FILE, read_run
+    from dpo.pages.folder import ADAPTER_FILE, INDEX_FILE, SUMMARY_FILE, read_run
 
-    found = [path.parent for path in RUNS.glob(f"*/{SUMMARY_FILE}") if (path.parent / INDEX_FILE).is_file()]
-    mine = [folder for folder in found if read_run(folder).embedded]
+    found = [path.parent for path in RUNS.glob(f"*/{SUMMARY_FILE}")]
+    ended = [folder for folder in found if any((folder / name).is_file() for name in (INDEX_FILE, ADAPTER_FILE))]
+    mine = [folder for folder in ended if read_run(folder).embedded]
     if not mine:
         raise UserError(
             f"nothing to compare: there is no run of the embedded world under {RUNS}/; make one with python -m dpo.train, "

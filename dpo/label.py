@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(argv: Sequence[str]) -> int:
     from dpo.common import console
 
-    if "help" in [after for flag, after in itertools.pairwise(argv) if flag in ("--scorers", "--scorer")]:
+    named = ("--scorers", "--scorer")
+    if any((flag, "help") in itertools.pairwise(command.in_words(argv, *named)) for flag in named):
         from dpo.scorers.scorer import listing
 
         sys.stdout.write(listing() + "\n")

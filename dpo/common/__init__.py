@@ -5,6 +5,6 @@ console.py the log and the progress line | command.py the main of every command 
 words.py words for messages | hub.py names on the hub | device.py tensors to a device and back
 cores.py work of which each core of a CPU does a part of its own
 libraries.py other libraries: quieted, or named where one does not fit
-pictures.py, tokenizers.py pictures and tokenizers as content
+pictures.py, tokenizers.py pictures, turned upright, and tokenizers as content
 machine.py what differs between Linux, macOS and Windows
 """

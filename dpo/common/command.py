@@ -103,6 +103,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def in_words(argv: Sequence[str], *flags: str) -> list[str]:
+    """The words of a command line, with FLAG=VALUE of these flags as the two that argparse takes it for."""
+    found: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        found += [flag, value] if equals and flag in flags else [word]
+    return found
+
+
 def folder(text: str) -> str:
     """The type of a flag that names an output folder: an empty name would mean the folder one is in."""
     if not text.strip():

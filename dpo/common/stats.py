@@ -24,6 +24,22 @@ def share_interval(successes: float, count: float, z: float = Z95) -> tuple[floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def independent(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """(successes, count) of values [n] in [0, 1] as of so many independent ones that their share has the same error.
+
+    groups: [n] keys; values of one group go together. Where each is alone, or all are equal, the count is n.
+    """
+    total, count = float(values.sum()), float(len(values))
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(sizes) == count:
+        return total, count
+    share = total / count
+    variance = float((np.bincount(group, values - share) ** 2).sum()) / count**2
+    alone = share * (1 - share) / variance if variance > 0 else count
+    effective = min(max(alone, 1.0), count)
+    return total * (effective / count), effective
+
+
 def balanced_interval(counts: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The 95 % interval of the mean of independent shares, each (successes, count), from Wilson's of each.
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.pictures import SIDEWAYS, turn_of, upright
 from dpo.common.words import counted_of, excerpt, excerpt_of_path, first_line
 from dpo.data.pairs import MAX_MIB, BadImage, ImageRef
 
@@ -27,16 +28,6 @@ FEW_BAD = 10  # unreadable images that any set may have, unless the limit is 0
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which it warns of a decompression bomb
 BAND = 1 << 22  # pixels whose colours are converted at a time: one image takes 8 bytes a pixel, whatever its mode
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # what Pillow may take a file for, whatever its name
-TURNS = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIDEWAYS = tuple(TURNS[orientation] for orientation in (5, 6, 7, 8))  # those that exchange width and height
 
 Size = tuple[int, int]  # height, width
 HEAD = 1 << 16  # bytes, in which most files say how large their image is
@@ -116,7 +107,7 @@ def _header(data: bytes) -> tuple[int, int] | None:
     except Exception:  # as in `decode`; that says what is wrong
         return None
     width, height = image.size
-    turn = _turn(lambda: Image.Image.getexif(image))  # a PNG's own would read all pixels first
+    turn = turn_of(lambda: Image.Image.getexif(image))  # a PNG's own would read all pixels first
     return (height, width) if turn in SIDEWAYS else (width, height)
 
 
@@ -129,7 +120,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width} x {image.height} pixels, more than {max_pixels}")
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(upright(image))
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -145,23 +136,6 @@ def formats() -> tuple[str, ...]:
     """Those of FORMATS that this Pillow can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _turn(exif: Callable[[], Image.Exif]) -> Image.Transpose | None:
-    """What makes an image upright, as its EXIF tag says; an unreadable tag counts as none."""
-    try:
-        return TURNS.get(exif().get(0x0112, 1))
-    except Exception:  # malformed EXIF of an otherwise sound image
-        return None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _turn(image.getexif)
-    if turn is None:
-        return image
-    upright = image.transpose(turn)
-    upright.info = image.info  # a palette's transparency lives there
-    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

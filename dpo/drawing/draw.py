@@ -29,6 +29,8 @@ Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 BATCH = 4  # images at a time
 TILE = 512  # pixels of a side that the VAE decodes at once where memory is short
+SIZES = ("tile_sample_", "tile_latent_")  # of a VAE's tiles, strides and overlaps, how its fields' names begin
+OF_TILES = ("use_slicing", "use_tiling", *SIZES)
 
 Group = TypeVar("Group")
 Made = TypeVar("Made")
@@ -151,13 +153,14 @@ def tiled(vae: AutoencoderKL, side: int) -> Iterator[None]:
     if not side:
         yield
         return
-    names = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    before = {name: getattr(vae, name) for name in names if hasattr(vae, name)}
+    before = {name: value for name, value in vars(vae).items() if name.startswith(OF_TILES)}
     vae.enable_slicing()
     vae.enable_tiling()
-    if getattr(vae, "tile_sample_min_size", side) > side:
-        vae.tile_latent_min_size = vae.tile_latent_min_size * side // vae.tile_sample_min_size
-        vae.tile_sample_min_size = side
+    height = before.get("tile_sample_min_height", side)  # Qwen-Image's VAE names both sides
+    own = before.get("tile_sample_min_size", height)
+    for name, value in before.items():
+        if name.startswith(SIZES):
+            setattr(vae, name, value * side // own)
     try:
         yield
     finally:

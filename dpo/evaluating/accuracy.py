@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dpo.common.stats import share_interval
 from dpo.data.batches import held_out_batches
 from dpo.data.buckets import find
 from dpo.data.loader import Reading
@@ -60,13 +59,13 @@ def by_side(
         denoiser = load().eval()
         found = replace(step, policy=model.denoise(settle(config.runtime, denoiser, device)))
         d = validation.differences(found, held_out)
-        right = implicit_accuracy(d.mean(0))
+        figures = validation.figures(d.mean(0), validation.captions_of(held_out))
         each = implicit_accuracy(d)
         yield {
             "side": name,
-            "accuracy": float(right.mean()) if len(right) else 0.5,
-            "interval": list(share_interval(float(right.sum()), len(right))),
-            "pairs": len(right),
+            "accuracy": figures["heldout_accuracy"],
+            "interval": figures["heldout_interval"],
+            "pairs": figures["heldout_pairs"],
             "draws": held_out.draws,
             "deciles": [float(each[decile == k].mean()) if (decile == k).any() else None for k in range(DECILES)],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import counted_of, excerpt, excerpt_of_path, is_unicode
 from dpo.drawing import images
 from dpo.evaluating import tables
-from dpo.pages.folder import INDEX_FILE
+from dpo.pages.folder import INDEX_FILE, holds_run
 
 log = logging.getLogger("dpo")
 
@@ -80,8 +81,8 @@ def of_set(name: str, folder: Path) -> Side:
 
 
 def is_of_images(place: Path) -> bool:
-    """Whether a folder holds images that another program made, and no model."""
-    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")):
+    """Whether a folder holds images that another program made, and no model, nor a run without its result."""
+    if not place.is_dir() or (place / INDEX_FILE).exists() or any(place.glob("*.safetensors")) or holds_run(place):
         return False
     return any(path.suffix.lower() in IMAGES for path in place.rglob("*"))
 
@@ -98,6 +99,7 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
             f"{folder} does not say what its images were drawn from: give --captions, a table of file, prompt and seed"
         )
     known: dict[str, tuple[str, int | None, str]] = {}
+    rows: dict[str, int] = {}  # the number of the first row of each file
     for number, row in tables.rows(place):
         where = f"{place}, row {number}"
         file, prompt = tables.cell(row, tables.FILE, where), tables.cell(row, tables.PROMPT, where)
@@ -110,12 +112,13 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
             if not is_unicode(text):
                 raise UserError(f"{where}: the {what} {excerpt(text)} holds half a character; mend the escape")
         entry = (prompt, _seed(tables.cell(row, tables.SEED, where), where), category)
+        rows.setdefault(file, number)
         if known.setdefault(file, entry) != entry:
             raise UserError(f"{where}: 2 rows name {excerpt_of_path(file)}, and they differ; keep one")
     # pipes and broken links too: what cannot be read is counted later
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and not path.is_dir())
-    names = [tables.name_of(path, known) for path in files]
-    images = tuple(Shown(path, *known[named]) for path, named in zip(files, names, strict=True) if named is not None)
+    named = _named(files, folder, place, rows)
+    images = tuple(Shown(path, *known[named[path]]) for path in files if path in named)
     if not images:
         raise UserError(f"{place} names none of the {len(files)} images in {folder}")
     if len(images) < len(files):
@@ -125,12 +128,36 @@ def of_table(name: str, folder: Path, table: Path | None) -> Side:
             counted_of(len(files) - len(images), len(files), "images", "has", "have"),
             place,
         )
-    if gone := [file for file in known if file not in names]:
+    taken = set(named.values())
+    if gone := [file for file in known if file not in taken]:
         log.warning(
             "%s: %s no image in %s: left out, the first is %s",
             place, counted_of(len(gone), len(known), "rows", "names", "name"), folder, excerpt_of_path(gone[0]),
         )  # fmt: skip
     return Side(name, folder, images)
+
+
+def _named(files: Sequence[Path], folder: Path, table: Path, rows: Mapping[str, int]) -> dict[Path, str]:
+    """What a table calls each file that has a row; rows: the number of each by what it calls a file.
+
+    Where several files end as a row says, it is of the one that it names from the folder or the table on. Raises UserError
+    where that is not one.
+    """
+    meant: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        if (name := tables.name_of(path, rows)) is not None:
+            meant[name].append(path)
+    found = {}
+    for name, paths in meant.items():
+        if len(paths) > 1:
+            whole = [os.path.abspath(start / name.replace("\\", "/")) for start in (folder, table.parent)]
+            exact = [path for path in paths if os.path.abspath(path) in whole]
+            if len(exact) != 1:
+                first, second, *_ = exact or paths
+                raise UserError(f"{table}, row {rows[name]}: names both {first} and {second}: give more of the path")
+            paths = exact
+        found[paths[0]] = name
+    return found
 
 
 def _seed(text: str | None, where: str) -> int | None:

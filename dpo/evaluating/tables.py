@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 
 from dpo.common.errors import UserError, reading
 from dpo.common.words import excerpt
+from dpo.data.tables import csv_rows
 
 # Names of columns, the first of which is there and not empty counts.
 FILE = ("file", "file_name", "filename", "image", "image_path", "path")
@@ -24,16 +24,17 @@ D = TypeVar("D")
 
 def rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of a CSV, TSV or JSON lines file with a header. Raises UserError."""
-    with reading(str(path), "give a CSV, TSV or JSON lines file"), open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
+    with reading(str(path), "give a CSV, TSV or JSON lines file"):
+        if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
+            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
+            yield from enumerate((row for _, row in csv_rows(path, delimiter)), 1)
+            return
+        with open(path, encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(filter(str.strip, file), 1):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, row {number}: is no JSON object")
                 yield number, row
-        else:
-            delimiter = "\t" if path.suffix.lower() in (".tsv", ".tab") else ","
-            yield from enumerate(csv.DictReader(file, delimiter=delimiter), 1)
 
 
 def cell(row: Mapping[str, Any], names: Sequence[str], where: str = "") -> str | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.common.errors import UserError
-from dpo.common.stats import share_interval
+from dpo.common.stats import independent, share_interval
 from dpo.common.words import digest
 
 LEAST = 20  # labelled pairs on either side of the split, below which no temperature is fitted
@@ -172,9 +172,4 @@ def agreement(new: np.ndarray, old: np.ndarray, captions: np.ndarray) -> Agreeme
     if not both.any():
         return None
     right = ((new > 0.5) == (old > 0.5))[both].astype(float)
-    share, count = float(right.mean()), len(right)
-    _, group = np.unique(captions[both], return_inverse=True)
-    variance = float((np.bincount(group, right - share) ** 2).sum()) / count**2
-    alone = share * (1 - share) / variance if variance > 0 else float(count)
-    effective = min(max(alone, 1.0), float(count))
-    return Agreement(count, share, share_interval(share * effective, effective))
+    return Agreement(len(right), float(right.mean()), share_interval(*independent(right, captions[both])))

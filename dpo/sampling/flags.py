@@ -59,7 +59,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--vae-tile",
-        type=side,
+        type=tile,
         default=0,
         metavar="PIXELS",
         help="decode in tiles of this side: less memory, slightly other images",
@@ -99,6 +99,14 @@ def side(text: str) -> int:
     value = int(text)
     if not 8 <= value <= LARGEST or value % 8:
         raise argparse.ArgumentTypeError(f"{text} is no multiple of 8 from 8 to {LARGEST}")
+    return value
+
+
+def tile(text: str) -> int:
+    """Of 8 pixels to a latent and tiles that share a quarter of their side: others do not meet, and the image would be larger."""
+    value = side(text)
+    if value % 32:
+        raise argparse.ArgumentTypeError(f"{text} is no multiple of 32: tiles overlap by a quarter, in whole latents")
     return value
 
 

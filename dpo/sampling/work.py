@@ -19,7 +19,7 @@ from dpo.common.command import of_launcher
 from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
 from dpo.common.files import AGAIN, sweep, writing
-from dpo.common.pictures import pixel_hash
+from dpo.common.pictures import pixel_hash, upright
 from dpo.common.words import digest, listed, number_of
 from dpo.drawing import images, layouts, memory, prompts, sheet
 from dpo.drawing.images import Drawn, Pace
@@ -314,9 +314,9 @@ def _layouts(asked: Asked) -> list[Layout]:
 
 
 def _picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    """An init image at the size that is drawn (width, height). Raises UserError for a file that is none."""
+    """An init image, upright, at the size that is drawn (width, height). Raises UserError for a file that is none."""
     try:
         with reading(str(path), "name an image"), Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
-            return opened.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            return upright(opened).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name an image") from error

@@ -101,11 +101,11 @@ def measure(run: Run, pairs: validation.HeldOut) -> tuple[Figures, bool]:
     run.measured = run.done
     said = {"weights": "averaged"} if run.updater.ema else {}
     best = run.best
-    liked = validation.labels(pairs)
+    captions, liked = validation.captions_of(pairs), validation.labels(pairs)
     if best is None:
-        return {**validation.figures(differences, liked), **said}, False
+        return {**validation.figures(differences, captions, liked), **said}, False
     chosen, rest = (
-        validation.figures(differences[half], None if liked is None else liked[half])
+        validation.figures(differences[half], captions[half], None if liked is None else liked[half])
         for half in (best.choosing, ~best.choosing)
     )
     figures = {**rest, **said}

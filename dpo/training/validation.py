@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dpo.common.console import part
-from dpo.common.stats import balanced_interval
+from dpo.common.stats import balanced_interval, independent
 from dpo.data.batch import PairBatch
 from dpo.data.pairs import caption_key
 from dpo.encode import Encoder, Inputs
@@ -152,7 +152,12 @@ def drawn_timesteps(step: PairStep, held_out: HeldOut) -> Tensor:
 
 def accuracy(step: PairStep, held_out: HeldOut) -> dict[str, float | list[float]]:
     """Held-out preference accuracy with its 95 % Wilson interval, mean d, and the number of pairs (without ties)."""
-    return figures(differences(step, held_out).mean(0), labels(held_out))
+    return figures(differences(step, held_out).mean(0), captions_of(held_out), labels(held_out))
+
+
+def captions_of(held_out: HeldOut) -> Tensor:
+    """The `caption_key` of the labelled pairs, [N] int64."""
+    return held_out.captions[held_out.labelled]
 
 
 def labels(held_out: HeldOut) -> Tensor | None:
@@ -160,16 +165,20 @@ def labels(held_out: HeldOut) -> Tensor | None:
     return held_out.liked[held_out.labelled] if held_out.single else None
 
 
-def figures(d: Tensor, liked: Tensor | None = None) -> dict[str, float | list[float]]:
+def figures(d: Tensor, captions: Tensor, liked: Tensor | None = None) -> dict[str, float | list[float]]:
     """The same of pairs whose mean differences are `d` [N]; liked [N] bool: of images without a partner.
 
-    Where these have both labels their accuracy is balanced, which "heldout_balanced" says.
+    captions: [N] int64 keys; pairs of one caption go together, which makes the interval wider. Where images without a
+    partner have both labels their accuracy is balanced, which "heldout_balanced" says.
     """
     right = implicit_accuracy(d)
     both = liked is not None and bool(liked.any()) and not bool(liked.all())
-    parts = [right[liked], right[~liked]] if both and liked is not None else [right]
+    of_parts = [liked, ~liked] if both and liked is not None else [torch.ones_like(d, dtype=torch.bool)]
+    parts = [right[part] for part in of_parts]
     count = len(d)
-    low, high = balanced_interval([(float(part.sum()), len(part)) for part in parts])
+    low, high = balanced_interval(
+        [independent(right[part].double().numpy(), captions[part].numpy()) for part in of_parts]
+    )
     return {
         "heldout_accuracy": sum(float(part.mean()) for part in parts) / len(parts) if count else 0.5,
         "heldout_interval": [low, high],

@@ -127,7 +127,7 @@ def declare(folder: Path, wanted: Wanted) -> Study:
 
 def _check_empty(folder: Path) -> None:
     """Raises UserError where a folder has files that are no study's: nothing of somebody else's is mixed with one."""
-    own = (study.SECRET, checks.FOLDER)
+    own = (study.SECRET, checks.FOLDER) if (folder / study.SECRET).is_file() else ()  # the secret is made first
     strange = [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(".")]
     if strange:
         raise UserError(f"--output {folder} holds other files ({listed(sorted(strange)[:3])}): name a new folder")

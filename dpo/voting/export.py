@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from dpo.common.errors import UserError, reading
+from dpo.common.errors import OF_READING, UserError, reading
 from dpo.common.files import make_folder
 from dpo.common.pictures import pixel_hash
-from dpo.common.words import listed
+from dpo.common.words import digest, listed
 from dpo.data.writing import Judged, Layout, write_pairs
 from dpo.evaluating.scoring import read_image
 from dpo.voting import answers, study, tally
 from dpo.voting.study import Item, Study
 
 FILE = "votes.parquet"
+MADE = "dpo.vote"  # in the file's metadata: the hash of the study
 LAYOUTS: tuple[Layout, ...] = ("pickapic", "chosen-rejected")
 
 
@@ -25,7 +27,8 @@ def write(folder: Path, output: Path, question: str | None = None, *, layout: La
 
     A pair's label is that of the majority, a tie 0.5; `p` is the share of its votes, a tie one half, and beside stand
     question, votes and ties. Raters that the study's rule leaves out do not count. folder: of the study. output: the
-    file, or a folder, which gets `votes.parquet`. question: its key; None: the first. Raises UserError.
+    file, or a folder, which gets `votes.parquet`; an earlier export of this study is replaced. question: its key; None: the
+    first. Raises UserError, also where another file is there.
     """
     if output.suffix not in ("", ".parquet") and not output.is_dir():
         raise UserError(f"--export {output}: pairs are written as parquet; name a .parquet file, or a folder")
@@ -36,13 +39,18 @@ def write(folder: Path, output: Path, question: str | None = None, *, layout: La
         raise UserError(f"--question {chosen}: the study asks {listed(keys)}")
     if layout not in LAYOUTS:
         raise UserError(f"--layout {layout}: there are {', '.join(LAYOUTS)}")
+    path = output if output.suffix == ".parquet" else output / FILE
+    mark = digest(*(item.id for item in declared.items))
+    if path.exists() and not _is_made(path, mark):
+        raise UserError(
+            f"{path} is there already, and no export of this study: remove it, or name another with --export"
+        )
     out = tally.left_out(declared, given)
     counted = _counted(declared, tally.votes(declared, given, chosen, without=out))
     if not counted:
         raise UserError(f"{folder} has no vote on {chosen} that counts: ask people with python -m dpo.vote {folder}")
-    path = output if output.suffix == ".parquet" else output / FILE
     make_folder(path.parent, "--export")
-    written = write_pairs(path, _rows(declared, folder, chosen, counted), layout)
+    written = write_pairs(path, _rows(declared, folder, chosen, counted), layout, about={MADE: mark})
     ties = sum(not sums.any() or sums[0] == sums[2] for sums in counted.values())
     votes = int(sum(sums.sum() for sums in counted.values()))
     lines = [
@@ -50,6 +58,14 @@ def write(folder: Path, output: Path, question: str | None = None, *, layout: La
     ]
     everybody = len(tally.raters(given))
     return [*lines, *([f"left out by the study's rule: {len(out)} of {everybody} raters"] if out else [])]
+
+
+def _is_made(path: Path, mark: str) -> bool:
+    """Whether an export of the study of this hash wrote a file."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(MADE.encode()) == mark.encode()
+    except OF_READING:
+        return False
 
 
 def _counted(declared: Study, votes: tally.Votes) -> dict[int, np.ndarray]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dpo.common.errors import UserError, reading
 from dpo.common.files import AGAIN, write_text
 from dpo.common.words import UNPRINTABLE, excerpt, is_plain
+from dpo.voting import answers
 
 FILE = "raters.json"  # names that have links of their own
 LONGEST = 60  # characters of a name
@@ -26,7 +27,10 @@ def cleaned(name: str) -> str | None:
 
 
 def invited(folder: Path, more: Sequence[str] = ()) -> list[str]:
-    """The raters with links of their own, with those that are added now. Raises UserError."""
+    """The raters with links of their own, with those that are added now. Raises UserError.
+
+    Who has voted is added as the votes spell the name: under another spelling the same person would count twice.
+    """
     path, names = folder / FILE, list[str]()
     if path.exists():
         with reading(str(path), "mend it, or delete it and give --raters again"):
@@ -34,12 +38,13 @@ def invited(folder: Path, more: Sequence[str] = ()) -> list[str]:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("it is no list of names")
     known = {name.casefold() for name in names}
+    spelt = {answer.rater.casefold(): answer.rater for answer in answers.read(folder)} if more else {}
     for name in more:
         if (clean := cleaned(name)) is None:
             raise UserError(f"--raters {excerpt(name)}: a name has 1 to {LONGEST} characters that can be printed")
         if clean.casefold() not in known:
             known.add(clean.casefold())
-            names = [*names, clean]
+            names = [*names, spelt.get(clean.casefold(), clean)]
     if more:
         write_text(path, json.dumps(names, indent=1), AGAIN)
     return names

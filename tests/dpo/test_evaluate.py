@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 
@@ -11,8 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dpo.evaluate import _asked, _method, main, make_parser
+from dpo.evaluate import _asked, _method, _of_world, main, make_parser
 from dpo.evaluating import work
+from dpo.pages.folder import ADAPTER_FILE, CONFIG_FILE, INDEX_FILE, SUMMARY_FILE
 from dpo.settings.config import from_mapping, to_toml
 from dpo.tiny.paths import pipeline_path
 from tests.help import worlds
@@ -331,6 +333,32 @@ def test_without_a_run_the_way_to_one_is_said(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, errors, _ = run()
     assert code == 2 and "make one with python -m dpo.train" in errors[-1]
+
+
+def test_the_newest_run_may_be_a_lora(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, (name, result) in enumerate({"lora": ADAPTER_FILE, "full": INDEX_FILE, "killed": "metrics.jsonl"}.items()):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(to_toml(from_mapping({})))
+        for file in (result, SUMMARY_FILE):
+            (folder / file).write_text("{}")
+        os.utime(folder / SUMMARY_FILE, (0, -age))
+    assert _of_world()[:2] == ["start=start:runs/lora", "lora=runs/lora"]
+
+
+def test_a_run_without_a_result_is_no_folder_of_images(tmp_path, run):
+    """Its sample grids are no side of a comparison."""
+    place = folder_of(tmp_path / "run" / "samples", [10, 20]).parent
+    (place / CONFIG_FILE).write_text(to_toml(from_mapping({})))
+    code, errors, _ = run(f"a={place}", f"b={place}", "--scorers", "tiny-b", output=tmp_path / "out")
+    assert code == 2 and "holds a run that is not finished" in errors[-1]
+
+
+def test_flags_that_work_alone_take_an_equals_sign(tmp_path, run, capsys):
+    assert main(["--scorers=help"]) == 0 and "pickscore" in capsys.readouterr().out
+    code, errors, _ = run(f"--convert={tmp_path / 'gone.pt'}")
+    assert code == 2 and "gone.pt" in errors[-1] and "--convert" not in errors[-1].replace("such as", "")
 
 
 def test_hostile_images_and_prompts_leave_the_page_whole(tmp_path, run, redness):

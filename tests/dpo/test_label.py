@@ -529,6 +529,6 @@ def test_the_files_say_of_which_protocol_they_are(pairs, tmp_path, capsys):
     assert pq.read_metadata(path).metadata[b"dpo.label"] == mark.encode()
 
 
-@pytest.mark.parametrize("flag", ["--scorers", "--scorer"])
-def test_help_of_scorers_lists_them(flag, capsys):
-    assert label.main(["--data", "x", flag, "help"]) == 0 and "pickscore" in capsys.readouterr().out
+@pytest.mark.parametrize("words", [["--scorers", "help"], ["--scorer", "help"], ["--scorers=help"]])
+def test_help_of_scorers_lists_them(words, capsys):
+    assert label.main(["--data", "x", *words]) == 0 and "pickscore" in capsys.readouterr().out

@@ -125,6 +125,7 @@ def test_another_protocol_is_refused(words, tmp_path, capsys):
         (["m", "--strength", "0.5"], "--init-image"),
         (["m"], "no prompts: give --prompts"),
         (["m", "--prompts", "x", "--width", "500"], "no multiple of 8"),
+        (["m", "--prompts", "x", "--vae-tile", "520"], "no multiple of 32"),
         (["m", "--prompts", "x", "--seeds", "0"], "0 is below 1"),
         (["m", "--prompts", "x", "--steps", "many"], "invalid whole number value"),
         (["m", "--prompts", "x", "--first-seed", "-1"], "is not in 0 to 2^32"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from dpo.common.stats import at_most, balanced_interval, bradley_terry, exact_interval, share_interval
+from dpo.common.stats import at_most, balanced_interval, bradley_terry, exact_interval, independent, share_interval
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,13 @@ def test_strengths_of_two_players_are_their_log_odds_and_make_the_wins_likeliest
     won = (wins[0] + wins[0].T) / (1 + np.exp(theta[None, :] - theta[:, None]))
     np.testing.assert_allclose(won.sum(1), wins[0].sum(1), rtol=1e-6)
     assert theta[0] == 0
+
+
+def test_what_goes_together_counts_as_fewer():
+    """Eight alike of each group count as one; each alone is counted as it is, to the last bit."""
+    values = np.repeat(np.arange(60) < 48, 8).astype(float)
+    successes, count = independent(values, np.repeat(np.arange(60), 8))
+    assert (successes, count) == pytest.approx((48, 60))
+    assert independent(values[::7], np.arange(len(values[::7]))) == (values[::7].sum(), len(values[::7]))
+    assert independent(np.full(6, 0.5), np.zeros(6)) == (3, 6), "no spread: nothing says how they go together"
+    assert independent(np.zeros(0), np.zeros(0)) == (0, 0)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from dpo.drawing import draw, grid
-from dpo.drawing.draw import sample
+from dpo.drawing.draw import sample, tiled
 from dpo.drawing.grid import read_grid, write_grid
 from dpo.models.load import load
 from dpo.models.pipeline import pipeline_of
@@ -109,6 +109,38 @@ def test_where_memory_is_short_the_vae_works_in_tiles(model, monkeypatch):
     vae = model.vae
     assert not vae.use_tiling and not vae.use_slicing
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (32, 8)
+
+
+def small_vae(kind):
+    """One of factor 8 whose own tiles are of 512 pixels, or of 256."""
+    from diffusers import AutoencoderKL, AutoencoderKLQwenImage
+
+    if kind == "qwen-image":
+        return AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(block_out_channels=(4,) * 4, **blocks, norm_num_groups=2, sample_size=512)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "qwen-image"])
+@pytest.mark.parametrize("side", [256, 768])
+def test_tiles_are_of_the_side_that_is_asked_for(kind, side):
+    """Also where the VAE's own are smaller, and where it calls them otherwise."""
+    vae = small_vae(kind)
+    before = {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_"))}
+    tiles = []
+
+    def decoded(z, *_, **__):
+        tiles.append(z.shape[-2:])
+        return torch.zeros(*z.shape[:1], 3, *z.shape[2:-2], z.shape[-2] * 8, z.shape[-1] * 8)
+
+    vae.decoder.forward = decoded
+    frames = [1] if kind == "qwen-image" else []
+    with torch.no_grad(), tiled(vae, side):
+        image = vae.decode(torch.zeros(2, 4, *frames, 100, 128)).sample
+    whole = torch.Size([side // 8] * 2)
+    assert whole in tiles and max(max(shape) for shape in tiles) == side // 8
+    assert image.shape[-2:] == (800, 1024)
+    assert {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_"))} == before
 
 
 def flat(colour, side=200):

@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import torch
 
+from dpo.common.stats import share_interval
 from dpo.evaluating.accuracy import by_side
 from dpo.settings.flags import parse
 from dpo.training import validation
@@ -55,3 +57,13 @@ def test_it_is_the_figure_of_the_run(run, found):
     assert (row["accuracy"], row["pairs"]) == (expected["heldout_accuracy"], expected["heldout_pairs"])
     assert row["interval"] == expected["heldout_interval"] and row["accuracy"] != 0.5
     assert len(row["deciles"]) == 10 and any(value is not None for value in row["deciles"])
+
+
+def test_pairs_of_one_caption_go_together():
+    """60 captions of 8 pairs that are right or wrong together are no 480 pairs; a caption each changes nothing."""
+    d, alone = torch.where(torch.arange(480) < 384, -1.0, 1.0), torch.arange(480)
+    each = validation.figures(d, alone)
+    assert each["heldout_interval"] == list(share_interval(384, 480))
+    together = validation.figures(d, alone // 8)
+    assert together["heldout_interval"] == pytest.approx(share_interval(48, 60))
+    assert {**together, "heldout_interval": None} == {**each, "heldout_interval": None}

@@ -29,6 +29,13 @@ def test_what_is_no_table_is_one_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_prompt_with_the_separator_in_it_is_not_cut(tmp_path, name, mark):
+    (tmp_path / name).write_text(f"file{mark}prompt\nx.png{mark}a cat\ny.png{mark}a fox{mark} red\n")
+    with pytest.raises(UserError, match=r"a\.[ct]sv, line 3: more values than columns.* double quotes"):
+        list(tables.rows(tmp_path / name))
+
+
 def test_an_image_is_found_by_path_or_its_last_parts():
     path = Path("/runs/images/00000/samples/0001.png")
     assert tables.of_file(path, {"samples/0001.png": 1.0, "0001.png": 2.0}, 0.0) == 1.0, "the longest name wins"
@@ -44,6 +51,24 @@ def folder(tmp_path):
     for name in ("a.png", "b.JPG", "deep/c.webp"):
         Image.new("RGB", (8, 8)).save(place / name, {"png": "PNG", "JPG": "JPEG", "webp": "WEBP"}[name.split(".")[1]])
     return place
+
+
+def test_a_row_is_of_one_file_of_a_folder(folder, tmp_path, caplog):
+    """Not of every file that ends so: the one it names from the folder on, or from the table on."""
+    (folder / "prompts.csv").write_text("file,prompt\na.png,a fox\n")
+    for old in ("old", "midjourney"):
+        (folder / old).mkdir()
+        Image.new("RGB", (8, 8)).save(folder / old / "a.png")
+    assert [image.path for image in of_table("mj", folder, None).images] == [folder / "a.png"]
+    assert "4 of 5 images have no row" in caplog.text
+    (tmp_path / "own.csv").write_text("file,prompt\nmidjourney/old/a.png,a fox\n")
+    assert [image.path for image in of_table("mj", folder, tmp_path / "own.csv").images] == [folder / "old" / "a.png"]
+    (folder / "a.png").unlink()
+    with pytest.raises(
+        UserError,
+        match=r"prompts\.csv, row 1: names both .*midjourney/midjourney/a\.png and .*old/a\.png: give more of the path",
+    ):
+        of_table("mj", folder, None)
 
 
 def test_a_folder_of_somebody_elses_images(folder, tmp_path, caplog):

@@ -84,6 +84,17 @@ def test_sdedit_base_beside_aligned(world, tmp_path):
     assert list(cell.images) == ["base 0.5", "base 1", "aligned 0.5", "aligned 1"]
 
 
+def test_a_layout_is_taken_as_it_is_shown(tmp_path):
+    """A photograph's EXIF says how it was held."""
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn to the right: its left half on top
+    picture.save(tmp_path / "a.png", exif=exif)
+    seen = work._picture(tmp_path / "a.png", (20, 40))
+    assert seen.getpixel((10, 5)) == (0, 0, 255) and seen.getpixel((10, 35)) == (255, 0, 0)
+
+
 def test_too_little_strength_and_no_layout_are_one_line(world, tmp_path):
     with pytest.raises(UserError, match="no such image"):
         draw(Asked(world("sd15"), init_image=str(tmp_path / "no.png"), strength=(0.5,), **QUICK), tmp_path / "out")

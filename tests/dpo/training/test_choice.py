@@ -29,7 +29,12 @@ def measured(monkeypatch, best, right, *, done=1, said=None, liked=None):
         total=9,
     )
     labelled = torch.ones(16, dtype=torch.bool)
-    held = SimpleNamespace(single=liked is not None, liked=labelled if liked is None else liked, labelled=labelled)
+    held = SimpleNamespace(
+        single=liked is not None,
+        liked=labelled if liked is None else liked,
+        labelled=labelled,
+        captions=torch.arange(16),
+    )
     return choice.measure(run, held)
 
 

@@ -201,6 +201,16 @@ def test_a_declaration_that_was_killed_is_made_anew(tmp_path, sides):
     assert not (tmp_path / "study" / "checks" / "left.png").exists()
 
 
+def test_a_folder_checks_that_is_no_studys_stays(tmp_path, sides):
+    """Only the secret tells that a declaration was begun there."""
+    mine = tmp_path / "work" / "checks" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine", "utf-8")
+    with pytest.raises(UserError, match=r"holds other files \(checks\): name a new folder"):
+        declare(tmp_path / "work", Wanted(sides=sides[:2]))
+    assert mine.read_text("utf-8") == "mine"
+
+
 def test_no_checks_where_none_are_wanted(tmp_path, sides):
     found = made(tmp_path, sides[:2], checks=0.0)
     assert {item.kind for item in found.items} == {"vote"} and not (tmp_path / "study" / "checks").exists()

@@ -69,6 +69,22 @@ def test_another_question_and_layout_into_a_folder(folder, tmp_path):
     assert row["chosen"] == Path(item.images[1]).read_bytes()
 
 
+def test_only_an_export_of_the_same_study_is_replaced(folder, tmp_path):
+    path = tmp_path / "pairs.parquet"
+    export.write(folder, path)
+    export.write(folder, path, "appeal", layout="chosen-rejected")
+    assert pq.read_metadata(path).num_rows == 1
+    declared = study.read(folder)
+    study.write(folder, replace(declared, items=tuple(replace(item, id=item.id[::-1]) for item in declared.items)))
+    for own in (path.read_bytes(), b"my own pairs"):
+        path.write_bytes(own)
+        with pytest.raises(
+            UserError, match=r"pairs\.parquet is there already, and no export of this study: .* name another"
+        ):
+            export.write(folder, path)
+        assert path.read_bytes() == own
+
+
 @pytest.mark.parametrize("layout", export.LAYOUTS)
 def test_the_trainer_reads_them(folder, tmp_path, layout):
     """Ties are dropped unless they are asked for, and the share of the votes is the probability of a preference."""

@@ -312,6 +312,33 @@ def test_an_answer_that_was_kept_comes_though_somebody_else_sits_here_now(browse
     browser.events = [event for event in browser.events if "net::ERR_" not in str(event)]
 
 
+@pytest.mark.slow
+def test_an_answer_that_another_study_refused_is_kept_for_its_own(browser, folder, tmp_path):
+    """The other study was served at the same address meanwhile."""
+    (tmp_path / "more").mkdir()
+    make_study(tmp_path / "more" / "study", 4, votes=2, checks=0.0, repeats=0.0)
+    kept = "Object.keys(localStorage).filter((name) => name.startsWith('dpo.vote.pending.')).length"
+    with served(folder) as web:
+        port = web.port
+        tab = come(browser, web.address, "Mia", own=True)
+    time.sleep(GLANCE)
+    tab.key("2")
+    tab.wait("document.getElementById('line').textContent.includes('tries again')")
+    with served(tmp_path / "more" / "study", Place(port=port)):
+        tab.wait("document.getElementById('line').textContent.includes('open the page anew')")
+        assert tab(kept) == 1
+    with served(folder, Place(port=port)):
+        tab.open(f"http://127.0.0.1:{port}/")
+        tab.wait("document.activeElement.id === 'name'")
+        tab.type("Mia")
+        tab.key("Enter")
+        tab.wait(f"{SEEN} && document.getElementById('bar').value === 1")
+        assert [one.rater for one in read(folder)] == ["Mia"] and tab(kept) == 0
+    browser.events = [
+        event for event in browser.events if not any(one in str(event) for one in ("net::ERR_", "status of 403"))
+    ]
+
+
 LAYOUT = """(() => {
   const box = (id) => { const b = document.getElementById(id).getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; };
   const root = document.documentElement;

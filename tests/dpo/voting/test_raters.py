@@ -3,6 +3,7 @@
 import pytest
 
 from dpo.common.errors import UserError
+from dpo.voting.answers import Answer, Journal
 from dpo.voting.raters import FILE, cleaned, invited, key_of, key_of_all
 
 
@@ -33,6 +34,13 @@ def test_the_invited_are_kept_and_added_to(tmp_path):
     (tmp_path / FILE).write_text('{"a": 1}', "utf-8")
     with pytest.raises(UserError, match=r"raters\.json: cannot be read"):
         invited(tmp_path)
+
+
+def test_who_has_voted_is_invited_by_the_name_of_the_votes(tmp_path):
+    """Under another spelling the same person would be asked everything again, and count twice."""
+    with Journal(tmp_path) as journal:
+        journal.add(Answer("0" * 32, "anna", "item", "general", "first", 0, False, 2.0, "2026-01-01T00:00:00Z"))
+    assert invited(tmp_path, ["Anna", "Ben"]) == ["anna", "Ben"] == invited(tmp_path, ["ANNA"])
 
 
 def test_a_key_belongs_to_one_name_of_one_study():
