@@ -15,7 +15,7 @@ from dpo.common.words import number_of
 from dpo.data import labelled
 from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
-from dpo.data.sources import describe, open_source
+from dpo.data.sources import check_output, describe, open_source
 from dpo.data.store.store import of_store
 from dpo.evaluating.asked import look_at
 from dpo.evaluating.work import check_folders, side_of
@@ -40,7 +40,8 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     of such parts, made without a common disk, whose scores are taken first. The same command goes on after a kill, and ends
     in the same bytes. Raises UserError.
     """
-    _check_apart(asked, folder)
+    for data in filter(None, (asked.pairs, asked.fit)):
+        check_output(data, folder)
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output", part))
@@ -71,14 +72,6 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
                 return True
             write(asked, folder, items, votes, fit, others)
     return True
-
-
-def _check_apart(asked: Asked, folder: Path) -> None:
-    """Raises UserError where the labels would come into the folder of the pairs, and be read as some of them."""
-    for data in filter(None, (asked.pairs, asked.fit)):
-        root = Path(str(data.data)).expanduser()
-        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
 
 
 def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:

@@ -495,6 +495,22 @@ def test_labels_do_not_come_into_the_folder_of_the_pairs(tmp_path, capsys):
     assert code == 2 and "lies in the folder of the pairs" in said
 
 
+def test_labels_do_not_replace_the_pairs_that_they_are_made_of(tmp_path, capsys):
+    """Else --overwrite would delete them before they are read."""
+    pairs, out = worlds.make_pickapic(tmp_path / "pairs", 4), tmp_path / "out"
+    assert labelled(capsys, "--data", pairs, *GREY, output=out)[0] == 0
+    before = left(out)
+    for place in (
+        out / "data",
+        out / "data" / "*.parquet",
+        tmp_path / "o?t" / "data" / "*",
+        next(out.glob("data/*")),
+    ):
+        for given in (("--data", place), ("--data", pairs, "--fit-temperature", place)):
+            code, said = labelled(capsys, *given, "--scorers", "tests.help.judges:Dark", "--overwrite", output=out)
+            assert code == 2 and f"--output {out} holds the pairs, {place}: name" in said and left(out) == before
+
+
 def test_an_altered_label_json_is_named(pairs, tmp_path, capsys):
     labelled(capsys, "--data", pairs, *GREY, output=tmp_path / "out")
     path = tmp_path / "out" / "label.json"
