@@ -17,7 +17,7 @@ from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
 from dpo.data.sources import check_output, describe, open_source
 from dpo.data.store.store import of_store
-from dpo.evaluating.asked import look_at
+from dpo.evaluating.asked import check_undrawn, look_at
 from dpo.evaluating.work import check_folders, side_of
 from dpo.labelling import folder as place
 from dpo.labelling.asked import Asked
@@ -80,6 +80,8 @@ def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
     assert asked.draw is not None, "models need a protocol"
     check_folders([one.name for one in asked.models])
     drawn = look_at(asked.models, asked.draw, asked.captions)
+    if not drawn:
+        check_undrawn(asked.draw)
     if len(drawn) == len(asked.models) == asked.draw.seeds == 1:
         raise UserError(
             "one model with --seeds 1 draws one image of a prompt, and a pair has two: give --seeds 2 or more"
