@@ -218,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--temperature",
-        type=_above_0,
+        type=flags.above_0,
         metavar="T",
         help="labels are soft, and this is their temperature (default: the scorer's own; of a vote 1)",
     )
@@ -259,13 +259,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="take the scores of folders that --shard made without a common disk, then label",
     )
     return parser
-
-
-def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":
