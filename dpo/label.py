@@ -250,7 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs in a parquet file (default: 4096)",
     )
-    add("--overwrite", action="store_true", help="replace labels that were made otherwise; their scores are kept")
+    add("--overwrite", action="store_true", help="make anew what is there; scores are kept")
     add("--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)")
     add(
         "--merge",

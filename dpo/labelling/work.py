@@ -52,12 +52,16 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
             count = cache.take(other / CACHE)
             log.info("%s: %s of %s", folder, number_of(count, "scores"), other)
         items = _items(asked, folder, shard)
+        fit = None if asked.fit is None else _to_fit(asked, items)
+        made_of = {"source": items.fingerprint}
+        if fit is not None and fit is not items:
+            made_of["fit"] = fit.fingerprint
         with locks.held(folder, "--output", "-begin", FINISHING):
-            there = place.check_source(asked, folder, items) and there
+            there = place.check_source(asked, folder, made_of) and there
         if there:
+            place.check_scorers(asked, folder)
             log.info("%s: the labels are there already", folder)
             return True
-        fit = None if asked.fit is None else _to_fit(asked, items)
         if fit is not None:  # too few labels are found before anything is scored
             halves(np.isfinite(fit.source.prob), fit.source.caption_keys())
         places = range(len(items) * shard[0] // shard[1], len(items) * (shard[0] + 1) // shard[1])

@@ -16,7 +16,7 @@ from dpo import label
 from dpo.data import labelled as sets
 from dpo.data.sources import describe, open_source
 from dpo.data.writing import Judged, write_pairs
-from dpo.labelling import written
+from dpo.labelling import scale, work, written
 from dpo.pages import labels as pages
 from dpo.scorers.cache import ScoreCache
 from dpo.settings.config import Data
@@ -388,6 +388,36 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
         capsys, "--data", other, *words[2:], "--labels", "soft", "--overwrite", output=tmp_path / "out"
     )
     assert code == 0 and len(rows(tmp_path / "out")) == 6
+
+
+def test_a_scorer_that_changed_under_its_name_has_not_labelled_already(tmp_path, capsys, monkeypatch):
+    words = ["--data", worlds.make_pickapic(tmp_path / "pairs", 4), *GREY]
+    assert labelled(capsys, *words, output=tmp_path / "out")[0] == 0
+    monkeypatch.setattr(Grey, "fingerprint", "grey 2")
+    code, said = labelled(capsys, *words, output=tmp_path / "out")
+    assert code == 2 and "holds labels by tests.help.judges:Grey as it was before: name another folder, or" in said
+    assert labelled(capsys, *words, "--overwrite", output=tmp_path / "out")[0] == 0
+    assert {row["scorer_fingerprint"] for row in rows(tmp_path / "out")} == {"grey 2"}
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1]
+    code, said = labelled(capsys, *words, "--overwrite", output=tmp_path / "out")
+    assert code == 0 and "the labels are there already" not in said, "made anew, whatever is there"
+
+
+def test_a_temperature_of_other_pairs_is_not_there_already(pairs, tmp_path, capsys, monkeypatch):
+    """The set's name is the same; how much of it is read, and what is in it, is not."""
+    monkeypatch.setattr(work, "halves", lambda *given: None)
+    monkeypatch.setattr(scale, "fitted", lambda *given: scale.Fit(2.0, 1, 1, -0.5, -0.5, -0.5))
+    words = [images_of(tmp_path / "images", 3, 2), *GREY, "--fit-temperature", pairs]
+    assert labelled(capsys, *words, output=tmp_path / "out")[0] == 0
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1]
+    code, said = labelled(capsys, *words, "--max-pairs", 5, output=tmp_path / "out")
+    assert code == 2 and "holds labels whose temperature was fitted on other pairs: name another folder" in said
+    made = sets.read(tmp_path / "out")
+    sets.write(tmp_path / "out", {name: value for name, value in made.items() if name not in ("fit", "sha256")})
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1], (
+        "an earlier version's"
+    )
+    assert labelled(capsys, *words, "--max-pairs", 5, "--overwrite", output=tmp_path / "out")[0] == 0
 
 
 def test_a_folder_without_labels_yet_takes_another_command(pairs, tmp_path, capsys):
