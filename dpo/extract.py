@@ -18,7 +18,7 @@ from pathlib import Path
 from dpo.common import command
 from dpo.common.errors import UserError
 from dpo.common.words import printable
-from dpo.exporting.asked import SUFFIX, file_at
+from dpo.exporting.asked import SUFFIX, beside, file_at
 from dpo.sampling import flags
 
 
@@ -64,10 +64,9 @@ def _command(argv: Sequence[str]) -> int:
 
 def _output(given: argparse.Namespace) -> Path:
     """The file of the LoRA, which is not there yet. Raises UserError."""
-    aligned = Path(given.aligned).expanduser()
-    place = aligned.resolve() if aligned.exists() else Path(given.aligned.replace("/", "-")).absolute()
-    name = f"{place.name.removesuffix(SUFFIX)}-lora{SUFFIX}"
-    path = place.with_name(name) if given.output is None else file_at(Path(given.output).expanduser(), name)
+    place = beside(given.aligned)
+    name = f"{place.name}-lora{SUFFIX}"
+    path = place.parent / name if given.output is None else file_at(Path(given.output).expanduser(), name)
     for one in (path, path.with_suffix(".csv")):
         if one.exists():
             raise UserError(f"{one} is there already: remove it, or name another file with --output")

@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--temperature",
-        type=_above_0,
+        type=flags.above_0,
         metavar="T",
         help="labels are soft, and this is their temperature (default: the scorer's own; of a vote 1)",
     )
@@ -251,7 +251,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs in a parquet file (default: 4096)",
     )
-    add("--overwrite", action="store_true", help="replace labels that were made otherwise; their scores are kept")
+    add("--overwrite", action="store_true", help="make anew what is there; scores are kept")
     add("--shard", metavar="I/N", help="be process I of N (default: from torchrun's environment, else 0/1)")
     add(
         "--merge",
@@ -260,13 +260,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="take the scores of folders that --shard made without a common disk, then label",
     )
     return parser
-
-
-def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dpo.common import command
 from dpo.common.errors import UserError
+from dpo.sampling import flags
 from dpo.settings.config import Config
 
 DTYPES = ("fp16", "bf16", "fp32")
@@ -124,11 +125,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--reference", action="store_true", help="record the reference's errors too")
     parser.add_argument(
-        "--draws", type=_positive, default=4, metavar="K", help="draws of (timestep, noise) per pair (default: 4)"
+        "--draws", type=flags.above(0), default=4, metavar="K", help="draws of (timestep, noise) per pair (default: 4)"
     )
     parser.add_argument(
         "--record-batch",
-        type=_positive,
+        type=flags.above(0),
         metavar="N",
         help="pairs a batch when recording (default: as many as fit; on a CPU --batch-size)",
     )
@@ -143,19 +144,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verify", action="store_true", help="check every byte of the store and its records")
     parser.add_argument(
-        "--pairs-per-shard", type=_positive, metavar="N", help="pairs in one file (default: about 256 MiB)"
+        "--pairs-per-shard", type=flags.above(0), metavar="N", help="pairs in one file (default: about 256 MiB)"
     )
     parser.add_argument(
-        "--text-batch", type=_positive, default=TEXT_BATCH, metavar="N", help="captions encoded at once (default: 32)"
+        "--text-batch",
+        type=flags.above(0),
+        default=TEXT_BATCH,
+        metavar="N",
+        help="captions encoded at once (default: 32)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _config(folder: Path, rest: list[str]) -> Config:

@@ -244,6 +244,9 @@ def _share(text: str) -> float:
     return value
 
 
+_share.__name__ = "number"  # what argparse calls it
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of this command's flags, in groups by what a user wants."""
     parser = command.Parser(

@@ -68,6 +68,16 @@ def open_source(data: Data, split: str | None = None, training: str | None = Non
     return source
 
 
+def check_output(data: Data, folder: Path) -> None:
+    """Raises UserError where what is written into `folder` would be read as some of these pairs, or replace them."""
+    root = Path(str(data.data)).expanduser()
+    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
+    places = [root] if root.exists() else [Path(one) for one in glob.iglob(str(root), recursive=True)]
+    if any(one.resolve().is_relative_to(folder.resolve()) for one in places):
+        raise UserError(f"--output {folder} holds the pairs, {root}: name a folder apart from them")
+
+
 class Sources(NamedTuple):
     """The pairs of a run, and the settings that name them with the held-out share decided."""
 

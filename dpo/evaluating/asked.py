@@ -65,12 +65,8 @@ def checked(asked: Asked) -> Config | None:
     for _, path in asked.tables:
         read_table(path)
     drawn = look_at(asked.models, asked.draw, asked.captions)
-    plain = sampling.Asked(model="")
-    given = [one.name for one in fields(plain) if getattr(asked.draw, one.name) != getattr(plain, one.name)]
-    if not drawn and asked.reproduce is None and (idle := [name for name in given if name not in OF_SCORING]):
-        raise UserError(
-            f"--{idle[0].replace('_', '-')} is of the drawing, and all sides are folders of images, which are taken whole: leave it out"
-        )
+    if not drawn and asked.reproduce is None:
+        check_undrawn(asked.draw)
     if len(asked.guidance) > 1 and asked.base not in drawn:
         raise UserError(
             f"--guidance {','.join(f'{scale:g}' for scale in asked.guidance)} draws the base with each, and {asked.base.name} is a "
@@ -94,6 +90,16 @@ def look_at(models: Sequence[Named], draw: sampling.Asked, captions: Path | None
         for named in models:
             of_folder(named.name, Path(named.place).expanduser(), captions)
     return drawn
+
+
+def check_undrawn(draw: sampling.Asked) -> None:
+    """Raises UserError for a flag of the drawing, where nothing is drawn."""
+    plain = sampling.Asked(model="")
+    given = [one.name for one in fields(plain) if getattr(draw, one.name) != getattr(plain, one.name)]
+    if idle := [name for name in given if name not in OF_SCORING]:
+        raise UserError(
+            f"--{idle[0].replace('_', '-')} is of the drawing, and all sides are folders of images, which are taken whole: leave it out"
+        )
 
 
 def _has_images(place: Path) -> bool:

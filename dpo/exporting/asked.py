@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.common.errors import UserError
+from dpo.sampling.flags import START
 
 PLACES = {  # program -> where it looks for a whole model, and for a LoRA
     "comfyui": ("ComfyUI/models/checkpoints", "ComfyUI/models/loras"),
@@ -28,6 +30,17 @@ class Asked:
     merge: bool = False
     lora_base: str | None = None  # the model that a LoRA belongs to; None: what its run says
     cache_dir: str | None = None
+
+
+def beside(model: str) -> Path:
+    """The path, but for its end, of what is made of the model that a user names so: beside it, else in the folder one is in.
+
+    Of what a run started from it is the run's with -start; no system refuses a character of the name.
+    """
+    place = Path(model.removeprefix(START)).expanduser()
+    place = place.resolve() if place.exists() else Path.cwd() / place.name
+    name = re.sub(r"[:\\]", "-", place.name.removesuffix(SUFFIX))
+    return place.parent / (f"{name}-start" if model.startswith(START) else name)
 
 
 def file_at(output: Path, name: str) -> Path:

@@ -146,7 +146,8 @@ def _write(asked: Asked, adapter: Adapter, aligned: Side, base: Side) -> None:
     name_of = partial(unet_layer, layers=resnets_of(names), attended=attended(names))
     kohya_name = (name_of if base.family == "sdxl" else str) if asked.kohya else None
     tensors, told = adapters.named(adapter, "unet" if base.flow is None else base.flow.denoiser, kohya_name)
-    known = base.known()._replace(scheduler=aligned.scheduler, side=aligned.side)
+    turbo = aligned.turbo or base.turbo
+    known = base.known()._replace(scheduler=aligned.scheduler, turbo=turbo, side=aligned.side)
     header = spec.metadata(known, asked.output.stem, _folder(asked.aligned), lora=True, original=asked.kohya) | told
     pieces.write(asked.output, pieces.of_tensors(tensors), header, fp16=asked.fp16)
 

@@ -19,7 +19,7 @@ from dpo.models import original
 from dpo.models.family import Family
 from dpo.models.fingerprint import checksum_of
 from dpo.models.hub import LORA_FILES, locate
-from dpo.models.single_file import family_by_keys, said_by
+from dpo.models.single_file import Said, family_by_keys, said_by
 from dpo.models.weights import UNET, VAE
 from dpo.pages.began import start_of
 from dpo.sampling.model import check_result, settings_of
@@ -48,6 +48,7 @@ class Side(NamedTuple):
     scheduler: Mapping[str, Any]  # {} where a single file does not say
     side: int  # pixels that it was trained at; 0 where it is not known
     flow: Family | None = None  # its family, where that is one of flow matching
+    turbo: bool = False  # distilled to a few steps, by what the model says of itself
 
     @property
     def family(self) -> str:
@@ -59,13 +60,14 @@ class Side(NamedTuple):
     def known(self) -> Known:
         """What a file's header says of it."""
         if self.flow is not None:
-            return Known({}, self.scheduler, False, self.side)
+            return Known({}, self.scheduler, self.turbo, self.side)
         levels = range(
             sum(name.endswith("resnets.0.conv2.weight") and name.startswith("down") for name in self.denoiser)
         )
         widths = [self.denoiser[f"down_blocks.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
         text = next((one.shape[1] for name, one in self.denoiser.items() if name.endswith("attn2.to_k.weight")), 0)
-        return Known({"block_out_channels": widths, "cross_attention_dim": text}, self.scheduler, False, self.side)
+        unet = {"block_out_channels": widths, "cross_attention_dim": text}
+        return Known(unet, self.scheduler, self.turbo, self.side)
 
 
 def opened(name: str, cache_dir: str | None) -> Side:
@@ -86,10 +88,11 @@ def opened(name: str, cache_dir: str | None) -> Side:
     model = whole.of_folder(place, name)
     family, known = model.family, model.known
     if family.flow is None:
-        return Side(name, model.parts["unet"], whole.around(model), known.scheduler, known.side)
+        others = whole.around(model)
+        return Side(name, model.parts["unet"], others, known.scheduler, known.side, turbo=known.turbo)
     parts = [part for part in model.parts if part != family.denoiser]
     others = {f"{part}.{key}": piece for part in parts for key, piece in model.parts[part].items()}
-    return Side(name, model.parts[family.denoiser], others, known.scheduler, known.side, family)
+    return Side(name, model.parts[family.denoiser], others, known.scheduler, known.side, family, known.turbo)
 
 
 def _of_file(path: Path, name: str) -> Side:
@@ -100,10 +103,10 @@ def _of_file(path: Path, name: str) -> Side:
         kind = NO_LORA if any("lora" in key for key in pieces) else "is no whole model in the original layout"
         raise UserError(f"{name} {kind}")
     others = {key: piece for key, piece in pieces.items() if key.startswith((VAE.prefixes[0], *TEXT))}
-    said: dict[str, Any] = {}
+    said = Said({}, [])
     with suppress(UserError):  # what is not trained here can be extracted from all the same
-        said = said_by(path, family_by_keys(set(pieces))).scheduler
-    return Side(name, _in_diffusers(unet, name), others, said, 0)
+        said = said_by(path, family_by_keys(set(pieces)))
+    return Side(name, _in_diffusers(unet, name), others, said.scheduler, 0, turbo=said.turbo)
 
 
 def _in_diffusers(unet: Pieces, said: str) -> Pieces:
@@ -156,7 +159,7 @@ def _checksum(side: Side) -> str:
 def check_alike(aligned: Side, base: Side) -> bool:
     """Whether the VAEs and text encoders are equal bit for bit, and not only to the rounding of one of the files.
 
-    Raises UserError where they differ by more, or the denoisers are of two architectures.
+    Where none is in both files, nothing says so. Raises UserError where they differ by more, or the denoisers are of two architectures.
     """
     wrong = [
         name
@@ -169,10 +172,9 @@ def check_alike(aligned: Side, base: Side) -> bool:
             f"{aligned.said} is of another architecture than --base {base.said} (first mismatch: {wrong[0]}): name the "
             "model that it was trained from"
         )
-    exact = True
-    for name in sorted(aligned.others.keys() & base.others.keys()):
-        if UNUSED.search(name):
-            continue
+    both = [name for name in sorted(aligned.others.keys() & base.others.keys()) if not UNUSED.search(name)]
+    exact = bool(both)
+    for name in both:
         one, other = aligned.others[name], base.others[name]
         equal = one.shape == other.shape and torch.equal(one.make().double(), other.make().double())
         if not (equal or (one.shape == other.shape and _rounded(one, other))):

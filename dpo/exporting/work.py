@@ -10,7 +10,7 @@ import torch
 from dpo.common.errors import UserError
 from dpo.common.files import made
 from dpo.exporting import adapters, pieces, spec, whole
-from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, SUFFIX, Asked, file_at
+from dpo.exporting.asked import DIFFUSERS, PLACES, SINGLE, SUFFIX, Asked, beside, file_at
 from dpo.models import lora_files
 from dpo.models.hub import locate
 from dpo.models.save import save_pipeline
@@ -73,7 +73,7 @@ def _adapter(asked: Asked, lora: Path, path: Path) -> None:
     tensors, told = adapters.named(adapter, model.family.denoiser, name_of if kohya else None)
     predicted = {} if wanted.prediction_type == "auto" else {"prediction_type": wanted.prediction_type}
     known = adapters.known_of(model, {**predicted, **_resampled(lora.parent)}, adapters.by_size(wanted))
-    header = spec.metadata(known, _name(asked), lora.parent, lora=True, original=kohya) | told
+    header = spec.metadata(known, _place(asked).name, lora.parent, lora=True, original=kohya) | told
     pieces.write(path, pieces.of_tensors(tensors), header, fp16=asked.fp16)
     _say_where(asked, known, lora=True)
 
@@ -107,30 +107,24 @@ def _single(asked: Asked, lora: Path | None, path: Path) -> None:
         model = whole.of_model(merged)
     found = whole.in_one(model, asked.run)
     run = lora.parent if lora is not None else place
-    header = spec.metadata(model.known, _name(asked), run, lora=False, original=True)
+    header = spec.metadata(model.known, _place(asked).name, run, lora=False, original=True)
     pieces.write(path, found, header, fp16=asked.fp16)
     _say_where(asked, model.known, lora=False)
 
 
-def _name(asked: Asked) -> str:
-    """The run's own name, or that of the model."""
-    place = _place(asked)
-    return place.resolve().name.removesuffix(SUFFIX) if place.exists() else asked.run.rpartition("/")[2]
-
-
 def _place(asked: Asked) -> Path:
     """What the export is named after and lies beside: of a run's LoRA its folder."""
-    path = Path(asked.run).expanduser()
-    return path.parent if path.name in lora_files.USUAL else path
+    path = Path(asked.run)
+    return beside(str(path.parent) if path.name in lora_files.USUAL else asked.run)
 
 
 def _target(asked: Asked, suffix: str) -> Path:
     """Where the result goes: nothing is there yet. Raises UserError."""
     place = _place(asked)
-    name = _name(asked) + (suffix or f"-{DIFFUSERS}")
+    name = place.name + (suffix or f"-{DIFFUSERS}")
     given = asked.output
     if given is None:
-        path = (place.resolve().parent if place.exists() else Path.cwd()) / name
+        path = place.parent / name
     else:
         path = file_at(given, name) if suffix else given
     if path.is_dir() and not any(path.iterdir()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from dpo.common.words import SHOWN, listed
 from dpo.data import labelled
 from dpo.labelling import summary
 from dpo.labelling.asked import Asked
-from dpo.labelling.items import Items
+from dpo.scorers.scorer import is_still
 
 log = logging.getLogger("dpo")
 
 CACHE, DRAWN, README = "scores.sqlite", "images", "README.md"
 OWN = (labelled.FILE, labelled.FOLDER, CACHE, DRAWN, README, *summary.FILES)  # what stands in a folder of ours
 OTHERS = ("model_index.json", "config.json", "config.toml", "store.json")  # models, runs and prepared stores
+SOURCES = {"source": "of other pairs", "fit": "whose temperature was fitted on other pairs"}
 PARTS = ".scored-*-of-*"  # notes of processes that share the work
 FILE = re.compile(r"train-\d{5}-of-\d{5}\.parquet")
 
@@ -60,6 +62,9 @@ def begin(asked: Asked, folder: Path) -> bool:
             "name another folder, or --overwrite them and keep their scores"
         )
     whole = known.get("finished") and all((data / name).is_file() for name in known.get("files", []))
+    if whole and asked.overwrite:
+        _clear(folder, asked)
+        return False
     if known.get("finished") and not whole:
         labelled.write(folder, {**known, "finished": False})
     return bool(whole)
@@ -81,21 +86,33 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
-def check_source(asked: Asked, folder: Path, items: Items) -> bool:
-    """Writes down of which images the labels are; whether that was known, and the same.
+def check_source(asked: Asked, folder: Path, made_of: Mapping[str, str]) -> bool:
+    """Writes down what the labels are made of, by the names of SOURCES; whether that was known, and the same.
 
-    Raises UserError where the folder has those of others, which --overwrite replaces.
+    Raises UserError where the folder has labels of others, which --overwrite replaces.
     """
     known = labelled.read(folder) or {}
-    was = known.get("source")
-    if was == items.fingerprint:
-        return True
-    if was is not None and _visible(folder / labelled.FOLDER) and not asked.overwrite:
-        raise UserError(f"--output {folder} holds labels of other pairs: name another folder, or --overwrite them")
-    if was is not None:
+    was = {name: known[name] for name in made_of if name in known}  # an earlier version did not say which "fit"
+    differ = [name for name in was if was[name] != made_of[name]]
+    if differ and _visible(folder / labelled.FOLDER) and not asked.overwrite:
+        raise UserError(
+            f"--output {folder} holds labels {SOURCES[differ[0]]}: name another folder, or --overwrite them"
+        )
+    if differ:
         _clear(folder, asked)
-    labelled.write(folder, {**(labelled.read(folder) or {}), "source": items.fingerprint})
-    return False
+    if differ or len(was) < len(made_of):
+        labelled.write(folder, {**(labelled.read(folder) or {}), **made_of})
+    return "source" in was and not differ
+
+
+def check_scorers(asked: Asked, folder: Path) -> None:
+    """Raises UserError where a scorer is another by now than the one of its name that gave the finished labels."""
+    names = [name for name, _ in asked.scorers]
+    for one in labelled.judges(folder):
+        if one["asked"] in names and not is_still(one["asked"], one["fingerprint"]):
+            raise UserError(
+                f"--output {folder} holds labels by {one['asked']} as it was before: name another folder, or --overwrite them"
+            )
 
 
 def all_scored(folder: Path, shard: tuple[int, int]) -> bool:

@@ -15,9 +15,9 @@ from dpo.common.words import number_of
 from dpo.data import labelled
 from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
-from dpo.data.sources import describe, open_source
+from dpo.data.sources import check_output, describe, open_source
 from dpo.data.store.store import of_store
-from dpo.evaluating.asked import look_at
+from dpo.evaluating.asked import check_undrawn, look_at
 from dpo.evaluating.work import check_folders, side_of
 from dpo.labelling import folder as place
 from dpo.labelling.asked import Asked
@@ -40,7 +40,8 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     of such parts, made without a common disk, whose scores are taken first. The same command goes on after a kill, and ends
     in the same bytes. Raises UserError.
     """
-    _check_apart(asked, folder)
+    for data in filter(None, (asked.pairs, asked.fit)):
+        check_output(data, folder)
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output", part))
@@ -51,12 +52,16 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
             count = cache.take(other / CACHE)
             log.info("%s: %s of %s", folder, number_of(count, "scores"), other)
         items = _items(asked, folder, shard)
+        fit = None if asked.fit is None else _to_fit(asked, items)
+        made_of = {"source": items.fingerprint}
+        if fit is not None and fit is not items:
+            made_of["fit"] = fit.fingerprint
         with locks.held(folder, "--output", "-begin", FINISHING):
-            there = place.check_source(asked, folder, items) and there
+            there = place.check_source(asked, folder, made_of) and there
         if there:
+            place.check_scorers(asked, folder)
             log.info("%s: the labels are there already", folder)
             return True
-        fit = None if asked.fit is None else _to_fit(asked, items)
         if fit is not None:  # too few labels are found before anything is scored
             halves(np.isfinite(fit.source.prob), fit.source.caption_keys())
         places = range(len(items) * shard[0] // shard[1], len(items) * (shard[0] + 1) // shard[1])
@@ -73,20 +78,14 @@ def label(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1), merge: Se
     return True
 
 
-def _check_apart(asked: Asked, folder: Path) -> None:
-    """Raises UserError where the labels would come into the folder of the pairs, and be read as some of them."""
-    for data in filter(None, (asked.pairs, asked.fit)):
-        root = Path(str(data.data)).expanduser()
-        if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-            raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
-
-
 def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
     if asked.pairs is not None:
         return _of_pairs(asked.pairs)
     assert asked.draw is not None, "models need a protocol"
     check_folders([one.name for one in asked.models])
     drawn = look_at(asked.models, asked.draw, asked.captions)
+    if not drawn:
+        check_undrawn(asked.draw)
     if len(drawn) == len(asked.models) == asked.draw.seeds == 1:
         raise UserError(
             "one model with --seeds 1 draws one image of a prompt, and a pair has two: give --seeds 2 or more"

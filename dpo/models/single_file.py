@@ -61,6 +61,7 @@ class Said(NamedTuple):
 
     scheduler: dict[str, Any]
     lines: list[str]
+    turbo: bool = False  # distilled to a few steps
 
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -101,7 +102,7 @@ def said_of_itself(path: Path, names: set[str], metadata: Mapping[str, str], fam
         lines.append(
             f"the file says modelspec.encoder_layer {layer} (clip skip): not followed, captions are encoded in full"
         )
-    return Said(changes, lines)
+    return Said(changes, lines, "turbo" in kind)
 
 
 def said_by(path: Path, family: Family) -> Said:

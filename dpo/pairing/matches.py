@@ -14,7 +14,7 @@ import numpy as np
 from dpo.common.errors import UserError
 from dpo.common.stats import bradley_terry
 from dpo.data.labels import flag
-from dpo.pairing.ranked import NO_PROMPT, Ranking, Row, gathered
+from dpo.pairing.ranked import NO_PROMPT, Ranking, Row, gathered, prompt_of
 
 
 class Match(NamedTuple):
@@ -39,7 +39,8 @@ def is_tie(value: object, where: str) -> bool:
 def ranking(played: Sequence[Match], counts: Counter[str]) -> Ranking:
     """The images with their strengths, compared where matches connect them.
 
-    Images of a prompt (or group) that no chain of matches connects are in different groups: nobody compared them.
+    Images of a prompt (or group) that no chain of matches connects are in different groups: nobody compared them. Raises
+    UserError for a group with two prompts, and an image that is matched with itself.
     """
     groups: dict[str, list[Match]] = {}
     for match in played:
@@ -81,6 +82,7 @@ def _rated(name: str, found: Sequence[Match]) -> list[Row]:
             raise UserError(f"{match.where}: an image is matched with itself: mend or delete the line")
         wins[winner, loser] += 0.5 if match.tie else 1.0
         wins[loser, winner] += 0.5 if match.tie else 0.0
+    prompt = prompt_of(name, ((match.where, match.prompt) for match in found))
     part = _parts(len(images), ends)
     values = strengths(wins)
     first = {place: match for match, pair in zip(found[::-1], ends[::-1], strict=True) for place in pair}
@@ -89,7 +91,7 @@ def _rated(name: str, found: Sequence[Match]) -> list[Row]:
             first[place].where,
             image,
             float(values[place]),
-            next((match.prompt for match in found if match.prompt), ""),
+            prompt,
             name if max(part) == 0 else f"{name} (part {part[place] + 1})",
         )
         for place, image in enumerate(images)

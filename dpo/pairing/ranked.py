@@ -100,18 +100,23 @@ def gathered(named: str, higher_is_better: bool, rows: Iterable[Row], counts: Co
 
 
 def _prompts(names: list[str], rows: list[Row]) -> list[str]:
-    found: dict[str, Row] = {}
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in names}
     for row in rows:
-        name = row.prompt if row.group is None else row.group
-        before = found.setdefault(name, row)
-        if row.prompt and before.prompt and row.prompt != before.prompt:
+        found[row.prompt if row.group is None else row.group].append((row.where, row.prompt))
+    return [prompt_of(name, said) for name, said in found.items()]
+
+
+def prompt_of(group: str, said: Iterable[tuple[str, str]]) -> str:
+    """The prompt of a group by what its lines (where, prompt) say; "" where none says one. Raises UserError for two."""
+    found = ""
+    for where, prompt in said:
+        if prompt and found and prompt != found:
             raise UserError(
-                f"{row.where}: group {excerpt(name)} has two prompts, {excerpt(before.prompt)} and {excerpt(row.prompt)}: "
+                f"{where}: group {excerpt(group)} has two prompts, {excerpt(found)} and {excerpt(prompt)}: "
                 "both images of a pair have one prompt, so mend the table or leave the group's column out"
             )
-        if row.prompt and not before.prompt:
-            found[name] = row
-    return [found[name].prompt for name in names]
+        found = found or prompt
+    return found
 
 
 def beside(image: Path) -> str:

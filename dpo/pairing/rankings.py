@@ -7,8 +7,9 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from dpo.common.errors import UserError
 from dpo.common.words import as_on_windows, excerpt, listed
@@ -27,6 +28,7 @@ DELIMITERS = ",;\t"
 CSV, JSON = (".csv", ".tsv"), (".jsonl", ".json")
 STARS = re.compile(r"(\d+(?:\.\d+)?)[ _-]*(?:stars?)?", re.IGNORECASE)  # names of folders: 5, 4.5, "3 stars"
 COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")  # a number as tables with other delimiters than commas may have it
+THOUSANDS = re.compile(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*")  # one whose comma may be of thousands as well
 
 
 def read(asked: Asked) -> Ranking:
@@ -103,17 +105,23 @@ def _table(path: Path, rows: Iterable[tuple[int, Cells]], asked: Asked, *, comma
 
 
 def _rows(
-    path: Path, rows: Iterable[tuple[int, Cells]], asked: Asked, found: columns.Columns, root: Path,
+    path: Path, rows: Sequence[tuple[int, Cells]], asked: Asked, found: columns.Columns, root: Path,
     counts: Counter[str], commas: bool,
 ) -> Iterator[Row]:  # fmt: skip
     assert found.number is not None
+    decimal = commas and any(
+        _has_comma(one := cells.get(found.number)) and not THOUSANDS.fullmatch(one) for _, cells in rows
+    )
     for line, cells in rows:
         where = f"{path}, line {line}"
         counts[ROWS] += 1
         name = _text(cells, found.image, where)
         if not name:
             raise UserError(f"{where}: names no image: fill {excerpt(found.image)}, or delete the line")
-        value = _number(cells.get(found.number), found.number, where, commas)
+        cell = cells.get(found.number)
+        if commas and not decimal:
+            _check_comma(cell, found.number, where)
+        value = _number(cell, found.number, where, commas)
         if value is None:
             counts[NO_NUMBER] += 1
             continue
@@ -148,11 +156,24 @@ def _group(cells: Cells, found: columns.Columns, where: str) -> str | None:
     return name
 
 
+def _has_comma(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and COMMA.fullmatch(value) is not None
+
+
+def _check_comma(value: object, name: str, where: str) -> None:
+    """Raises UserError for a number whose comma no other one of the column tells from one of thousands."""
+    if _has_comma(value) and THOUSANDS.fullmatch(value):
+        number = value.strip()
+        raise UserError(
+            f"{where}: {name}: {number} is {number.replace(',', '.')} or {number.replace(',', '')}: write it without the comma"
+        )
+
+
 def _number(value: object, name: str, where: str, commas: bool) -> float | None:
     """A cell's number; None where it is empty. Raises UserError for anything else."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    if commas and isinstance(value, str) and COMMA.fullmatch(value):
+    if commas and _has_comma(value):
         value = value.replace(",", ".")
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan

@@ -14,7 +14,7 @@ from dpo.common.errors import UserError
 from dpo.common.words import counted, digest
 from dpo.data.listing import is_of_files
 from dpo.data.pairs import ImageRef, Source, things
-from dpo.data.sources import describe, open_source
+from dpo.data.sources import check_output, describe, open_source
 from dpo.data.store.store import of_store
 from dpo.pages.pairs import PAGE
 from dpo.pages.report import Tile
@@ -84,10 +84,7 @@ def make(asked: Asked, folder: Path) -> None:
 def check(data: Data, folder: Path, looking: Looking, *, overwrite: bool = False) -> None:
     """A look at any set that dpo.train reads, into `folder`. Raises UserError."""
     root = Path(str(data.data)).expanduser()
-    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--output {folder} lies in the folder of the pairs, {root}: name a folder apart from it")
-    if root.resolve().is_relative_to(folder.resolve()):  # what --overwrite deletes there may be these pairs
-        raise UserError(f"--output {folder} is the folder of the pairs, {root}: name a folder apart from it")
+    check_output(data, folder)
     with locks.held(folder, "--output"):
         place.check_free(folder)
         found = _looked(data, looking, Looker())

@@ -78,6 +78,13 @@ def above(least: int) -> Callable[[str], int]:
     return whole
 
 
+def above_0(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def not_below_0(text: str) -> float:
     try:
         value = float(text)
@@ -133,6 +140,6 @@ def strengths(text: str) -> tuple[float, ...]:
 
 
 NUMBERS = "numbers between commas"  # what argparse calls them: "invalid numbers between commas value: '5,x'"
-seed.__name__ = side.__name__ = "whole number"
-guidance.__name__ = "number"
+seed.__name__ = side.__name__ = tile.__name__ = "whole number"
+above_0.__name__ = guidance.__name__ = "number"
 guidances.__name__ = strengths.__name__ = NUMBERS

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from dpo.common.errors import UserError
+from dpo.common.files import checksum
 from dpo.common.hub import is_hub_id
 from dpo.common.words import excerpt, first_line
 from dpo.scorers import own
 from dpo.scorers.sets import SetScorer
-from dpo.scorers.towers import FILES, folder_of
+from dpo.scorers.towers import FILES, WEIGHTS, folder_of
 
 
 class Scorer(Protocol):
@@ -242,6 +243,21 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> None:
         folder_of(known.name, place or known.source, cache_dir, FILES)
     if known is not None and known.beside:
         _attribute(known.beside)(known.name, _attribute(known.checked)(known.name, place or None), cache_dir)
+
+
+def is_still(name: str, fingerprint: str) -> bool:
+    """Whether what had this fingerprint is what the name stands for now, as far as can be told without loading weights.
+
+    A user's own scorer says its fingerprint; of weights in a local place the contents stand in it. Raises UserError.
+    """
+    known, place = listed(name), name.partition(":")[2]
+    if known is None:
+        return opened(name, device=torch.device("cpu")).fingerprint == fingerprint
+    if known.checked:
+        files = [_attribute(known.checked)(known.name, place or None)]
+    else:
+        files = list(Path(place).expanduser().glob(WEIGHTS)) if place else []
+    return all(checksum(path) in fingerprint for path in files)
 
 
 def _attribute(path: str) -> Any:

@@ -57,3 +57,15 @@ def test_mistakes_cost_one_line(said, words, error):
 def test_a_refusal_leaves_no_folder(said, tmp_path):
     code, _, error = said(tmp_path / "none", "--base", tmp_path / "base", "--rank", "4", "--output", tmp_path / "a/b")
     assert code == 2 and "none" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("aligned", "name"),
+    [("start:{}/run/", "run-start-lora"), ("{}/run", "run-lora"), ("owner/model", "here/model-lora")],
+)
+def test_the_lora_is_named_after_its_model_and_lies_beside(tmp_path, monkeypatch, aligned, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = [aligned.format(tmp_path), "--base", "b", "--rank", "4"]
+    assert extract._output(extract.make_parser().parse_args(words)) == tmp_path / f"{name}.safetensors"

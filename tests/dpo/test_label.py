@@ -16,7 +16,7 @@ from dpo import label
 from dpo.data import labelled as sets
 from dpo.data.sources import describe, open_source
 from dpo.data.writing import Judged, write_pairs
-from dpo.labelling import written
+from dpo.labelling import scale, work, written
 from dpo.pages import labels as pages
 from dpo.scorers.cache import ScoreCache
 from dpo.settings.config import Data
@@ -390,6 +390,35 @@ def test_labels_made_otherwise_are_not_mixed_and_their_scores_are_kept(pairs, tm
     assert code == 0 and len(rows(tmp_path / "out")) == 6
 
 
+def test_a_scorer_that_changed_under_its_name_has_not_labelled_already(tmp_path, capsys, monkeypatch):
+    words = ["--data", worlds.make_pickapic(tmp_path / "pairs", 4), *GREY]
+    assert labelled(capsys, *words, output=tmp_path / "out")[0] == 0
+    monkeypatch.setattr(Grey, "fingerprint", "grey 2")
+    code, said = labelled(capsys, *words, output=tmp_path / "out")
+    assert code == 2 and "holds labels by tests.help.judges:Grey as it was before: name another folder, or" in said
+    assert labelled(capsys, *words, "--overwrite", output=tmp_path / "out")[0] == 0
+    assert {row["scorer_fingerprint"] for row in rows(tmp_path / "out")} == {"grey 2"}
+    code, said = labelled(capsys, *words, "--overwrite", output=tmp_path / "out")
+    assert code == 0 and "the labels are there already" not in said, "made anew, whatever is there"
+
+
+def test_a_temperature_of_other_pairs_is_not_there_already(pairs, tmp_path, capsys, monkeypatch):
+    """The set's name is the same; how much of it is read, and what is in it, is not."""
+    monkeypatch.setattr(work, "halves", lambda *given: None)
+    monkeypatch.setattr(scale, "fitted", lambda *given: scale.Fit(2.0, 1, 1, -0.5, -0.5, -0.5))
+    words = [images_of(tmp_path / "images", 3, 2), *GREY, "--fit-temperature", pairs]
+    assert labelled(capsys, *words, output=tmp_path / "out")[0] == 0
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1]
+    code, said = labelled(capsys, *words, "--max-pairs", 5, output=tmp_path / "out")
+    assert code == 2 and "holds labels whose temperature was fitted on other pairs: name another folder" in said
+    made = sets.read(tmp_path / "out")
+    sets.write(tmp_path / "out", {name: value for name, value in made.items() if name not in ("fit", "sha256")})
+    assert "the labels are there already" in labelled(capsys, *words, output=tmp_path / "out")[1], (
+        "an earlier version's"
+    )
+    assert labelled(capsys, *words, "--max-pairs", 5, "--overwrite", output=tmp_path / "out")[0] == 0
+
+
 def test_a_folder_without_labels_yet_takes_another_command(pairs, tmp_path, capsys):
     assert labelled(capsys, "--data", pairs, "--scorers", "tests.help.judges:Constant", output=tmp_path / "out")[0] == 2
     other = worlds.make_pickapic(tmp_path / "other", 6)
@@ -467,6 +496,9 @@ def test_hostile_captions_are_text_on_the_page(tmp_path, capsys):
         (("--data", "PAIRS", "--scores", "a"), "expected NAME=TABLE"),
         (("--data", "STORE", *GREY), "is a prepared store, which keeps no image files"),
         (("IMAGES", *GREY, "--split", "x"), "--split is of --data"),
+        (("IMAGES", *GREY, "--subset", "2"), "--subset is of the drawing, and all sides are folders of images"),
+        (("IMAGES", *GREY, "--prompts", "nowhere.txt"), "--prompts is of the drawing"),
+        (("--data", "PAIRS", *GREY, "--temperature", "abc"), "argument --temperature: invalid number value: 'abc'"),
         (("IMAGES", *GREY, "--fit-temperature"), "images that models draw have no labels"),
         (("IMAGES", *GREY, "--min-margin", "2"), "with scores that differ by --min-margin 2: lower it, or draw more"),
         (("IMAGES", *GREY, "--pairs-per-prompt", "2"), "--pairs-per-prompt is of --pairing random"),
@@ -493,6 +525,22 @@ def test_labels_do_not_come_into_the_folder_of_the_pairs(tmp_path, capsys):
     pairs = worlds.make_pickapic(tmp_path / "pairs", 4)
     code, said = labelled(capsys, "--data", pairs, *GREY, output=pairs / "labels")
     assert code == 2 and "lies in the folder of the pairs" in said
+
+
+def test_labels_do_not_replace_the_pairs_that_they_are_made_of(tmp_path, capsys):
+    """Else --overwrite would delete them before they are read."""
+    pairs, out = worlds.make_pickapic(tmp_path / "pairs", 4), tmp_path / "out"
+    assert labelled(capsys, "--data", pairs, *GREY, output=out)[0] == 0
+    before = left(out)
+    for place in (
+        out / "data",
+        out / "data" / "*.parquet",
+        tmp_path / "o?t" / "data" / "*",
+        next(out.glob("data/*")),
+    ):
+        for given in (("--data", place), ("--data", pairs, "--fit-temperature", place)):
+            code, said = labelled(capsys, *given, "--scorers", "tests.help.judges:Dark", "--overwrite", output=out)
+            assert code == 2 and f"--output {out} holds the pairs, {place}: name" in said and left(out) == before
 
 
 def test_an_altered_label_json_is_named(pairs, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_a_look_never_deletes_the_pairs_that_are_looked_at(ranking, tmp_path, ca
     assert paired(capsys, ranking, *LOW, output=output)[0] == 0
     for named in ("pairs.jsonl", "*.jsonl"):
         code, said = paired(capsys, "--check", output / named, "--overwrite", output=output)
-        assert code == 2 and "is the folder of the pairs" in said and (output / "pairs.jsonl").is_file()
+        assert code == 2 and "holds the pairs" in said and (output / "pairs.jsonl").is_file()
 
 
 def test_a_set_beside_one_of_ours_is_not_taken_for_it(ranking, tmp_path, capsys):

@@ -199,7 +199,8 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
     for wrong, message in [
         ([*flags, "--crop", "random"], "one crop of each image"),
         ([*flags, "--shard", "4/4"], "expected I/N"),
-        ([*flags, "--draws", "0"], "not above 0"),
+        ([*flags, "--draws", "0"], "0 is below 1"),
+        ([*flags, "--draws", "x"], "argument --draws: invalid whole number value: 'x'"),
         ([*flags, "--frobnicate"], "unknown flag --frobnicate"),
         ([*flags, "--verfy"], "did you mean --verify?"),
         (["--verify"], "nothing to check"),

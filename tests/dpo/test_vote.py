@@ -198,6 +198,7 @@ def test_mistakes_are_one_line_each(tmp_path, sides, command):
         ([*sides, *out, "--votes", 0], "--votes: 0 is below 1"),
         ([*sides, *out, "--repeats", "0.7"], "expected a share from 0 to 0.5"),
         ([*sides, *out, "--repeats", "nan"], "expected a share from 0 to 0.5"),
+        ([*sides, *out, "--repeats", "x"], "argument --repeats: invalid number value: 'x'"),
         ([*sides, *out, "--rule", "broken=2"], "--rule 'broken=2': expected broken=SHARE"),
         ([*sides, *out, "--rule", "votes=0.1"], "--rule 'votes=0.1': expected broken=SHARE"),
         ([*sides, *out, "--questions", "a=A?", "a=B?"], "two are called a"),

@@ -10,17 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
-from dpo.exporting import table
+from dpo.exporting import extracting, sources, table
 from dpo.exporting.asked import Asked as Exported
 from dpo.exporting.extracting import Asked, Extraction, Row, extract
-from dpo.exporting.sources import coarser, opened
+from dpo.exporting.pieces import of_tensors
+from dpo.exporting.sources import Side, coarser, opened
 from dpo.exporting.work import export
 from dpo.models import lora_files
-from dpo.models.adapter import merge_into
+from dpo.models.adapter import Factors, merge_into
 from dpo.models.fingerprint import checksum
 from dpo.models.load import load
 from dpo.settings import config as settings
-from tests.help.handed import lora_run
+from tests.help.handed import header, lora_run
 from tests.help.ldm import write_single_file
 
 
@@ -111,6 +112,39 @@ def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(wor
     said = table.lines(found, None)
     assert "The LoRA leaves out conv_in" in "\n".join(said) and said[0].split()[0] == "block"
     assert len(table.table(found).splitlines()) == 1 + len(found.rows)
+
+
+def test_what_a_folder_says_of_turbo(world):
+    assert [opened(world(kind), None).turbo for kind in ("sdxl", "sdxl-turbo")] == [False, True]
+
+
+@pytest.mark.parametrize(("aligned", "base"), [(False, False), (True, False), (False, True)])
+def test_the_header_says_whether_one_of_the_two_is_turbo(tmp_path, aligned, base):
+    widths = {f"down_blocks.{i}.resnets.0.conv2.weight": torch.zeros(320 * 2**i, 1) for i in range(3)}
+    unet = of_tensors(widths | {"mid_block.attn2.to_k.weight": torch.zeros(1, 2048)})
+    factors = {"mid_block.x": Factors(torch.zeros(1, 1), torch.zeros(1, 1), 1.0)}
+    sides = (Side("x", unet, {}, {}, 0, turbo=turbo) for turbo in (aligned, base))
+    extracting._write(Asked("x", "y", tmp_path / "l.safetensors", rank=1), factors, *sides)
+    said = "stable-diffusion-xl-turbo-v1/lora" if aligned or base else "stable-diffusion-xl-v1-base/lora"
+    assert header(tmp_path / "l.safetensors")["modelspec.architecture"] == said
+
+
+@pytest.mark.parametrize("kind", ["stable-diffusion-xl-turbo-v1", "stable-diffusion-xl-v1-base", None])
+def test_a_file_says_in_its_header_that_it_is_turbo(tmp_path, monkeypatch, kind):
+    prefix, told = "model.diffusion_model.", {} if kind is None else {"modelspec.architecture": kind}
+    names = (f"{prefix}label_emb.0.0.weight", "conditioner.embedders.1.x")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "a.safetensors", told)
+    monkeypatch.setattr(sources, "_in_diffusers", lambda unet, said: unet)
+    assert opened(str(tmp_path / "a.safetensors"), None).turbo == (kind == "stable-diffusion-xl-turbo-v1")
+
+
+def test_where_no_part_but_the_unet_is_there_nothing_says_that_the_base_is_what_was_trained_from():
+    """Else most of the change could be rounding, and nobody would be warned."""
+    unet = of_tensors({"a.weight": torch.zeros(2)})
+    vae = of_tensors({"first_stage_model.a": torch.ones(2), "first_stage_model.b.position_ids": torch.ones(2)})
+    whole, alone = (Side("x", unet, others, {}, 0) for others in (vae, {}))
+    assert sources.check_alike(whole, whole) and not sources.check_alike(whole, alone)
+    assert not sources.check_alike(*(whole._replace(others={"position_ids": vae["first_stage_model.a"]}),) * 2)
 
 
 def test_a_sum_that_is_rounded_is_not_called_cut_off():

@@ -13,7 +13,7 @@ from dpo.exporting import adapters
 from dpo.exporting.adapters import network_of
 from dpo.exporting.asked import Asked, file_at
 from dpo.exporting.spec import Known, architecture, metadata
-from dpo.exporting.work import export
+from dpo.exporting.work import _target, export
 from dpo.models import lora_files
 from dpo.models.adapter import merge_into
 from dpo.models.family import families
@@ -100,6 +100,26 @@ def test_the_model_in_the_package_and_a_runs_start_are_whole_models(world, tmp_p
     start = load_file(export(Asked(f"start:{tmp_path / 'run'}", "single-file", tmp_path / "start.safetensors")))
     assert whole.keys() == start.keys() and all(torch.equal(start[name], value) for name, value in whole.items())
     assert export(Asked("embedded", "comfyui", tmp_path)) == tmp_path / "embedded.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ("start:{}/run/", "run-start"),  # with this slash it was the hidden file .safetensors in the working folder
+        ("start:{}/run", "run-start"),
+        ("{}/run/pytorch_lora_weights.safetensors", "run"),
+        ("owner/model", "here/model"),
+        ("owner/my:model", "here/my-model"),
+        (r"C:\models\x", "here/C--models-x"),
+    ],
+)
+def test_a_file_is_named_after_its_model_and_lies_beside(tmp_path, monkeypatch, run, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    asked = Asked(run.format(tmp_path), "single-file")
+    assert _target(asked, ".safetensors") == tmp_path / f"{name}.safetensors"
+    assert _target(asked, "") == tmp_path / f"{name}-diffusers"
 
 
 def test_a_lora_says_what_its_run_predicted(runs, tmp_path):

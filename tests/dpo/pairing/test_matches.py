@@ -70,3 +70,18 @@ def test_matches_without_a_prompt_or_with_oneself(tmp_path):
     assert rated(tmp_path, ("a", "b", False), prompt="")[1].counts["without a prompt"] == 1
     with pytest.raises(UserError, match="line 2: an image is matched with itself"):
         rated(tmp_path, ("a", "a", False))
+
+
+def test_a_group_whose_matches_have_two_prompts_is_refused(tmp_path):
+    """One of the two would get the images of the other."""
+    for name in "abc":
+        (tmp_path / name).touch()
+
+    def played(*prompts):
+        places = [(tmp_path / one, tmp_path / other) for one, other in ("ab", "bc", "ac")]
+        rows = zip(places, prompts, strict=True)
+        return [Match(f"line {i}", *place, False, prompt, "7") for i, (place, prompt) in enumerate(rows, 2)]
+
+    with pytest.raises(UserError, match="line 4: group '7' has two prompts, 'a fox' and 'a boat'"):
+        ranking(played("a fox", "", "a boat"), Counter())
+    assert ranking(played("", "a fox", "a fox"), Counter()).prompts == ["a fox"]

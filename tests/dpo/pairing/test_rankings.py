@@ -47,6 +47,20 @@ def test_numbers_with_a_decimal_comma(images):
         ranked(images, 'image,score,prompt\na.png,"1,5",x\n')
 
 
+def test_a_comma_before_three_digits_is_refused_unless_the_column_says_what_it_is(images):
+    """1,234 is 1.234 or 1234: by one reading a.png is the best, by the other the worst."""
+    text = "image;score;prompt\na.png;{};x\nb.png;{};x\n"
+    for ambiguous, other in (("1,234", "900"), (" -12,500", "1"), ("1,234", "2,345"), ("1,234", "1.5")):
+        with pytest.raises(UserError) as error:
+            ranked(images, text.format(ambiguous, other))
+        number = ambiguous.strip()
+        dot, none = number.replace(",", "."), number.replace(",", "")
+        assert f"line 2: score: {number} is {dot} or {none}: write it without the comma" in str(error.value)
+    for other in ("1,5", "0,875", "1234,567"):
+        assert told(ranked(images, text.format("1,234", other)))["a"][0] == 1.234, "a decimal comma, by the other cell"
+    assert told(ranked(images, text.format("0,875", "2")))["a"][0] == 0.875
+
+
 def test_jsonl_groups_and_ranks(images):
     rows = [
         {"image": "a.png", "rank": 1, "group": 7, "prompt": "x"},

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dpo.common.errors import UserError
-from dpo.scorers.scorer import LISTED, check, fetch, listed, listing, opened, temperature_of
+from dpo.common.files import checksum
+from dpo.scorers.scorer import LISTED, check, fetch, is_still, listed, listing, opened, temperature_of
 from dpo.scorers.sets import OverPrompts, SetScorer
 from dpo.tiny.world import SLOPE
 from tests.help.towers import save_tiny_clip
@@ -166,3 +167,22 @@ def test_a_cache_that_lacks_the_tokenizer_alone_is_told_before_anything_is_drawn
         UserError, match="hpsv2.0: the hub's cache holds laion/.* without its tokenizer; .* put the token"
     ):
         fetch(as_converted("hpsv2.0", tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "tensor"),
+    [("aesthetic-v2:{}/a.safetensors", "a.safetensors", "layers.0.weight"), ("pickscore:{}", "model.safetensors", "x")],
+)
+def test_weights_that_changed_in_their_place_are_known_by_their_content(tmp_path, name, file, tensor):
+    save_file({tensor: torch.zeros(2, 2)}, tmp_path / file)
+    before = f"{name} {checksum(tmp_path / file)} torch.float32"
+    assert is_still(name.format(tmp_path), before)
+    save_file({tensor: torch.ones(2, 2)}, tmp_path / file)
+    assert not is_still(name.format(tmp_path), before)
+
+
+def test_of_a_listed_scorer_without_a_place_and_of_ones_own_the_name_and_the_fingerprint_tell(monkeypatch):
+    assert (
+        is_still("tiny-a", "whatever") and is_still("pickscore", "whatever") and is_still("pickscore:owner/name", "x")
+    )
+    assert is_still("tests.help.judges:Grey", "grey 1") and not is_still("tests.help.judges:Grey", "grey 2")
