@@ -33,7 +33,8 @@ def by_size(named: Named) -> bool:
 def network_of(named: Named) -> Model:
     """The model that the settings name, on the meta device: no weights are read. Raises UserError.
 
-    Of one file its scheduler is what that says of itself; where it is known `by_size`, and says no target, none is told.
+    Of one file its scheduler, and whether it is Turbo, is what that says of itself; where it is known `by_size`, and says no
+    target, none is told.
     """
     path = Path(named.model or "").expanduser()
     if named.timesteps == "auto":  # a name that says Turbo matters in training
@@ -52,17 +53,18 @@ def network_of(named: Named) -> Model:
         return model
     without = {"prediction_type"} if guessed else set()
     described = {key: value for key, value in model.scheduler_config.items() if key not in without}
-    return replace(model, scheduler_config=described | said_by(path, model.family).scheduler)
+    said = said_by(path, model.family)
+    return replace(model, scheduler_config=described | said.scheduler, turbo=model.turbo or said.turbo)
 
 
 def known_of(model: Model, run: Mapping[str, Any], guessed: bool) -> Known:
     """What the header of a LoRA's file says of its model.
 
     run: what its run says of the scheduler, which comes first; guessed: whether the model is known `by_size`: the configs
-    of SD 2 are then those of its model for v, whose images are larger than those of the others.
+    of SD 2 are then those of its model for v, and those of SDXL not Turbo's, and images of these are larger than the others'.
     """
     known = Known(model.denoiser.config, {**model.scheduler_config, **run}, model.turbo, model.geometry.native)
-    return known._replace(side=0) if guessed and architecture(known) == V2 else known
+    return known._replace(side=0) if guessed and (known.turbo or architecture(known) == V2) else known
 
 
 def named(

@@ -293,7 +293,7 @@ def test_a_lora_on_one_file_needs_no_weights_of_it(tmp_path):
         network_of(Model(model=str(path)))
 
 
-V1, V2, XL = (f"stable-diffusion-{name}" for name in ("v1", "v2", "xl-v1-base"))
+V1, V2, XL, TURBO = (f"stable-diffusion-{name}" for name in ("v1", "v2", "xl-v1-base", "xl-turbo-v1"))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +305,7 @@ V1, V2, XL = (f"stable-diffusion-{name}" for name in ("v1", "v2", "xl-v1-base"))
         (1024, (), {"modelspec.prediction_type": "v"}, {}, f"{V2}-768-v", "v", "768x768"),
         (2048, ("v_pred", "ztsnr"), {}, {}, XL, "v", "1024x1024"),
         (2048, (), {}, {}, XL, None, "1024x1024"),
+        (2048, (), {"modelspec.architecture": TURBO}, {}, TURBO, None, None),
     ],
 )
 def test_the_header_of_a_lora_on_one_file_says_what_that_file_says(
