@@ -252,8 +252,8 @@ def test_scores_by_file_and_by_hash_mixed(tmp_path, call):
         ("b/00.png,1\nnowhere.png,2", 0, ""),
         ("b/00.png,0x10", 2, "'0x10' is not a number"),
         ("b/00.png,", 2, "needs a file"),
-        ("b/00.png,1,2,3,4", 0, ""),
-        ("b/00.png," + "x" * 200_000, 2, "cannot be read"),
+        ("b/00.png,1,2,3,4", 2, "more values than columns"),
+        ("b/00.png," + "x" * 200_000, 2, "(200000 in all) is not a number"),
     ],
 )
 def test_hostile_scores_are_one_line(tmp_path, call, row, code, told):
