@@ -276,7 +276,7 @@ FORMATS = {
     "LoRA": Format(_lora, "lora.safetensors", of_lora),
     "store": Format(_store, "store/*.*", of_store),
     "checkpoint": Format(_checkpoint, "run/checkpoints/step-*/*", of_checkpoint),
-    "run folder": Format(_run, "run/**/*.*", lambda at: write_report(at / "run")),
+    "run folder": Format(_run, "run/**/*.*", lambda at: write_report(at / "run"), most=200),
     "prompts": Format(_prompts, "prompts.txt", lambda at: samples.asked_prompts(Output(sample_prompts=(str(at / "prompts.txt"),)))),
 }  # fmt: skip
 
