@@ -14,6 +14,7 @@ from dpo.tiny import paths
 from dpo.tiny.making import detail
 
 
+@pytest.mark.long
 def test_it_is_what_an_observer_reaches(tmp_path, monkeypatch):
     """The observer knows both pictures and takes the nearer one."""
     monkeypatch.setattr(apart, "PAIRS", 8)

@@ -8,6 +8,7 @@ from benchmarks.sections import SECTIONS
 from dpo.planning.cuda import GIB
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(len(flows.FLOWS)), ids=[flow.name for flow in flows.FLOWS])
 def test_a_family_starts_at_zero_and_is_measured(number):
     check = flows.checks(torch.device("cpu"), True, 1.0)[number]

@@ -136,6 +136,7 @@ def test_no_time_is_said_and_leaves_a_report(tmp_path, capsys):
     assert "time is used up" in (tmp_path / "tables.md").read_text() and (tmp_path / gpu.ARCHIVE).is_file()
 
 
+@pytest.mark.long
 def test_wheels_are_unpacked_without_a_network(tmp_path):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()

@@ -15,6 +15,7 @@ def run(tmp_path):
     return make_run(model, pairs, tmp_path / "run", 2, "--lora", "--precision", "bf16", "--keep-encoded", "off")
 
 
+@pytest.mark.long
 def test_what_is_put_back_changes_no_bit_and_is_taken_out_again(run):
     work, counted, found = spared.micro_step(run), {}, {}
     parameters = run.updater.parameters

@@ -63,6 +63,7 @@ def test_the_profile_is_of_the_fastest_row_of_all_weights():
     assert every[-1].name in first.name and first.alone and "prepared, recorded reference" in second.name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("low_rank", [False, True], ids=["full", "LoRA"])
 def test_a_step_starts_at_zero_and_is_measured(low_rank):
     """The rows' own step, by the trainer's own parts: small enough for every run of the tests."""

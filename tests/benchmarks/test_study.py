@@ -252,6 +252,7 @@ def test_every_claim_and_flag_names_something_that_exists():
         parse(["--preset", "tiny", *flags])
 
 
+@pytest.mark.long
 def test_report_without_running_anything(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "told_apart", lambda pairs: APART[study.DETAIL if "detail" in str(pairs) else ""])
     page = tmp_path / "docs" / "evidence.md"
@@ -263,6 +264,7 @@ def test_report_without_running_anything(path, tmp_path, capsys, monkeypatch):
     assert "| dpo | 3 |" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_soft_labels_are_the_taste_s_probabilities(tmp_path):
     hard = pq.read_table(paths.train_pairs_path(), columns=["label_0"])["label_0"].to_numpy()
     table = pq.read_table(study.soft_pairs(tmp_path / "soft.parquet"), columns=["label_0", "label_1"])

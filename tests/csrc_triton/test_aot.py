@@ -39,6 +39,7 @@ def label(specimen):
     return f"{specimen.name}-{specimen.dtype}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("specimen", one_of_each_kernel(), ids=label)
 def test_machine_code_for_hopper(specimen):
     assert check(specimen, compile_specimen(specimen, "sm_90")) == []

@@ -85,6 +85,7 @@ def test_gradients_of_small_images_keep_their_programs(pixels, turns, runs):
     assert _grid(3, pixels, 320, turns * 32, 64) == (5, runs, 3)
 
 
+@pytest.mark.long
 def test_opcheck_and_gradcheck():
     w, b = leaf(8), leaf(8)
     torch.library.opcheck(_group_norm_silu.registered, (leaf(2, 8, 1, 1), leaf(2, 8), w, b, 4, 1e-5, True))

@@ -331,6 +331,7 @@ def test_opcheck_of_the_backward(memory_format):
     torch.library.opcheck(torch.ops.csrc_triton.pair_errors_backward, arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("source", ["target", "v"])
 def test_gradcheck(shape, source):

@@ -45,6 +45,7 @@ def _noted(trips, module, offload, own, where):
     return own(where)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("together", [64, pytest.param(4, marks=pytest.mark.slow)])
 def test_encoders_that_travel_make_one_trip_for_many_micro_batches(world, tmp_path, monkeypatch, together):
     """With --offload; the run is the same to the bit."""

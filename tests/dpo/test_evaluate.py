@@ -115,6 +115,7 @@ def test_a_folder_given_twice_is_no_better_than_itself_and_sides_mirror(tmp_path
     assert there["win_rate"] == 1 - back["win_rate"] and there["difference"] == -back["difference"]
 
 
+@pytest.mark.long
 def test_models_are_drawn_alike_and_a_folder_of_their_images_gives_their_figures(world, tmp_path, run, redness):
     base, other = world("sd15"), world("sd2v")
     words = [f"base={base}", f"again={base}", f"other={other}", *DRAW, "--sampler", "ddim", "--scorers", redness[0]]
@@ -132,6 +133,7 @@ def test_models_are_drawn_alike_and_a_folder_of_their_images_gives_their_figures
     assert code == 0 and again["results"][0]["paired"] == found["results"][0]["paired"] and redness[1]() > seen
 
 
+@pytest.mark.long
 def test_several_guidances_of_the_base_and_training_seeds(world, tmp_path, run, redness):
     model = world("sd15")
     sides = [f"base={model}", f"one={model},two={model}"]
@@ -146,6 +148,7 @@ def test_several_guidances_of_the_base_and_training_seeds(world, tmp_path, run, 
     assert at["base"] in ("base", "base, guidance 3")
 
 
+@pytest.mark.long
 def test_a_model_against_itself_has_the_same_set_scores_and_so_has_a_folder_of_its_images(
     world, tmp_path, run, redness
 ):
@@ -213,6 +216,7 @@ def test_single_images_of_a_prompt_have_no_diversity_which_a_line_says(tmp_path,
     assert found["warnings"].count(said) == 1 and sum(said in line for line in errors) == 1
 
 
+@pytest.mark.long
 def test_a_scorer_that_labelled_the_pairs_of_a_side_is_a_warning(tmp_path, run, monkeypatch):
     """The embedded world's start against a run of it: judge a labelled its pairs, judge b did not."""
     shutil.copytree(pipeline_path(), tmp_path / "aligned")
@@ -314,6 +318,7 @@ def test_flags_of_a_drawing_mean_nothing_to_folders_of_images(tmp_path, run, wor
     assert code == 2 and "--pairs needs models, and a is a folder of images" in errors[-1]
 
 
+@pytest.mark.long
 def test_the_accuracy_on_pairs_alone_draws_nothing(world, tmp_path, run):
     base, other = world("sd15"), tmp_path / "other"
     shutil.copytree(base, other)

@@ -204,6 +204,7 @@ def test_another_programs_scores(pairs, tmp_path, capsys):
     assert [one["weight"] for one in sets.read(tmp_path / "few")["made_by"]["scorers"]] == [1.0, 2.0]
 
 
+@pytest.mark.long
 def test_a_temperature_fitted_on_labels_beats_hard_ones_on_held_out_prompts(tmp_path, capsys):
     from dpo.tiny.paths import train_pairs_path
 

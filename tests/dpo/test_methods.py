@@ -54,6 +54,7 @@ def test_every_shape_has_its_function_and_begins_as_it_says():
             assert objective.slope(shape, z, sure, *more).abs().item() == pytest.approx(start.pull, rel=1e-15)
 
 
+@pytest.mark.long
 def test_a_new_row_is_seen_everywhere(tmp_path):
     """A row is all that choices, help, rules, report and card need: no torch, and no other list, knows of methods."""
     code = """

@@ -71,6 +71,7 @@ def test_a_ranking_becomes_a_folder_that_trains(ranking, tmp_path, capsys, world
     assert np.isfinite(advance(run, 1)[0]["loss"])
 
 
+@pytest.mark.long
 def test_the_set_is_the_same_moved_with_its_images_or_embedded(ranking, tmp_path, capsys):
     shutil.copytree(ranking.parent, tmp_path / "here")
     assert paired(capsys, tmp_path / "here/ranking.csv", *LOW, output=tmp_path / "here/pairs")[0] == 0
@@ -92,6 +93,7 @@ def test_the_set_is_the_same_moved_with_its_images_or_embedded(ranking, tmp_path
     assert "chosen, rank 1" in page and "rejected, rank 3" in page
 
 
+@pytest.mark.long
 def test_the_same_command_gives_the_same_bytes_and_another_one_is_refused(ranking, tmp_path, capsys, monkeypatch):
     output = tmp_path / "pairs"
     made = []

@@ -11,6 +11,7 @@ from dpo.settings.flags import parse
 from dpo.train import train_step
 
 
+@pytest.mark.long
 def test_a_plan_is_printed_and_written(tmp_path, capsys):
     file = tmp_path / "plan.json"
     flags = ["--gpu", "RTX 4090", "--mfu", "0.2", "--pairs", "500", "--lora", "--batch-size", "2", "--json", str(file)]

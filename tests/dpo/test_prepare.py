@@ -99,6 +99,7 @@ def test_half_precision_costs_only_its_rounding(world, tmp_path):
     assert (stored - mean).abs().max() <= mean.abs().max() * 2**-11
 
 
+@pytest.mark.long
 def test_a_store_needs_no_resolution_and_holds_out_the_same_pairs(world, tmp_path):
     store = prepared(world, "sd15", tmp_path / "store", "--resolution", "16", "--dtype", "fp32")
     flags = [
@@ -148,6 +149,7 @@ def test_the_sizes_of_published_models(name, caption, image):
     assert preparing._image_bytes(model, Data(resolution=1024), 2) / 2**20 == image
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", *TRAINED])
 def test_the_size_of_a_store_is_said_before_it_is_made(world, tmp_path, capsys, kind):
     """It is that of the tensors in the store, which a caption with a mask may stay below."""
@@ -172,6 +174,7 @@ def refused(world, store, *flags, kind="sd15", model=None) -> str:
     return str(caught.value)
 
 
+@pytest.mark.long
 def test_stores_of_another_model_are_refused(world, tmp_path):
     import json
     import shutil
@@ -234,6 +237,7 @@ def test_a_store_is_not_prepared_from_a_store(tmp_path, capsys):
     assert sums(tmp_path) == before and not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
     flags = [
         "--model",
@@ -263,6 +267,7 @@ def test_sharded_over_processes_and_merged(world, tmp_path, monkeypatch):
     assert command(store, "--merge") == 0 and sums(store) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(world, tmp_path, kills):
     pairs = str(make_pickapic(tmp_path / "pairs", 24, 1, broken=("truncated",), captions=5))
@@ -283,6 +288,7 @@ def _seconds(work) -> float:
     return time.monotonic() - began
 
 
+@pytest.mark.long
 def test_verify_tells_unfinished_from_damaged(world, tmp_path, monkeypatch, capsys):
     """First a store, then a record on it."""
     with monkeypatch.context() as patch:

@@ -37,6 +37,7 @@ def move(parameters) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,6 +59,7 @@ def test_frozen_copy_gives_the_policys_bits(unets, kind, dtype, checkpointing): 
     assert not torch.equal(call(denoise(unet), unet, dtype), frozen)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)

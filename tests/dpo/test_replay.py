@@ -47,6 +47,7 @@ def state(folder):
     }
 
 
+@pytest.mark.long
 def test_an_update_is_listed_and_equal_bit_for_bit(made, said, tmp_path):
     before, output = state(made), tmp_path / "found"
     code, out, errors = said(made, "--update", "6", "--output", output)
@@ -65,6 +66,7 @@ def test_an_update_is_listed_and_equal_bit_for_bit(made, said, tmp_path):
     assert said(made, "--update", "6", "--output", output)[0] == 0, "the same command again takes its place"
 
 
+@pytest.mark.long
 def test_updates_around_it_are_made_again_with_a_change(made, said, tmp_path):
     code, out, _ = said(made, "--update", "5", "--around", "1", "--beta", "500", "--output", tmp_path / "found")
     assert code == 0 and "Updates 4 to 6 made again with beta 2000.0 -> 500.0" in out

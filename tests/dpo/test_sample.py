@@ -34,6 +34,7 @@ def whole(words, tmp_path_factory):
     return files(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is a fork here")
 def test_killed_and_started_again_it_gives_the_same_bytes(words, whole, tmp_path, kills):
@@ -60,6 +61,7 @@ def test_shards_share_a_folder_and_the_last_one_finishes(words, whole, tmp_path,
     assert {name: data for name, data in files(out).items() if name not in sheets} == whole
 
 
+@pytest.mark.long
 def test_folders_of_shards_are_merged(words, whole, tmp_path, capsys):
     for part in range(2):
         assert drawn(capsys, *words, "--output", tmp_path / f"p{part}", "--shard", f"{part}/2")[0] == 0
@@ -72,6 +74,7 @@ def test_folders_of_shards_are_merged(words, whole, tmp_path, capsys):
     assert files(tmp_path / "out") == whole
 
 
+@pytest.mark.long
 def test_merged_parts_are_laid_out_as_the_whole_is(world, tmp_path, capsys):
     prompts = tmp_path / "prompts"
     prompts.mkdir()
@@ -111,6 +114,7 @@ def test_progress_says_images_a_second_and_the_share_outside_the_unet(words, tmp
     )
 
 
+@pytest.mark.long
 def test_another_protocol_is_refused(words, tmp_path, capsys):
     out = tmp_path / "out"
     assert drawn(capsys, *words, "--output", out)[0] == 0

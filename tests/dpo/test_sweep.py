@@ -123,6 +123,7 @@ def flags(world, tmp_path_factory):
     ]
 
 
+@pytest.mark.long
 def test_a_grid_is_run_compared_and_gone_on_with(flags, tmp_path, monkeypatch, pageless, capsys):
     out = tmp_path / "sweep"
     command = ["--out", str(out), "--method", "dpo,dde", *flags]

@@ -262,6 +262,7 @@ def test_plan_report_and_export_are_handed_what_was_asked_for(tmp_path, command,
     ]
 
 
+@pytest.mark.long
 def test_folders_that_dpo_sample_drew_can_be_asked_about(tmp_path, command, capsys):
     places = [tmp_path / name for name in ("weak", "strong")]
     for place, guidance in zip(places, ("1", "3"), strict=True):

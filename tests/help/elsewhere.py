@@ -72,7 +72,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="dpo-elsewhere-") as folder:
-        command = [sys.executable, "-m", "pytest", *CORE, *arguments]
+        command = [sys.executable, "-m", "pytest", "-m", "not slow", *CORE, *arguments]
         return subprocess.run(command, check=False, cwd=ROOT, env=environment(Path(folder))).returncode
 
 

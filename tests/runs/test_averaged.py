@@ -4,6 +4,7 @@ import json
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from tests.help.commands import command
 from tests.help.running import make_run
 
 
+@pytest.mark.long
 def test_figures_and_pictures_are_of_what_is_saved(world, tmp_path, capsys):
     """Learning rate and decay are large, so that the two sets of weights differ and a mix-up is seen."""
     flags = ["--batch-size", "4", "--steps", "6", "--learning-rate", "3e-3", "--ema", "0.999", "--validate-every", "6"]

@@ -201,6 +201,7 @@ def test_refused_once_the_model_is_known(world, start, tmp_path, capsys, case):
 # --- checkpoints
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_falls_back_and_others_are_refused(world, stopped, tmp_path, capsys):
     out = tmp_path / "out"
     before = tree(out)
@@ -237,6 +238,7 @@ def altered_unet(model: Path) -> Path:
     return model.parent / "altered"
 
 
+@pytest.mark.long
 def test_resume_takes_the_folder_of_a_run_too(stopped, tmp_path, capsys):
     said = command(capsys, "--resume", shutil.move(tmp_path / "out", tmp_path / "moved to ü"), "--steps", "4")
     assert said.code == 0 and any("resumed" in line and "3 updates done" in line for line in said.log)
@@ -246,6 +248,7 @@ def test_resume_takes_the_folder_of_a_run_too(stopped, tmp_path, capsys):
 # --- images
 
 
+@pytest.mark.long
 def test_an_unreadable_image_stops_the_run_when_asked(start, tmp_path, capsys, brief):
     pairs = make_pickapic(tmp_path / "broken", 3, broken=("truncated",))
     said = command(capsys, *start, "--data", pairs, "--steps", "4", "--on-bad-image", "stop")
@@ -253,6 +256,7 @@ def test_an_unreadable_image_stops_the_run_when_asked(start, tmp_path, capsys, b
     assert command(capsys, *start, "--data", pairs, "--steps", "4", "--resume", "latest").code == 0
 
 
+@pytest.mark.long
 def test_unreadable_images_are_skipped_and_counted_up_to_a_limit(start, tmp_path, capsys, brief):
     pairs = make_pickapic(tmp_path / "broken", 3, broken=("truncated", "bomb", "corrupt"))
     said = command(capsys, *start, "--data", pairs, "--steps", "4")
@@ -266,6 +270,7 @@ def test_unreadable_images_are_skipped_and_counted_up_to_a_limit(start, tmp_path
     check_refused(said, ["of 6 pairs have an unreadable image", "--bad-image-limit"])
 
 
+@pytest.mark.long
 def test_a_run_without_a_usable_pair_says_so(start, tmp_path, capsys, brief):
     pairs = make_pickapic(tmp_path / "broken", 0, broken=("corrupt", "empty"))
     said = command(capsys, *start, "--data", pairs, "--steps", "2", "--bad-image-limit", "1")

@@ -31,6 +31,7 @@ def pairs(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("shapes") / "pairs")
 
 
+@pytest.mark.long
 def test_step_zero_is_exact_and_the_cut_into_micro_batches_does_not_matter(world, pairs, tmp_path):
     results, shapes = [], set()
     for size, passes in ((4, 2), (1, 8)):
@@ -48,6 +49,7 @@ def test_step_zero_is_exact_and_the_cut_into_micro_batches_does_not_matter(world
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-10
 
 
+@pytest.mark.long
 def test_sdxl_gets_the_sizes_and_crops_of_its_images(world, pairs, tmp_path):
     run = make_run(world("sdxl"), pairs, tmp_path, "--batch-size", "7", "--buckets", "--precision", "bf16", "--lora")
     found = {}
@@ -71,6 +73,7 @@ def test_sdxl_gets_the_sizes_and_crops_of_its_images(world, pairs, tmp_path):
     assert found[60, 24] == {(10, 0, 40, 24)} and found[30, 90] == {(0, 16, 24, 40)}
 
 
+@pytest.mark.long
 def test_resume_is_exact(world, pairs, tmp_path):
     flags = ["--batch-size", "2", "--accumulation", "3", "--steps", "4", "--buckets", "--lora", "--rank", "2"]
     straight = make_run(world("sd15"), pairs, tmp_path / "straight", *flags)
@@ -99,6 +102,7 @@ HELD_OUT = [
 ]
 
 
+@pytest.mark.long
 def test_store_and_record_give_what_the_images_give(world, pairs, tmp_path):
     flags = ["--batch-size", "2", "--accumulation", "2", *HELD_OUT, "--buckets", "--flip", "--eps", "1e-4"]
     words = ["--store", str(tmp_path / "store"), "--model", world("sd15"), "--dtype", "fp32", "--workers", "0"]
@@ -180,6 +184,7 @@ def test_two_processes_make_the_updates_of_one(world, pairs, tmp_path):
             assert (value - found["weights"][name]).abs().max() < 1e-10
 
 
+@pytest.mark.long
 def test_noise_levels_of_a_flow_follow_the_shape(world, pairs, tmp_path):
     """Where the shift depends on the tokens of an image, each shape has the levels that it is sampled at."""
     folder = Path(shutil.copytree(world("sd35"), tmp_path / "model"))

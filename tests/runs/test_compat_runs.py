@@ -39,6 +39,7 @@ LINES = {
 CHEAP = ["--sample-steps", "1", "--sample-seeds", "0", "--sample-prompts", "a red fox"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("line", "peer", "pipeline", "beta"),
     [pytest.param(*line, id=name, marks=[pytest.mark.slow] * ("SDXL" in name)) for name, line in LINES.items()],

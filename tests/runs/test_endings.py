@@ -100,6 +100,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "resumed"])
 def test_any_error_leaves_a_checkpoint(ended, monkeypatch, name, resumed):
@@ -127,6 +128,7 @@ PLACES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", PLACES)
 def test_an_error_anywhere_leaves_only_what_is_whole(ended, monkeypatch, place):
     spoil, kept, flags = PLACES[place]
@@ -152,6 +154,7 @@ def test_workers_that_end_after_a_signal_to_the_group_are_a_stop(start, tmp_path
     assert checkpoint.find(tmp_path / "out" / "checkpoints", "latest").state["step"] == 2
 
 
+@pytest.mark.long
 def test_an_output_folder_that_is_moved_away_is_one_line_and_none_is_made(start, tmp_path, capsys, monkeypatch, brief):
     step = dpo.train.train_step
 
@@ -184,6 +187,7 @@ def test_a_checkpoint_that_cannot_be_written_hides_no_error(start, tmp_path, cap
     assert said.warnings("no checkpoint to go on from")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["write", "summary"])
 def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys, monkeypatch, brief, name):
     where, what = {"write": (results, "write"), "summary": (loop.summary, "report")}[name]
@@ -195,6 +199,7 @@ def test_an_error_after_the_updates_names_how_to_finish(start, tmp_path, capsys,
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+@pytest.mark.long
 def test_a_result_that_a_stopped_resume_has_left_is_told_where_it_is_used(start, tmp_path, capsys, monkeypatch):
     from dpo.sampling.model import check
 
@@ -262,6 +267,7 @@ os._exit(code)
 """
 
 
+@pytest.mark.long
 def test_a_killed_worker_leaves_a_checkpoint(start, tmp_path, capsys, monkeypatch, brief):
     """As the system's out-of-memory killer does it."""
     work = dpo.train.train_step

@@ -44,6 +44,7 @@ RESULTS = [(kind, low_rank) for kind in TRAINED for low_rank in (False, True)]
 OFTEN = (("sd35", False), ("flux2-klein-base", True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "low_rank"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in OFTEN)) for case in RESULTS]
 )
@@ -73,6 +74,7 @@ def test_the_result_in_its_pipeline_is_what_was_trained(world, tmp_path, capsys,
     assert drawn.shape == (1, 32, 32, 3) and drawn.std() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", QUICK)
 @pytest.mark.parametrize("flags", [["--lora"], ["--sharding", "on"]], ids=["lora", "sharded"])
 def test_two_processes_train_the_run_of_one(world, tmp_path, kind, flags):
@@ -95,6 +97,7 @@ def test_two_processes_train_the_run_of_one(world, tmp_path, kind, flags):
     assert max(float((two[name] - value).abs().max()) for name, value in one.items()) < 1e-9
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", QUICK)
 def test_a_replay_is_the_run(world, tmp_path, kind):
     flags = ["--batch-size", "2", "--steps", "6", "--learning-rate", "1e-4", "--method", "dde", "--lora", *SMALL]
@@ -163,6 +166,7 @@ def test_a_transformer_of_another_family_is_named_as_such(world, tmp_path):
         make_run(world("sd35"), world("pairs"), tmp_path, "--unet-init", world("flux-dev"), *SMALL)
 
 
+@pytest.mark.long
 def test_a_distilled_model_is_trained_at_its_own_steps(world, tmp_path):
     run = make_run(world("flux-schnell"), world("pairs"), tmp_path / "a", "--batch-size", "2", *SMALL)
     assert run.step.path.timesteps.tolist() == [249, 499, 749, 999]

@@ -63,6 +63,7 @@ SLOW = (
 )  # to test each time; dde does all that dpo does
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [pytest.param(flags, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, flags in PATHS.items()],
@@ -74,6 +75,7 @@ def test_no_method_waits_for_the_device(world, tmp_path, flags):
         assert any(p.grad is not None for p in run.updater.parameters)  # it went to the end
 
 
+@pytest.mark.long
 def test_a_recorded_reference_waits_for_no_device(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2")
     run.step.reference = None
@@ -87,6 +89,7 @@ def test_no_other_table_waits_for_the_device(world, tmp_path, method):
     micro_step(make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--method", method))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", ["sdxl", *TRAINED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2v", "sdxl-turbo"))]
 )
@@ -122,6 +125,7 @@ class TooEarly(TorchFunctionMode):
         return result
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [[], ["--lora", "--ema", "0.9", "--method", "dde", "--precision", "bf16"]], ids=["full", "lora"]
 )

@@ -148,6 +148,7 @@ BAD = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and links as POSIX has them")
 def test_hostile_pictures_are_counted_and_the_rest_is_scored(tmp_path, call):
     a = hostile_folder(tmp_path / "a", 10, **dict.fromkeys(BAD, good))
@@ -167,6 +168,7 @@ def test_hostile_pictures_are_counted_and_the_rest_is_scored(tmp_path, call):
     checked_page(out, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes as POSIX has them")
 @pytest.mark.parametrize("bad", ["half", "text", "empty", "pipe", "loop", "gone", "bomb"])
 def test_a_hostile_picture_of_a_drawn_set_is_drawn_again_or_named(world, tmp_path, call, bad):
@@ -282,6 +284,7 @@ def test_a_name_of_a_side_is_no_path(world, tmp_path, call):
     shutil.rmtree(tmp_path / "deep")
 
 
+@pytest.mark.long
 def test_names_of_files_that_are_no_text(tmp_path, call):
     """As another system's zip leaves them; the page says which they are."""
     a, b = hostile_folder(tmp_path / "a", 10), hostile_folder(tmp_path / "b", 90)

@@ -84,6 +84,7 @@ def trained(world, tmp_path, capsys, scripted):
     return train
 
 
+@pytest.mark.long
 def test_the_best_weights_are_saved_drawn_and_reported(trained, tmp_path):
     """Update 2 of 6 is the best: what the run leaves is what a run of two updates leaves."""
     drawn = ["--sample-prompts", "a fox", "--sample-seeds", "3", "--sample-steps", "2", "--sample-every", "4"]

@@ -50,6 +50,7 @@ def decoded(monkeypatch):
     return sizes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model, flags",
     [
@@ -95,6 +96,7 @@ def test_resume_in_the_middle_starts_with_nothing_kept(world, tmp_path, pairs):
     assert all(torch.equal(value, found[name]) for name, value in everything(whole).items())
 
 
+@pytest.mark.long
 def test_each_of_several_processes_keeps_what_it_saw(world, tmp_path, pairs):
     run = make_run(world("sd15"), pairs, tmp_path / "run", *FLAGS)
     decoding = replace(Decoding.of(run.config.data, 0), flip=True)

@@ -48,6 +48,7 @@ def test_the_cut_into_micro_batches_and_workers_do_not_matter(world, tmp_path, k
         assert torch.allclose(other_table, table, atol=tolerance)
 
 
+@pytest.mark.long
 def test_dropout_inside_adapters_is_keyed(world, tmp_path):
     """Neither the cut nor recomputation nor what was drawn from the global generator changes it; evaluation is whole."""
     results = []
@@ -86,6 +87,7 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind, flags",
     [
@@ -118,6 +120,7 @@ def test_a_micro_step_never_waits_for_the_device(world, tmp_path, monkeypatch, k
     assert watch.seen == ["_local_scalar_dense"]
 
 
+@pytest.mark.long
 def test_holes_count_nowhere(world, tmp_path):
     """A batch with holes gives the update of the same pairs without them."""
     run = make_run(

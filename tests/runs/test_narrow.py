@@ -61,6 +61,7 @@ def everything(run) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
     "kind", [pytest.param(one, marks=[pytest.mark.slow] * (one not in ("sd15", "flux-dev"))) for one in KINDS]

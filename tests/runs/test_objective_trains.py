@@ -14,6 +14,7 @@ def three_updates(world, output, *flags):
     return [figures["loss"] for figures in advance(run, 3)], weights(run)
 
 
+@pytest.mark.long
 def test_a_broken_shape_changes_losses_and_weights(world, tmp_path, monkeypatch):
     losses, policy = three_updates(world, tmp_path / "as it is")
     sigmoid = objective.SHAPES["sigmoid"]
@@ -41,6 +42,7 @@ def test_what_is_counted_as_accuracy_is_defined_once(world, tmp_path, monkeypatc
     assert advance(run, 1)[0]["implicit_accuracy"] == 0.25
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [[], pytest.param(["--lora"], marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_mapo_trains_without_a_reference_however_its_batch_is_cut(world, tmp_path, flags):
     found = []
@@ -57,6 +59,7 @@ def test_mapo_trains_without_a_reference_however_its_batch_is_cut(world, tmp_pat
     assert whole[1]["loss"] == pytest.approx(cut[1]["loss"], rel=1e-9) and whole[0]["policy_lose_error"] > 0
 
 
+@pytest.mark.long
 def test_the_size_of_predictions_is_measured_and_held_back(world, tmp_path):
     """The ratio is exactly 1 at step 0; pushed up by large steps, it is smaller with the penalty."""
     ratios = []

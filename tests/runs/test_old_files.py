@@ -120,6 +120,7 @@ def test_old_averaged_weights_go_on_with_the_decay_of_their_update(old):
         torch.testing.assert_close(average, value.lerp(parameter.detach(), rest), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.long
 def test_an_old_run_goes_on_as_it_would_have(old, capsys):
     said = command(capsys, *RESUMED)
     assert said.code == 0 and said.errors == []
@@ -129,6 +130,7 @@ def test_an_old_run_goes_on_as_it_would_have(old, capsys):
     check_figures(old, "lora", [3, 4])
 
 
+@pytest.mark.long
 def test_an_old_store_and_its_record_are_whole_and_serve(old, capsys):
     assert store.verify(old / "store") == [] and recorded.verify(old / "store") == []
     said = command(capsys, *RECORDED)
@@ -136,6 +138,7 @@ def test_an_old_store_and_its_record_are_whole_and_serve(old, capsys):
     check_figures(old, "recorded", [1, 2, 3, 4])
 
 
+@pytest.mark.long
 def test_more_draws_are_added_to_an_old_record(old):
     pieces = {path: checksum(path) for path in (old / "store" / "reference").rglob("*.safetensors")}
     assert prepare.main([*RECORD, "--draws", "3"]) == 0

@@ -99,6 +99,7 @@ def test_another_trainers_results_are_not_replaced_by_its_command_line(world, tm
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.long
 def test_a_run_on_linked_folders_is_made_anew_and_goes_on(start, tmp_path, capsys, brief):
     """Checkpoints and weights on a larger disk: --overwrite empties them, and the links stay."""
     out, disk = tmp_path / "out", tmp_path / "disk"
@@ -157,6 +158,7 @@ def full_disk_for_figures(monkeypatch, **kwargs):
     monkeypatch.setattr("dpo.training.trackers.Trackers._write", write)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fill", [full_disk_for_tensors, full_disk_for_the_result, full_disk_for_figures])
 def test_a_full_disk_leaves_nothing_half_written(start, tmp_path, capsys, monkeypatch, brief, fill):
     words = [*start, "--steps", "2", "--checkpoint-every", "1"]
@@ -181,6 +183,7 @@ def test_wandb_that_is_not_installed_stops_the_run_before_anything_is_read(tmp_p
     assert said.log == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_xformers_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeypatch, brief):
     monkeypatch.setattr("dpo.models.denoiser.find_spec", lambda name: None)
     said = command(capsys, *start, "--steps", "1", "--attention", "xformers", "--push-to-hub")
@@ -190,6 +193,7 @@ def test_xformers_and_hub_cost_one_warning_each(start, tmp_path, capsys, monkeyp
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+@pytest.mark.long
 def test_the_result_is_uploaded_without_its_checkpoints(start, tmp_path, capsys, monkeypatch, brief):
     """And again, by the command that is named when it fails, without training anew."""
     calls = []
@@ -233,6 +237,7 @@ def foreground():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_start_does_not_occupy_the_folder(
     start, tmp_path, capsys, monkeypatch, brief, foreground, number
@@ -265,6 +270,7 @@ def test_ctrl_c_again_while_the_checkpoint_is_written(start, tmp_path, capsys, m
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.long
 def test_overwriting_removes_the_earlier_result_before_it_trains(stopped, tmp_path, capsys, monkeypatch):
     def stop(run):
         raise KeyboardInterrupt
@@ -279,6 +285,7 @@ def test_overwriting_removes_the_earlier_result_before_it_trains(stopped, tmp_pa
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", [1, 3])
 def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
     data = make_pickapic(tmp_path / "sehr kleine Menge", pairs)
@@ -286,6 +293,7 @@ def test_fewer_pairs_than_the_batch(start, tmp_path, capsys, brief, pairs):
     assert said.code == 0 and any("step 1/1" in line for line in said.log)
 
 
+@pytest.mark.long
 def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, capsys, pageless):
     words = [*start, "--steps", "2", "--method", "discounted", "--beta", "500"]
     assert command(capsys, *words).code == 0
@@ -305,6 +313,7 @@ def test_a_resume_that_trains_nothing_leaves_what_was_trained(start, tmp_path, c
     assert (found["status"], found["steps"], found["resolved"]["beta"]) == ("finished", 2, 500.0)
 
 
+@pytest.mark.long
 def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stopped, tmp_path, capsys, monkeypatch):
     """Else `latest` is that of the abandoned branch, and a limit of one deletes the checkpoint just written."""
     root = tmp_path / "out" / "checkpoints"
@@ -321,6 +330,7 @@ def test_going_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(stoppe
     assert [line["step"] for line in lines if "event" not in line] == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_an_abandoned_checkpoint_is_resumed_by_its_place(stopped, tmp_path, capsys):
     """Without any other flag than where and how far: its run's settings lie three folders above it."""
     out = tmp_path / "out"
@@ -347,6 +357,7 @@ def test_a_run_that_lost_its_place_between_branches_is_not_begun_anew(stopped, t
     assert said.code == 2 and "name one, such as --resume" in said.errors[0] and "step-00000003" in said.errors[0]
 
 
+@pytest.mark.long
 def test_a_result_without_its_checkpoints_is_not_trained_over(stopped, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "checkpoints")
     before = tree(tmp_path / "out")

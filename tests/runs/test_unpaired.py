@@ -54,6 +54,7 @@ def stored(world, images, tmp_path_factory):
     return place
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["images", "pairs"])
 def test_a_store_that_holds_another_label_is_refused(world, tmp_path, capsys, what):
     """Their keys are the same: the old label would be trained on. Pairs of other captions are not read for it."""

@@ -48,6 +48,7 @@ def test_it_waits_for_the_host_and_not_for_a_gpu():
         assert moved(x, "meta").device.type == "meta" and len(watch.found) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [["--optimizer", "adamw8bit", "--ema", "0.9"], ["--lora", "--method", "dde"]])
 def test_no_copy_to_the_host_is_read_before_it_is_there(world, tmp_path, flags):
     """A step, held-out accuracy and a checkpoint."""

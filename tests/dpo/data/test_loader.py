@@ -329,6 +329,7 @@ SIGNALS = """
 """
 
 
+@pytest.mark.long
 def test_workers_outlive_signals_to_the_group(odd):
     """Ctrl-C and a scheduler's SIGTERM reach every process; the main one still gets batches, and ends at once."""
     command = [sys.executable, "-c", textwrap.dedent(SIGNALS), str(odd)]

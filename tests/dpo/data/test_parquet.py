@@ -220,6 +220,7 @@ def test_oversized_row_groups_are_said(tmp_path, settings, monkeypatch, caplog):
     assert "smaller row groups need less" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_many_pairs_keep_memory_flat(pairs, tmp_path, settings, monkeypatch):
     """Parquet of 12 KB a pair, at most 1/16 of which may be in use at once: the resident memory stays within a third of

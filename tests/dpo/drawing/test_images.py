@@ -266,6 +266,7 @@ def peak(folder, count):
         tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_images(tmp_path, drawer, monkeypatch):
     monkeypatch.setattr(f"{__name__}.picture", lambda task, side=128, old=picture: old(task, side))
     few, many = peak(tmp_path / "few", 20), peak(tmp_path / "many", 200)

@@ -46,6 +46,7 @@ def most(work) -> int:
     return living.most
 
 
+@pytest.mark.long
 def test_what_drawing_takes_covers_what_is_counted_for_stable_diffusion(monkeypatch):
     """Its real shapes, without memory behind them; attention as on a GPU, without the matrix of all positions."""
     monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
@@ -77,6 +78,7 @@ HALF, WIDE = (torch.float16, torch.float16), (torch.float32, torch.float16)  # o
 FULL = (torch.float32, torch.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "size", "dtypes", "guided"),
     [

@@ -27,6 +27,7 @@ def apart(image, other):
     return int(np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl", "sdxl-turbo"])
 @pytest.mark.parametrize("sampler", ["model", "euler-a", "ddpm"])
 def test_plain_diffusers_redraws_an_image_by_its_seed(world, kind, sampler):
@@ -51,6 +52,7 @@ def test_plain_diffusers_redraws_an_image_by_its_seed(world, kind, sampler):
     assert apart(images[0].image, again) > 10  # the tolerance tells two images apart
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TRAINED)
 def test_plain_diffusers_redraws_an_image_of_a_flow(world, kind):
     """With captions as long as in training; Qwen-Image is guided by an argument and a caption of its own."""

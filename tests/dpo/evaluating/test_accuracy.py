@@ -45,6 +45,7 @@ def found(world, run):
     return {row["side"]: row for row in by_side(config, policies["itself"], policies)}
 
 
+@pytest.mark.long
 def test_a_model_against_itself_is_one_half(found):
     row = found["itself"]
     assert row["accuracy"] == 0.5 and row["interval"][0] < 0.5 < row["interval"][1]

@@ -92,6 +92,7 @@ def test_what_cannot_be_read_is_named_and_left_out(side, tmp_path, caplog):
     assert [path.name for path in look.flat] == ["009.png"] and found[9] == 255
 
 
+@pytest.mark.long
 def test_a_bomb_is_left_out_and_not_decoded(side, tmp_path):
     Image.new("L", (20000, 20000)).save(side.images[0].path)
     look = Look()

@@ -56,6 +56,7 @@ def noise(size):
     return lambda value: value + torch.randn(value.shape, generator=generator) * size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "kohya"), [("sd15", False), pytest.param("sdxl", True, marks=pytest.mark.slow)])
 def test_a_merged_lora_comes_out_at_its_own_rank(world, merged, tmp_path, kind, kohya):
     adapter, aligned = merged(kind)
@@ -71,6 +72,7 @@ def test_a_merged_lora_comes_out_at_its_own_rank(world, merged, tmp_path, kind, 
         assert (again - product).norm() < 2e-6 * product.norm()  # the merged weights are rounded to fp32
 
 
+@pytest.mark.long
 def test_the_file_changes_the_unet_in_diffusers_as_it_should(world, merged, tmp_path):
     from diffusers import DiffusionPipeline
 
@@ -240,6 +242,7 @@ def as_run(folder, model, made_from):
     (Path(folder) / "summary.json").write_text(json.dumps({"made_from": made_from}), "utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("known", [True, False], ids=["by content", "by place"])
 def test_a_base_that_the_run_did_not_begin_with_is_warned_of_and_one_that_began_with_it_is_refused(
     world, tmp_path, caplog, known

@@ -125,6 +125,7 @@ def test_a_run_begins_at_exactly_zero(world, tmp_path, two_threads, flags):
     assert run.updater.grad_norm(1.0) > 0
 
 
+@pytest.mark.long
 def test_a_run_is_that_on_one_core_up_to_rounding_and_resumes_exactly(world, tmp_path, two_threads):
     flags = [*FULL, "--precision", "fp64", "--learning-rate", "1e-4", "--eps", "1e-4"]
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
@@ -143,6 +144,7 @@ def test_a_run_is_that_on_one_core_up_to_rounding_and_resumes_exactly(world, tmp
         torch.testing.assert_close(made[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [["--lora", "--lora-dropout", "0.5"], ["--precision", "bf16"], ["--precision", "bf16-pure"]], ids=str
 )

@@ -27,6 +27,7 @@ def traced(monkeypatch):
         setattr(torch._dynamo.config, name, value)
 
 
+@pytest.mark.long
 def test_blocks_of_a_kind_share_what_is_compiled(world):
     """The copy costs no graph of its own, and the names of weights are those of diffusers."""
     unet = load(world("sd15")).denoiser.requires_grad_(False)
@@ -43,6 +44,7 @@ def test_blocks_of_a_kind_share_what_is_compiled(world):
     assert 0 < first.graphs < blocks[0] == blocks[1] and second.graphs == 0 and list(unet.state_dict()) == names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "flux2-klein-base")) for kind in TRAINED]
 )
@@ -92,6 +94,7 @@ def test_a_compiled_run_is_the_run(world, tmp_path, caplog, kind, flags):
     assert decayed <= len(unread) // 3  # a parameter has three states
 
 
+@pytest.mark.long
 def test_more_variants_than_allowed_end_the_run_instead_of_running_uncompiled(world, monkeypatch):
     monkeypatch.setattr(compiled, "VARIANTS", 1)
     unet = load(world("sd15")).denoiser

@@ -75,6 +75,7 @@ def test_a_recomputed_pass_meets_the_same_masks():
     assert torch.equal(gradient(lambda net, x: checkpoint(net, x, use_reentrant=False)), plain)
 
 
+@pytest.mark.long
 def test_compiles_into_one_graph_that_reads_the_pairs_of_each_step():
     module = dropout()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -27,6 +27,7 @@ def broken(pipelines, tmp_path) -> Path:
 # --- what loads -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family(pipelines, kind):
     model = load(str(pipelines[kind]))

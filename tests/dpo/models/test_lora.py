@@ -47,6 +47,7 @@ def train(unet: torch.nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+@pytest.mark.long
 def test_initial_weights_are_a_function_of_the_seed(models):
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
@@ -98,6 +99,7 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 EVERYTHING = (*TARGETS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1", *CONVOLUTIONS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", [TARGETS, EVERYTHING], ids=["attention", "everything"])
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
@@ -257,6 +259,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("precision", "autocast", "alpha"), CASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_the_short_forward_has_the_bits_of_pefts_own(models, precision, autocast, alpha, dropout):

@@ -156,6 +156,7 @@ def refused(path: Path, model: Model) -> str:
     return message
 
 
+@pytest.mark.long
 def test_files_that_are_no_lora_of_this_model(models, pipelines, tmp_path):
     sd, sdxl = models["sd15"], models["sdxl"]
     unet = next((pipelines["sd15"] / "unet").glob("*.safetensors"))

@@ -32,6 +32,7 @@ def drawn(pipe, guidance: float = 2.0) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_saved_folder_draws_what_the_run_draws(world, tmp_path, kind, guidance):
@@ -52,6 +53,7 @@ def test_a_model_as_it_is_keeps_its_scheduler(world, tmp_path, kind):
     assert json.loads(written) == json.loads(source)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_another_prediction_type_is_drawn_and_saved(world, tmp_path, kind):
     model = decided(world(kind), prediction_type="v_prediction")
@@ -157,6 +159,7 @@ def test_v_prediction_with_zero_snr_draws_from_the_folder_what_the_run_draws(wor
 # --- the settings are those of the source -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("single_file", [False, True])
 @pytest.mark.parametrize(("kind", "zeros"), [("sdxl", False), ("sdxl-turbo", True)])
 def test_the_source_says_how_an_empty_prompt_is_encoded(tmp_path, kind, zeros, single_file):

@@ -45,6 +45,7 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, *TRAINED])
 def test_pipeline_loads_with_every_weight_and_draws(models, tmp_path, kind):
     model = models[kind]
@@ -167,6 +168,7 @@ def is_result(found: dict[str, torch.nn.Module], model: Model, unet: torch.nn.Mo
     return frozen and same(found["unet"], unet)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "before",
     [

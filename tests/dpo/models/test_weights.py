@@ -16,6 +16,7 @@ def renamed(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {prefix + name: value.clone() for name, value in state.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
 def test_a_unet_in_any_layout_and_under_any_prefix(pipelines, tmp_path, kind):
     other = make_pipeline(tmp_path / "other", kind, seed=1)

@@ -179,6 +179,7 @@ def code_of(card, folder):
     )
 
 
+@pytest.mark.long
 def test_the_code_of_an_adapter_on_the_embedded_world_runs(runs, world, tmp_path):
     model = str(pipeline_path())
     results.write(make_run(model, world("pairs"), tmp_path, "--lora", "--rank", "2", "--batch-size", "1"))

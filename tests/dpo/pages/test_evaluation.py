@@ -135,6 +135,7 @@ def test_nothing_of_the_users_is_markup(pictures):
     assert [line.count("|") - line.count("\\|") for line in lines] == [8] * 3 + [6] * 8 + [4] * 3 + [12] * 3 + [7] * 3
 
 
+@pytest.mark.long
 def test_a_browser_shows_it(pictures, tmp_path):
     for width, columns in ((360, 1), (1200, 3)):
         seen, said = look(render(rich(pictures)), tmp_path, width)

@@ -62,6 +62,7 @@ def test_summary_tables_and_settings(whole, folder):
     assert "learning_rate" in refused(folder, "config.toml")
 
 
+@pytest.mark.long
 def test_what_is_null_is_what_is_missing(whole, folder):
     for file in ("summary.json", "tables.json"):
         good = json.loads((whole / file).read_text("utf-8"))

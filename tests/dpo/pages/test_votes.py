@@ -181,6 +181,7 @@ def test_nothing_of_the_users_is_markup():
     assert "<" not in markdown(found) and all("\n" not in line for line in headline(found))
 
 
+@pytest.mark.long
 def test_a_browser_shows_it(tmp_path):
     for width, columns in ((360, 1), (1200, 3)):
         seen, console = look(render(counted(("start", "dpo", "dde"))), tmp_path, width)

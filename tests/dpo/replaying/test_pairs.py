@@ -24,6 +24,7 @@ def slow(kind, *flags):
     return pytest.param(kind, flags, marks=pytest.mark.slow)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
@@ -57,6 +58,7 @@ def test_the_gradients_of_the_pairs_add_up_to_that_of_the_update(world, tmp_path
     assert {pair.key for pair in found} == keys_between(run, 2, 2)
 
 
+@pytest.mark.long
 def test_only_those_that_pull_most_are_measured(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *SMALL)
     advance(run, 2)
@@ -69,6 +71,7 @@ def test_only_those_that_pull_most_are_measured(world, tmp_path):
     assert all(by_key[pair.key].gradient_norm == pair.gradient_norm for pair in some[:2])
 
 
+@pytest.mark.long
 def test_a_pair_that_cannot_be_used_comes_last(world, tmp_path):
     folder = make_folders(tmp_path / "pairs", 6)
     (folder / "w" / "00002.jpg").write_bytes(b"no image")
@@ -80,6 +83,7 @@ def test_a_pair_that_cannot_be_used_comes_last(world, tmp_path):
     assert norms == pytest.approx(advance(run, 1)[0]["grad_norm"], rel=1e-4)  # of the five that can be used
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_comes_first(world, tmp_path, monkeypatch):
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *SMALL)
     key, step = sorted(keys_between(run, 1, 1))[0], type(run.step).__call__

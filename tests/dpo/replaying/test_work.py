@@ -29,6 +29,7 @@ def broken(monkeypatch):
     return make
 
 
+@pytest.mark.long
 def test_an_update_that_was_not_finite_names_its_pair(world, tmp_path, broken):
     """The run ended in it: its metrics lack it, and the update after the last one made can be asked for."""
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *FLAGS)

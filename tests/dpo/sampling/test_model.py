@@ -96,6 +96,7 @@ def test_what_is_drawn_in_half_precision_is_held_as_stored_and_is_the_same(tmp_p
             assert all(torch.equal(value, values[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sdxls_vae_stays_in_fp32(world, precision):
     xl, sd = find(world("sdxl"), precision=precision), find(world("sd15"), precision=precision)
@@ -118,6 +119,7 @@ def test_one_changed_weight_is_another_model(world, tmp_path):
     assert find(folder).fingerprint != before
 
 
+@pytest.mark.long
 def test_a_runs_lora_finds_its_base(trained, world):
     found = find(trained)
     assert differ(weight(found), weight(find(world("sd15"))))
@@ -132,6 +134,7 @@ def test_a_runs_lora_finds_its_base(trained, world):
         torch.testing.assert_close(own[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_lora_alone_wants_its_base(trained, world, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     shutil.copy(trained / file.name, file)
@@ -188,6 +191,7 @@ def altered(folder, part="unet"):
     return lambda: file.write_bytes(kept)
 
 
+@pytest.mark.long
 def test_the_start_of_a_run_is_what_it_began_with_by_content(tmp_path, world):
     """Files that were changed since are not taken for the start, nor for the model under a run's LoRA."""
     from dpo.train import main

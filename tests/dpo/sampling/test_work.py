@@ -111,6 +111,7 @@ def test_what_does_not_go_with_a_layout_is_one_line(world, tmp_path, change):
         draw(Asked(world("sd15"), init_image="examples", strength=(0.5,), **QUICK, **change), tmp_path / "out")
 
 
+@pytest.mark.long
 def test_bases_drawn_apart_are_merged_too(world, tmp_path):
     asked = Asked(world("sd15"), base=world("sd2v"), prompts=("a", "b", "c"), batch=1, **QUICK)
     parts = [tmp_path / f"p{part}" for part in range(2)]

@@ -52,6 +52,7 @@ def test_equal_pictures_have_equal_hashes(tmp_path):
     assert pixel_hash(image) not in hashes
 
 
+@pytest.mark.long
 def test_kills_leave_whole_batches(tmp_path):
     path = tmp_path / "scores.sqlite"
 

@@ -234,6 +234,7 @@ def covered(draw, truth, interval, rng, resamples):
     return hits / TABLES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompts", [20, 50, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_intervals_of_the_difference_cover(prompts, effect):
@@ -248,6 +249,7 @@ def test_intervals_of_the_difference_cover(prompts, effect):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompts", [20, *(pytest.param(many, marks=pytest.mark.slow) for many in (50, 200))])
 @pytest.mark.parametrize("rate", [0.5, 0.05, 0.95])
 @pytest.mark.parametrize("images", [1, 4])
@@ -262,6 +264,7 @@ def test_intervals_of_the_win_rate_cover(prompts, rate, images):
     assert 0.92 <= covered(draw, rate, lambda p: p.win_interval, np.random.default_rng(prompts + 5), 40) <= 0.98
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_intervals_cover_new_training_seeds(seeds):
     """Of a difference and of a win rate, where both prompts and training seeds are drawn."""
@@ -296,6 +299,7 @@ def seeds_of(rng, prompts, images, shift):
     return prompt, centre + rng.normal(0, 1, len(prompt)), centre + shift + rng.normal(0, 1, len(prompt))
 
 
+@pytest.mark.long
 def test_a_normal_shifted_by_the_best_of_two_is_worth_two():
     """The expected larger of two standard normals is 1/sqrt(pi) = 0.564, of three 0.846."""
     rng = np.random.default_rng(0)
@@ -323,6 +327,7 @@ def test_worth_ends_at_the_images_drawn():
     assert worth(prompt, np.ones(40), a) is None
 
 
+@pytest.mark.long
 def test_intervals_of_worth_cover():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(TABLES):

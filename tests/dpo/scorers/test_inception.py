@@ -92,6 +92,7 @@ def test_the_network_has_the_published_sizes(kind, classes):
     assert shapes["Mixed_6e"] == (768, 17, 17) and shapes["Mixed_7c"] == (2048, 8, 8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [TV, TF], ids=lambda kind: kind.name)
 def test_features_are_read_from_converted_weights(kind, tmp_path):
     state = published(random_state(kind)) | {"AuxLogits.fc.bias": torch.zeros(3)}

@@ -4,7 +4,10 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 
+
+@pytest.mark.long
 def test_a_new_family_is_seen_everywhere():
     code = """
         import sys

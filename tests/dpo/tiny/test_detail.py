@@ -52,6 +52,7 @@ def test_taste_b_does_not_see_contrast():
     assert moved[detail.taste_a] == pytest.approx(np.log(0.5), abs=0.1) and abs(moved[detail.taste_b]) < 0.05
 
 
+@pytest.mark.long
 def test_both_pictures_are_one_drawing_of_the_first_pairs(pairs):
     assert pairs.schema.equals(PICKAPIC)
     shipped = pq.read_table(paths.train_pairs_path(), columns=["caption", "jpg_0"])
@@ -88,6 +89,7 @@ def test_labels_are_as_noisy_as_the_first_taste_s(folder):
     assert not train & held_out
 
 
+@pytest.mark.long
 def test_the_first_taste_hardly_sees_it(pairs):
     """What its judge scores differs between the pictures of a pair by a fraction of what it does between drawings."""
     judge = load_judge("b")
@@ -113,6 +115,7 @@ def test_the_tastes_are_scorers(pairs):
     assert all(torch.isfinite(opened(name, device=CPU).score(images=flat, captions=[""] * 3)).all() for name in found)
 
 
+@pytest.mark.long
 def test_the_command_writes_the_same_again(folder, tmp_path, capsys):
     assert build.main(["--detail", str(tmp_path / "again")]) == 0
     for kind in making.KINDS:

@@ -46,6 +46,7 @@ def _encoded_once():
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in METHODS])
 def test_learning(method, tmp_path):
     run = make_run(

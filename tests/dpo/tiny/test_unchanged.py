@@ -48,6 +48,7 @@ def drawing_counted(monkeypatch):
     return drawn
 
 
+@pytest.mark.long
 def test_they_stand_for_drawing_and_are_checked_once(tmp_path, caplog, drawing_counted):
     caplog.set_level("INFO", "dpo")
     found = work.draw(replace(ASKED, shipped=True), tmp_path)

@@ -77,6 +77,7 @@ def test_cheap_mistakes_come_before_loading(build, monkeypatch):
         build()
 
 
+@pytest.mark.long
 def test_some_of_ones_own_pairs_are_held_out_and_stay_so(world, tmp_path, caplog):
     """A resumed run has the pairs of its checkpoint on their sides, whatever its command line leaves open."""
     caplog.set_level("INFO", "dpo")
@@ -183,6 +184,7 @@ def test_a_smaller_batch_is_advised_only_where_it_leaves_fewer_holes(monkeypatch
     assert ("smaller --batch-size" in caplog.text) == advised and "% of them holes" in caplog.text
 
 
+@pytest.mark.long
 def test_on_a_device_the_largest_logit_of_step_zero_is_said(world, tmp_path, caplog):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "3", "--precision", "bf16")
     assert "step 0" not in caplog.text, "on a CPU tests hold that it is 0"

@@ -353,6 +353,7 @@ print(last, caught)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_while_saving(tmp_path, kills):
     """SIGKILL at random moments: what lies under a checkpoint's name is whole, and the newest is what was last written."""

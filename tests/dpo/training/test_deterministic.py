@@ -25,6 +25,7 @@ def as_before(monkeypatch):
     cuda.enable_cudnn_sdp(flags[3])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [["--method", "dde", "--lora"], ["--method", "dpo", "--optimizer", "adamw8bit"]], ids=["lora", "full"]
 )

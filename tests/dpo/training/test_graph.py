@@ -92,6 +92,7 @@ def trained(run, updates=2):
     return everything(run), figures
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [
@@ -113,6 +114,7 @@ def test_replays_train_as_the_micro_step_does(world, tmp_path, cuda, flags):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.long
 def test_terms_outlive_the_next_replay_and_a_failed_capture_is_one_line(world, tmp_path, cuda, monkeypatch):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--lora")
     stream = run.batches()

@@ -60,12 +60,14 @@ def few_prompts(monkeypatch):
     monkeypatch.setitem(sampling.OF_WORLD, ("embedded:judged",), ("report", 4))
 
 
+@pytest.mark.long
 def test_judging_can_be_left_out(unjudged):
     assert summary(unjudged)["status"] == "finished" and not summary(unjudged)["evaluation"]
     assert (unjudged / "report.html").exists() and (unjudged / "model_index.json").exists()
     assert not (unjudged / "evaluation").exists()
 
 
+@pytest.mark.long
 def test_a_run_is_judged_and_says_that_nothing_was_left_to_train(again, few_prompts, capsys):
     assert train.main(["--output", str(again), "--resume", "latest", "--judge"]) == 0
     said = capsys.readouterr().err
@@ -104,6 +106,7 @@ def test_images_of_weights_that_were_trained_on_are_drawn_again(again):
     assert (again / "evaluation" / "note.txt").read_text() == "mine" and summary(again)["evaluation"]["prompts"] == 4
 
 
+@pytest.mark.long
 def test_ctrl_c_while_judging_leaves_the_model_and_its_report(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -145,6 +148,7 @@ def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsy
     assert summary(again)["status"] == "finished" and not summary(again)["evaluation"]
 
 
+@pytest.mark.long
 def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch, pageless):
     kept, alive = [], []
     make = build.build
@@ -165,6 +169,7 @@ def test_the_trainers_memory_is_free_by_then(tmp_path, monkeypatch, pageless):
     assert alive == [False, False, False]
 
 
+@pytest.mark.long
 def test_scorers_and_prompts_of_ones_own(world, tmp_path, capsys, monkeypatch, pageless):
     """A LoRA on another start than the model's own: what it is compared with is that start, on held-out captions."""
     (tmp_path / "own.py").write_text(

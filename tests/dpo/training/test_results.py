@@ -23,6 +23,7 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
 
 
+@pytest.mark.long
 def test_the_whole_pipeline(world, tmp_path):
     run = start(world, tmp_path)
     with torch.no_grad():
@@ -43,6 +44,7 @@ def test_averaged_weights_are_the_result(world, tmp_path):
     assert same(load(str(tmp_path)).denoiser, written)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vae", ["bf16", "fp32"])
 def test_frozen_parts_are_written_as_they_were_loaded(world, tmp_path, vae):
     """The run's own VAE and text encoder, or that alone, are rounded to bf16; an override of what is predicted stays."""

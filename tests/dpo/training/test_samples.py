@@ -77,6 +77,7 @@ def test_a_grid_without_the_images_before(world, tmp_path):
 OTHER = ["--prediction-type", "v_prediction", "--zero-snr", "on", "--sample-guidance", "5"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "flags"), [*((kind, []) for kind in KINDS), ("sd15", OTHER), ("sdxl", OTHER)])
 def test_the_saved_folder_draws_the_same_images(world, tmp_path, kind, flags):
     """What a run shows and what `from_pretrained` gives from its folder."""
@@ -141,6 +142,7 @@ def test_out_of_memory_while_drawing_costs_the_images_alone(world, tmp_path, mon
     advance(run, 1)
 
 
+@pytest.mark.long
 def test_samples_can_be_left_out(world, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--batch-size", "2", "--steps", "2", "--sample-every", "1", "--no-samples", "--workers", "0"]

@@ -199,6 +199,7 @@ def agrees(found, wanted):
     assert abs(norm - size) <= 1e-10 * size
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_summed(unets, two, case):
     kind, runtime = CASES[case]
@@ -217,6 +218,7 @@ def test_step_zero_is_exact_under_autocast(two):
         assert all(torch.equal(a, b) for a, b in pairwise(found["step zero"]))
 
 
+@pytest.mark.long
 def test_updates_and_states_have_the_bits_of_one_process(unets, two):
     weights, states = alone(unets["wide"], torch.bfloat16, channels_last="on")
     found, kept = two[0]["round trip"]

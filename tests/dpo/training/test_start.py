@@ -78,6 +78,7 @@ def first_terms(run):
     return terms
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "layout"), [("sd15", "diffusers"), ("sdxl", "kohya")])
 def test_preferences_after_a_supervised_lora(world, sft, tmp_path, kind, layout):
     """It is merged, the reference has it, and the result, on the model's own weights, gives what was trained."""
@@ -98,6 +99,7 @@ def test_preferences_after_a_supervised_lora(world, sft, tmp_path, kind, layout)
     assert ranks == {5}  # 3 + 2, for every layer
 
 
+@pytest.mark.long
 def test_the_adapter_itself_goes_on_where_the_model_is_compared_with(world, sft, tmp_path):
     start, model = sft("sd15"), world("sd15")
     flags = ["--lora", "--rank", "2", "--lora-init", str(start), "--reference-model", "base", *SHORT]
@@ -111,6 +113,7 @@ def test_the_adapter_itself_goes_on_where_the_model_is_compared_with(world, sft,
     assert close(by_diffusers(model, tmp_path), of(run)) and not close(of(run), begun)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["init", "base"])
 def test_all_weights_after_a_supervised_lora(world, sft, tmp_path, reference):
     start, model = sft("sd15"), world("sd15")
@@ -151,6 +154,7 @@ def test_an_uneven_adapter_goes_on_at_its_largest_rank(world, sft, tmp_path):
         assert close(of(run), predict(pipe.unet.eval(), None))
 
 
+@pytest.mark.long
 def test_on_another_unet(world, sft, tmp_path):
     """--unet-init first, and the LoRA on it."""
     other = make_pipeline(tmp_path / "other", "sd15", seed=1)
@@ -164,6 +168,7 @@ def test_on_another_unet(world, sft, tmp_path):
     assert base.fingerprints["reference"] == base.fingerprints["model"] != base.fingerprints["start"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["init", "base"])
 def test_resume_is_exact(world, sft, tmp_path, reference):
     start = tmp_path / "start.safetensors"

@@ -72,6 +72,7 @@ def started(world, folder, *flags: str, updates: int = 99) -> Run:
     return run
 
 
+@pytest.mark.long
 def test_a_run_moves_beta_and_resumes_exactly(world, tmp_path):
     straight = started(world, tmp_path)
     first = advance(straight, 2)
@@ -85,6 +86,7 @@ def test_a_run_moves_beta_and_resumes_exactly(world, tmp_path):
     assert all(torch.equal(ours[name], other[name]) for name in ours)
 
 
+@pytest.mark.long
 def test_the_cut_of_an_update_does_not_move_it(world, tmp_path):
     flags = ("--accumulation", "2", "--batch-size", "1")
     runs = [started(world, tmp_path / "whole"), started(world, tmp_path / "cut", *flags)]
@@ -119,6 +121,7 @@ def test_without_a_target_there_is_none(world, tmp_path):
 KTO = ("--method", "kto", "--precision", "fp64", "--eps", "1e-4", "--seed", "3", "--kto-disliked-weight", "0.1")
 
 
+@pytest.mark.long
 def test_ktos_centre_is_that_of_the_update_before_however_it_is_cut_and_resumes_exactly(world, tmp_path):
     straight = make_run(world("sd15"), world("pairs"), tmp_path / "run", *KTO, "--batch-size", "2")
     assert straight.step.beta == 2000.0  # of the kernel, whose logit has a 1/2

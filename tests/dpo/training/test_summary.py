@@ -21,6 +21,7 @@ def run(world, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_what_a_whole_run_leaves(run, world):
     summary.report(run, "finished")
     found = json.loads((run.output / "summary.json").read_text())
@@ -38,6 +39,7 @@ def test_what_a_whole_run_leaves(run, world):
     assert (run.output / "README.md").is_file() and (run.output / "report.html").is_file()
 
 
+@pytest.mark.long
 def test_held_out_pairs_with_a_caption_that_is_trained_on_are_counted(run):
     summary.report(run, "finished")
     before = json.loads((run.output / "summary.json").read_text())["data"]
@@ -48,6 +50,7 @@ def test_held_out_pairs_with_a_caption_that_is_trained_on_are_counted(run):
     assert (found["held out"], found[SHARED]) == (5, 5)
 
 
+@pytest.mark.long
 def test_a_comparison_is_put_in_afterwards_and_stays(run):
     """What is compared is what was saved, when the run itself is gone."""
     summary.report(run, "interrupted", "not compared yet")
@@ -61,6 +64,7 @@ def test_a_comparison_is_put_in_afterwards_and_stays(run):
     assert json.loads((run.output / "summary.json").read_text()) == found
 
 
+@pytest.mark.long
 def test_of_which_update_the_result_is_stays_known(run):
     """Of the best weights the update is another than the last; a start that ends otherwise writes none."""
     for done, shown, status in (
@@ -77,6 +81,7 @@ def test_of_which_update_the_result_is_stays_known(run):
         assert json.loads((run.output / "summary.json").read_text())["result"] == wanted
 
 
+@pytest.mark.long
 def test_a_broken_off_run_has_a_reason_and_no_model_card(run):
     summary.report(run, "failed", "the loss is not finite")
     found = json.loads((run.output / "summary.json").read_text())

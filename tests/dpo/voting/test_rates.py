@@ -139,6 +139,7 @@ def coverage(prompts, raters, chance, *, studies, apart=0.0):
     return hits / studies
 
 
+@pytest.mark.long
 def test_intervals_cover():
     found = coverage(50, 8, beta(3, 2), studies=100, apart=0.2)
     assert (found >= 0.90).all() and (found <= 0.99).all(), found

@@ -417,6 +417,7 @@ def fill_and_read(folder, rows, read):
     return filled, anonymous()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [5000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_memory_stays_flat(tmp_path, rows):
     """Latents of this toy are 64 bytes an image; of SD 1.5 they are 64 KiB. What grows are a few numbers for each pair."""
