@@ -99,8 +99,8 @@ def _over_updates(axes: Axes) -> None:
     _short_numbers(axes)
 
 
-def _over_timesteps(axes: Axes) -> None:
-    axes.set_xlabel("timestep (0 clean, 1000 pure noise)")
+def _over_timesteps(axes: Axes, count: int) -> None:
+    axes.set_xlabel(f"timestep (0 clean, {count} pure noise)")
     _short_numbers(axes)
 
 
@@ -202,9 +202,10 @@ def _bars(name: str, level_of: Callable[[RunFolder], float]) -> Callable[[Axes, 
         )
         _level(axes, level)
         axes.set_xlim(0, DECILES)
-        axes.set_xticks([0, 2, 4, 6, 8, 10], ["0", "200", "400", "600", "800", "1000"])
+        tenths, count = range(0, DECILES + 1, 2), run.timestep_count
+        axes.set_xticks(tenths, [f"{tenth * count / DECILES:g}" for tenth in tenths])
         axes.grid(axis="x", visible=False)
-        _over_timesteps(axes)
+        _over_timesteps(axes, count)
 
     return draw
 
@@ -214,7 +215,7 @@ def _weight(axes: Axes, run: RunFolder) -> None:
     axes.plot(*_thinned(np.arange(len(weight), dtype=float), weight), color=LIGHT["policy"])
     axes.set_yscale("log")
     axes.minorticks_off()
-    _over_timesteps(axes)
+    _over_timesteps(axes, len(weight))
 
 
 def _table(axes: Axes, run: RunFolder) -> None:
@@ -236,14 +237,14 @@ def _noisy_table(axes: Axes, values: np.ndarray, colour: str) -> None:
     if high > low:
         axes.set_ylim(min(low, 0.0) - 0.1 * (high - low), max(high, 0.0) + 0.1 * (high - low))
     _level(axes, 0.0)
-    _over_timesteps(axes)
+    _over_timesteps(axes, len(values))
 
 
 def _correction(axes: Axes, run: RunFolder) -> None:
     values = run.tables["correction"]
     axes.plot(*_thinned(np.arange(len(values), dtype=float), values), color=LIGHT["other"])
     _level(axes, 0.0)
-    _over_timesteps(axes)
+    _over_timesteps(axes, len(values))
 
 
 def _convergence(axes: Axes, run: RunFolder) -> None:

@@ -227,6 +227,11 @@ class RunFolder(NamedTuple):
     tables: dict[str, np.ndarray]  # [T] float64 each
     grids: list[Path]
 
+    @property
+    def timestep_count(self) -> int:
+        """T of the model's schedule, told by the tables; 1000, nearly every model's, in a run that was cut off before them."""
+        return max(map(len, self.tables.values()), default=1000)
+
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting by its name, whichever group holds it."""
         return next((group[name] for group in self.settings.values() if name in group), default)

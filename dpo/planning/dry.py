@@ -61,14 +61,8 @@ class Taken:
     gathered: int = 0  # bytes of weights and gradients that a sharded run has whole at a time; an estimate
 
 
-@dataclass
 class Unread(StepMetrics):
     """Rows that are kept and dropped as in training, and never read."""
-
-    rows: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     def read(self, *args: Any, **kwargs: Any) -> Figures:
         self.take()
@@ -181,7 +175,7 @@ def dry_step(
             total=1,
             speed=Speed(0.0, None),
             device=CPU,
-            metrics=Unread(),
+            metrics=Unread(tables.precision.numel()),
         )
         _make_states(updater, memory)
         states = round(memory.live["optimizer"] / shares.get("optimizer", 1.0))  # whole, as on disk

@@ -55,6 +55,7 @@ from dpo.training.deterministic import make_deterministic
 from dpo.training.embedded import embedded
 from dpo.training.folder import check_output, folder_of
 from dpo.training.graph import Graphs
+from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
 from dpo.training.run import Run, Speed
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
@@ -172,6 +173,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         fingerprints=fingerprints,
         speed=Speed.of(counted, device),
         device=device,
+        metrics=StepMetrics(tables.precision.numel()),
         held_out_source=held_out_source,
         total=total,
         recorded=errors,

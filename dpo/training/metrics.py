@@ -28,9 +28,9 @@ ROWS = (
 
 
 class StepMetrics:
-    """Per-pair rows of one optimizer step, on the device until `read`."""
+    """Per-pair rows of one optimizer step, on the device until `read`; timestep_count: T of the model's schedule."""
 
-    def __init__(self, timestep_count: int = 1000) -> None:
+    def __init__(self, timestep_count: int) -> None:
         self.timestep_count = timestep_count
         self._rows: list[Tensor] = []
 
@@ -81,7 +81,7 @@ class StepMetrics:
         return figures
 
 
-def summarise(rows: Tensor, timestep_count: int = 1000) -> dict:
+def summarise(rows: Tensor, timestep_count: int) -> dict:
     """Rows [R, N] on the host -> plain numbers by name; holes (usable 0) count nowhere, ties in no share of pairs.
 
     Of images without a partner the liked ones are the win side and the others the lose side, whose number is then there.

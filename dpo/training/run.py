@@ -88,7 +88,7 @@ class Run:
     total: int  # updates wanted
     speed: Speed
     device: torch.device
-    metrics: StepMetrics = field(default_factory=StepMetrics)
+    metrics: StepMetrics
     held_out_source: Source | None = None
     done: int = 0  # updates made
     complete: bool = False  # all updates were made before this process: its settings trained nothing
@@ -206,7 +206,7 @@ class Run:
         """Drops the gradients, sums and metrics of the update in progress."""
         self.updater.drop()
         self.table.discard()
-        self.metrics = StepMetrics()
+        self.metrics = StepMetrics(self.metrics.timestep_count)
         self.unread = {}
 
     def check_finite(self, figures: Figures) -> None:

@@ -112,7 +112,7 @@ def _metrics(folder: Path, kind: str, config: Config, last: int, updates: int) -
         terms = pair_terms(errors, t, prob, tabled.weight, now, float(config.method.beta or 1.0))
         if METHODS[config.method.method].images == "winner":
             terms = terms._replace(loss=errors[0], logit=errors[0] * math.nan, difference=errors[0] * math.nan)
-        metrics = StepMetrics()
+        metrics = StepMetrics(SCHEDULE["num_train_timesteps"])
         metrics.add(terms, prob, usable)
         norm = torch.tensor(0.02 * rng.lognormal(0, 0.3))
         shown = {"table": table, "correction": now} if METHODS[config.method.method].correction else {}

@@ -66,6 +66,15 @@ def test_the_bars_are_the_deciles(runs):
     assert [bar.get_height() + 0.5 for bar in bars] == pytest.approx(list(runs["good"].late_deciles("accuracy")))
 
 
+def test_the_clock_is_that_of_the_models_schedule(runs):
+    halved = runs["dde"]._replace(tables={name: values[::2] for name, values in runs["dde"].tables.items()})
+    for run, count in ((runs["dde"], 1000), (halved, 500)):
+        axes = drawn("accuracy-deciles", run)
+        assert [label.get_text() for label in axes.get_xticklabels()] == [str(count * k // 5) for k in range(6)]
+        for key in ("accuracy-deciles", "weight", "correction"):
+            assert f"{count} pure noise" in drawn(key, run).get_xlabel()
+
+
 def test_the_error_chart_has_winner_below_loser(runs):
     lines = drawn("errors", runs["good"]).get_lines()
     assert lines[1].get_ydata()[-1] < 0 < lines[3].get_ydata()[-1]

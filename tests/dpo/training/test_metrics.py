@@ -30,7 +30,7 @@ def terms_of(errors, timesteps, prob, beta=2000.0, shape="sigmoid"):
 
 
 def figures_of(errors, timesteps, prob, usable, split):
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     for e, t, p, u in zip(errors.split(split, 1), timesteps.split(split), prob.split(split), usable.split(split)):
         metrics.add(terms_of(e, t, p), p, u)
     return metrics.read()
@@ -42,7 +42,7 @@ def test_images_without_partners_are_on_the_side_of_their_label():
     liked, nan = prob > 0.5, torch.tensor(torch.nan).double()
     sided = torch.stack([torch.where(side, errors[row], nan) for row in (0, 2) for side in (liked, ~liked)])
     terms = terms_of(errors, t, torch.ones(64).double())._replace(errors=sided)
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     metrics.add(terms, prob, usable)
     figures, kept = metrics.read(), usable.bool()
     for name, side in (("win", liked), ("lose", ~liked)):
@@ -121,9 +121,19 @@ def test_method_without_reference_has_no_margin():
     assert figures["policy_win_error"] == pytest.approx(errors[0][usable > 0].double().mean().item())
 
 
+def test_deciles_are_tenths_of_the_models_own_schedule():
+    errors, t, prob, usable = step()
+    terms = terms_of(errors, t, prob)
+    metrics = StepMetrics(500)
+    metrics.add(terms._replace(timesteps=terms.timesteps // 2), prob, usable)
+    figures, whole = metrics.read(), figures_of(errors, t, prob, usable, 64)
+    assert figures["pairs_by_decile"] == whole["pairs_by_decile"] and min(figures["pairs_by_decile"][5:]) > 0
+    assert figures["margin_by_decile"] == whole["margin_by_decile"]
+
+
 def test_extreme_margins_do_not_overflow():
     errors, t, prob, usable = step()
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     metrics.add(terms_of(errors, t, prob, beta=1e12), prob, usable)
     with np.errstate(over="raise", invalid="raise"):
         assert 0 < metrics.read()["gradient_factor"] < 1
@@ -145,7 +155,7 @@ def test_ties_are_counted_and_are_in_no_share_of_pairs():
 def test_the_gradient_factor_is_the_slope_of_the_loss_that_trains():
     errors, t, _, usable = step()
     prob = torch.full((64,), 0.9)
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     for shape in SHAPES:
         terms = terms_of(errors, t, prob, shape=shape)
         metrics.add(terms, prob, usable)
@@ -160,7 +170,7 @@ def test_the_gradient_factor_is_the_slope_of_the_loss_that_trains():
 
 def test_scalars_and_tables_travel_along():
     errors, t, prob, usable = step()
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     metrics.add(terms_of(errors, t, prob), prob, usable)
     figures = metrics.read(
         {"grad_norm": torch.tensor(2.5)}, {"table": torch.arange(1000.0), "correction": torch.zeros(1000)}
@@ -182,7 +192,7 @@ def test_one_transfer_a_step_and_none_in_a_micro_batch(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, record)
     errors, t, prob, usable = step()
     terms = terms_of(errors, t, prob)
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     calls.clear()
     metrics.add(terms, prob, usable)
     metrics.add(terms, prob, usable)
@@ -195,15 +205,15 @@ def test_rows_of_two_processes_concatenate():
     errors, t, prob, usable = step()
     halves = []
     for part in (slice(0, 32), slice(32, 64)):
-        metrics = StepMetrics()
+        metrics = StepMetrics(1000)
         metrics.add(terms_of(errors[:, part], t[part], prob[part]), prob[part], usable[part])
         halves.append(metrics.take())
-    assert summarise(torch.cat(halves, 1)) == figures_of(errors, t, prob, usable, 64)
+    assert summarise(torch.cat(halves, 1), 1000) == figures_of(errors, t, prob, usable, 64)
 
 
 def test_no_gradient_graph_is_kept():
     errors, t, prob, usable = step()
-    metrics = StepMetrics()
+    metrics = StepMetrics(1000)
     metrics.add(terms_of(errors.requires_grad_(), t, prob), prob, usable)
     assert not metrics.take().requires_grad
 
