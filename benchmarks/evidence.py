@@ -40,8 +40,8 @@ WHERE_NOTE = """\
 *Told apart*: how often the best observer of a noised picture says rightly which one of its pair it was (exact, of the pairs' latents; one
 half is guessing). The pictures of the first taste differ in what noise hides last, those of the second in what it hides first. *d*: the
 share of a tenth in what margins are made of, how much more the policy lowered the error of the winner than that of the loser, in the last
-quarter of a run of `dpo` (mean over the seeds). *Rises by*: the judge's mean score after a run of `dpo` on this tenth of the timesteps
-alone. The weights are shared by all timesteps, and where d is large the logit saturates: a run on small timesteps alone moves either score
+quarter of a run of `dpo` (mean over the seeds that kept it; how many is in brackets). *Rises by*: the judge's mean score
+after a run of `dpo` on this tenth of the timesteps alone. The weights are shared by all timesteps, and where d is large the logit saturates: a run on small timesteps alone moves either score
 the least, though most of d is there. Beside its own largest rise either taste gains alike from a tenth: detail is hidden by noise first, but
 is not learned from smaller timesteps than the first taste is."""
 COLUMNS = ["method", "seeds", "win rate", "over seeds", "95 % interval", "lowest bound of a seed", "score"]
@@ -110,7 +110,7 @@ def where(results: Cells, apart: dict[str, list[float]]) -> list[dict[str, Any]]
             line[told] = f"{apart[taste][tenth]:.2f}"
             if found:
                 d = np.mean(found, axis=0)
-                line[share] = f"{d[tenth] / d.sum():.1%}"
+                line[share] = f"{d[tenth] / d.sum():.1%} ({len(found)})"
             if alone := results[SEGMENTS[tenth] + taste]:
                 line[rise] = f"{mean(gain(cell) for cell in alone.values()):+.3f}"
     return lines

@@ -466,6 +466,7 @@ def test_ipo_is_trls():
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("mapo", "kto")])

@@ -426,6 +426,7 @@ def check(name: str, example: Path, place: Path, dice: random.Random) -> bool:
         target.write_bytes(original)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_mutated_file_is_read_or_refused_in_one_line(name, count, examples, tmp_path):
