@@ -41,7 +41,8 @@ WHERE_NOTE = """\
 half is guessing). The pictures of the first taste differ in what noise hides last, those of the second in what it hides first. *d*: the
 share of a tenth in what margins are made of, how much more the policy lowered the error of the winner than that of the loser, in the last
 quarter of a run of `dpo` (mean over the seeds that kept it; how many is in brackets). *Rises by*: the judge's mean score
-after a run of `dpo` on this tenth of the timesteps alone. The weights are shared by all timesteps, and where d is large the logit saturates: a run on small timesteps alone moves either score
+after a run of `dpo` on this tenth of the timesteps alone. The weights are shared by all timesteps, and where d
+is large the logit saturates: a run on small timesteps alone moves either score
 the least, though most of d is there. Beside its own largest rise either taste gains alike from a tenth: detail is hidden by noise first, but
 is not learned from smaller timesteps than the first taste is."""
 COLUMNS = ["method", "seeds", "win rate", "over seeds", "95 % interval", "lowest bound of a seed", "score"]

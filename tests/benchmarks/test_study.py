@@ -232,7 +232,8 @@ def test_where_a_taste_lives(path):
         found["measured"] = list(np.arange(1.0, 11))
     results[SEGMENTS[3] + study.DETAIL] = results["sft"]
     lines = evidence.where(results, APART)
-    assert lines[9]["d, first"] == f"{10 / 55:.1%} (1)" and "d, detail" not in lines[9]
+    seeds = len(results["dpo"])
+    assert lines[9]["d, first"] == f"{10 / 55:.1%} ({seeds})" and "d, detail" not in lines[9]
     assert lines[3]["rises by, detail"] == "+0.233" and "rises by, detail" not in lines[4]
     assert lines[9]["told apart, first"] == "1.00" and lines[9]["told apart, detail"] == "0.55"
 
