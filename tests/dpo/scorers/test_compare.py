@@ -234,8 +234,8 @@ def covered(draw, truth, interval, rng, resamples):
     return hits / TABLES
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("prompts", [20, 50, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [20, 50, 200])
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_intervals_of_the_difference_cover(prompts, effect):
     of, truth = EFFECTS[effect]
@@ -264,8 +264,8 @@ def test_intervals_of_the_win_rate_cover(prompts, rate, images):
     assert 0.92 <= covered(draw, rate, lambda p: p.win_interval, np.random.default_rng(prompts + 5), 40) <= 0.98
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seeds", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5])
 def test_intervals_cover_new_training_seeds(seeds):
     """Of a difference and of a win rate, where both prompts and training seeds are drawn."""
     rng, prompts, hits = np.random.default_rng(seeds), 40, np.zeros(2)

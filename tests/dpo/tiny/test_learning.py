@@ -15,7 +15,6 @@ from tests.help.running import advance, make_run
 # tell them apart. So it is with sdpo, whose safeguard of 0.9 leaves a tenth of the losers' gradients.
 LATE = ["--window-low", "700"]
 FLAGS = {"sft": LATE, "sdpo": LATE}
-SLOW = METHODS.keys() - {"dpo"}  # which says that a run learns
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,8 +45,8 @@ def _encoded_once():
         yield
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_learning(method, tmp_path):
     run = make_run(
         str(paths.pipeline_path()), str(paths.train_pairs_path()), tmp_path / "run",
