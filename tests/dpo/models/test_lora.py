@@ -15,10 +15,12 @@ from dpo.models import lora
 from dpo.models.denoiser import halve
 from dpo.models.dropout import masks_of
 from dpo.models.family import Model
-from dpo.models.load import load
+from dpo.models.load import family_of, load, read_index
+from dpo.models.parts import hollow
 from dpo.models.save import save_lora
 from dpo.models.sdxl import kohya_name
 from dpo.pages.folder import ADAPTER_FILE
+from dpo.planning.sketch import CONFIGS
 from tests.dpo.models.test_denoiser import arguments, run
 from tests.help.ldm import led_back
 from tests.help.operations import Operations
@@ -214,6 +216,69 @@ def test_kohya_names_of_every_layer_of_sdxl_are_the_original_ones(full_sdxl):
         "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
     }
     assert {name: kohya_name(name, full_sdxl) for name in known} == known
+
+
+WIDTH = 3072  # of FLUX.1, klein-4B and Qwen-Image
+JOINT = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out"
+
+
+def square(names: str, width: int = WIDTH, inside: str = "attn.") -> dict[str, tuple[int, int]]:
+    return {f"{inside}{name}": (width, width) for name in names.split()}
+
+
+# What public LoRA files of the published models hold, those of diffusers' own training scripts: for each list of blocks
+# how many there are, and their adapted layers with the widths that these take and give. Qwen-Image: as DiffSynth's and
+# others' files, without the modulation.
+PUBLIC = {
+    "sd35-medium": {"transformer_blocks": (24, square(JOINT, 1536))},
+    "flux-dev": {
+        "transformer_blocks": (
+            19,
+            square(JOINT)
+            | {f"{ff}.net.0.proj": (WIDTH, 4 * WIDTH) for ff in ("ff", "ff_context")}
+            | {f"{ff}.net.2": (4 * WIDTH, WIDTH) for ff in ("ff", "ff_context")},
+        ),
+        "single_transformer_blocks": (38, square("to_q to_k to_v")),
+    },
+    "flux2-klein-base-4b": {
+        "transformer_blocks": (5, square("to_q to_k to_v to_out.0")),
+        "single_transformer_blocks": (
+            20,  # q, k, v and the two halves of a gated MLP of three widths; attention and MLP
+            {"attn.to_qkv_mlp_proj": (WIDTH, 9 * WIDTH), "attn.to_out": (4 * WIDTH, WIDTH)},
+        ),
+    },
+    "qwen-image": {
+        "transformer_blocks": (60, square(JOINT) | {f"{x}_mlp.net.2": (4 * WIDTH, WIDTH) for x in ("img", "txt")})
+    },
+}
+NONE_THERE = {"sd35-medium": {"transformer_blocks.23.attn.to_add_out"}}  # its last block gives no text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_file_of_a_published_flow_model_has_the_keys_and_shapes_of_public_ones(tmp_path, name, caplog):
+    folder, rank = CONFIGS / name, 4
+    family = family_of(read_index(folder), "auto")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    transformer = hollow(getattr(diffusers, family.denoiser_class), config)
+    with caplog.at_level("WARNING", "dpo"):
+        lora.add(transformer, rank=rank, alpha=rank, target_modules=family.lora_targets, dropout=0.0, seed=0)
+    assert not caplog.records, "no target and no kind of block is left out"
+    for module in lora.adapter_layers(transformer):
+        for part in (module.lora_A, module.lora_B):
+            part.to_empty(device="cpu")
+    lora.save(transformer, family, tmp_path)
+    layers = {
+        f"{blocks}.{i}.{layer}": widths
+        for blocks, (count, inside) in PUBLIC[name].items()
+        for i in range(count)
+        for layer, widths in inside.items()
+        if f"{blocks}.{i}.{layer}" not in NONE_THERE.get(name, ())
+    }
+    expected = {f"transformer.{layer}.lora_A.weight": [rank, taken] for layer, (taken, _) in layers.items()}
+    expected |= {f"transformer.{layer}.lora_B.weight": [given, rank] for layer, (_, given) in layers.items()}
+    with safe_open(tmp_path / ADAPTER_FILE, "pt") as file:
+        assert {key: file.get_slice(key).get_shape() for key in file.keys()} == expected  # noqa: SIM118  # no mapping
 
 
 def test_metadata_is_readable_without_peft(models, tmp_path):
