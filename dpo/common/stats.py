@@ -27,7 +27,8 @@ def share_interval(successes: float, count: float, z: float = Z95) -> tuple[floa
 def independent(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """(successes, count) of values [n] in [0, 1] as of so many independent ones that their share has the same error.
 
-    groups: [n] keys; values of one group go together. Where each is alone, or all are equal, the count is n.
+    groups: [n] keys; values of one group go together. Where each is alone the count is n; where all are equal, which says
+    nothing of how they go together, it is the number of groups.
     """
     total, count = float(values.sum()), float(len(values))
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
@@ -36,7 +37,7 @@ def independent(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     share = total / count
     variance = float((np.bincount(group, values - share) ** 2).sum()) / count**2
     alone = share * (1 - share) / variance if variance > 0 else count
-    effective = min(max(alone, 1.0), count)
+    effective = float(len(sizes)) if (values == values[0]).all() else min(max(alone, 1.0), count)
     return total * (effective / count), effective
 
 

@@ -82,5 +82,7 @@ def test_what_goes_together_counts_as_fewer():
     successes, count = independent(values, np.repeat(np.arange(60), 8))
     assert (successes, count) == pytest.approx((48, 60))
     assert independent(values[::7], np.arange(len(values[::7]))) == (values[::7].sum(), len(values[::7]))
-    assert independent(np.full(6, 0.5), np.zeros(6)) == (3, 6), "no spread: nothing says how they go together"
+    assert independent(np.full(6, 0.5), np.zeros(6)) == (0.5, 1), "no spread: nothing says how they go together"
+    assert independent(np.ones(6), np.arange(6) // 3) == (2, 2), "as few as there are groups"
+    assert independent(np.array([1.0, 0, 1, 0]), np.arange(4) // 2) == (2, 4), "groups whose sums do not differ"
     assert independent(np.zeros(0), np.zeros(0)) == (0, 0)
