@@ -157,7 +157,8 @@ def pairs_of(config: Config) -> Pairs | None:
 
 
 def pairs_of_number(count: int, data: Data, sides: int) -> Pairs:
-    """So many pairs, or images, which nobody has looked at: each counts as of a caption of its own. Raises UserError."""
+    """A set of so many pairs, or images, which nobody has looked at: each counts as of a caption of its own. Raises UserError."""
+    count = count if data.max_pairs is None else min(count, data.max_pairs)
     if data.validation_fraction is not None:  # a run's own count is near it, and depends on the captions
         return Pairs(count, max(1, count - round(data.validation_fraction * count)))
     none_a_tie = np.ones(count, np.float32)

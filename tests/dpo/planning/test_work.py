@@ -122,13 +122,16 @@ def test_pairs_are_counted_as_a_run_counts_them(changes):
         (200, {"validation_by": "pair"}, 150),
         (200, {"validation_data": "owner/set"}, 200),
         (200, {"validation_fraction": 0.3}, 140),
+        (200, {"max_pairs": 160}, 110),
+        (200, {"max_pairs": 300}, 150),
+        (200, {"max_pairs": 100, "validation_fraction": 0.3}, 70),
         (1, {"validation_fraction": 0.5}, 1),
     ],
 )
 def test_of_a_number_of_pairs_as_many_are_held_out_as_a_run_holds_out(count, changes, trained):
     config = change(CONFIG, steps=None, epochs=2.0, **changes)
     found = work.plan(config, Asked(pairs=count), lambda config: (dealt(config, 1), TAKEN))
-    assert found.pairs == Pairs(count, trained) and found.steps == -(-2 * trained // 32)
+    assert found.pairs == Pairs(min(count, changes.get("max_pairs", count)), trained) and found.steps == -(-2 * trained // 32)
 
 
 def test_pairs_that_are_not_here_are_not_counted():
