@@ -109,7 +109,7 @@ def check_scorers(asked: Asked, folder: Path) -> None:
     """Raises UserError where a scorer is another by now than the one of its name that gave the finished labels."""
     names = [name for name, _ in asked.scorers]
     for one in labelled.judges(folder):
-        if one["asked"] in names and not is_still(one["asked"], one["fingerprint"]):
+        if one["asked"] in names and not is_still(one["asked"], one["fingerprint"], asked.cache_dir):
             raise UserError(
                 f"--output {folder} holds labels by {one['asked']} as it was before: name another folder, or --overwrite them"
             )

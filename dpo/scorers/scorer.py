@@ -24,7 +24,7 @@ from dpo.common.hub import is_hub_id
 from dpo.common.words import excerpt, first_line
 from dpo.scorers import own
 from dpo.scorers.sets import SetScorer
-from dpo.scorers.towers import FILES, WEIGHTS, folder_of
+from dpo.scorers.towers import FILES, folder_of, weights_here
 
 
 class Scorer(Protocol):
@@ -245,10 +245,11 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> None:
         _attribute(known.beside)(known.name, _attribute(known.checked)(known.name, place or None), cache_dir)
 
 
-def is_still(name: str, fingerprint: str) -> bool:
+def is_still(name: str, fingerprint: str, cache_dir: str | Path | None = None) -> bool:
     """Whether what had this fingerprint is what the name stands for now, as far as can be told without loading weights.
 
-    A user's own scorer says its fingerprint; of weights in a local place the contents stand in it. Raises UserError.
+    A user's own scorer says its fingerprint; of weights that are on this machine, in a local place or in the hub's cache,
+    the contents stand in it. Raises UserError.
     """
     known, place = listed(name), name.partition(":")[2]
     if known is None:
@@ -256,7 +257,7 @@ def is_still(name: str, fingerprint: str) -> bool:
     if known.checked:
         files = [_attribute(known.checked)(known.name, place or None)]
     else:
-        files = list(Path(place).expanduser().glob(WEIGHTS)) if place else []
+        files = weights_here(place or known.source, cache_dir)
     return all(checksum(path) in fingerprint for path in files)
 
 

@@ -254,6 +254,19 @@ def folder_of(name: str, place: str, cache_dir: str | Path | None, files: Sequen
         ) from error
 
 
+def weights_here(place: str, cache_dir: str | Path | None = None) -> list[Path]:
+    """The files of weights of a folder, or those that the hub's cache has of a hub id: the hub is not asked."""
+    folder = Path(place).expanduser()
+    if not folder.is_dir() and is_hub_id(place):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(place, allow_patterns=[WEIGHTS], cache_dir=cache_dir, local_files_only=True))
+        except Exception:  # as in `folder_of`
+            return []
+    return sorted(folder.glob(WEIGHTS))
+
+
 @lru_cache
 def _checksum(path: Path, size: int, changed: int) -> str:
     """The checksum of a file's bytes, computed once a process for each state (size, time of change) of the file."""

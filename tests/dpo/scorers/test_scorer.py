@@ -181,6 +181,20 @@ def test_weights_that_changed_in_their_place_are_known_by_their_content(tmp_path
     assert not is_still(name.format(tmp_path), before)
 
 
+def test_weights_that_changed_on_the_hub_are_known_once_they_are_in_its_cache(tmp_path):
+    kept = tmp_path / "models--yuvalkirstain--PickScore_v1"
+    for revision, value in (("a" * 40, 0.0), ("b" * 40, 1.0)):
+        (kept / "snapshots" / revision).mkdir(parents=True)
+        save_file({"x": torch.full((2, 2), value)}, kept / "snapshots" / revision / "model.safetensors")
+    before = f"pickscore {checksum(kept / 'snapshots' / ('a' * 40) / 'model.safetensors')} torch.float32"
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+    assert is_still("pickscore", before, tmp_path) and is_still("pickscore:yuvalkirstain/PickScore_v1", before, tmp_path)
+    (kept / "refs" / "main").write_text("b" * 40)
+    assert not is_still("pickscore", before, tmp_path)
+    assert not is_still("pickscore:yuvalkirstain/PickScore_v1", before, tmp_path)
+
+
 def test_of_a_listed_scorer_without_a_place_and_of_ones_own_the_name_and_the_fingerprint_tell(monkeypatch):
     assert (
         is_still("tiny-a", "whatever") and is_still("pickscore", "whatever") and is_still("pickscore:owner/name", "x")
