@@ -95,10 +95,10 @@ def _save_png(path: Path, chosen: Sequence[Chart], run: RunFolder) -> Path:
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
     with matplotlib.rc_context(STYLE):
-        height = (SIZE[1] + 0.5) * rows
-        figure = Figure(figsize=(SIZE[0] * columns, height))
+        width, height = SIZE[0] * columns, (SIZE[1] + 0.5) * rows
+        figure = Figure(figsize=(width, height))
         figure.subplots_adjust(
-            0.75 / (SIZE[0] * columns), 0.55 / height, 0.98, 1 - 0.7 / height, wspace=0.24, hspace=0.62
+            0.75 / width, 0.55 / height, 1 - 0.25 / width, 1 - 0.7 / height, wspace=0.24, hspace=0.62
         )
         FigureCanvasAgg(figure)
         for place, chart in enumerate(chosen):
