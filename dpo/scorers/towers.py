@@ -261,9 +261,10 @@ def weights_here(place: str, cache_dir: str | Path | None = None) -> list[Path]:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(place, allow_patterns=[WEIGHTS], cache_dir=cache_dir, local_files_only=True))
+            found = snapshot_download(place, allow_patterns=[WEIGHTS], cache_dir=cache_dir, local_files_only=True)
         except Exception:  # as in `folder_of`
             return []
+        folder = Path(found)
     return sorted(folder.glob(WEIGHTS))
 
 

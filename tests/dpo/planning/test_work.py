@@ -131,7 +131,8 @@ def test_pairs_are_counted_as_a_run_counts_them(changes):
 def test_of_a_number_of_pairs_as_many_are_held_out_as_a_run_holds_out(count, changes, trained):
     config = change(CONFIG, steps=None, epochs=2.0, **changes)
     found = work.plan(config, Asked(pairs=count), lambda config: (dealt(config, 1), TAKEN))
-    assert found.pairs == Pairs(min(count, changes.get("max_pairs", count)), trained) and found.steps == -(-2 * trained // 32)
+    assert found.pairs == Pairs(min(count, changes.get("max_pairs", count)), trained)
+    assert found.steps == -(-2 * trained // 32)
 
 
 def test_pairs_that_are_not_here_are_not_counted():

@@ -189,10 +189,10 @@ def test_weights_that_changed_on_the_hub_are_known_once_they_are_in_its_cache(tm
     before = f"pickscore {checksum(kept / 'snapshots' / ('a' * 40) / 'model.safetensors')} torch.float32"
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("a" * 40)
-    assert is_still("pickscore", before, tmp_path) and is_still("pickscore:yuvalkirstain/PickScore_v1", before, tmp_path)
+    names = ("pickscore", "pickscore:yuvalkirstain/PickScore_v1")
+    assert all(is_still(name, before, tmp_path) for name in names)
     (kept / "refs" / "main").write_text("b" * 40)
-    assert not is_still("pickscore", before, tmp_path)
-    assert not is_still("pickscore:yuvalkirstain/PickScore_v1", before, tmp_path)
+    assert not any(is_still(name, before, tmp_path) for name in names)
 
 
 def test_of_a_listed_scorer_without_a_place_and_of_ones_own_the_name_and_the_fingerprint_tell(monkeypatch):
