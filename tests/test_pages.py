@@ -50,6 +50,7 @@ def run_one_after_another(parts: list[str]) -> dict:
     return names
 
 
+@pytest.mark.long
 def test_the_blocks_of_the_api_page(elsewhere, capsys):
     parts = blocks("docs/api.md")
     assert len(parts) == 4
@@ -198,6 +199,7 @@ def test_the_notebook_imports_what_is_there_and_holds_no_output():
     assert '"outputs": []' in (text := NOTEBOOK.read_text("utf-8")) and '"output_type"' not in text
 
 
+@pytest.mark.long
 def test_the_notebook_runs(tmp_path):
     """In a kernel of its own, as in Jupyter."""
     import nbformat

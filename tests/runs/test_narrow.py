@@ -92,6 +92,7 @@ def test_a_lora_run_of_files_in_half_precision(world, tmp_path, monkeypatch, loa
     assert all(torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kind", [pytest.param(one, marks=[pytest.mark.slow] * (one not in ("sd15", "flux-dev"))) for one in KINDS]
 )

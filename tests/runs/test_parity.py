@@ -214,6 +214,7 @@ TOKENS = 16  # of an image of 32 pixels
 FLOW = {"sd35": PlainSD3, "flux-dev": PlainFlux, "flux2-klein-base": PlainKlein, "qwen-image": PlainQwen}
 
 SLOW = (("sd2v", True), ("sdxl", True), *((kind, True) for kind in TRAINED))  # an adapter is the same in every family
+FIRST = (("sd15", False), ("sd15", True), ("sd35", False))
 CASES = [(kind, low_rank) for low_rank in (False, True) for kind in ("sd15", "sd2v", "sdxl")]
 CASES += [(kind, low_rank) for kind in TRAINED for low_rank in (False, True)]
 
@@ -221,7 +222,11 @@ CASES += [(kind, low_rank) for kind in TRAINED for low_rank in (False, True)]
 @pytest.mark.parametrize(
     ("kind", "low_rank"),
     [
-        pytest.param(*case, marks=[pytest.mark.slow] * (case in SLOW), id=f"{'lora' if case[1] else 'full'}-{case[0]}")
+        pytest.param(
+            *case,
+            marks=[] if case in FIRST else [pytest.mark.slow if case in SLOW else pytest.mark.long],
+            id=f"{'lora' if case[1] else 'full'}-{case[0]}",
+        )
         for case in CASES
     ],
 )

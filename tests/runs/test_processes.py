@@ -186,6 +186,7 @@ def check_state(expected: dict, found: dict) -> None:
     assert far == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "name"), [(count, name) for count, names in TRIED.items() for name in names if name not in SINGLE]
 )
@@ -215,17 +216,20 @@ def check_first_gradient(alone: dict, every: list[dict]) -> None:
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)  # 8-bit states, bf16 weights
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_first_gradient_in_single_precision(runs, name):
     check_first_gradient(runs[1][0][name], [found[name] for found in runs[2]])
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes(runs):
     """Two updates each on 2 processes, 1 and 4 are the six on one: pairs, learning rate, states and DDE's table go on."""
     for found in runs[4]:
         check_state(runs[1][0]["recorded"]["state"], found["resumed"])
 
 
+@pytest.mark.long
 def test_processes_that_differ_end_in_one_line(runs):
     first, second = (found["wrong"] for found in runs[2])
     assert first == second
@@ -235,11 +239,13 @@ def test_processes_that_differ_end_in_one_line(runs):
     )
 
 
+@pytest.mark.long
 def test_unreadable_images_are_counted_over_all_processes(runs):
     first, second = (found["wrong"]["images"] for found in runs[2])
     assert first == second and first.startswith("2 of 10 pairs have an unreadable image, the last: ")
 
 
+@pytest.mark.long
 def test_held_out_pairs_are_dealt_out_unevenly(runs):
     assert runs[1][0]["dpo"]["held out"]["heldout_pairs"] % 2  # else the test above shows less than it should
 
@@ -250,6 +256,7 @@ def lines(folder: Path, rank: int) -> list[str]:
     return [line for line in text.splitlines() if line and " INFO " not in line and "c10d" not in line]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_all_and_the_run_goes_on(launched, start, tmp_path, capsys, brief):
     children = launched(*FOUR, "--steps", "500", until=2)
     os.kill(children[1], signal.SIGKILL)

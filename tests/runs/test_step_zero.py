@@ -61,7 +61,10 @@ def test_families(world, tmp_path, kind, flags):
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-@pytest.mark.parametrize("flags", ["full", "bf16 autocast, lora", "checkpointing", "dde"])
+@pytest.mark.parametrize(
+    "flags",
+    ["full", *(pytest.param(name, marks=pytest.mark.long) for name in ("bf16 autocast, lora", "checkpointing", "dde"))],
+)
 def test_families_of_flow_matching(world, tmp_path, kind, flags):
     draw = ["--timestep-draw", "logit-normal"] if flags == "full" else []
     run = make_run(world(kind), world("pairs"), tmp_path, "--batch-size", "3", *SMALL, *PATHS[flags], *draw)

@@ -189,6 +189,7 @@ def test_a_store_gives_the_run_of_the_images_and_recorded_errors_that_of_live_on
     assert runs["store"].source.sides == 1 and len(runs["store"].source) == 24
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [("--flip", "--caption-dropout", "0.3"), pytest.param(("--buckets",), marks=pytest.mark.slow)],
@@ -324,6 +325,7 @@ def test_commands_on_pairs_refuse_them_in_a_line(world, images, tmp_path, capsys
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [(), ("--kto-center", "batch"), ("--lora", "--flip", "--caption-dropout", "0.5")],
@@ -342,6 +344,7 @@ def test_the_gradients_of_the_images_add_up_to_that_of_the_update(world, images,
     assert sum(one.loss for one in found) / IMAGES == pytest.approx(after["loss"], rel=1e-12)
 
 
+@pytest.mark.long
 def test_an_update_is_replayed_and_told_of_images(world, images, stored, tmp_path, capsys):
     for name, data in (("files", images), ("store", stored)):
         out, found = tmp_path / name, tmp_path / f"{name}-replay"

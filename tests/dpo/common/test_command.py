@@ -81,6 +81,7 @@ def test_argparse_raises_instead_of_exiting():
     assert isinstance(parser, argparse.ArgumentParser)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("module", COMMANDS.values())
 def test_help_of_every_command_starts_without_torch(module):
     code = f"import sys\nfrom {module} import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"

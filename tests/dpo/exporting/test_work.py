@@ -47,6 +47,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
 def test_one_file_read_back_by_diffusers_is_the_folder_bit_for_bit(world, tmp_path, kind):
     path = export(Asked(world(kind), "single-file", tmp_path))
@@ -296,6 +297,7 @@ def test_a_lora_on_one_file_needs_no_weights_of_it(tmp_path):
 V1, V2, XL, TURBO = (f"stable-diffusion-{name}" for name in ("v1", "v2", "xl-v1-base", "xl-turbo-v1"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "marks", "words", "run", "kind", "predicts", "side"),
     [

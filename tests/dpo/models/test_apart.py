@@ -111,6 +111,7 @@ def test_cores_are_for_small_networks_on_a_cpu_of_several(two_threads):
 FULL = ["--batch-size", "4", "--accumulation", "2", "--steps", "4"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags", [[], ["--lora"], ["--checkpointing", "on"], ["--method", "dde"], ["--precision", "fp64"]], ids=str
 )

@@ -18,6 +18,7 @@ from tests.help.operations import Operations
 CPU = torch.device("cpu")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_own_bits_in_fewer_operations(unets, kind, dtype):  # noqa: F811

@@ -190,6 +190,7 @@ FEW = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "scheduler", "index", "few"), FEW.values(), ids=FEW)
 def test_distilled_models_are_known_by_their_configs(copies, kind, scheduler, index, few):
     folder = copies(kind)

@@ -87,6 +87,7 @@ def models(world) -> dict[str, Model]:
 LAYOUTS = ("ours", "kohya", "peft", "diffusers with metadata", "diffusers with alpha tensors", "old diffusers")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_what_was_trained(models, tmp_path, kind, layout):
@@ -96,6 +97,7 @@ def test_every_layout_gives_what_was_trained(models, tmp_path, kind, layout):
     check(lora_files.read(place, model.denoiser, model.family), unet)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("layout", ["ours", "kohya"])
 def test_every_layer_of_a_unet(models, tmp_path, kind, layout):

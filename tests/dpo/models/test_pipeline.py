@@ -145,6 +145,7 @@ def test_turbo_keeps_its_own_sampler(world):
     assert model.resampled == {} and not model.scheduler_config.get("rescale_betas_zero_snr")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_v_prediction_with_zero_snr_draws_from_the_folder_what_the_run_draws(world, tmp_path, kind):
     model = decided(world(kind), prediction_type="v_prediction", zero_snr="on")

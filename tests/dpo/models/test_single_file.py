@@ -95,6 +95,7 @@ def marked(folder, path, keys, spec):
     return str(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("keys", "spec", "kind", "zero", "words"), SAYS.values(), ids=SAYS)
 def test_what_a_checkpoint_says_of_itself_is_followed(pipelines, tmp_path, keys, spec, kind, zero, words):
     path = marked(pipelines["sdxl"], tmp_path / "model.safetensors", keys, spec)

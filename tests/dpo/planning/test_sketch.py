@@ -24,6 +24,7 @@ PUBLISHED = {  # parameters of denoiser, VAE and text encoders, of the published
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_size(name):
     model = sketch(Named(model=name))

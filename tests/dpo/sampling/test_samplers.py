@@ -15,6 +15,7 @@ def test_the_command_offers_them_all():
     assert (samplers.OWN, *samplers.SAMPLERS) == flags.SAMPLERS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_sampler_follows_the_models_schedule(world, name):
     pipe = pipeline_of(load(world("sd15")))

@@ -25,6 +25,7 @@ REAL = sorted(
 SLOW = ("sd21", "sdxl", "sdxl-turbo")  # the shapes of SD 1.5, and others for a count of their own
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in REAL])
 def test_presets_of_real_models_validate_for_a_twentieth_of_their_flops(name):
     cfg, _ = parse(["--preset", name])

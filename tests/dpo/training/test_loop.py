@@ -73,6 +73,7 @@ def test_a_signal_stops_between_micro_batches_with_a_checkpoint(run):
     assert '"interrupted"' in (run.output / "metrics.jsonl").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("error", "latest"), [(Diverged("not finite"), 2), (UserError("a bad image"), 3)])
 def test_an_emergency_deletes_no_checkpoint(run, error, latest):
     """After a divergence the last healthy one goes on, where there is one; a mistake of a file leaves nothing poisoned."""

@@ -98,6 +98,7 @@ def test_the_saved_folder_draws_the_same_images(world, tmp_path, kind, flags):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [[], ["--ema", "0.9"], ["--sample-batch", "2"]], ids=" ".join)
 def test_where_memory_is_short_room_is_made(world, tmp_path, monkeypatch, caplog, flags):
     """One at a time unless a number is given; the optimizer's state is away, and the run goes on bit for bit."""

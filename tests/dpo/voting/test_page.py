@@ -141,6 +141,7 @@ def test_a_whole_study_by_raters_at_the_keyboard(browser, tmp_path):
     assert content["left_out"] == [] and {rater["votes"] for rater in content["raters"]} == {40}
 
 
+@pytest.mark.long
 def test_reload_undo_back_double_click_and_two_tabs(browser, folder):
     with served(folder) as web:
         tab = come(browser, web.address, "Anna", own=True)
@@ -347,6 +348,7 @@ LAYOUT = """(() => {
 })()"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "height", "stacked"),
     [(1280, 900, False), (390, 844, True), (320, 568, True), (844, 390, False), (820, 1180, True)],
