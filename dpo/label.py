@@ -190,9 +190,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of random pairs, and of which image stands first (default: 0)")
     flags.add_drawn(parser)
     flags.add_protocol(parser)
-    parser.add_argument(
-        "--guidance", type=flags.guidance, metavar="SCALE", help="guidance scale (default: 7.5; SDXL 5, Turbo 0)"
-    )
+    parser.add_argument("--guidance", type=flags.guidance, metavar="SCALE", help=flags.GUIDANCE)
     add = parser.add_argument_group("by what").add_argument
     add(
         "--scorers",

@@ -88,9 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache-dir", metavar="FOLDER", help="where hub downloads are kept")
     flags.add_drawn(parser)
     flags.add_protocol(parser)
-    parser.add_argument(
-        "--guidance", type=flags.guidance, metavar="SCALE", help="guidance scale (default: 7.5; SDXL 5, Turbo 0)"
-    )
+    parser.add_argument("--guidance", type=flags.guidance, metavar="SCALE", help=flags.GUIDANCE)
     add = parser.add_argument_group("from an image (SDEdit)").add_argument
     add(
         "--init-image",

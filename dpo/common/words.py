@@ -97,6 +97,12 @@ def counted_of(count: int, total: int, many: str, is_one: str, are_many: str) ->
     return f"{count} of {number_of(total, many)} {is_one if count == 1 else are_many}"
 
 
+def multiples(of: int, near: int) -> str:
+    """What a number may be that is a multiple of another, with those next to `near`: "multiples of 16: 64 or 80"."""
+    below = near // of * of
+    return f"multiples of {of}: {below} or {below + of}" if below else f"multiples of {of}: {of}"
+
+
 def as_on_windows(path: str) -> str:
     """The end of a message on a path that is not there: a hint where it has backslashes, and this system cuts by slashes."""
     return "; it is written with \\, as on Windows: write / here" if "\\" in path and os.sep == "/" else ""

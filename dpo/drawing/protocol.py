@@ -9,6 +9,8 @@ from typing import Any
 
 from dpo.common.words import digest
 
+CHOSEN = "text_tokens"
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -32,17 +34,19 @@ class Protocol:
     versions: Mapping[str, str]
     strengths: tuple[float, ...] = ()  # of SDEdit (Meng et al. 2022, arXiv 2108.01073); none: from noise alone
     init_images: tuple[str, ...] = field(default=())  # hashes of their pixels, at the size that is drawn
+    text_tokens: int | None = None  # of a caption, where the family lets that be chosen
 
     def to_json(self) -> dict[str, Any]:
-        """Every field by its name, in JSON's own types."""
-        return json.loads(json.dumps(asdict(self)))
+        """Every field by its name, in JSON's own types; text_tokens where they are chosen, as earlier versions had none."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {name: one for name, one in found.items() if name != CHOSEN or one is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Protocol:
         """The protocol that `to_json` wrote. Raises ValueError where a field is missing or unknown."""
         names = {each.name for each in fields(cls)}
-        if not isinstance(value, Mapping) or set(value) != names:
-            strange = sorted(names ^ set(value)) if isinstance(value, Mapping) else ["all of it"]
+        if not isinstance(value, Mapping) or set(value) | {CHOSEN} != names:
+            strange = sorted(names ^ (set(value) | {CHOSEN})) if isinstance(value, Mapping) else ["all of it"]
             raise ValueError(f"not a protocol of this version ({', '.join(strange[:3])})")
         lists = ("seeds", "strengths", "init_images")
         made: dict[str, Any] = {name: tuple(one) if name in lists else one for name, one in value.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dpo.common.errors import UserError
@@ -80,6 +80,16 @@ def checked(asked: Asked) -> Config | None:
     return _of_pairs(asked)
 
 
+def captioned(asked: Asked) -> Asked:
+    """`asked` with captions of one length for all models, as `sampling.captioned` has it. Raises UserError."""
+    return replace(asked, draw=drawn_alike(asked.models, asked.draw))
+
+
+def drawn_alike(models: Sequence[Named], draw: sampling.Asked) -> sampling.Asked:
+    """The same of what models are drawn with; folders of images are as they are. Raises UserError."""
+    return sampling.captioned(draw, [one.place for one in models if not _has_images(Path(one.place).expanduser())])
+
+
 def look_at(models: Sequence[Named], draw: sampling.Asked, captions: Path | None) -> list[Named]:
     """Those that are drawn with. Raises UserError for a model that is not to be had and, where others are drawn, for images that
     cannot be used."""
@@ -118,4 +128,6 @@ def _of_pairs(asked: Asked) -> Config:
     base = model.settings_of(asked.base.place)
     config, _ = parse([*flags, "--model", base["model"]])
     check_pairs(open_source(config.data), place, "this accuracy is of pairs: a run of --method kto measures its own")
-    return change(config, **base)
+    trained = model.as_trained([one.place for one in asked.models], asked.draw.lora_base, asked.draw.cache_dir)
+    alike = {name: values.pop() for name, values in trained.items() if len(values) == 1}
+    return change(config, **base | alike | ({"text_tokens": tokens} if (tokens := asked.draw.text_tokens) else {}))

@@ -17,7 +17,7 @@ from dpo.data.pairs import check_pairs
 from dpo.data.parquet import read_in_order
 from dpo.data.sources import check_output, describe, open_source
 from dpo.data.store.store import of_store
-from dpo.evaluating.asked import check_undrawn, look_at
+from dpo.evaluating.asked import check_undrawn, drawn_alike, look_at
 from dpo.evaluating.work import check_folders, side_of
 from dpo.labelling import folder as place
 from dpo.labelling.asked import Asked
@@ -90,7 +90,8 @@ def _items(asked: Asked, folder: Path, shard: tuple[int, int]) -> Items:
         raise UserError(
             "one model with --seeds 1 draws one image of a prompt, and a pair has two: give --seeds 2 or more"
         )
-    sides = [side_of(one, asked.draw, folder, asked.captions, shard) for one in asked.models]
+    draw = drawn_alike(asked.models, asked.draw)
+    sides = [side_of(one, draw, folder, asked.captions, shard) for one in asked.models]
     return OfSides(sides)
 
 

@@ -236,6 +236,7 @@ def decide(config: Config, model: Model, device: DeviceFacts) -> tuple[Config, s
         lora_targets=model.family.lora_targets,
         text_tokens=model.text_tokens,
         train_guidance=model.guidance,
+        side_factor=model.geometry.side_factor if model.family.flow else 1,
         shift_by_size=bool(model.scheduler_config.get("use_dynamic_shifting")),
     )
     config, decided = resolve(config, facts, device)

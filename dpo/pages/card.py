@@ -29,6 +29,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
+FEW = "turbo"  # of the setting `timesteps`
 PLACES = ("unet_init", "lora_init")  # of SETTINGS: what names a place
 
 
@@ -166,9 +167,12 @@ def _literal(text: str) -> str:
 
 
 def _call(run: RunFolder) -> str:
-    """The call that draws, with captions as long as in training where that is not the encoder's own."""
-    tokens = run.setting("text_tokens")
-    return f'pipe(prompt="a prompt"{f", max_sequence_length={tokens}" if tokens else ""}).images[0]'
+    """The call that draws: captions as long as in training where that is not the encoder's own, few steps as the run's own."""
+    told = {"max_sequence_length": run.setting("text_tokens") or None}
+    if run.setting("timesteps") == FEW:
+        scale = "true_cfg_scale" if run.setting("family") == "qwen" else "guidance_scale"
+        told |= {"num_inference_steps": run.setting("sample_steps"), scale: run.setting("sample_guidance")}
+    return f'pipe(prompt="a prompt"{"".join(f", {name}={x:g}" for name, x in told.items() if x is not None)}).images[0]'
 
 
 def _here(name: Any) -> str:
@@ -207,7 +211,8 @@ def _training(run: RunFolder) -> list[tuple[str, Any]]:
         if name not in unused and run.setting(name) != 0
     ]
     if (end := run.setting("window_high")) is not None:  # the timestep after the last
-        rows.append(("timesteps", f"{run.setting('window_low', 0)} to {end - 1}"))
+        few = "four of a distilled model, of " if run.setting("timesteps") == FEW else ""
+        rows.append(("timesteps", f"{few}{run.setting('window_low', 0)} to {end - 1}"))
     rows += [
         (f"data: {name}".replace("pairs", things(run)), value)
         for name, value in (run.summary.get("data") or {}).items()

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 LARGEST = 16384  # pixels of a side
 START = "start:"  # before the folder of a run: the model that it started from
+GUIDANCE = (
+    "guidance scale (default: SD 7.5, SDXL 5, SD 3 7, FLUX.1 3.5, FLUX.2 and Qwen-Image 4; of a few steps' model 0)"
+)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 SAMPLERS = ("model", "ddim", "ddpm", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc")
 
@@ -55,7 +58,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         choices=PRECISIONS,
-        help="(default: fp32 on a CPU, fp16 on a GPU; SDXL's VAE always fp32)",
+        help="(default: fp32 on a CPU, fp16 on a GPU, where flows take bf16; SDXL's VAE always fp32)",
     )
     add(
         "--vae-tile",
@@ -63,6 +66,12 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="PIXELS",
         help="decode in tiles of this side: less memory, slightly other images",
+    )
+    add(
+        "--text-tokens",
+        type=above(0),
+        metavar="N",
+        help="tokens of a caption, of a flow (default: as runs that are drawn with had it, else as its pipeline has it)",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 

@@ -24,7 +24,7 @@ from dpo.models.load import load_weights_into
 from dpo.models.pipeline import pipeline_of
 from dpo.models.ready import load_model
 from dpo.pages.began import EMBEDDED, MADE_FROM, read_made_from, start_of
-from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, read_settings
+from dpo.pages.folder import ADAPTER_FILE, CHECKPOINTS, CONFIG_FILE, INDEX_FILE, holds_run, read_settings
 from dpo.pages.standing import apart
 from dpo.sampling.flags import START
 from dpo.settings import config as settings
@@ -41,6 +41,8 @@ EXAMPLES = (
     "inside the package"
 )
 
+AS_TRAINED = ("text_tokens", "timesteps", "train_guidance")  # settings of a run that its model is asked with ever after
+
 log = logging.getLogger("dpo")
 
 
@@ -54,20 +56,30 @@ class Opened(NamedTuple):
     steps: int  # defaults of this model
     guidance: float
     side: int  # pixels that it was trained at
+    side_factor: int  # what a side that it can draw is a multiple of
+    text_tokens: int | None  # of a caption, where its family lets that be chosen
 
 
 def read(
-    name: str, *, device: torch.device, lora_base: str | None, cache_dir: str | None, narrow: bool = False
+    name: str,
+    *,
+    device: torch.device,
+    lora_base: str | None,
+    cache_dir: str | None,
+    text_tokens: int | None = None,
+    narrow: bool = False,
 ) -> tuple[settings.Config, Model]:
     """The model that `name` stands for, in fp32 on the CPU with its LoRA merged into it, and its settings, decided.
 
-    device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says; narrow: whether what
-    nothing is merged into, and no VAE, stays in half precision where its files hold it so. Raises UserError.
+    device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says; text_tokens: of a
+    caption, None: as its run had it, else its family; narrow: whether what nothing is merged into, and no VAE, stays in half
+    precision where its files hold it so. Raises UserError.
     """
     lora = lora_file(name, lora_base, cache_dir)
     wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
-    if cache_dir is not None:
-        wanted["cache_dir"] = cache_dir
+    wanted |= {
+        key: value for key, value in (("cache_dir", cache_dir), ("text_tokens", text_tokens)) if value is not None
+    }
     changed = lora is not None or wanted.get("unet_init") is not None or wanted.get("lora_init") is not None
     kept = ("text",) if changed else ("text", "denoiser")
     held = kept if narrow else ()
@@ -90,14 +102,24 @@ def read(
     return config, model
 
 
-def opened(name: str, *, device: torch.device, precision: str, lora_base: str | None, cache_dir: str | None) -> Opened:
+def opened(
+    name: str,
+    *,
+    device: torch.device,
+    precision: str,
+    lora_base: str | None,
+    cache_dir: str | None,
+    text_tokens: int | None = None,
+) -> Opened:
     """The pipeline that `name` stands for, on the CPU; arguments as of `read`.
 
     precision: fp32, bf16 or fp16, of all parts but a VAE that overflows (SDXL's), which stays in fp32; "auto": fp16, or bf16
     for a family of flow matching, whose text encoders overflow. Raises UserError.
     """
     half = precision == "auto" or precision in HALF
-    config, model = read(name, device=device, lora_base=lora_base, cache_dir=cache_dir, narrow=half)
+    config, model = read(
+        name, device=device, lora_base=lora_base, cache_dir=cache_dir, text_tokens=text_tokens, narrow=half
+    )
     pipe = pipeline_of(model)
     weights = checksum(model.denoiser, model.vae, *model.text_encoders, dtype=torch.float32)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
@@ -125,6 +147,8 @@ def opened(name: str, *, device: torch.device, precision: str, lora_base: str | 
         steps=out.sample_steps,
         guidance=out.sample_guidance,
         side=model.geometry.native,
+        side_factor=model.geometry.side_factor if model.family.flow else model.geometry.vae_scale,  # a UNet pads
+        text_tokens=model.text_tokens,
     )
 
 
@@ -132,10 +156,39 @@ def settings_of(name: str) -> dict[str, Any]:
     """The settings, by name, that load what is no LoRA. Raises UserError."""
     if name.startswith(START):
         return _config_of_run(Path(name.removeprefix(START)).expanduser() / CONFIG_FILE, {"reference_model"})
-    beside = Path(name).expanduser() / CONFIG_FILE
-    drawn = settings.flat_settings(load_config(str(beside), "the run's")) if beside.is_file() else {}
-    as_trained = {key: drawn[key] for key in ("text_tokens", "timesteps") if drawn.get(key) not in (None, "auto")}
-    return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name, **as_trained}
+    own = _as_trained(Path(name).expanduser() / CONFIG_FILE)
+    return {"model": str(paths.pipeline_path()) if name == EMBEDDED else name, **own}
+
+
+def _as_trained(path: Path) -> dict[str, Any]:
+    """What a run's config.toml says of AS_TRAINED, by name; empty where there is none. Raises UserError."""
+    said = settings.flat_settings(load_config(str(path), "the run's")) if path.is_file() else {}
+    return {key: said[key] for key in AS_TRAINED if said.get(key) not in (None, "auto")}
+
+
+def as_trained(names: Sequence[str], lora_base: str | None, cache_dir: str | None) -> dict[str, set[Any]]:
+    """What the runs among the models `names` say of AS_TRAINED, by name. Raises UserError."""
+    found: dict[str, set[Any]] = {key: set() for key in AS_TRAINED}
+    for name in names:
+        lora = lora_file(name, lora_base, cache_dir)
+        wanted = settings_of(name) if lora is None else config_of_lora(name, lora, lora_base)
+        for key in AS_TRAINED:
+            found[key] |= {wanted[key]} - {None, "auto"} if key in wanted else set()
+    return found
+
+
+def captions_alike(names: Sequence[str], lora_base: str | None, cache_dir: str | None) -> int | None:
+    """The tokens of a caption that models which are compared are all asked with: those of the runs among them.
+
+    None where no run says. Raises UserError where two runs differ.
+    """
+    said = sorted(as_trained(names, lora_base, cache_dir)["text_tokens"])
+    if len(said) > 1:
+        raise UserError(
+            f"they were trained with captions of {said[0]} and of {said[1]} tokens, and images of both cannot be compared: say "
+            "with --text-tokens how many all are drawn with"
+        )
+    return said[0] if said else None
 
 
 def check(name: str, lora_base: str | None = None, cache_dir: str | None = None) -> bool:
@@ -226,9 +279,9 @@ def _names_lora(path: Path) -> bool:
 
 def config_of_lora(name: str, lora: Path, lora_base: str | None) -> dict[str, Any]:
     """The settings that give the model under a LoRA: `lora_base`, or that of the run which left it. Raises UserError."""
-    if lora_base is not None:
-        return settings_of(lora_base)
     beside = lora.parent / CONFIG_FILE
+    if lora_base is not None:
+        return settings_of(lora_base) | (_as_trained(beside) if holds_run(lora.parent) else {})
     if not beside.is_file():
         raise UserError(f"{name} is a LoRA, and no {CONFIG_FILE} beside it names its model: give that with --lora-base")
     return _config_of_run(beside, {"lora_init", "reference_model"})

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dpo.common.console import Progress
 from dpo.common.errors import UserError, reading
 from dpo.common.files import AGAIN, sweep, writing
 from dpo.common.pictures import pixel_hash, upright
-from dpo.common.words import digest, listed, number_of
+from dpo.common.words import digest, listed, multiples, number_of
 from dpo.drawing import images, layouts, memory, prompts, sheet
 from dpo.drawing.images import Drawn, Pace
 from dpo.drawing.prompts import Prompt, PromptSet
@@ -69,6 +69,7 @@ class Asked:
     batch: int | None = None
     precision: str = "auto"
     vae_tile: int = 0
+    text_tokens: int | None = None
     device: str = "auto"
     init_image: str | None = None
     strength: tuple[float, ...] = ()
@@ -99,6 +100,8 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
         layouts.check(asked.layout, chosen.prompts, asked.seeds)
     device = device_of(asked.device)
     _check_asked(asked, chosen, init)
+    if asked.base is not None:
+        asked = captioned(asked, [asked.model, asked.base])
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
     with ExitStack() as stack:
@@ -111,6 +114,13 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
         with locks.held(folder, "--output", "-sheets", FINISHING):  # two processes may find all images there
             with writing(folder, AGAIN):
                 return _finish(asked, folder, chosen, asked.base is not None)
+
+
+def captioned(asked: Asked, names: Sequence[str]) -> Asked:
+    """`asked` with captions of one length for all models `names`, as the runs among them had them. Raises UserError."""
+    if asked.text_tokens is not None:
+        return asked
+    return replace(asked, text_tokens=named.captions_alike(names, asked.lora_base, asked.cache_dir))
 
 
 def _check_asked(asked: Asked, chosen: PromptSet, init: Sequence[Layout]) -> None:
@@ -210,9 +220,19 @@ def _draw_one(
 ) -> None:
     precision = "fp32" if asked.precision == "auto" and device.type == "cpu" else asked.precision
     own = asked.lora_base if name == asked.model else None
-    opened = named.opened(name, device=device, precision=precision, lora_base=own, cache_dir=asked.cache_dir)
+    opened = named.opened(
+        name,
+        device=device,
+        precision=precision,
+        lora_base=own,
+        cache_dir=asked.cache_dir,
+        text_tokens=asked.text_tokens,
+    )
     samplers.use(opened.pipe, asked.sampler)
     width, height = asked.width or opened.side, asked.height or opened.side
+    for flag, side in (("--width", width), ("--height", height)):
+        if side % opened.side_factor:
+            raise UserError(f"{flag} {side}: {name} draws sides that are {multiples(opened.side_factor, side)}")
     steps = asked.steps or opened.steps
     guidance = opened.guidance if asked.guidance is None else asked.guidance
     if steps > (most := int(opened.pipe.scheduler.config.get("num_train_timesteps", steps))):
@@ -240,10 +260,12 @@ def _draw_one(
         versions={library: version(library) for library in VERSIONS},
         strengths=asked.strength,
         init_images=tuple(map(pixel_hash, pixels)),
+        text_tokens=opened.text_tokens,
     )
     log.info(
-        "%s: %s, %s, guidance %g, %d x %d, %s, %d together, on %s; %s of %s",
-        name, protocol.sampler, number_of(steps, "steps"), protocol.guidance, width, height, protocol.precision, protocol.group, protocol.device,
+        "%s: %s, %s, guidance %g, %d x %d, %s%s, %d together, on %s; %s of %s",
+        name, protocol.sampler, number_of(steps, "steps"), protocol.guidance, width, height, protocol.precision,
+        f", captions of {number_of(opened.text_tokens, 'tokens')}" if opened.text_tokens else "", protocol.group, protocol.device,
         number_of(len(chosen.prompts), "prompts"), chosen.name,
     )  # fmt: skip
     tasks = tasks_of(asked, chosen, init)

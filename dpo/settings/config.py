@@ -498,7 +498,10 @@ class Output:
         None, "sampling steps; none: 50, or 4 for Turbo", unit="steps", low=1, resume="free"
     )
     sample_guidance: float | None = option(
-        None, "guidance scale; none: 7.5 (SD), 5 (SDXL), 0 (Turbo)", low=0.0, resume="free"
+        None,
+        "guidance scale; none: 7.5 (SD), 5 (SDXL), 7 (SD 3), 3.5 (FLUX.1), 4 (FLUX.2, Qwen-Image), 0 (few steps)",
+        low=0.0,
+        resume="free",
     )
     sample_batch: int | None = option(
         None,

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from dpo.common.errors import UserError
-from dpo.common.words import number_of
+from dpo.common.words import multiples, number_of
 from dpo.methods import METHODS
 from dpo.settings.config import Config, change, flatten
 from dpo.settings.fields import brief
@@ -35,6 +35,7 @@ class ModelFacts:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # the family's default
     text_tokens: int | None = None  # of a caption, where the family lets that be chosen
     train_guidance: float | None = None  # that the model is told, where it takes one
+    side_factor: int = 1  # what the sides of its images are multiples of
     shift_by_size: bool = False  # whether a flow's noise levels depend on the size of the images
 
     @property
@@ -128,6 +129,9 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
     if model.largest is not None and side * (2**0.5 if config.data.buckets else 1) > model.largest:
         shape = ", whose buckets are up to 1.42 times as long," if config.data.buckets else ""
         raise UserError(f"--resolution {side}{shape} is more than the model can take: {model.largest} pixels of a side")
+    if side % model.side_factor:
+        raise UserError(f"--resolution {side}: the model takes sides that are {multiples(model.side_factor, side)}")
+    guidance = (model.train_guidance or 0.0) if few else model.guidance
     return {
         "timesteps": timesteps,
         "text_tokens": model.text_tokens,
@@ -135,7 +139,7 @@ def _of_model(config: Config, model: ModelFacts) -> dict[str, Any]:
         "resolution": side,
         "window_high": high,
         "sample_steps": out.sample_steps or (4 if few else 50),
-        "sample_guidance": (0.0 if few else model.guidance) if out.sample_guidance is None else out.sample_guidance,
+        "sample_guidance": guidance if out.sample_guidance is None else out.sample_guidance,
     }
 
 

@@ -30,6 +30,13 @@ def test_what_differs_is_named(change, names):
     assert one.told(names[0]) != other.told(names[0])
 
 
+def test_the_length_of_captions_is_of_models_that_have_several():
+    """Sets of earlier versions say nothing of it, and are what they were."""
+    plain, of_flow = protocol(), protocol(text_tokens=64)
+    assert "text_tokens" not in plain.to_json() and Protocol.from_json(of_flow.to_json()) == of_flow
+    assert of_flow.differs(plain) == ["text_tokens"] and of_flow.hash != plain.hash
+
+
 @pytest.mark.parametrize("broken", [{}, [], {"steps": 3}, {**protocol().to_json(), "colour": 1}])
 def test_another_versions_protocol_is_refused(broken):
     with pytest.raises(ValueError, match="not a protocol"):

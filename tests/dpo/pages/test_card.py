@@ -203,3 +203,14 @@ def test_the_code_of_other_adapters_names_their_model(runs):
         'pipe.load_lora_weights("x", weight_name="pytorch_lora_weights.safetensors")\n'
         'image = pipe(prompt="a prompt", num_inference_steps=1).images[0]\n'
     )
+
+
+@pytest.mark.parametrize(("family", "scale"), [("flux", "guidance_scale"), ("qwen", "true_cfg_scale")])
+def test_the_code_of_a_few_steps_model_draws_in_them(runs, family, scale):
+    own = {"family": family, "timesteps": "turbo", "model": "owner/model"}
+    drawn = {"sample_steps": 4, "sample_guidance": 0.0}
+    method = {**runs["lora-gpu"].settings.get("method", {}), "window_high": 1000}
+    groups = {**runs["lora-gpu"].settings, "model": own, "output": drawn, "method": method}
+    card = model_card(runs["lora-gpu"]._replace(settings=groups))
+    assert f'pipe(prompt="a prompt", num_inference_steps=4, {scale}=0).images[0]' in card
+    assert "four of a distilled model, of 0 to 999" in card

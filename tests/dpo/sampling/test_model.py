@@ -1,6 +1,7 @@
 """dpo.sampling.model: folders, LoRAs, training outputs; the fingerprint tells any two apart."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,3 +241,36 @@ def test_a_finished_run_is_drawn_with_captions_as_long_as_in_training(world, tmp
     asked = change(Config(), model="anything", text_tokens=64)
     (folder / "config.toml").write_text(to_toml(asked))
     assert find(folder).pipe.captions_as_trained == {"max_sequence_length": 64}
+
+
+def of_run(place, **values):
+    """The config.toml of a run, beside what is in a folder already."""
+    (place / "config.toml").write_text(to_toml(change(Config(), **values)))
+    return str(place)
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """Two LoRAs of runs of one model, that were trained with captions of two lengths, one in four steps."""
+    for name, values in {"a": {"text_tokens": 32, "timesteps": "turbo"}, "b": {"text_tokens": 64}}.items():
+        (tmp_path / name).mkdir()
+        save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / name / ADAPTER_FILE)
+        of_run(tmp_path / name, model="m", lora=True, **values)
+    return [str(tmp_path / name) for name in "ab"]
+
+
+def test_a_lora_on_a_base_that_lies_elsewhere_is_asked_as_it_was_trained(loras, tmp_path):
+    for base in (None, "elsewhere"):
+        found = sampling.config_of_lora("a", Path(loras[0]) / ADAPTER_FILE, base)
+        assert (found["text_tokens"], found["timesteps"]) == (32, "turbo") and found["model"] == (base or "m")
+    (tmp_path / "a" / "config.toml").write_text('[general]\nother_program = "yes"\n')
+    assert sampling.config_of_lora("a", Path(loras[0]) / ADAPTER_FILE, "elsewhere") == {"model": "elsewhere"}
+
+
+def test_what_is_compared_has_captions_of_one_length(loras, world):
+    plain = world("sd35")
+    assert sampling.captions_alike([plain, loras[0]], None, None) == 32
+    assert sampling.captions_alike([plain, plain], None, None) is None
+    assert sampling.as_trained([plain, *loras], None, None)["timesteps"] == {"turbo"}
+    with pytest.raises(UserError, match="captions of 32 and of 64 tokens.* with --text-tokens how many"):
+        sampling.captions_alike([plain, *loras], None, None)

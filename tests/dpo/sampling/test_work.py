@@ -1,5 +1,8 @@
 """dpo.sampling.work: tasks and their seeds, what the protocol says, layouts, base beside aligned."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +13,7 @@ from dpo.drawing.images import read_protocol, read_set
 from dpo.drawing.prompts import Prompt, PromptSet
 from dpo.sampling import work
 from dpo.sampling.work import Asked, Layout, draw, image_seed, tasks_of
+from dpo.settings.config import Config, change, to_toml
 
 QUICK = {"steps": 2, "guidance": 2.0, "sheets": 0, "device": "cpu"}
 TWO = PromptSet("two", (Prompt("a"), Prompt("b", "animals", seed=100)))
@@ -148,3 +152,24 @@ def test_under_torchrun_each_process_has_its_gpu(monkeypatch):
     work.device_of("auto")
     work.device_of("cpu")
     assert asked == ["cuda:3", "cpu"]
+
+
+def test_a_base_is_asked_with_captions_as_long_as_the_run(world, tmp_path):
+    """The same weights twice, of which one is a run's: the images are the same too."""
+    folder = shutil.copytree(world("sd35"), tmp_path / "run")
+    (folder / "config.toml").write_text(to_toml(change(Config(), model="m", text_tokens=16)))
+    asked = Asked(str(folder), base=world("sd35"), prompts=("a",), width=32, height=32, **QUICK)
+    drawn = draw(asked, tmp_path / "out")
+    beside = read_set(tmp_path / "out" / "base")
+    assert read_protocol(tmp_path / "out" / "base")[0].text_tokens == 16
+    assert [one.path.read_bytes() for one in beside] == [one.path.read_bytes() for one in drawn]
+    draw(replace(asked, text_tokens=64), tmp_path / "longer")
+    assert read_protocol(tmp_path / "longer")[0].text_tokens == 64
+    with pytest.raises(UserError, match="--text-tokens is for flow-matching models"):
+        draw(Asked(world("sd15"), prompts=("a",), text_tokens=16, **QUICK), tmp_path / "none")
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_a_side_that_a_flow_would_round_is_refused(world, tmp_path, side):
+    with pytest.raises(UserError, match=f"--{side} 68: .*flux-dev draws sides that are multiples of 8: 64 or 72"):
+        draw(Asked(world("flux-dev"), prompts=("a",), **{side: 68}, **QUICK), tmp_path)

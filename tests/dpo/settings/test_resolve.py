@@ -226,3 +226,20 @@ def test_pairs_that_cannot_be_dealt_out_are_refused_with_what_fits(values, proce
     with pytest.raises(UserError) as caught:
         dealt(from_mapping(dict(zip(("batch_size", "effective_batch"), values))), processes)
     assert [word for word in words if word not in str(caught.value)] == [] and "\n" not in str(caught.value)
+
+
+FLOW = {"family": "flux", "prediction_type": "flow_prediction", "side_factor": 16}
+
+
+def test_a_side_that_a_flow_cannot_take_is_refused():
+    with pytest.raises(
+        UserError, match="--resolution 1000: the model takes sides that are multiples of 16: 992 or 1008"
+    ):
+        decide({"resolution": 1000}, **FLOW)
+    assert decide({"resolution": 1008}, **FLOW)[0].data.resolution == 1008
+
+
+@pytest.mark.parametrize(("told", "scale"), [(None, 0.0), (3.5, 3.5)])
+def test_four_steps_have_no_guidance_but_what_the_model_is_told_in_training(told, scale):
+    found, _ = decide({"timesteps": "turbo"}, train_guidance=told, **FLOW)
+    assert (found.output.sample_steps, found.output.sample_guidance) == (4, scale)
