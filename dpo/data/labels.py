@@ -132,9 +132,10 @@ def find_columns(names: Iterable[str], data: Data, where: str, kind: str = "auto
     if kind == "auto" and where.endswith(RANKINGS) and plainly & {*IMAGE} and plainly & {*NUMBERS}:
         make = command_line(["dpo.pairs", where])
         raise UserError(f"{where}: is a ranking, one image in a line, and no pairs yet: make pairs of it with {make}")
+    alone = ", or of images without partners --single-image-column, --liked-column" if kind == "auto" else ""
     raise UserError(
         f"{where}: needs the columns {layouts[kind]}, found {listed(names) or 'none'}; "
-        "name others with --caption-column, --chosen-column, --rejected-column"
+        f"name others with --caption-column, --chosen-column, --rejected-column{alone}"
     )
 
 

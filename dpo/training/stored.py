@@ -149,11 +149,11 @@ def check_sides(config: Config, source: Source, held_out: Source | None) -> None
         )
     if source.sides == 2:
         return
-    if METHODS[method].images != "single":
+    if (images := METHODS[method].images) != "single":
+        does = "compares the two of a pair" if images == "pair" else "trains on the preferred image of a pair"
         names = listed(sorted(name for name, row in METHODS.items() if row.images == "single"))
         raise UserError(
-            f"{data.data} has images without partners, and method {method} compares the two of a pair: use --method {names}, or "
-            "give pairs"
+            f"{data.data} has images without partners, and method {method} {does}: use --method {names}, or give pairs"
         )
     liked = int(np.sum(source.prob > 0.5))
     are = counted(liked, "image is", "images are"), counted(len(source) - liked, "is", "are")

@@ -279,6 +279,10 @@ def test_other_methods_and_mixed_sets_are_refused_in_a_line(world, images, tmp_p
         UserError, match="images without partners, and method dpo compares the two of a pair: use --method kto"
     ):
         make_run(world("sd15"), images, tmp_path)
+    with pytest.raises(
+        UserError, match="partners, and method sft trains on the preferred image of a pair: use --method kto"
+    ):
+        make_run(world("sd15"), images, tmp_path, "--method", "sft")
     with pytest.raises(UserError, match="has pairs and .* images without partners, whose accuracy needs a centre"):
         make_run(world("sd15"), world("pairs"), tmp_path, *KTO, "--validation-data", images)
 

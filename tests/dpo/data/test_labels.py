@@ -146,6 +146,18 @@ def test_p_of_chosen():
     assert np.allclose(out.prob[out.keep], [0.9, 0.8, 1.0])
 
 
+def test_columns_of_images_without_partners_are_named_where_they_may_be_meant():
+    with pytest.raises(UserError) as caught:
+        find_columns(["prompt", "photo", "verdict"], Data(), "here.csv")
+    flags = "--caption-column, --chosen-column, --rejected-column"
+    assert str(caught.value).endswith(f"{flags}, or of images without partners --single-image-column, --liked-column")
+    assert find_columns(["prompt", "photo", "verdict"], Data(single_image_column="photo", liked_column="verdict"), "x")
+    for kind in ("pickapic", "chosen-rejected"):
+        with pytest.raises(UserError) as caught:
+            find_columns(["prompt", "photo", "verdict"], Data(), "here.csv", kind)
+        assert str(caught.value).endswith(flags)
+
+
 def test_p_is_a_column_of_both_layouts_and_not_of_fingerprints():
     for names in (worlds.pickapic_schema(2).names, ["prompt", "chosen", "rejected"]):
         without, found = find_columns(names, Data(), "here"), find_columns([*names, "p"], Data(), "here")
