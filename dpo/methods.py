@@ -155,10 +155,10 @@ METHODS = {row.name: row for row in _ROWS}
 
 
 class Start(NamedTuple):
-    """A shape f of the pairwise loss where every run begins, at z = 0."""
+    """A loss where every run begins, at z = 0: a shape f of the pairwise one, or a run's own with its labels."""
 
-    loss: float  # f(0)
-    pull: float  # |f'(0)|
+    loss: float | None  # f(0); None where the errors are in it too
+    pull: float  # |f'(0)|, the mean over the pairs that are no ties
 
 
 class Alpha(NamedTuple):
@@ -174,14 +174,14 @@ class Shape(NamedTuple):
     """A shape of the pairwise loss; objective.py has its function."""
 
     title: str  # in the report and the model card; empty for the usual one
-    start: Callable[[float], Start]  # from its constant (0 where it has none), at p = 1
+    start: Callable[[float], Start]  # from its constant (0 where it has none), at p = 1; its pull is linear in 2 p - 1
     alpha: Alpha | None = None
     paper: Paper | None = None
 
-    def start_of(self, alpha: float | None = None, smoothing: float = 0.0) -> Start:
-        """Where a run begins with this constant, or the shape's own, and hard labels, smoothed or not."""
+    def start_of(self, alpha: float | None = None, decided: float = 1.0) -> Start:
+        """Where a run begins with this constant, or the shape's own, and labels whose mean of 2 p - 1 is `decided`."""
         found = self.start((0.0 if self.alpha is None else self.alpha.default) if alpha is None else alpha)
-        return found._replace(pull=found.pull * (1 - 2 * smoothing))
+        return found._replace(pull=found.pull * decided)
 
 
 def _dmpo_start(a: float) -> Start:

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dpo.pages.figures import DECILES
 from dpo.pages.folder import RunFolder
-from dpo.pages.single import MEANINGS, guessing, held_things, is_single, things, trained_guessing
+from dpo.pages.single import BESIDE, MEANINGS, guessing, held_things, is_single, things, trained_guessing
 
 # Name -> colour. All values differ, so that a drawing can be recoloured by value (dpo.pages.plots.svg).
 LIGHT = {
@@ -25,6 +25,13 @@ LIGHT = {
 
 
 POINTS = 300
+
+FROM = " from its value at the start (dashed)"
+# The dashed line of a chart, by its key: the figure's value before the first update, None where it is not known.
+AT_START: dict[str, Callable[[RunFolder], float | None]] = {
+    "loss": lambda run: run.start.loss if run.start else None,
+    "factor": lambda run: run.start.pull if run.start else None,
+}
 
 
 class Chart(NamedTuple):
@@ -40,8 +47,15 @@ class Chart(NamedTuple):
 
 def charts(run: RunFolder) -> list[Chart]:
     """The charts that this run has data for."""
-    words = MEANINGS if is_single(run) else {}
-    return [chart._replace(meaning=words.get(chart.key, chart.meaning)) for chart in CATALOGUE if chart.has_data(run)]
+    return [chart._replace(meaning=_meaning(chart, run)) for chart in CATALOGUE if chart.has_data(run)]
+
+
+def _meaning(chart: Chart, run: RunFolder) -> str:
+    """What a chart of this run shows, without the line at the start where that is not known."""
+    text = MEANINGS.get(chart.key, chart.meaning) if is_single(run) else chart.meaning
+    if chart.key in AT_START and AT_START[chart.key](run) is None:
+        return text.replace(FROM, "").replace(BESIDE, "")
+    return text
 
 
 # --- pieces of a chart
@@ -79,6 +93,11 @@ def _curve(axes: Axes, run: RunFolder, name: str, colour: str, label: str | None
 def _level(axes: Axes, value: float) -> None:
     """A dashed line at a value that means "no change"."""
     axes.axhline(value, color=LIGHT["quiet"], linestyle=(0, (4, 3)), linewidth=1)
+
+
+def _level_at_start(axes: Axes, run: RunFolder, key: str) -> None:
+    if (value := AT_START[key](run)) is not None:
+        _level(axes, value)
 
 
 def _legend(axes: Axes) -> None:
@@ -125,8 +144,7 @@ def _short(value: float) -> str:
 
 def _loss(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "loss", "policy")
-    if run.start is not None:
-        _level(axes, run.start.loss)
+    _level_at_start(axes, run, "loss")
     _over_updates(axes)
 
 
@@ -174,8 +192,7 @@ def _errors(axes: Axes, run: RunFolder) -> None:
 
 def _factor(axes: Axes, run: RunFolder) -> None:
     _curve(axes, run, "gradient_factor", "policy")
-    if run.start is not None:
-        _level(axes, run.start.pull)
+    _level_at_start(axes, run, "factor")
     _over_updates(axes)
 
 
@@ -301,8 +318,8 @@ CATALOGUE = [
         "loss",
         "learning",
         "Loss",
-        "What training makes small. A preference loss falls slowly from its value at the start (dashed); a flat-looking "
-        "loss can go with real learning, so look at the accuracy too.",
+        f"What training makes small. A preference loss falls slowly{FROM}; a flat-looking loss can go with real learning, so "
+        "look at the accuracy too.",
         _has("loss"),
         _loss,
     ),
@@ -337,8 +354,7 @@ CATALOGUE = [
         "factor",
         "learning",
         "Gradient factor",
-        "How strongly an average pair pulls at the model, beside its value at the start (dashed); near 0 nothing is left "
-        "to learn from these pairs.",
+        f"How strongly an average pair pulls at the model{BESIDE}; near 0 nothing is left to learn from these pairs.",
         _has_pairs("gradient_factor"),
         _factor,
     ),

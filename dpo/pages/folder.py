@@ -1,7 +1,8 @@
 """A run folder: the list of its files (ENTRIES), and its content, from which report, plots and model card are made.
 
     config.toml       every setting, by group (dpo.settings.config.to_toml)
-    metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" has the held-out accuracy
+    metrics.jsonl     one line per update, and events (dpo.training.trackers); "validation" has the held-out accuracy,
+                      "started" the loss and its pull before the first update (dpo.training.outset)
     summary.json      how the run went; every key may be missing:
         status        "finished", "interrupted" or "failed"; reason: one line for the last two
         steps         updates wanted;  done: updates made;  taken: pairs of these, also those that could not be used
@@ -271,10 +272,16 @@ class RunFolder(NamedTuple):
 
     @property
     def start(self) -> Start | None:
-        """The loss before the first update and the pull of a pair then; None where the errors are in the loss too."""
-        if self.shape is None or self.setting("sft_weight"):
+        """The loss before the first update and the pull of a pair then, with the labels of its last start; None if not known."""
+        told = [event for event in self.events if event.get("start_pull") is not None]
+        if told:
+            return Start(told[-1].get("start_loss"), told[-1]["start_pull"])
+        if self.shape is None or self.setting("sft_weight"):  # of an earlier version, which does not say it
             return None
-        return self.shape.start_of(self.setting("loss_alpha"), self.setting("label_smoothing") or 0.0)
+        found = self.shape.start_of(self.setting("loss_alpha"), 1 - 2 * (self.setting("label_smoothing") or 0.0))
+        first = self.updates[0] if self.updates and self.updates[0]["step"] == 1 else {}  # made where all logits are 0
+        pull = first.get("gradient_factor")
+        return found if pull is None else found._replace(pull=pull)
 
     @property
     def lora(self) -> bool:

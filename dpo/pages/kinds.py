@@ -50,6 +50,7 @@ VALIDATION = {
     "choosing_accuracy": NUMBER,
     "choosing_pairs": COUNT,
 }
+STARTED = {"start_loss": NUMBER, "start_pull": NUMBER}
 SUMMARY = {
     "status": TEXT,
     "reason": TEXT,
@@ -82,7 +83,7 @@ EVALUATION = {
 def check_record(record: dict[str, Any], place: str) -> None:
     """Raises UserError, beginning with `place`, for a value of a metrics.jsonl line that is not of its kind."""
     if "event" in record:
-        _check(record, {"event": TEXT, "step": COUNT, **VALIDATION}, place)
+        _check(record, {"event": TEXT, "step": COUNT, **VALIDATION, **STARTED}, place)
         return
     kinds = {
         name: BY_DECILE if name.endswith("_by_decile") else NUMBER if name in FIGURES else NUMBERS for name in record

@@ -159,8 +159,9 @@ def _tiles(run: RunFolder) -> list[Tile]:
         tiles.append(Tile("Training accuracy", shown("implicit_accuracy", accuracy), "last fifth of the run"))
     loss, speed, memory, mfu = (run.late(name) for name in ("loss", "pairs_per_s", "peak_memory_gib", "mfu"))
     if loss is not None:
-        began = f"{shown('loss', run.start.loss)} at the start" if run.start else ""
-        tiles.append(Tile("Loss", shown("loss", loss), began if run.pairwise else "mean squared error"))
+        began = run.start.loss if run.start else None
+        hint = "" if began is None else f"{shown('loss', began)} at the start"
+        tiles.append(Tile("Loss", shown("loss", loss), "mean squared error" if run.row.images == "winner" else hint))
     if speed is not None:
         parts = [f"{things(run)} per second", f"{shown('mfu', mfu)} of the GPU's peak" if mfu else ""]
         parts += [f"{shown('peak_memory_gib', memory)} GiB at most" if memory else ""]

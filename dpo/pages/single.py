@@ -89,6 +89,7 @@ def told_guessing(run: RunFolder) -> str:
     return f"{_answer(run)} gives {guessing(run):.0%}"
 
 
+BESIDE = ", beside its value at the start (dashed)"  # of a figure whose line there is known
 MEANINGS = {
     "accuracy": "Share of images on whose side the model is, compared with where it started: it gains more than the mean on one that is "
     "liked, or less on one that is not. Dashed: what one answer for all gives, one half of the held-out images (the mean over "
@@ -97,8 +98,7 @@ MEANINGS = {
     "is large.",
     "errors": "Below 0 the model has become better at drawing these images, above 0 worse. Good: liked images stay near or below 0. "
     "Both far above 0 is over-optimisation.",
-    "factor": "How strongly an average image pulls at the model, beside its value at the start (dashed); near 0 nothing is left to "
-    "learn from these images.",
+    "factor": f"How strongly an average image pulls at the model{BESIDE}; near 0 nothing is left to learn from these images.",
     "weight": "How much an image's gain counts at each timestep (logarithmic).",
     "speed": "Training images per second.",
 }  # of charts of runs on images, by their key

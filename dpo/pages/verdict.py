@@ -14,7 +14,6 @@ from dpo.settings.advice import HIGHEST_RATE, LOWEST_RATE
 
 USUAL_RATE = {"full": "1e-6 to 5e-5", "lora": "1e-5 to 1e-3"}
 
-
 FEW_UPDATES = 20
 FEW_PAIRS = 300
 FEW_HELD_OUT = 100
@@ -226,10 +225,11 @@ def _faithfulness(run: RunFolder) -> Caution | None:
     lost = faithfulness_loss(run)
     if lost is None or lost < FAITHFULNESS_LOSS:
         return None
+    pulled = ", or raise beta, which pulls it back to where it started" if "beta" in run.row.settings else ""
     return Caution(
         f"Faithfulness fell from {run.evaluation['faithfulness_before']:.0%} to {run.evaluation['faithfulness_after']:.0%}",
         "More images no longer show what the prompt says: the model pleases the judge at the cost of its task. Train for fewer "
-        "updates, lower the learning rate, or raise beta, which pulls it back to where it started.",
+        f"updates or at a lower learning rate{pulled}.",
         True,
     )
 
@@ -240,18 +240,19 @@ def _both_errors_rise(run: RunFolder) -> Caution | None:
     )
     if win is None or lose is None or not scale or win <= RISING * scale or lose <= 0:
         return None
+    last = "raise beta, or add --sft-weight" if "sft_weight" in run.row.settings else "or raise beta"
     return Caution(
         "Both errors rise",
         f"The model has become worse at both {'kinds of image' if single.is_single(run) else 'images of a pair'}, {win / scale:.1%} on "
         "the preferred one; the preference is met only because the other one suffers more. This is over-optimisation, and images "
-        "degrade next. Stop earlier, lower the learning rate, raise beta, or add --sft-weight.",
+        f"degrade next. Stop earlier, lower the learning rate, {last}.",
         win > 3 * RISING * scale,
     )
 
 
 def _saturated(run: RunFolder) -> Caution | None:
     factor = run.late("gradient_factor")
-    if factor is None or run.start is None or factor > SATURATED * run.start.pull:
+    if factor is None or run.start is None or not run.start.pull or factor > SATURATED * run.start.pull:
         return None
     return Caution(
         "The loss is saturated",

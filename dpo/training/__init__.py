@@ -12,7 +12,7 @@ best.py the best weights so far | choice.py which become the result
 judging.py the result against its start | rescue.py what is kept of updates that did not come to their end
 parallel.py the processes of a run | agreement.py whether they agree
 preparing.py the work of the prepare command | stored.py what a run takes from a store
-strength.py what changes a run's strength from update to update
+outset.py its loss before the first update | strength.py what changes its strength from update to update
 deterministic.py the same bits on a GPU too
 embedded.py the embedded world where no model or data is named
 """

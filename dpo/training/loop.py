@@ -288,9 +288,7 @@ def _draws_before(run: Run) -> bool:
 
 
 def _begin(run: Run, trackers: Trackers) -> None:
-    trackers.event(
-        {"event": "started", "step": run.done, "total": run.total, "device": summary.device_name(run.device)}
-    )
+    trackers.event(summary.begun(run))
     run.started = time.time()
     samples.before(run)
 

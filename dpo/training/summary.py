@@ -1,4 +1,4 @@
-"""summary.json and tables.json, and the pages made from them."""
+"""summary.json and tables.json, and the pages made from them; the event of a start, which they read too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dpo.pages.folder import SHARED, SUMMARY_FILE, TABLES_FILE, read_json, read_
 from dpo.pages.single import HELD_LIKED, LIKED
 from dpo.pages.standing import RESULT, result_of
 from dpo.settings import advice, resolve
-from dpo.training import choice
+from dpo.training import choice, outset
 from dpo.training.run import Figures, Run
 
 log = logging.getLogger("dpo")
@@ -43,6 +43,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def begun(run: Run) -> Figures:
+    """The event of a start: with its labels' loss and pull before the first update, unless nothing is trained any more."""
+    told = {"event": "started", "step": run.done, "total": run.total, "device": device_name(run.device)}
+    start = None if run.complete else outset.start_of(run.config, run.source)
+    return told if start is None else told | {"start_loss": start.loss, "start_pull": start.pull}
 
 
 def report(run: Run, status: str, reason: str = "") -> None:

@@ -50,6 +50,9 @@ def test_every_shape_has_its_function_and_begins_as_it_says():
         for alpha in (None,) if row.alpha is None else (None, 0.3):
             start, shape = row.start_of(alpha), objective.with_alpha(objective.SHAPES[name], alpha)
             more = (0 * z,) if shape.sides else ()
+            soft = objective.slope(shape, z, 0.8 * sure, *more).abs().item()
+            assert soft == pytest.approx(row.start_of(alpha, 0.6).pull, rel=1e-14), "linear in 2 p - 1"
+            assert shape.loss(z, 0.8 * sure, *more).item() == pytest.approx(start.loss, rel=1e-14), "whatever p"
             assert shape.loss(z, sure, *more).item() == pytest.approx(start.loss, rel=1e-15)
             assert objective.slope(shape, z, sure, *more).abs().item() == pytest.approx(start.pull, rel=1e-15)
 

@@ -49,6 +49,12 @@ def test_every_figure_of_an_update_and_of_a_validation(whole, folder):
                 assert f'"{name}" is' in refused(folder, f"metrics.jsonl, line {number}")
 
 
+def test_where_a_run_says_that_its_loss_starts(folder):
+    for name in ("start_loss", "start_pull"):
+        (folder / "metrics.jsonl").write_text(json.dumps({"event": "started", "step": 0, name: "abc"}), "utf-8")
+        assert f'"{name}" is "abc", not a number' in refused(folder, "metrics.jsonl, line 1")
+
+
 def test_summary_tables_and_settings(whole, folder):
     for file in ("summary.json", "tables.json"):
         good = json.loads((whole / file).read_text("utf-8"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dpo.pages.charts import LIGHT, _moving_mean, _short, _thinned, charts
 from dpo.pages.plots import DARK, as_svg, write_plots
+from dpo.pages.single import LIKED
 from tests.help.fake_run import KINDS, run_of
 
 
@@ -59,6 +60,30 @@ def test_the_accuracy_chart_shows_both_curves(runs):
     assert held_out.get_xdata().tolist() == [10, 20, 30, 40, 50, 60]
     assert axes.get_lines()[0].get_ydata() == pytest.approx(runs["good"].series("implicit_accuracy")[1])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training pairs", "held-out pairs"]
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("method", "more", "told", "lines"), [
+    ("dpo", {}, (), {"loss": 1, "factor": 1}),
+    ("dpo", {}, (0.7, 0.3), {"loss": 1, "factor": 1}),
+    ("dpo", {"sft_weight": 0.1}, (), {"loss": 0, "factor": 0}),
+    ("dpo", {"sft_weight": 0.1}, (None, 0.3), {"loss": 0, "factor": 1}),
+    ("kto", {}, (), {"loss": 0, "factor": 0}),
+    ("kto", {}, (0.5, 0.125), {"loss": 1, "factor": 1}),
+    ("mapo", {}, (), {"loss": 0}),
+])  # fmt: skip
+def test_a_line_at_the_start_is_named_where_it_is_drawn(runs, method, more, told, lines, single):
+    run = runs["good"]
+    settings = {**run.settings, "method": {**run.settings["method"], "method": method, **more}}
+    start = {"event": "started", "step": 0} | dict(zip(("start_loss", "start_pull"), told))
+    data = run.summary["data"] | ({LIKED: 400} if single else {})
+    run = run._replace(settings=settings, events=[start], summary=run.summary | {"data": data})
+    found = {chart.key: chart for chart in charts(run) if chart.key in ("loss", "factor")}
+    for key, count in lines.items():
+        levels = [line for line in drawn(key, run).lines if line.get_linestyle() == "--"]
+        assert len(levels) == count == ("at the start (dashed)" in found[key].meaning)
+        assert "dashed" not in found[key].meaning or count
+        assert not told or not count or levels[0].get_ydata()[0] == told[key == "factor"]
 
 
 def test_the_bars_are_the_deciles(runs):

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from dpo.common.errors import UserError
-from dpo.pages.report import _facts, _subtitle, render, write_report
+from dpo.pages.report import _facts, _subtitle, _tiles, render, write_report
 from dpo.report import main
 from tests.help.fake_run import run_of
 from tests.help.pages import Page, look
@@ -166,6 +166,16 @@ def test_updates_that_stand_out_are_named_with_their_command(blank_charts):
     assert "Updates that stand out" in text and "grad norm 90" in text
     assert f"python -m dpo.replay {shlex.quote(str(run.folder))} --update {updates[40]['step']}" in text
     assert "Updates that stand out" not in Page(render(run)).text
+
+
+@pytest.mark.parametrize(("method", "hint"), [
+    ("dpo", "0.6931 at the start"), ("mapo", ""), ("kto", ""), ("sft", "mean squared error"),
+])  # fmt: skip
+def test_what_the_loss_is_called(method, hint):
+    run = run_of("good")
+    run = run._replace(settings={**run.settings, "method": {**run.settings["method"], "method": method}})
+    (tile,) = [tile for tile in _tiles(run) if tile.label == "Loss"]
+    assert tile.hint == hint
 
 
 @pytest.mark.parametrize(("starts", "said"), [((0,), False), ((0, 30), True), ((0, 60), False)])

@@ -143,8 +143,46 @@ def test_predictions_that_have_grown(runs):
     assert titles(with_late(runs["good"], prediction_norm_ratio=1.04)) == []
 
 
+def begun(run, loss, pull):
+    """The run as this version leaves it: its labels' loss and pull before the first update are said where it starts."""
+    return run._replace(events=[{"event": "started", "step": 0, "start_loss": loss, "start_pull": pull}, *run.events])
+
+
 def test_saturation(runs):
-    assert titles(with_late(runs["good"], gradient_factor=0.01)) == ["The loss is saturated"]
+    run = with_late(runs["good"], gradient_factor=0.01)
+    run = run._replace(updates=[run.updates[0] | {"gradient_factor": 0.5}, *run.updates[1:]])
+    assert titles(run) == titles(begun(run, 0.69, 0.5)) == ["The loss is saturated"]
+    assert "only 2.0% of the gradient at the start is left" in warnings(run)[0].text
+
+
+def test_soft_labels_that_pull_little_from_the_start_are_not_taken_for_saturation(runs):
+    """Of a run of an earlier version the first update says it, where all logits are 0."""
+    run = with_late(runs["good"], gradient_factor=0.03)
+    assert titles(begun(run, 0.69, 0.04)) == titles(run) == []
+    late = run._replace(updates=run.updates[9::10])
+    assert titles(late) == ["The loss is saturated"], "nothing says what its labels were"
+
+
+def test_what_pulls_nowhere_at_the_start_gives_no_share(runs):
+    assert titles(begun(with_late(runs["good"], gradient_factor=0.0), 0.5, 0.0)) == []
+
+
+def test_kto_has_a_start(runs):
+    kto = with_setting(with_late(runs["good"], gradient_factor=0.01), "method", method="kto")
+    assert titles(begun(kto, 0.5, 0.125)) == ["The loss is saturated"]
+    assert titles(kto) == [], "of an earlier version it is not known"
+
+
+def test_advice_names_settings_that_the_method_reads(runs):
+    scale = {"reference_win_error": 0.1, "win_error_vs_reference": 0.003, "lose_error_vs_reference": 0.004}
+    for method, said in (("dpo", "raise beta, or add --sft-weight."), ("kto", "or raise beta.")):
+        run = with_setting(with_late(runs["good"], **scale), "method", method=method)
+        (found,) = [warning for warning in warnings(run) if warning.title == "Both errors rise"]
+        assert found.text.endswith(said) and ("--sft-weight" in found.text) == (method == "dpo")
+    for method, said in (("dpo", True), ("kto", True), ("mapo", False), ("sft", False)):
+        run = with_setting(runs["over"], "method", method=method)
+        (found,) = [warning for warning in warnings(run) if warning.title.startswith("Faithfulness fell")]
+        assert ("raise beta" in found.text) == said and "lower learning rate" in found.text
 
 
 def test_both_errors_rising_and_when_it_is_grave(runs):

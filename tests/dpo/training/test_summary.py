@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dpo.data.pairs import Subset
 from dpo.pages.folder import SHARED
 from dpo.settings.config import to_toml
+from dpo.settings.flags import parse
 from dpo.training import summary
 from tests.help.running import make_run
 
@@ -19,6 +23,20 @@ def run(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path, "--batch-size", "2", "--method", "dde", "--steps", "3")
     (run.output / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
     return run
+
+
+@pytest.mark.parametrize(("flags", "complete", "told"), [
+    (("--label-smoothing", "0.1"), False, {"start_loss": pytest.approx(math.log(2)), "start_pull": pytest.approx(0.4)}),
+    (("--label-smoothing", "0.1"), True, {}),
+    (("--method", "sft"), False, {}),
+])  # fmt: skip
+def test_a_start_says_where_the_loss_of_its_labels_begins(flags, complete, told):
+    config, _ = parse(["--model", "m", "--data", "d", "--output", "o", *flags])
+    source = SimpleNamespace(prob=np.ones(3, dtype=np.float32), sides=2)
+    run = SimpleNamespace(config=config, source=source, complete=complete, done=3, total=9, device=torch.device("cpu"))
+    found = summary.begun(run)
+    assert found.pop("device").startswith("CPU, ")
+    assert found == {"event": "started", "step": 3, "total": 9, **told}
 
 
 @pytest.mark.long
