@@ -32,7 +32,7 @@ def built(config: Config, saved: checkpoint.Checkpoint | None, *, held_out: bool
     data = config.data
     if not held_out and (data.validation_data is not None or data.validation_fraction is not None):
         config = change(config, validate_every=0, keep_best=False, patience=None)
-    run = build.build(config, [])
+    run = build.build(config, [], again=True)
     if saved is not None:
         restore(run, saved)
     return run

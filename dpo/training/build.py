@@ -47,6 +47,7 @@ from dpo.training import (
     cost,
     denoisers,
     optimizer,
+    outset,
     start,
     stored,
     validation,
@@ -59,16 +60,18 @@ from dpo.training.metrics import StepMetrics
 from dpo.training.parallel import Processes, Reduced
 from dpo.training.run import Run, Speed
 from dpo.training.state import as_before, check_complete, check_resume, keep_trained, restore
+from dpo.training.strength import Strength
 
 LOOKED_AT = 16  # updates, for the share of holes
 
 log = logging.getLogger("dpo")
 
 
-def build(config: Config, notes: list[str], processes: Processes | None = None) -> Run:
+def build(config: Config, notes: list[str], processes: Processes | None = None, *, again: bool = False) -> Run:
     """Makes the run of `config`, restored from a checkpoint where one is resumed. Raises UserError.
 
     notes: lines for the log from reading the command line. processes: those that train it, this one among them.
+    again: the run was made before, maybe by an earlier version, which refused less.
     """
     processes = processes or Processes()
     _start(config.runtime, processes)
@@ -94,6 +97,8 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
     tell(source)
     stored.check_sides(config, source, held_out_source)
     stored.check_labels(config, source)
+    if not again and (saved is None or Strength.name not in saved.state.get("following", {})):
+        outset.check_target(config, source)  # a checkpoint keeps its average
 
     config = stored.adopt(config, source)
     config, model, plan, decided = load_model(config, device, narrow=held_narrow(config, device))
@@ -178,7 +183,7 @@ def build(config: Config, notes: list[str], processes: Processes | None = None) 
         total=total,
         recorded=errors,
         processes=processes,
-        following=denoisers.following(config, step),
+        following=denoisers.following(config, step, source),
         graphs=Graphs(step, updater, config.optim.pairs) if config.runtime.cuda_graph else None,
     )
     if errors is not None and config.method.timestep_draw == schedule.GRID:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo import credit, reference, schedule
 from dpo.common.words import digest
 from dpo.data.buckets import shapes, step_of
+from dpo.data.pairs import Source
 from dpo.methods import METHODS
 from dpo.models import lora
 from dpo.models.adapter import Adapter
@@ -23,6 +24,7 @@ from dpo.objective import Kto, Odds
 from dpo.settings.config import Config
 from dpo.step import Levels, PairStep
 from dpo.training import optimizer
+from dpo.training.outset import start_of
 from dpo.training.release import Release
 from dpo.training.start import Start
 from dpo.training.strength import Centre, Strength
@@ -246,13 +248,13 @@ def _kto(config: Config, real: torch.dtype, device: torch.device) -> Kto:
     return Kto(center, method.kto_liked_weight, method.kto_disliked_weight)
 
 
-def following(config: Config, step: PairStep) -> list[Strength | Centre]:
+def following(config: Config, step: PairStep, source: Source) -> list[Strength | Centre]:
     """What follows the updates that were made: beta by target, KTO's centre."""
     method = config.method
     found: list[Strength | Centre] = []
     assert method.beta is not None, "decided when the model was loaded"
-    if method.target_gradient_factor is not None:
-        found.append(Strength(step.beta, method.beta, method.target_gradient_factor, method.beta))
+    if method.target_gradient_factor is not None and (start := start_of(config, source)) is not None:
+        found.append(Strength(step.beta, method.beta, method.target_gradient_factor, method.beta, start.pull))
     if step.kto is not None and isinstance(step.kto.center, Tensor):
         found.append(Centre(step.kto.center, method.beta))
     return found

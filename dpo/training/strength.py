@@ -1,12 +1,12 @@
 """What changes from one update to the next in a run's logit: beta by target, and KTO's centre.
 
-    a    <- 0.99 a + 0.01 (mean |dloss/dz| of the update),       1/2 at first
+    a    <- 0.99 a + 0.01 (mean |dloss/dz| of the update),       at first that of all pairs before the first update
     beta <- beta exp(0.01 (a - target)),                         within a quarter and four times the start, from update 100
 
 The mean is over the pairs of the update of all processes, so neither the cut into micro-batches nor the number of
 processes matters. With hard labels and the sigmoid |dloss/dz| is sigmoid(-z): 1/2 at the start, where nothing is
-learned, and 0 where every pair is decided; a larger beta makes it smaller. Before update 100 it says only that training
-has begun.
+learned, and 0 where every pair is decided; a larger beta makes it smaller. Soft and smoothed labels begin below 1/2
+(dpo.training.outset). Before update 100 it says only that training has begun.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Strength:
     start: float  # the setting
     target: float
     now: float
-    average: float = 0.5
+    average: float
     updates: int = 0
 
     def figures(self) -> dict[str, float]:

@@ -46,6 +46,14 @@ def test_a_kept_state_goes_on_as_the_run_would(world, tmp_path):
 
 
 @pytest.mark.long
+def test_a_run_of_an_earlier_version_whose_target_would_be_refused_now_is_made_again(world, tmp_path):
+    flags = [*SMALL, "--target-gradient-factor", "0.2"]
+    run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *flags)
+    (made,) = again.built(change(run.config, label_smoothing=0.35), None, held_out=False).following
+    assert made.average == pytest.approx(0.15) and made.target == 0.2
+
+
+@pytest.mark.long
 def test_a_kept_state_goes_on_with_another_method_and_rate(world, tmp_path):
     run = make_run(world("sd15"), world("pairs"), tmp_path / "run", *SMALL)
     list(again.updates(run, 2, train_step))

@@ -2,10 +2,15 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from dpo.common.errors import UserError
+from dpo.settings.flags import parse
+from dpo.training.denoisers import following
 from dpo.training.run import Run
 from dpo.training.state import snapshot
 from dpo.training.strength import Centre, Strength
@@ -14,8 +19,8 @@ from tests.help.running import advance, everything, make_run
 SOON = ("--target-gradient-factor", "0.2", "--batch-size", "2", "--precision", "fp64", "--eps", "1e-4")
 
 
-def made(target: float = 0.2) -> Strength:
-    return Strength(torch.tensor(2000.0), 2000.0, target, 2000.0)
+def made(target: float = 0.2, pull: float = 0.5) -> Strength:
+    return Strength(torch.tensor(2000.0), 2000.0, target, 2000.0, pull)
 
 
 def test_it_waits_and_then_follows_the_formula():
@@ -39,6 +44,23 @@ def test_it_stays_within_a_quarter_and_four_times_the_start(factor, end):
     assert strength.now == end == strength.beta.item()
 
 
+def test_labels_that_pull_little_from_the_start_do_not_move_it_down():
+    """Where nothing is learned beta grows, as it does with hard labels: the average begins at the labels' own pull."""
+    strength = made(0.14, 0.15)
+    for _ in range(150):
+        strength.after({"gradient_factor": 0.15})
+        assert strength.average == pytest.approx(0.15)
+    assert strength.now == pytest.approx(2000 * math.exp(51 * 0.01 * 0.01))
+
+
+@pytest.mark.parametrize(("flags", "pull"), [((), 0.5), (("--label-smoothing", "0.2"), 0.3)])
+def test_a_run_begins_with_the_pull_of_its_labels(flags, pull):
+    config, _ = parse(["--model", "m", "--data", "d", "--beta", "2000", *SOON, *flags])
+    step = SimpleNamespace(beta=torch.tensor(2000.0), kto=None)
+    (found,) = following(config, step, SimpleNamespace(prob=np.ones(3, dtype=np.float32), sides=2))
+    assert isinstance(found, Strength) and found.average == pytest.approx(pull) and found.target == 0.2
+
+
 def test_a_changed_beta_moves_it_along():
     """Also the one of a checkpoint of an earlier version, which does not say what it had started from: within the bounds."""
     before = made()
@@ -47,7 +69,7 @@ def test_a_changed_beta_moves_it_along():
     assert before.now > 2000
     saved = before.as_json()
     for start in (2000.0, 5000.0):
-        after = Strength(torch.tensor(start), start, 0.2, start)
+        after = Strength(torch.tensor(start), start, 0.2, start, 0.3)
         after.restore(saved)
         assert after.now == pytest.approx(before.now * start / 2000, rel=1e-12) and after.beta.item() == pytest.approx(
             after.now
@@ -84,6 +106,22 @@ def test_a_run_moves_beta_and_resumes_exactly(world, tmp_path):
     assert betas[0] == 2000.0 < betas[1] < betas[2] < betas[3] and [f["beta"] for f in later[1]] == betas[2:]
     ours, other = everything(straight), everything(second)
     assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_a_target_that_labels_do_not_reach_is_refused_before_the_model_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo.training.build.load_model", None)
+    with pytest.raises(UserError, match="--target-gradient-factor 0.2 is not below 0.15, the mean"):
+        make_run(world("sd15"), world("pairs"), tmp_path, *SOON, "--label-smoothing", "0.35")
+
+
+@pytest.mark.long
+def test_a_checkpoint_keeps_its_average(world, tmp_path):
+    before = started(world, tmp_path, "--label-smoothing", "0.1")
+    assert before.following[0].average == pytest.approx(0.4)
+    before.following[0].average = 0.37
+    snapshot(before)
+    after = started(world, tmp_path, "--label-smoothing", "0.35", "--resume", "latest")
+    assert after.following[0].average == 0.37
 
 
 @pytest.mark.long
