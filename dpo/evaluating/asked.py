@@ -80,14 +80,14 @@ def checked(asked: Asked) -> Config | None:
     return _of_pairs(asked)
 
 
-def captioned(asked: Asked) -> Asked:
-    """`asked` with captions of one length for all models, as `sampling.captioned` has it. Raises UserError."""
+def alike(asked: Asked) -> Asked:
+    """`asked` with all models asked as the runs among them were trained: `sampling.alike`. Raises UserError."""
     return replace(asked, draw=drawn_alike(asked.models, asked.draw))
 
 
 def drawn_alike(models: Sequence[Named], draw: sampling.Asked) -> sampling.Asked:
     """The same of what models are drawn with; folders of images are as they are. Raises UserError."""
-    return sampling.captioned(draw, [one.place for one in models if not _has_images(Path(one.place).expanduser())])
+    return sampling.alike(draw, [one.place for one in models if not _has_images(Path(one.place).expanduser())])
 
 
 def look_at(models: Sequence[Named], draw: sampling.Asked, captions: Path | None) -> list[Named]:

@@ -25,7 +25,7 @@ from dpo.common.words import counted, digest
 from dpo.drawing import images
 from dpo.drawing.draw import network
 from dpo.evaluating import provenance, reproduce, result, sets
-from dpo.evaluating.asked import Asked, captioned, checked
+from dpo.evaluating.asked import Asked, alike, checked
 from dpo.evaluating.flags import Named
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
@@ -60,7 +60,7 @@ def evaluate(asked: Asked, folder: Path) -> Path:
         stack.enter_context(locks.held(folder, "--output"))
         for name in (result.FILE, pages.PAGE, pages.TABLE):
             sweep(folder, name)
-        asked = captioned(asked)
+        asked = alike(asked)
         config = checked(asked)
         for name in asked.scorers:
             fetch(name, asked.draw.cache_dir)

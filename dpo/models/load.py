@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ def _tokenizer(folder: Path, name: str, kind: str) -> Any:
     try:
         found = read_tokenizer(folder / name, kind)
     except Exception as error:
-        raise UserError(f"cannot load {folder / name}: {first_line(error)}; fetch the model again") from error
+        lacks = (
+            "sentencepiece" in str(error) and find_spec("sentencepiece") is None
+        )  # as transformers 4 reads published T5s
+        mend = "pip install sentencepiece protobuf, or transformers 5" if lacks else "fetch the model again"
+        raise UserError(f"cannot load {folder / name}: {first_line(error)}; {mend}") from error
     length = found.model_max_length
     if kind == TOKENIZER and (
         type(length) is not int or not 1 <= length <= LONGEST_CAPTION

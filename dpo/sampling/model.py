@@ -57,6 +57,7 @@ class Opened(NamedTuple):
     guidance: float
     side: int  # pixels that it was trained at
     side_factor: int  # what a side that it can draw is a multiple of
+    largest: int | None  # pixels of a side that it can draw; None: any
     text_tokens: int | None  # of a caption, where its family lets that be chosen
 
 
@@ -67,23 +68,28 @@ def read(
     lora_base: str | None,
     cache_dir: str | None,
     text_tokens: int | None = None,
+    few_steps: bool = False,
     narrow: bool = False,
 ) -> tuple[settings.Config, Model]:
     """The model that `name` stands for, in fp32 on the CPU with its LoRA merged into it, and its settings, decided.
 
     device: that it will run on; lora_base: the model that a LoRA belongs to, None: what its run says; text_tokens: of a
-    caption, None: as its run had it, else its family; narrow: whether what nothing is merged into, and no VAE, stays in half
-    precision where its files hold it so. Raises UserError.
+    caption, None: as its run had it, else its family; few_steps: it was distilled, whatever its files say; narrow: whether
+    what nothing is merged into, and no VAE, stays in half precision where its files hold it so. Raises UserError.
     """
     lora = lora_file(name, lora_base, cache_dir)
     wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
-    wanted |= {
-        key: value for key, value in (("cache_dir", cache_dir), ("text_tokens", text_tokens)) if value is not None
-    }
+    told = {"cache_dir": cache_dir, "text_tokens": text_tokens, "timesteps": "turbo" if few_steps else None}
+    wanted |= {key: value for key, value in told.items() if value is not None}
     changed = lora is not None or wanted.get("unet_init") is not None or wanted.get("lora_init") is not None
     kept = ("text",) if changed else ("text", "denoiser")
     held = kept if narrow else ()
     config, model, _, _ = load_model(settings.from_mapping(wanted), device, narrow=held, by_files=True)
+    if "timesteps" not in wanted and not model.turbo and "turbo" in Path(model.source).name.lower():
+        _warn(
+            f"{model.source} is named Turbo, which neither its files nor a run says: if it was distilled, draw it with --steps 4 "
+            "--guidance 0"
+        )
     named_by = _run_of(name, lora, lora_base)
     same = partial(_check_same, name, named_by, read_made_from(named_by) if named_by else {})
     same(model=[model.denoiser], vae=[model.vae], text=model.text_encoders)
@@ -110,6 +116,7 @@ def opened(
     lora_base: str | None,
     cache_dir: str | None,
     text_tokens: int | None = None,
+    few_steps: bool = False,
 ) -> Opened:
     """The pipeline that `name` stands for, on the CPU; arguments as of `read`.
 
@@ -118,8 +125,9 @@ def opened(
     """
     half = precision == "auto" or precision in HALF
     config, model = read(
-        name, device=device, lora_base=lora_base, cache_dir=cache_dir, text_tokens=text_tokens, narrow=half
-    )
+        name, device=device, lora_base=lora_base, cache_dir=cache_dir, text_tokens=text_tokens, few_steps=few_steps,
+        narrow=half,
+    )  # fmt: skip
     pipe = pipeline_of(model)
     weights = checksum(model.denoiser, model.vae, *model.text_encoders, dtype=torch.float32)
     settled = {key: str(value) for key, value in pipe.config.items() if not key.startswith("_")}
@@ -148,6 +156,7 @@ def opened(
         guidance=out.sample_guidance,
         side=model.geometry.native,
         side_factor=model.geometry.side_factor if model.family.flow else model.geometry.vae_scale,  # a UNet pads
+        largest=model.geometry.largest,
         text_tokens=model.text_tokens,
     )
 
@@ -175,6 +184,14 @@ def as_trained(names: Sequence[str], lora_base: str | None, cache_dir: str | Non
         for key in AS_TRAINED:
             found[key] |= {wanted[key]} - {None, "auto"} if key in wanted else set()
     return found
+
+
+def few_steps(names: Sequence[str], lora_base: str | None, cache_dir: str | None) -> frozenset[str]:
+    """The models that runs among `names` trained as distilled to a few steps, as the runs call them. Raises UserError."""
+    found = [(name, lora_file(name, lora_base, cache_dir)) for name in names]
+    runs = [Path(name.removeprefix(START)).expanduser() if lora is None else lora.parent for name, lora in found]
+    models = [read_settings(run).get("model", {}) for run in runs]
+    return frozenset(str(one["model"]) for one in models if one.get("timesteps") == "turbo" and one.get("model"))
 
 
 def captions_alike(names: Sequence[str], lora_base: str | None, cache_dir: str | None) -> int | None:

@@ -70,6 +70,7 @@ class Asked:
     precision: str = "auto"
     vae_tile: int = 0
     text_tokens: int | None = None
+    few_steps: frozenset[str] = frozenset()  # models that were distilled, whatever their files say
     device: str = "auto"
     init_image: str | None = None
     strength: tuple[float, ...] = ()
@@ -101,13 +102,15 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
     device = device_of(asked.device)
     _check_asked(asked, chosen, init)
     if asked.base is not None:
-        asked = captioned(asked, [asked.model, asked.base])
+        asked = alike(asked, [asked.model, asked.base])
     part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
     sets = [(asked.model, folder)] + ([(asked.base, folder / BASE)] if asked.base is not None else [])
     with ExitStack() as stack:
         stack.enter_context(locks.held(folder, "--output", part))
         for name, place in sets:
-            _draw_one(asked, name, place, chosen, init, device, shard)
+            drawn = _draw_one(asked, name, place, chosen, init, device, shard)
+            own = {key: getattr(drawn, key) for key in ("steps", "guidance", "width", "height")}
+            asked = replace(asked, **own)  # the base is drawn alike, whatever its own defaults
         if not all(images.complete(place) for _, place in sets):
             log.info("%s: this process has drawn its part; the last one writes the sheets", folder)
             return []
@@ -116,11 +119,14 @@ def draw(asked: Asked, folder: Path, shard: tuple[int, int] = (0, 1)) -> list[Dr
                 return _finish(asked, folder, chosen, asked.base is not None)
 
 
-def captioned(asked: Asked, names: Sequence[str]) -> Asked:
-    """`asked` with captions of one length for all models `names`, as the runs among them had them. Raises UserError."""
-    if asked.text_tokens is not None:
-        return asked
-    return replace(asked, text_tokens=named.captions_alike(names, asked.lora_base, asked.cache_dir))
+def alike(asked: Asked, names: Sequence[str]) -> Asked:
+    """`asked` with what the runs among the models `names` were trained with: captions of one length, and few steps.
+
+    Raises UserError.
+    """
+    places = names, asked.lora_base, asked.cache_dir
+    tokens = named.captions_alike(*places) if asked.text_tokens is None else asked.text_tokens
+    return replace(asked, text_tokens=tokens, few_steps=named.few_steps(*places))
 
 
 def _check_asked(asked: Asked, chosen: PromptSet, init: Sequence[Layout]) -> None:
@@ -217,7 +223,7 @@ def _draw_one(
     init: Sequence[Layout],
     device: torch.device,
     shard: tuple[int, int],
-) -> None:
+) -> Protocol:
     precision = "fp32" if asked.precision == "auto" and device.type == "cpu" else asked.precision
     own = asked.lora_base if name == asked.model else None
     opened = named.opened(
@@ -227,12 +233,15 @@ def _draw_one(
         lora_base=own,
         cache_dir=asked.cache_dir,
         text_tokens=asked.text_tokens,
+        few_steps=name in asked.few_steps,
     )
     samplers.use(opened.pipe, asked.sampler)
     width, height = asked.width or opened.side, asked.height or opened.side
     for flag, side in (("--width", width), ("--height", height)):
         if side % opened.side_factor:
             raise UserError(f"{flag} {side}: {name} draws sides that are {multiples(opened.side_factor, side)}")
+        if side > (opened.largest or side):
+            raise UserError(f"{flag} {side}: {name} draws sides of {opened.largest} pixels at most")
     steps = asked.steps or opened.steps
     guidance = opened.guidance if asked.guidance is None else asked.guidance
     if steps > (most := int(opened.pipe.scheduler.config.get("num_train_timesteps", steps))):
@@ -270,7 +279,7 @@ def _draw_one(
     )  # fmt: skip
     tasks = tasks_of(asked, chosen, init)
     if asked.shipped and shard == (0, 1) and unchanged.laid_out(opened.pipe, tasks, protocol, folder, device):
-        return
+        return protocol
     with ExitStack() as stack:
         bars: list[Progress] = []
 
@@ -289,6 +298,7 @@ def _draw_one(
             "%s: %s drawn, %.3g images/s, %.0f %% of the time outside the denoiser",
             folder, number_of(pace.drawn, "images"), pace.rate, 100 * pace.outside,
         )  # fmt: skip
+    return protocol
 
 
 def _fields(metrics: Mapping[str, Any]) -> list[str]:

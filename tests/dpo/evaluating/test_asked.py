@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dpo.common.errors import UserError
-from dpo.evaluating.asked import Asked, captioned, checked
+from dpo.evaluating.asked import Asked, alike, checked
 from dpo.evaluating.flags import Method, Named
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change, to_toml
@@ -95,8 +95,9 @@ def test_all_models_are_asked_as_the_run_among_them_was_trained(world, tmp_path)
     folder = shutil.copytree(world("flux-dev"), tmp_path / "run")
     values = {"model": "m", "text_tokens": 16, "timesteps": "turbo", "train_guidance": 2.0}
     (folder / "config.toml").write_text(to_toml(change(Config(), **values)))
-    given = captioned(asked(world("flux-dev"), folder, pairs=world("pairs")))
+    given = alike(asked(world("flux-dev"), folder, pairs=world("pairs")))
     assert given.draw.text_tokens == 16
     config = checked(given)
     assert (config.model.text_tokens, config.model.timesteps, config.model.train_guidance) == (16, "turbo", 2.0)
-    assert captioned(asked(world("flux-dev"), folder, draw={"text_tokens": 8})).draw.text_tokens == 8
+    assert alike(asked(world("flux-dev"), folder, draw={"text_tokens": 8})).draw.text_tokens == 8
+    assert given.draw.few_steps == {"m"}, "which is drawn in them too"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo.common.errors import UserError
+from dpo.models import load as load_module
 from dpo.models.load import load, load_weights_into
 from dpo.models.parts import variants
 from tests.help.ldm import weights_of, write_single_file
@@ -144,6 +145,18 @@ def test_another_vae_as_one_file(pipelines, tmp_path, layout, model):
     state = vae.state_dict()
     assert state.keys() == wanted.keys() and all(torch.equal(value, wanted[key]) for key, value in state.items())
     assert not any(p.requires_grad for p in vae.parameters())
+
+
+def test_a_tokenizer_that_wants_another_package_names_it(pipelines, monkeypatch):
+    def fails(*given):
+        raise ValueError(
+            "Cannot instantiate this tokenizer from a slow version. ... make sure you have sentencepiece installed."
+        )
+
+    monkeypatch.setattr(load_module, "read_tokenizer", fails)
+    monkeypatch.setattr(load_module, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="; pip install sentencepiece protobuf, or transformers 5"):
+        load(str(pipelines["sd15"]))
 
 
 def in_cache(cache: Path, name: str, folder: Path) -> None:

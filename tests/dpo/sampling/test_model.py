@@ -274,3 +274,21 @@ def test_what_is_compared_has_captions_of_one_length(loras, world):
     assert sampling.as_trained([plain, *loras], None, None)["timesteps"] == {"turbo"}
     with pytest.raises(UserError, match="captions of 32 and of 64 tokens.* with --text-tokens how many"):
         sampling.captions_alike([plain, *loras], None, None)
+
+
+def test_a_model_whose_name_alone_says_turbo_is_warned_of(world, tmp_path, caplog):
+    folder = shutil.copytree(world("sd35"), tmp_path / "sd35-large-turbo")
+    found = find(folder)
+    assert (found.steps, found.guidance) == (50, 7.0)
+    assert (
+        "is named Turbo, which neither its files nor a run says: if it was distilled, draw it with --steps 4"
+        in caplog.text
+    )
+    found = find(folder, few_steps=True)
+    assert (found.steps, found.guidance) == (4, 0.0) and caplog.text.count("is named Turbo") == 1
+
+
+def test_the_models_of_runs_in_few_steps_are_those(loras):
+    assert sampling.few_steps(["m", *loras], None, None) == {"m"} and not sampling.few_steps(
+        ["m", loras[1]], None, None
+    )

@@ -173,3 +173,18 @@ def test_a_base_is_asked_with_captions_as_long_as_the_run(world, tmp_path):
 def test_a_side_that_a_flow_would_round_is_refused(world, tmp_path, side):
     with pytest.raises(UserError, match=f"--{side} 68: .*flux-dev draws sides that are multiples of 8: 64 or 72"):
         draw(Asked(world("flux-dev"), prompts=("a",), **{side: 68}, **QUICK), tmp_path)
+
+
+def test_a_base_is_drawn_in_the_steps_and_with_the_guidance_of_the_model_beside_it(world, tmp_path):
+    """Whose files do not say that it was distilled, which the run does."""
+    folder = shutil.copytree(world("sd35"), tmp_path / "run")
+    (folder / "config.toml").write_text(to_toml(change(Config(), model="m", timesteps="turbo", text_tokens=16)))
+    draw(Asked(str(folder), base=world("sd35"), prompts=("a",), sheets=0, device="cpu", width=32), tmp_path / "out")
+    mine, base = (read_protocol(tmp_path / "out" / place)[0] for place in (".", "base"))
+    assert (base.steps, base.guidance, base.width, base.height) == (4, 0.0, 32, mine.height)
+    assert mine.differs(base) == []
+
+
+def test_a_side_beyond_a_models_positions_is_refused(world, tmp_path):
+    with pytest.raises(UserError, match="--height 256: .* draws sides of 192 pixels at most"):
+        draw(Asked(world("sd35"), prompts=("a",), width=64, height=256, **QUICK), tmp_path)
