@@ -16,7 +16,7 @@ from dpo.evaluating.scoring import read_table
 from dpo.evaluating.sides import is_of_images, of_folder
 from dpo.sampling import model
 from dpo.sampling import work as sampling
-from dpo.settings.config import Config, change
+from dpo.settings.config import Config, change, flatten
 from dpo.tiny import paths
 
 
@@ -125,9 +125,23 @@ def _of_pairs(asked: Asked) -> Config:
     flags = ["--data", place, "--device", asked.draw.device, "--precision", "fp32", "--workers", "0"]
     flags += ["--split", asked.split] if asked.split else []
     flags += ["--buckets"] if has_buckets(Path(place).expanduser()) else []
-    base = model.settings_of(asked.base.place)
+    base, _ = model.wanted_of(asked.base.place, asked.draw.lora_base, asked.draw.cache_dir)
     config, _ = parse([*flags, "--model", base["model"]])
     check_pairs(open_source(config.data), place, "this accuracy is of pairs: a run of --method kto measures its own")
     trained = model.as_trained([one.place for one in asked.models], asked.draw.lora_base, asked.draw.cache_dir)
     alike = {name: values.pop() for name, values in trained.items() if len(values) == 1}
     return change(config, **base | alike | ({"text_tokens": tokens} if (tokens := asked.draw.text_tokens) else {}))
+
+
+def measured_otherwise(asked: Asked, config: Config) -> list[str]:
+    """Lines on models whose implicit accuracy is measured, by `config`, otherwise than they were trained. Raises UserError."""
+    taken, lines = flatten(config), []
+    for one in asked.models:
+        for name, values in model.as_trained([one.place], asked.draw.lora_base, asked.draw.cache_dir).items():
+            here = "what the base's own files say" if taken[name] in (None, "auto") else taken[name]
+            lines += [
+                f"{one.name} was trained with --{name.replace('_', '-')} {value}, and its accuracy on --pairs is measured with {here}, as all "
+                "are: compare it alone with what it started from"
+                for value in values - {taken[name]}
+            ]
+    return lines

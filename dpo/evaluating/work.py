@@ -25,7 +25,7 @@ from dpo.common.words import counted, digest
 from dpo.drawing import images
 from dpo.drawing.draw import network
 from dpo.evaluating import provenance, reproduce, result, sets
-from dpo.evaluating.asked import Asked, alike, checked
+from dpo.evaluating.asked import Asked, alike, checked, measured_otherwise
 from dpo.evaluating.flags import Named
 from dpo.evaluating.result import Group, Measure
 from dpo.evaluating.scoring import Look, Said, features, read_image, scores, table_scores
@@ -81,6 +81,7 @@ def evaluate(asked: Asked, folder: Path) -> Path:
                 log.warning("%s", line)
             raise UserError("nothing can be compared: no prompt has images with a score on both sides")
         if config is not None:
+            content["warnings"] += measured_otherwise(asked, config)
             content["accuracy"] = list(_accuracies(asked, config))
         if asked.reproduce is not None:
             content["published"] = _published(asked.reproduce, [base, *groups], found.scores)

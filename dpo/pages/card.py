@@ -141,7 +141,7 @@ def usage(run: RunFolder, place: str = "THIS_FOLDER_OR_REPOSITORY", *, here: boo
     if not run.lora:
         return (
             "from diffusers import DiffusionPipeline\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({_literal(place)})\nimage = {_call(run)}"
+            f"pipe = DiffusionPipeline.from_pretrained({_literal(place)}{_absent(run)})\nimage = {_call(run)}"
         )
     unet = run.setting("unet_init")
     begun = (
@@ -189,7 +189,12 @@ def _loaded(run: RunFolder, here: bool) -> tuple[str, str]:
     if name.endswith(".safetensors"):  # the class that finds out the kind by itself does not read one file
         family = (run.summary.get("model") or {}).get("family")
         return PIPELINES.get(str(family), PIPELINES["sd"]), f"from_single_file({_literal(name)})"
-    return "DiffusionPipeline", f"from_pretrained({_literal(name)})"
+    return "DiffusionPipeline", f"from_pretrained({_literal(name)}{_absent(run)})"
+
+
+def _absent(run: RunFolder) -> str:
+    """The arguments without which diffusers does not load a pipeline that came without some of its parts."""
+    return "".join(f", {name}=None" for name in run.summary.get("absent") or {})
 
 
 def _scheduler(run: RunFolder) -> str:

@@ -64,6 +64,7 @@ SUMMARY = {
     "versions": TABLE,
     "made_from": TABLE,
     "model": TABLE,
+    "absent": TABLE,
     "data": TABLE,
     "evaluation": TABLE,
     "kept": TABLE,

@@ -77,8 +77,7 @@ def read(
     caption, None: as its run had it, else its family; few_steps: it was distilled, whatever its files say; narrow: whether
     what nothing is merged into, and no VAE, stays in half precision where its files hold it so. Raises UserError.
     """
-    lora = lora_file(name, lora_base, cache_dir)
-    wanted = config_of_lora(name, lora, lora_base) if lora is not None else settings_of(name)
+    wanted, lora = wanted_of(name, lora_base, cache_dir)
     told = {"cache_dir": cache_dir, "text_tokens": text_tokens, "timesteps": "turbo" if few_steps else None}
     wanted |= {key: value for key, value in told.items() if value is not None}
     changed = lora is not None or wanted.get("unet_init") is not None or wanted.get("lora_init") is not None
@@ -161,6 +160,12 @@ def opened(
     )
 
 
+def wanted_of(name: str, lora_base: str | None, cache_dir: str | None) -> tuple[dict[str, Any], Path | None]:
+    """The settings, by name, that load what `name` stands for, and its LoRA's file where it is one. Raises UserError."""
+    lora = lora_file(name, lora_base, cache_dir)
+    return (settings_of(name) if lora is None else config_of_lora(name, lora, lora_base)), lora
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """The settings, by name, that load what is no LoRA. Raises UserError."""
     if name.startswith(START):
@@ -179,8 +184,7 @@ def as_trained(names: Sequence[str], lora_base: str | None, cache_dir: str | Non
     """What the runs among the models `names` say of AS_TRAINED, by name. Raises UserError."""
     found: dict[str, set[Any]] = {key: set() for key in AS_TRAINED}
     for name in names:
-        lora = lora_file(name, lora_base, cache_dir)
-        wanted = settings_of(name) if lora is None else config_of_lora(name, lora, lora_base)
+        wanted, _ = wanted_of(name, lora_base, cache_dir)
         for key in AS_TRAINED:
             found[key] |= {wanted[key]} - {None, "auto"} if key in wanted else set()
     return found
@@ -215,8 +219,7 @@ def check(name: str, lora_base: str | None = None, cache_dir: str | None = None)
     """
     if not name.strip():
         raise UserError(f"no model to draw with: name {EXAMPLES}")
-    lora = lora_file(name, lora_base, cache_dir)
-    wanted = settings_of(name) if lora is None else config_of_lora(name, lora, lora_base)
+    wanted, lora = wanted_of(name, lora_base, cache_dir)
     locate(wanted["model"], cache_dir=cache_dir)
     return lora is not None
 

@@ -60,6 +60,7 @@ def check_named(named: NamedModel) -> None:
         locate(named.model)
     check_part("--vae", named.vae)
     _check_unet(named.unet_init)
+    _check_lora(named.lora_init)
     check_part("--unet-init", named.unet_init)
     if named.lora_init is not None and not on_hub(named.lora_init):
         lora_files.locate(named.lora_init)
@@ -77,6 +78,16 @@ def _check_unet(name: str | None) -> None:
     if (run / ADAPTER_FILE).is_file():
         raise UserError(f"--unet-init {name}: that run trained a LoRA, so name it with --lora-init")
     raise UserError(f"--unet-init {name}: that run has no result yet: finish it with --resume latest")
+
+
+def _check_lora(name: str | None) -> None:
+    """Raises UserError where --lora-init names a run that trained all weights."""
+    run = Path(name or "").expanduser()
+    if name is None or not read_settings(run) or (run / ADAPTER_FILE).is_file():
+        return
+    if any((run / part).is_dir() for part in DENOISERS):
+        raise UserError(f"--lora-init {name}: that run trained all weights, so name it with --unet-init")
+    raise UserError(f"--lora-init {name}: that run has no result yet: finish it with --resume latest")
 
 
 def read(config: Config, model: Model) -> tuple[Config, Start, list[str]]:

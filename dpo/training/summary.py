@@ -81,6 +81,9 @@ def report(run: Run, status: str, reason: str = "") -> None:
         },
         "made_from": _made_from(run),
         "scheduler": model.resampled,
+        "absent": {
+            name: None for name, one in (model.named_encoders() | model.named_tokenizers()).items() if one is None
+        },
         "data": run.source.summary | {"usable": len(run.source)} | _liked(run.source, LIKED) | _held_out(run),
         "resolved": {
             "beta": run.config.method.beta,

@@ -3,11 +3,14 @@
 import shutil
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dpo.common.errors import UserError
-from dpo.evaluating.asked import Asked, alike, checked
+from dpo.evaluating.asked import Asked, alike, checked, measured_otherwise
 from dpo.evaluating.flags import Method, Named
+from dpo.pages.folder import ADAPTER_FILE
 from dpo.sampling import work as sampling
 from dpo.settings.config import Config, change, to_toml
 
@@ -101,3 +104,25 @@ def test_all_models_are_asked_as_the_run_among_them_was_trained(world, tmp_path)
     assert (config.model.text_tokens, config.model.timesteps, config.model.train_guidance) == (16, "turbo", 2.0)
     assert alike(asked(world("flux-dev"), folder, draw={"text_tokens": 8})).draw.text_tokens == 8
     assert given.draw.few_steps == {"m"}, "which is drawn in them too"
+
+
+def test_what_is_measured_otherwise_than_it_was_trained_is_said(world, tmp_path):
+    places = []
+    for name, values in {"few": {"timesteps": "turbo"}, "all": {"timesteps": "all"}}.items():
+        places.append(shutil.copytree(world("sd35"), tmp_path / name))
+        (places[-1] / "config.toml").write_text(to_toml(change(Config(), model="m", text_tokens=16, **values)))
+    both = alike(asked(world("sd35"), *places, pairs=world("pairs")))
+    lines = measured_otherwise(both, checked(both))
+    assert len(lines) == 2 and "few was trained with --timesteps turbo, and its accuracy" in lines[0]
+    assert "is measured with what the base's own files say, as all are" in lines[1]
+    alone = alike(asked(world("sd35"), places[0], pairs=world("pairs")))
+    assert measured_otherwise(alone, checked(alone)) == []
+
+
+def test_a_lora_may_be_the_base_of_an_accuracy(world, tmp_path):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, folder / ADAPTER_FILE)
+    (folder / "config.toml").write_text(to_toml(change(Config(), model=world("sd35"), text_tokens=16, lora=True)))
+    config = checked(asked(folder, folder, pairs=world("pairs")))
+    assert (config.model.model, config.model.text_tokens) == (world("sd35"), 16)

@@ -214,3 +214,10 @@ def test_the_code_of_a_few_steps_model_draws_in_them(runs, family, scale):
     card = model_card(runs["lora-gpu"]._replace(settings=groups))
     assert f'pipe(prompt="a prompt", num_inference_steps=4, {scale}=0).images[0]' in card
     assert "four of a distilled model, of 0 to 999" in card
+
+
+@pytest.mark.parametrize("kind", ["good", "lora-gpu"])
+def test_the_code_names_the_parts_that_a_pipeline_came_without(runs, kind):
+    run = runs[kind]._replace(summary={**runs[kind].summary, "absent": {"text_encoder_3": None, "tokenizer_3": None}})
+    settings = {**run.settings, "model": {"model": "owner/model"}}
+    assert '", text_encoder_3=None, tokenizer_3=None)\n' in model_card(run._replace(settings=settings))

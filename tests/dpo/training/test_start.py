@@ -238,3 +238,14 @@ def test_a_run_that_has_no_unet_is_no_start(world, tmp_path):
     (run / ADAPTER_FILE).touch()
     with pytest.raises(UserError, match="that run trained a LoRA, so name it with --lora-init"):
         starting.check_named(Model(model=world("sd15"), unet_init=str(run)))
+
+
+def test_a_run_that_has_no_lora_is_no_lora(world, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text('[method]\nmethod = "dpo"\n[output]\ncheckpoint_every = 1\n', "utf-8")
+    with pytest.raises(UserError, match="--lora-init .* has no result yet: finish it with --resume latest"):
+        starting.check_named(Model(model=world("sd15"), lora_init=str(run)))
+    (run / "unet").mkdir()
+    with pytest.raises(UserError, match="that run trained all weights, so name it with --unet-init"):
+        starting.check_named(Model(model=world("sd15"), lora_init=str(run)))
