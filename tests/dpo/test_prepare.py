@@ -26,7 +26,7 @@ from dpo.training import preparing
 from dpo.training.build import build
 from tests.help.children import in_child, kill_until_done
 from tests.help.fake_run import write_run
-from tests.help.flow import TRAINED
+from tests.help.flow import SMALL, TRAINED
 from tests.help.running import QUIET, advance, everything, make_run
 from tests.help.stores import Synthetic, task
 from tests.help.worlds import make_pickapic, make_pipeline
@@ -58,6 +58,9 @@ def same(first, second) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+OFTEN = (("sd35", []), ("qwen-image", ["--lora"]))  # text that is kept whole, and text behind a mask
+
+
 @pytest.mark.parametrize(
     "kind, flags",
     [
@@ -74,14 +77,21 @@ def same(first, second) -> bool:
         pytest.param("sd2v", ["--lora", "--method", "discounted"], marks=pytest.mark.slow),
         pytest.param("sd15", ["--method", "dde-single"], marks=pytest.mark.slow),
         pytest.param("sd15", ["--method", "sft"], marks=pytest.mark.slow),
+        *(
+            pytest.param(
+                kind,
+                ["--method", "dde", "--caption-dropout", "0.3", *low_rank, *SMALL],
+                marks=pytest.mark.long if (kind, low_rank) in OFTEN else pytest.mark.slow,
+            )
+            for kind in TRAINED
+            for low_rank in ([], ["--lora"])
+        ),
     ],
 )
 def test_training_from_the_store_is_training_from_the_images(world, tmp_path, kind, flags):
     """Weights, optimizer states and tables are equal, bit for bit, when images are encoded in the same batches."""
-    mirror = [flag for flag in flags if flag == "--flip"]
-    store = prepared(
-        world, kind, tmp_path / "store", "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1", *mirror
-    )
+    own = [*(flag for flag in flags if flag == "--flip"), *(SMALL if kind in TRAINED else ())]
+    store = prepared(world, kind, tmp_path / "store", "--dtype", "fp32", "--vae-batch", "1", "--text-batch", "1", *own)
     runs = [make_run(world(kind), data, tmp_path / "run", *EXACT, *flags) for data in (world("pairs"), str(store))]
     figures = [advance(run, 3) for run in runs]
     assert same(*map(everything, runs))
