@@ -160,7 +160,10 @@ def test_the_sizes_of_published_models(name, caption, image):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["sd15", "sdxl", *TRAINED])
+@pytest.mark.parametrize(
+    "kind",
+    ["sd15", *(pytest.param(kind, marks=[pytest.mark.slow] * (kind != "qwen-image")) for kind in ("sdxl", *TRAINED))],
+)
 def test_the_size_of_a_store_is_said_before_it_is_made(world, tmp_path, capsys, kind):
     """It is that of the tensors in the store, which a caption with a mask may stay below."""
     store = prepared(world, kind, tmp_path / "store", "--resolution", "32")

@@ -129,7 +129,7 @@ PLACES = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param(x, marks=[pytest.mark.slow] * (n > 1)) for n, x in enumerate(PLACES)])
 def test_an_error_anywhere_leaves_only_what_is_whole(ended, monkeypatch, place):
     spoil, kept, flags = PLACES[place]
     ended(monkeypatch, spoil, kept, flags=flags)

@@ -91,7 +91,12 @@ def test_no_other_table_waits_for_the_device(world, tmp_path, method):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "kind", ["sdxl", *TRAINED, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd2v", "sdxl-turbo"))]
+    "kind",
+    [
+        "sdxl",
+        TRAINED[0],
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (*TRAINED[1:], "sd2v", "sdxl-turbo")),
+    ],
 )
 def test_no_family_waits_for_the_device(world, tmp_path, kind):
     micro_step(

@@ -470,6 +470,7 @@ def test_what_was_found_before(name, seed, examples, tmp_path):
     check(name, example, shutil.copytree(example, tmp_path / "place"), random.Random(seed))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_examples_are_valid(name, examples, tmp_path):
     FORMATS[name].read(shutil.copytree(examples(name), tmp_path / "place"))

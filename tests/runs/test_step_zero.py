@@ -48,6 +48,7 @@ def test_logits_are_exactly_zero_and_the_gradient_is_not(world, tmp_path, flags)
     assert run.updater.grad_norm(1.0) > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd2v", "sdxl", "sdxl-turbo"])
 @pytest.mark.parametrize(
     "flags", [[], ["--precision", "fp16"], ["--lora", "--precision", "bf16"]], ids=["full", "full fp16", "lora bf16"]

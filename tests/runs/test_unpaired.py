@@ -153,6 +153,7 @@ def test_step_zero_is_exact_and_the_sides_are_those_of_the_labels(world, images,
         assert second["loss"] != 0.5 and first["prediction_norm_ratio"] == 1.0
 
 
+@pytest.mark.long
 def test_the_cut_of_an_update_does_not_matter_and_a_resume_goes_on(world, images, tmp_path):
     whole = make_run(world("sd15"), images, tmp_path / "run", *EXACT)
     figures = advance(whole, 2)
@@ -243,6 +244,7 @@ def test_two_processes_train_the_run_of_one(world, images, tmp_path):
         assert far < 1e-9
 
 
+@pytest.mark.long
 def test_held_out_accuracy_is_the_share_of_gains_on_the_side_of_their_labels(world, images, tmp_path, caplog):
     caplog.set_level("INFO")
     for center in ("update", "batch"):
@@ -369,6 +371,7 @@ def test_an_update_is_replayed_and_told_of_images(world, images, stored, tmp_pat
     assert (first["updates"][-1]["pairs"], second["updates"][-1]["pairs"]) == (IMAGES, IMAGES - 1)
 
 
+@pytest.mark.long
 def test_log_report_and_card_speak_of_images(world, images, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--model", world("sd15"), "--data", images, "--output", out, *KTO, *SMALL, "--no-judge"]

@@ -83,7 +83,7 @@ FULL = (torch.float32, torch.float32)
     ("config", "size", "dtypes", "guided"),
     [
         (SD, (512, 512), HALF, True),
-        (SDXL, (1024, 1024), WIDE, True),
+        pytest.param(SDXL, (1024, 1024), WIDE, True, marks=pytest.mark.slow),
         (SDXL, (512, 512), WIDE, False),
         pytest.param(SD, (512, 768), FULL, False, marks=pytest.mark.slow),
         pytest.param(SDXL, (1536, 640), WIDE, False, marks=pytest.mark.slow),

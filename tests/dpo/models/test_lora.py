@@ -255,7 +255,7 @@ NONE_THERE = {"sd35-medium": {"transformer_blocks.23.attn.to_add_out"}}  # its l
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x == "qwen-image")) for x in PUBLIC])
 def test_a_file_of_a_published_flow_model_has_the_keys_and_shapes_of_public_ones(tmp_path, name, caplog):
     folder, rank = CONFIGS / name, 4
     family = family_of(read_index(folder), "auto")
