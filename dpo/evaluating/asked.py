@@ -129,8 +129,8 @@ def _of_pairs(asked: Asked) -> Config:
     config, _ = parse([*flags, "--model", base["model"]])
     check_pairs(open_source(config.data), place, "this accuracy is of pairs: a run of --method kto measures its own")
     trained = model.as_trained([one.place for one in asked.models], asked.draw.lora_base, asked.draw.cache_dir)
-    alike = {name: values.pop() for name, values in trained.items() if len(values) == 1}
-    return change(config, **base | alike | ({"text_tokens": tokens} if (tokens := asked.draw.text_tokens) else {}))
+    agreed = {name: values.pop() for name, values in trained.items() if len(values) == 1}
+    return change(config, **base | agreed | ({"text_tokens": tokens} if (tokens := asked.draw.text_tokens) else {}))
 
 
 def measured_otherwise(asked: Asked, config: Config) -> list[str]:

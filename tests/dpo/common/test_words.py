@@ -10,6 +10,7 @@ from dpo.common.words import (
     excerpt_of_path,
     first_line,
     listed,
+    multiples,
     printable,
 )
 
@@ -65,3 +66,8 @@ def test_a_path_of_windows_has_a_hint_elsewhere(monkeypatch):
     assert as_on_windows("a\\b") == "; it is written with \\, as on Windows: write / here"
     monkeypatch.setattr("os.sep", "\\")
     assert as_on_windows("a\\b") == ""
+
+
+def test_the_multiples_beside_a_number():
+    assert multiples(16, 1000) == "multiples of 16: 992 or 1008"
+    assert multiples(16, 8) == "multiples of 16: 16"

@@ -130,7 +130,9 @@ def test_pngs_of_a_run(runs, tmp_path):
     assert [path.name for path in write_plots(tmp_path / "run")] == ["curves.png", "deciles.png"]
     for name in ("curves.png", "deciles.png"):
         with Image.open(tmp_path / "run" / name) as image:
-            assert image.width > 600 and len(set(np.asarray(image.convert("L")).ravel().tolist())) > 20
+            grey = np.asarray(image.convert("L"))
+            assert image.width > 600 and len(set(grey.ravel().tolist())) > 20
+            assert (grey[:, -1] == 255).all() and (grey[:, 0] == 255).all(), "no label is cut off"
     assert not list((tmp_path / "run").glob("*.part*"))
 
 

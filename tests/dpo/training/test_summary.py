@@ -15,6 +15,7 @@ from dpo.pages.folder import SHARED
 from dpo.settings.config import to_toml
 from dpo.settings.flags import parse
 from dpo.training import summary
+from tests.help.flow import SMALL
 from tests.help.running import make_run
 
 
@@ -105,3 +106,17 @@ def test_a_broken_off_run_has_a_reason_and_no_model_card(run):
     found = json.loads((run.output / "summary.json").read_text())
     assert (found["status"], found["reason"]) == ("failed", "the loss is not finite")
     assert not (run.output / "README.md").exists() and (run.output / "report.html").is_file()
+
+
+@pytest.mark.long
+def test_parts_that_the_pipeline_came_without_are_named(world, tmp_path, pageless):
+    """Of which the card's code has to say so. A pipeline with all of its parts has none."""
+    for kind, flags, absent in (
+        ("sd3-no-t5", SMALL, {"text_encoder_3": None, "tokenizer_3": None}),
+        ("sd15", (), {}),
+    ):
+        run = make_run(world(kind), world("pairs"), tmp_path / kind, "--batch-size", "2", *flags)
+        run.output.mkdir()
+        (run.output / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
+        summary.report(run, "interrupted")
+        assert json.loads((run.output / "summary.json").read_text("utf-8"))["absent"] == absent
