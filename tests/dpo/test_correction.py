@@ -158,6 +158,7 @@ def test_the_table_is_updated_in_place():
     assert table.sums.data_ptr() != table.counts.data_ptr() != seen.data_ptr()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pairs", [1, 4, 16, 128, 2048])
 def test_small_batches_find_the_differences_too(pairs):
     """2000 updates with a known d(t). With an entry a timestep and no bias correction the table holds 10 % of d at one

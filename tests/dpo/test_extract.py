@@ -21,6 +21,7 @@ def said(capsys):
     return say
 
 
+@pytest.mark.long
 def test_a_lora_its_table_and_what_is_said_of_them(world, said, tmp_path):
     lora_run(tmp_path / "run", world("sd15"))
     assert export.main([str(tmp_path / "run"), "--to", "single-file", "--merge"]) == 0

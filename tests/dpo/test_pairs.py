@@ -49,6 +49,7 @@ def test_the_command_that_trains_on_the_pairs_is_not_refused(resolution, preset)
     assert config.data.data == "my pairs" and config.model.model and config.lora.lora and notes == []
 
 
+@pytest.mark.long
 def test_a_ranking_becomes_a_folder_that_trains(ranking, tmp_path, capsys, world):
     output = tmp_path / "my pairs"
     code, said = paired(capsys, ranking, *LOW, output=output)

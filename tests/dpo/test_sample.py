@@ -49,6 +49,7 @@ def test_hostile_prompts_are_kept_as_they_are(whole, words, tmp_path):
     }
 
 
+@pytest.mark.long
 def test_shards_share_a_folder_and_the_last_one_finishes(words, whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     code, err = drawn(capsys, *words, "--output", out, "--shard", "1/2")
@@ -105,6 +106,7 @@ def test_two_processes_do_not_share_a_folder(words, tmp_path, capsys, monkeypatc
     assert code == 2 and f"dpo.sample: --output {out} is in use by process {os.getpid()}" in err
 
 
+@pytest.mark.long
 def test_progress_says_images_a_second_and_the_share_outside_the_unet(words, tmp_path, capsys):
     _, err = drawn(capsys, *words, "--output", tmp_path / "out")
     assert (
@@ -217,6 +219,7 @@ def test_memory_is_flat_over_five_thousand_images(world, tmp_path, capsys):
     assert late - early < 32 * 2**20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["images", "sheets", "images/000001-*.png", "protocol.json", "sheets/sheet-000.png"])
 def test_what_stands_in_the_way_is_one_line(world, tmp_path, capsys, name):
     """A file where a folder must be, a folder where a file must be."""

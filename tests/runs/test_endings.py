@@ -135,6 +135,7 @@ def test_an_error_anywhere_leaves_only_what_is_whole(ended, monkeypatch, place):
     ended(monkeypatch, spoil, kept, flags=flags)
 
 
+@pytest.mark.long
 def test_workers_that_end_after_a_signal_to_the_group_are_a_stop(start, tmp_path, capsys, monkeypatch, brief):
     """They wait for the main process, which may be busy for longer, such as with sample images."""
     dead = RuntimeError("DataLoader worker (pid 7) is killed by signal: Alarm clock.")
@@ -170,6 +171,7 @@ def test_an_output_folder_that_is_moved_away_is_one_line_and_none_is_made(start,
     assert command(capsys, "--output", tmp_path / "elsewhere", "--resume", "latest").code == 0
 
 
+@pytest.mark.long
 def test_half_an_update_names_the_checkpoint_before(start, tmp_path, capsys, monkeypatch, brief):
     at_call(monkeypatch, torch.optim.AdamW, "step", FAULT, 3, after=True)
     said = command(capsys, *start, *WORDS, "--checkpoint-every", "1")

@@ -107,6 +107,7 @@ def test_a_replay_is_the_run(world, tmp_path, kind):
     assert found["compared"] == {"updates": found["from"]["updates"], "first": None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", QUICK)
 def test_an_extracted_lora_is_the_change_that_it_can_hold(world, tmp_path, kind):
     flags = ["--batch-size", "2", "--steps", "2", "--learning-rate", "1e-3", *SMALL]

@@ -74,6 +74,7 @@ def test_shapes_and_meanings(odd, settings):
     assert (batch.micro[:, 4:] == 32).all() and (batch.micro[:, :2] >= 20).all()
 
 
+@pytest.mark.long
 def test_workers_change_nothing(odd, settings):
     cfg = settings(odd, **ALL)
     found = [joined(take(open_source(cfg), cfg, 14, workers=workers)) for workers in (0, 1, 2)]
@@ -86,6 +87,7 @@ def test_micro_batch_changes_nothing(odd, settings):
     assert same(joined(take(source, cfg, 6, micro_batch=8)), joined(take(source, cfg, 48, micro_batch=1)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("position", [4, 20, 23, 46, 100])
 def test_starting_at_a_position_continues_the_run(position, odd, settings):
     cfg = settings(odd, **ALL)

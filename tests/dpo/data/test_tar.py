@@ -168,6 +168,7 @@ def test_an_image_beyond_the_end_of_its_shard_is_a_hole(tmp_path, settings):
     assert ImageRef("u", path=str(path), span=(0, 4)).load() == path.read_bytes()[:4]
 
 
+@pytest.mark.long
 def test_an_open_set_keeps_few_bytes_a_pair(tmp_path, settings):
     members = {
         f"{i:05d}.{name}": b"x" * (i % 7 + len(name)) for i in range(1000) for name in ("w.jpg", "l.jpeg", "txt")

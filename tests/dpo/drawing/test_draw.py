@@ -34,6 +34,7 @@ def differ(images, others):
     return [not np.array_equal(a, b) for a, b in zip(arrays(images), arrays(others), strict=True)]
 
 
+@pytest.mark.long
 def test_an_image_depends_on_prompt_and_seed_alone(model):
     pipe = pipeline_of(model)
     settings = {"device": "cpu", "steps": 2, "guidance": 2.0}
@@ -63,6 +64,7 @@ def test_nothing_else_is_disturbed(model):
     model.denoiser.eval()
 
 
+@pytest.mark.long
 def test_policy_beside_reference(model, tmp_path):
     pipe = pipeline_of(model)
     before = sample(pipe, tasks(PROMPTS, [0]), device="cpu", steps=2, guidance=1.0)
@@ -93,6 +95,7 @@ def test_autocast_draws(model):
     assert np.asarray(image).std() > 0
 
 
+@pytest.mark.long
 def test_where_memory_is_short_the_vae_works_in_tiles(model, monkeypatch):
     """An image no larger than a tile is the same bit for bit; a larger one nearly; the VAE is then as it was."""
     pipe = pipeline_of(model)

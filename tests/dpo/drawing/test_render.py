@@ -78,6 +78,7 @@ def test_plain_diffusers_redraws_an_image_of_a_flow(world, kind):
     assert apart(images[0].image, again) > 10 and apart(unguided, again) > LEVELS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_plain_diffusers_redraws_sdedit_too(world, kind):
     import diffusers

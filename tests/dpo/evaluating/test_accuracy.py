@@ -52,6 +52,7 @@ def test_a_model_against_itself_is_one_half(found):
     assert all(value in (0.5, None) for value in row["deciles"]) and row["draws"] == DRAWS
 
 
+@pytest.mark.long
 def test_it_is_the_figure_of_the_run(run, found):
     expected = validation.accuracy(run.step, run.held_out)
     row = found["trained"]

@@ -112,6 +112,7 @@ def test_a_scorer_that_gives_too_few_or_no_numbers(side, tmp_path, caplog):
     assert "no finite score to 37 images" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compute", [scores, features])
 def test_memory_is_flat(tmp_path, compute):
     """However many images a side has, few of them are in memory at once."""

@@ -94,6 +94,7 @@ def test_the_file_changes_the_unet_in_diffusers_as_it_should(world, merged, tmp_
             assert float(error) == pytest.approx((1 - row.kept) ** 0.5, abs=1e-5), "the root of the discarded squares"
 
 
+@pytest.mark.long
 def test_full_rank_rebuilds_a_full_fine_tune_but_for_what_a_lora_cannot_hold(world, tmp_path):
     parts = {"unet__to_q__weight": noise(1e-3), "unet__conv1__weight": noise(1e-3)}
     beyond = {

@@ -60,6 +60,7 @@ def test_the_surest_and_the_least_sure_pairs_have_different_captions():
     assert made().extremes(False) == [2, 5, 0, 3]
 
 
+@pytest.mark.long
 def test_the_files(tmp_path):
     summary.write(tmp_path, made())
     assert {path.name for path in tmp_path.iterdir()} == set(summary.FILES)

@@ -71,6 +71,7 @@ def test_captions_become_conditioning(pipelines, kind):
             model.family.predict(model.denoiser, torch.zeros(3, 4, 8, 8), torch.tensor([7] * 3), text, None)
 
 
+@pytest.mark.long
 def test_captions_encode_as_diffusers_does(pipelines):
     import diffusers
 

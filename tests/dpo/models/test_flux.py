@@ -76,6 +76,7 @@ def test_captions_encode_as_the_pipeline_does(world, kind, tokens, precision):
     assert not torch.equal(text.hidden[0], text.hidden[1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_transformer_is_called_as_the_pipeline_calls_it(world, kind):
     model, pipe = (
@@ -119,6 +120,7 @@ def test_the_transformer_is_called_as_the_pipeline_calls_it(world, kind):
     assert found.shape == (2, channels, high, wide) and theirs[0][0]["timestep"][0] == 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["flux-dev", "flux2-klein"])
 def test_latents_are_those_of_the_pipeline(world, kind):
     model, pipe = load(world(kind)), pipeline_of(world(kind))
@@ -152,6 +154,7 @@ def decided(folder, side, **settings):
     return plan, told
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "steps"), [("flux-schnell", 4), ("flux2-klein", 4), ("flux-dev", 4), ("flux2-klein-base", 50)]
 )
@@ -313,6 +316,7 @@ def predicted(model, denoiser):
     return model.denoise(denoiser)(x_t, torch.tensor([300.0, 900.0]), text, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LORA)
 def test_a_lora_has_the_layers_of_the_public_trainers_and_draws_in_the_pipeline(world, tmp_path, caplog, kind):
     with caplog.at_level("WARNING", "dpo"):

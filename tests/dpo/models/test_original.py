@@ -39,6 +39,7 @@ def shapes(module):
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KEYS)
 def test_every_weight_of_a_published_model_has_one_name_that_leads_back(kind):
     model = sketch(Model(model=next(name for name, folder in SHIPPED.items() if folder == kind)))

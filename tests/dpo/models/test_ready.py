@@ -56,6 +56,7 @@ def test_dtypes(world, kind, precision, own, vae, text):
     assert {encoder.dtype for encoder in model.text_encoders} == {text}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "precision", "vae", "dtype"),
     [
@@ -162,6 +163,7 @@ def test_a_scheduler_that_cannot_sample_is_said_before_the_training(world, tmp_p
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_name_alone_makes_no_four_step_model(world, tmp_path):
     """The scheduler decides; where only the name says Turbo, the flag is asked for."""
     named = shutil.copytree(world("sdxl"), tmp_path / "my-turbo")

@@ -24,6 +24,7 @@ def pipeline(folder, kind):
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [None, 128])
 def test_captions_encode_as_diffusers_does(folders, kind, tokens):
@@ -39,6 +40,7 @@ def test_captions_encode_as_diffusers_does(folders, kind, tokens):
     assert shapes.hidden.shape[1:] == hidden.shape[1:] and shapes.pooled.shape[1:] == pooled.shape[1:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_transformer_is_asked_as_by_its_pipeline(folders, kind, monkeypatch):
     """A step of sampling: the same latents at the same noise level give the same prediction, and the VAE's latents

@@ -13,6 +13,7 @@ from tests.help.ldm import write_single_file
 from tests.help.loading import refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sd2v", "sdxl"])
 def test_single_file_in_the_original_layout(pipelines, tmp_path, kind):
     path = write_single_file(pipelines[kind], tmp_path / "model.safetensors")
@@ -47,6 +48,7 @@ def test_single_files_that_are_refused(pipelines, tmp_path):
     assert "not a whole Stable Diffusion checkpoint" in refused(str(unet)) and "--unet-init" in refused(str(unet))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layer", ["final_layer_norm", "diffusion_model.out.2", "decoder.conv_out"])
 def test_a_single_file_that_lacks_a_layer_names_it(pipelines, tmp_path, layer):
     path = write_single_file(pipelines["sd15"], tmp_path / "model.safetensors")

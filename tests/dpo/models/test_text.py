@@ -58,6 +58,7 @@ def test_what_a_pipeline_has_becomes_ours(pipelines):
     assert same_tokens(ours) is ours
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_weights_are_found_and_identified_under_both_names(pipelines, tmp_path, kind):
     """With and without "text_model." in front, as files of transformers 4 and 5 have them."""

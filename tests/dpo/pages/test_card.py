@@ -23,6 +23,7 @@ def front_matter(card):
     return ModelCard(card).data.to_dict()
 
 
+@pytest.mark.long
 def test_front_matter_of_an_adapter(runs):
     found = front_matter(model_card(runs["lora-gpu"]))
     assert (

@@ -131,6 +131,7 @@ def test_the_command(tmp_path, capsys):
         write_report(tmp_path / "none")
 
 
+@pytest.mark.long
 def test_a_browser_shows_it_on_a_phone_in_the_dark(dde, tmp_path):
     seen, said = look(dde, tmp_path, 360, dark=True)
     assert said == []
@@ -143,6 +144,7 @@ def test_a_browser_shows_it_on_a_phone_in_the_dark(dde, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_browser_shows_it_on_a_desktop_in_the_light(dde, tmp_path):
     seen, said = look(dde, tmp_path, 1200)
     assert said == []
@@ -150,6 +152,7 @@ def test_a_browser_shows_it_on_a_desktop_in_the_light(dde, tmp_path):
     assert seen["page"] == "rgb(246, 246, 248)" and seen["line"] == "rgb(37, 99, 201)"
 
 
+@pytest.mark.long
 def test_the_browser_would_say_so(dde, tmp_path):
     """The console is heard: a page that asks the network is told on."""
     spoiled = dde.replace("</main>", '<img src="http://x.example/a.png"><p style="width:3000px">wide</p></main>')

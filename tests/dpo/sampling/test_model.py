@@ -46,6 +46,7 @@ def differ(one, other):
     return any(not torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.long
 def test_the_embedded_model_and_defaults():
     found = find("embedded")
     assert found.side == 64 and found.steps == 50 and found.guidance == 7.5
@@ -148,6 +149,7 @@ def test_a_lora_alone_wants_its_base(trained, world, tmp_path):
     assert "--lora-init" not in str(refused.value) and "the LoRA" in str(refused.value)
 
 
+@pytest.mark.long
 def test_a_run_that_began_elsewhere_has_its_starting_unet(trained, world, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
@@ -218,6 +220,7 @@ def test_the_start_of_a_run_is_what_it_began_with_by_content(tmp_path, world):
     find(start), find(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "half", "vae"), [("sd15", "fp16", "fp16"), ("sdxl", "fp16", "fp32"), ("sd35", "bf16", "bf16")]
 )

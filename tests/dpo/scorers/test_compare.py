@@ -113,6 +113,7 @@ def test_the_interval_of_a_difference_is_the_studentised_bootstrap_of_scipys_par
     assert found.difference_interval == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interval", [mean_interval, lambda values, **more: advantage_interval(values, 400, **more)])
 def test_an_error_besides_the_prompts_is_added_as_students_t(interval):
     """A large one leaves its own interval, a small one that of the prompts; both mirror."""

@@ -78,6 +78,7 @@ def test_the_network_is_torchvisions(kind, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, classes", [(TV, 1000), (TF, 1008)])
 def test_the_network_has_the_published_sizes(kind, classes):
     """torchvision states 27,161,264 parameters with the auxiliary head, which has 3,326,696 of them."""

@@ -66,6 +66,7 @@ def test_they_stand_for_drawing_and_are_checked_once(tmp_path, caplog, drawing_c
     assert (tmp_path / "again.json").read_text("utf-8") == unchanged.PROTOCOL.read_text("utf-8")
 
 
+@pytest.mark.long
 def test_what_a_killed_process_left_is_made_whole(tmp_path, monkeypatch):
     own = unchanged.protocol()
     monkeypatch.setattr(unchanged, "_largest_difference", lambda *_: 0)

@@ -56,6 +56,7 @@ def test_a_supervised_run_has_no_reference(build):
     assert run.step.reference is None and run.recorded is None and run.speed.pair_flops < build().speed.pair_flops / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("of", ["init", "base"])
 def test_a_policy_that_starts_elsewhere(build, world, tmp_path, of):
     """The reference is where the policy starts, or the model itself."""
@@ -126,6 +127,7 @@ def test_what_a_resumed_run_left_open_is_as_it_was(world, tmp_path):
     assert as_before(said, SimpleNamespace(state={"config": old})) == said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "asked", "zeros"),
     [("sdxl", "auto", True), ("sdxl", "empty", False), ("sdxl-turbo", "auto", False), ("sdxl-turbo", "zeros", True)],
@@ -142,6 +144,7 @@ def test_a_dropped_caption_is_what_the_model_is_sampled_with_or_as_asked(world, 
         assert torch.equal(ours[batch.dropped], torch.zeros_like(own[batch.dropped]) if zeros else own[batch.dropped])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "precision", "vae"), [("sdxl", "bf16", "fp32"), ("sd15", "fp32", "bf16")])
 def test_the_vae_encodes_and_decodes_in_its_own_precision(world, tmp_path, kind, precision, vae):
     words = [

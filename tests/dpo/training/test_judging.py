@@ -136,6 +136,7 @@ def test_a_comparison_that_fails_is_said(caplog, error):
     assert "Later: python -m dpo.evaluate start=a aligned=b" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("error", [ERRORS[0], pytest.param(ERRORS[1], marks=pytest.mark.slow)])
 def test_a_comparison_that_fails_leaves_a_finished_run(again, monkeypatch, capsys, pageless, error):
     def failing(*_):

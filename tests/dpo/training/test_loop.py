@@ -92,6 +92,7 @@ def test_an_emergency_deletes_no_checkpoint(run, error, latest):
     assert checkpoint.find(run.checkpoints, "latest").state["step"] == latest
 
 
+@pytest.mark.long
 def test_a_divergence_right_after_a_checkpoint_leaves_it_healthy(run):
     def step(run, batches):
         if run.done == 2:

@@ -34,6 +34,7 @@ def test_the_whole_pipeline(world, tmp_path):
     assert same(again.denoiser, written) and same(again.vae, load(world("sd15")).vae)
 
 
+@pytest.mark.long
 def test_averaged_weights_are_the_result(world, tmp_path):
     run = start(world, tmp_path, "--ema", "0.9")
     for average in run.updater.ema:
@@ -63,6 +64,7 @@ def test_an_adapter_is_written_alone(world, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [[], ["--ema", "0.9"], ["--lora-format", "kohya"]], ids=" ".join)
 def test_saving_an_adapter_touches_nothing_else(world, tmp_path, flags):
     """No tensor of the UNet is copied, cast or moved; the averaged adapter changes places with that in training."""
@@ -120,6 +122,7 @@ def private_files(out):
         (out / name / "state.json").write_text("{}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 def test_what_the_run_wrote_is_uploaded_and_nothing_else(world, tmp_path, monkeypatch, caplog, lora):
     hub, out = Hub(), tmp_path / "mine"
@@ -144,6 +147,7 @@ def test_what_the_run_wrote_is_uploaded_and_nothing_else(world, tmp_path, monkey
     assert caplog.messages.index(listed) < caplog.messages.index("uploaded: https://huggingface.co/me/mine")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "public", "said"),
     [

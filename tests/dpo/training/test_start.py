@@ -128,6 +128,7 @@ def test_all_weights_after_a_supervised_lora(world, sft, tmp_path, reference):
     assert close(by_diffusers(str(tmp_path)), of(run)) and not close(of(run), begun)
 
 
+@pytest.mark.long
 def test_a_supervised_run_goes_on_with_its_adapter(world, sft, tmp_path):
     start, model = sft("sd15", ("to_q", "to_k", "to_v", "to_out.0"), "diffusers"), world("sd15")
     run = make_run(model, world("pairs"), tmp_path, "--lora", "--method", "sft", "--lora-init", str(start), *SHORT)

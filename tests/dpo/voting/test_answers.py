@@ -44,6 +44,7 @@ def test_nobody_takes_back_what_another_said(tmp_path):
     assert read(tmp_path) == [answer("1")]
 
 
+@pytest.mark.long
 def test_a_kill_at_any_byte_of_a_line_loses_no_earlier_line(tmp_path, caplog):
     write(tmp_path, answer("1"))
     whole = (tmp_path / FILE).read_bytes()

@@ -246,6 +246,7 @@ def test_unknown_raters_and_questions(web, folder):
     alive(web, folder)
 
 
+@pytest.mark.long
 def test_two_hundred_requests_at_once(web, folder):
     people = [web.enter(f"rater {number}") for number in range(25)]
 
